@@ -51,15 +51,6 @@ class QualityGateSettings(Section):
 class EngineSettings(Section):
     """How one replica shares its device among requests. The defaults suit most servers."""
 
-    max_step_tokens: int = Field(
-        16_384, ge=64, le=1_048_576, description="Most latent frames per denoising step, summed over its rows."
-    )
-    slots: int = Field(
-        8,
-        ge=2,
-        le=128,
-        description="Rows per call in strict mode on CUDA; guidance takes two rows. Unused rows cost time.",
-    )
     profile: Literal["auto", "plain", "accelerated"] = Field(
         "auto",
         description="Speed features on a GPU: plain = none, accelerated = all, auto = all if a check at start passes.",

@@ -105,8 +105,6 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
         max_memory_bytes=model.max_memory_bytes,
         max_queue_s=model.max_queue_s,
         torch_threads=threads,
-        max_step_tokens=engine.max_step_tokens,
-        slots=engine.slots,
         profile=engine.profile,
         features=Features(**engine.features),
         captures_off_file=_CAPTURES_OFF.expanduser(),

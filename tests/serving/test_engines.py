@@ -20,8 +20,6 @@ from stable_audio_serve.serving.serve_file import read_serve_file
 # Every key of `engine:` -> a valid value that is not the default, and values that are out of range.
 ENGINE_KEYS: dict[str, tuple[object, tuple[object, ...]]] = {
     "profile": ("plain", ("fast", None)),
-    "max_step_tokens": (4096, (0, 63, 2**21)),
-    "slots": (4, (0, 1, 129)),
     "warmup_budget_s": (0.0, (-1, float("nan"))),
 }
 
@@ -82,7 +80,7 @@ def test_value_out_of_range_is_refused_by_name(tmp_path: Path, knob: str, value:
 
 
 def test_mistyped_key_is_named_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"models\.0\.engine\.slot: unknown; did you mean slots\?"):
-        settings_of(tmp_path, {"engine": {"slot": 4}})
+    with pytest.raises(ConfigError, match=r"models\.0\.engine\.feature: unknown; did you mean features\?"):
+        settings_of(tmp_path, {"engine": {"feature": {}}})
     with pytest.raises(ConfigError, match=r"models\.0\.warmup_budget_s: unknown; valid: name, .*, engine"):
         settings_of(tmp_path, {"warmup_budget_s": 4})
