@@ -50,6 +50,29 @@ class ScheduleShift:
     options: tuple[tuple[str, float], ...] = ()
 
 
+# How the adapters of one request combine. chained: each changes the weights that the adapters before it leave. summed:
+# the changes that each adapter makes alone are multiplied by its strength and added.
+Stacking = Literal["chained", "summed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """An adapter that a request uses, in one of the formats of `models.adapters`.
+
+    It applies to the evaluations of the network whose time is in `interval`, both ends included; 1 is the first step of
+    a clip from pure noise, 0 the end. `source` says where its file is: a path, an S3 URL, or a repository of the hub,
+    optionally with a file in it. `sha256` is the hash that the file must have; "" = any. With `has_conditioners`, the
+    file's tensors for conditioners are used too.
+    """
+
+    name: str
+    strength: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    source: str = ""
+    sha256: str = ""
+    has_conditioners: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...).
@@ -89,6 +112,8 @@ class GenerationRequest:
     inpaint_audio: SourceAudio | None = None
     inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # start and end of each region to regenerate, seconds
     keep: Keep = "source"
+    loras: tuple[Lora, ...] = ()  # in this order
+    lora_stacking: Stacking | None = None  # None = chained
     chunked_decode: bool | None = None
     deadline_s: float | None = None  # longest time from submission to the finished audio, seconds
     priority: Priority = "interactive"

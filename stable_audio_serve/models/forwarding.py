@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.protocol import (
+    AdaptableModel,
     DecodeWindow,
     DiffusionModel,
     EncodeWindow,
@@ -33,6 +34,11 @@ class ForwardingModel:
     @property
     def device(self) -> torch.device:
         return self._model.device
+
+    @property
+    def adaptable(self) -> Mapping[str, nn.Module]:
+        """The networks that adapters can change; none if the model is not adaptable."""
+        return self._model.adaptable if isinstance(self._model, AdaptableModel) else {}
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         return self._model.plan(request, frames=frames)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.core.catalog import ModelCard
@@ -328,4 +328,14 @@ class SwitchableDecoder(Protocol):
 
     def decode_exactly(self, is_exact: bool) -> None:
         """Decode with float32 products from now on, or again with the configured precision."""
+        ...
+
+
+@runtime_checkable
+class AdaptableModel(Protocol):
+    """A model whose linear layers adapters can change."""
+
+    @property
+    def adaptable(self) -> Mapping[str, nn.Module]:
+        """The networks that adapters can change, by the prefix of their layers' names in adapter files."""
         ...

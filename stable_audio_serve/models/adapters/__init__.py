@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from stable_audio_serve.models.adapters.adapter import Adapter, AdapterType, read_adapter
-from stable_audio_serve.models.adapters.apply import SlotBuffers, adapt
+from stable_audio_serve.models.adapters.apply import RowSlots, SlotBuffers, adapt, adapting
 from stable_audio_serve.models.adapters.base import Base, FittedAdapter
-from stable_audio_serve.models.adapters.fold import LayerSlot, Slot, Stacking, check_strength, fold
+from stable_audio_serve.models.adapters.fold import LayerSlot, Slot, check_strength, fold
 
 __all__ = [
     "Adapter",
@@ -13,10 +13,11 @@ __all__ = [
     "Base",
     "FittedAdapter",
     "LayerSlot",
+    "RowSlots",
     "Slot",
     "SlotBuffers",
-    "Stacking",
     "adapt",
+    "adapting",
     "check_strength",
     "fold",
     "read_adapter",

@@ -6,13 +6,16 @@ For a 1x1 convolution, the caller moves the channels to the last axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.adapters.fold import LayerSlot
+from stable_audio_serve.models.adapters.fold import LayerSlot, Slot
 
 
 def adapt(out: Tensor, x: Tensor, *, groups: Iterable[tuple[slice, LayerSlot]]) -> Tensor:
@@ -29,6 +32,70 @@ def adapt(out: Tensor, x: Tensor, *, groups: Iterable[tuple[slice, LayerSlot]]) 
         else:
             part.copy_(part * slot.scale + slot.offset + F.linear(inner, slot.b))
     return out
+
+
+class RowSlots:
+    """The slots of the rows of one network call."""
+
+    def __init__(self, slots: Sequence[tuple[slice, Slot]], *, frames: Sequence[int] = (), num_prefix: int = 0) -> None:
+        """`slots` are pairs of adjacent rows of the network's batch and their slot; rows in no pair are plain.
+
+        In a packed call, `frames` has the latent frames of each row. The network adds `num_prefix` tokens to each row.
+        """
+        self.slots = slots
+        self._by_length = {
+            sum(frames) + num_prefix * len(frames): _places(slots, [own + num_prefix for own in frames]),
+            sum(frames): _places(slots, frames),
+        }
+        self._is_packed = bool(frames)
+
+    def places(self, x: Tensor) -> Sequence[slice]:
+        """Returns the units of each slot in the input `x` of a linear layer: rows, or the tokens of packed rows."""
+        if not self._is_packed or x.dim() == 2:
+            return [rows for rows, _ in self.slots]
+        return self._by_length.get(x.shape[1]) or self._by_length[max(self._by_length)]
+
+    def adapt(self, out: Tensor, x: Tensor, *, layer: str) -> Tensor:
+        """Returns the output `out` (rows, ..., out) of a layer for the input `x`, with all slots applied."""
+        places = self.places(x)
+        groups = [
+            (place, own)
+            for place, (_, slot) in zip(places, self.slots, strict=True)
+            if (own := slot.layers.get(layer)) is not None
+        ]
+        if self._is_packed and x.dim() == 3:
+            adapt(out[0], x[0], groups=groups)
+            return out
+        return adapt(out, x, groups=groups)
+
+
+def _places(slots: Sequence[tuple[slice, Slot]], lengths: Sequence[int]) -> list[slice]:
+    starts = list(accumulate(lengths, initial=0))
+    return [slice(starts[rows.start], starts[rows.stop]) for rows, _ in slots] if lengths else []
+
+
+@contextmanager
+def adapting(layers: Mapping[str, nn.Module], rows: RowSlots) -> Iterator[None]:
+    """Within this context, the outputs of `layers` (by their names in adapter files) have the slots of `rows` applied.
+
+    For one thread at a time, inference only. Layers compiled by `torch.compile` do not notice the context.
+    """
+    names = dict.fromkeys(name for _, slot in rows.slots for name in slot.layers)
+    with ExitStack() as stack:
+        for name in names:
+            handle = layers[name].register_forward_hook(_hook(name, rows))
+            stack.callback(handle.remove)
+        yield
+
+
+def _hook(name: str, rows: RowSlots) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:  # noqa: PLR0917 - torch's signature
+        (x,) = args
+        if isinstance(module, nn.Conv1d):
+            return rows.adapt(out.mT.contiguous(), x.mT, layer=name).mT
+        return rows.adapt(out, x, layer=name)
+
+    return hook
 
 
 class SlotBuffers:

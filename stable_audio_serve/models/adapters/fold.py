@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stable_audio_serve.core.generation import Stacking
 from stable_audio_serve.models.adapters.adapter import CONDITIONERS, AdapterType, refuse_adapter
 from stable_audio_serve.models.adapters.base import Base, FittedAdapter, FittedLayer
 
-Stacking = Literal["chained", "summed"]
 _LEAST_NORM = 1e-2  # relative to the base weight's row; smaller norms are computed from whole rows
 _NORM_OFFSET = 1e-12
 

@@ -5,7 +5,7 @@ Batch rows do not affect each other. Public methods run without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.adapters.adapter import CONDITIONERS
 from stable_audio_serve.models.batch_layout import packed_layout
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.varlen import has_varlen
@@ -93,6 +94,11 @@ class Sa3Model(NativeModel):
         )
         self._decode_rule = WindowRule(self.autoencoder.decoder_halo_latents, self.autoencoder.latent_multiple)
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")
+
+    @property
+    def adaptable(self) -> Mapping[str, nn.Module]:
+        """The networks that adapters can change, by the prefix of their layers' names in adapter files."""
+        return {"model.": self.denoiser} | {f"{CONDITIONERS}{id_}.": net for id_, net in self.numbers.items()}
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan per variation. Raises InvalidRequestError naming a field that the model cannot serve."""

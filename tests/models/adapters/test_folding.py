@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.models.adapters import Base, Stacking, check_strength, fold, read_adapter
+from stable_audio_serve.core.generation import Stacking
+from stable_audio_serve.models.adapters import Base, check_strength, fold, read_adapter
 from tests.models.adapters.plain import (
     CONV,
     LINEAR,

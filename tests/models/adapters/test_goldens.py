@@ -6,20 +6,20 @@ What the reference has not stored is compared with the denoiser whose weights ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.models.adapters import Base, FittedAdapter, Slot, Stacking, adapt, fold, read_adapter
+from stable_audio_serve.core.generation import Stacking
+from stable_audio_serve.models.adapters import Base, FittedAdapter, RowSlots, Slot, adapting, fold, read_adapter
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import load_goldens
@@ -34,7 +34,7 @@ SERVED = ("lora_all", "dora_rows_layers", "lora_xs_layer1")
 @cache
 def base() -> Base:
     model = loaded(NAME)
-    return Base(NAME, {"model.": model.denoiser} | {f"conditioners.{id_}.": net for id_, net in model.numbers.items()})
+    return Base(NAME, model.adaptable)
 
 
 @cache
@@ -47,20 +47,9 @@ def stored() -> dict[str, Tensor]:
     return load_file(FOLDER / "lora_golden.safetensors")
 
 
-@contextmanager
-def adapted(slot: Slot) -> Iterator[None]:
+def adapted(slot: Slot) -> AbstractContextManager[None]:
     """Returns a context in which every row has the slot."""
-    with ExitStack() as stack:
-        for name, one in slot.layers.items():
-
-            def change(layer: nn.Module, given: Any, out: Tensor, one: Any = one) -> Tensor:
-                groups = [(slice(None), one)]
-                if isinstance(layer, nn.Conv1d):
-                    return adapt(out.mT.contiguous(), given[0].mT, groups=groups).mT
-                return adapt(out, given[0], groups=groups)
-
-            stack.enter_context(base().layers[name].register_forward_hook(change))
-        yield
+    return adapting(base().layers, RowSlots([(slice(None), slot)]))
 
 
 def run_network(net: Denoiser) -> Tensor:
