@@ -108,6 +108,22 @@ _ENGINE = (
     Metric("engine_pad_share", "gauge", "Share of the last step that was padding, 0 to 1.", ("model",)),
     Metric("engine_prompt_cache_hits", "counter", "Prompts whose embedding was cached.", ("model",)),
     Metric("engine_prompt_cache_misses", "counter", "Prompts whose embedding was not cached.", ("model",)),
+    Metric("engine_adapter_loads", "counter", "Adapter files that were loaded.", ("model",), is_rare=True),
+    Metric(
+        "engine_adapter_fold_ms",
+        "histogram",
+        "Time to combine a request's adapters into a slot, milliseconds.",
+        ("model",),
+        is_rare=True,
+    ),
+    Metric(
+        "engine_adapter_slots",
+        "gauge",
+        "Slots (chains of adapters with strengths) in memory.",
+        ("model",),
+        is_rare=True,
+    ),
+    Metric("engine_adapter_bytes", "gauge", "Memory of adapters and slots.", ("model",), is_rare=True),
     Metric(
         "quality_gates",
         "counter",

@@ -7,7 +7,7 @@ they take its queue and its batches into account.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
 
 from stable_audio_serve.core.generation import GenerationRequest
@@ -55,7 +55,8 @@ class WorkSize:
 class Prices:
     """The prices of one model: milliseconds of device time per unit of each quantity in `WorkSize`, with full batches.
 
-    `default_steps` and `default_cfg_scale` are the model's values for requests that leave them unset.
+    `default_steps` and `default_cfg_scale` are the model's values for requests that leave them unset. `adapted` is the
+    time of an evaluation with adapters, relative to one without.
     """
 
     row_ms: float
@@ -64,6 +65,7 @@ class Prices:
     audio_second_ms: float
     default_steps: int = 8
     default_cfg_scale: float = 1.0
+    adapted: float = 1.0
 
     def of(self, size: WorkSize) -> float:
         """Return the predicted device time of work of this size, in milliseconds."""
@@ -76,7 +78,11 @@ class Prices:
 
     def of_request(self, request: GenerationRequest) -> float:
         """Return the predicted device time of one request, in milliseconds."""
-        return self.of(WorkSize.of(request, model=self))
+        size = WorkSize.of(request, model=self)
+        if request.loras:
+            more = {"evaluations": self.adapted * size.evaluations, "evaluated_s": self.adapted * size.evaluated_s}
+            size = replace(size, **more)
+        return self.of(size)
 
     def to_dict(self) -> dict[str, float]:
         """Return the fields by name."""

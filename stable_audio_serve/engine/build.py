@@ -44,7 +44,7 @@ from stable_audio_serve.engine.scheduling.batching import (
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.memory import RowMemory
 from stable_audio_serve.engine.scheduling.scheduler import Scheduler, SchedulerLimits
-from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
+from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel, ModelSpec
 from stable_audio_serve.sampling.noise import NoiseSource
 
 _NOISE_THREADS = 4  # drawing the noise of a step with 16,000 latent frames takes one thread 13 to 27 ms
@@ -148,6 +148,7 @@ def build_parts(
             device.memory(),
             max_rows_bytes=options.max_memory_bytes,
             prompt_cache_bytes=options.prompt_cache_bytes,
+            lora_cache_bytes=options.lora_cache_bytes if isinstance(model, AdaptableModel) else 0,
             captures=device.can_capture,
         ),
         clock=clock,

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -29,6 +30,7 @@ from stable_audio_serve.core.generation import (
 )
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.pricing import Prices
+from stable_audio_serve.engine.adapters import Adapters
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.build import build_parts, resolve_mode
 from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, deadline_error
@@ -68,9 +70,11 @@ class Engine:
         policy: BatchPolicy | None = None,
         device: Device | None = None,
         loaded: Loaded = Loaded(),
+        fetch_adapter: Callable[[str], Path] = Path,
     ) -> None:
         """`noise_factory` makes a clip's noise source from its seed. `policy` None means the batch policy that suits
         the options and the device; `device` None means the model's device. `loaded` becomes part of each result.
+        `fetch_adapter` returns the file of an adapter's source, and downloads it if necessary.
         """
         self._model = model
         self._options = options
@@ -84,6 +88,15 @@ class Engine:
             message = "compile cannot be used in strict mode, in which a row's bytes must not depend on a call's shape"
             raise ConfigError(message, field="compile", allowed="mode: fast")
         self._loaded = loaded
+        self._fetch_adapter = fetch_adapter
+        self._adapters = Adapters(
+            model,
+            max_bytes=options.lora_cache_bytes,
+            max_rank=options.max_lora_rank,
+            fetch=fetch_adapter,
+            clock=clock,
+            metrics=metrics,
+        )
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share, clock=clock)
         self._assemble(_configured_profile(options, self._whole_device))
         self._planners: dict[Priority, Planner] = {
@@ -159,7 +172,14 @@ class Engine:
         options = replace(
             self._options, mode=mode, profile="accelerated", features=features, warmup_budget_s=0.0, max_queue_s=1e6
         )
-        return Engine(self._model, options, clock=self._clock, device=self._whole_device, loaded=self._loaded)
+        return Engine(
+            self._model,
+            options,
+            clock=self._clock,
+            device=self._whole_device,
+            loaded=self._loaded,
+            fetch_adapter=self._fetch_adapter,
+        )
 
     async def start(self) -> None:
         """Start the engine thread and wait for its warm-up.
@@ -190,6 +210,7 @@ class Engine:
             await asyncio.to_thread(self._thread.stop, timeout_s=_STOP_TIMEOUT_S)
         for planner in self._planners.values():
             planner.close()
+        self._adapters.close()
         for noise_pool in self._noise_pools.values():
             noise_pool.shutdown(wait=False, cancel_futures=True)
 
@@ -309,10 +330,11 @@ class Engine:
         try:
             async with asyncio.timeout(request.deadline_s):
                 plans = await self._planners[priority].plan(request, frames=frames)
+                slots = await self._adapters.acquire(request, plans[0].sampler.evaluations)
         except TimeoutError:
             self._metrics.increment("engine_requests", outcome="expired")
             raise deadline_error(request) from None
-        works = [row_work(plan, hop=self.spec.hop) for plan in plans]
+        works = [row_work(plan, hop=self.spec.hop, is_adapted=bool(slots.by_evaluation)) for plan in plans]
         state = RequestState(
             next(self._request_ids),
             request,
@@ -320,16 +342,18 @@ class Engine:
             reply=Reply(on_progress),
             noise_factory=self._noise_factory,
             submitted_at=submitted_at,
+            slots=slots,
         )
         if any(work.encode_left for work in works):
             # With source audio, the planning time counts as source time, because most of it was resampling.
             state.clock.mark("source", self._clock.monotonic())
         work_ms = sum(map(self._predictor.share_ms, works))
-        self._admission.admit(state.id, work_ms, priority=priority, client=request.client)
         try:
+            self._admission.admit(state.id, work_ms, priority=priority, client=request.client)
             self._inbox.put(state)
-        except ModelUnavailableError:
+        except (OverloadedError, ModelUnavailableError):
             self._admission.release(state.id)
+            slots.release()
             raise
         return state
 

@@ -249,6 +249,7 @@ class EngineLoop:
             if row.id in self._rows:
                 self._drop(self._rows[row.id])
         request.shared.release()
+        request.slots.release()
         self._admission.release(request.id, is_done=outcome == "finished")
         self._metrics.increment("engine_requests", outcome=outcome)
         self._queue_changed = True

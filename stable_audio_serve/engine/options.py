@@ -50,6 +50,8 @@ class EngineOptions:
     # Device memory for clips in progress. None: most of the free memory on CUDA, no limit on a CPU.
     max_memory_bytes: int | None = None
     prompt_cache_bytes: int = 256 * 2**20
+    lora_cache_bytes: int = 512 * 2**20  # for adapters and the slots that are folded from them
+    max_lora_rank: int = 64  # the most that the ranks of a request's adapters may add up to
     planning_threads: int = 1  # for each priority, the number of threads that plan requests
     max_planning: int = 1024  # for each priority, the most requests that wait for these threads or are being planned
     torch_threads: int | None = None  # threads of an operation on a CPU; None: torch's default
@@ -63,13 +65,13 @@ class EngineOptions:
             allowed = ", ".join(get_args(ProfileChoice))
             raise ConfigError(f"engine profile {self.profile!r} is unknown", field="profile", allowed=allowed)
         least = {"slots": 2, "max_rows": 2}  # a guided clip takes two slots; each priority needs one clip in progress
-        whole = ("max_rows", "max_step_tokens", "slots", "planning_threads", "max_planning")
+        whole = ("max_rows", "max_step_tokens", "slots", "max_lora_rank", "planning_threads", "max_planning")
         for name in (*whole, "frame_grid", "max_memory_bytes", "torch_threads"):
             value = getattr(self, name)
             if value is not None and value < least.get(name, 1):
                 allowed = f">= {least.get(name, 1)}"
                 raise ConfigError(f"engine {name} must be {allowed}, got {value}", field=name, allowed=allowed)
-        for name in ("max_queue_s", "batch_share", "prompt_cache_bytes", "warmup_budget_s"):
+        for name in ("max_queue_s", "batch_share", "prompt_cache_bytes", "lora_cache_bytes", "warmup_budget_s"):
             value = getattr(self, name)
             if not value >= 0:
                 raise ConfigError(f"engine {name} must not be negative, got {value}", field=name, allowed=">= 0")

@@ -56,6 +56,7 @@ class PriceList:
             audio_second_ms=audio_second_ms,
             default_steps=self._card.default_steps,
             default_cfg_scale=self._card.default_cfg_scale,
+            adapted=self._predictor.adapted,
         )
 
 
@@ -79,6 +80,11 @@ class Predictor:
         self._cost = cost
         self._policy = policy
 
+    @property
+    def adapted(self) -> float:
+        """The time of an evaluation with adapters, relative to one without."""
+        return self._cost.adapted
+
     def text_ms(self, num_prompts: int) -> float:
         """Return the time in ms to encode this many prompts in one call."""
         return self._cost.call_ms("text", rows=num_prompts, frames=0)
@@ -95,7 +101,8 @@ class Predictor:
         """Return the time in ms of one turn in which these rows run. `num_new` of them need their prompt encoded."""
         lanes = [work.lane for work in works if work.phase is Phase.DENOISE]
         total = self.text_ms(num_new) if num_new else 0.0
-        total += sum(self._cost.groups_ms("denoise", call.groups) for call in self._policy.split(lanes))
+        factor = self._cost.adapted if any(work.is_adapted for work in works) else 1.0
+        total += factor * sum(self._cost.groups_ms("denoise", call.groups) for call in self._policy.split(lanes))
         total += sum(self._coding_ms("encode", work.encode_left) for work in works if work.phase is Phase.ENCODE)
         total += sum(self._coding_ms("decode", work.decode_left) for work in works if work.phase is Phase.DECODE)
         return total

@@ -67,11 +67,13 @@ def test_remaining_memory_is_bounded_by_share_and_gpu() -> None:
 
 def test_the_parts_of_a_plan_add_up_to_the_share() -> None:
     memory = DeviceMemory(CARD, allowed=20 * GB, held=4 * GB, free=70 * GB)
-    plan = plan_memory(memory, max_rows_bytes=None, prompt_cache_bytes=1 * GB)
-    assert (plan.weights, plan.prompts, plan.reserve, plan.setting) == (4 * GB, 1 * GB, 1 * GB, "memory_share")
+    plan = plan_memory(memory, max_rows_bytes=None, prompt_cache_bytes=GB // 2, lora_cache_bytes=GB // 2)
+    assert (plan.weights, plan.prompts, plan.adapters) == (4 * GB, GB // 2, GB // 2)
+    assert (plan.reserve, plan.setting) == (1 * GB, "memory_share")
     assert (plan.rows, plan.graphs) == (int(0.85 * 14 * GB), int(0.15 * 14 * GB))
     assert str(replace(plan, context=2 * GB, decode=1 * GB)) == (
-        "weights_gb=4.00 prompts_gb=1.00 context_gb=2.00 rows_gb=8.90 decode_gb=1.00 graphs_gb=2.10 reserve_gb=1.00"
+        "weights_gb=4.00 prompts_gb=0.50 adapters_gb=0.50 context_gb=2.00 rows_gb=8.90 decode_gb=1.00 "
+        "graphs_gb=2.10 reserve_gb=1.00"
     )
     without = plan_memory(memory, max_rows_bytes=None, prompt_cache_bytes=1 * GB, captures=False)
     assert (without.rows, without.graphs) == (14 * GB, 0)

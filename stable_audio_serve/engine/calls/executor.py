@@ -7,14 +7,15 @@ If a call raises an exception, its items run again one by one, so that only the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
@@ -28,10 +29,15 @@ from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
 from stable_audio_serve.engine.scheduling.memory import FixedMemory
+from stable_audio_serve.models.adapters.apply import RowSlots, adapting
+from stable_audio_serve.models.adapters.base import adaptable_layers
+from stable_audio_serve.models.adapters.fold import Slot
 from stable_audio_serve.models.protocol import (
+    AdaptableModel,
     DecodeWindow,
     DiffusionModel,
     EncodeWindow,
+    RowConditioning,
     TextEmbedding,
 )
 
@@ -62,6 +68,7 @@ class Executor:
         self._device = device
         self._policy = policy
         self._max_per_call = max_per_call
+        self._is_strict = is_strict
         self.conditioning = ConditioningArena(device)
         self._graphs = Graphs(
             device,
@@ -111,6 +118,18 @@ class Executor:
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor | Exception]:
         """Decode windows of latents. Returns each window's audio (channels, samples) float32, or its exception."""
         return self._by_length(windows, length=lambda window: window.latents.shape[-1], run=self._decoder.decode)
+
+    def condition(self, row: Row, inpaint: Tensor | None) -> RowConditioning:
+        """Return the conditioning of a row with the adapters of its next evaluation.
+
+        `inpaint` are the latents (channels, frames) of a source that the row edits.
+        """
+        prompts = row.request.shared.prompts
+        assert prompts is not None
+        with self._adapted([] if row.slot is None else [(slice(None), row.slot)]):
+            return self._model.condition(
+                row.plan, prompt=prompts.prompt, negative=prompts.negative, inpaint_latents=inpaint
+            )
 
     def calls(self, rows: Sequence[Row]) -> list[Call]:
         """Split the next evaluation of these rows into device calls."""
@@ -186,6 +205,7 @@ class Executor:
     def _evaluate(self, rows: Sequence[Row], *, call: Call) -> Sequence[Row]:
         """Run one evaluation of these rows in one network call and store their new latents. Returns `rows`."""
         step_rows = [_step_row(row) for row in rows]
+        slots = self._slots_of(rows, step_rows)
         is_packed_by_host = bool(call.lengths) and not call.tokens
         own = StepShape.of(
             step_rows,
@@ -194,15 +214,50 @@ class Executor:
             latent_channels=self._model.spec.card.latent_channels,
         )
         shape = PackedShape(own, call.tokens, self._model.spec.num_prefix) if call.tokens else own
+        plans = [row.plan for row, step_row in zip(rows, step_rows, strict=True) for _ in step_row.branches]
+        frames = [plan.frames for plan in plans]
         if is_packed_by_host:
-            plans = [row.plan for row, step_row in zip(rows, step_rows, strict=True) for _ in step_row.branches]
-            frames, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
+            seen = [plan.valid_frames for plan in plans]
             buffer = self._device.upload(own.write(step_rows, self._device))
             denoise = partial(denoise_joined, self._model.denoise, frames=frames, valid_frames=seen)
-            run_step(denoise, buffer, memories=self._memories(), shape=own)
-        elif not self._device.can_capture or not self._replay(shape.general(), step_rows):
-            self._run(shape, self._device.upload(shape.write(step_rows, self._device)))
+            with self._adapted(slots, frames=frames):
+                run_step(denoise, buffer, memories=self._memories(), shape=own)
+        elif slots or not self._device.can_capture or not self._replay(shape.general(), step_rows):
+            with self._adapted(slots, frames=frames if call.tokens else ()):
+                self._run(shape, self._device.upload(shape.write(step_rows, self._device)))
         return rows
+
+    def _slots_of(self, rows: Sequence[Row], step_rows: Sequence[StepRow]) -> list[tuple[slice, Slot]]:
+        """Return the network rows that have adapters, with their slots.
+
+        In fast mode, adjacent rows of equal slots are joined. In strict mode a row's operations must not depend on
+        its neighbours.
+        """
+        slots: list[tuple[slice, Slot]] = []
+        start = 0
+        for row, step_row in zip(rows, step_rows, strict=True):
+            stop = start + len(step_row.branches)
+            if row.slot is not None:
+                is_joined = not self._is_strict and slots and slots[-1][0].stop == start and slots[-1][1] is row.slot
+                slots.append((slice(slots.pop()[0].start if is_joined else start, stop), row.slot))
+            start = stop
+        return slots
+
+    @contextmanager
+    def _adapted(self, slots: Sequence[tuple[slice, Slot]], *, frames: Sequence[int] = ()) -> Iterator[None]:
+        """Apply these slots to network rows within this context. `frames` are the rows' lengths if they are packed."""
+        with ExitStack() as stack:
+            if slots:
+                spec = self._model.spec
+                if spec.is_compiled:
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                own = RowSlots(slots, frames=frames, num_prefix=spec.num_prefix)
+                stack.enter_context(adapting(self._adaptable_layers, own))
+            yield
+
+    @cached_property
+    def _adaptable_layers(self) -> Mapping[str, nn.Module]:
+        return adaptable_layers(self._model.adaptable) if isinstance(self._model, AdaptableModel) else {}
 
     def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
         """Replay the CUDA graph of this shape with the inputs of `rows`. Returns False if there is no such graph."""

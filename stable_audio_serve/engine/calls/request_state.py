@@ -23,6 +23,7 @@ from stable_audio_serve.core.generation import (
     ProgressCallback,
     StageTimings,
 )
+from stable_audio_serve.engine.adapters import HeldSlots
 from stable_audio_serve.engine.calls.conditioning import HeldConditioning
 from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import SourceEncoding
@@ -216,6 +217,7 @@ class RequestState:
         reply: Reply,
         noise_factory: Callable[[int], NoiseSource],
         submitted_at: float,
+        slots: HeldSlots | None = None,
     ) -> None:
         self.id = request_id
         self.request = request
@@ -223,6 +225,7 @@ class RequestState:
         self.reply = reply
         self.noise_factory = noise_factory
         self.submitted_at = submitted_at
+        self.slots = slots or HeldSlots()
         self.deadline_at = None if request.deadline_s is None else submitted_at + request.deadline_s
         self.start_by = None if request.start_within_s is None else submitted_at + request.start_within_s
         self._cancelled = False

@@ -18,6 +18,7 @@ from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, M
 from stable_audio_serve.engine.scheduling.batching import Lane
 from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding, audible_spans
+from stable_audio_serve.models.adapters.fold import Slot
 from stable_audio_serve.models.protocol import RowPlan
 from stable_audio_serve.models.windows import cut_windows, window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
@@ -117,6 +118,8 @@ class Stepping:
     conditioning: HeldConditioning
     numbers: Sequence[StepNumbers]  # one per evaluation
     held: HeldFrames
+    slot: Slot | None = None  # of the adapters that the conditioning was made with
+    inpaint: Tensor | None = None  # the source's latents, if the conditioning is made again for other adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,12 @@ class Row:
         return self.work.lane
 
     @property
+    def slot(self) -> Slot | None:
+        """The slot of the adapters that apply to the next evaluation."""
+        slots = self.request.slots.by_evaluation
+        return slots[self.work.num_done] if slots else None
+
+    @property
     def is_conditioned(self) -> bool:
         """Whether the row can run its first step or has run it."""
         return isinstance(self.phase, Stepping) or self.work.num_done > 0
@@ -211,8 +220,11 @@ def run_alone(row: Row, action: Callable[[Row], None], *, device: Device) -> Fai
     return []
 
 
-def row_work(plan: RowPlan, *, hop: int) -> RowWork:
-    """Return all work of a row that has not started. A guided evaluation takes two rows of the network's batch."""
+def row_work(plan: RowPlan, *, hop: int, is_adapted: bool = False) -> RowWork:
+    """Return all work of a row that has not started. A guided evaluation takes two rows of the network's batch.
+
+    `is_adapted`: the row has adapters.
+    """
     sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
     end = min(plan.output_samples, plan.valid_frames * hop)
     return RowWork(
@@ -220,6 +232,7 @@ def row_work(plan: RowPlan, *, hop: int) -> RowWork:
         branches=[2 if evaluation.guided else 1 for evaluation in plan.sampler.evaluations],
         encode_left=[frames for source in sources for frames in window_lengths(source.windows)],
         decode_left=window_lengths(audible_spans(plan.decode_windows, hop=hop, end=end)),
+        is_adapted=is_adapted,
     )
 
 

@@ -11,6 +11,7 @@ from concurrent import futures
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import GenerationError
@@ -107,11 +108,17 @@ class Stages:
 
         Returns the rows that failed.
         """
+        failures = self._follow_intervals(rows)
+        if failures:
+            rows = [row for row in rows if all(row is not failed for failed, _ in failures)]
         calls = self._executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
         groups = [call.groups for call in calls]
-        failures = self._times.time("denoise", groups, run=lambda: self._executor.denoise(rows, calls))
+        is_adapted = any(row.slot is not None for row in rows)
+        failures += self._times.time(
+            "denoise", groups, run=lambda: self._executor.denoise(rows, calls), is_adapted=is_adapted
+        )
         failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))
         padded_tokens = sum(count * frames for own in groups for count, frames in own)
@@ -222,26 +229,40 @@ class Stages:
         if kept is not None:
             parts.append(torch.stack([kept.mask.float().expand_as(kept.source), kept.source, kept.noise]))
         held = self._executor.hold(torch.cat(parts))
+        latents = None if plan.start_blend or inpaint is None else inpaint.latents()
         try:
-            conditioning = self._condition(row, encoding)
+            conditioning = self._condition(row, latents)
         except Exception:
             held.free()  # `row.release` would not free this memory, because `row.phase` does not contain it yet
             raise
-        row.phase = Stepping(encoding.noise, conditioning, numbers, held)
+        kept_latents = None if row.request.slots.is_constant else latents
+        row.phase = Stepping(encoding.noise, conditioning, numbers, held, slot=row.slot, inpaint=kept_latents)
 
-    def _condition(self, row: Row, encoding: Encoding) -> HeldConditioning:
-        shared = row.request.shared
-        if shared.conditioning is not None and not shared.conditioning.is_freed:
-            return shared.conditioning.share()
-        inpaint = None if row.plan.sampler.start_blend else encoding.sources.get("inpaint")
-        conditioning = self._model.condition(
-            row.plan,
-            prompt=encoding.prompts.prompt,
-            negative=encoding.prompts.negative,
-            inpaint_latents=inpaint.latents() if inpaint else None,
-        )
+    def _follow_intervals(self, rows: Sequence[Row]) -> Failures:
+        """Make the conditioning of a row again if other adapters apply to its next evaluation than to the last one.
+
+        Returns the rows that failed.
+        """
+        failures: Failures = []
+        for row in rows:
+            if row.slot is not row.in_phase(Stepping).slot:
+                failures += run_alone(row, self._condition_again, device=self._device)
+        return failures
+
+    def _condition_again(self, row: Row) -> None:
+        stepping = row.in_phase(Stepping)
+        conditioning = self._executor.condition(row, stepping.inpaint)
+        stepping.conditioning.free()  # first, because memory of a fixed size has no room for both
         held = self._executor.conditioning.hold(conditioning)
-        if inpaint is None or not self._model.spec.noisy_source_encoder:
+        row.phase = replace(stepping, conditioning=held, slot=row.slot)
+
+    def _condition(self, row: Row, inpaint: Tensor | None) -> HeldConditioning:
+        """Return the row's conditioning. `inpaint` are the latents (channels, frames) of a source that it edits."""
+        shared, is_shared = row.request.shared, row.request.slots.is_constant
+        if is_shared and shared.conditioning is not None and not shared.conditioning.is_freed:
+            return shared.conditioning.share()
+        held = self._executor.conditioning.hold(self._executor.condition(row, inpaint))
+        if is_shared and (inpaint is None or not self._model.spec.noisy_source_encoder):
             # The memory plan counts rows in progress, so a request without any keeps nothing in memory of a fixed size.
             shared.keeps_conditioning = self._executor.conditioning.fixed is None
             shared.conditioning = held.share() if shared.keeps_conditioning else held

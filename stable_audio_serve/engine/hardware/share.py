@@ -50,6 +50,7 @@ class MemoryPlan:
 
     weights: int = 0
     prompts: int = 0
+    adapters: int = 0
     rows: int | None = None
     context: int = 0
     decode: int = 0
@@ -64,6 +65,7 @@ class MemoryPlan:
         return {
             "weights": self.weights,
             "prompts": self.prompts,
+            "adapters": self.adapters,
             "context": self.context,
             "rows": self.rows - self.context - self.decode,
             "decode": self.decode,
@@ -82,7 +84,12 @@ def allowed_bytes(total: int, *, share: float) -> int:
 
 
 def plan_memory(
-    memory: DeviceMemory | None, *, max_rows_bytes: int | None, prompt_cache_bytes: int, captures: bool = True
+    memory: DeviceMemory | None,
+    *,
+    max_rows_bytes: int | None,
+    prompt_cache_bytes: int,
+    lora_cache_bytes: int = 0,
+    captures: bool = True,
 ) -> MemoryPlan:
     """Return the plan of an engine whose weights are loaded. `memory` is None if the device shares the host's memory.
 
@@ -92,24 +99,33 @@ def plan_memory(
     """
     if memory is None:
         return MemoryPlan(rows=max_rows_bytes)
-    own = memory.allowed - memory.held - prompt_cache_bytes
+    caches = prompt_cache_bytes + lora_cache_bytes
+    own = memory.allowed - memory.held - caches
     if max_rows_bytes is not None and max_rows_bytes > own:
         raise ConfigError(
             f"max_memory_bytes is {max_rows_bytes / 1e9:.3g} GB, but of the device's {memory.total / 1e9:.3g} GB this "
             f"replica may take {memory.allowed / 1e9:.3g} GB, its weights {memory.held / 1e9:.3g} GB and encoded "
-            f"prompts {prompt_cache_bytes / 1e9:.3g} GB of it; allowed: up to "
+            f"prompts and adapters {caches / 1e9:.3g} GB of it; allowed: up to "
             f"{max(own, 0)} bytes",
             field="max_memory_bytes",
             allowed=f"1..{max(own, 0)}",
         )
-    left = max(memory.left - prompt_cache_bytes, 0)
+    left = max(memory.left - caches, 0)
     reserve = min(int(_RESERVE * memory.allowed), left)
     graphs = int(_GRAPHS * (left - reserve)) if captures else 0
     rows, setting = max(left - reserve - graphs, 1), "memory_share"
     if max_rows_bytes is not None:
         rows, setting = max_rows_bytes, "max_memory_bytes"
         graphs = min(graphs, max(left - rows, 0))
-    return MemoryPlan(memory.held, prompt_cache_bytes, rows, graphs=graphs, reserve=reserve, setting=setting)
+    return MemoryPlan(
+        memory.held,
+        prompt_cache_bytes,
+        lora_cache_bytes,
+        rows=rows,
+        graphs=graphs,
+        reserve=reserve,
+        setting=setting,
+    )
 
 
 def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share: float) -> None:

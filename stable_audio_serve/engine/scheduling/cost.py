@@ -153,6 +153,7 @@ def _score(above_ms: Array, ms: Array, *, floor_ms: float, num_terms: int) -> fl
 
 
 _MOST_TOKENS = 2.0**20  # the largest result of `CostModel.knee_tokens`; also its result if rows take no time
+_FIRST_ADAPTED = 1.2  # until a step with adapters is measured
 _FIT_WEIGHT = 4  # the fit at warm-up weighs as much as this many later measurements
 _MAX_RATIO = 3.0  # a measurement that differs from its prediction by a larger factor counts as one with this factor
 
@@ -180,6 +181,7 @@ class CostModel:
         }
         self._scales: dict[Work, float] = dict.fromkeys(self._costs, 1.0)
         self._num_corrections: dict[Work, int] = dict.fromkeys(self._costs, 0)
+        self.adapted = _FIRST_ADAPTED  # the time of a step whose rows have adapters, relative to one without
 
     def fit(self, work: Work, measurements: Iterable[Measurement]) -> None:
         """Fit the coefficients of one kind of work to these measurements, and reset its scale to 1."""
@@ -187,8 +189,10 @@ class CostModel:
         self._scales[work] = 1.0
         self._num_corrections[work] = _FIT_WEIGHT
 
-    def correct(self, work: Work, calls: Iterable[Groups], *, measured_ms: float) -> None:
+    def correct(self, work: Work, calls: Iterable[Groups], *, measured_ms: float, is_adapted: bool = False) -> None:
         """Adjust the scale of one kind of work to `measured_ms`, the total time of these calls.
+
+        With `is_adapted`, adapters applied to the calls, and only their factor is adjusted.
 
         If the kind has neither a fit nor a measurement yet, the scale becomes exactly right for these calls. Otherwise
         the scale changes by a limited factor, because another program may have slowed the calls down.
@@ -197,6 +201,9 @@ class CostModel:
         if predicted_ms <= 0 or measured_ms <= 0:
             return
         ratio = measured_ms / (predicted_ms * self._scales[work])
+        if is_adapted:
+            self.adapted += self._learning_rate * (min(max(ratio, 1.0), _MAX_RATIO) - self.adapted)
+            return
         if self._num_corrections[work] > 0:
             ratio = min(max(ratio, 1.0 / _MAX_RATIO), _MAX_RATIO)
         self._num_corrections[work] += 1

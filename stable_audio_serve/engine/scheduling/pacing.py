@@ -28,6 +28,7 @@ class _QueuedCall:
     calls: Sequence[Groups]
     began: Moment
     ended: Moment
+    is_adapted: bool  # whether adapters applied
     is_alone: bool  # whether the device's other queue (CUDA stream) did nothing at the same time
 
 
@@ -46,11 +47,16 @@ class CallTimes:
         self._steps: deque[_QueuedCall] = deque()
         self._others: deque[_QueuedCall] = deque()
 
-    def time(self, work: Work, calls: Sequence[Groups], *, run: Callable[[], Result]) -> Result:
-        """Call `run`, which must queue the device work of `calls`, and measure that work. Returns the result."""
+    def time(
+        self, work: Work, calls: Sequence[Groups], *, run: Callable[[], Result], is_adapted: bool = False
+    ) -> Result:
+        """Call `run`, which must queue the device work of `calls`, and measure that work. Returns the result.
+
+        `is_adapted`: adapters apply to the calls.
+        """
         began = self._device.mark()
         result = run()
-        queued = _QueuedCall(work, calls, began, self._device.mark(), is_alone=True)
+        queued = _QueuedCall(work, calls, began, self._device.mark(), is_adapted=is_adapted, is_alone=True)
         if work == "denoise":
             # Unfinished work of the second queue runs at the same time as this step. Work that is queued there later
             # starts after this step.
@@ -86,5 +92,5 @@ class CallTimes:
             calls.popleft()
             ms = oldest.ended.ms_since(oldest.began)
             if oldest.is_alone:
-                self._cost.correct(oldest.work, oldest.calls, measured_ms=ms)
+                self._cost.correct(oldest.work, oldest.calls, measured_ms=ms, is_adapted=oldest.is_adapted)
             self._metrics.observe(f"engine_{oldest.work}_ms", ms)

@@ -50,18 +50,26 @@ class RowWork:
     """The remaining work of one row (clip) of `frames` latent frames. The engine's loop updates it.
 
     `encode_left` and `decode_left` are the lengths of the windows that remain to be encoded and decoded. `branches` has
-    one number per evaluation, the rows that it takes in the network's batch: 2 if guided, else 1.
+    one number per evaluation, the rows that it takes in the network's batch: 2 if guided, else 1. With `is_adapted`,
+    adapters apply to the evaluations.
     """
 
-    __slots__ = ("_guided_left", "branches", "decode_left", "encode_left", "frames", "num_done")
+    __slots__ = ("_guided_left", "branches", "decode_left", "encode_left", "frames", "is_adapted", "num_done")
 
     def __init__(
-        self, frames: int, *, branches: Sequence[int], encode_left: Sequence[int] = (), decode_left: Sequence[int] = ()
+        self,
+        frames: int,
+        *,
+        branches: Sequence[int],
+        encode_left: Sequence[int] = (),
+        decode_left: Sequence[int] = (),
+        is_adapted: bool = False,
     ) -> None:
         self.frames = frames
         self.branches = tuple(branches)
         self.encode_left = tuple(encode_left)
         self.decode_left = tuple(decode_left)
+        self.is_adapted = is_adapted
         self.num_done = 0
         self._guided_left = sum(n == 2 for n in self.branches)
 
@@ -100,10 +108,11 @@ class RowWork:
         total = sum(cost.call_ms("encode", rows=1, frames=frames) for frames in self.encode_left)
         total += sum(cost.call_ms("decode", rows=1, frames=frames) for frames in self.decode_left)
         single = len(self.branches) - self.num_done - self._guided_left
+        factor = cost.adapted if self.is_adapted else 1.0
         if single:
-            total += single * evaluation_ms(1, self.frames)
+            total += factor * single * evaluation_ms(1, self.frames)
         if self._guided_left:
-            total += self._guided_left * evaluation_ms(2, self.frames)
+            total += factor * self._guided_left * evaluation_ms(2, self.frames)
         return total
 
 

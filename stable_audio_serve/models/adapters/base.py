@@ -68,6 +68,19 @@ class SingularBasis:
     is_ambiguous: bool
 
 
+def adaptable_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv1d]:
+    """Returns the layers that adapters can change, by their names in adapter files.
+
+    `modules` are the networks by the prefix of their layers' names.
+    """
+    return {
+        prefix + path: module
+        for prefix, network in modules.items()
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv1d)
+    }
+
+
 class Base:
     """The layers of a network that adapters can change, by their names in adapter files.
 
@@ -77,12 +90,7 @@ class Base:
     def __init__(self, name: str, modules: Mapping[str, nn.Module]) -> None:
         """`modules` are the adaptable networks by the prefix of their layers' names in adapter files."""
         self.name = name
-        self.layers = {
-            prefix + path: module
-            for prefix, network in modules.items()
-            for path, module in network.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv1d)
-        }
+        self.layers = adaptable_layers(modules)
         self._squared_norms: dict[str, Tensor] = {}
         self._bases: dict[tuple[str, int], SingularBasis] = {}
 

@@ -1,0 +1,255 @@
+"""Loads the adapters that requests name, and keeps them and their folded slots in memory, so that the next request with
+the same adapters starts at once. Work that takes time runs on a thread of its own while the engine keeps stepping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.errors import InvalidRequestError, OverloadedError
+from stable_audio_serve.core.generation import GenerationRequest, Lora, Stacking
+from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.models.adapters.adapter import read_adapter
+from stable_audio_serve.models.adapters.base import Base, FittedAdapter
+from stable_audio_serve.models.adapters.fold import Slot, fold
+from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel
+from stable_audio_serve.sampling.plan import Evaluation
+
+log = logging.getLogger(__name__)
+
+_FULL_RETRY_S = 2.0
+
+Chain = tuple[tuple[Hashable, float], ...]  # identities of adapter files, and strengths
+
+
+@dataclass(slots=True)
+class HeldSlots:
+    """The slot of each evaluation of a request, None where no adapter applies. Held in memory until `release`."""
+
+    by_evaluation: Sequence[Slot | None] = ()
+    _release: Callable[[], None] | None = None
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all evaluations have the same slot."""
+        return len({id(slot) for slot in self.by_evaluation}) <= 1
+
+    def release(self) -> None:
+        """Let the memory be used for other adapters when space is needed. Has no effect the second time."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
+@dataclass(slots=True)
+class _Entry:
+    value: FittedAdapter | Slot
+    num_users: int = 0
+
+
+@dataclass(slots=True)
+class _Cache:
+    """Adapters and slots by key, in order of their last use. Thread-safe."""
+
+    max_bytes: int
+    metrics: Metrics
+    before_drop: Callable[[], None]
+    _entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict)
+    _num_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, key: Hashable) -> FittedAdapter | Slot | None:
+        """Returns the value, with one more user, or None if it is not in the cache."""
+        with self._lock:
+            if (entry := self._entries.get(key)) is None:
+                return None
+            self._entries.move_to_end(key)
+            entry.num_users += 1
+            return entry.value
+
+    def put(self, key: Hashable, value: FittedAdapter | Slot, *, name: str, num_users: int = 0) -> None:
+        """Add a value. Drops the least recently used values without users if there is no room.
+
+        Raises InvalidRequestError if the value is larger than the cache, OverloadedError if too much is in use.
+        """
+        with self._lock:
+            if value.nbytes > self.max_bytes:
+                raise InvalidRequestError(
+                    f"adapter {name!r} takes {value.nbytes} bytes, lora_cache_bytes allows {self.max_bytes}",
+                    field="loras",
+                    allowed=f"{self.max_bytes} bytes",
+                )
+            unused = [key for key, entry in self._entries.items() if not entry.num_users]
+            over = self._num_bytes + value.nbytes - self.max_bytes
+            if over > sum(self._entries[key].value.nbytes for key in unused):
+                message = "the memory for adapters (lora_cache_bytes) is in use by other requests"
+                raise OverloadedError(message, retry_after_s=_FULL_RETRY_S)
+            if over > 0:
+                self.before_drop()
+            for old in unused:
+                if over <= 0:
+                    break
+                over -= self._entries[old].value.nbytes
+                self._num_bytes -= self._entries.pop(old).value.nbytes
+            self._entries[key] = _Entry(value, num_users)
+            self._num_bytes += value.nbytes
+            self.metrics.gauge("engine_adapter_bytes", self._num_bytes)
+            self.metrics.gauge("engine_adapter_slots", sum(isinstance(e.value, Slot) for e in self._entries.values()))
+
+    def give_back(self, keys: Sequence[Hashable]) -> None:
+        """Count one user less of each key."""
+        with self._lock:
+            for key in keys:
+                self._entries[key].num_users -= 1
+
+
+class Adapters:
+    """The adapters of one model in one engine. `acquire` may be called from any event loop."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        *,
+        max_bytes: int,
+        max_rank: int,
+        fetch: Callable[[str], Path],
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """`fetch` returns the file of a source, and downloads it if necessary. `max_rank` limits a chain's rank."""
+        self._model = model
+        self._max_rank = max_rank
+        self._fetch = fetch
+        self._clock = clock
+        self._metrics = metrics
+        self._cache = _Cache(max_bytes, metrics, before_drop=self._finish_device_work)
+        # One thread, so that requests for the same adapter load it once. With one core, folding is the same everywhere.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=lambda: torch.set_num_threads(1))
+
+    @cached_property
+    def base(self) -> Base:
+        """The adaptable layers of the model. Raises InvalidRequestError if the model has none."""
+        name, networks = self._model.spec.card.name, self.networks
+        if not networks:
+            raise InvalidRequestError(f"the model {name} takes no adapters", field="loras", allowed="none")
+        return Base(name, networks)
+
+    async def acquire(self, request: GenerationRequest, evaluations: Sequence[Evaluation]) -> HeldSlots:
+        """Returns the slots of a request with these evaluations, loading and folding what is missing.
+
+        Raises InvalidRequestError for adapters that cannot be used, OverloadedError if too many are in use.
+        """
+        if not request.loras:
+            return HeldSlots()
+        _ = self.base
+        active = [_active(request.loras, evaluation.t) for evaluation in evaluations]
+        job: Future[HeldSlots] = self._pool.submit(self._hold, active, request.lora_stacking or "chained")
+        try:
+            return await asyncio.wrap_future(job)
+        except asyncio.CancelledError:
+            job.add_done_callback(_release_result)
+            raise
+
+    def close(self) -> None:
+        """Stop the thread. Slots that are held stay usable."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _hold(self, active: Sequence[tuple[Lora, ...]], stacking: Stacking) -> HeldSlots:
+        with torch.inference_mode():
+            keys = {loras: self._slot_key(loras, stacking) for loras in dict.fromkeys(active) if loras}
+            slots: dict[tuple[Lora, ...], Slot] = {}
+            held: list[Hashable] = []
+            try:
+                for loras, key in keys.items():
+                    slots[loras] = self._slot(key, loras=loras, stacking=stacking)
+                    held.append(key)
+            except BaseException:
+                self._cache.give_back(held)
+                raise
+        return HeldSlots([slots.get(loras) for loras in active], lambda: self._cache.give_back(held))
+
+    def _slot_key(self, loras: Sequence[Lora], stacking: Stacking) -> Hashable:
+        return (stacking, tuple((_identity(lora, self._fetch), lora.strength) for lora in loras))
+
+    def _slot(self, key: Hashable, *, loras: Sequence[Lora], stacking: Stacking) -> Slot:
+        """Returns a slot with one more user."""
+        if (found := self._cache.take(key)) is None:
+            chain = [(self._adapter(lora), lora.strength) for lora in loras]
+            began = self._clock.monotonic()
+            found = fold(self.base, chain, stacking=stacking, max_rank=self._max_rank)
+            self._finish_device_work()
+            self._metrics.observe("engine_adapter_fold_ms", 1000.0 * (self._clock.monotonic() - began))
+            for warning in found.warnings:
+                log.warning(warning)
+            self._cache.put(key, found, name="+".join(lora.name for lora in loras), num_users=1)
+        assert isinstance(found, Slot)
+        return found
+
+    def _adapter(self, lora: Lora) -> FittedAdapter:
+        key = _identity(lora, self._fetch)
+        if (found := self._cache.take(key)) is not None:
+            self._cache.give_back([key])  # the chain that is folded next refers to it
+            assert isinstance(found, FittedAdapter)
+            return found
+        began = self._clock.monotonic()
+        path = self._fetch(lora.source)
+        read = read_adapter(path, name=lora.name, max_rank=self._max_rank, with_conditioners=lora.has_conditioners)
+        if lora.sha256 not in ("", read.sha256):
+            message = f"adapter {lora.name!r} is another file than the request names: its hash is {read.sha256}"
+            raise InvalidRequestError(message, field="loras", allowed=lora.sha256)
+        fitted = self.base.fit(read)
+        self._cache.put(key, fitted, name=lora.name)
+        self._metrics.increment("engine_adapter_loads")
+        for warning in fitted.warnings:
+            log.warning(warning)
+        seconds = self._clock.monotonic() - began
+        log.info("loaded adapter %s (%s, rank %d) in %.2f s", lora.name, fitted.type, fitted.rank, seconds)
+        return fitted
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The networks that adapters can change, by prefix; empty if the model takes no adapters."""
+        return dict(self._model.adaptable) if isinstance(self._model, AdaptableModel) else {}
+
+    def _finish_device_work(self) -> None:
+        """Wait for the device, because the engine's thread uses slots on another stream than this thread."""
+        if self._model.device.type != "cpu":
+            torch.accelerator.synchronize(self._model.device)
+
+
+def _release_result(job: Future[HeldSlots]) -> None:
+    """Release the slots of a request that was cancelled while they were loaded."""
+    if not job.cancelled() and job.exception() is None:
+        job.result().release()
+
+
+def _active(loras: Sequence[Lora], t: float) -> tuple[Lora, ...]:
+    """Returns the adapters that apply at time `t`, without those of strength 0. Times are compared in float32."""
+    time = np.float32(t)
+    return tuple(
+        lora for lora in loras if lora.strength and np.float32(lora.interval[0]) <= time <= np.float32(lora.interval[1])
+    )
+
+
+def _identity(lora: Lora, fetch: Callable[[str], Path]) -> Hashable:
+    """Returns what tells the adapter from others: its hash, or if that is unknown its file and the file's version."""
+    if lora.sha256:
+        return lora.sha256, lora.has_conditioners
+    path = fetch(lora.source)
+    try:
+        stat = path.stat()
+    except OSError:
+        return str(path), lora.has_conditioners
+    return str(path), stat.st_mtime_ns, stat.st_size, lora.has_conditioners

@@ -1,0 +1,300 @@
+"""Requests with different adapters share denoising steps, and each sounds as if its network's weights were changed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from stable_audio_serve.core.errors import InvalidRequestError, OverloadedError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora, Stacking
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.adapters.adapter import read_adapter
+from stable_audio_serve.models.adapters.base import Base
+from stable_audio_serve.models.forwarding import ForwardingModel
+from stable_audio_serve.models.protocol import RowConditioning, StepBatch
+from stable_audio_serve.models.sa3.model import Sa3Model
+from tests.engine.capturing import RecordingDevice
+from tests.factories import ToyModel, make_audio, make_request
+from tests.models.adapters.plain import TYPES, Change, dense_weight, make_change, write_adapter
+from tests.models.loaded import loaded
+from tests.patience import PATIENCE_S
+
+TOLERANCE = 2e-4  # relative to the clip's peak
+STEPS = 4
+
+
+@cache
+def base() -> Base:
+    return Base("tiny-s", loaded("tiny-s").adaptable)
+
+
+@cache
+def change(kind: str, *, seed: int = 0, strength: float = 1.0, conditioners: bool = False) -> Change:
+    """Returns an adapter for all layers, with magnitudes near the norms of the weights, as training leaves them."""
+    layers = [layer for layer in base().layers if conditioners or not layer.startswith("conditioners.")]
+    alpha = 5.0 if kind.endswith("-xs") else 0.1  # about the same effect
+    made = make_change(base(), kind, alpha=alpha, strength=strength, seed=seed, layers=layers)
+    for layer, parts in made.tensors.items():
+        if "magnitude" in parts:
+            norms = base().weight(layer).norm(dim=1)
+            parts["magnitude"] = (norms * (1 + 0.1 * parts["magnitude"].float().clamp(-2, 2))).half()
+    return made
+
+
+def make_lora(folder: Path, made: Change, *, name: str = "vinyl", **fields: Any) -> Lora:
+    config = {"rank": made.rank, "alpha": made.alpha, "adapter_type": made.type}
+    file = write_adapter(folder / f"{name}.safetensors", made.tensors, config)
+    return replace(Lora(name, made.strength, source=str(file)), **fields)
+
+
+def make_changed_model(changes: Sequence[Change], *, stacking: Stacking = "chained") -> Sa3Model:
+    """Returns the model, loaded again, with weights that are changed as a whole."""
+    model = loaded.__wrapped__("tiny-s")
+    for name, layer in Base("changed", model.adaptable).layers.items():
+        weight = dense_weight(base().weight(name), name, changes, stacking=stacking)
+        layer.weight.data = weight.float().view_as(layer.weight)
+    return model
+
+
+def make_clip(**fields: Any) -> GenerationRequest:
+    return make_request("a bell", seed=3, steps=STEPS, duration_padding_s=0.0, **fields)
+
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "text": {"duration_s": 0.9},
+    "guided": {"duration_s": 0.7, "cfg_scale": 3.0, "negative_prompt": "noise"},
+    "variation": {"duration_s": 0.8, "init_audio": make_audio(0.8), "init_noise_level": 0.6},
+    "inpaint": {"duration_s": 0.8, "inpaint_audio": make_audio(0.8), "inpaint_regions_s": ((0.2, 0.5),)},
+    "several": {"duration_s": 0.6, "batch_size": 2},
+}
+
+
+@asynccontextmanager
+async def running(model: object = None, mode: str = "strict", **fields: Any) -> AsyncIterator[Engine]:
+    names = {"fetch_adapter", "device", "metrics"}
+    given = {name: fields.pop(name) for name in names & set(fields)}
+    if mode == "padded":
+        fields["frame_grid"] = 256
+    options = EngineOptions(
+        mode="strict" if mode == "strict" else "fast",
+        warmup_budget_s=0.0,
+        torch_threads=1,
+        fixed_share=0.001,
+        **fields,
+    )
+    async with Engine(model or loaded("tiny-s"), options, **given) as engine:  # type: ignore[arg-type]
+        yield engine
+
+
+async def generate(request: GenerationRequest, model: object = None, **fields: Any) -> GenerationResult:
+    async with running(model, **fields) as engine:
+        return await engine.generate(request)
+
+
+def assert_alike(found: GenerationResult, expected: GenerationResult, *, within: float = TOLERANCE) -> None:
+    for one, other in zip(found.audio, expected.audio, strict=True):
+        assert np.abs(one - other).max() <= within * np.abs(other).max()
+
+
+def assert_same(found: GenerationResult, expected: GenerationResult) -> None:
+    assert [audio.tobytes() for audio in found.audio] == [audio.tobytes() for audio in expected.audio]
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("kind", TYPES)
+async def test_an_adapter_works_like_changed_weights(tmp_path: Path, kind: str, mode: str) -> None:
+    made = change(kind, strength=0.8)
+    request = make_clip(duration_s=0.9)
+    found = await generate(replace(request, loras=(make_lora(tmp_path, made),)), mode=mode)
+    assert_alike(found, await generate(request, make_changed_model([made])))
+    plain = await generate(request)
+    assert np.abs(found.audio[0] - plain.audio[0]).max() > 0.05 * np.abs(plain.audio[0]).max()
+
+
+@pytest.mark.parametrize("stacking", ["chained", "summed"])
+@pytest.mark.parametrize("kind", REQUESTS)
+async def test_a_chain_of_three_works_in_all_requests(tmp_path: Path, kind: str, stacking: Stacking) -> None:
+    changes = [change("dora-rows", strength=0.5), change("lora", seed=1, strength=-0.7), change("dora-rows-xs", seed=2)]
+    loras = tuple(make_lora(tmp_path, made, name=f"a{index}") for index, made in enumerate(changes))
+    request = make_clip(**REQUESTS[kind])
+    found = await generate(replace(request, loras=loras, lora_stacking=stacking), mode="fast")
+    assert_alike(found, await generate(request, make_changed_model(changes, stacking=stacking)))
+
+
+async def test_conditioners_change_only_if_the_request_says_so(tmp_path: Path) -> None:
+    made, request = change("lora", conditioners=True), make_clip(duration_s=0.9)
+    lora = make_lora(tmp_path, made)
+    kept = {layer: parts for layer, parts in made.tensors.items() if not layer.startswith("conditioners.")}
+    for has_conditioners, expected in ((True, made), (False, replace(made, tensors=kept))):
+        asked = replace(request, loras=(replace(lora, has_conditioners=has_conditioners),))
+        assert_alike(await generate(asked), await generate(request, make_changed_model([expected])))
+
+
+def make_mixed(folder: Path) -> list[GenerationRequest]:
+    """Returns eight requests with different adapters, strengths, chains, intervals and lengths; two have none."""
+    loras = [
+        make_lora(folder, change(kind, seed=index), name=f"m{index}", interval=interval)
+        for index, (kind, interval) in enumerate(zip(TYPES, [(0, 1), (0, 1), (0.5, 1), (0, 0.7)], strict=True))
+    ]
+    chains = [(), loras[:1], loras[1:2], loras[2:3], loras[3:], loras[:2], (replace(loras[0], strength=0.3),), ()]
+    shapes = [*REQUESTS.values(), {"duration_s": 0.9}, {"duration_s": 0.5}, {"duration_s": 0.3, "cfg_scale": 2.0}]
+    return [make_clip(**shape, loras=tuple(chain)) for shape, chain in zip(shapes, chains, strict=True)]
+
+
+@pytest.mark.parametrize("mode", ["strict", "packed", "padded"])
+async def test_requests_with_other_adapters_change_nothing(tmp_path: Path, mode: str) -> None:
+    requests = make_mixed(tmp_path)
+    async with running(mode=mode) as engine:
+        together = await asyncio.gather(*map(engine.generate, requests))
+    alone = [await generate(request, mode=mode) for request in requests]
+    for request, found, expected in zip(requests, together, alone, strict=True):
+        if mode == "strict":
+            assert_same(found, expected)
+        else:
+            assert_alike(found, expected)
+        if not request.loras:
+            assert_alike(found, await generate(request))
+
+
+async def test_a_device_with_captured_steps_uses_the_same_adapters(tmp_path: Path) -> None:
+    requests = make_mixed(tmp_path)
+    async with running(mode="fast", device=RecordingDevice()) as engine:
+        found = [await asyncio.gather(*map(engine.generate, requests)) for _ in range(3)][-1]
+    for one, request in zip(found, requests, strict=True):
+        assert_alike(one, await generate(request))
+
+
+class Switching(ForwardingModel):
+    """Runs one of two models by the time of each evaluation. For unguided requests without variations."""
+
+    def __init__(self, early: Sa3Model, late: Sa3Model, *, until: float) -> None:
+        super().__init__(early)
+        self._models = early, late
+        self._until = until
+
+    def condition(self, *args: Any, **kwargs: Any) -> RowConditioning:
+        self._conditioned = [model.condition(*args, **kwargs) for model in self._models]
+        return self._conditioned[0]
+
+    def denoise(self, batch: StepBatch) -> Tensor:
+        late = float(batch.t[0]) < self._until
+        branch = self._conditioned[late].conditional
+        own = StepBatch.of(batch.x, t=batch.t, valid=batch.valid, branches=[branch])  # type: ignore[arg-type]
+        return self._models[late].denoise(own)
+
+
+@pytest.mark.parametrize("kind", ["text", "inpaint"])
+async def test_an_adapter_applies_within_its_interval(tmp_path: Path, kind: str) -> None:
+    made, request = change("dora-rows"), make_clip(**REQUESTS[kind])
+    changed = make_changed_model([made])
+    lora = make_lora(tmp_path, made)
+    for interval, models in {
+        (0.6, 1.0): (changed, loaded("tiny-s")),
+        (0.0, 0.6): (loaded("tiny-s"), changed),
+    }.items():
+        found = await generate(replace(request, loras=(replace(lora, interval=interval),)), mode="fast")
+        assert_alike(found, await generate(request, Switching(*models, until=0.6)))
+
+
+async def test_the_ends_of_an_interval_belong_to_it(tmp_path: Path) -> None:
+    lora = make_lora(tmp_path, change("lora"))
+    request = make_clip(duration_s=0.9)
+    evaluations = loaded("tiny-s").plan(request)[0].sampler.evaluations
+    times = [evaluation.t for evaluation in evaluations]
+    whole = await generate(replace(request, loras=(lora,)))
+    ends = replace(lora, interval=(min(times), max(times)))
+    assert_same(await generate(replace(request, loras=(ends,))), whole)
+    outside = replace(lora, interval=(0.0, min(times) / 2))
+    assert_same(await generate(replace(request, loras=(outside,))), await generate(request))
+
+
+async def test_strength_zero_is_the_plain_request(tmp_path: Path) -> None:
+    request = make_clip(duration_s=0.9)
+    lora = make_lora(tmp_path, change("dora-rows"), strength=0.0)
+    assert_same(await generate(replace(request, loras=(lora,))), await generate(request))
+
+
+async def test_an_adapter_is_loaded_once_and_while_others_run(tmp_path: Path) -> None:
+    opened = threading.Event()
+
+    def fetch(source: str) -> Path:
+        assert opened.wait(PATIENCE_S)
+        return Path(source)
+
+    lora = make_lora(tmp_path, change("lora"))
+    sha256 = read_adapter(Path(lora.source)).sha256
+    lora, request = replace(lora, sha256=sha256), make_clip(duration_s=0.6)
+    async with running(fetch_adapter=fetch) as engine:
+        waiting = asyncio.create_task(engine.generate(replace(request, loras=(lora,))))
+        plain = await asyncio.wait_for(engine.generate(request), PATIENCE_S)
+        assert not waiting.done()
+        opened.set()
+        adapted = await waiting
+        Path(lora.source).unlink()  # noqa: ASYNC240 - a small file
+        again = await engine.generate(replace(request, loras=(replace(lora, sha256=sha256),)))
+    assert_same(again, adapted)
+    assert plain.audio[0].tobytes() != adapted.audio[0].tobytes()
+
+
+async def refused(engine: Engine, *loras: Lora) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as caught:
+        await engine.generate(make_clip(duration_s=0.5, loras=loras))
+    assert caught.value.field == "loras"
+    return caught.value
+
+
+async def test_adapters_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
+    good = make_lora(tmp_path, change("dora-rows"))
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(Path(good.source).read_bytes()[:-9])  # noqa: ASYNC240 - a small file
+    other = make_lora(tmp_path, make_change(base(), "lora", layers=["model.preprocess_conv"]), name="other")
+    tensors = {"model.missing": change("lora").tensors["model.preprocess_conv"]}
+    foreign = write_adapter(tmp_path / "foreign.safetensors", tensors, {"alpha": 1})
+    async with running(max_lora_rank=3) as engine:
+        before = await engine.generate(make_clip(duration_s=0.5, loras=(good,)))
+        for lora, reason in {
+            replace(good, name="gone", source=str(tmp_path / "gone.safetensors")): "'gone' was not found",
+            replace(good, name="damaged", source=str(damaged)): "'damaged' is corrupt",
+            replace(good, name="foreign", source=str(foreign)): "'foreign' was made for another model",
+            replace(good, strength=-1.0): "strength -1.0, allowed: 0 to 2",
+            replace(good, sha256="0" * 64): "'vinyl' is another file",
+        }.items():
+            assert reason in str(await refused(engine, lora))
+        assert "stacked rank of 4" in str(await refused(engine, good, other))
+        after = await engine.generate(make_clip(duration_s=0.5, loras=(good,)))
+    assert_same(after, before)
+
+
+async def test_models_without_adapters_refuse_them(tmp_path: Path) -> None:
+    async with Engine(ToyModel(), EngineOptions(warmup_budget_s=0.0)) as engine:
+        error = await refused(engine, Lora("vinyl", source=str(tmp_path)))
+    assert "takes no adapters" in str(error)
+
+
+async def test_the_least_recently_used_adapter_makes_room(tmp_path: Path) -> None:
+    loras = [make_lora(tmp_path, change("lora", seed=seed), name=f"m{seed}") for seed in range(3)]
+    request = make_clip(duration_s=0.5)
+    whole = [await generate(replace(request, loras=(lora,))) for lora in loras]
+    fitted = base().fit(read_adapter(Path(loras[0].source)))
+    async with running(lora_cache_bytes=5 * fitted.nbytes // 2) as engine:  # an adapter and its slot fit, not two
+        for _ in range(2):
+            for lora, expected in zip(loras, whole, strict=True):
+                assert_same(await engine.generate(replace(request, loras=(lora,))), expected)
+        long = replace(request, duration_s=3.0, steps=50)
+        tasks = [asyncio.create_task(engine.generate(replace(long, loras=(lora,)))) for lora in loras]
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert any(isinstance(outcome, OverloadedError) for outcome in outcomes)
+        assert any(isinstance(outcome, GenerationResult) for outcome in outcomes)
+        assert_same(await engine.generate(replace(request, loras=(loras[2],))), whole[2])
+    async with running(lora_cache_bytes=1000) as engine:
+        assert "lora_cache_bytes allows 1000" in str(await refused(engine, loras[0]))
