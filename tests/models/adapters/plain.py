@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stable_audio_serve.models.adapters import Adapter, Base, FittedAdapter, Slot, read_adapter
+from stable_audio_serve.models.adapters.adapter import Adapter, read_adapter
+from stable_audio_serve.models.adapters.base import Base, FittedAdapter
+from stable_audio_serve.models.adapters.fold import Slot
 
 TYPES = ("lora", "dora-rows", "lora-xs", "dora-rows-xs")
 LINEAR, OTHER, CONV = "model.first", "model.layers.0.second", "model.conv"

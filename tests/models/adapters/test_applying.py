@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stable_audio_serve.models.adapters import LayerSlot, SlotBuffers, adapt, fold
+from stable_audio_serve.models.adapters.apply import SlotBuffers, adapt
+from stable_audio_serve.models.adapters.fold import LayerSlot, fold
 from tests.models.adapters.plain import LINEAR, TYPES, dense_weight, fit_chain, make_base, make_change
 
 TOKENS = 5

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.models.adapters import read_adapter
+from stable_audio_serve.models.adapters.adapter import read_adapter
 from tests.models.adapters.plain import make_base, make_change, write_adapter
 
 MOST_BYTES = 64 * 2**20

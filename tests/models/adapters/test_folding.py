@@ -13,7 +13,9 @@ from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import Stacking
-from stable_audio_serve.models.adapters import Base, check_strength, fold, read_adapter
+from stable_audio_serve.models.adapters.adapter import read_adapter
+from stable_audio_serve.models.adapters.base import Base
+from stable_audio_serve.models.adapters.fold import check_strength, fold
 from tests.models.adapters.plain import (
     CONV,
     LINEAR,

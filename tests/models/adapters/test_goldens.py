@@ -19,7 +19,10 @@ from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import Stacking
-from stable_audio_serve.models.adapters import Base, FittedAdapter, RowSlots, Slot, adapting, fold, read_adapter
+from stable_audio_serve.models.adapters.adapter import read_adapter
+from stable_audio_serve.models.adapters.apply import RowSlots, adapting
+from stable_audio_serve.models.adapters.base import Base, FittedAdapter
+from stable_audio_serve.models.adapters.fold import Slot, fold
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import load_goldens

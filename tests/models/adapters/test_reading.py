@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.models.adapters import Adapter, read_adapter
+from stable_audio_serve.models.adapters.adapter import Adapter, read_adapter
 from tests.models.adapters.plain import (
     LINEAR,
     OTHER,

@@ -1,0 +1,67 @@
+"""The adapters that requests may name, and the interface through which the HTTP layer finds and changes them.
+`serving.adapters` implements it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.generation import Lora
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCard:
+    """Public properties of one adapter of one model.
+
+    `source` says where its file is, see `Lora.source`. `type`, `rank` and `sha256` are those of the file. `problem` is
+    the reason why the file cannot be used, None if it can; then `type` is empty and `rank` is 0.
+    """
+
+    name: str
+    model: str
+    source: str
+    type: str = ""
+    rank: int = 0
+    sha256: str = ""
+    num_bytes: int = 0
+    has_conditioners: bool = False
+    problem: str | None = None
+
+    @property
+    def strengths(self) -> tuple[float, float]:
+        """The lowest and the highest strength that the adapter's type allows."""
+        return (-2.0 if self.type in ("lora", "lora-xs") else 0.0), 2.0
+
+
+class AdapterLibrary(Protocol):
+    """The adapters of all models."""
+
+    def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
+        """Return the adapters of a model by its canonical name, or those of all models, in order of their names."""
+        ...
+
+    def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:
+        """Return the adapters of a request with the sources and hashes of their files.
+
+        Raises InvalidRequestError, whose field is `loras`, for an unknown name, too many adapters, a strength, rank or
+        interval out of range, a file that cannot be used, and a model without adapters. An adapter that names a hash
+        must have a file with this hash.
+        """
+        ...
+
+    async def load(self, model: ModelCard, *, name: str, source: str) -> AdapterCard:
+        """Add an adapter for all processes of the server, until `unload`.
+
+        Raises InvalidRequestError for a file that cannot be used, ConflictError if the name has another file.
+        """
+        ...
+
+    async def unload(self, model: ModelCard, *, name: str) -> None:
+        """Remove an adapter that `load` added. Raises NotFoundError if there is none of this name.
+
+        Raises ConflictError for an adapter of the configuration or of a folder.
+        """
+        ...
