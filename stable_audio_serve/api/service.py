@@ -29,6 +29,7 @@ from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, FinishedFile, finish
 from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.audio.workers import AudioWorkers
+from stable_audio_serve.core.adapters import AdapterLibrary, NoAdapters
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -36,12 +37,14 @@ from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     ForbiddenError,
     GenerationError,
+    InvalidRequestError,
     InvalidUploadError,
     OverloadedError,
     QuotaError,
+    UnknownModelError,
     UploadTooLargeError,
 )
-from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, SourceAudio
+from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, Lora, SourceAudio
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
@@ -87,10 +90,12 @@ class Service:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
         stream_limits: StreamLimits | None = None,
+        adapters: AdapterLibrary = NoAdapters(),
     ) -> None:
         """Without `jobs`, open the job queue of the settings. Another process runs its jobs. Raises ConfigError."""
         self.backend = backend
         self.settings = settings
+        self.adapters = adapters
         self.jobs = jobs or open_queue(settings)
         self.metrics = metrics or NullMetrics()
         self.clock = clock or SystemClock()
@@ -162,23 +167,40 @@ class Service:
 
         `started_at` is the time when the HTTP request arrived.
         """
+        request = self.adapted(card, request)
         async with self.limiter.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
             return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
-    async def add_job(self, spec: JobSpec, caller: Caller) -> Added:
+    def adapted(self, card: ModelCard, request: GenerationRequest) -> GenerationRequest:
+        """Return the request with the files of all adapters that it and the name of its model ask for.
+
+        Raises InvalidRequestError, whose field is `loras` or `model`.
+        """
+        if not card.loras and not request.loras:
+            return request
+        named = tuple(map(Lora, card.loras))
+        try:
+            self.adapters.resolve(card, named)
+        except InvalidRequestError as error:
+            raise UnknownModelError(error.message, field="model", allowed=error.allowed) from error
+        loras = self.adapters.resolve(card, (*named, *request.loras))
+        return replace(request, loras=loras, lora_stacking=request.lora_stacking or card.lora_stacking)
+
+    async def add_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> Added:
         """Add a job within the limits of its API key. Its seconds of audio count when it is added, not when it runs.
 
         If the request was sent before, the audio does not count again.
         """
         try:
             audio_s = _audio_s(spec.request)
-            spec = replace(spec, request=replace(spec.request, client=caller.name))
+            request = self.adapted(card, spec.request)
+            spec = replace(spec, request=replace(request, client=caller.name))
             async with self.limiter.admitted(caller.key, audio_s=audio_s, takes_place=False) as admission:
                 added = await self.jobs.add(spec)
                 if not added.is_new:
                     admission.give_back()
                 return added
-        except (QuotaError, ForbiddenError):
+        except (QuotaError, ForbiddenError, InvalidRequestError):
             await self.jobs.drop(spec)
             raise
 

@@ -17,10 +17,12 @@ from stable_audio_serve.core.generation import (
     EditSchedule,
     GenerationRequest,
     Keep,
+    Lora,
     MadeOn,
     Mode,
     Role,
     SourceAudio,
+    Stacking,
 )
 from stable_audio_serve.core.sound import Peaks
 
@@ -39,6 +41,7 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ShortText = Annotated[str, Field(min_length=1, max_length=200)]
 _Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
 _Region = tuple[_Seconds, _Seconds]  # start, end
+_Time = Annotated[float, Field(ge=0, le=1)]  # of denoising: 1 = the start from noise
 _Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their own range
 FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # the values of `audio.encode.AudioFormat`
 
@@ -61,6 +64,38 @@ class RecipeSource(_Part):
 
     sha256: _Sha256 = Field(description="Hash of the uploaded file.")
     is_mixed: Literal[True] | None = _unset("Whether its channels were mixed to mono.")
+
+
+class RecipeLora(_Part):
+    """One adapter of a clip."""
+
+    name: _ShortText
+    strength: Annotated[float, Field(ge=-2, le=2)]
+    interval: Annotated[tuple[_Time, _Time], Field(strict=False)] | None = _unset("Denoising times; unset = all.")
+    sha256: _Sha256 | None = _unset("Hash of the adapter's file.")
+    has_conditioners: Literal[True] | None = _unset("Whether it also changed the embedding of the duration.")
+
+    @classmethod
+    def of(cls, lora: Lora) -> RecipeLora:
+        """Return the recipe's form of a request's adapter."""
+        low, high = lora.interval
+        return cls(
+            name=lora.name,
+            strength=float(lora.strength),
+            interval=None if (low, high) == (0, 1) else (float(low), float(high)),
+            sha256=lora.sha256 or None,
+            has_conditioners=lora.has_conditioners or None,
+        )
+
+    def to_lora(self) -> Lora:
+        """Return the adapter of the request that recreates the clip."""
+        return Lora(
+            self.name,
+            self.strength,
+            self.interval or (0.0, 1.0),
+            sha256=self.sha256 or "",
+            has_conditioners=self.has_conditioners or False,
+        )
 
 
 class RecipeMaker(_Part):
@@ -120,6 +155,8 @@ class Recipe(_Part):
         "[start, end) of each region, seconds."
     )
     keep: Keep | None = _unset("Audio outside the regions: source or model; unset = model.")
+    loras: Annotated[tuple[RecipeLora, ...], Field(strict=False, max_length=64)] | None = _unset("Adapters, in order.")
+    lora_stacking: Stacking | None = _unset("How the adapters combine.")
     response_format: FileFormat = Field(description="File format.")
     peaks: Peaks | Literal["full"] = Field(
         description="Treatment of peaks; full = the whole generation was scaled to full scale, then cut to `samples`."
@@ -182,6 +219,8 @@ class Recipe(_Part):
             inpaint_audio=sources[self.inpaint_audio.sha256] if self.inpaint_audio else None,
             inpaint_regions_s=self.inpaint_regions or (),
             keep=self.keep or "model",
+            loras=tuple(one.to_lora() for one in self.loras or ()),
+            lora_stacking=self.lora_stacking,
             checkpoint=self.checkpoint,
             request_id=request_id,
         )
@@ -215,6 +254,7 @@ def write_recipes(
     """Return the recipe of each variation of a request. The recipes differ only in the seed."""
     provenance = made_on.provenance
     init, inpaint = sources.get("init"), sources.get("inpaint")
+    loras = provenance.loras if provenance else request.loras
     first = Recipe.model_construct(
         recipe=1,
         model=model,
@@ -244,6 +284,8 @@ def write_recipes(
         if inpaint
         else None,
         keep=request.keep if inpaint else None,
+        loras=tuple(map(RecipeLora.of, loras)) or None,
+        lora_stacking=(provenance or request).lora_stacking if loras else None,
         response_format=file_format,
         peaks=peaks,
         samples=samples,

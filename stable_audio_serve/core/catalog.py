@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
-from stable_audio_serve.core.generation import EditSchedule
+from stable_audio_serve.core.generation import EditSchedule, Stacking
 
 SA3_FAMILY = "stable-audio-3"
 OPEN_FAMILY = "stable-audio-open"
@@ -58,6 +58,8 @@ class ModelCard:
     conditions_on_start: bool = False  # whether the model uses `GenerationRequest.start_s`
     is_demo: bool = False
     description: str = ""
+    lora_stacking: Stacking = "chained"
+    loras: tuple[str, ...] = ()  # the names of adapters that a request asks for with the name of the model
 
     @property
     def default_edit_schedule(self) -> EditSchedule:
@@ -108,8 +110,14 @@ class ModelCatalog:
             ) from error
 
     def resolve(self, name: str) -> ModelCard:
-        """Return the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names."""
+        """Return the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names.
+
+        A name like `medium:vinyl+bells` also asks for two adapters, which the card lists.
+        """
         canonical = self._names.get(_key(name))
+        if canonical is None and ":" in name:
+            model, _, adapters = name.partition(":")
+            return replace(self.resolve(model), loras=tuple(part.strip() for part in adapters.split("+")))
         if canonical is None:
             valid = ", ".join(self._cards)
             raise UnknownModelError(f"unknown model {name[:100]!r}; valid: {valid}", field="model", allowed=valid)

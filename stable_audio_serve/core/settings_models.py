@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stable_audio_serve.core.catalog import DecodePrecision, NetworkBackend
-from stable_audio_serve.core.generation import EditSchedule
+from stable_audio_serve.core.generation import EditSchedule, Stacking
 from stable_audio_serve.core.setting_types import Delay, Device, Folder, ModelName, NewModelName, ReportId, Seconds
 from stable_audio_serve.core.settings_section import Section
 
@@ -60,6 +60,19 @@ class EngineSettings(Section):
     )
     warmup_budget_s: float = Field(
         2.0, ge=0, le=3600, description="Time for measuring speed before the first request, seconds; 0 = none."
+    )
+
+
+class LoraSettings(Section):
+    """One adapter of a model."""
+
+    path: str = Field(
+        min_length=1,
+        description="Its safetensors file: a path, s3://bucket/key, or a repository of the hub, with or without a file "
+        "in it.",
+    )
+    conditioner: bool = Field(
+        False, description="Whether it also changes the embedding of the duration, if the file has tensors for that."
     )
 
 
@@ -132,6 +145,23 @@ class ModelSettings(Section):
         ge=1,
         description="Device memory for variations in progress per replica, bytes; others wait; unset = most of "
         "`memory_share` minus the weights on CUDA, no limit on a CPU.",
+    )
+    loras: dict[NewModelName, str | LoraSettings] = Field(
+        {}, description="Adapters by name: a path or source, or {path, conditioner} (docs/adapters.md)."
+    )
+    lora_folder: Folder | None = Field(
+        None, description="Folder of adapters, named by their files; new files are found while the server runs."
+    )
+    max_loras: int = Field(4, ge=1, le=64, description="Most adapters of one request.")
+    max_lora_rank: int = Field(
+        64, ge=1, le=256, description="Most that the ranks of a request's adapters may add up to."
+    )
+    lora_cache_bytes: int = Field(
+        512 * 2**20, ge=0, description="Memory of a replica for loaded adapters, bytes; on the GPU, if there is one."
+    )
+    lora_stacking: Stacking = Field(
+        "chained",
+        description="How several adapters combine if the request does not say: chained or summed (docs/adapters.md).",
     )
     engine: EngineSettings = Field(
         default_factory=lambda: EngineSettings(), description="Scheduling of requests on a replica."

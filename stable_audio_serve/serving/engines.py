@@ -109,6 +109,8 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
         features=Features(**engine.features),
         captures_off_file=_CAPTURES_OFF.expanduser(),
         warmup_budget_s=engine.warmup_budget_s,
+        lora_cache_bytes=model.lora_cache_bytes,
+        max_lora_rank=model.max_lora_rank,
     )
 
 

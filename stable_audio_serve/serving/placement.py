@@ -145,6 +145,7 @@ def model_entry(model: ModelSettings) -> ModelEntry:
         max_duration_s=model.max_duration_s,
         duration_padding_s=model.duration_padding_s,
         edit_schedule=model.edit_schedule,
+        lora_stacking=model.lora_stacking,
         backend=model.backend,
     )
 

@@ -175,7 +175,7 @@ def build_router(service: Service) -> APIRouter:
             with_recipe=service.settings.dialects.recipes,
             client=request.state.client,
         )
-        await service.add_job(spec, request.state.caller)
+        await service.add_job(spec, card=model, caller=request.state.caller)
         return AimlGeneration(id=spec.id, status="queued")
 
     @router.get("/v2/generate/audio", summary="Poll (AIML API)", responses=_POLL_RESPONSES)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pydantic_core
 from fastapi.exceptions import RequestValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from stable_audio_serve.api.native.schemas import Controls, VariationForm, check_sampler_kwargs
+from stable_audio_serve.api.native.schemas import (
+    Controls,
+    GenerationBody,
+    LoraBody,
+    UploadForm,
+    VariationForm,
+    check_sampler_kwargs,
+)
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.core.settings import ApiSettings
 
 # The numbers that clients may send in `sampler_kwargs` for Stable Audio Open models (True) and other models (False), by
@@ -31,6 +39,9 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
         "rho": ("rho", 0.01, 100.0),
     },
 }
+
+
+_LORAS = TypeAdapter(tuple[LoraBody, ...])
 
 
 def parse_sampler_kwargs(text: str) -> dict[str, Any]:
@@ -50,6 +61,17 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
         return check_sampler_kwargs(values)
     except ValueError as error:
         raise RequestValidationError([_fault("sampler_kwargs", str(error), value=values)]) from error
+
+
+def parse_loras(given: str | Sequence[LoraBody]) -> tuple[Lora, ...]:
+    """Return the adapters that a request names. In a form they are JSON text. Raises RequestValidationError."""
+    if isinstance(given, str):
+        try:
+            given = _LORAS.validate_json(given) if given.strip() else ()
+        except ValidationError as error:
+            faults = [{**fault, "loc": ("body", "loras", *fault["loc"])} for fault in error.errors(include_url=False)]
+            raise RequestValidationError(faults) from error
+    return tuple(Lora(one.name, one.strength, one.interval) for one in given)
 
 
 def to_request(
@@ -95,6 +117,8 @@ def to_request(
         chunked_decode=fields.chunked_decode,
         deadline_s=fields.deadline_s,
         priority=fields.priority,
+        loras=parse_loras(fields.loras) if isinstance(fields, GenerationBody | UploadForm) else (),
+        lora_stacking=fields.lora_stacking,
         request_id=request_id,
         **sampling,
     )

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.core.generation import EditSchedule, Keep, Priority
+from stable_audio_serve.core.generation import EditSchedule, Keep, Priority, Stacking
 from stable_audio_serve.core.sound import Peaks
 
 RESERVED_SAMPLER_KWARGS = frozenset(
@@ -60,6 +60,18 @@ def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+class LoraBody(BaseModel):
+    """One adapter of a request."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(min_length=1, max_length=200, description="Name of an adapter of the model.")
+    strength: Finite = Field(1.0, description="From -2 to 2; from 0 to 2 for DoRA types.")
+    interval: tuple[Finite, Finite] = Field(
+        (0.0, 1.0), description="Denoising times at which it applies: 1 is the start from noise, 0 the end."
+    )
+
+
 def _without_default(schema: dict[str, Any]) -> None:
     del schema["default"]  # the default "" means unset, and generated clients should not send it
 
@@ -91,6 +103,9 @@ class Controls(BaseModel):
     priority: Priority = Field(
         "interactive", description="Extension: interactive work runs before batch work, which keeps a minimum share."
     )
+    lora_stacking: Stacking | None = Field(
+        None, description="Extension: how several adapters combine; unset = the model's default."
+    )
     peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
     manifest: bool = Field(False, description="Extension: add manifest.json to the ZIP of several variations.")
 
@@ -108,6 +123,7 @@ class GenerationBody(Controls):
         "sigma_max, rho. Others are ignored.",
         examples=[{"sampler_type": "euler", "scale_phi": 0.5}],
     )
+    loras: tuple[LoraBody, ...] = Field((), description="Extension: adapters of the model, in this order.")
 
 
 class UploadForm(Controls):
@@ -118,6 +134,9 @@ class UploadForm(Controls):
     )
     sampler_kwargs: str = Field(
         "", description="A JSON object as text, as in generations.", examples=['{"scale_phi": 0.5}']
+    )
+    loras: str = Field(
+        "", description="Extension: a JSON list as text, as in generations.", examples=['[{"name": "vinyl"}]']
     )
 
 
