@@ -16,7 +16,7 @@ from torch import Tensor
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import SourceAudio
-from stable_audio_serve.models.adapters.adapter import UNSERVED, Adapter, AdapterType, read_adapter
+from stable_audio_serve.models.adapters.adapter import Adapter, AdapterType, read_adapter
 from stable_audio_serve.models.adapters.apply import RowSlots, adapting
 from stable_audio_serve.models.adapters.base import Base
 from stable_audio_serve.models.adapters.fold import fold
@@ -127,21 +127,24 @@ def _hidden(it: Subject, match: re.Match[str]) -> Tensor:
     return torch.stack([_output_of(it, match, path=f"transformer.layers.{layer}") for layer in layers])
 
 
-def _adapted(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
+def _adapted(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Compare the denoiser's output, or an embedded number, with one adapter or a chain, which the key names.
 
-    The reference's loader has a fault: the second and later adapters of a chain change only layers that all adapters
-    before them also change. If the facts state the fault, the stored outputs have it.
+    An adapter of a type that is not served must be refused with its name and type. The reference's loader has a fault:
+    the second and later adapters of a chain change only layers that all adapters before them also change. If the facts
+    state the fault, the stored outputs have it.
     """
     facts, chain = it.goldens.section(ADAPTERS), list[tuple[Adapter, float]]()
     for text in [match["one"]] if match["one"] else match["chain"].split("+"):
         name, _, strength = (text, "", match["strength"] or 1) if text in facts["files"] else text.rpartition("_")
+        kind, path = facts["files"][name].get("adapter_type"), it.goldens.folder / ADAPTERS / f"{name}.safetensors"
         try:
-            adapter = _adapter(it, name)
+            adapter = read_adapter(path, with_conditioners=True)
         except InvalidRequestError as error:
-            if facts["files"][name].get("adapter_type") in get_args(AdapterType) or "not served" not in error.message:
+            if kind in get_args(AdapterType):
                 raise
-            yield f"outputs: {error.message}"
+            named = f"{name!r} has type {kind}" in error.message
+            yield same(f"{match[0]}: {error.message}", True, found=named)
             return
         if "stack_index_quirk" in facts:
             kept = [layer for layer in adapter.layers if all(layer in before.layers for before, _ in chain)]
@@ -153,21 +156,6 @@ def _adapted(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
         value = torch.tensor([float(match["number"] or 0)])
         made = it.model.numbers["seconds_total"](value)[:, None] if match["number"] else _denoise(it)
     yield Finding(match[0], made, it.goldens[match[0]])
-
-
-def _refused(it: Subject, _: object) -> Iterator[Finding]:
-    """Check that the errors for adapters of types that are not served have the adapter's name and type."""
-    for name, facts in it.goldens.section(ADAPTERS, "files").items():
-        if (kind := facts.get("adapter_type")) in UNSERVED:
-            try:
-                found = f"read as {_adapter(it, name).type}"
-            except InvalidRequestError as error:
-                found = error.message
-            yield same(f"{ADAPTERS}/{name}: {found}", True, found=f"{name!r} has type {kind}," in found)
-
-
-def _adapter(it: Subject, name: str) -> Adapter:
-    return read_adapter(it.goldens.folder / ADAPTERS / f"{name}.safetensors", with_conditioners=True)
 
 
 def _code_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units) -> Tensor:
@@ -304,7 +292,6 @@ NETWORKS = (
     Check("denoiser padding", "dit/out padded", _beside_padding, over="once", family=SaoModel),
     Check("denoiser padding", "dit/.*_pad_vzero", lambda *_: ["value-zeroed outputs: padding is key-masked here"]),
     Check("adapters", _ADAPTED, _adapted, family=Sa3Model),
-    Check("adapters", "refusals", _refused, over="once", family=Sa3Model),
     Check("autoencoder", "ae/([a-z0-9]+)_(encode_quiet|preprocessed)", _clip),
     *(Check("autoencoder", key, partial(_coded, given=given), family=Sa3Model) for key, given in _CODED.items()),
     *(Check("autoencoder", key, partial(_coded, given=given), family=SaoModel) for key, given in _OPEN_CODED.items()),

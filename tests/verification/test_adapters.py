@@ -68,13 +68,14 @@ def rename(folder: Path, old: str, new: str, **config: Any) -> None:
     edit_lora_facts(folder, lambda facts: facts["files"].update({new: facts["files"].pop(old) | config}))
 
 
-def test_stored_adapters_pass_and_refused_types_are_checked(folder: Path) -> None:
+def test_stored_adapters_pass_and_other_types_are_refused(folder: Path) -> None:
     report = check_adapters(folder)
     assert not report.failed
-    assert len(report.comparisons) == 17
-    refusals = [one.key for one in report.comparisons if "not served" in one.key]
-    assert any("'bora_ff' has type bora" in key for key in refusals)
-    assert any("'dora_cols_attn' has type dora-cols" in key for key in refusals)
+    refused = [one.key for one in report.comparisons if "not served" in one.key]
+    assert len(refused) == 6
+    assert len(report.comparisons) == 15 + len(refused)
+    assert "adapter 'bora_ff' has type bora" in refused[0]
+    assert "adapter 'dora_cols_attn' has type dora-cols" in refused[-1]
 
 
 def test_other_names_and_a_legacy_type_come_from_the_facts(folder: Path) -> None:
@@ -117,13 +118,14 @@ def test_a_damaged_adapter_is_named(folder: Path, damage: str) -> None:
     assert report.failed == ["adapters"]
     assert len(report.failures["adapters"]) == 3
     assert all("adapter 'lora_xs_layer1'" in reason for reason in report.failures["adapters"])
-    assert len(report.comparisons) == 14
+    assert len(report.comparisons) == 18
 
 
-def test_a_refused_type_that_is_read_is_a_mismatch(folder: Path) -> None:
-    rename(folder, "lora_xs_layer1", "odd")
-    edit_lora_facts(folder, lambda facts: facts["files"]["odd"].update(adapter_type="bora-xs"))
-    assert missed(check_adapters(folder)) == ["lora/odd: read as lora-xs"]
+def test_a_type_that_is_refused_for_another_reason_is_a_mismatch(folder: Path) -> None:
+    (folder / "lora" / "bora_ff.safetensors").write_bytes(b"x" * 99)
+    keys = missed(check_adapters(folder))
+    assert len(keys) == 3
+    assert all(key.startswith("lora/bora_ff/strength_") and "not a safetensors file" in key for key in keys)
 
 
 @pytest.mark.parametrize("name", ["lora_golden.json", "lora_golden.safetensors"])

@@ -23,7 +23,6 @@ from torch import Tensor
 from stable_audio_serve.core.errors import InvalidRequestError
 
 AdapterType = Literal["lora", "dora-rows", "lora-xs", "dora-rows-xs"]
-UNSERVED = ("dora-cols", "dora-cols-xs", "bora", "bora-xs")  # types with column norms
 CONDITIONERS = "conditioners."  # prefix of the names of layers outside the denoiser
 MAX_RANK = 256
 MAX_FILE_BYTES = 2**31
@@ -35,6 +34,7 @@ _NEEDED: Mapping[AdapterType, tuple[str, ...]] = {  # the tensors of every layer
     "dora-rows-xs": ("M_xs", "magnitude"),
 }
 _OPTIONAL = ("U", "V", "baked_vnorm_row")
+_UNSERVED = ("dora-cols", "dora-cols-xs", "bora", "bora-xs")
 _RANK_AXES = {"lora_A": (0,), "lora_B": (1,), "M_xs": (0, 1), "U": (1,), "V": (1,)}  # other tensors are vectors
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_HEADER_BYTES = 2**20  # the header of a large adapter has 0.2 MB
@@ -217,7 +217,7 @@ def _resolve_type(stated: object, layers: Mapping[str, Mapping[str, Tensor]]) ->
     for served in _NEEDED:
         if kind == served:
             return served
-    what = "is not served" if kind in UNSERVED else "is unknown"
+    what = "is not served" if kind in _UNSERVED else "is unknown"
     raise _UnusableError(f"has type {str(kind)[:40]}, which {what}; served types: {', '.join(_NEEDED)}")
 
 
