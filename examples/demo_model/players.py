@@ -32,7 +32,8 @@ class EnginePlayer:
 
     def __init__(self, folder: Path, *, dtype: str | None = None) -> None:
         """`dtype` is the denoiser's precision (None: float32)."""
-        self._engine = Engine(load_model(replace(BUILT_IN["demo"], folder=str(folder)), dtype=dtype))
+        self.model = load_model(replace(BUILT_IN["demo"], folder=str(folder)), dtype=dtype)
+        self._engine = Engine(self.model)
 
     async def __aenter__(self) -> EnginePlayer:
         await self._engine.start()
