@@ -32,8 +32,7 @@ class EnginePlayer:
 
     def __init__(self, folder: Path, *, dtype: str | None = None) -> None:
         """`dtype` is the denoiser's precision (None: float32)."""
-        self.model = load_model(replace(BUILT_IN["demo"], folder=str(folder)), dtype=dtype)
-        self._engine = Engine(self.model)
+        self._engine = Engine(load_model(replace(BUILT_IN["demo"], folder=str(folder)), dtype=dtype))
 
     async def __aenter__(self) -> EnginePlayer:
         await self._engine.start()
