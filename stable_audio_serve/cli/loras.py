@@ -16,6 +16,7 @@ from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, 
 app = typer.Typer(no_args_is_help=True, help="List, load and unload the adapters (LoRA) of a server.")
 
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter in requests.")]
+_Model = Annotated[str | None, typer.Option("--model", "-m", help="Name of a served model.")]
 
 
 @app.command("list")
@@ -35,10 +36,10 @@ def list_loras(*, as_json: JsonOption = False, url: UrlOption = None, key_file: 
 def load(
     name: _Name,
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="File on the server, S3 URL, or OWNER/REPOSITORY of the hub.")
+        str, typer.Argument(metavar="PATH", help="Absolute path on the server, S3 URL, or repository of the hub.")
     ],
     *,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Name of a served model.")] = None,
+    model: _Model = None,
     url: UrlOption = None,
     key_file: KeyFileOption = None,
 ) -> None:
@@ -52,8 +53,11 @@ def load(
 
 
 @app.command()
-def unload(name: _Name, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Remove an adapter that `load` added. Needs a key with the scope `admin`."""
+def unload(name: _Name, *, model: _Model = None, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
+    """Remove an adapter that `load` added.
+
+    Needs a key with the scope `admin`. Without --model, all models that have the adapter lose it.
+    """
     with plain_errors(), open_client(url, key_file) as client:
-        client.unload_lora(name)
+        client.unload_lora(name, model=model)
     typer.echo(f"{name}: unloaded")

@@ -134,13 +134,13 @@ def list_loras() -> Call[tuple[Adapter, ...]]:
 
 def load_lora(name: str, path: str, *, model: str | None) -> Call[None]:
     """Return the call that adds an adapter to a model."""
-    body = {"lora_name": name, "lora_path": path} | ({} if model is None else {"model": model})
+    body = {"lora_name": name, "lora_path": path, "model": model}
     return Call("POST", "/v1/load_lora_adapter", lambda _: None, {"json": body})
 
 
-def unload_lora(name: str) -> Call[None]:
+def unload_lora(name: str, *, model: str | None) -> Call[None]:
     """Return the call that removes an adapter that was added while the server ran."""
-    return Call("POST", "/v1/unload_lora_adapter", lambda _: None, {"json": {"lora_name": name}})
+    return Call("POST", "/v1/unload_lora_adapter", lambda _: None, {"json": {"lora_name": name, "model": model}})
 
 
 def job_path(job_id: str, *below: str) -> str:

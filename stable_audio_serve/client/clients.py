@@ -124,18 +124,19 @@ class Client:
     def load_lora(self, name: str, path: str, *, model: str | None = None) -> None:
         """Add an adapter to a model of the running server. Needs a key with the scope admin.
 
-        `path` is a file on the server, an S3 URL, or a repository of the hub. `model` defaults to the default
-        model. The server keeps the adapter until `unload_lora`, also over restarts. Raises InvalidRequestError if the
-        file cannot be used, or if the model has another adapter of this name.
+        `path` is the absolute path of a file on the server, an S3 URL, or a repository of the hub. Without `model`, the
+        default model gets the adapter. The server keeps it until `unload_lora`, also over restarts. Raises
+        InvalidRequestError if the file cannot be used, or if the model has another adapter of this name.
         """
         self.send(calls.load_lora(name, path, model=model))
 
-    def unload_lora(self, name: str) -> None:
+    def unload_lora(self, name: str, *, model: str | None = None) -> None:
         """Remove an adapter that `load_lora` added. Needs a key with the scope admin.
 
-        Requests that already run finish with it. Raises NotFoundError if there is no such adapter.
+        Without `model`, it is removed from all models that have it. Requests that already run finish with it. Raises
+        NotFoundError if there is no such adapter, ConflictError if the configuration or a folder has it.
         """
-        self.send(calls.unload_lora(name))
+        self.send(calls.unload_lora(name, model=model))
 
     def send(self, call: Call[T]) -> T:
         """Send a call, and send it again after temporary failures. Returns the parsed response."""
@@ -296,8 +297,8 @@ class AsyncClient:
     async def load_lora(self, name: str, path: str, *, model: str | None = None) -> None:
         await self.send(calls.load_lora(name, path, model=model))
 
-    async def unload_lora(self, name: str) -> None:
-        await self.send(calls.unload_lora(name))
+    async def unload_lora(self, name: str, *, model: str | None = None) -> None:
+        await self.send(calls.unload_lora(name, model=model))
 
     async def send(self, call: Call[T]) -> T:
         return await self._operations.send(call)

@@ -137,7 +137,7 @@ def test_adapter_is_loaded_and_unloaded(server: Server) -> None:
     fields = {"lora_name": "vinyl", "lora_path": "owner/repository", "model": "medium"}
     assert server.last == ("/v1/load_lora_adapter", fields)
     assert server.run("loras", "unload", "vinyl") == "vinyl: unloaded\n"
-    assert server.last == ("/v1/unload_lora_adapter", {"lora_name": "vinyl"})
+    assert server.last == ("/v1/unload_lora_adapter", {"lora_name": "vinyl", "model": None})
 
 
 @pytest.mark.parametrize(

@@ -111,12 +111,14 @@ async def test_adapter_is_loaded_and_unloaded(call: Caller, server: Refusing) ->
     server.answer = httpx.Response(200, text="Success: LoRA adapter 'vinyl' added successfully.")
     assert await call("load_lora", "vinyl", "owner/repository") is None
     assert server.requests[-1].url.path == "/v1/load_lora_adapter"
-    assert server.fields == {"lora_name": "vinyl", "lora_path": "owner/repository"}
+    assert server.fields == {"lora_name": "vinyl", "lora_path": "owner/repository", "model": None}
     await call("load_lora", "vinyl", "/adapters/vinyl.safetensors", model="medium")
     assert server.fields["model"] == "medium"
     assert await call("unload_lora", "vinyl") is None
     assert server.requests[-1].url.path == "/v1/unload_lora_adapter"
-    assert server.fields == {"lora_name": "vinyl"}
+    assert server.fields == {"lora_name": "vinyl", "model": None}
+    await call("unload_lora", "vinyl", model="medium")
+    assert server.fields["model"] == "medium"
 
 
 @pytest.mark.parametrize(("status", "error"), [(400, InvalidRequestError), (403, ForbiddenError), (404, NotFoundError)])
