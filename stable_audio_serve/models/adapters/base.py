@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.models.adapters.adapter import Adapter, AdapterType, refuse_adapter
+from stable_audio_serve.models.adapters.adapter import Adapter
+from stable_audio_serve.models.adapters.header import AdapterType, refuse_adapter
 
 _ROWS_AT_ONCE = 64  # rows of a weight converted to float64 at once: more would not stay in the processor's cache
 _NORM_TOLERANCE = 0.05  # relative difference from a file's row norms that shows that it was made for another model
