@@ -24,11 +24,13 @@ from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams, StreamLimits
+from stable_audio_serve.api.unmanaged import NoAdapters
 from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, FinishedFile, finish
 from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.audio.workers import AudioWorkers
+from stable_audio_serve.core.adapters import AdapterLibrary
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -36,12 +38,20 @@ from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     ForbiddenError,
     GenerationError,
+    InvalidRequestError,
     InvalidUploadError,
     OverloadedError,
     QuotaError,
+    UnknownModelError,
     UploadTooLargeError,
 )
-from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, SourceAudio
+from stable_audio_serve.core.generation import (
+    SEED_LIMIT,
+    GenerationRequest,
+    GenerationResult,
+    Lora,
+    SourceAudio,
+)
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
@@ -87,10 +97,15 @@ class Service:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
         stream_limits: StreamLimits | None = None,
+        adapters: AdapterLibrary | None = None,
     ) -> None:
-        """Without `jobs`, open the job queue of the settings. Another process runs its jobs. Raises ConfigError."""
+        """Without `jobs`, open the job queue of the settings. Another process runs its jobs. Raises ConfigError.
+
+        Without `adapters`, no model has any.
+        """
         self.backend = backend
         self.settings = settings
+        self.adapters = adapters or NoAdapters()
         self.jobs = jobs or open_queue(settings)
         self.metrics = metrics or NullMetrics()
         self.clock = clock or SystemClock()
@@ -155,6 +170,22 @@ class Service:
         file = await self.jobs.put_upload(chunks, media_type="application/octet-stream", file_name="upload")
         return JobUpload(file, role, _usable_s(card, padding_s), source.samples.nbytes)
 
+    def with_adapters(self, card: ModelCard, request: GenerationRequest) -> tuple[ModelCard, GenerationRequest]:
+        """Return the request with the adapters of the model's name first, each with the source and hash of its file.
+
+        The card that is returned names no adapters, so that a second call changes nothing. Raises InvalidRequestError,
+        and UnknownModelError for adapters of the model's name.
+        """
+        if not (card.loras or request.loras):
+            return card, request
+        try:
+            named = self.adapters.resolve(card, [Lora(name) for name in card.loras])
+        except InvalidRequestError as error:
+            raise UnknownModelError(error.message, field="model", allowed=error.allowed) from error
+        loras = self.adapters.resolve(card, (*named, *request.loras))
+        stacking = request.lora_stacking or card.lora_stacking
+        return replace(card, loras=()), replace(request, loras=loras, lora_stacking=stacking)
+
     async def generate(
         self, card: ModelCard, request: GenerationRequest, *, caller: Caller, started_at: float
     ) -> GenerationResult:
@@ -162,23 +193,25 @@ class Service:
 
         `started_at` is the time when the HTTP request arrived.
         """
+        card, request = self.with_adapters(card, request)
         async with self.limiter.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
             return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
-    async def add_job(self, spec: JobSpec, caller: Caller) -> Added:
+    async def add_job(self, card: ModelCard, spec: JobSpec, *, caller: Caller) -> Added:
         """Add a job within the limits of its API key. Its seconds of audio count when it is added, not when it runs.
 
         If the request was sent before, the audio does not count again.
         """
         try:
             audio_s = _audio_s(spec.request)
-            spec = replace(spec, request=replace(spec.request, client=caller.name))
+            _, request = self.with_adapters(card, spec.request)
+            spec = replace(spec, request=replace(request, client=caller.name))
             async with self.limiter.admitted(caller.key, audio_s=audio_s, takes_place=False) as admission:
                 added = await self.jobs.add(spec)
                 if not added.is_new:
                     admission.give_back()
                 return added
-        except (QuotaError, ForbiddenError):
+        except (QuotaError, ForbiddenError, InvalidRequestError):
             await self.jobs.drop(spec)
             raise
 

@@ -17,15 +17,18 @@ from stable_audio_serve.core.generation import (
     EditSchedule,
     GenerationRequest,
     Keep,
+    Lora,
     MadeOn,
     Mode,
     Role,
     SourceAudio,
+    Stacking,
 )
 from stable_audio_serve.core.sound import Peaks
 
 MOST_BYTES = 1_048_576  # size of the longest recipe as text
 MOST_REGIONS = 100
+MOST_LORAS = 64
 _LONG = ("prompt", "negative_prompt", "inpaint_regions")
 
 
@@ -38,6 +41,7 @@ _WHOLE = BeforeValidator(_to_int)
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ShortText = Annotated[str, Field(min_length=1, max_length=200)]
 _Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
+_Share = Annotated[float, Field(ge=0, le=1)]
 _Region = tuple[_Seconds, _Seconds]  # start, end
 _Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their own range
 FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # the values of `audio.encode.AudioFormat`
@@ -61,6 +65,17 @@ class RecipeSource(_Part):
 
     sha256: _Sha256 = Field(description="Hash of the uploaded file.")
     is_mixed: Literal[True] | None = _unset("Whether its channels were mixed to mono.")
+
+
+class RecipeLora(_Part):
+    """An adapter (LoRA) that the clip was made with."""
+
+    name: _ShortText
+    strength: Annotated[float, Field(ge=-2, le=2)]
+    interval: Annotated[tuple[_Share, _Share], Field(strict=False)] = Field(
+        description="Part of the denoising in which it applied: 1 = pure noise, 0 = the finished clip."
+    )
+    sha256: _Sha256 = Field(description="Hash of the adapter's file.")
 
 
 class RecipeMaker(_Part):
@@ -120,6 +135,10 @@ class Recipe(_Part):
         "[start, end) of each region, seconds."
     )
     keep: Keep | None = _unset("Audio outside the regions: source or model; unset = model.")
+    loras: Annotated[tuple[RecipeLora, ...], Field(strict=False, min_length=1, max_length=MOST_LORAS)] | None = _unset(
+        "Adapters, in this order."
+    )
+    lora_stacking: Stacking | None = _unset("How several adapters combine.")
     response_format: FileFormat = Field(description="File format.")
     peaks: Peaks | Literal["full"] = Field(
         description="Treatment of peaks; full = the whole generation was scaled to full scale, then cut to `samples`."
@@ -182,6 +201,8 @@ class Recipe(_Part):
             inpaint_audio=sources[self.inpaint_audio.sha256] if self.inpaint_audio else None,
             inpaint_regions_s=self.inpaint_regions or (),
             keep=self.keep or "model",
+            loras=tuple(Lora(one.name, one.strength, one.interval, sha256=one.sha256) for one in self.loras or ()),
+            lora_stacking=self.lora_stacking,
             checkpoint=self.checkpoint,
             request_id=request_id,
         )
@@ -244,12 +265,21 @@ def write_recipes(
         if inpaint
         else None,
         keep=request.keep if inpaint else None,
+        loras=tuple(_write_lora(lora) for lora in request.loras) or None,
+        lora_stacking=(request.lora_stacking or "chained") if request.loras else None,
         response_format=file_format,
         peaks=peaks,
         samples=samples,
         made_on=write_maker(made_on, codecs=_codecs_of(file_format, sources)),
     )
     return (first, *(first.model_copy(update={"seed": seed}) for seed in seeds[1:]))
+
+
+def _write_lora(lora: Lora) -> RecipeLora:
+    low, high = lora.interval
+    return RecipeLora.model_construct(
+        name=lora.name, strength=float(lora.strength), interval=(float(low), float(high)), sha256=lora.sha256
+    )
 
 
 def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:

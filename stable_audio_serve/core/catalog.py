@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
-from stable_audio_serve.core.generation import EditSchedule
+from stable_audio_serve.core.generation import EditSchedule, Stacking
+
+# Names of adapters. A colon and plus signs separate them from the model in `medium:vinyl+bells`.
+ADAPTER_NAME = r"(?!\s)[^:+/\\\x00-\x1f\x7f]{1,100}(?<!\s)"
 
 SA3_FAMILY = "stable-audio-3"
 OPEN_FAMILY = "stable-audio-open"
@@ -58,6 +61,13 @@ class ModelCard:
     conditions_on_start: bool = False  # whether the model uses `GenerationRequest.start_s`
     is_demo: bool = False
     description: str = ""
+    lora_stacking: Stacking = "chained"  # how several adapters combine if a request does not say
+    loras: tuple[str, ...] = ()  # adapters that a request named together with the model, with strength 1
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether adapters (LoRA) of this model can exist."""
+        return self.family == SA3_FAMILY
 
     @property
     def default_edit_schedule(self) -> EditSchedule:
@@ -100,7 +110,7 @@ class ModelCatalog:
         if not self._cards:
             raise ConfigError("models: at least one model must be configured", field="models")
         try:
-            self.default = self.resolve(default) if default else min(self, key=lambda card: card.is_demo)
+            self.default = self.find(default) if default else min(self, key=lambda card: card.is_demo)
         except UnknownModelError as error:
             raise ConfigError(
                 f"default_model (STABLE_AUDIO_DEFAULT_MODEL or STABLE_AUDIO_MODEL): {error.message}",
@@ -108,6 +118,18 @@ class ModelCatalog:
             ) from error
 
     def resolve(self, name: str) -> ModelCard:
+        """Return the card for a canonical name or an alias, with adapters in its `loras` if they follow a colon.
+
+        The names of adapters are not checked. Raises UnknownModelError, which lists the valid names of models.
+        """
+        model, colon, loras = name.rpartition(":")
+        if not colon or _key(name) in self._names:
+            return self.find(name)
+        if _key(model) not in self._names or not all(part.strip() for part in loras.split("+")):
+            return self.find(name)
+        return replace(self.find(model), loras=tuple(part.strip() for part in loras.split("+")))
+
+    def find(self, name: str) -> ModelCard:
         """Return the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names."""
         canonical = self._names.get(_key(name))
         if canonical is None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from stable_audio_serve.core.catalog import DecodePrecision, NetworkBackend
-from stable_audio_serve.core.generation import EditSchedule
-from stable_audio_serve.core.setting_types import Delay, Device, Folder, ModelName, NewModelName, ReportId, Seconds
+from stable_audio_serve.core.generation import EditSchedule, Stacking
+from stable_audio_serve.core.setting_types import (
+    AdapterName,
+    Delay,
+    Device,
+    FileName,
+    Folder,
+    ModelName,
+    NewModelName,
+    ReportId,
+    Seconds,
+)
 from stable_audio_serve.core.settings_section import Section
 
 
@@ -61,6 +71,17 @@ class EngineSettings(Section):
     warmup_budget_s: float = Field(
         2.0, ge=0, le=3600, description="Time for measuring speed before the first request, seconds; 0 = none."
     )
+
+
+class AdapterSettings(Section):
+    """One adapter (LoRA) of a model. A text stands for its `path`."""
+
+    path: FileName = Field(description="File, s3://bucket/key, or owner/repository of the hub with or without a file.")
+    conditioner: bool = Field(False, description="Whether its tensors for the embedding of the duration are used.")
+
+
+def _from_path(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
 
 
 class ModelSettings(Section):
@@ -132,6 +153,23 @@ class ModelSettings(Section):
         ge=1,
         description="Device memory for variations in progress per replica, bytes; others wait; unset = most of "
         "`memory_share` minus the weights on CUDA, no limit on a CPU.",
+    )
+    loras: dict[AdapterName, Annotated[AdapterSettings, BeforeValidator(_from_path)]] = Field(
+        {}, description="Adapters (LoRA) by name: a path or source each; see the page on adapters."
+    )
+    lora_folder: Folder | None = Field(
+        None,
+        description="Folder of adapters, named like their files; new files are found while running.",
+    )
+    max_loras: int = Field(4, ge=1, le=64, description="Most adapters of a request.")
+    max_lora_rank: int = Field(64, ge=1, le=256, description="Most that the ranks of a request's adapters add up to.")
+    lora_cache_bytes: int = Field(
+        536_870_912, ge=0, description="Memory for adapters per replica, on the model's device, bytes."
+    )
+    lora_stacking: Stacking = Field(
+        "chained",
+        description="How several adapters combine by default: chained = each changes what those before it leave; "
+        "summed = their changes are added.",
     )
     engine: EngineSettings = Field(
         default_factory=lambda: EngineSettings(), description="Scheduling of requests on a replica."

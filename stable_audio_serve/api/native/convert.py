@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic_core
 from fastapi.exceptions import RequestValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from stable_audio_serve.api.native.schemas import Controls, VariationForm, check_sampler_kwargs
+from stable_audio_serve.api.native.schemas import (
+    MAX_LORAS,
+    GenerationBody,
+    LoraChoice,
+    UploadForm,
+    VariationForm,
+    check_sampler_kwargs,
+)
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.core.settings import ApiSettings
 
 # The numbers that clients may send in `sampler_kwargs` for Stable Audio Open models (True) and other models (False), by
@@ -31,6 +39,9 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
         "rho": ("rho", 0.01, 100.0),
     },
 }
+
+
+_LORAS = TypeAdapter(Annotated[tuple[LoraChoice, ...], Field(max_length=MAX_LORAS)])
 
 
 def parse_sampler_kwargs(text: str) -> dict[str, Any]:
@@ -52,8 +63,25 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
         raise RequestValidationError([_fault("sampler_kwargs", str(error), value=values)]) from error
 
 
+def _parse_loras(given: str | tuple[LoraChoice, ...]) -> tuple[Lora, ...]:
+    """Return the adapters of a field, which is JSON text in a form. Raises RequestValidationError."""
+    if isinstance(given, str):
+        try:
+            given = _LORAS.validate_json(given) if given.strip() else ()
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_context=False)
+            faults = [{**each, "type": "value_error", "loc": ("body", "loras", *each["loc"])} for each in found]
+            raise RequestValidationError(faults) from error
+    return tuple(Lora(one.name, one.strength, one.interval) for one in given)
+
+
 def to_request(
-    fields: Controls, sampler_kwargs: dict[str, Any], *, catalog: ModelCatalog, limits: ApiSettings, request_id: str
+    fields: GenerationBody | UploadForm,
+    sampler_kwargs: dict[str, Any],
+    *,
+    catalog: ModelCatalog,
+    limits: ApiSettings,
+    request_id: str,
 ) -> tuple[ModelCard, GenerationRequest]:
     """Return the model and the request for `fields`. The request has no source audio. Raises RequestValidationError."""
     given = fields.model_fields_set
@@ -93,6 +121,8 @@ def to_request(
         apg_scale=apg_scale,
         duration_padding_s=fields.duration_padding_sec if "duration_padding_sec" in given else None,
         chunked_decode=fields.chunked_decode,
+        loras=_parse_loras(fields.loras),
+        lora_stacking=fields.lora_stacking,
         deadline_s=fields.deadline_s,
         priority=fields.priority,
         request_id=request_id,

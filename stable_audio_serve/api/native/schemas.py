@@ -9,11 +9,11 @@ import math
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.core.generation import EditSchedule, Keep, Priority
+from stable_audio_serve.core.generation import EditSchedule, Keep, Priority, Stacking
 from stable_audio_serve.core.sound import Peaks
 
 RESERVED_SAMPLER_KWARGS = frozenset(
@@ -46,6 +46,11 @@ RESERVED_SAMPLER_KWARGS = frozenset(
 )
 
 
+MAX_LORAS = 64  # highest value of the setting `max_loras`
+
+_Share = Annotated[Finite, Field(ge=0, le=1)]
+
+
 def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     """Return `values`. Raises ValueError for reserved keys and for values other than strings, numbers and booleans."""
     for key, value in values.items():
@@ -64,6 +69,25 @@ def _without_default(schema: dict[str, Any]) -> None:
     del schema["default"]  # the default "" means unset, and generated clients should not send it
 
 
+class LoraChoice(BaseModel):
+    """An adapter of the model."""
+
+    name: str = Field(min_length=1, max_length=100, description="Name of the adapter, without the model's.")
+    strength: Finite = Field(
+        1.0, ge=-2, le=2, description="0 = off. The types dora-rows and dora-rows-xs have no strengths below 0."
+    )
+    interval: tuple[_Share, _Share] = Field(
+        (0.0, 1.0), description="Part of the denoising in which it applies: 1 = pure noise, 0 = the finished clip."
+    )
+
+    @field_validator("interval")
+    @classmethod
+    def _check_order(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if interval[0] > interval[1]:
+            raise ValueError("the first number must not be above the second")
+        return interval
+
+
 class Controls(BaseModel):
     """Fields of every generation request. Unknown fields are kept, so that the response can list them."""
 
@@ -72,7 +96,7 @@ class Controls(BaseModel):
     prompt: Prompt = Field(description="Description of the sound.", examples=["warm analog pad, slow attack"])
     model: str = Field(
         "",
-        description="Canonical name or alias; unset = the default model.",
+        description="Canonical name or alias, with adapters as in `medium:vinyl+bells`; unset = the default model.",
         json_schema_extra=_without_default,
     )
     negative_prompt: str | None = Field(None, description="Sounds to avoid; needs cfg_scale above 1.")
@@ -92,6 +116,11 @@ class Controls(BaseModel):
         "interactive", description="Extension: interactive work runs before batch work, which keeps a minimum share."
     )
     peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
+    lora_stacking: Stacking | None = Field(
+        None,
+        description="Extension: how several adapters combine. chained = each changes what those before it leave; "
+        "summed = their changes are added; null = the server's default.",
+    )
     manifest: bool = Field(False, description="Extension: add manifest.json to the ZIP of several variations.")
 
 
@@ -109,6 +138,12 @@ class GenerationBody(Controls):
         examples=[{"sampler_type": "euler", "scale_phi": 0.5}],
     )
 
+    loras: Annotated[tuple[LoraChoice, ...], Field(max_length=MAX_LORAS)] = Field(
+        (),
+        description="Extension: adapters (LoRA) in this order; GET /v1/models lists them.",
+        examples=[[{"name": "vinyl", "strength": 0.8}]],
+    )
+
 
 class UploadForm(Controls):
     """Fields of every request with source audio."""
@@ -118,6 +153,11 @@ class UploadForm(Controls):
     )
     sampler_kwargs: str = Field(
         "", description="A JSON object as text, as in generations.", examples=['{"scale_phi": 0.5}']
+    )
+    loras: str = Field(
+        "",
+        description="Extension: a JSON list as text, as in generations.",
+        examples=['[{"name": "vinyl", "strength": 0.8}]'],
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.generation import GenerationRequest, ScheduleShift, SourceAudio
+from stable_audio_serve.core.generation import GenerationRequest, Lora, ScheduleShift, SourceAudio
 from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.store import codec
 
@@ -40,6 +40,11 @@ REQUEST = GenerationRequest(
     init_noise_level=0.4,
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
     keep="model",
+    loras=(
+        Lora("vinyl", 0.5, (0.1, 0.9), source="s3://a/b.safetensors", sha256="a" * 64, has_conditioners=True),
+        Lora("bells"),
+    ),
+    lora_stacking="summed",
     chunked_decode=False,
     deadline_s=12.5,
     priority="batch",
