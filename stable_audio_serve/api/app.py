@@ -32,7 +32,7 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import files, merged, pages, server
 from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.api.unmanaged import UnmanagedOperations
-from stable_audio_serve.core.adapters import AdapterLibrary
+from stable_audio_serve.core.adapters import AdapterLibrary, NoAdapters
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.operations import Operations
@@ -64,7 +64,7 @@ def create_app(
     stream_limits: StreamLimits | None = None,
     client_times: ClientTimes | None = None,
     operations: Operations | None = None,
-    adapters: AdapterLibrary | None = None,
+    adapters: AdapterLibrary = NoAdapters(),
     address_header: str | None = None,
 ) -> FastAPI:
     """Return the application. `backend` may run models with or without Ray.

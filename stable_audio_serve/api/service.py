@@ -24,13 +24,12 @@ from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams, StreamLimits
-from stable_audio_serve.api.unmanaged import NoAdapters
 from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, FinishedFile, finish
 from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.audio.workers import AudioWorkers
-from stable_audio_serve.core.adapters import AdapterLibrary
+from stable_audio_serve.core.adapters import AdapterLibrary, NoAdapters
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -45,13 +44,7 @@ from stable_audio_serve.core.errors import (
     UnknownModelError,
     UploadTooLargeError,
 )
-from stable_audio_serve.core.generation import (
-    SEED_LIMIT,
-    GenerationRequest,
-    GenerationResult,
-    Lora,
-    SourceAudio,
-)
+from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, Lora, SourceAudio
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
@@ -97,7 +90,7 @@ class Service:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
         stream_limits: StreamLimits | None = None,
-        adapters: AdapterLibrary | None = None,
+        adapters: AdapterLibrary = NoAdapters(),
     ) -> None:
         """Without `jobs`, open the job queue of the settings. Another process runs its jobs. Raises ConfigError.
 
@@ -105,7 +98,7 @@ class Service:
         """
         self.backend = backend
         self.settings = settings
-        self.adapters = adapters or NoAdapters()
+        self.adapters = adapters
         self.jobs = jobs or open_queue(settings)
         self.metrics = metrics or NullMetrics()
         self.clock = clock or SystemClock()
@@ -170,22 +163,6 @@ class Service:
         file = await self.jobs.put_upload(chunks, media_type="application/octet-stream", file_name="upload")
         return JobUpload(file, role, _usable_s(card, padding_s), source.samples.nbytes)
 
-    def with_adapters(self, card: ModelCard, request: GenerationRequest) -> tuple[ModelCard, GenerationRequest]:
-        """Return the request with the adapters of the model's name first, each with the source and hash of its file.
-
-        The card that is returned names no adapters, so that a second call changes nothing. Raises InvalidRequestError,
-        and UnknownModelError for adapters of the model's name.
-        """
-        if not (card.loras or request.loras):
-            return card, request
-        try:
-            named = self.adapters.resolve(card, [Lora(name) for name in card.loras])
-        except InvalidRequestError as error:
-            raise UnknownModelError(error.message, field="model", allowed=error.allowed) from error
-        loras = self.adapters.resolve(card, (*named, *request.loras))
-        stacking = request.lora_stacking or card.lora_stacking
-        return replace(card, loras=()), replace(request, loras=loras, lora_stacking=stacking)
-
     async def generate(
         self, card: ModelCard, request: GenerationRequest, *, caller: Caller, started_at: float
     ) -> GenerationResult:
@@ -193,18 +170,35 @@ class Service:
 
         `started_at` is the time when the HTTP request arrived.
         """
-        card, request = self.with_adapters(card, request)
+        card, request = self.adapted(card, request)
         async with self.limiter.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
             return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
-    async def add_job(self, card: ModelCard, spec: JobSpec, *, caller: Caller) -> Added:
+    def adapted(self, card: ModelCard, request: GenerationRequest) -> tuple[ModelCard, GenerationRequest]:
+        """Return the request with the files of all adapters that it and the name of its model ask for.
+
+        The returned card asks for none, so that a second call changes nothing. Raises InvalidRequestError, whose field
+        is `loras` or `model`.
+        """
+        if not card.loras and not request.loras:
+            return card, request
+        named = tuple(map(Lora, card.loras))
+        try:
+            self.adapters.resolve(card, named)
+        except InvalidRequestError as error:
+            raise UnknownModelError(error.message, field="model", allowed=error.allowed) from error
+        loras = self.adapters.resolve(card, (*named, *request.loras))
+        stacking = request.lora_stacking or card.lora_stacking
+        return replace(card, loras=()), replace(request, loras=loras, lora_stacking=stacking)
+
+    async def add_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> Added:
         """Add a job within the limits of its API key. Its seconds of audio count when it is added, not when it runs.
 
         If the request was sent before, the audio does not count again.
         """
         try:
             audio_s = _audio_s(spec.request)
-            _, request = self.with_adapters(card, spec.request)
+            _, request = self.adapted(card, spec.request)
             spec = replace(spec, request=replace(request, client=caller.name))
             async with self.limiter.admitted(caller.key, audio_s=audio_s, takes_place=False) as admission:
                 added = await self.jobs.add(spec)

@@ -1,42 +1,11 @@
-"""What a server without Ray answers to operators, and to requests for adapters.
-
-It is one process, whose models cannot be loaded or unloaded on demand.
-"""
+"""Operator requests to a server without Ray. It is one process, whose models cannot be loaded or unloaded on demand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from stable_audio_serve.api.middleware.draining import Draining
-from stable_audio_serve.core.adapters import AdapterCard
 from stable_audio_serve.core.backend import Backend
-from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.errors import InvalidRequestError, ModelUnavailableError, NotFoundError
-from stable_audio_serve.core.generation import Lora
+from stable_audio_serve.core.errors import ModelUnavailableError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
-
-
-class NoAdapters:
-    """Implements `core.adapters.AdapterLibrary` for a server without adapters."""
-
-    def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
-        """See `AdapterLibrary.cards`."""
-        return ()
-
-    def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:
-        """See `AdapterLibrary.resolve`."""
-        if loras:
-            message = f"the model {model.name} has no adapter {loras[0].name[:100]!r}; near names: none"
-            raise InvalidRequestError(message, field="loras", allowed="none")
-        return ()
-
-    async def load(self, model: ModelCard, *, name: str, source: str) -> AdapterCard:
-        """Raise ModelUnavailableError."""
-        raise ModelUnavailableError("this server runs without Ray Serve and keeps no adapters")
-
-    async def unload(self, model: ModelCard, *, name: str) -> None:
-        """Raise NotFoundError."""
-        raise NotFoundError(f"the model {model.name} has no adapter {name[:100]!r}")
 
 
 class UnmanagedOperations:

@@ -28,7 +28,6 @@ from stable_audio_serve.core.sound import Peaks
 
 MOST_BYTES = 1_048_576  # size of the longest recipe as text
 MOST_REGIONS = 100
-MOST_LORAS = 64
 _LONG = ("prompt", "negative_prompt", "inpaint_regions")
 
 
@@ -41,8 +40,8 @@ _WHOLE = BeforeValidator(_to_int)
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ShortText = Annotated[str, Field(min_length=1, max_length=200)]
 _Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
-_Share = Annotated[float, Field(ge=0, le=1)]
 _Region = tuple[_Seconds, _Seconds]  # start, end
+_Time = Annotated[float, Field(ge=0, le=1)]  # of denoising: 1 = the start from noise
 _Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their own range
 FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # the values of `audio.encode.AudioFormat`
 
@@ -68,14 +67,35 @@ class RecipeSource(_Part):
 
 
 class RecipeLora(_Part):
-    """An adapter (LoRA) that the clip was made with."""
+    """One adapter of a clip."""
 
     name: _ShortText
     strength: Annotated[float, Field(ge=-2, le=2)]
-    interval: Annotated[tuple[_Share, _Share], Field(strict=False)] = Field(
-        description="Part of the denoising in which it applied: 1 = pure noise, 0 = the finished clip."
-    )
-    sha256: _Sha256 = Field(description="Hash of the adapter's file.")
+    interval: Annotated[tuple[_Time, _Time], Field(strict=False)] | None = _unset("Denoising times; unset = all.")
+    sha256: _Sha256 | None = _unset("Hash of the adapter's file.")
+    has_conditioners: Literal[True] | None = _unset("Whether it also changed the embedding of the duration.")
+
+    @classmethod
+    def of(cls, lora: Lora) -> RecipeLora:
+        """Return the recipe's form of a request's adapter."""
+        low, high = lora.interval
+        return cls(
+            name=lora.name,
+            strength=float(lora.strength),
+            interval=None if (low, high) == (0, 1) else (float(low), float(high)),
+            sha256=lora.sha256 or None,
+            has_conditioners=lora.has_conditioners or None,
+        )
+
+    def to_lora(self) -> Lora:
+        """Return the adapter of the request that recreates the clip."""
+        return Lora(
+            self.name,
+            self.strength,
+            self.interval or (0.0, 1.0),
+            sha256=self.sha256 or "",
+            has_conditioners=self.has_conditioners or False,
+        )
 
 
 class RecipeMaker(_Part):
@@ -135,10 +155,8 @@ class Recipe(_Part):
         "[start, end) of each region, seconds."
     )
     keep: Keep | None = _unset("Audio outside the regions: source or model; unset = model.")
-    loras: Annotated[tuple[RecipeLora, ...], Field(strict=False, min_length=1, max_length=MOST_LORAS)] | None = _unset(
-        "Adapters, in this order."
-    )
-    lora_stacking: Stacking | None = _unset("How several adapters combine.")
+    loras: Annotated[tuple[RecipeLora, ...], Field(strict=False, max_length=64)] | None = _unset("Adapters, in order.")
+    lora_stacking: Stacking | None = _unset("How the adapters combine.")
     response_format: FileFormat = Field(description="File format.")
     peaks: Peaks | Literal["full"] = Field(
         description="Treatment of peaks; full = the whole generation was scaled to full scale, then cut to `samples`."
@@ -201,7 +219,7 @@ class Recipe(_Part):
             inpaint_audio=sources[self.inpaint_audio.sha256] if self.inpaint_audio else None,
             inpaint_regions_s=self.inpaint_regions or (),
             keep=self.keep or "model",
-            loras=tuple(Lora(one.name, one.strength, one.interval, sha256=one.sha256) for one in self.loras or ()),
+            loras=tuple(one.to_lora() for one in self.loras or ()),
             lora_stacking=self.lora_stacking,
             checkpoint=self.checkpoint,
             request_id=request_id,
@@ -236,6 +254,7 @@ def write_recipes(
     """Return the recipe of each variation of a request. The recipes differ only in the seed."""
     provenance = made_on.provenance
     init, inpaint = sources.get("init"), sources.get("inpaint")
+    loras = provenance.loras if provenance else request.loras
     first = Recipe.model_construct(
         recipe=1,
         model=model,
@@ -265,21 +284,14 @@ def write_recipes(
         if inpaint
         else None,
         keep=request.keep if inpaint else None,
-        loras=tuple(_write_lora(lora) for lora in request.loras) or None,
-        lora_stacking=(request.lora_stacking or "chained") if request.loras else None,
+        loras=tuple(map(RecipeLora.of, loras)) or None,
+        lora_stacking=(provenance or request).lora_stacking if loras else None,
         response_format=file_format,
         peaks=peaks,
         samples=samples,
         made_on=write_maker(made_on, codecs=_codecs_of(file_format, sources)),
     )
     return (first, *(first.model_copy(update={"seed": seed}) for seed in seeds[1:]))
-
-
-def _write_lora(lora: Lora) -> RecipeLora:
-    low, high = lora.interval
-    return RecipeLora.model_construct(
-        name=lora.name, strength=float(lora.strength), interval=(float(low), float(high)), sha256=lora.sha256
-    )
 
 
 def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Protocol
 
 from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import InvalidRequestError, NotFoundError
 from stable_audio_serve.core.generation import Lora
 
 
@@ -71,3 +72,26 @@ class AdapterLibrary(Protocol):
         Raises ConflictError for an adapter of the configuration or of a folder.
         """
         ...
+
+
+class NoAdapters:
+    """The library of a server without adapters."""
+
+    def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
+        """Return nothing."""
+        return ()
+
+    def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:
+        """Return nothing. Raises InvalidRequestError if `loras` has an entry."""
+        if loras:
+            message = f"adapter {loras[0].name[:100]!r} is unknown: the model {model.name} has no adapters"
+            raise InvalidRequestError(message, field="loras", allowed="none")
+        return ()
+
+    async def load(self, model: ModelCard, *, name: str, source: str) -> AdapterCard:
+        """Raise InvalidRequestError."""
+        raise InvalidRequestError("this server loads no adapters", field="lora_name")
+
+    async def unload(self, model: ModelCard, *, name: str) -> None:
+        """Raise NotFoundError."""
+        raise NotFoundError(f"the model {model.name} has no adapter {name[:100]!r}")

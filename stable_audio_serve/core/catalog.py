@@ -62,7 +62,7 @@ class ModelCard:
     is_demo: bool = False
     description: str = ""
     lora_stacking: Stacking = "chained"  # how several adapters combine if a request does not say
-    loras: tuple[str, ...] = ()  # adapters that a request named together with the model, with strength 1
+    loras: tuple[str, ...] = ()  # the names of adapters that a request asks for with the name of the model
 
     @property
     def takes_adapters(self) -> bool:
@@ -118,16 +118,15 @@ class ModelCatalog:
             ) from error
 
     def resolve(self, name: str) -> ModelCard:
-        """Return the card for a canonical name or an alias, with adapters in its `loras` if they follow a colon.
+        """Return the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names.
 
-        The names of adapters are not checked. Raises UnknownModelError, which lists the valid names of models.
+        A name like `medium:vinyl+bells` also asks for two adapters, which the card lists. They are not checked here.
         """
-        model, colon, loras = name.rpartition(":")
-        if not colon or _key(name) in self._names:
-            return self.find(name)
-        if _key(model) not in self._names or not all(part.strip() for part in loras.split("+")):
-            return self.find(name)
-        return replace(self.find(model), loras=tuple(part.strip() for part in loras.split("+")))
+        model, _, adapters = name.rpartition(":")  # aliases may contain colons, names of adapters do not
+        loras = tuple(part.strip() for part in adapters.split("+"))
+        if _key(name) not in self._names and _key(model) in self._names and all(loras):
+            return replace(self.find(model), loras=loras)
+        return self.find(name)
 
     def find(self, name: str) -> ModelCard:
         """Return the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names."""

@@ -207,6 +207,8 @@ class Provenance:
     edit_schedule: EditSchedule | None = None
     prompt_chars: int | None = None
     negative_prompt_chars: int | None = None
+    loras: tuple[Lora, ...] = ()  # without their sources
+    lora_stacking: Stacking | None = None
 
 
 @dataclass(frozen=True, slots=True)

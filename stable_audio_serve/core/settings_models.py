@@ -73,11 +73,16 @@ class EngineSettings(Section):
     )
 
 
-class AdapterSettings(Section):
-    """One adapter (LoRA) of a model. A text stands for its `path`."""
+class LoraSettings(Section):
+    """One adapter of a model."""
 
-    path: FileName = Field(description="File, s3://bucket/key, or owner/repository of the hub with or without a file.")
-    conditioner: bool = Field(False, description="Whether its tensors for the embedding of the duration are used.")
+    path: FileName = Field(
+        description="Its safetensors file: a path, s3://bucket/key, or a repository of the hub, with or without a file "
+        "in it.",
+    )
+    conditioner: bool = Field(
+        False, description="Whether it also changes the embedding of the duration, if the file has tensors for that."
+    )
 
 
 def _from_path(value: object) -> object:
@@ -154,22 +159,22 @@ class ModelSettings(Section):
         description="Device memory for variations in progress per replica, bytes; others wait; unset = most of "
         "`memory_share` minus the weights on CUDA, no limit on a CPU.",
     )
-    loras: dict[AdapterName, Annotated[AdapterSettings, BeforeValidator(_from_path)]] = Field(
-        {}, description="Adapters (LoRA) by name: a path or source each; see the page on adapters."
+    loras: dict[AdapterName, Annotated[LoraSettings, BeforeValidator(_from_path)]] = Field(
+        {}, description="Adapters by name: a path or source, or {path, conditioner} (docs/adapters.md)."
     )
     lora_folder: Folder | None = Field(
-        None,
-        description="Folder of adapters, named like their files; new files are found while running.",
+        None, description="Folder of adapters, named by their files; new files are found while the server runs."
     )
-    max_loras: int = Field(4, ge=1, le=64, description="Most adapters of a request.")
-    max_lora_rank: int = Field(64, ge=1, le=256, description="Most that the ranks of a request's adapters add up to.")
+    max_loras: int = Field(4, ge=1, le=64, description="Most adapters of one request.")
+    max_lora_rank: int = Field(
+        64, ge=1, le=256, description="Most that the ranks of a request's adapters may add up to."
+    )
     lora_cache_bytes: int = Field(
-        536_870_912, ge=0, description="Memory for adapters per replica, on the model's device, bytes."
+        512 * 2**20, ge=0, description="Memory of a replica for loaded adapters, bytes; on the GPU, if there is one."
     )
     lora_stacking: Stacking = Field(
         "chained",
-        description="How several adapters combine by default: chained = each changes what those before it leave; "
-        "summed = their changes are added.",
+        description="How several adapters combine if the request does not say: chained or summed (docs/adapters.md).",
     )
     engine: EngineSettings = Field(
         default_factory=lambda: EngineSettings(), description="Scheduling of requests on a replica."

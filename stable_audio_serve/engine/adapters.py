@@ -108,6 +108,12 @@ class _Cache:
             self.metrics.gauge("engine_adapter_bytes", self._num_bytes)
             self.metrics.gauge("engine_adapter_slots", sum(isinstance(e.value, Slot) for e in self._entries.values()))
 
+    def hashes(self) -> list[str]:
+        """Returns the hashes of all adapters."""
+        with self._lock:
+            values = [entry.value for entry in self._entries.values()]
+        return [value.sha256 for value in values if isinstance(value, FittedAdapter)]
+
     def give_back(self, keys: Sequence[Hashable]) -> None:
         """Count one user less of each key."""
         with self._lock:
@@ -161,6 +167,10 @@ class Adapters:
         except asyncio.CancelledError:
             job.add_done_callback(_release_result)
             raise
+
+    def hashes(self) -> list[str]:
+        """Returns the hashes of the adapter files in memory."""
+        return self._cache.hashes()
 
     def close(self) -> None:
         """Stop the thread. Slots that are held stay usable."""

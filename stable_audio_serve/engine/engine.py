@@ -303,6 +303,10 @@ class Engine:
         """Return the coefficients from which processes without this engine predict how long a request takes."""
         return self._price_list.current()
 
+    def adapters_in_memory(self) -> list[str]:
+        """Return the hashes of the adapter files that are loaded."""
+        return self._adapters.hashes()
+
     @property
     def busy_s(self) -> float:
         """Seconds during which the engine had work, since it started."""

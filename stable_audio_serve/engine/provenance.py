@@ -75,6 +75,8 @@ def complete_provenance(
         edit_schedule=request.edit_schedule or (card.default_edit_schedule if edits_by_time else None),
         prompt_chars=prompts.prompt.chars_read if prompts else None,
         negative_prompt_chars=prompts.negative.chars_read if prompts and prompts.negative else None,
+        loras=tuple(replace(lora, source="") for lora in request.loras),
+        lora_stacking=(request.lora_stacking or "chained") if request.loras else None,
     )
 
 

@@ -20,7 +20,7 @@ from stable_audio_serve.core.catalog import (
     NetworkBackend,
 )
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.generation import EditSchedule
+from stable_audio_serve.core.generation import EditSchedule, Stacking
 from stable_audio_serve.models.checkpoint_files import TEXT_ENCODER_FOLDER, WEIGHTS_FILE, is_open_family
 from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, ConfigReader, read_config
 
@@ -136,6 +136,7 @@ def resolve_entry(
     max_duration_s: float | None = None,
     duration_padding_s: float | None = None,
     edit_schedule: EditSchedule | None = None,
+    lora_stacking: Stacking = "chained",
     backend: NetworkBackend = "native",
 ) -> ModelEntry:
     """Returns the entry that an operator configured: a built-in name, a local folder (`path`) or a repository
@@ -159,6 +160,7 @@ def resolve_entry(
         aliases=tuple(dict.fromkeys((*entry.card.aliases, *aliases))),
         max_duration_s=max_duration_s or entry.card.max_duration_s,
         edit_schedule=edit_schedule,
+        lora_stacking=lora_stacking,
         default_duration_padding_s=(
             entry.card.default_duration_padding_s if duration_padding_s is None else duration_padding_s
         ),

@@ -316,6 +316,9 @@ def _resolve(lora: Lora, card: AdapterCard) -> Lora:
     if lora.sha256 not in ("", card.sha256):
         message = f"adapter {card.name!r} is another file than the one asked for: its SHA-256 is {card.sha256}"
         raise _refuse(message, allowed=lora.sha256)
+    if lora.sha256 and lora.has_conditioners != card.has_conditioners:
+        use = "also uses" if card.has_conditioners else "does not use"
+        raise _refuse(f"adapter {card.name!r} {use} its tensors for conditioners, unlike the one asked for")
     return replace(lora, source=card.source, sha256=card.sha256, has_conditioners=card.has_conditioners)
 
 

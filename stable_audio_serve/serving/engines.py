@@ -106,13 +106,13 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
         mode=model.mode,
         max_memory_bytes=model.max_memory_bytes,
         max_queue_s=model.max_queue_s,
-        lora_cache_bytes=model.lora_cache_bytes,
-        max_lora_rank=model.max_lora_rank,
         torch_threads=threads,
         profile=engine.profile,
         features=Features(**engine.features),
         captures_off_file=_CAPTURES_OFF.expanduser(),
         warmup_budget_s=engine.warmup_budget_s,
+        lora_cache_bytes=model.lora_cache_bytes,
+        max_lora_rank=model.max_lora_rank,
     )
 
 

@@ -136,9 +136,7 @@ def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
 
 
 def _catalog(settings: Settings) -> ModelCatalog:
-    cards = [
-        replace(_describe(model_entry(model)).card, lora_stacking=model.lora_stacking) for model in settings.models
-    ]
+    cards = [_describe(model_entry(model)).card for model in settings.models]
     return ModelCatalog(cards, default=settings.default_model)
 
 
@@ -160,6 +158,7 @@ def model_entry(model: ModelSettings) -> ModelEntry:
         max_duration_s=model.max_duration_s,
         duration_padding_s=model.duration_padding_s,
         edit_schedule=model.edit_schedule,
+        lora_stacking=model.lora_stacking,
         backend=model.backend,
     )
 

@@ -180,7 +180,12 @@ class ModelReplica:
             rows_per_step=self._meter.rows_per_step,
             finished_per_minute=int(self._finished.total),
         )
-        return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict() | stats.to_dict()
+        return (
+            ReplicaWork.now(
+                self._engine.backlog_ms, self._engine.prices(), adapters=self._engine.adapters_in_memory()
+            ).to_dict()
+            | stats.to_dict()
+        )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the statistics for this model's autoscaling policy. Called by Ray Serve every second."""

@@ -53,10 +53,14 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
     def _rank(self, replica: str, call: Sequence[object]) -> tuple[bool, float]:
         """Return the sort key of a replica: its remaining work plus the call, in milliseconds.
 
-        The call is included because it can take longer on one replica than on another. Replicas with old reports are
+        The call is included because it can take longer on one replica than on another, for example because a replica
+        must load an adapter. Replicas with old reports are
         last.
         """
-        return self._ledger.is_old(replica), self._ledger.left_ms(replica) + self._ledger.price_ms(replica, call)
+        ledger = self._ledger
+        return ledger.is_old(replica), (
+            ledger.left_ms(replica) + ledger.price_ms(replica, call) + ledger.load_ms(replica, call)
+        )
 
     def on_request_routed(  # noqa: PLR0917 - as Serve calls it
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any

@@ -21,6 +21,7 @@ _CHOSEN_S = 1.0
 # A report that seems older than this when it arrives is treated as if it were this old, because then the clocks of the
 # two machines differ.
 _MOST_AGE_S = 5.0
+_LOAD_MS = 300.0  # of one adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +29,18 @@ class ReplicaWork:
     """A replica's report of its work at the time `said_at` (Unix time in seconds).
 
     `backlog_ms` is the predicted device time of all accepted, unfinished requests. `prices` predict the time of others.
+    `adapters` has the hashes of the adapter files in memory.
     """
 
     said_at: float
     backlog_ms: float
     prices: Prices
+    adapters: tuple[str, ...] = ()
 
     @classmethod
-    def now(cls, backlog_ms: float, prices: Prices) -> ReplicaWork:
+    def now(cls, backlog_ms: float, prices: Prices, *, adapters: Sequence[str] = ()) -> ReplicaWork:
         """Return a report with the current time."""
-        return cls(time.time(), backlog_ms, prices)
+        return cls(time.time(), backlog_ms, prices, tuple(adapters))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, in which form Ray Serve's controller sends them to the routers."""
@@ -50,7 +53,8 @@ class ReplicaWork:
         Returns None for other values, such as the report of a replica with another version of this package.
         """
         try:
-            return cls(float(values["said_at"]), float(values["backlog_ms"]), Prices.from_dict(values["prices"]))
+            prices = Prices.from_dict(values["prices"])
+            return cls(float(values["said_at"]), float(values["backlog_ms"]), prices, tuple(values["adapters"]))
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -193,6 +197,14 @@ class WorkLedger:
         works = (self._replicas[name].work for name in (replica, *self._replicas) if name in self._replicas)
         work = next((work for work in works if work is not None), None)
         return work.prices.of_request(call[0]) if work else 1.0
+
+    def load_ms(self, replica: str, call: Sequence[object]) -> float:
+        """Return about how long the replica takes to load the call's adapters that are not in its memory, in ms."""
+        if not call or not isinstance(call[0], GenerationRequest) or not call[0].loras:
+            return 0.0
+        work = self._replicas[replica].work
+        known = work.adapters if work else ()
+        return _LOAD_MS * len({lora.sha256 for lora in call[0].loras} - {*known})
 
     def choose(self, *, replica: str, ms: float) -> None:
         """Record that a replica was chosen for a call that takes `ms`. From now on, the call counts as its work.

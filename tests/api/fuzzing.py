@@ -180,6 +180,7 @@ _SOURCES = {"init_audio", "init_noise_level", "inpaint_audio", "inpaint_regions"
 _DROPPED = {
     "finetune_checkpoint",
     "sampler_type",  # depends on the model
+    "loras",  # this server has no adapters
     "inpaint_mask_start_seconds",
     "inpaint_mask_end_seconds",  # aliases
     "webhook_url",  # only public addresses are accepted

@@ -83,12 +83,12 @@ def test_other_empty_variables_count_as_not_set(tmp_path: Path) -> None:
 
 
 def test_the_hub_token_is_read_from_both_names(tmp_path: Path) -> None:
-    environ = {"HUGGING_FACE_HUB_TOKEN": "old"}
+    environ = {"HUGGING_FACE_HUB_TOKEN": "first-token"}
     settings = load_settings(environ=environ, directory=tmp_path)
-    assert environ["HF_TOKEN"] == "old"
+    assert environ["HF_TOKEN"] == "first-token"
     assert settings.hf_token is not None
-    assert settings.hf_token.get_secret_value() == "old"
-    assert "old" not in repr(settings)
+    assert settings.hf_token.get_secret_value() == "first-token"
+    assert "first-token" not in repr(settings)
     environ = {"HUGGING_FACE_HUB_TOKEN": "old", "HF_TOKEN": "new"}
     load_settings(environ=environ, directory=tmp_path)
     assert environ["HF_TOKEN"] == "new"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from ray.serve.request_router import RunningReplica
 
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.serving.routing import LeastWorkRouter
 from stable_audio_serve.serving.work_ledger import ReplicaWork
@@ -29,16 +30,23 @@ class Router(LeastWorkRouter):  # type: ignore[misc]  # Ray has no types
         return [[replica.replica_id.unique_id for replica in rank] for rank in ranks]
 
 
-def report(backlog_ms: float, *, step_ms: float = 1.0) -> ReplicaWork:
-    return ReplicaWork.now(
-        backlog_ms, Prices(row_ms=0.0, evaluation_ms=step_ms, evaluated_second_ms=0.0, audio_second_ms=0.0)
-    )
+def report(backlog_ms: float, *, step_ms: float = 1.0, adapters: tuple[str, ...] = ()) -> ReplicaWork:
+    prices = Prices(row_ms=0.0, evaluation_ms=step_ms, evaluated_second_ms=0.0, audio_second_ms=0.0)
+    return ReplicaWork.now(backlog_ms, prices, adapters=adapters)
 
 
 async def test_replica_that_would_finish_first_is_ranked_first() -> None:
     router = Router({"busy": report(1e9), "free": report(0.0), "slow": report(0.0, step_ms=1e7)})
     for _ in range(20):
         assert await router.choose() == [["free"], ["slow"], ["busy"]]
+
+
+async def test_of_equal_replicas_one_with_the_adapter_is_first() -> None:
+    loaded = report(0.0, adapters=("a" * 64,))
+    router = Router({"plain": report(0.0), "loaded": loaded, "busy": replace(loaded, backlog_ms=1e9)})
+    call = SimpleNamespace(args=[replace(CALL.args[0], loras=(Lora("vinyl", sha256="a" * 64),))])
+    for _ in range(20):
+        assert await router.choose(call) == [["loaded"], ["plain"], ["busy"]]
 
 
 async def test_expired_reports_are_ignored_and_two_replicas_are_drawn() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.serving.work_ledger import ReplicaWork, WorkLedger
 
@@ -166,6 +167,11 @@ def test_calls_are_priced_by_their_request(ledger: Ledger) -> None:
     assert ledger.price_ms("a", [audio]) == 1.0  # before a price is known, every request counts as 1 ms
     ledger.publish("b", backlog_ms=0.0)
     assert ledger.price_ms("a", [audio]) == ledger.price_ms("b", [audio]) == 500.0
+    ledger.reports["b"]["prices"] |= {"adapted": 1.5}  # type: ignore[operator]
+    ledger.reports["b"]["said_at"] = _EPOCH + ledger.now + 1
+    ledger.update(ledger.reports)
+    adapted = replace(audio, loras=(Lora("vinyl"),))
+    assert (ledger.price_ms("b", [audio]), ledger.price_ms("b", [adapted])) == (500.0, 750.0)
     assert ledger.price_ms("b", []) == ledger.price_ms("b", ["status"]) == 0.0
 
 

@@ -155,7 +155,7 @@ def build_router(service: Service) -> APIRouter:
     def convert(body: AimlInput, *, request_id: str) -> tuple[ModelCard, GenerationRequest]:
         try:
             model = card if body.model == MODEL else catalog.resolve(body.model)
-            return service.with_adapters(model, to_request(body, model, request_id=request_id))
+            return service.adapted(model, to_request(body, model, request_id=request_id))
         except UnknownModelError as error:
             fault = {"type": "value_error", "loc": ("body", "model"), "msg": f"{error.message}, {MODEL}"}
             raise RequestValidationError([fault]) from error
@@ -176,7 +176,7 @@ def build_router(service: Service) -> APIRouter:
             with_recipe=service.settings.dialects.recipes,
             client=request.state.client,
         )
-        await service.add_job(model, spec, caller=request.state.caller)
+        await service.add_job(spec, card=model, caller=request.state.caller)
         return AimlGeneration(id=spec.id, status="queued")
 
     @router.get("/v2/generate/audio", summary="Poll (AIML API)", responses=_POLL_RESPONSES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -13,8 +13,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from stable_audio_serve.api.native.schemas import (
     MAX_LORAS,
+    Controls,
     GenerationBody,
-    LoraChoice,
+    LoraBody,
     UploadForm,
     VariationForm,
     check_sampler_kwargs,
@@ -41,7 +42,7 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 }
 
 
-_LORAS = TypeAdapter(Annotated[tuple[LoraChoice, ...], Field(max_length=MAX_LORAS)])
+_LORAS = TypeAdapter(Annotated[tuple[LoraBody, ...], Field(max_length=MAX_LORAS)])
 
 
 def parse_sampler_kwargs(text: str) -> dict[str, Any]:
@@ -63,8 +64,8 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
         raise RequestValidationError([_fault("sampler_kwargs", str(error), value=values)]) from error
 
 
-def _parse_loras(given: str | tuple[LoraChoice, ...]) -> tuple[Lora, ...]:
-    """Return the adapters of a field, which is JSON text in a form. Raises RequestValidationError."""
+def parse_loras(given: str | Sequence[LoraBody]) -> tuple[Lora, ...]:
+    """Return the adapters that a request names. In a form they are JSON text. Raises RequestValidationError."""
     if isinstance(given, str):
         try:
             given = _LORAS.validate_json(given) if given.strip() else ()
@@ -76,12 +77,7 @@ def _parse_loras(given: str | tuple[LoraChoice, ...]) -> tuple[Lora, ...]:
 
 
 def to_request(
-    fields: GenerationBody | UploadForm,
-    sampler_kwargs: dict[str, Any],
-    *,
-    catalog: ModelCatalog,
-    limits: ApiSettings,
-    request_id: str,
+    fields: Controls, sampler_kwargs: dict[str, Any], *, catalog: ModelCatalog, limits: ApiSettings, request_id: str
 ) -> tuple[ModelCard, GenerationRequest]:
     """Return the model and the request for `fields`. The request has no source audio. Raises RequestValidationError."""
     given = fields.model_fields_set
@@ -121,10 +117,10 @@ def to_request(
         apg_scale=apg_scale,
         duration_padding_s=fields.duration_padding_sec if "duration_padding_sec" in given else None,
         chunked_decode=fields.chunked_decode,
-        loras=_parse_loras(fields.loras),
-        lora_stacking=fields.lora_stacking,
         deadline_s=fields.deadline_s,
         priority=fields.priority,
+        loras=parse_loras(fields.loras) if isinstance(fields, GenerationBody | UploadForm) else (),
+        lora_stacking=fields.lora_stacking,
         request_id=request_id,
         **sampling,
     )

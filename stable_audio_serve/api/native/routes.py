@@ -21,7 +21,6 @@ from stable_audio_serve.api.native.schemas import (
     ErrorBody,
     GenerationBody,
     InpaintForm,
-    UploadForm,
     ValidationErrors,
     VariationForm,
 )
@@ -107,7 +106,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def convert(
-    service: Service, request: Request, *, fields: GenerationBody | UploadForm, sampler_kwargs: dict[str, Any]
+    service: Service, request: Request, *, fields: Controls, sampler_kwargs: dict[str, Any]
 ) -> tuple[ModelCard, GenerationRequest]:
     """Return the model and the request for `fields`. The request has no source audio. Raises RequestValidationError.
 
@@ -120,7 +119,7 @@ def convert(
         limits=service.settings.api,
         request_id=request.state.request_id,
     )
-    card, generation = service.with_adapters(card, generation)
+    card, generation = service.adapted(card, generation)
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=generation.batch_size)
     unused = [f"sampler_kwargs.{key}" for key in unused_options(sampler_kwargs, card)]
     check_names(request, [*(fields.model_extra or ()), *unused], limits=service.settings.api)

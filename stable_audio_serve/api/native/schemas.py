@@ -46,11 +46,6 @@ RESERVED_SAMPLER_KWARGS = frozenset(
 )
 
 
-MAX_LORAS = 64  # highest value of the setting `max_loras`
-
-_Share = Annotated[Finite, Field(ge=0, le=1)]
-
-
 def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     """Return `values`. Raises ValueError for reserved keys and for values other than strings, numbers and booleans."""
     for key, value in values.items():
@@ -65,19 +60,20 @@ def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _without_default(schema: dict[str, Any]) -> None:
-    del schema["default"]  # the default "" means unset, and generated clients should not send it
+MAX_LORAS = 64  # the highest value of the setting `max_loras`
+
+_Time = Annotated[Finite, Field(ge=0, le=1)]
 
 
-class LoraChoice(BaseModel):
-    """An adapter of the model."""
+class LoraBody(BaseModel):
+    """One adapter of a request."""
 
-    name: str = Field(min_length=1, max_length=100, description="Name of the adapter, without the model's.")
-    strength: Finite = Field(
-        1.0, ge=-2, le=2, description="0 = off. The types dora-rows and dora-rows-xs have no strengths below 0."
-    )
-    interval: tuple[_Share, _Share] = Field(
-        (0.0, 1.0), description="Part of the denoising in which it applies: 1 = pure noise, 0 = the finished clip."
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(min_length=1, max_length=100, description="Name of an adapter of the model.")
+    strength: Finite = Field(1.0, ge=-2, le=2, description="0 = off; not below 0 for DoRA types.")
+    interval: tuple[_Time, _Time] = Field(
+        (0.0, 1.0), description="Denoising times at which it applies: 1 is the start from noise, 0 the end."
     )
 
     @field_validator("interval")
@@ -86,6 +82,10 @@ class LoraChoice(BaseModel):
         if interval[0] > interval[1]:
             raise ValueError("the first number must not be above the second")
         return interval
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]  # the default "" means unset, and generated clients should not send it
 
 
 class Controls(BaseModel):
@@ -115,12 +115,10 @@ class Controls(BaseModel):
     priority: Priority = Field(
         "interactive", description="Extension: interactive work runs before batch work, which keeps a minimum share."
     )
-    peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
     lora_stacking: Stacking | None = Field(
-        None,
-        description="Extension: how several adapters combine. chained = each changes what those before it leave; "
-        "summed = their changes are added; null = the server's default.",
+        None, description="Extension: how several adapters combine; unset = the model's default."
     )
+    peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
     manifest: bool = Field(False, description="Extension: add manifest.json to the ZIP of several variations.")
 
 
@@ -137,11 +135,10 @@ class GenerationBody(Controls):
         "sigma_max, rho. Others are ignored.",
         examples=[{"sampler_type": "euler", "scale_phi": 0.5}],
     )
-
-    loras: Annotated[tuple[LoraChoice, ...], Field(max_length=MAX_LORAS)] = Field(
+    loras: tuple[LoraBody, ...] = Field(
         (),
-        description="Extension: adapters (LoRA) in this order; GET /v1/models lists them.",
-        examples=[[{"name": "vinyl", "strength": 0.8}]],
+        max_length=MAX_LORAS,
+        description="Extension: adapters (LoRA) of the model, in this order; GET /v1/models lists them.",
     )
 
 
@@ -155,9 +152,7 @@ class UploadForm(Controls):
         "", description="A JSON object as text, as in generations.", examples=['{"scale_phi": 0.5}']
     )
     loras: str = Field(
-        "",
-        description="Extension: a JSON list as text, as in generations.",
-        examples=['[{"name": "vinyl", "strength": 0.8}]'],
+        "", description="Extension: a JSON list as text, as in generations.", examples=['[{"name": "vinyl"}]']
     )
 
 

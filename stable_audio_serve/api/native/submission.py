@@ -183,7 +183,7 @@ class _Submission:
             fingerprint=_fingerprint(request.method, mode, fields=fields, upload=upload),
             wire={"base_url": base},
         )
-        added = await self._service.add_job(card, spec, caller=request.state.caller)
+        added = await self._service.add_job(spec, card=card, caller=request.state.caller)
         note(request.scope, job_id=added.job.spec.id)
         if not added.is_new:
             response.headers[REPLAYED] = "true"

@@ -40,10 +40,7 @@ REQUEST = GenerationRequest(
     init_noise_level=0.4,
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
     keep="model",
-    loras=(
-        Lora("vinyl", 0.5, (0.1, 0.9), source="s3://a/b.safetensors", sha256="a" * 64, has_conditioners=True),
-        Lora("bells"),
-    ),
+    loras=(Lora("vinyl", -0.5, (0.2, 0.8), "s3://bucket/vinyl.safetensors", "d" * 64, has_conditioners=True),),
     lora_stacking="summed",
     chunked_decode=False,
     deadline_s=12.5,

@@ -164,7 +164,7 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
             client=request.state.client,
             wire={"base_url": base_url(request, service.settings.api)},
         )
-        job = (await service.add_job(card, spec, caller=request.state.caller)).job
+        job = (await service.add_job(spec, card=card, caller=request.state.caller)).job
         links = targets.links_of(request, request_id, limits=service.settings.api)
         return make_ticket(job, links, position=await service.jobs.position(job))
 
