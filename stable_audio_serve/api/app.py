@@ -25,12 +25,14 @@ from stable_audio_serve.api.native import job_routes as native_jobs
 from stable_audio_serve.api.native import replay
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.operator_routes import adapters as adapter_routes
 from stable_audio_serve.api.operator_routes import admin, status
 from stable_audio_serve.api.routing import allowed_methods
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import files, merged, pages, server
 from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.api.unmanaged import UnmanagedOperations
+from stable_audio_serve.core.adapters import AdapterLibrary, NoAdapters
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.operations import Operations
@@ -62,17 +64,18 @@ def create_app(
     stream_limits: StreamLimits | None = None,
     client_times: ClientTimes | None = None,
     operations: Operations | None = None,
+    adapters: AdapterLibrary = NoAdapters(),
     address_header: str | None = None,
 ) -> FastAPI:
     """Return the application. `backend` may run models with or without Ray.
 
     Without `jobs`, the application opens the job queue that the settings name. The application only adds jobs to the
-    queue; another process runs them. Without `operations`, the operator routes describe this process only.
-    `address_header` is the header in which a proxy sends the client's address. The proxy must overwrite a value that
-    the client sent.
+    queue; another process runs them. Without `operations`, the operator routes describe this process only. Without
+    `adapters`, no model has any. `address_header` is the header in which a proxy sends the client's address. The proxy
+    must overwrite a value that the client sent.
     """
     metrics = metrics or NullMetrics()
-    service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_limits=stream_limits)
+    service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_limits=stream_limits, adapters=adapters)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -125,6 +128,7 @@ def create_app(
     operations = operations or UnmanagedOperations(backend, service.draining)
     app.include_router(status.build_router(service, operations))
     app.include_router(admin.build_router(service, operations))
+    app.include_router(adapter_routes.build_router(service))
     app.include_router(merged.build_router(service))
     app.include_router(open_small.build_health_router(service), prefix="/saos")
     for name, router in routers.items():  # if two dialects have the same path, the first router handles it

@@ -92,7 +92,10 @@ class Service:
         stream_limits: StreamLimits | None = None,
         adapters: AdapterLibrary = NoAdapters(),
     ) -> None:
-        """Without `jobs`, open the job queue of the settings. Another process runs its jobs. Raises ConfigError."""
+        """Without `jobs`, open the job queue of the settings. Another process runs its jobs. Raises ConfigError.
+
+        Without `adapters`, no model has any.
+        """
         self.backend = backend
         self.settings = settings
         self.adapters = adapters
@@ -167,24 +170,26 @@ class Service:
 
         `started_at` is the time when the HTTP request arrived.
         """
-        request = self.adapted(card, request)
+        card, request = self.adapted(card, request)
         async with self.limiter.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
             return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
-    def adapted(self, card: ModelCard, request: GenerationRequest) -> GenerationRequest:
+    def adapted(self, card: ModelCard, request: GenerationRequest) -> tuple[ModelCard, GenerationRequest]:
         """Return the request with the files of all adapters that it and the name of its model ask for.
 
-        Raises InvalidRequestError, whose field is `loras` or `model`.
+        The returned card asks for none, so that a second call changes nothing. Raises InvalidRequestError, whose field
+        is `loras` or `model`.
         """
         if not card.loras and not request.loras:
-            return request
+            return card, request
         named = tuple(map(Lora, card.loras))
         try:
             self.adapters.resolve(card, named)
         except InvalidRequestError as error:
             raise UnknownModelError(error.message, field="model", allowed=error.allowed) from error
         loras = self.adapters.resolve(card, (*named, *request.loras))
-        return replace(request, loras=loras, lora_stacking=request.lora_stacking or card.lora_stacking)
+        stacking = request.lora_stacking or card.lora_stacking
+        return replace(card, loras=()), replace(request, loras=loras, lora_stacking=stacking)
 
     async def add_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> Added:
         """Add a job within the limits of its API key. Its seconds of audio count when it is added, not when it runs.
@@ -193,7 +198,7 @@ class Service:
         """
         try:
             audio_s = _audio_s(spec.request)
-            request = self.adapted(card, spec.request)
+            _, request = self.adapted(card, spec.request)
             spec = replace(spec, request=replace(request, client=caller.name))
             async with self.limiter.admitted(caller.key, audio_s=audio_s, takes_place=False) as admission:
                 added = await self.jobs.add(spec)

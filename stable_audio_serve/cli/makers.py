@@ -111,6 +111,7 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
 
     from stable_audio_serve.api.app import create_app
     from stable_audio_serve.core.settings import Settings as Chosen
+    from stable_audio_serve.serving.adapters import Library
     from stable_audio_serve.serving.engines import load_named_engine
     from stable_audio_serve.serving.local import LocalBackend
     from stable_audio_serve.serving.logs import configure_logging
@@ -129,7 +130,9 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
         open_to_us = settings.api.model_copy(update={"key_hashes": (), "key_file": None})
         alone = Chosen(output_dir=folder, api=open_to_us, audio=settings.audio, dialects=settings.dialects)
         async with LocalBackend(plan.catalog, {name: engine}) as backend:
-            app = create_app(_Reporting(backend, on_progress), alone)
+            adapters = Library(plan.settings, plan.catalog)
+            await adapters.refresh()
+            app = create_app(_Reporting(backend, on_progress), alone, adapters=adapters)
             http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)
             async with AsyncClient("http://localhost", http=http) as client:
                 return await getattr(client, request.kind)(*arguments, **more)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Protocol
 
 from stable_audio_serve.core.catalog import ModelCard
@@ -30,6 +31,11 @@ class AdapterCard:
     num_bytes: int = 0
     has_conditioners: bool = False
     problem: str | None = None
+
+    @property
+    def public_source(self) -> str:
+        """The source without the folders of this machine."""
+        return PurePath(self.source).name if PurePath(self.source).is_absolute() else self.source
 
     @property
     def strengths(self) -> tuple[float, float]:

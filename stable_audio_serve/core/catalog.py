@@ -10,6 +10,9 @@ from typing import Literal
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 from stable_audio_serve.core.generation import EditSchedule, Stacking
 
+# Names of adapters. A colon and plus signs separate them from the model in `medium:vinyl+bells`.
+ADAPTER_NAME = r"(?!\s)[^:+/\\\x00-\x1f\x7f]{1,100}(?<!\s)"
+
 SA3_FAMILY = "stable-audio-3"
 OPEN_FAMILY = "stable-audio-open"
 
@@ -58,8 +61,13 @@ class ModelCard:
     conditions_on_start: bool = False  # whether the model uses `GenerationRequest.start_s`
     is_demo: bool = False
     description: str = ""
-    lora_stacking: Stacking = "chained"
+    lora_stacking: Stacking = "chained"  # how several adapters combine if a request does not say
     loras: tuple[str, ...] = ()  # the names of adapters that a request asks for with the name of the model
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether adapters (LoRA) of this model can exist."""
+        return self.family == SA3_FAMILY
 
     @property
     def default_edit_schedule(self) -> EditSchedule:
@@ -102,7 +110,7 @@ class ModelCatalog:
         if not self._cards:
             raise ConfigError("models: at least one model must be configured", field="models")
         try:
-            self.default = self.resolve(default) if default else min(self, key=lambda card: card.is_demo)
+            self.default = self.find(default) if default else min(self, key=lambda card: card.is_demo)
         except UnknownModelError as error:
             raise ConfigError(
                 f"default_model (STABLE_AUDIO_DEFAULT_MODEL or STABLE_AUDIO_MODEL): {error.message}",
@@ -112,12 +120,17 @@ class ModelCatalog:
     def resolve(self, name: str) -> ModelCard:
         """Return the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names.
 
-        A name like `medium:vinyl+bells` also asks for two adapters, which the card lists.
+        A name like `medium:vinyl+bells` also asks for two adapters, which the card lists. They are not checked here.
         """
+        model, _, adapters = name.rpartition(":")  # aliases may contain colons, names of adapters do not
+        loras = tuple(part.strip() for part in adapters.split("+"))
+        if _key(name) not in self._names and _key(model) in self._names and all(loras):
+            return replace(self.find(model), loras=loras)
+        return self.find(name)
+
+    def find(self, name: str) -> ModelCard:
+        """Return the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names."""
         canonical = self._names.get(_key(name))
-        if canonical is None and ":" in name:
-            model, _, adapters = name.partition(":")
-            return replace(self.resolve(model), loras=tuple(part.strip() for part in adapters.split("+")))
         if canonical is None:
             valid = ", ".join(self._cards)
             raise UnknownModelError(f"unknown model {name[:100]!r}; valid: {valid}", field="model", allowed=valid)

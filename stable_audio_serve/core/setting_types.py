@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PlainSerializer, SecretStr
 from pydantic_core import PydanticCustomError
 
+from stable_audio_serve.core.catalog import ADAPTER_NAME
 from stable_audio_serve.core.keys import parse_key_hash
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -52,6 +53,10 @@ NewModelName = Annotated[
         r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
         "1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first",
     ),
+]
+AdapterName = Annotated[
+    str,
+    _form(ADAPTER_NAME, "1 to 100 printable characters without colons, plus signs and slashes, no space first or last"),
 ]
 Folder = Annotated[str, _form(r"[^\x00]+", "a folder's path")]
 FileName = Annotated[str, _form(r"[^\x00]+", "a file's path")]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from stable_audio_serve.core.catalog import DecodePrecision, NetworkBackend
 from stable_audio_serve.core.generation import EditSchedule, Stacking
-from stable_audio_serve.core.setting_types import Delay, Device, Folder, ModelName, NewModelName, ReportId, Seconds
+from stable_audio_serve.core.setting_types import (
+    AdapterName,
+    Delay,
+    Device,
+    FileName,
+    Folder,
+    ModelName,
+    NewModelName,
+    ReportId,
+    Seconds,
+)
 from stable_audio_serve.core.settings_section import Section
 
 
@@ -66,14 +76,17 @@ class EngineSettings(Section):
 class LoraSettings(Section):
     """One adapter of a model."""
 
-    path: str = Field(
-        min_length=1,
+    path: FileName = Field(
         description="Its safetensors file: a path, s3://bucket/key, or a repository of the hub, with or without a file "
         "in it.",
     )
     conditioner: bool = Field(
         False, description="Whether it also changes the embedding of the duration, if the file has tensors for that."
     )
+
+
+def _from_path(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
 
 
 class ModelSettings(Section):
@@ -146,7 +159,7 @@ class ModelSettings(Section):
         description="Device memory for variations in progress per replica, bytes; others wait; unset = most of "
         "`memory_share` minus the weights on CUDA, no limit on a CPU.",
     )
-    loras: dict[NewModelName, str | LoraSettings] = Field(
+    loras: dict[AdapterName, Annotated[LoraSettings, BeforeValidator(_from_path)]] = Field(
         {}, description="Adapters by name: a path or source, or {path, conditioner} (docs/adapters.md)."
     )
     lora_folder: Folder | None = Field(

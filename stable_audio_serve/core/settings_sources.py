@@ -158,7 +158,7 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
     for path, name in named:
         try:
             if name:
-                catalog.resolve(name)
+                catalog.find(name)
         except UnknownModelError as error:
             key = ".".join(path)
             variables = f" ({' or '.join(VARIABLES[path])})" if path in VARIABLES else ""
@@ -181,7 +181,7 @@ def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...
     """Return the canonical names of the models to keep loaded: `preload_models`, or if unset, the default model."""
     if settings.preload_models is None:
         return (catalog.default.name,)
-    return tuple(dict.fromkeys(catalog.resolve(name).name for name in settings.preload_models))
+    return tuple(dict.fromkeys(catalog.find(name).name for name in settings.preload_models))
 
 
 def least_replicas(name: str, settings: Settings, *, catalog: ModelCatalog) -> int:

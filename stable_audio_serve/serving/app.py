@@ -26,8 +26,10 @@ from stable_audio_serve.core.errors import StableAudioError, StorageError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
+from stable_audio_serve.jobs.store.loaded_adapters import AdapterStore
 from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
 from stable_audio_serve.serving import ray_internals
+from stable_audio_serve.serving.adapters import Library
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.cores import yield_to_engines
 from stable_audio_serve.serving.draining import replaced
@@ -87,6 +89,7 @@ class Ingress:
         )
         store = self._jobs.store
         self._operator_store = open_operator_store(store.database, application)
+        self._adapters = Library(plan.settings, plan.catalog, store=AdapterStore(store.database, application))
         self._operations = RayOperations(
             self._backend, jobs=store, settings=self._operator_store, ingress=ingress, runner=runner
         )
@@ -98,6 +101,7 @@ class Ingress:
             jobs=self._jobs,
             metrics=self._metrics,
             operations=self._operations,
+            adapters=self._adapters,
             address_header=address_header(os.environ),
         )
         app.add_middleware(_LeaveRequestIdToServe)
@@ -105,8 +109,13 @@ class Ingress:
         # If the database does not answer now, `follow` below reads the settings later.
         with suppress(StorageError):
             self._follow_operators(self._operator_store.read())
+        self._adapters.start()
         loop = asyncio.get_running_loop()
-        work = (self._leave_when_replaced(), self._operator_store.follow(self._follow_operators))
+        work = (
+            self._leave_when_replaced(),
+            self._operator_store.follow(self._follow_operators),
+            self._adapters.follow(),
+        )
         self._tasks = [loop.create_task(each) for each in work]
         return app
 

@@ -22,6 +22,7 @@ from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.models.weight_hash import hash_weights
 from stable_audio_serve.models.weights import resolve_dtype
+from stable_audio_serve.serving.adapters import adapter_fetcher
 from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.placement import model_entry
 
@@ -66,6 +67,7 @@ def load_engine(
         engine_options(model, threads=threads),
         metrics=metrics,
         device=device,
+        fetch_adapter=adapter_fetcher(settings),
         loaded=Loaded(
             decode_precision=resolve_decode_precision(loaded.device, model.decode_precision), networks=model.backend
         ),

@@ -21,11 +21,12 @@ from tests.backends import ToneBackend
 pytestmark = pytest.mark.server
 
 # ANY: operations that every key may call. OPEN: operations that need no key. All others need a scope.
-ANY = {"/v1/models", "/riffs/available", "/model/info"}
+ANY = {"/v1/models", "/loras", "/riffs/available", "/model/info"}
 ANY |= {"/v1/status", "/api/fal/proxy"}  # the route to which the proxy forwards a request checks the scope
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
 OPEN |= {"/favicon.ico", "/playground/{path}", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}"}
 OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
+ADMIN = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 STORAGE = {"/storage/auth/token", "/storage/upload/initiate", "/storage/upload/initiate-multipart"}
 STORAGE |= {"/files/upload", "/files/upload/multipart"}
 GENERATE = {"/generate", "/generate/loop", "/generate/style-transfer", "/generate/loop-with-riff"}
@@ -70,7 +71,7 @@ def may_use(path: str, key: str) -> bool:
         return True
     if path in STORAGE:
         return key != "admin"
-    if path.startswith("/v1/admin/"):
+    if path.startswith("/v1/admin/") or path in ADMIN:
         return key in {"all", "admin"}
     return key in {"all", "plain", "old", "generate" if path in GENERATE else "jobs"}
 

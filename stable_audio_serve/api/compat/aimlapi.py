@@ -32,6 +32,7 @@ from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError, UnknownModelError
+from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
 
@@ -151,9 +152,10 @@ def build_router(service: Service) -> APIRouter:
     card = catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY)
     router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
 
-    def resolve(name: str) -> ModelCard:
+    def convert(body: AimlInput, *, request_id: str) -> tuple[ModelCard, GenerationRequest]:
         try:
-            return card if name == MODEL else catalog.resolve(name)
+            model = card if body.model == MODEL else catalog.resolve(body.model)
+            return service.adapted(model, to_request(body, model, request_id=request_id))
         except UnknownModelError as error:
             fault = {"type": "value_error", "loc": ("body", "model"), "msg": f"{error.message}, {MODEL}"}
             raise RequestValidationError([fault]) from error
@@ -161,8 +163,7 @@ def build_router(service: Service) -> APIRouter:
     @router.post("/v2/generate/audio", summary="Submit (AIML API)", responses=_SUBMIT_RESPONSES)
     async def submit(request: Request, body: AimlInput) -> AimlGeneration:
         """Submit a generation. Poll it with the returned id."""
-        model = resolve(body.model)
-        generation = to_request(body, model, request_id=request.state.request_id)
+        model, generation = convert(body, request_id=request.state.request_id)
         note(request.scope, model=model.name, duration_s=generation.duration_s)
         spec = JobSpec(
             id=JobId(f"{uuid.uuid4()}:{MODEL}"),

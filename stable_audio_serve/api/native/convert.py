@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic_core
 from fastapi.exceptions import RequestValidationError
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from stable_audio_serve.api.native.schemas import (
+    MAX_LORAS,
     Controls,
     GenerationBody,
     LoraBody,
@@ -41,7 +42,7 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 }
 
 
-_LORAS = TypeAdapter(tuple[LoraBody, ...])
+_LORAS = TypeAdapter(Annotated[tuple[LoraBody, ...], Field(max_length=MAX_LORAS)])
 
 
 def parse_sampler_kwargs(text: str) -> dict[str, Any]:
@@ -69,7 +70,8 @@ def parse_loras(given: str | Sequence[LoraBody]) -> tuple[Lora, ...]:
         try:
             given = _LORAS.validate_json(given) if given.strip() else ()
         except ValidationError as error:
-            faults = [{**fault, "loc": ("body", "loras", *fault["loc"])} for fault in error.errors(include_url=False)]
+            found = error.errors(include_url=False, include_context=False)
+            faults = [{**each, "type": "value_error", "loc": ("body", "loras", *each["loc"])} for each in found]
             raise RequestValidationError(faults) from error
     return tuple(Lora(one.name, one.strength, one.interval) for one in given)
 

@@ -15,6 +15,8 @@ from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, S
 
 ERROR_KIND = "X-Error-Kind"  # header with the error's kind in `core.errors`, because several kinds have the same status
 
+_LORAS = ("loras", "lora_stacking")  # fields that are checked after the others, but reported like them
+
 Description = tuple[int, dict[str, Any], Mapping[str, str] | None]  # status, body, headers
 
 _STATUS = {
@@ -55,7 +57,7 @@ def _sentence(fault: Mapping[str, Any]) -> str:
 
 
 def _find_fault(request: Request, error: StableAudioError) -> dict[str, Any] | None:
-    if not isinstance(error, UnknownModelError):
+    if not (isinstance(error, UnknownModelError) or (isinstance(error, InvalidRequestError) and error.field in _LORAS)):
         return None
     fault = {"type": "value_error", "loc": ("body", error.field), "msg": _with_field(error), "input": None}
     return _parse_fault(request, fault)[0]

@@ -28,7 +28,15 @@ from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, FinishedFile, finish, finish_window
-from stable_audio_serve.audio.recipe import MOST_BYTES, MOST_REGIONS, Recipe, RecipeMaker, RecipeSource, is_exact
+from stable_audio_serve.audio.recipe import (
+    MOST_BYTES,
+    MOST_REGIONS,
+    Recipe,
+    RecipeLora,
+    RecipeMaker,
+    RecipeSource,
+    is_exact,
+)
 from stable_audio_serve.audio.workers import hash_file
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import (
@@ -42,7 +50,7 @@ _PATH = "/v1/audio/replay"
 _MULTIPART = "multipart/form-data"
 _MOST_STEPS = 1000  # the highest limit of `steps` in any dialect
 _MOST_REPEATED_CHARS = 200
-_FIELDS = {*Recipe.model_fields, *RecipeMaker.model_fields, *RecipeSource.model_fields}
+_FIELDS = {*Recipe.model_fields, *RecipeLora.model_fields, *RecipeMaker.model_fields, *RecipeSource.model_fields}
 
 
 _REPLAY_HEADER: dict[str, Any] = {

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from stable_audio_serve.api.answers import RECIPE_HEADER, SOUND_HEADERS
@@ -28,7 +27,6 @@ from stable_audio_serve.api.native.schemas import (
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Output, Service
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 
 TAG = "Stable Audio 3"
@@ -121,11 +119,7 @@ def convert(
         limits=service.settings.api,
         request_id=request.state.request_id,
     )
-    try:
-        service.adapted(card, generation)
-    except InvalidRequestError as error:
-        fault = {"type": "value_error", "loc": ("body", error.field or "loras"), "msg": error.message}
-        raise RequestValidationError([{**fault, "input": None}]) from error
+    card, generation = service.adapted(card, generation)
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=generation.batch_size)
     unused = [f"sampler_kwargs.{key}" for key in unused_options(sampler_kwargs, card)]
     check_names(request, [*(fields.model_extra or ()), *unused], limits=service.settings.api)

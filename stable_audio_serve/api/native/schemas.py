@@ -9,7 +9,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
 from stable_audio_serve.audio.encode import AudioFormat
@@ -60,16 +60,28 @@ def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+MAX_LORAS = 64  # the highest value of the setting `max_loras`
+
+_Time = Annotated[Finite, Field(ge=0, le=1)]
+
+
 class LoraBody(BaseModel):
     """One adapter of a request."""
 
     model_config = ConfigDict(frozen=True)
 
-    name: str = Field(min_length=1, max_length=200, description="Name of an adapter of the model.")
-    strength: Finite = Field(1.0, description="From -2 to 2; from 0 to 2 for DoRA types.")
-    interval: tuple[Finite, Finite] = Field(
+    name: str = Field(min_length=1, max_length=100, description="Name of an adapter of the model.")
+    strength: Finite = Field(1.0, ge=-2, le=2, description="0 = off; not below 0 for DoRA types.")
+    interval: tuple[_Time, _Time] = Field(
         (0.0, 1.0), description="Denoising times at which it applies: 1 is the start from noise, 0 the end."
     )
+
+    @field_validator("interval")
+    @classmethod
+    def _check_order(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if interval[0] > interval[1]:
+            raise ValueError("the first number must not be above the second")
+        return interval
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -84,7 +96,7 @@ class Controls(BaseModel):
     prompt: Prompt = Field(description="Description of the sound.", examples=["warm analog pad, slow attack"])
     model: str = Field(
         "",
-        description="Canonical name or alias; unset = the default model.",
+        description="Canonical name or alias, with adapters as in `medium:vinyl+bells`; unset = the default model.",
         json_schema_extra=_without_default,
     )
     negative_prompt: str | None = Field(None, description="Sounds to avoid; needs cfg_scale above 1.")
@@ -123,7 +135,11 @@ class GenerationBody(Controls):
         "sigma_max, rho. Others are ignored.",
         examples=[{"sampler_type": "euler", "scale_phi": 0.5}],
     )
-    loras: tuple[LoraBody, ...] = Field((), description="Extension: adapters of the model, in this order.")
+    loras: tuple[LoraBody, ...] = Field(
+        (),
+        max_length=MAX_LORAS,
+        description="Extension: adapters (LoRA) of the model, in this order; GET /v1/models lists them.",
+    )
 
 
 class UploadForm(Controls):

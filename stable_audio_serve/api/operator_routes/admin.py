@@ -45,7 +45,7 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
 
     def resolve(name: str) -> str:
         try:
-            return catalog.resolve(name).name
+            return catalog.find(name).name
         except UnknownModelError as error:
             raise HTTPException(404, error.message) from error
 

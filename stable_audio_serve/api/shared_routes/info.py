@@ -11,6 +11,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import
 from stable_audio_serve.api.middleware.key_ring import KeyFileState
 from stable_audio_serve.api.middleware.readiness import Verdict
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.adapters import AdapterCard
 from stable_audio_serve.core.catalog import GateOutcome, ModelCard, ModelStatus
 from stable_audio_serve.core.settings_sources import preloaded_names
 from stable_audio_serve.jobs.store.health import StoreHealth, StoreState
@@ -128,6 +129,9 @@ class Model(BaseModel):
     max_steps: int = Field(description="Most steps in the native API.")
     default_cfg_scale: float
     samplers: list[str]
+    type: str | None = Field(None, description="Of an adapter: lora, dora-rows, lora-xs or dora-rows-xs.")
+    rank: int | None = Field(None, description="Of an adapter: its rank.")
+    sha256: str | None = Field(None, description="Of an adapter: the hash of its file.")
 
 
 class ModelList(BaseModel):
@@ -135,6 +139,23 @@ class ModelList(BaseModel):
 
     object: str = "list"
     data: list[Model]
+
+
+class Adapter(BaseModel):
+    """One adapter (LoRA)."""
+
+    index: int
+    name: str
+    path: str = Field(description="Name of its file, S3 URL, or repository.")
+
+
+class AdapterList(BaseModel):
+    """The adapters in the format of sa3.cpp."""
+
+    success: bool = True
+    loras: list[Adapter]
+    adapters_dir: str = Field("", description="Always empty.")
+    model_loaded: bool
 
 
 def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_store: StoreHealth) -> Health:
@@ -182,28 +203,47 @@ def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_s
 def describe_models(service: Service, *, owned_by: str, created_at: int) -> ModelList:
     """Return the list of models. `created_at` is the Unix time when the server started."""
     catalog, longest_s = service.backend.catalog, service.settings.api.max_duration_s
-    return ModelList(
-        data=[
-            Model(
-                id=card.name,
-                created=created_at,
-                owned_by=owned_by,
-                root=card.name,
-                family=card.family,
-                description=card.description,
-                aliases=list(card.aliases),
-                is_demo=card.is_demo,
-                is_default=card.name == catalog.default.name,
-                max_duration_s=min(longest_s, card.max_duration_s),
-                sample_rate_hz=card.sample_rate_hz,
-                channels=card.channels,
-                default_steps=card.default_steps,
-                max_steps=service.settings.api.most_steps(card.default_steps),
-                default_cfg_scale=card.default_cfg_scale,
-                samplers=list(card.samplers),
-            )
-            for card in catalog
-        ]
+    models = [
+        Model(
+            id=card.name,
+            created=created_at,
+            owned_by=owned_by,
+            root=card.name,
+            family=card.family,
+            description=card.description,
+            aliases=list(card.aliases),
+            is_demo=card.is_demo,
+            is_default=card.name == catalog.default.name,
+            max_duration_s=min(longest_s, card.max_duration_s),
+            sample_rate_hz=card.sample_rate_hz,
+            channels=card.channels,
+            default_steps=card.default_steps,
+            max_steps=service.settings.api.most_steps(card.default_steps),
+            default_cfg_scale=card.default_cfg_scale,
+            samplers=list(card.samplers),
+        )
+        for card in catalog
+    ]
+    by_name = {model.id: model for model in models}
+    adapters = [card for card in service.adapters.cards() if card.problem is None]
+    return ModelList(data=[*models, *(_describe_adapter(card, by_name[card.model]) for card in adapters)])
+
+
+def _describe_adapter(adapter: AdapterCard, model: Model) -> Model:
+    facts = {"type": adapter.type, "rank": adapter.rank, "sha256": adapter.sha256}
+    own = {"aliases": [], "description": "", "is_default": False, **facts}
+    name = f"{model.id}:{adapter.name}"
+    return model.model_copy(update={"id": name, "parent": model.id, "root": adapter.public_source, **own})
+
+
+def describe_adapters(service: Service, status: Mapping[str, ModelStatus]) -> AdapterList:
+    """Return the adapters of the default model, or if it takes none, of the first model that does."""
+    catalog = service.backend.catalog
+    model = next((card for card in (catalog.default, *catalog) if card.takes_adapters), catalog.default)
+    usable = [card for card in service.adapters.cards(model.name) if card.problem is None]
+    return AdapterList(
+        loras=[Adapter(index=index, name=card.name, path=card.public_source) for index, card in enumerate(usable)],
+        model_loaded=status.get(model.name, _UNKNOWN).stage == "ready",
     )
 
 

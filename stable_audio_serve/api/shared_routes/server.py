@@ -16,6 +16,7 @@ from stable_audio_serve.api.compat.vllm_omni.errors import render_error as rende
 from stable_audio_serve.api.compat.vllm_omni.schemas import ErrorBody
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.native.schemas import ErrorBody as NativeErrorBody
 from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import info
@@ -74,5 +75,17 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
         methods=["GET"],
         responses=error_responses(ErrorBody, 401, 500),
         route_class_override=route_class(render_openai_error, scopes=()),
+    )
+
+    async def list_adapters() -> info.AdapterList:
+        """List the adapters (LoRA) of the default model, as sa3.cpp does."""
+        return info.describe_adapters(service, await service.status())
+
+    router.add_api_route(
+        "/loras",
+        list_adapters,
+        methods=["GET"],
+        responses=error_responses(NativeErrorBody, 401, 500),
+        route_class_override=route_class(render_error, scopes=()),
     )
     return router

@@ -71,7 +71,7 @@ class JobExecutor:
         if not job.is_readable:
             raise StorageError("the job was written by another version of this server, which can run it")
         # Raises UnknownModelError. This server may lack the model, if another server accepted the job.
-        self._backend.catalog.resolve(spec.model)
+        self._backend.catalog.find(spec.model)
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
             request = self._limited(await self._with_source(spec), job)
             started_at = self._clock.monotonic()

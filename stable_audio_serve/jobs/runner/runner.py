@@ -271,7 +271,7 @@ class JobRunner:
     def _begin(self, job: Job) -> None:
         lease = lease_id(job)
         try:
-            size = WorkSize.of(job.spec.request, model=self._backend.catalog.resolve(job.spec.model))
+            size = WorkSize.of(job.spec.request, model=self._backend.catalog.find(job.spec.model))
         except UnknownModelError:  # then the attempt fails with the same error
             size = WorkSize()
         self._capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, size=size)

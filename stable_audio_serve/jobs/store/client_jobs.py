@@ -193,7 +193,7 @@ class ClientJobs:
 
 
 def _size_of(spec: JobSpec, catalog: ModelCatalog | None) -> WorkSize:
-    card = catalog.resolve(spec.model) if catalog is not None else ModelCard(spec.model, family="")
+    card = catalog.find(spec.model) if catalog is not None else ModelCard(spec.model, family="")
     return WorkSize.of(spec.request, model=card)
 
 

@@ -172,6 +172,17 @@ OPERATOR_SETTINGS = sa.Table(
     sa.Column("model", _Text, primary_key=True),  # "" for settings that concern the whole server
 )
 
+# Adapters that operators load while a server runs. `server` is the name of the application, without the Ray session, so
+# that the adapters are kept over restarts.
+LOADED_ADAPTERS = sa.Table(
+    "loaded_adapters",
+    METADATA,
+    sa.Column("server", _Text, primary_key=True),
+    sa.Column("model", _Text, primary_key=True),
+    sa.Column("name", _Text, primary_key=True),
+    sa.Column("source", _Text, nullable=False),
+)
+
 # Requests of clients with limits. A request's audio counts for a minute. Its place among the client's concurrent
 # requests counts until the request ends.
 KEY_USES = sa.Table(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.models.adapters.adapter import Adapter, AdapterType, refuse_adapter
+from stable_audio_serve.models.adapters.adapter import Adapter
+from stable_audio_serve.models.adapters.header import AdapterType, refuse_adapter
 from stable_audio_serve.models.adapters.singular import SingularBases, SingularBasis, matrix
 
 _ROWS_AT_ONCE = 256  # rows of a weight converted to float64 at once: more would not stay in the processor's cache

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.generation import Stacking
-from stable_audio_serve.models.adapters.adapter import CONDITIONERS, AdapterType, refuse_adapter
 from stable_audio_serve.models.adapters.base import Base, FittedAdapter, FittedLayer
+from stable_audio_serve.models.adapters.header import CONDITIONERS, AdapterType, refuse_adapter
 
 _LEAST_NORM = 1e-2  # relative to the base weight's row; smaller norms are computed from whole rows
 _NORM_OFFSET = 1e-12

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.models.adapters.adapter import CONDITIONERS
+from stable_audio_serve.models.adapters.header import CONDITIONERS
 from stable_audio_serve.models.batch_layout import packed_layout
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.varlen import has_varlen

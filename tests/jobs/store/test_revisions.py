@@ -51,6 +51,10 @@ RELEASED = {
         "12657939c9f065987a9b16b1ee12455120d508d4706b5f8f58cb268eac434bc4",
         "934168a45facfa4360cd209a20c46d2daab43bc6ddd1dacd83c48925d6de1452",
     ),
+    "0006_adapters": (
+        "2b23c6fb50b54ded6591a766cf35947b65660df986608d86893f7b6afe1cd01d",
+        "2b23c6fb50b54ded6591a766cf35947b65660df986608d86893f7b6afe1cd01d",
+    ),
 }
 
 # A statement that removes something but breaks no older server: without this table, the older server enforces the

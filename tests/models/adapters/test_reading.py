@@ -232,8 +232,8 @@ def test_metadata_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
         ("magnitude", torch.ones(7, 2), "magnitude of shape"),
         ("lora_B", torch.full((7, 2), float("nan")), "values in model.first.lora_B that are not finite"),
         ("magnitude", torch.full((7,), float("inf")), "not finite"),
-        ("lora_A", torch.ones(2, 11, dtype=torch.int64), "dtype torch.int64"),
-        ("lora_A", torch.ones(2, 11).to(torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
+        ("lora_A", torch.ones(2, 11, dtype=torch.int64), "dtype I64"),
+        ("lora_A", torch.ones(2, 11).to(torch.float8_e4m3fn), "dtype F8_E4M3"),
         ("baked_vnorm_row", torch.ones(7, 3), "baked_vnorm_row of shape"),
     ],
 )

@@ -49,6 +49,7 @@ async def make_clip(
 
     `started_at` is the time when the HTTP request arrived.
     """
+    card, generation = service.adapted(card, generation)
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
     asked_at = service.clock.monotonic()
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)

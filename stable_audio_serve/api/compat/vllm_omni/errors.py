@@ -19,6 +19,8 @@ _STATUS_AND_TYPE = {
     "unauthorized": (401, "AuthenticationError"),
     "forbidden": (403, "PermissionDeniedError"),
     "unknown_model": (404, "NotFoundError"),
+    "not_found": (404, "NotFoundError"),
+    "conflict": (409, "ConflictError"),
     "quota": (429, "RateLimitError"),
     "overloaded": (503, "ServiceUnavailableError"),
     "unavailable": (503, "ServiceUnavailableError"),

@@ -1,0 +1,173 @@
+"""Finds the file of an adapter: a path, an object in an S3 bucket, or a file in a repository of the Hugging Face hub.
+
+Downloads are kept in a cache: objects of S3 in a private folder, files of the hub in the cache of huggingface_hub. Does
+not import torch, boto3 or huggingface_hub until a source needs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.private_files import make_private_folder, open_private
+from stable_audio_serve.models.adapters.header import MAX_FILE_BYTES, SUFFIX
+
+CACHE = Path("~/.cache/stable-audio-serve/adapters")
+
+_S3 = "s3://"
+_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:/(.+\.safetensors))?")
+_REQUEST_TIMEOUT_S = 10.0
+_CHUNK_BYTES = 2**20
+
+_lock = threading.Lock()  # so that several requests for the same object download it once
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is not a path on this machine."""
+    return source.startswith(_S3) or _repository(source) is not None
+
+
+def file_name(source: str) -> str:
+    """Returns a source without the folders of this machine, to show it to clients."""
+    return source if is_remote(source) else Path(source).name
+
+
+def fetch_adapter(
+    source: str,
+    *,
+    token: str | None = None,
+    open_s3: Callable[[], Any] | None = None,
+    cache: Path | None = None,
+    max_bytes: int = MAX_FILE_BYTES,
+) -> Path:
+    """Returns the file of a source: a path, `s3://bucket/key`, `owner/repository` or `owner/repository/file`.
+
+    A path is returned as it is, whether it exists or not. `token` is for the hub, `open_s3` returns a boto3 client.
+    A repository without a file must have exactly one safetensors file. Downloads only what is not in the cache or has
+    changed. Raises InvalidRequestError if the file cannot be downloaded or is larger than `max_bytes`.
+    """
+    if source.startswith(_S3):
+        with _refusing(source):
+            return _fetch_object(source, open_s3=open_s3, cache=(cache or CACHE).expanduser(), max_bytes=max_bytes)
+    repository = _repository(source)
+    if repository is None:
+        return Path(source).expanduser()
+    with _refusing(source):
+        return _fetch_from_hub(*repository, token=token, cache=cache, max_bytes=max_bytes)
+
+
+def _repository(source: str) -> tuple[str, str | None] | None:
+    """Returns a source's repository and file, None for a path. A file in a folder of this machine is a path."""
+    match = _REPOSITORY.fullmatch(source)
+    if match is None or match[1].endswith(SUFFIX) or Path(source).exists():
+        return None
+    return match[1], match[2]
+
+
+class _FetchError(Exception):
+    """The reason why a source cannot be fetched."""
+
+
+@contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (_FetchError, OSError) as error:
+        raise InvalidRequestError(f"adapter source {source[:300]!r}: {error}", field="loras") from error
+
+
+def _require_size(num_bytes: int | None, max_bytes: int) -> None:
+    if num_bytes is not None and num_bytes > max_bytes:
+        raise _FetchError(f"the file is larger than {max_bytes} bytes")
+
+
+def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path, max_bytes: int) -> Path:
+    """Returns the copy of an object, whose name contains the object's ETag, so that a changed object is fetched."""
+    bucket, _, key = source.removeprefix(_S3).partition("/")
+    if not bucket or not key.endswith(SUFFIX):
+        raise _FetchError(f"must be s3://BUCKET/KEY{SUFFIX}")
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        client = open_s3() if open_s3 else boto3.session.Session().client("s3")
+        head = client.head_object(Bucket=bucket, Key=key)
+        _require_size(head["ContentLength"], max_bytes)
+        version = hashlib.sha256(f"{source}\n{head['ETag']}".encode()).hexdigest()
+        path = cache / version[:32] / Path(key).name
+        with _lock:
+            if not path.exists():
+                body = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"])["Body"]
+                _write(path, body.iter_chunks(_CHUNK_BYTES), max_bytes=max_bytes)
+        return path
+    except (BotoCoreError, ClientError) as error:
+        raise _FetchError(f"cannot be downloaded: {error}") from error
+
+
+def _write(path: Path, chunks: Iterator[bytes], *, max_bytes: int) -> None:
+    """Write a file so that other processes see all of it or nothing."""
+    make_private_folder(path.parent)
+    part = Path(tempfile.mktemp(dir=path.parent, suffix=".part"))
+    try:
+        with open(part, "xb", opener=open_private) as file:
+            for chunk in chunks:
+                _require_size(file.tell() + len(chunk), max_bytes)
+                file.write(chunk)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _fetch_from_hub(repo_id: str, file: str | None, *, token: str | None, cache: Path | None, max_bytes: int) -> Path:
+    from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        if file is None:
+            info = HfApi(token=token).model_info(
+                repo_id, revision=constants.DEFAULT_REVISION, timeout=_REQUEST_TIMEOUT_S
+            )
+            file = _only_file(repo_id, [each.rfilename for each in info.siblings or ()])
+        url = hf_hub_url(repo_id, file)
+        _require_size(get_hf_file_metadata(url, token=token, timeout=_REQUEST_TIMEOUT_S).size, max_bytes)
+        return Path(hf_hub_download(repo_id, file, token=token, cache_dir=cache))
+    except GatedRepoError as error:
+        raise _FetchError(f"the repository {repo_id} is gated: the server's hf_token may not read it") from error
+    except RepositoryNotFoundError as error:
+        raise _FetchError(f"there is no file and no repository {repo_id} that the server may read") from error
+    except (HTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        copy = _find_cached(repo_id, file, cache=cache)
+        if copy is None:
+            raise _FetchError(f"cannot be downloaded: {' '.join(str(error).split())[:300]}") from error
+        return copy
+
+
+def _find_cached(repo_id: str, file: str | None, *, cache: Path | None) -> Path | None:
+    """Returns the copy of a file in the cache of huggingface_hub, which serves while the hub cannot be reached."""
+    from huggingface_hub import try_to_load_from_cache
+
+    copy = try_to_load_from_cache(repo_id, file, cache_dir=cache) if file else None
+    return Path(copy) if isinstance(copy, str) else None
+
+
+def _only_file(repo_id: str, names: list[str]) -> str:
+    found = sorted(name for name in names if name.endswith(SUFFIX))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise _FetchError(f"the repository {repo_id} has no {SUFFIX} file")
+    listed = ", ".join(f"{repo_id}/{name}" for name in found[:20])
+    raise _FetchError(f"the repository {repo_id} has {len(found)} {SUFFIX} files; name one: {listed}")

@@ -1,0 +1,326 @@
+"""Implements `core.adapters.AdapterLibrary`: adapters of the configuration, of folders, and loaded while running.
+
+Every process that answers HTTP requests has a library of its own. It reads folders and files again every few seconds,
+and the job database twice a second. Imports no torch: only headers of files are read here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from stable_audio_serve.artifacts.s3_client import make_client
+from stable_audio_serve.core.adapters import AdapterCard
+from stable_audio_serve.core.catalog import ADAPTER_NAME, ModelCard, ModelCatalog
+from stable_audio_serve.core.errors import (
+    ConflictError,
+    InvalidRequestError,
+    ModelUnavailableError,
+    NotFoundError,
+    StorageError,
+)
+from stable_audio_serve.core.generation import Lora
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.jobs.store.loaded_adapters import AdapterStore, LoadedAdapter
+from stable_audio_serve.models.adapters.header import SUFFIX, inspect_file
+from stable_audio_serve.models.adapters.sources import fetch_adapter, is_remote
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_READ_EVERY_S = 0.5  # seconds between two reads of the database
+_SCAN_EVERY_S = 2.0  # seconds between two looks at folders and files
+_RETRY_S = 60.0  # seconds until a source that could not be downloaded is tried again
+_MAX_FILES = 1000  # of a folder
+
+Fetch = Callable[[str], Path]
+
+
+def adapter_fetcher(settings: Settings) -> Fetch:
+    """Return the function that returns the file of an adapter's source, see `fetch_adapter`."""
+    return partial(fetch_adapter, token=settings.hub_token, open_s3=partial(make_client, settings.storage))
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """An adapter by name, before its file is read. `origin` says in messages where it comes from."""
+
+    name: str
+    source: str
+    origin: str
+    has_conditioners: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What was found at a source: the file's state at that time, and the card. `retry_at` is for failed downloads."""
+
+    state: tuple[int, ...] | None
+    card: AdapterCard
+    retry_at: float = float("inf")
+
+
+class Library:
+    """The adapters of the models in `catalog`. The methods without `async` neither block nor raise StorageError."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: ModelCatalog,
+        *,
+        store: AdapterStore | None = None,
+        fetch: Fetch | None = None,
+    ) -> None:
+        """Reads nothing yet. Without `store`, no adapters can be loaded while running."""
+        self._models = {catalog.find(model.name).name: model for model in settings.models}
+        self._families = {card.name for card in catalog if card.takes_adapters}
+        self._store = store
+        self._fetch = fetch or adapter_fetcher(settings)
+        self._loaded: tuple[LoadedAdapter, ...] = ()
+        self._looked: dict[tuple[str, _Named], _Looked] = {}
+        self._origins: dict[tuple[str, str], str] = {}
+        self._cards: Mapping[str, Mapping[str, AdapterCard]] = {}
+        self._warned: set[str] = set()
+        self._scanned_at = float("-inf")
+        self._lock = asyncio.Lock()
+
+    def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
+        """See `AdapterLibrary.cards`."""
+        names = sorted(self._cards) if model is None else [model]
+        return [card for name in names for _, card in sorted(self._cards.get(name, {}).items())]
+
+    def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:
+        """See `AdapterLibrary.resolve`."""
+        if not loras:
+            return ()
+        if not model.takes_adapters:
+            raise _refuse(f"the model {model.name} takes no adapters", allowed="none")
+        settings = self._models.get(model.name) or ModelSettings(name=model.name)
+        if len(loras) > settings.max_loras:
+            raise _refuse(f"at most {settings.max_loras} adapters are allowed", allowed=f"{settings.max_loras}")
+        found = [(lora, self._find(model.name, lora.name)) for lora in loras]
+        resolved = tuple(_resolve(lora, card) for lora, card in found)
+        rank = sum(card.rank for lora, card in found if lora.strength)
+        if rank > settings.max_lora_rank:
+            allowed = f"up to {settings.max_lora_rank}"
+            raise _refuse(f"the ranks of the adapters add up to {rank}, allowed: {allowed}", allowed=allowed)
+        return resolved
+
+    def _find(self, model: str, name: str) -> AdapterCard:
+        known = self._cards.get(model, {})
+        card = known.get(name)
+        if card is None:
+            near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:20]
+            names = ", ".join(near) or "none"
+            raise _refuse(f"the model {model} has no adapter {name[:100]!r}; near names: {names}", allowed=names)
+        if card.problem is not None:
+            raise _refuse(card.problem)
+        return card
+
+    async def load(self, model: ModelCard, *, name: str, source: str) -> AdapterCard:
+        """See `AdapterLibrary.load`. Raises StorageError."""
+        if self._store is None:
+            raise ModelUnavailableError("this server has no database to keep adapters in")
+        if not model.takes_adapters:
+            raise _refuse(f"the model {model.name} takes no adapters", allowed="none")
+        _require_name(name)
+        if not is_remote(source) and not os.path.isabs(source):
+            raise _refuse(f"adapter source {source[:300]!r}: a path must be absolute", allowed="an absolute path")
+        await self.refresh()
+        known = self._cards.get(model.name, {}).get(name)
+        if known is not None and known.source != source:
+            raise ConflictError(
+                f"the adapter {name!r} has already been loaded: it is {self._origins[model.name, name]}",
+                code="adapter_exists",
+            )
+        named = _Named(name, source, "loaded from another source")
+        self._looked.pop((model.name, named), None)
+        looked = await asyncio.to_thread(self._look, model.name, named)
+        if looked.card.problem is not None:
+            raise _refuse(looked.card.problem)
+        if known is None:
+            stored = await asyncio.to_thread(self._store.add, LoadedAdapter(model.name, name, source))
+            if stored.source != source:
+                raise ConflictError(f"the adapter {name!r} has already been loaded", code="adapter_exists")
+        await self.refresh()
+        return looked.card
+
+    async def unload(self, model: ModelCard, *, name: str) -> None:
+        """See `AdapterLibrary.unload`. Raises StorageError."""
+        removed = self._store is not None and await asyncio.to_thread(self._store.remove, model.name, name)
+        await self.refresh()
+        if name in self._cards.get(model.name, {}) and not removed:
+            message = f"the adapter {name!r} cannot be unloaded: it is {self._origins[model.name, name]}"
+            raise ConflictError(message, code="kept_by_configuration")
+        if not removed:
+            raise NotFoundError(f"the model {model.name} has no adapter {name[:100]!r}")
+
+    def start(self) -> None:
+        """Read everything that needs no download. Blocks; `follow` does the rest."""
+        with suppress(StorageError):
+            self._read_loaded()
+        self._scan(may_download=False)
+
+    async def follow(self) -> None:
+        """Keep the library up to date until the task is cancelled."""
+        while True:
+            try:
+                await self.refresh(is_due=False)
+            except StorageError:
+                await asyncio.sleep(_SCAN_EVERY_S)
+            except OSError as error:
+                self._warn(f"adapters cannot be read: {error}")
+            await asyncio.sleep(_READ_EVERY_S)
+
+    async def refresh(self, *, is_due: bool = True) -> None:
+        """Read the database, and folders and files if that `is_due` or the last time is long ago.
+
+        Raises StorageError; then only the database's adapters may be old.
+        """
+        async with self._lock:
+            await asyncio.to_thread(self._refresh, is_due)
+
+    def _refresh(self, is_due: bool) -> None:
+        try:
+            is_due = self._read_loaded() or is_due
+        finally:
+            if is_due or time.monotonic() - self._scanned_at >= _SCAN_EVERY_S:
+                self._scan(may_download=False)
+                if self._is_waiting:
+                    self._scan(may_download=True)
+                self._scanned_at = time.monotonic()
+
+    def _read_loaded(self) -> bool:
+        """Read the database. Return whether it changed. Raises StorageError."""
+        before, self._loaded = self._loaded, self._store.read() if self._store is not None else ()
+        return self._loaded != before
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether a source has to be downloaded now."""
+        return any(time.monotonic() >= looked.retry_at for looked in self._looked.values())
+
+    def _scan(self, *, may_download: bool) -> None:
+        cards: dict[str, dict[str, AdapterCard]] = {}
+        origins: dict[tuple[str, str], str] = {}
+        looked: dict[tuple[str, _Named], _Looked] = {}
+        for model, settings in self._models.items():
+            for named in self._named(model, settings):
+                if named.name in cards.setdefault(model, {}):
+                    continue
+                found = looked[model, named] = self._look(model, named, may_download=may_download)
+                cards[model][named.name] = found.card
+                origins[model, named.name] = named.origin
+        self._cards, self._origins, self._looked = cards, origins, looked
+
+    def _named(self, model: str, settings: ModelSettings) -> Iterator[_Named]:
+        """Yield the adapters of a model. Of several with the same name, the first counts."""
+        if model not in self._families:
+            if settings.loras or settings.lora_folder is not None:
+                self._warn(f"the model {model} takes no adapters; those in its configuration are not served")
+            return
+        for name, one in settings.loras.items():
+            yield _Named(name, one.path, "part of the configuration", one.conditioner)
+        for loaded in self._loaded:
+            if loaded.model == model:
+                yield _Named(loaded.name, loaded.source, "loaded from another source")
+        if settings.lora_folder is not None:
+            for path in self._list(Path(settings.lora_folder)):
+                yield _Named(path.stem, str(path), f"in the folder of the model's adapters ({path.name})")
+
+    def _list(self, folder: Path) -> list[Path]:
+        try:
+            paths = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
+        except OSError as error:
+            self._warn(f"the adapter folder {folder} cannot be read: {error.strerror}")
+            return []
+        if len(paths) > _MAX_FILES:
+            self._warn(f"the adapter folder {folder} has more than {_MAX_FILES} files; the others are not served")
+        usable = [path for path in paths[:_MAX_FILES] if re.fullmatch(ADAPTER_NAME, path.stem)]
+        for path in set(paths[:_MAX_FILES]).difference(usable):
+            self._warn(
+                f"the adapter file {path.name!r} is not served: its name has a colon, plus sign or control character"
+            )
+        return usable
+
+    def _look(self, model: str, named: _Named, *, may_download: bool = True) -> _Looked:
+        """Return the card of an adapter. Reads the file only if it is new or has changed."""
+        before = self._looked.get((model, named))
+        state = None if is_remote(named.source) else _state_of(named.source)
+        if before is not None and before.state == state and (time.monotonic() < before.retry_at or not may_download):
+            return before
+        card = AdapterCard(named.name, model, named.source, has_conditioners=named.has_conditioners)
+        settings = self._models[model]
+        if state is None and not may_download:
+            problem = f"adapter {named.name!r} is being downloaded; try again"
+            return _Looked(state, replace(card, problem=problem), retry_at=float("-inf"))
+        retry_at = float("inf")
+        try:
+            path = self._fetch(named.source)
+            facts = inspect_file(
+                path, name=named.name, max_rank=settings.max_lora_rank, with_conditioners=named.has_conditioners
+            )
+        except InvalidRequestError as error:
+            problem = error.message if named.name in error.message else f"adapter {named.name!r}: {error.message}"
+            self._warn(f"model {model}: {problem}")
+            retry_at = time.monotonic() + _RETRY_S if is_remote(named.source) else retry_at
+            return _Looked(state, replace(card, problem=problem), retry_at)
+        header = facts.header
+        for warning in header.warnings:
+            self._warn(f"model {model}: {warning}")
+        card = replace(card, type=header.type, rank=header.rank, sha256=facts.sha256, num_bytes=facts.num_bytes)
+        return _Looked(state, card)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+def _state_of(source: str) -> tuple[int, ...]:
+    """Return what changes when a file changes, () if there is no file."""
+    try:
+        stat = os.stat(os.path.expanduser(source))
+    except (OSError, ValueError):
+        return ()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _require_name(name: str) -> None:
+    if re.fullmatch(ADAPTER_NAME, name) is None or not name.isprintable():
+        allowed = "1 to 100 printable characters without colons, plus signs and slashes"
+        raise InvalidRequestError(f"lora_name must have {allowed}", field="lora_name", allowed=allowed)
+
+
+def _resolve(lora: Lora, card: AdapterCard) -> Lora:
+    """Return the adapter of a request with source and hash. Raises InvalidRequestError for values out of range."""
+    low, high = card.strengths
+    if not low <= lora.strength <= high:
+        allowed = f"{low:g} to {high:g}"
+        message = f"adapter {card.name!r} of type {card.type} has strength {lora.strength:g}, allowed: {allowed}"
+        raise _refuse(message, allowed=allowed)
+    if not 0 <= lora.interval[0] <= lora.interval[1] <= 1:
+        message = f"adapter {card.name!r} has the interval {list(lora.interval)}: 0 <= low <= high <= 1 must hold"
+        raise _refuse(message, allowed="0 <= low <= high <= 1")
+    if lora.sha256 not in ("", card.sha256):
+        message = f"adapter {card.name!r} is another file than the one asked for: its SHA-256 is {card.sha256}"
+        raise _refuse(message, allowed=lora.sha256)
+    if lora.sha256 and lora.has_conditioners != card.has_conditioners:
+        use = "also uses" if card.has_conditioners else "does not use"
+        raise _refuse(f"adapter {card.name!r} {use} its tensors for conditioners, unlike the one asked for")
+    return replace(lora, source=card.source, sha256=card.sha256, has_conditioners=card.has_conditioners)
+
+
+def _refuse(message: str, *, allowed: str | None = None) -> InvalidRequestError:
+    return InvalidRequestError(message, field="loras", allowed=allowed)
