@@ -16,10 +16,11 @@ from torch import Tensor
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import SourceAudio
-from stable_audio_serve.models.adapters.adapter import Adapter, AdapterType, read_adapter
+from stable_audio_serve.models.adapters.adapter import Adapter, read_adapter
 from stable_audio_serve.models.adapters.apply import RowSlots, adapting
 from stable_audio_serve.models.adapters.base import Base
 from stable_audio_serve.models.adapters.fold import fold
+from stable_audio_serve.models.adapters.header import AdapterType
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, WindowSpan
 from stable_audio_serve.models.sa3.model import Sa3Model

@@ -196,7 +196,7 @@ async def test_damaged_files_are_not_loaded(tmp_path: Path) -> None:
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     library = make_library(tmp_path, has_store=True)
     for source in (str(tmp_path / "torn.safetensors"), str(tmp_path / "none.safetensors"), "torn.safetensors"):
-        with pytest.raises(InvalidRequestError, match="torn|none"):
+        with pytest.raises(InvalidRequestError, match=r"torn|none"):
             await library.load(MEDIUM, name="torn", source=source)
     with pytest.raises(InvalidRequestError, match="takes no adapters"):
         await library.load(ModelCard("open", "stable-audio-open"), name="torn", source="/torn.safetensors")
