@@ -40,3 +40,26 @@ def test_an_unservable_model_stops_startup() -> None:
         ModelCatalog([A, ModelCard("first", "family")])
     with pytest.raises(ConfigError, match="at least one"):
         ModelCatalog([])
+
+
+def test_adapters_follow_the_name_of_a_model() -> None:
+    catalog = ModelCatalog([A, B, ModelCard("c", "family", aliases=("b:x", "lab:c"))])
+    for name, model, loras in (
+        ("a:vinyl", "a", ("vinyl",)),
+        ("ORG/A:Vinyl + bells", "a", ("Vinyl", "bells")),
+        ("b:x", "c", ()),
+        ("lab:c:vinyl", "c", ("vinyl",)),
+        ("b:y", "b", ("y",)),
+    ):
+        card = catalog.resolve(name)
+        assert (card.name, card.loras) == (model, loras)
+    for name in ("a:", ":vinyl", "a:vinyl+", "a:+", "d:vinyl", "a:b:c", "::"):
+        with pytest.raises(UnknownModelError, match="a, b, c"):
+            catalog.resolve(name)
+
+
+def test_settings_name_models_without_adapters() -> None:
+    with pytest.raises(UnknownModelError):
+        ModelCatalog([A, B]).find("a:vinyl")
+    with pytest.raises(ConfigError, match="default_model"):
+        ModelCatalog([A, B], default="a:vinyl")

@@ -127,7 +127,7 @@ def _write(path: Path, chunks: Iterator[bytes], *, max_bytes: int) -> None:
 
 
 def _fetch_from_hub(repo_id: str, file: str | None, *, token: str | None, cache: Path | None, max_bytes: int) -> Path:
-    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HTTPError,
@@ -137,7 +137,9 @@ def _fetch_from_hub(repo_id: str, file: str | None, *, token: str | None, cache:
 
     try:
         if file is None:
-            info = HfApi(token=token).model_info(repo_id, timeout=_REQUEST_TIMEOUT_S)
+            info = HfApi(token=token).model_info(
+                repo_id, revision=constants.DEFAULT_REVISION, timeout=_REQUEST_TIMEOUT_S
+            )
             file = _only_file(repo_id, [each.rfilename for each in info.siblings or ()])
         url = hf_hub_url(repo_id, file)
         _require_size(get_hf_file_metadata(url, token=token, timeout=_REQUEST_TIMEOUT_S).size, max_bytes)

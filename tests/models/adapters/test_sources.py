@@ -1,0 +1,118 @@
+"""Files of adapters: paths, objects of an S3 service, and files in repositories of a hub."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.artifacts.s3_client import make_client
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.models.adapters.header import inspect_file
+from stable_audio_serve.models.adapters.sources import fetch_adapter, is_remote
+from tests.adapter_files import write_file
+from tests.models.hub import Repo, pointing_library_at, running_hub
+from tests.object_storage import ObjectStorage
+
+
+def refusal(source: str, **options: Any) -> str:
+    with pytest.raises(InvalidRequestError) as caught:
+        fetch_adapter(source, **options)
+    assert caught.value.field == "loras"
+    return caught.value.message
+
+
+def test_paths_are_returned_as_they_are(tmp_path: Path) -> None:
+    write_file(tmp_path / "vinyl.safetensors")
+    for path in (tmp_path / "vinyl.safetensors", tmp_path / "missing.safetensors", Path("folder/vinyl.safetensors")):
+        assert fetch_adapter(str(path)) == path
+        assert not is_remote(str(path))
+
+
+def test_an_existing_folder_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert fetch_adapter("owner/name") == Path("owner/name")
+    assert is_remote("owner/other")
+
+
+@pytest.mark.server
+def test_objects_are_downloaded_once_per_version(object_storage: ObjectStorage, tmp_path: Path) -> None:
+    bucket, cache = object_storage.make_bucket(), tmp_path / "cache"
+    sha256 = write_file(tmp_path / "a.safetensors")
+    source = f"s3://{bucket}/adapters/vinyl.safetensors"
+    fetch = partial(fetch_adapter, open_s3=partial(make_client, object_storage.settings(bucket)), cache=cache)
+    assert "cannot be downloaded" in str(refusal(source, **fetch.keywords))
+    object_storage.client.upload_file(str(tmp_path / "a.safetensors"), bucket, "adapters/vinyl.safetensors")
+    path = fetch(source)
+    assert path.name == "vinyl.safetensors"
+    assert inspect_file(path, name="vinyl").sha256 == sha256
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    before = path.stat()
+    assert fetch(source).stat().st_mtime_ns == before.st_mtime_ns
+    write_file(tmp_path / "a.safetensors", seed=2)
+    object_storage.client.upload_file(str(tmp_path / "a.safetensors"), bucket, "adapters/vinyl.safetensors")
+    assert fetch(source) != path
+    assert not list(cache.rglob("*.part"))
+
+
+@pytest.mark.server
+def test_unusable_objects_are_refused(object_storage: ObjectStorage, tmp_path: Path) -> None:
+    bucket = object_storage.make_bucket()
+    object_storage.client.put_object(Bucket=bucket, Key="large.safetensors", Body=b"0" * 100)
+    options = {"open_s3": partial(make_client, object_storage.settings(bucket)), "cache": tmp_path / "cache"}
+    assert "larger than 99 bytes" in refusal(f"s3://{bucket}/large.safetensors", max_bytes=99, **options)
+    for source in (f"s3://{bucket}", f"s3://{bucket}/", "s3:///x.safetensors", f"s3://{bucket}/x.ckpt"):
+        assert "must be s3://BUCKET/KEY.safetensors" in refusal(source, **options)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.server
+def test_files_of_repositories_are_downloaded(tmp_path: Path) -> None:
+    sha256 = write_file(tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    repos = {
+        "lab/one": Repo({"README.md": b"x", "vinyl.safetensors": content}),
+        "lab/two": Repo({"a/vinyl.safetensors": content, "bells.safetensors": content}),
+        "lab/none": Repo({"README.md": b"x"}),
+        "lab/gated": Repo({"vinyl.safetensors": content}, gated=True, token="secret"),
+    }
+    with running_hub(repos) as hub, pointing_library_at(hub.url, tmp_path / "home"):
+        for source in ("lab/one", "lab/two/a/vinyl.safetensors", "lab/two/bells.safetensors"):
+            assert inspect_file(fetch_adapter(source), name="vinyl").sha256 == sha256
+        fetched = len(hub.fetched)
+        fetch_adapter("lab/one/vinyl.safetensors")
+        assert len(hub.fetched) == fetched
+        message = refusal("lab/two")
+        assert "lab/two/a/vinyl.safetensors, lab/two/bells.safetensors" in message
+        assert "has no .safetensors file" in refusal("lab/none")
+        assert "gated" in refusal("lab/gated/vinyl.safetensors")
+        assert fetch_adapter("lab/gated/vinyl.safetensors", token="secret").read_bytes() == content
+        assert "no repository lab/missing" in refusal("lab/missing")
+        assert "larger than 10 bytes" in refusal("lab/one/vinyl.safetensors", max_bytes=10)
+        assert "cannot be downloaded" in refusal("lab/one/missing.safetensors")
+
+
+@pytest.mark.server
+def test_downloaded_files_are_used_while_the_hub_is_away(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    repos = {"lab/one": Repo({"vinyl.safetensors": content})}
+    with running_hub(repos) as hub, pointing_library_at(hub.url, tmp_path / "home"):
+        fetch_adapter("lab/one/vinyl.safetensors")
+    with pointing_library_at(hub.url, tmp_path / "home"):
+        assert fetch_adapter("lab/one/vinyl.safetensors").read_bytes() == content
+        assert "cannot be downloaded" in refusal("lab/one/other.safetensors")
+
+
+def test_adapters_are_found_without_torch() -> None:
+    code = "import sys; import stable_audio_serve.serving.adapters; print('torch' in sys.modules, 'ray' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split() == [b"False"] * 2
+    )
