@@ -98,7 +98,7 @@ def test_unknown_names_are_refused_with_near_ones(tmp_path: Path) -> None:
     for name in ("vinyl", "vinyl-old", "bells"):
         write_file(tmp_path / "f" / f"{name}.safetensors")
     library = make_library(tmp_path, lora_folder=str(tmp_path / "f"))
-    assert "near names: vinyl, vinyl-old" in refusal(library, Lora("vinil"))
+    assert "near names: vinyl" in refusal(library, Lora("vinil"))
     assert "vinyl" in refusal(library, Lora("VINYL"))
     assert "bells, vinyl, vinyl-old" in refusal(library, Lora("x"))
     assert len(refusal(library, Lora("x" * 10_000))) < 300

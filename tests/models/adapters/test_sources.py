@@ -103,8 +103,8 @@ def test_files_of_repositories_are_downloaded(tmp_path: Path) -> None:
 def test_downloaded_files_are_used_while_the_hub_is_away(tmp_path: Path) -> None:
     write_file(tmp_path / "a.safetensors")
     content = (tmp_path / "a.safetensors").read_bytes()
-    repositories = {"lab/one": Repo({"vinyl.safetensors": content})}
-    with running_hub(repositories) as hub, pointing_library_at(hub.url, tmp_path / "home"):
+    repos = {"lab/one": Repo({"vinyl.safetensors": content})}
+    with running_hub(repos) as hub, pointing_library_at(hub.url, tmp_path / "home"):
         fetch_adapter("lab/one/vinyl.safetensors")
     with pointing_library_at(hub.url, tmp_path / "home"):
         assert fetch_adapter("lab/one/vinyl.safetensors").read_bytes() == content
