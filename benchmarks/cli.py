@@ -23,7 +23,7 @@ from benchmarks.cases import run
 from benchmarks.cases.run import RunRequest
 from benchmarks.compare import SideFailedError, VoidError
 from benchmarks.goals import GOALS, read_standings
-from benchmarks.pieces import OtherRunError, OutOfTimeError
+from benchmarks.pieces import OtherRunError
 from benchmarks.report import format_table, write_report
 from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES
@@ -35,7 +35,7 @@ Rows = list[dict[str, object]]
 MODES = ("strict", "fast")
 _DIALECTS = ("sa3", "saos", "vllm", "aiml", "fal")  # not imported from `dialects`, which needs more packages
 # Errors that are printed without a traceback, because their message is sufficient.
-_EXPECTED = (VoidError, OutOfTimeError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
+_EXPECTED = (VoidError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
 _INTERRUPTED = 130
 
 
@@ -160,7 +160,6 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--url-key", help="sent to it as a bearer token")
     own.add_argument("--count", type=int, help="requests of each list")
     own.add_argument("--goodput-trials", type=int, help="steps of the search for the highest good rate; 0: none")
-    own.add_argument("--budget-s", type=float, help="after this no new measurement begins; start again to go on")
     return command
 
 

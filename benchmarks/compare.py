@@ -72,7 +72,7 @@ class Run:
     _is_warm: bool = False
 
     async def measure(self) -> dict[str, Any]:
-        """Returns all figures and ratios. Raises VoidError, SideFailedError or OutOfTimeError."""
+        """Returns all figures and ratios. Raises VoidError or SideFailedError."""
         options = self.options
         reference = options.sides[0]
         alone = await self.pieces.take("alone", self._probe)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from benchmarks.workload import Arrival, to_request
 from stable_audio_serve.core.errors import OverloadedError, StableAudioError
+from stable_audio_serve.core.generation import Lora
 
 if TYPE_CHECKING:
     from benchmarks.sides.servers import Side  # imports torch, which HTTP clients do not need
@@ -63,12 +64,13 @@ class Asker(Protocol):
 class InProcess:
     """A client of a side in this process."""
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, adapters: Sequence[Lora] = ()) -> None:
         self._side = side
+        self._adapters = adapters
 
     async def ask(self, arrival: Arrival) -> Answer:
         try:
-            result = await self._side.generate(to_request(arrival))
+            result = await self._side.generate(to_request(arrival, self._adapters))
         except OverloadedError as error:
             raise RefusedError(error.message, retry_after_s=error.retry_after_s) from error
         except StableAudioError as error:

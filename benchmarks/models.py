@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from benchmarks.compare import compare
 from benchmarks.settings import CaseSettings
-from stable_audio_serve.core.generation import GenerationResult, Mode
+from stable_audio_serve.core.generation import GenerationResult, Lora, Mode
+from stable_audio_serve.models.adapters.base import adaptable_layers
 from stable_audio_serve.models.families import load_model
-from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel
 from stable_audio_serve.models.registry import ModelEntry, resolve_entry
 
 # For each engine mode: the largest allowed difference between two clips of a request, divided by the clip's level.
+_RANK = 16  # of random adapters
 _LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
 
 
@@ -25,6 +30,23 @@ def resolve_model(name: str | None) -> ModelEntry:
     """Returns the registry entry of a model name or checkpoint folder; None: the demo model."""
     name = name or "demo"
     return resolve_entry(Path(name).name, path=name) if Path(name).is_dir() else resolve_entry(name)
+
+
+def write_adapters(model: DiffusionModel, folder: Path, *, count: int) -> list[Lora]:
+    """Write random adapters of rank 16 for all layers that run in steps, and return them."""
+    loras: list[Lora] = []
+    for number in range(count):
+        assert isinstance(model, AdaptableModel)
+        random, tensors = torch.Generator().manual_seed(number), {}
+        for name, layer in adaptable_layers(model.adaptable).items():
+            key, (out, width) = f"{name}.parametrizations.weight.0", layer.weight.flatten(1).shape
+            if model.runs_in_steps(name):
+                tensors[f"{key}.lora_A"] = 0.1 * torch.randn(_RANK, width, generator=random) / width**0.5
+                tensors[f"{key}.lora_B"] = torch.randn(out, _RANK, generator=random) / _RANK**0.5
+        path = folder / f"random-{number}.safetensors"
+        save_file(tensors, path)
+        loras.append(Lora(path.stem, source=str(path)))
+    return loras
 
 
 def compare_audio(

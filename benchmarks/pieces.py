@@ -14,17 +14,11 @@ class OtherRunError(RuntimeError):
     """The folder has measurements of a run with other options."""
 
 
-class OutOfTimeError(RuntimeError):
-    """The time budget ended before the run did. Finished measurements are kept."""
-
-
 class Pieces:
     """The folder of a run, with a JSON file for each finished measurement. `about` has the options of the run."""
 
-    def __init__(self, folder: Path, about: Mapping[str, object], *, ends_at: float = float("inf")) -> None:
-        """`ends_at` is a time on the monotonic clock after which no new measurement begins."""
+    def __init__(self, folder: Path, about: Mapping[str, object]) -> None:
         self.folder = folder
-        self.ends_at = ends_at
         folder.mkdir(parents=True, exist_ok=True)
         wanted, path = json.loads(json.dumps(about, default=str)), folder / "about.json"
         there = json.loads(path.read_text()) if path.exists() else wanted
@@ -40,8 +34,6 @@ class Pieces:
         if path.exists():
             return json.loads(path.read_text())
         started_at = time.monotonic()
-        if started_at >= self.ends_at:
-            raise OutOfTimeError(f"out of time before {name}: the same command goes on from here")
         value = json.loads(json.dumps(await measure()))
         write_json(self.folder / "about.json", self.about)
         write_json(path, value)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.core.generation import GenerationRequest, Lora, SourceAudio
 
 _ADJECTIVES = ("low", "bright", "soft", "distant", "rough", "slow", "sharp", "warm", "short", "long")
 _SOUNDS = (
@@ -32,13 +32,15 @@ _GUIDED_FROM = 50  # steps
 class Mix:
     """A mix of requests: durations in seconds and numbers of steps, each with its weight. Arrivals are Poisson.
 
-    Each duration is varied randomly by the share `spread`, so that few requests have equal lengths.
+    Each request uses one of `num_adapters` adapters, drawn evenly, or none if there are none. Each duration is varied
+    randomly by the share `spread`, so that few requests have equal lengths.
     """
 
     name: str
     durations_s: tuple[tuple[float, float], ...]
     steps: tuple[tuple[int, float], ...]
     spread: float = 0.3
+    num_adapters: int = 0
 
 
 _SMALL = ((5.0, 0.5), (30.0, 0.35), (92.0, 0.15))
@@ -58,6 +60,7 @@ MIXES = {
         Mix("sao-100", ((47.0, 1.0),), ((100, 1.0),), spread=0.0),
         Mix("demo-fast", _DEMO, _EIGHT),
         Mix("demo-wide", _DEMO, ((8, 0.7), (50, 0.3))),
+        Mix("demo-adapters", _DEMO, _EIGHT, num_adapters=8),
     )
 }
 
@@ -72,6 +75,7 @@ class Arrival:
     seed: int
     steps: int
     cfg_scale: float = 1.0
+    adapter: int | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -104,7 +108,7 @@ def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: fl
     (duration_s,) = rng.choices(*zip(*mix.durations_s, strict=True))
     duration_s *= rng.uniform(1 - mix.spread, 1 + mix.spread)
     prompt = rng.choices(PROMPTS, [1.0 / rank**_ZIPF_EXPONENT for rank in range(1, len(PROMPTS) + 1)])[0]
-    rng.random(), rng.random()  # not used, but needed to get the same lists as earlier versions
+    drawn, _ = rng.random(), rng.random()  # drawn for every mix, to get the same lists as earlier versions
     return Arrival(
         at_s=0.0,
         prompt=prompt,
@@ -112,12 +116,15 @@ def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: fl
         seed=seed,
         steps=steps,
         cfg_scale=_CFG_SCALE if steps >= _GUIDED_FROM else 1.0,
+        adapter=int(drawn * mix.num_adapters) if mix.num_adapters else None,
     )
 
 
-def to_request(arrival: Arrival) -> GenerationRequest:
-    """Returns the request in the form that an engine accepts."""
-    return GenerationRequest(**{name: value for name, value in asdict(arrival).items() if name != "at_s"})
+def to_request(arrival: Arrival, adapters: Sequence[Lora] = ()) -> GenerationRequest:
+    """Returns the request in the form that an engine accepts. `adapters` are the mix's adapters."""
+    loras = () if arrival.adapter is None else (adapters[arrival.adapter],)
+    own = {name: value for name, value in asdict(arrival).items() if name not in ("at_s", "adapter")}
+    return GenerationRequest(**own, loras=loras)
 
 
 def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.compare import LARGEST_DIFFERENCE, Run, RunOptions
 from benchmarks.load import Asker, InProcess
-from benchmarks.models import resolve_model
+from benchmarks.models import resolve_model, write_adapters
 from benchmarks.pieces import Pieces
 from benchmarks.report import hash_sources
 from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES, open_side
+from benchmarks.workload import MIXES
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import ModelEntry, describe_entry
@@ -35,10 +37,7 @@ _FULL, _SHORT = (300, 6), (60, 0)  # requests per round, trials per bisection
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What to compare, and how many requests to send. If a number is None, `CaseSettings.full` determines it.
-
-    No new measurement begins after `budget_s` seconds.
-    """
+    """What to compare, and how many requests to send. If a number is None, `CaseSettings.full` determines it."""
 
     mix: str = "demo-wide"
     against: tuple[str, ...] | None = None
@@ -50,7 +49,6 @@ class RunRequest:
     count: int | None = None
     goodput_trials: int | None = None
     goodput_of: tuple[str, ...] | None = None  # sides whose goodput is measured; None: all
-    budget_s: float = float("inf")
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown side, a bad URL, or fewer than two sides."""
@@ -58,6 +56,8 @@ class RunRequest:
             raise ValueError(f"no side is called {unknown[0]!r}; there are {', '.join(SIDES)}")
         if self.url is not None and not _ADDRESS.fullmatch(self.url):
             raise ValueError(f"--url {self.url} is no address like http://host:8000")
+        if MIXES[self.mix].num_adapters and not self.engine_only:
+            raise ValueError(f"the mix {self.mix} needs --engine-only: its adapters are files of this process")
         if len(set(self.sides)) < max(len(self.sides), 1 if self.url else 2):
             raise ValueError("a comparison needs two unlike sides: --against lock,ours or one of them and --url")
 
@@ -77,7 +77,7 @@ class RunRequest:
 async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder: Path) -> dict[str, Any]:
     """Run the comparison and return its results. Lists of arrivals and finished measurements are kept in `folder`.
 
-    Raises VoidError, OutOfTimeError, OtherRunError or SideFailedError.
+    Raises VoidError, OtherRunError or SideFailedError.
     """
     entry = resolve_model(settings.model)
     count, goodput_trials = _FULL if settings.full else _SHORT
@@ -98,7 +98,7 @@ async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder:
         **{name: getattr(request, name) for name in ("engine_only", "url", "url_model", "dialect")},
         "sources_sha256": hash_sources(),
     }
-    pieces = Pieces(folder, about, ends_at=time.monotonic() + request.budget_s)
+    pieces = Pieces(folder, about)
     async with _opened(settings, request, entry=entry) as askers:
         return await Run(askers, options, pieces=pieces, is_watched=request.url is None).measure()
 
@@ -110,7 +110,8 @@ async def _opened(
     async with contextlib.AsyncExitStack() as stack:
         askers: dict[str, Asker] = {}
         if request.here:
-            opened = _in_process if request.engine_only else _on_one_server
+            num_adapters = MIXES[request.mix].num_adapters
+            opened = partial(_in_process, num_adapters=num_adapters) if request.engine_only else _on_one_server
             askers |= await stack.enter_async_context(opened(settings, request.here, entry=entry))
         if request.url:
             from benchmarks.dialects import OverHttp, open_clients
@@ -122,17 +123,19 @@ async def _opened(
 
 @contextlib.asynccontextmanager
 async def _in_process(
-    settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry
+    settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry, num_adapters: int
 ) -> AsyncIterator[Mapping[str, Asker]]:
     """Open all sides around one loaded model, so only one of them may get requests at a time. Yields their clients."""
     model = load_model(entry, device=settings.device)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     opened = {name: open_side(name, model, options=options) for name in sides}
-    try:
-        yield {name: InProcess(side) for name, side in opened.items()}
-    finally:
-        for side in opened.values():
-            await side.close()
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = write_adapters(model, Path(folder), count=num_adapters)
+        try:
+            yield {name: InProcess(side, adapters) for name, side in opened.items()}
+        finally:
+            for side in opened.values():
+                await side.close()
 
 
 @contextlib.asynccontextmanager

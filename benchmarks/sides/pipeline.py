@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -20,6 +21,7 @@ from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Priority
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.engine.adapters import Adapters
 from stable_audio_serve.engine.build import resolve_mode
 from stable_audio_serve.engine.calls.executor import Executor
 from stable_audio_serve.engine.calls.inputs import PromptCache
@@ -102,6 +104,14 @@ class Pipeline:
             clock=SystemClock(),
             metrics=self.captures,
         )
+        self._adapters = Adapters(
+            model,
+            max_bytes=options.lora_cache_bytes,
+            max_rank=options.max_lora_rank,
+            fetch=Path,
+            clock=SystemClock(),
+            metrics=NullMetrics(),
+        )
         self._ids = count()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
         self._turn = asyncio.Lock()
@@ -133,6 +143,7 @@ class Pipeline:
         """Wait for the batch in progress, and stop the thread."""
         if self._settling is not None:
             self._settling.cancel()
+        self._adapters.close()
         await asyncio.to_thread(self._thread.shutdown)
 
     async def _run_now(self, requests: Sequence[GenerationRequest], submitted_at: float) -> list[GenerationResult]:
@@ -146,6 +157,7 @@ class Pipeline:
                 reply=Reply(None),
                 noise_factory=SeededNoise,
                 submitted_at=submitted_at,
+                slots=await self._adapters.acquire(request, own[0].sampler.evaluations),
             )
             for request, own in zip(requests, plans, strict=True)
         ]
@@ -173,6 +185,7 @@ class Pipeline:
                     row.release()
                 for state in states:
                     state.shared.release()
+                    state.slots.release()
 
     def _run_rows(self, states: Sequence[RequestState], rows: Sequence[Row]) -> None:
         started_at = time.monotonic()

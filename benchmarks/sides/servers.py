@@ -1,7 +1,8 @@
 """The compared servers (sides) without HTTP: `await side.generate(request)`.
 
-`lock` serves one request at a time, first come, first served; `static` serves batches of similar requests; `ours` is
-the engine. If the engine uses CUDA graphs on a device, the other sides do too.
+`lock` serves one request at a time, first come, first served; `static` serves batches of similar requests, each with
+the same adapters; `fold` is a lock that changes the weights when the adapters change; `ours` is the engine. If the
+engine uses CUDA graphs on a device, the other sides do too.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from benchmarks.sides.pipeline import Captures, Pipeline, wait_for_captures
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.scheduling.batching import (
@@ -26,6 +29,7 @@ from stable_audio_serve.engine.scheduling.batching import (
     OneRowPerCall,
     round_up,
 )
+from stable_audio_serve.models.adapters.fold import Slot
 from stable_audio_serve.models.protocol import DiffusionModel
 
 MAX_BATCH = 32
@@ -82,6 +86,40 @@ class LockServer(Pipeline):
         return (await self.run([request]))[0]
 
 
+class FoldServer(LockServer):
+    """The side `fold`: as `lock`, but adapters are folded into the network's weights, again whenever they change."""
+
+    def __init__(self, model: DiffusionModel, options: EngineOptions) -> None:
+        super().__init__(model, options)
+        self._layers = self._adapters.base.layers
+        self._plain = {name: layer.weight.clone() for name, layer in self._layers.items()}
+        self._folded: tuple[Lora, ...] = ()
+        self._order = asyncio.Lock()
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        async with self._order:
+            if request.loras != self._folded:
+                slots = await self._adapters.acquire(request, self._model.plan(request)[0].sampler.evaluations)
+                await asyncio.to_thread(self._fold, slots.by_evaluation[0] if slots.by_evaluation else None)
+                slots.release()
+                self._folded = request.loras
+            return await super().generate(replace(request, loras=()))
+
+    async def settle(self) -> None:
+        """Restore the weights, which other sides share."""
+        self._fold(None)
+        self._folded = ()
+        await super().settle()
+
+    def _fold(self, slot: Slot | None) -> None:
+        with torch.inference_mode():
+            for name, layer in self._layers.items():
+                weight, own = self._plain[name], slot and slot.layers.get(name)
+                if own:
+                    weight = own.scale[:, None].to(weight) * weight.flatten(1) + own.b @ own.a
+                layer.weight.copy_(weight.view_as(layer.weight))
+
+
 class StaticServer(Pipeline):
     """The side `static`: batches of requests with the same length bucket, steps and guidance, one batch at a time."""
 
@@ -109,7 +147,8 @@ def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
     frames = int((request.duration_s + padding_s) * spec.card.sample_rate_hz / spec.hop) + 1
     bucket = round_up(min(frames, spec.max_frames), _BUCKET_FRAMES.get(model.device.type, _BUCKET_FRAMES["cuda"]))
     is_edit = request.init_audio is not None, request.inpaint_audio is not None
-    return bucket, request.steps, request.cfg_scale, request.sampler, request.negative_prompt is None, *is_edit
+    guidance = request.cfg_scale, request.negative_prompt is None
+    return bucket, request.steps, *guidance, request.sampler, request.loras, *is_edit
 
 
 class Batcher:
@@ -163,7 +202,7 @@ class OurServer(Engine):
 
 
 Side = LockServer | StaticServer | OurServer
-SIDES = ("lock", "static", "ours", "ours-strict", "ours-fast")
+SIDES = ("lock", "static", "fold", "ours", "ours-strict", "ours-fast")
 
 
 def open_side(
@@ -172,6 +211,8 @@ def open_side(
     """Returns the side of this name over a loaded model. Raises ValueError for another name."""
     if name == "lock":
         return LockServer(model, options)
+    if name == "fold":
+        return FoldServer(model, options)
     if name == "static":
         return StaticServer(model, options, collect=collect)
     if name in SIDES:
