@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
     from stable_audio_serve.core.settings import Settings
     from stable_audio_serve.core.settings_api import DialectSettings
+    from stable_audio_serve.core.settings_models import LoraSettings
 
 OnProgress = Callable[[JobProgress], None]
 
@@ -122,7 +123,9 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
     name = request.model(plan.catalog, dialects=settings.dialects)
     (model,) = (model for model in plan.settings.models if plan.catalog.resolve(model.name).name == name)
     # Without this, loading the model would also measure its speed, which takes longer than it saves for one request.
-    model = model.model_copy(update={"engine": model.engine.model_copy(update={"warmup_budget_s": 0.0})})
+    engine_settings = model.engine.model_copy(update={"warmup_budget_s": 0.0})
+    request, files = _name_files(request)
+    model = model.model_copy(update={"engine": engine_settings, "loras": {**model.loras, **files}})
     on_progress(JobProgress("loading", 0.0, None, None))
     engine = load_named_engine(plan.settings, model)
     arguments, more = request.arguments()
@@ -130,12 +133,29 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
         open_to_us = settings.api.model_copy(update={"key_hashes": (), "key_file": None})
         alone = Chosen(output_dir=folder, api=open_to_us, audio=settings.audio, dialects=settings.dialects)
         async with LocalBackend(plan.catalog, {name: engine}) as backend:
-            adapters = Library(plan.settings, plan.catalog)
+            adapters = Library(plan.settings.model_copy(update={"models": (model,)}), plan.catalog)
             await adapters.refresh()
             app = create_app(_Reporting(backend, on_progress), alone, adapters=adapters)
             http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)
             async with AsyncClient("http://localhost", http=http) as client:
                 return await getattr(client, request.kind)(*arguments, **more)
+
+
+def _name_files(request: SoundRequest) -> tuple[SoundRequest, dict[str, LoraSettings]]:
+    """Return the request with names in place of paths of adapters, and the adapters with these names.
+
+    Only a name that ends with .safetensors is a path.
+    """
+    from stable_audio_serve.core.settings_models import LoraSettings
+
+    loras = [dict(lora) for lora in request.controls.get("loras", ())]
+    files = {}
+    for lora in loras:
+        path = Path(lora["name"])
+        if path.suffix == ".safetensors":
+            lora["name"] = path.stem
+            files[path.stem] = LoraSettings(path=str(path.absolute()))
+    return (replace(request, controls={**request.controls, "loras": loras}) if files else request), files
 
 
 @dataclass(frozen=True, slots=True)

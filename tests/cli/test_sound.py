@@ -25,6 +25,7 @@ from stable_audio_serve.cli.sound_files import read_recipe, slug
 from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core.errors import GenerationError, OverloadedError
 from stable_audio_serve.models.registry import BUILT_IN
+from tests.adapter_files import write_file
 from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
 from tests.backends import RATE_HZ, ToneBackend
@@ -284,6 +285,19 @@ async def test_local_uses_the_server_configuration(shell: Shell) -> None:
     loop = ("loop", "kick drum 120bpm", "--bars", "1", "--steps", "2", "--local", "-o", "loop.wav", "--json")
     assert json.loads(await shell.run(*loop))["model"] == "loops"
     assert extract(io.BytesIO(await shell.read("loop.wav"))) is not None
+
+
+@pytest.mark.server
+@pytest.mark.slow
+async def test_local_takes_files_of_adapters(shell: Shell) -> None:
+    write_file(shell.folder / "rough.safetensors", shape=(576, 192))  # the first layer of the demo model
+    make = ("generate", "a kick drum", "--local", "-d", "0.5", "-s", "3", "--steps", "2")
+    await shell.run(*make, "-o", "plain.wav")
+    await shell.run(*make, "-o", "rough.wav", "--lora", "rough.safetensors:0.5")
+    plain, rough = [soundfile.read(io.BytesIO(await shell.read(f"{name}.wav")))[0] for name in ("plain", "rough")]
+    assert np.abs(plain - rough).max() > 0.01
+    recipe = read_recipe(await shell.read("rough.wav"))
+    assert [(lora["name"], lora["strength"]) for lora in recipe["loras"]] == [("rough", 0.5)]
 
 
 @pytest.mark.parametrize(
