@@ -106,7 +106,8 @@ def test_health_reports_models_and_devices(server: LaunchedServer) -> None:
 
 
 def test_models_and_pages(server: LaunchedServer) -> None:
-    assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == ["tiny", "demo"]
+    models = server.client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["tiny", "demo", "demo:octave-down"]
     assert "/v1/audio/inpaint" in server.client.get("/openapi.json").json()["paths"]
     assert server.client.get("/docs").status_code == 200
 

@@ -241,3 +241,11 @@ def test_settings_name_adapters(tmp_path: Path) -> None:
     for bad_value in ({"max_loras": 0}, {"max_lora_rank": 257}, {"lora_cache_bytes": -1}, {"lora_stacking": "both"}):
         with pytest.raises(ValueError, match=next(iter(bad_value))):
             parse(**bad_value)
+
+
+@pytest.mark.parametrize("path", [None, "."])
+def test_the_packaged_demo_model_has_its_adapter(tmp_path: Path, path: str | None) -> None:
+    tree = {"models": [{"name": "demo", "path": path and str(tmp_path)}], "output_dir": str(tmp_path / "out")}
+    library = Library(plan_deployments(Settings.model_validate(tree)).settings, CATALOG)
+    library.start()
+    assert [one.name for one in library.cards("demo")] == ([] if path else ["octave-down"])
