@@ -27,7 +27,7 @@ WAVESURFER_SHA512 := 8743a74564954ea2182d2c37fc856b06db2e9ffc70f4be6ee050376e37d
 VENDOR := stable_audio_serve/api/playground/vendor
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-all test-all-1 test-all-2 test-all-3 test-all-4 test-gpu test-oldest-torch chaos fuzz soak lint fmt type bench bench-gpu docs site site-serve playground-assets clean demo-model demo-eval check-cluster
+.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-all test-all-1 test-all-2 test-all-3 test-all-4 test-gpu test-oldest-torch chaos fuzz soak lint fmt type bench bench-gpu docs site site-serve playground-assets clean demo-model demo-adapter demo-eval check-cluster
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
@@ -127,6 +127,9 @@ site-serve: site ## build the website and serve it on http://127.0.0.1:8001 (opt
 demo-model: install ## train the demo model from scratch (options: OUT=demo-run, DEVICE=cpu); run again to resume
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
 		$(PY) -m examples.demo_model.train --out $(OUT) --device $(DEVICE)
+
+demo-adapter: install ## train the demo model's adapter on one core, write it into the package and evaluate it
+	OMP_NUM_THREADS=1 $(PY) -m examples.demo_model.train_adapter
 
 demo-eval: install ## evaluate the packaged demo model and write its report
 	$(PY) -m examples.demo_model.evaluate --json stable_audio_serve/demo/checkpoint/report.json

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,8 +76,17 @@ class Batch:
 class ClipSource:
     """Draws batches of new random clips of similar length, encoded by the frozen autoencoder."""
 
-    def __init__(self, autoencoder: Autoencoder, config: ClipConfig, *, rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        config: ClipConfig,
+        *,
+        rng: np.random.Generator,
+        change: Callable[[Scene], Scene] = replace,
+    ) -> None:
+        """Clips have the captions of random scenes, and the sounds of these scenes after `change`."""
         self._autoencoder = autoencoder.eval()
+        self._change = change
         self._config = config
         self._rng = rng
         self._tokenizer = padded_tokenizer()
@@ -100,7 +109,7 @@ class ClipSource:
         captions = ["" if blank else caption(scene, rng) for scene, blank in zip(scenes, withheld, strict=True)]
         unnamed = withheld & ~edits & np.array([scene.kind != "hush" for scene in scenes])
         clips = [
-            render_scene(scene, rng, duration_s=float(length), num_frames=frames * PATCH_FRAMES)
+            render_scene(self._change(scene), rng, duration_s=float(length), num_frames=frames * PATCH_FRAMES)
             for scene, length in zip(scenes, seconds, strict=True)
         ]
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

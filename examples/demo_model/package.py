@@ -1,4 +1,4 @@
-"""Writes trained networks to a checkpoint folder in the Stable Audio 3 format, in half precision."""
+"""Writes trained networks to a checkpoint folder in the Stable Audio 3 format, in half precision, and reads them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import T5GemmaEncoderModel
 
 from examples.demo_model import architecture
-from examples.demo_model.train_autoencoder import Autoencoder
+from examples.demo_model.train_autoencoder import Autoencoder, AutoencoderConfig
 from examples.demo_model.train_denoiser import Network, Trainer
 from examples.demo_model.vocabulary import MAX_TOKENS, write_tokenizer
 
@@ -39,6 +40,19 @@ def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, *, folder: Path
     cast("Any", network.text.half()).save_pretrained(text)
     write_tokenizer(text)
     (text / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=1) + "\n")
+
+
+def read_checkpoint(folder: Path) -> tuple[Network, Autoencoder]:
+    """Returns the networks of a checkpoint that `write_checkpoint` wrote, in float32."""
+    network, autoencoder = Network(), Autoencoder(AutoencoderConfig())
+    stored = load_file(folder / "model.safetensors")
+    for key, value in _weights(network, autoencoder).items():
+        value.detach().copy_(stored[key])
+    text = T5GemmaEncoderModel.from_pretrained(
+        folder / architecture.TEXT_FOLDER, dtype=torch.float32, is_encoder_decoder=False, attn_implementation="eager"
+    )
+    network.text.load_state_dict(text.state_dict())
+    return network, autoencoder
 
 
 def _weights(network: Network, autoencoder: Autoencoder) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from stable_audio_serve import __version__
-from stable_audio_serve.cli import admin, jobs, keys, serving, sound
+from stable_audio_serve.cli import admin, jobs, keys, loras, serving, sound
 from stable_audio_serve.cli.doctor import doctor
 from stable_audio_serve.cli.quality import quality
 from stable_audio_serve.cli.status import status
@@ -18,6 +18,7 @@ for _command in (serving.serve, serving.init, serving.config, doctor, status):
     app.command()(_command)
 app.add_typer(sound.app)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(loras.app, name="loras")
 app.add_typer(keys.app, name="keys")
 app.add_typer(admin.app, name="admin")
 app.command()(quality)

@@ -47,6 +47,10 @@ OPTIONS: Mapping[str, str] = {
     "batch_size": "--variations",
     "response_format": "--format",
     "priority": "--priority",
+    "loras": "--lora",
+    "strength": "the strength of --lora",
+    "lora_name": "NAME",
+    "lora_path": "PATH",
     "init_noise_level": "--noise",
     "inpaint_start_seconds": "the start of --region",
     "inpaint_end_seconds": "the end of --region",
@@ -110,6 +114,7 @@ def in_options(message: str, names: Mapping[str, str] | None = None) -> str:
         message = message.replace(phrase, ours)
     known = {**OPTIONS, **(names or {})}
     message = _NAME.sub(lambda found: known.get(found[0], found[0]), message)
+    message = re.sub(r"(^|; )([^:;]+: )\2", r"\1\2", message)
     # "--steps: --steps must" and "--steps: must" become "--steps must".
     return re.sub(r"(^|; )([^:;]+): (?:\2 )?must\b", r"\1\2 must", message)
 

@@ -25,10 +25,10 @@ _Regions = Annotated[
 ]
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
-    "priority",
+    *("priority", "loras"),
 )
 _UNTIL = {"duration": "--until", "inpaint_end_seconds": "--until", "inpaint_start_seconds": "--from"}
-_LOOP_HAS_NOT = ("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority")
+_LOOP_HAS_NOT = ("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority", "loras")
 
 
 @app.command()

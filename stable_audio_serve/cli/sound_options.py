@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -48,6 +49,10 @@ class SoundOptions:
     priority: Annotated[
         Literal["interactive", "batch"], typer.Option(help="Interactive requests run before batch requests.")
     ] = "interactive"
+    loras: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="NAME[:STRENGTH]", help="Adapter, strength 1 by default; may be repeated."),
+    ] = None
     out: Annotated[
         str, typer.Option("--out", "-o", help="File or folder to write, - for standard output; default: here.")
     ] = "."
@@ -62,7 +67,7 @@ class SoundOptions:
 
     @property
     def controls(self) -> dict[str, Any]:
-        """The optional fields of the request, by their names in the HTTP API."""
+        """The optional fields of the request, by their names in the HTTP API. Raises ValueError."""
         return {
             "model": self.model,
             "duration": self.duration,
@@ -74,7 +79,22 @@ class SoundOptions:
             "batch_size": self.variations if self.variations > 1 else None,
             "response_format": self.format,
             "priority": self.priority if self.priority != "interactive" else None,
+            "loras": [_parse_lora(text) for text in self.loras] if self.loras else None,
         }
+
+
+def _parse_lora(text: str) -> dict[str, Any]:
+    """Parse NAME or NAME:STRENGTH. Returns the adapter as in the HTTP API. Raises ValueError."""
+    name, colon, strength = text.rpartition(":")
+    if not colon:
+        return {"name": text}
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise ValueError(f"--lora: {text!r} is not NAME or NAME:STRENGTH, such as vinyl:0.8")
+    return {"name": name, "strength": value}
 
 
 def with_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -20,7 +20,7 @@ from rich.text import Text
 from stable_audio_serve.cli.messages import plain
 
 if TYPE_CHECKING:
-    from stable_audio_serve.client import Job, JobProgress, Model
+    from stable_audio_serve.client import Adapter, Job, JobProgress, Model
 
 _WIDEST = 2000  # characters per line of a table; a narrower terminal wraps the lines
 _PIPE_WIDTH = 200  # characters per line of the server status if the output is not a terminal
@@ -48,6 +48,14 @@ def print_models(models: Sequence[Model]) -> None:
         guidance, aliases = f"{model.default_cfg_scale:g}", ", ".join(model.aliases)
         table.add_row(name, longest, rate, str(model.channels), str(model.default_steps), guidance, aliases)
     print_wide(table)
+
+
+def print_adapters(adapters: Sequence[Adapter]) -> None:
+    """Print the adapters of a server's models."""
+    table = new_table("Adapter", "Model", "Type", "Rank", "SHA-256")
+    for adapter in adapters:
+        table.add_row(*map(_cell, (adapter.name, adapter.model, adapter.type, adapter.rank, adapter.sha256[:12])))
+    print_wide(table if adapters else "no adapters")
 
 
 def print_own_jobs(jobs: Sequence[Job]) -> None:

@@ -5,7 +5,7 @@ They use the HTTP API. They depend only on httpx and httpx-sse, and import only 
 
 from __future__ import annotations
 
-from stable_audio_serve.client.answers import Clip, Job, JobPage, JobProgress, Model, Result
+from stable_audio_serve.client.answers import Adapter, Clip, Job, JobPage, JobProgress, Model, Result
 from stable_audio_serve.client.calls import Audio, Recipe
 from stable_audio_serve.client.clients import AsyncClient, Client
 from stable_audio_serve.client.controls import (
@@ -16,10 +16,12 @@ from stable_audio_serve.client.controls import (
     JobEditControls,
     JobInpaintControls,
     LoopControls,
+    Lora,
 )
 from stable_audio_serve.client.failures import Retries
 
 __all__ = [
+    "Adapter",
     "AsyncClient",
     "Audio",
     "Client",
@@ -34,6 +36,7 @@ __all__ = [
     "JobPage",
     "JobProgress",
     "LoopControls",
+    "Lora",
     "Model",
     "Recipe",
     "Result",

@@ -160,6 +160,21 @@ class Model:
     sent: Mapping[str, Any] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter (LoRA) of the served model `model`. `sent` is the JSON object that was parsed.
+
+    `type` is lora, dora-rows, lora-xs or dora-rows-xs. `sha256` is the hash of the adapter's file.
+    """
+
+    name: str
+    model: str
+    type: str
+    rank: int
+    sha256: str
+    sent: Mapping[str, Any] = field(repr=False)
+
+
 def read_result(response: httpx.Response) -> Result:
     """Parse the successful response to a generation or a replay. Raises GenerationError if it has another format."""
     headers = response.headers
@@ -244,6 +259,23 @@ def read_models(sent: Mapping[str, Any]) -> tuple[Model, ...]:
     return tuple(
         Model(name=model["id"], aliases=tuple(model["aliases"]), sent=model, **{name: model[name] for name in same})
         for model in sent["data"]
+        if model.get("parent") is None
+    )
+
+
+def read_adapters(sent: Mapping[str, Any]) -> tuple[Adapter, ...]:
+    """Parse the response of GET /v1/models: return the adapters of the served models."""
+    return tuple(
+        Adapter(
+            name=entry["id"].removeprefix(f"{entry['parent']}:"),
+            model=entry["parent"],
+            type=entry["type"],
+            rank=entry["rank"],
+            sha256=entry["sha256"],
+            sent=entry,
+        )
+        for entry in sent["data"]
+        if entry.get("parent") is not None
     )
 
 

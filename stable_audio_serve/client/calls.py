@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, Generic, Literal, TypeVar
 import httpx
 
 from stable_audio_serve.client import answers
-from stable_audio_serve.client.answers import Clip, Job, JobPage, Model, Result
+from stable_audio_serve.client.answers import Adapter, Clip, Job, JobPage, Model, Result
+from stable_audio_serve.client.controls import Lora
 
 # Source audio: a file's path, its content, an opened file, or a clip from an earlier result.
 Audio = bytes | str | Path | BinaryIO | Clip
@@ -126,6 +127,22 @@ def models() -> Call[tuple[Model, ...]]:
     return Call("GET", "/v1/models", lambda answer: answers.read_models(answer.json()))
 
 
+def list_loras() -> Call[tuple[Adapter, ...]]:
+    """Return the call that lists the adapters of the served models."""
+    return Call("GET", "/v1/models", lambda answer: answers.read_adapters(answer.json()))
+
+
+def load_lora(name: str, path: str, *, model: str | None) -> Call[None]:
+    """Return the call that adds an adapter to a model."""
+    body = {"lora_name": name, "lora_path": path, "model": model}
+    return Call("POST", "/v1/load_lora_adapter", lambda _: None, {"json": body})
+
+
+def unload_lora(name: str, *, model: str | None) -> Call[None]:
+    """Return the call that removes an adapter that was added while the server ran."""
+    return Call("POST", "/v1/unload_lora_adapter", lambda _: None, {"json": {"lora_name": name, "model": model}})
+
+
 def job_path(job_id: str, *below: str) -> str:
     """Return the URL path `/jobs/{job_id}`, followed by the segments `below`. Raises ValueError for a malformed id."""
     return "/".join(("/jobs", uuid.UUID(hex=job_id).hex, *below))
@@ -184,6 +201,8 @@ def _body(
     """
     fields: dict[str, Any] = {"prompt": prompt}
     fields |= {name: value for name, value in controls.items() if value is not None}
+    if "loras" in fields:
+        fields["loras"] = [_lora(each) for each in fields["loras"]]
     if regions is not None:
         fields["inpaint_start_seconds"] = [start_s for start_s, _ in regions]
         fields["inpaint_end_seconds"] = [end_s for _, end_s in regions]
@@ -191,6 +210,16 @@ def _body(
         return {"json": fields}
     form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
     return {"data": form, "files": [(part, _read(audio))]}
+
+
+def _lora(given: str | tuple[str, float] | Lora) -> Any:
+    """Return an adapter as the API's JSON object. The server checks it."""
+    match given:
+        case str():
+            return {"name": given}
+        case (name, strength):
+            return {"name": name, "strength": strength}
+    return given
 
 
 def _read(audio: Audio) -> tuple[str, bytes]:

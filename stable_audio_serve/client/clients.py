@@ -14,7 +14,7 @@ from typing import TypeVar, Unpack
 import httpx
 
 from stable_audio_serve.client import calls
-from stable_audio_serve.client.answers import Job, JobPage, JobProgress, Model, Result
+from stable_audio_serve.client.answers import Adapter, Job, JobPage, JobProgress, Model, Result
 from stable_audio_serve.client.calls import Audio, Call, Connection, Recipe, Regions
 from stable_audio_serve.client.controls import (
     Controls,
@@ -116,6 +116,27 @@ class Client:
     def models(self) -> tuple[Model, ...]:
         """List the served models."""
         return self.send(calls.models())
+
+    def list_loras(self) -> tuple[Adapter, ...]:
+        """List the adapters of the served models."""
+        return self.send(calls.list_loras())
+
+    def load_lora(self, name: str, path: str, *, model: str | None = None) -> None:
+        """Add an adapter to a model of the running server. Needs a key with the scope admin.
+
+        `path` is the absolute path of a file on the server, an S3 URL, or a repository of the hub. Without `model`, the
+        default model gets the adapter. The server keeps it until `unload_lora`, also over restarts. Raises
+        InvalidRequestError if the file cannot be used, or if the model has another adapter of this name.
+        """
+        self.send(calls.load_lora(name, path, model=model))
+
+    def unload_lora(self, name: str, *, model: str | None = None) -> None:
+        """Remove an adapter that `load_lora` added. Needs a key with the scope admin.
+
+        Without `model`, it is removed from all models that have it. Requests that already run finish with it. Raises
+        NotFoundError if there is no such adapter, ConflictError if the configuration or a folder has it.
+        """
+        self.send(calls.unload_lora(name, model=model))
 
     def send(self, call: Call[T]) -> T:
         """Send a call, and send it again after temporary failures. Returns the parsed response."""
@@ -269,6 +290,15 @@ class AsyncClient:
 
     async def models(self) -> tuple[Model, ...]:
         return await self.send(calls.models())
+
+    async def list_loras(self) -> tuple[Adapter, ...]:
+        return await self.send(calls.list_loras())
+
+    async def load_lora(self, name: str, path: str, *, model: str | None = None) -> None:
+        await self.send(calls.load_lora(name, path, model=model))
+
+    async def unload_lora(self, name: str, *, model: str | None = None) -> None:
+        await self.send(calls.unload_lora(name, model=model))
 
     async def send(self, call: Call[T]) -> T:
         return await self._operations.send(call)

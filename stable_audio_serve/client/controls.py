@@ -6,14 +6,26 @@ The decorator `accepts` makes them keyword parameters of the clients' methods.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
-from typing import Annotated, Any, Literal, ParamSpec, TypedDict, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, Required, TypedDict, TypeVar, get_type_hints
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _HEAD = "Optional fields; None selects the default of the server or the model:"
+
+
+class Lora(TypedDict, total=False):
+    """An adapter that a request uses. `strength` is 1 by default.
+
+    `interval` is the part of the denoising in which the adapter applies: 1 is pure noise, 0 the finished clip. By
+    default it is (0, 1).
+    """
+
+    name: Required[str]
+    strength: float
+    interval: tuple[float, float]
 
 
 class Controls(TypedDict, total=False):
@@ -37,6 +49,11 @@ class Controls(TypedDict, total=False):
     sampler_kwargs: Annotated[
         Mapping[str, str | float | bool | None] | None, "Options of the sampler, such as `sampler_type`."
     ]
+    loras: Annotated[
+        Sequence[str | tuple[str, float] | Lora] | None,
+        "Adapters in this order: names, pairs of name and strength, or mappings that may have an interval too.",
+    ]
+    lora_stacking: Annotated[Literal["chained", "summed"] | None, "How several adapters combine."]
 
 
 class EditControls(Controls, total=False):

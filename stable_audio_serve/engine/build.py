@@ -264,6 +264,7 @@ class _Builder:
             metrics=self.metrics,
             max_graph_bytes=self.plan.graphs,
             captures_off_file=self.options.captures_off_file,
+            slot_table_bytes=self.options.lora_cache_bytes // 2,
         )
         return Stages(
             self.model,

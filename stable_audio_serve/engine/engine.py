@@ -91,7 +91,7 @@ class Engine:
         self._fetch_adapter = fetch_adapter
         self._adapters = Adapters(
             model,
-            max_bytes=options.lora_cache_bytes,
+            max_bytes=options.lora_cache_bytes // (2 if self._whole_device.can_capture else 1),
             max_rank=options.max_lora_rank,
             fetch=fetch_adapter,
             clock=clock,

@@ -40,6 +40,10 @@ class ForwardingModel:
         """The networks that adapters can change; none if the model is not adaptable."""
         return self._model.adaptable if isinstance(self._model, AdaptableModel) else {}
 
+    def runs_in_steps(self, layer: str) -> bool:
+        """Whether `denoise` runs this layer of an adapter file."""
+        return isinstance(self._model, AdaptableModel) and self._model.runs_in_steps(layer)
+
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         return self._model.plan(request, frames=frames)
 

@@ -339,3 +339,7 @@ class AdaptableModel(Protocol):
     def adaptable(self) -> Mapping[str, nn.Module]:
         """The networks that adapters can change, by the prefix of their layers' names in adapter files."""
         ...
+
+    def runs_in_steps(self, layer: str) -> bool:
+        """Whether `denoise` runs this layer of an adapter file. The other layers run in `condition`."""
+        ...

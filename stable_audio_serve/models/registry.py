@@ -91,6 +91,11 @@ def _open(name: str, *, objective: str, cap_s: float, description: str) -> Model
     return ModelEntry(card, repo_id=repo_id, files=(CONFIG_FILE, WEIGHTS_FILE))
 
 
+_DEMO_FOLDER = Path(str(resources.files("stable_audio_serve"))) / "demo"
+
+# The packaged adapters of the demo model, by name.
+DEMO_ADAPTERS: Mapping[str, Path] = {"octave-down": _DEMO_FOLDER / "adapters" / "octave-down.safetensors"}
+
 _DEMO = ModelEntry(
     ModelCard(
         name="demo",
@@ -100,7 +105,7 @@ _DEMO = ModelEntry(
         is_demo=True,
         description="A small demo model trained on generated sounds only; shows that everything works.",
     ),
-    folder=str(resources.files("stable_audio_serve") / "demo" / "checkpoint"),
+    folder=str(_DEMO_FOLDER / "checkpoint"),
 )
 
 BUILT_IN: Mapping[str, ModelEntry] = {

@@ -21,6 +21,7 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 
 FACTS_FILE = "golden.json"
 TENSORS_FILE = "golden.safetensors"
+ADAPTERS = "lora"  # folder of adapter files and their own reference numbers
 _WHERE = "Reference numbers are in tests/data/goldens of a source checkout; the installed package has none."
 
 
@@ -30,19 +31,25 @@ class Goldens:
     Raises CheckpointError if a file, key or value is missing or malformed.
     """
 
-    def __init__(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def __init__(self, facts: dict[str, Any], tensors: dict[str, Tensor], *, folder: Path = Path()) -> None:
         self.facts = facts
+        self.folder = folder
         self._tensors = tensors
         self._used: set[str] = set()
 
     @classmethod
     def load(cls, folder: Path) -> Goldens:
-        """Read both files. The error names the unusable one."""
+        """Read all files. The error names the unusable one. Numbers of adapters are in the group `lora`."""
         path = folder / FACTS_FILE
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = dict(json.loads(path.read_text(encoding="utf-8")))
             path = folder / TENSORS_FILE
-            return cls(dict(facts), load_file(path))
+            tensors = load_file(path)
+            if (path := folder / ADAPTERS / f"lora_{FACTS_FILE}").exists():
+                facts[ADAPTERS] = dict(json.loads(path.read_text(encoding="utf-8")))
+                path = path.with_name(f"lora_{TENSORS_FILE}")
+                tensors |= {f"{ADAPTERS}/{key}": tensor for key, tensor in load_file(path).items()}
+            return cls(facts, tensors, folder=folder)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: file not found. {_WHERE}") from error
         except (OSError, ValueError, TypeError, SafetensorError) as error:

@@ -1,19 +1,26 @@
-"""Checks of the conditioners, the denoiser and the autoencoder, which codes audio in one piece and in windows."""
+"""Checks of conditioners, denoiser, adapters and the autoencoder, which codes audio in one piece and in windows."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from stable_audio_serve.audio.prepare import prepare_source
+from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import SourceAudio
+from stable_audio_serve.models.adapters.adapter import Adapter, read_adapter
+from stable_audio_serve.models.adapters.apply import RowSlots, adapting
+from stable_audio_serve.models.adapters.base import Base
+from stable_audio_serve.models.adapters.fold import fold
+from stable_audio_serve.models.adapters.header import AdapterType
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, WindowSpan
 from stable_audio_serve.models.sa3.model import Sa3Model
@@ -21,7 +28,7 @@ from stable_audio_serve.models.sao.conditioners import load_text_encoder
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.windows import WINDOW_FRAMES, chunked_windows, cut_windows
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, SeededNoise, guide
-from stable_audio_serve.verification.checks import Check, Finding, Subject, calls_of
+from stable_audio_serve.verification.checks import ADAPTERS, Check, Finding, Subject, calls_of, same
 from stable_audio_serve.verification.runs import CallOrderNoise, RowNoise
 
 _OPEN_PHI = "07"  # for keys with `_phi` and no digits, as in the Stable Audio Open family
@@ -121,6 +128,37 @@ def _hidden(it: Subject, match: re.Match[str]) -> Tensor:
     return torch.stack([_output_of(it, match, path=f"transformer.layers.{layer}") for layer in layers])
 
 
+def _adapted(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    """Compare the denoiser's output, or an embedded number, with one adapter or a chain, which the key names.
+
+    An adapter of a type that is not served must be refused with its name and type. The reference's loader has a fault:
+    the second and later adapters of a chain change only layers that all adapters before them also change. If the facts
+    state the fault, the stored outputs have it.
+    """
+    facts, chain = it.goldens.section(ADAPTERS), list[tuple[Adapter, float]]()
+    for text in [match["one"]] if match["one"] else match["chain"].split("+"):
+        name, _, strength = (text, "", match["strength"] or 1) if text in facts["files"] else text.rpartition("_")
+        kind, path = facts["files"][name].get("adapter_type"), it.goldens.folder / ADAPTERS / f"{name}.safetensors"
+        try:
+            adapter = read_adapter(path, with_conditioners=True)
+        except InvalidRequestError as error:
+            if kind in get_args(AdapterType):
+                raise
+            named = f"{name!r} has type {kind}" in error.message
+            yield same(f"{match[0]}: {error.message}", True, found=named)
+            return
+        if "stack_index_quirk" in facts:
+            kept = [layer for layer in adapter.layers if all(layer in before.layers for before, _ in chain)]
+            adapter = replace(adapter, layers={layer: adapter.layers[layer] for layer in kept})
+        chain.append((adapter, float(strength)))
+    base = Base("the checkpoint", it.model.adaptable)
+    slot = fold(base, [(base.fit(adapter), strength) for adapter, strength in chain])
+    with adapting(base.layers, RowSlots([(slice(None), slot)])):
+        value = torch.tensor([float(match["number"] or 0)])
+        made = it.model.numbers["seconds_total"](value)[:, None] if match["number"] else _denoise(it)
+    yield Finding(match[0], made, it.goldens[match[0]])
+
+
 def _code_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units) -> Tensor:
     """Returns the results of windows of `value`, joined."""
     parts = []
@@ -208,6 +246,11 @@ _OUTPUT = (
     r"(?:_apg(?P<apg>\d+))?(?:_norm(?P<norm>\d+))?(?:_phi(?P<phi>\d*))?(?:_interval_(?P<interval>\w+))?"
     r"(?P<padding>_?pad_keymask)?"
 )
+# Key of an output with one adapter at a strength, or with a chain such as `stack_first+second_0.5`.
+_ADAPTED = (
+    rf"{ADAPTERS}/(?:(?P<one>[^/]+)/strength_(?P<strength>[^/]+)|stack_(?P<chain>[^/]+))"
+    r"/(?:dit_out|number_(?P<number>[\d.]+))"
+)
 # Key of a stored value -> the denoiser's module whose output it is.
 _MODULES = {
     "dit/(?:mid/)?timestep_embed": "to_timestep_embed",
@@ -249,6 +292,7 @@ NETWORKS = (
     Check("denoiser", _OUTPUT, _output),
     Check("denoiser padding", "dit/out padded", _beside_padding, over="once", family=SaoModel),
     Check("denoiser padding", "dit/.*_pad_vzero", lambda *_: ["value-zeroed outputs: padding is key-masked here"]),
+    Check("adapters", _ADAPTED, _adapted, family=Sa3Model),
     Check("autoencoder", "ae/([a-z0-9]+)_(encode_quiet|preprocessed)", _clip),
     *(Check("autoencoder", key, partial(_coded, given=given), family=Sa3Model) for key, given in _CODED.items()),
     *(Check("autoencoder", key, partial(_coded, given=given), family=SaoModel) for key, given in _OPEN_CODED.items()),

@@ -22,7 +22,7 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.model import SaoModel
-from stable_audio_serve.verification.checks import Finding, Goldens, Subject
+from stable_audio_serve.verification.checks import ADAPTERS, Finding, Goldens, Subject
 from stable_audio_serve.verification.networks import NETWORKS
 from stable_audio_serve.verification.runs import RUNS
 from stable_audio_serve.verification.samplers import FORMULAS_KEY, SAMPLERS
@@ -40,6 +40,7 @@ BOUNDS: dict[str, float] = {
     "denoiser": 2e-5,
     "denoiser guidance": 5e-5,
     "denoiser padding": 2e-5,
+    "adapters": 5e-5,
     "autoencoder": 2e-5,
     "decoder halo": 2e-5,
     "end-to-end steps": 1e-4,  # relative to the largest |x|
@@ -210,7 +211,8 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
                     report.skip(group, f"{len(keys)} tensors nothing is known about: {names}")
         finally:
             logging.disable(logging.NOTSET)
-        report.require_groups(REQUIRED if needs_model else REQUIRED_WITHOUT_MODEL)
+        adapters = {ADAPTERS: ("adapters",)} if ADAPTERS in goldens.facts else {}
+        report.require_groups(REQUIRED | adapters if needs_model else REQUIRED_WITHOUT_MODEL)
     report.finish()
     return report
 

@@ -63,6 +63,11 @@ def test_help_fits_80_columns(path: tuple[str, ...]) -> None:
             "--sampler must be one of euler, rk4 for the model demo",
         ),
         ("audio: the uploaded file is empty", "AUDIO: the uploaded file is empty"),
+        ("loras: loras: the model demo has no adapter 'x'", "--lora: the model demo has no adapter 'x'"),
+        (
+            "strength: Input should be less than or equal to 2",
+            "the strength of --lora must be less than or equal to 2",
+        ),
         ("the model is not ready, the prompt is fine", "the model is not ready, the prompt is fine"),
     ],
 )

@@ -35,11 +35,15 @@ PAGES = {
     "caddy": {"docs/deploy.md"},
     "promql": {"docs/operations.md"},  # tests/cluster/test_pages.py
     "python": {
-        *("docs/architecture.md", "docs/clients.md", "docs/dialects/fal.md", "docs/jobs.md", "docs/tutorial.md"),
+        *("docs/adapters.md", "docs/architecture.md", "docs/clients.md", "docs/dialects/fal.md", "docs/jobs.md"),
+        "docs/tutorial.md",
         "packaging/client/README.md",  # tests/packaging/test_client_wheel.py
     },
     "shell": {"docs/operations.md"},  # tests/jobs/test_backup.py
-    "yaml": {"docs/deploy.md", "docs/metrics.md", "docs/models.md", "docs/performance.md", "docs/security.md"},
+    "yaml": {
+        *("docs/adapters.md", "docs/deploy.md", "docs/metrics.md", "docs/models.md", "docs/performance.md"),
+        "docs/security.md",
+    },
 }
 NOT_RUN = {"text", "{toctree}", "{image}", "{figure}"}
 PROGRAMS = {"cp", "docker", "export", "kubectl", "make", "pip", "stable-audio-serve"}
@@ -90,7 +94,7 @@ def yaml_of(page: str) -> Any:
     return yaml.safe_load(text_of(DOCS / page, "yaml"))
 
 
-@pytest.mark.parametrize("page", ["models.md", "performance.md"])
+@pytest.mark.parametrize("page", ["adapters.md", "models.md", "performance.md"])
 def test_settings_are_valid(page: str) -> None:
     assert Settings.model_validate(yaml_of(page)).models
 

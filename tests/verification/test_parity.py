@@ -13,7 +13,9 @@ from tests.verification.folders import verify_stored
 
 pytestmark = pytest.mark.server
 
-ELSEWHERE = {"lengths", "schedules", "text in float16", "end-to-end steps", *REQUIRED_WITHOUT_MODEL} - {"draws"}
+ELSEWHERE = {"lengths", "schedules", "adapters", "text in float16", "end-to-end steps", *REQUIRED_WITHOUT_MODEL} - {
+    "draws"
+}
 # Outputs inside a component; `tests/models` compares them.
 INTERMEDIATE = re.compile(r"text/last_hidden_state|ae/(patched|.*_out_quiet|.*_draw_\d)")
 COMPONENTS = [component for component in BOUNDS if component not in ELSEWHERE]

@@ -1,6 +1,7 @@
 // The form: shows the fields of the selected model with the server's ranges, reads their values, and shows errors at
 // the fields that the server names.
 
+import { Adapters } from "./adapters.js";
 import { callWithRetries } from "./api.js";
 import { formName, readFields } from "./description.js";
 
@@ -18,6 +19,7 @@ export class Form {
   constructor({ onSubmit, onSourceFile }) {
     this.node = element("form");
     this.models = new Map();
+    this.adapters = new Adapters();
     this.source = null;
     this.locked = false;
     this.node.addEventListener("submit", (event) => {
@@ -47,12 +49,14 @@ export class Form {
     const read = async (path, cache) => (await callWithRetries(path, { cache })).json();
     const [models, limits, description] = await Promise.all([read("v1/models"), read("health"), read("openapi.json", "no-cache")]);
     this.accepted = readFields(description);
-    this.models = new Map(models.data.map((model) => [model.id, model]));
+    const served = models.data.filter((entry) => !entry.parent); // the others are adapters
+    this.models = new Map(served.map((model) => [model.id, model]));
+    this.adapters.load(models.data);
     this.limits = limits;
     const chosen = element("model").value;
-    const options = models.data.map((model) => new Option(model.is_demo ? `${model.id} (demo)` : model.id, model.id));
+    const options = served.map((model) => new Option(model.is_demo ? `${model.id} (demo)` : model.id, model.id));
     element("model").replaceChildren(...options);
-    element("model").value = this.models.has(chosen) ? chosen : models.data.find((model) => model.is_default).id;
+    element("model").value = this.models.has(chosen) ? chosen : served.find((model) => model.is_default).id;
     this.showModel();
   }
 
@@ -77,6 +81,7 @@ export class Form {
     const chosen = element("sampler").value;
     element("sampler").replaceChildren(...samplers);
     element("sampler").value = model.samplers.includes(chosen) ? chosen : "";
+    this.adapters.show(model.id);
     this.showKind();
   }
 
@@ -89,7 +94,8 @@ export class Form {
     for (const box of this.node.querySelectorAll(".field")) {
       const name = box.dataset.field;
       const isAccepted = ALWAYS.has(name) || (isLoop && WORDS.has(name)) || name in accepted;
-      box.hidden = !isAccepted || (name === "init_noise_level" && !this.source);
+      const isUseless = (name === "init_noise_level" && !this.source) || (name === "loras" && this.adapters.isEmpty);
+      box.hidden = !isAccepted || isUseless;
       this.bound(box, accepted[name] ?? {});
     }
   }
@@ -184,16 +190,18 @@ export class Form {
       ...shared,
       negative_prompt: element("negative_prompt").value || undefined,
       sampler_kwargs: sampler ? { sampler_type: sampler } : undefined,
+      loras: this.adapters.chosen,
     };
     if (!this.source) return { kind: "generate", fields: defined(fields) };
     return { kind: "vary", fields: defined({ ...fields, init_noise_level: number("init_noise_level") }), source: this.source };
   }
 
-  // Loads a clip's settings. Throws Error if its model is not served.
+  // Loads a clip's settings. Throws Error if its model or an adapter is not served.
   fill(order) {
     const { fields } = order;
     const model = fields.finetune_repo ?? fields.model;
     if (!this.models.has(model)) throw new Error(`The server no longer has the model ${model}.`);
+    this.adapters.require(model, fields.loras);
     const set = (id, value) => {
       element(id).value = value ?? "";
     };
@@ -211,6 +219,7 @@ export class Form {
     }
     set("model", model);
     this.showModel();
+    this.adapters.choose(fields.loras);
     set("sampler", fields.sampler_kwargs?.sampler_type);
     set("steps", fields.steps);
     set("cfg_scale", fields.cfg_scale);

@@ -1,5 +1,6 @@
 // The actions of the page.
 
+import { describe } from "./adapters.js";
 import { ApiError, key, setKey } from "./api.js";
 import { audioContext, decode, equalGains, padded, Player, sha256, wavBlob } from "./audio.js";
 import { defined, Form, randomSeed } from "./form.js";
@@ -93,6 +94,7 @@ async function regenerate() {
     steps: fields.steps,
     cfg_scale: fields.cfg_scale,
     sampler_kwargs: fields.sampler_kwargs,
+    loras: fields.loras,
     negative_prompt: fields.negative_prompt,
     duration,
     seed: form.locked ? fields.seed : randomSeed(),
@@ -121,8 +123,9 @@ async function show(clip, { plays = false } = {}) {
   element("ab").setAttribute("aria-pressed", "false");
   const { facts } = clip;
   const loudness = facts.loudness === null || facts.loudness === undefined ? "" : `, ${facts.loudness.toFixed(1)} LUFS`;
+  const adapters = describe(clip.order.fields);
   element("clip-name").textContent = clip.order.fields.prompt;
-  element("clip-facts").textContent = `${clip.model}, seed ${facts.seed}, ${buffer.duration.toFixed(2)} s${loudness}${facts.device ? `, ${facts.device} ${facts.dtype ?? ""}` : ""}`;
+  element("clip-facts").textContent = `${clip.model}${adapters && `, ${adapters}`}, seed ${facts.seed}, ${buffer.duration.toFixed(2)} s${loudness}${facts.device ? `, ${facts.device} ${facts.dtype ?? ""}` : ""}`;
   for (const id of ["play", "loop", "format", "download"]) element(id).disabled = false;
   element("format").replaceChildren(...FORMATS[clip.order.kind].map((format) => new Option(format)));
   element("ab").disabled = !other;

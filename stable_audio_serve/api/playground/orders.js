@@ -84,6 +84,7 @@ export function asPython({ order }) {
   const python = (value) => {
     if (typeof value === "boolean") return value ? "True" : "False";
     if (value === null || typeof value !== "object") return value === null ? "None" : JSON.stringify(value);
+    if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
     return `{${Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${python(each)}`).join(", ")}}`;
   };
   const source = JSON.stringify(order.source?.name ?? "source.wav");

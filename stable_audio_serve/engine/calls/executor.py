@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +30,7 @@ from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
 from stable_audio_serve.engine.scheduling.memory import FixedMemory
-from stable_audio_serve.models.adapters.apply import RowSlots, adapting
+from stable_audio_serve.models.adapters.apply import RowSlots, SlotTable, TableRows, adapting
 from stable_audio_serve.models.adapters.base import adaptable_layers
 from stable_audio_serve.models.adapters.fold import Slot
 from stable_audio_serve.models.protocol import (
@@ -38,11 +39,23 @@ from stable_audio_serve.models.protocol import (
     DiffusionModel,
     EncodeWindow,
     RowConditioning,
+    StepBatch,
     TextEmbedding,
 )
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+_TABLE_SLOTS = 17  # distinct slots in captured steps; the first is plain
+_MOST_SLOT_PAGES = 32
+
+
+def with_adapters(shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> StepShape | PackedShape:
+    """Return the shape of the same call if it reads the slots of its rows from the table."""
+    if isinstance(shape, PackedShape):
+        return replace(shape, own=shape.own.with_adapters(rows))
+    return shape.with_adapters(rows)
 
 
 class Executor:
@@ -63,7 +76,9 @@ class Executor:
         metrics: Metrics = NullMetrics(),
         max_graph_bytes: int | None = None,
         captures_off_file: Path | None = None,
+        slot_table_bytes: int = 0,
     ) -> None:
+        """`slot_table_bytes` is memory for the adapters of captured steps."""
         self._model = model
         self._device = device
         self._policy = policy
@@ -80,6 +95,7 @@ class Executor:
         )
         self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
         self._fixed: FixedMemory | None = None
+        self._slot_table_bytes = slot_table_bytes
 
     def fix_memory(self, fixed: FixedMemory) -> None:
         """Allocate all arenas with fixed sizes. Must be called on the engine thread before the first row.
@@ -206,6 +222,7 @@ class Executor:
         """Run one evaluation of these rows in one network call and store their new latents. Returns `rows`."""
         step_rows = [_step_row(row) for row in rows]
         slots = self._slots_of(rows, step_rows)
+        captured_rows = self._place_slots(rows, step_rows)
         is_packed_by_host = bool(call.lengths) and not call.tokens
         own = StepShape.of(
             step_rows,
@@ -222,10 +239,42 @@ class Executor:
             denoise = partial(denoise_joined, self._model.denoise, frames=frames, valid_frames=seen)
             with self._adapted(slots, frames=frames):
                 run_step(denoise, buffer, memories=self._memories(), shape=own)
-        elif slots or not self._device.can_capture or not self._replay(shape.general(), step_rows):
+        elif captured_rows is None or not self._replay(with_adapters(shape, captured_rows).general(), captured_rows):
             with self._adapted(slots, frames=frames if call.tokens else ()):
                 self._run(shape, self._device.upload(shape.write(step_rows, self._device)))
         return rows
+
+    def _place_slots(self, rows: Sequence[Row], step_rows: Sequence[StepRow]) -> Sequence[StepRow] | None:
+        """Return the inputs of a captured call, after storing the slots of its rows; None if it cannot be captured.
+
+        In strict mode, steps with adapters are not captured: how many pages they read depends on other rows.
+        """
+        if not self._device.can_capture:
+            return None
+        slots = [row.slot for row in rows if row.slot is not None]
+        if not slots:
+            return step_rows
+        placed = None if self._is_strict or self._slot_table is None else self._slot_table.place(slots)
+        if placed is None:
+            return None
+        places = iter(placed)
+        return [
+            step_row if row.slot is None else replace(step_row, adapter=next(places))
+            for row, step_row in zip(rows, step_rows, strict=True)
+        ]
+
+    @cached_property
+    def _slot_table(self) -> SlotTable | None:
+        """The slots of captured steps; None if there is no memory for at least two pages."""
+        model = self._model
+        if not isinstance(model, AdaptableModel):
+            return None
+        layers = {name: layer for name, layer in self._adaptable_layers.items() if model.runs_in_steps(name)}
+        num_pages = min(self._slot_table_bytes // max(SlotTable.page_bytes(layers), 1), _MOST_SLOT_PAGES)
+        if num_pages < 2:
+            return None
+        # A power of two, because calls read the first 1, 2, 4, ... pages.
+        return SlotTable(layers, num_slots=_TABLE_SLOTS, num_pages=1 << (num_pages.bit_length() - 1))
 
     def _slots_of(self, rows: Sequence[Row], step_rows: Sequence[StepRow]) -> list[tuple[slice, Slot]]:
         """Return the network rows that have adapters, with their slots.
@@ -256,7 +305,7 @@ class Executor:
             yield
 
     @cached_property
-    def _adaptable_layers(self) -> Mapping[str, nn.Module]:
+    def _adaptable_layers(self) -> Mapping[str, nn.Linear | nn.Conv1d]:
         return adaptable_layers(self._model.adaptable) if isinstance(self._model, AdaptableModel) else {}
 
     def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
@@ -293,10 +342,24 @@ class Executor:
 
     def _run(self, shape: StepShape | PackedShape, inputs: Tensor) -> None:
         denoise, memories = self._model.denoise, self._memories()
+        if (shape.own if isinstance(shape, PackedShape) else shape).adapter_pages:
+            denoise = partial(self._denoise_from_table, inputs=shape.sections.read(inputs))
         if isinstance(shape, PackedShape):
             run_packed_step(denoise, inputs, memories=memories, shape=shape)
         else:
             run_step(denoise, inputs, memories=memories, shape=shape)
+
+    def _denoise_from_table(self, batch: StepBatch, *, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run the network on a batch whose rows have slots in the table."""
+        assert self._slot_table is not None
+        rows = TableRows(
+            self._slot_table,
+            slots=inputs["adapter_slots"],
+            pages=inputs["adapter_pages"],
+            token_rows=batch.segments.rows if batch.segments else None,
+        )
+        with adapting(self._adaptable_layers, rows):
+            return self._model.denoise(batch)
 
     def _run_on(self, shape: StepShape | PackedShape, memory: CallMemory) -> None:
         """Run a step during a graph capture. The step writes its results elsewhere, so `memory.outputs` is not used."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from stable_audio_serve.engine.calls.conditioning import HeldBranch
 from stable_audio_serve.engine.hardware.arena import ZERO_PAGE, HeldFrames, page_table, pages_of, read, write
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import Kind
+from stable_audio_serve.models.adapters.apply import PlacedSlot
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.sampling.guidance import (
     NUM_GUIDANCE,
@@ -99,6 +100,7 @@ class StepRow:
     branches: Sequence[HeldBranch]  # the conditioning: conditional, then unconditional if the row is guided
     noise: Tensor | None
     draws: bool  # whether any evaluation of this row uses noise, so that all of them have one shape
+    adapter: PlacedSlot | None = None  # the row's adapters in a captured call
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class StepShape:
     draws: bool  # whether some row uses noise
     constants: tuple[str, ...]  # the names of the conditioning constants that at least one row has
     by_frame: tuple[str, ...]
+    adapter_pages: int = 0  # the call reads the slots of adapters from so many pages of the table
 
     @classmethod
     def of(cls, rows: Sequence[StepRow], *, network_rows: int, frames: int, latent_channels: int) -> StepShape:
@@ -136,6 +139,12 @@ class StepShape:
             draws=any(row.draws for row in rows),
             constants=tuple(sorted({name for branch in branches for name in branch.slots})),
             by_frame=tuple(sorted({name for branch in branches for name in branch.pages})),
+        )
+
+    def with_adapters(self, rows: Sequence[StepRow]) -> StepShape:
+        """Return the shape of the same call if it reads the slots of these rows from the table."""
+        return replace(
+            self, adapter_pages=_bucket(page + 1 for row in rows if row.adapter for page in row.adapter.pages)
         )
 
     def general(self) -> StepShape:
@@ -193,6 +202,8 @@ class StepShape:
             Section("lanes", (network_rows,)),  # the index of the row to which each network row belongs
             Section("constants", (len(self.constants), network_rows)),  # numbers of memory slots
             Section("by_frame", (len(self.by_frame), network_rows, pages)),  # numbers of memory pages
+            Section("adapter_slots", (network_rows * bool(self.adapter_pages),)),  # indices in the table of slots
+            Section("adapter_pages", (network_rows, self.adapter_pages)),  # 1 where a row uses a page of the table
         ]
 
     def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
@@ -236,7 +247,23 @@ class StepShape:
                 frames=self.frames,
                 num_parts=self.network_rows,
             ),
+            **self._adapter_values(rows),
         }
+
+    def _adapter_values(self, rows: Sequence[StepRow]) -> dict[str, Sequence[int]]:
+        if not self.adapter_pages:
+            return {"adapter_slots": (), "adapter_pages": ()}
+        placed = [row.adapter or PlacedSlot(0, ()) for row in rows for _ in row.branches]
+        return {
+            "adapter_slots": [slot.index for slot in placed],
+            "adapter_pages": [int(page in slot.pages) for slot in placed for page in range(self.adapter_pages)],
+        }
+
+
+def _bucket(counts: Iterable[int]) -> int:
+    """Return the largest count, rounded up to a power of two, so that there are few call shapes; 0 if there is none."""
+    most = max(counts, default=0)
+    return 1 << (most - 1).bit_length() if most else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.models.adapters.adapter import Adapter
 from stable_audio_serve.models.adapters.header import AdapterType, refuse_adapter
+from stable_audio_serve.models.adapters.singular import SingularBases, SingularBasis, matrix
 
 _ROWS_AT_ONCE = 256  # rows of a weight converted to float64 at once: more would not stay in the processor's cache
 _NORM_TOLERANCE = 0.05  # relative difference from a file's row norms that shows that it was made for another model
-_CLOSE_VALUES = 1e-4  # relative difference of singular values below which their vectors are ambiguous
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +57,6 @@ class FittedAdapter:
         return sum(tensor.nbytes for layer in parts for tensor in layer if tensor is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class SingularBasis:
-    """The first singular vectors of a weight: `u` (out, rank) and `v` (in, rank), float32 on the CPU.
-
-    In each column of `u`, the entry of the largest magnitude is positive. `is_ambiguous` means that the last singular
-    value hardly differs from the first that was left out.
-    """
-
-    u: Tensor
-    v: Tensor
-    is_ambiguous: bool
-
-
 def adaptable_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv1d]:
     """Returns the layers that adapters can change, by their names in adapter files.
 
@@ -85,19 +73,22 @@ def adaptable_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear | 
 class Base:
     """The layers of a network that adapters can change, by their names in adapter files.
 
-    Caches values that adapters share: the row norms of weights, and their singular vectors.
+    Caches values that adapters share: the row norms of weights.
     """
 
-    def __init__(self, name: str, modules: Mapping[str, nn.Module]) -> None:
-        """`modules` are the adaptable networks by the prefix of their layers' names in adapter files."""
+    def __init__(self, name: str, modules: Mapping[str, nn.Module], *, folder: Path | None = None) -> None:
+        """`modules` are the adaptable networks by the prefix of their layers' names in adapter files.
+
+        `folder` stores the singular vectors of the weights for later processes.
+        """
         self.name = name
         self.layers = adaptable_layers(modules)
         self._squared_norms: dict[str, Tensor] = {}
-        self._bases: dict[tuple[str, int], SingularBasis] = {}
+        self._singular = SingularBases(self.layers, folder=folder)
 
     def weight(self, layer: str) -> Tensor:
         """Returns a layer's weight as a matrix (out, in)."""
-        return self.layers[layer].weight.detach().flatten(1)
+        return matrix(self.layers[layer])
 
     def bias(self, layer: str) -> Tensor | None:
         """Returns a layer's bias (out,)."""
@@ -111,23 +102,17 @@ class Base:
             self._products(layer, weight.new_empty(0, weight.shape[1]))
         return self._squared_norms[layer]
 
-    def singular_basis(self, layer: str, rank: int) -> SingularBasis:
-        """Returns the first `rank` singular vectors of a layer's weight, computed once."""
-        key = layer, rank
-        if key not in self._bases:
-            self._bases[key] = singular_basis(self.weight(layer), rank)
-        return self._bases[key]
-
     def fit(self, adapter: Adapter) -> FittedAdapter:
         """Returns the adapter, ready to be folded. Raises InvalidRequestError if it was made for another network."""
         for layer, parts in adapter.layers.items():
             self._check_shapes(adapter, layer, parts=parts)
+        needed = [layer for layer, parts in adapter.layers.items() if _needs_basis(parts)]
+        bases = self._singular.compute(needed, adapter.rank)
+        ambiguous = [layer for layer, basis in bases.items() if basis.is_ambiguous]
         layers: dict[str, FittedLayer] = {}
-        ambiguous, foreign = [], []
+        foreign = []
         for layer, parts in adapter.layers.items():
-            layers[layer] = fitted = self._fit_layer(layer, parts, rank=adapter.rank)
-            if "M_xs" in parts and "U" not in parts and self.singular_basis(layer, adapter.rank).is_ambiguous:
-                ambiguous.append(layer)
+            layers[layer] = fitted = self._fit_layer(layer, parts, basis=bases.get(layer))
             if "baked_vnorm_row" in parts and not self._has_norms(layer, fitted, adapter=adapter):
                 foreign.append(layer)
         warnings = list(adapter.warnings)
@@ -155,15 +140,14 @@ class Base:
             found, size = tensor.shape[1 if part == "lora_A" else 0], sizes.get(part, out)
             if part != "M_xs" and found != size:
                 raise _other_model(adapter, f"{layer}.{part} is for {found} features, {self.name!r} has {size}")
-        if "M_xs" in parts and "U" not in parts and adapter.rank > min(out, width):
+        if _needs_basis(parts) and adapter.rank > min(out, width):
             raise _other_model(adapter, f"{layer} has fewer singular vectors than rank {adapter.rank}")
 
-    def _fit_layer(self, layer: str, parts: Mapping[str, Tensor], *, rank: int) -> FittedLayer:
+    def _fit_layer(self, layer: str, parts: Mapping[str, Tensor], *, basis: SingularBasis | None) -> FittedLayer:
         weight = self.weight(layer)
         if "M_xs" not in parts:
             a, b = parts["lora_A"], parts["lora_B"].float()
         else:
-            basis = self.singular_basis(layer, rank) if "U" not in parts else None
             u, v = (basis.u, basis.v) if basis else (parts["U"].float(), parts["V"].float())
             a, b = v.T.contiguous(), u @ parts["M_xs"].float()
         a, b = a.to(weight), b.to(weight.device)
@@ -194,24 +178,9 @@ class Base:
         return bool(((squares.clamp(min=0).sqrt() - stated).abs() <= _NORM_TOLERANCE * stated.abs()).all())
 
 
-def singular_basis(weight: Tensor, rank: int) -> SingularBasis:
-    """Returns the first `rank` singular vectors of `weight` (out, in).
-
-    They are eigenvectors of the weight's product with its own transpose. In float64 this is more exact than a singular
-    value decomposition in float32, and takes a quarter of the time.
-    """
-    exact = weight.double().cpu()
-    is_wide = exact.shape[1] > exact.shape[0]
-    wide = exact if is_wide else exact.T
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)
-    values, near = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)[:, :rank]
-    # A singular value of zero has no unique vector on the other side; a vector of zeros leaves its part out.
-    far = (wide.T @ near) / values[:rank].clamp(min=max(1e-12 * float(values[0]), 1e-30))
-    u, v = (near, far) if is_wide else (far, near)
-    signs = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
-    cut = values[rank - 1 : rank + 1].tolist()
-    is_ambiguous = len(cut) == 2 and cut[0] - cut[1] <= _CLOSE_VALUES * cut[0]
-    return SingularBasis((u * signs).float(), (v * signs).float(), is_ambiguous)
+def _needs_basis(parts: Mapping[str, Tensor]) -> bool:
+    """Whether a layer's tensors are relative to singular vectors that the adapter does not store."""
+    return "M_xs" in parts and "U" not in parts
 
 
 def _other_model(adapter: Adapter, reason: str) -> InvalidRequestError:

@@ -35,7 +35,7 @@ class LayerSlot(NamedTuple):
     b: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Slot:
     """A folded chain: its effect on every changed layer, by the layer's name. `rank` is the largest of any layer."""
 

@@ -30,6 +30,9 @@ from stable_audio_serve.models.blocks import (
 )
 from stable_audio_serve.models.sa3.config import MIN_ROTATED, DenoiserConfig
 
+# Parts of the names of all layers that `Denoiser.condition` runs, and `Denoiser.forward` does not.
+CONDITION_LAYERS = (".to_cond_embed.", ".to_global_embed.", ".to_local_embed.", ".cross_attn.to_kv")
+
 
 @dataclass(frozen=True, slots=True)
 class DenoiserConditioning:

@@ -34,7 +34,7 @@ from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.branches import from_batch, to_branch, with_context, without_context
 from stable_audio_serve.models.sa3.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.sa3.config import Sa3Config
-from stable_audio_serve.models.sa3.denoiser import Denoiser
+from stable_audio_serve.models.sa3.denoiser import CONDITION_LAYERS, Denoiser
 from stable_audio_serve.models.sa3.planning import plan_rows
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -99,6 +99,10 @@ class Sa3Model(NativeModel):
     def adaptable(self) -> Mapping[str, nn.Module]:
         """The networks that adapters can change, by the prefix of their layers' names in adapter files."""
         return {"model.": self.denoiser} | {f"{CONDITIONERS}{id_}.": net for id_, net in self.numbers.items()}
+
+    def runs_in_steps(self, layer: str) -> bool:
+        """Whether `denoise` runs this layer of an adapter file. The other layers run in `condition`."""
+        return layer.startswith("model.") and not any(part in layer for part in CONDITION_LAYERS)
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan per variation. Raises InvalidRequestError naming a field that the model cannot serve."""

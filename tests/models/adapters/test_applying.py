@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stable_audio_serve.models.adapters.apply import SlotBuffers, adapt
-from stable_audio_serve.models.adapters.fold import LayerSlot, fold
+from stable_audio_serve.models.adapters.apply import PlacedSlot, SlotTable, TableRows, adapt
+from stable_audio_serve.models.adapters.fold import LayerSlot, Slot, fold
 from tests.models.adapters.plain import LINEAR, TYPES, dense_weight, fit_chain, make_base, make_change
 
 TOKENS = 5
@@ -76,38 +77,74 @@ def test_tokens_of_packed_rows_are_units(x: Tensor, slots: list[LayerSlot]) -> N
     assert torch.equal(out[:2], layer(tokens)[:2])
 
 
-@pytest.mark.parametrize("way", ["rows", "tokens"])
-def test_buffers_give_each_row_its_slot(x: Tensor, slots: list[LayerSlot], way: str) -> None:
-    buffers = SlotBuffers(make_base().weight(LINEAR), slots=6, rank=4)
-    for index, slot in enumerate(slots, start=1):
-        buffers.write(index, slot)
-    chosen = torch.tensor([2, 0, 4, 1, 3, 2])
+def make_table(num_slots: int = 6, num_pages: int = 4) -> SlotTable:
+    return SlotTable({LINEAR: make_base().layers[LINEAR]}, num_slots=num_slots, num_pages=num_pages)
+
+
+def make_slot(*layers: LayerSlot) -> Slot:
+    """Returns the slot of a network in which one layer has a slot, or none."""
+    return Slot(dict.fromkeys([LINEAR][: len(layers)], *layers), max((len(one.a) for one in layers), default=1), ())
+
+
+def run_table(table: SlotTable, x: Tensor, placed: list[PlacedSlot], *, way: str = "rows") -> Tensor:
+    """Returns the layer's output for rows `x` with these slots, as padded rows or as packed tokens."""
+    slots = torch.tensor([one.index for one in placed], dtype=torch.int32)
+    pages = torch.tensor([[page in one.pages for page in range(table.num_pages)] for one in placed]).int()
     if way == "rows":
-        out = buffers.adapt_rows(layer(x), x, slots=chosen)
-    else:
-        tokens = chosen.repeat_interleave(TOKENS)
-        out = buffers.adapt_tokens(layer(x).flatten(0, 1), x.flatten(0, 1), slots=tokens).unflatten(0, (6, TOKENS))
-    assert torch.equal(out[1], layer(x)[1])
-    for row, index in enumerate(chosen.tolist()):
-        if index:
-            torch.testing.assert_close(out[row], expected_row(x[row], slots[index - 1]), atol=2e-5, rtol=1e-5)
+        return TableRows(table, slots=slots, pages=pages, token_rows=None).adapt(layer(x), x, layer=LINEAR)
+    tokens, rows = x.flatten(0, 1)[None], torch.arange(len(x), dtype=torch.int32).repeat_interleave(TOKENS)
+    table_rows = TableRows(table, slots=slots, pages=pages, token_rows=rows)
+    return table_rows.adapt(layer(tokens), tokens, layer=LINEAR)[0].unflatten(0, (len(x), TOKENS))
 
 
-def test_a_rewritten_buffer_keeps_nothing_of_its_last_slot(x: Tensor, slots: list[LayerSlot]) -> None:
-    buffers, fresh = (SlotBuffers(make_base().weight(LINEAR), slots=2, rank=4) for _ in range(2))
-    buffers.write(1, slots[3]._replace(a=torch.full_like(slots[3].a, 3e38)))  # x times this would overflow
-    buffers.write(1, slots[0])
-    fresh.write(1, slots[0])
-    chosen = torch.ones(6, dtype=torch.int64)
-    assert torch.equal(*(one.adapt_rows(layer(x), x, slots=chosen) for one in (buffers, fresh)))
-    buffers.write(1, None)
-    assert torch.equal(buffers.adapt_rows(layer(x), x, slots=chosen), layer(x))
+PLAIN = PlacedSlot(0, ())
 
 
-def test_the_plain_slot_cannot_be_written(slots: list[LayerSlot]) -> None:
-    buffers = SlotBuffers(make_base().weight(LINEAR), slots=2, rank=4)
-    with pytest.raises(ValueError, match="slot 0 is plain"):
-        buffers.write(0, slots[0])
+@pytest.mark.parametrize("way", ["rows", "tokens"])
+def test_a_table_gives_each_row_its_slot(x: Tensor, slots: list[LayerSlot], way: str) -> None:
+    chosen = [1, None, 3, 0, 2, 1]
+    wide = [one._replace(a=torch.cat([one.a] * 4), b=torch.cat([one.b / 4] * 4, 1)) for one in slots]
+    table = make_table(num_pages=8)
+    for own in (slots, wide):  # ranks up to 4, and up to 16, which take two pages
+        whole = list(map(make_slot, own))
+        places = table.place([whole[index] for index in chosen if index is not None])
+        assert places is not None
+        found = iter(places)
+        out = run_table(table, x, [PLAIN if index is None else next(found) for index in chosen], way=way)
+        assert torch.equal(out[1], layer(x)[1])
+        for row, index in enumerate(chosen):
+            if index is not None:
+                torch.testing.assert_close(out[row], expected_row(x[row], slots[index]), atol=2e-5, rtol=1e-5)
+
+
+def test_a_rewritten_slot_keeps_nothing_of_the_last_one(x: Tensor, slots: list[LayerSlot]) -> None:
+    table, fresh = make_table(num_slots=2), make_table(num_slots=2)
+    huge = make_slot(slots[3]._replace(a=torch.full_like(slots[3].a, 3e38)))  # x times this would overflow
+    assert table.place([huge])
+    own = make_slot(slots[0])
+    outs = [run_table(one, x, (one.place([own]) or []) * 6) for one in (table, fresh)]
+    assert torch.equal(*outs)
+    plain = make_slot()
+    assert torch.equal(run_table(table, x, (table.place([plain]) or []) * 6), layer(x))
+
+
+def test_a_full_table_drops_what_was_used_least_recently(slots: list[LayerSlot]) -> None:
+    table = make_table(num_slots=3, num_pages=4)
+    first, second, third = (make_slot(one) for one in slots[:3])
+    places = table.place([first, second])
+    assert places is not None
+    assert table.place([first]) == places[:1]
+    assert table.place([third]) == places[1:]  # in place of the second
+    assert table.place([first]) == places[:1]
+    assert table.place([first, second, third]) is None
+    del first
+    assert table.place([second, third]) is not None
+
+
+def test_a_chain_of_too_high_rank_does_not_fit(slots: list[LayerSlot]) -> None:
+    table = make_table(num_pages=1)
+    assert table.place([make_slot(slots[0])]) is not None
+    assert table.place([replace(make_slot(slots[0]), rank=9)]) is None
 
 
 def test_half_precision_outputs_are_adapted_in_float32(tmp_path: Path, x: Tensor) -> None:
