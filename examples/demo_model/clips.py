@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,8 @@ class Batch:
     `latents` (B, channels, F) encode `frames` (B, 222, 8 F); `valid` (B, F) is false for padding. `tokens` and `mask`
     (B, tokens) are the captions, `seconds` (B,) the durations, `local` (B, features, F) the per-frame conditioning.
     `unnamed` (B,) marks clips without a caption and without kept latents. Nothing but the noised latents tells the
-    denoiser what these clips are, so training does not use them at the highest noise levels.
+    denoiser what these clips are, so training does not use them at the highest noise levels. `own_tokens` and
+    `own_mask` (B, tokens) are captions of the sound itself; they differ only if a change is made to the scenes.
     """
 
     latents: Tensor
@@ -66,6 +67,8 @@ class Batch:
     local: Tensor
     unnamed: Tensor
     frames: Tensor
+    own_tokens: Tensor
+    own_mask: Tensor
 
     def to(self, device: str) -> Batch:
         """Returns a copy of the batch on `device`."""
@@ -82,9 +85,9 @@ class ClipSource:
         config: ClipConfig,
         *,
         rng: np.random.Generator,
-        change: Callable[[Scene], Scene] = replace,
+        change: Callable[[Scene], Scene] | None = None,
     ) -> None:
-        """Clips have the captions of random scenes, and the sounds of these scenes after `change`."""
+        """With `change`, a clip has the caption of a random scene, and the sound of this scene after `change`."""
         self._autoencoder = autoencoder.eval()
         self._change = change
         self._config = config
@@ -106,27 +109,40 @@ class ClipSource:
         scenes = [draw_scene(rng, shares=_BRIEF_SHARES if brief else SHARES) for _ in range(count)]
         edits = rng.random(count) < 0.25
         withheld = rng.random(count) < np.where(edits, 0.5, 0.12)
+        sounds = [self._change(scene) for scene in scenes] if self._change else scenes
         captions = ["" if blank else caption(scene, rng) for scene, blank in zip(scenes, withheld, strict=True)]
         unnamed = withheld & ~edits & np.array([scene.kind != "hush" for scene in scenes])
         clips = [
-            render_scene(self._change(scene), rng, duration_s=float(length), num_frames=frames * PATCH_FRAMES)
-            for scene, length in zip(scenes, seconds, strict=True)
+            render_scene(sound, rng, duration_s=float(length), num_frames=frames * PATCH_FRAMES)
+            for sound, length in zip(sounds, seconds, strict=True)
         ]
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             frames_of = torch.from_numpy(np.stack(clips)).transpose(1, 2)
             latents = self._autoencoder.encoder(frames_of).float()
         valid = torch.tensor([[n < num_latents(s) + HEADROOM_LATENTS for n in range(frames)] for s in seconds])
-        encoded = self._tokenizer.encode_batch(captions)
+        own = captions
+        if self._change:
+            own = [text and caption(sound, rng) for text, sound in zip(captions, sounds, strict=True)]
+        tokens, mask = self._tokenize(captions)
+        own_tokens, own_mask = self._tokenize(own)
         return Batch(
             latents,
             valid,
-            torch.tensor([entry.ids for entry in encoded]),
-            torch.tensor([entry.attention_mask for entry in encoded]).bool(),
+            tokens,
+            mask,
             torch.tensor(seconds, dtype=torch.float32),
             self._local(latents, scenes, seconds=seconds, edits=edits),
             torch.from_numpy(unnamed),
             frames_of,
+            own_tokens,
+            own_mask,
         )
+
+    def _tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Returns the tokens (captions, tokens) and their mask."""
+        encoded = self._tokenizer.encode_batch(captions)
+        masks = torch.tensor([entry.attention_mask for entry in encoded]).bool()
+        return torch.tensor([entry.ids for entry in encoded]), masks
 
     def _local(self, latents: Tensor, scenes: list[Scene], *, seconds: np.ndarray[Any, Any], edits: Any) -> Tensor:
         count, _, frames = latents.shape
