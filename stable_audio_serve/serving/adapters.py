@@ -1,4 +1,4 @@
-"""Implements `core.adapters.AdapterLibrary`: adapters of the configuration, of folders, and loaded while running.
+"""Implements `core.adapters.AdapterLibrary`: adapters of the configuration, of folders, and loaded at run time.
 
 Every process that answers HTTP requests has a library of its own. It reads folders and files again every few seconds,
 and the job database twice a second. Imports no torch: only headers of files are read here.
@@ -34,6 +34,7 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.store.loaded_adapters import AdapterStore, LoadedAdapter
 from stable_audio_serve.models.adapters.header import SUFFIX, inspect_file
 from stable_audio_serve.models.adapters.sources import fetch_adapter, is_remote
+from stable_audio_serve.models.registry import DEMO_ADAPTERS
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Library:
     ) -> None:
         """Reads nothing yet. Without `store`, no adapters can be loaded while running."""
         self._models = {catalog.find(model.name).name: model for model in settings.models}
-        self._families = {card.name for card in catalog if card.takes_adapters}
+        self._adaptable = {card.name: card for card in catalog if card.takes_adapters}
         self._store = store
         self._fetch = fetch or adapter_fetcher(settings)
         self._loaded: tuple[LoadedAdapter, ...] = ()
@@ -226,12 +227,15 @@ class Library:
 
     def _named(self, model: str, settings: ModelSettings) -> Iterator[_Named]:
         """Yield the adapters of a model. Of several with the same name, the first counts."""
-        if model not in self._families:
+        if model not in self._adaptable:
             if settings.loras or settings.lora_folder is not None:
                 self._warn(f"the model {model} takes no adapters; those in its configuration are not served")
             return
         for name, one in settings.loras.items():
             yield _Named(name, one.path, "part of the configuration", one.conditioner)
+        if self._adaptable[model].is_demo and settings.path is None and settings.repo_id is None:
+            for name, path in DEMO_ADAPTERS.items():
+                yield _Named(name, str(path), "part of the demo model")
         for loaded in self._loaded:
             if loaded.model == model:
                 yield _Named(loaded.name, loaded.source, "loaded from another source")

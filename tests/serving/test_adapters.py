@@ -241,3 +241,14 @@ def test_settings_name_adapters(tmp_path: Path) -> None:
     for bad_value in ({"max_loras": 0}, {"max_lora_rank": 257}, {"lora_cache_bytes": -1}, {"lora_stacking": "both"}):
         with pytest.raises(ValueError, match=next(iter(bad_value))):
             parse(**bad_value)
+
+
+async def test_the_demo_model_has_its_own_adapters() -> None:
+    settings = Settings.model_validate({"models": [{"name": "demo"}]})
+    plan = plan_deployments(settings)
+    library = Library(plan.settings, plan.catalog)
+    library.start()
+    (card,) = library.cards("demo")
+    assert (card.name, card.problem, card.public_source) == ("octave-down", None, "octave-down.safetensors")
+    with pytest.raises(ConflictError):
+        await library.unload(plan.catalog.find("demo"), name="octave-down")
