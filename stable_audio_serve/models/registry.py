@@ -91,6 +91,7 @@ def _open(name: str, *, objective: str, cap_s: float, description: str) -> Model
     return ModelEntry(card, repo_id=repo_id, files=(CONFIG_FILE, WEIGHTS_FILE))
 
 
+DEMO = "demo"
 _DEMO_FOLDER = Path(str(resources.files("stable_audio_serve"))) / "demo"
 
 # The packaged adapters of the demo model, by name.
@@ -98,7 +99,7 @@ DEMO_ADAPTERS: Mapping[str, Path] = {"octave-down": _DEMO_FOLDER / "adapters" / 
 
 _DEMO = ModelEntry(
     ModelCard(
-        name="demo",
+        name=DEMO,
         family=SA3_FAMILY,
         aliases=("stable-audio-serve-demo",),
         default_duration_padding_s=0.4,

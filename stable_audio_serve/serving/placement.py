@@ -13,10 +13,11 @@ from typing import Any
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.core.settings_models import LoraSettings
 from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
 from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.adapters.sources import is_remote
-from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
+from stable_audio_serve.models.registry import DEMO, DEMO_ADAPTERS, ModelEntry, describe_entry, resolve_entry
 from stable_audio_serve.serving.reservations import (
     replica_slot,
     reserved_cpus,
@@ -102,16 +103,19 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     changes: dict[str, Any] = {"output_dir": os.path.abspath(settings.output_dir)}
     if settings.api.key_file is not None:
         changes["api"] = settings.api.model_copy(update={"key_file": os.path.abspath(settings.api.key_file)})
-    changes["models"] = tuple(_with_absolute_adapters(model) for model in settings.models)
+    changes["models"] = tuple(_with_adapter_files(model) for model in settings.models)
     return settings.model_copy(update=changes)
 
 
-def _with_absolute_adapters(model: ModelSettings) -> ModelSettings:
-    if not model.loras and model.lora_folder is None:
+def _with_adapter_files(model: ModelSettings) -> ModelSettings:
+    """Return the settings with absolute paths of adapters, and with the adapters that the package has for the model."""
+    packaged = DEMO_ADAPTERS if model.name == DEMO and model.path is None and model.repo_id is None else {}
+    loras = {name: LoraSettings(path=str(path)) for name, path in packaged.items()} | model.loras
+    if not loras and model.lora_folder is None:
         return model
     loras = {
         name: one if is_remote(one.path) else one.model_copy(update={"path": os.path.abspath(one.path)})
-        for name, one in model.loras.items()
+        for name, one in loras.items()
     }
     folder = None if model.lora_folder is None else os.path.abspath(model.lora_folder)
     return model.model_copy(update={"loras": loras, "lora_folder": folder})
