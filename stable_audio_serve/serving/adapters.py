@@ -34,13 +34,13 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.store.loaded_adapters import AdapterStore, LoadedAdapter
 from stable_audio_serve.models.adapters.header import SUFFIX, inspect_file
 from stable_audio_serve.models.adapters.sources import fetch_adapter, is_remote
-from stable_audio_serve.models.registry import DEMO_ADAPTERS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _READ_EVERY_S = 0.5  # seconds between two reads of the database
+_SPREAD_S = 1.5  # seconds after which every process has read a change of the database
 _SCAN_EVERY_S = 2.0  # seconds between two looks at folders and files
 _RETRY_S = 60.0  # seconds until a source that could not be downloaded is tried again
 _MAX_FILES = 1000  # of a folder
@@ -85,8 +85,9 @@ class Library:
     ) -> None:
         """Reads nothing yet. Without `store`, no adapters can be loaded while running."""
         self._models = {catalog.find(model.name).name: model for model in settings.models}
-        self._adaptable = {card.name: card for card in catalog if card.takes_adapters}
+        self._adaptable = {card.name for card in catalog if card.takes_adapters}
         self._store = store
+        self._spread_s = _SPREAD_S if settings.ingress.replicas > 1 else 0.0
         self._fetch = fetch or adapter_fetcher(settings)
         self._loaded: tuple[LoadedAdapter, ...] = ()
         self._looked: dict[tuple[str, _Named], _Looked] = {}
@@ -154,6 +155,7 @@ class Library:
             stored = await asyncio.to_thread(self._store.add, LoadedAdapter(model.name, name, source))
             if stored.source != source:
                 raise ConflictError(f"the adapter {name!r} has already been loaded", code="adapter_exists")
+            await asyncio.sleep(self._spread_s)
         await self.refresh()
         return looked.card
 
@@ -166,6 +168,7 @@ class Library:
             raise ConflictError(message, code="kept_by_configuration")
         if not removed:
             raise NotFoundError(f"the model {model.name} has no adapter {name[:100]!r}")
+        await asyncio.sleep(self._spread_s)
 
     def start(self) -> None:
         """Read everything that needs no download. Blocks; `follow` does the rest."""
@@ -233,9 +236,6 @@ class Library:
             return
         for name, one in settings.loras.items():
             yield _Named(name, one.path, "part of the configuration", one.conditioner)
-        if self._adaptable[model].is_demo and settings.path is None and settings.repo_id is None:
-            for name, path in DEMO_ADAPTERS.items():
-                yield _Named(name, str(path), "part of the demo model")
         for loaded in self._loaded:
             if loaded.model == model:
                 yield _Named(loaded.name, loaded.source, "loaded from another source")
