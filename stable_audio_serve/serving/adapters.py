@@ -1,4 +1,4 @@
-"""Implements `core.adapters.AdapterLibrary`: adapters of the configuration, of folders, and loaded while running.
+"""Implements `core.adapters.AdapterLibrary`: adapters of the configuration, of folders, and loaded at run time.
 
 Every process that answers HTTP requests has a library of its own. It reads folders and files again every few seconds,
 and the job database twice a second. Imports no torch: only headers of files are read here.
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _READ_EVERY_S = 0.5  # seconds between two reads of the database
+_SPREAD_S = 1.5  # seconds after which every process has read a change of the database
 _SCAN_EVERY_S = 2.0  # seconds between two looks at folders and files
 _RETRY_S = 60.0  # seconds until a source that could not be downloaded is tried again
 _MAX_FILES = 1000  # of a folder
@@ -84,8 +85,9 @@ class Library:
     ) -> None:
         """Reads nothing yet. Without `store`, no adapters can be loaded while running."""
         self._models = {catalog.find(model.name).name: model for model in settings.models}
-        self._families = {card.name for card in catalog if card.takes_adapters}
+        self._adaptable = {card.name for card in catalog if card.takes_adapters}
         self._store = store
+        self._spread_s = _SPREAD_S if settings.ingress.replicas > 1 else 0.0
         self._fetch = fetch or adapter_fetcher(settings)
         self._loaded: tuple[LoadedAdapter, ...] = ()
         self._looked: dict[tuple[str, _Named], _Looked] = {}
@@ -153,6 +155,7 @@ class Library:
             stored = await asyncio.to_thread(self._store.add, LoadedAdapter(model.name, name, source))
             if stored.source != source:
                 raise ConflictError(f"the adapter {name!r} has already been loaded", code="adapter_exists")
+            await asyncio.sleep(self._spread_s)
         await self.refresh()
         return looked.card
 
@@ -165,6 +168,7 @@ class Library:
             raise ConflictError(message, code="kept_by_configuration")
         if not removed:
             raise NotFoundError(f"the model {model.name} has no adapter {name[:100]!r}")
+        await asyncio.sleep(self._spread_s)
 
     def start(self) -> None:
         """Read everything that needs no download. Blocks; `follow` does the rest."""
@@ -226,7 +230,7 @@ class Library:
 
     def _named(self, model: str, settings: ModelSettings) -> Iterator[_Named]:
         """Yield the adapters of a model. Of several with the same name, the first counts."""
-        if model not in self._families:
+        if model not in self._adaptable:
             if settings.loras or settings.lora_folder is not None:
                 self._warn(f"the model {model} takes no adapters; those in its configuration are not served")
             return

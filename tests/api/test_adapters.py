@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from stable_audio_serve.serving.adapters import Library
 from tests.adapter_files import write_file
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
+from tests.models.adapters.test_damaged import KINDS, damage
 
 pytestmark = pytest.mark.server
 
@@ -362,3 +364,26 @@ async def test_requests_during_a_load_are_answered(site: Site) -> None:
         *(site.generate(model="medium:vinyl") for _ in range(4)),
     )
     assert [reply.status_code for reply in replies] == [200] * 5
+
+
+async def test_damaged_files_are_refused_one_by_one(site: Site) -> None:
+    whole = (site.folder / "adapters" / "vinyl.safetensors").read_bytes()
+    refused = 0
+    for kind in KINDS:
+        random = Random(kind)
+        for index in range(4):
+            name = f"{kind} {index}"
+            content = damage(whole, kind, random=random)
+            (site.folder / "adapters" / f"{name}.safetensors").write_bytes(content)
+            (site.folder / f"{name}.safetensors").write_bytes(content)
+            reply = await load(site, f"new {name}", site.folder / f"{name}.safetensors")
+            assert reply.status_code in (200, 400), reply.text
+            if reply.status_code == 400:
+                refused += 1
+                assert f"new {name}" in reply.json()["error"]["message"]
+                await site.library.refresh()
+                native = await site.generate(model="medium", loras=[{"name": name}])
+                assert native.status_code == 422
+                assert repr(name) in native.json()["detail"][0]["msg"]
+    assert refused >= 4 * len(KINDS) - 4
+    assert (await site.generate(model="medium:vinyl")).status_code == 200

@@ -249,3 +249,14 @@ def test_the_packaged_demo_model_has_its_adapter(tmp_path: Path, path: str | Non
     library = Library(plan_deployments(Settings.model_validate(tree)).settings, CATALOG)
     library.start()
     assert [one.name for one in library.cards("demo")] == ([] if path else ["octave-down"])
+
+
+async def test_the_demo_model_has_its_own_adapters() -> None:
+    settings = Settings.model_validate({"models": [{"name": "demo"}]})
+    plan = plan_deployments(settings)
+    library = Library(plan.settings, plan.catalog)
+    library.start()
+    (card,) = library.cards("demo")
+    assert (card.name, card.problem, card.public_source) == ("octave-down", None, "octave-down.safetensors")
+    with pytest.raises(ConflictError):
+        await library.unload(plan.catalog.find("demo"), name="octave-down")

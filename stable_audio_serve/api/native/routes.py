@@ -121,6 +121,8 @@ def convert(
     )
     card, generation = service.adapted(card, generation)
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=generation.batch_size)
+    if generation.loras:
+        note(request.scope, loras="+".join(lora.name for lora in generation.loras))
     unused = [f"sampler_kwargs.{key}" for key in unused_options(sampler_kwargs, card)]
     check_names(request, [*(fields.model_extra or ()), *unused], limits=service.settings.api)
     return card, generation

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 
 from stable_audio_serve.api.compat.vllm_omni.errors import render_error
 from stable_audio_serve.api.compat.vllm_omni.schemas import ErrorBody
@@ -63,7 +63,7 @@ def build_router(service: Service) -> APIRouter:
     )
     catalog, adapters = service.backend.catalog, service.adapters
 
-    @router.post("/load_lora_adapter", response_class=PlainTextResponse, responses=_LOAD_RESPONSES)
+    @router.post("/load_lora_adapter", summary="Load Adapter", response_class=Response, responses=_LOAD_RESPONSES)
     async def load(body: LoadAdapter) -> PlainTextResponse:
         """Add an adapter to a model, on all replicas, until it is unloaded. It is kept over restarts."""
         model = catalog.default if body.model is None else catalog.find(body.model)
@@ -76,7 +76,7 @@ def build_router(service: Service) -> APIRouter:
             raise InvalidRequestError(error.message, field=field, allowed=error.allowed) from error
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @router.post("/unload_lora_adapter", response_class=PlainTextResponse, responses=_UNLOAD_RESPONSES)
+    @router.post("/unload_lora_adapter", summary="Unload Adapter", response_class=Response, responses=_UNLOAD_RESPONSES)
     async def unload(body: UnloadAdapter) -> PlainTextResponse:
         """Remove an adapter that was loaded while the server ran. Requests in progress finish with it."""
         kept: ConflictError | None = None

@@ -179,9 +179,9 @@ def parse_header(start: bytes, *, num_bytes: int, name: str, max_rank: int, with
     metadata = values.pop("__metadata__", {})
     config_text = metadata.get("lora_config") if isinstance(metadata, dict) else None
     config = _parse(config_text) if config_text and isinstance(config_text, str) else {}
-    layers = _group({key: _read_entry(key, value) for key, value in values.items()})
-    if max((entry.end for parts in layers.values() for entry in parts.values()), default=0) != num_bytes - 8 - size:
-        raise damaged("its size does not fit its header")
+    entries = {key: _read_entry(key, value) for key, value in values.items()}
+    layers = _group(entries)
+    _check_positions(entries, num_bytes - 8 - size)
     kind = _resolve_type(config.get("adapter_type"), layers)
     chosen, warnings = _choose_layers(layers, config)
     chosen = [layer for layer in chosen if with_conditioners or not layer.startswith(CONDITIONERS)]
@@ -224,6 +224,17 @@ def _read_entry(key: str, value: object) -> Entry:
             if all(type(size) is int and size >= 0 for size in shape):
                 return Entry(key, dtype, tuple(shape), start, end)
     raise damaged(f"the entry of {key[:100]} is malformed")
+
+
+def _check_positions(entries: Mapping[str, Entry], num_bytes: int) -> None:
+    """Refuse tensors that overlap, and bytes that belong to no tensor."""
+    position = 0
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+        if entry.start != position:
+            raise damaged(f"{entry.key[:100]} is not where the tensor before it ends")
+        position = entry.end
+    if position != num_bytes:
+        raise damaged(f"it has {num_bytes} bytes of tensors, its header states {position}")
 
 
 def _group(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
