@@ -24,6 +24,7 @@ from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.models.adapters.adapter import read_adapter
 from stable_audio_serve.models.adapters.base import Base, FittedAdapter
 from stable_audio_serve.models.adapters.fold import Slot, fold
+from stable_audio_serve.models.adapters.singular import SINGULAR_VECTORS
 from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel
 from stable_audio_serve.sampling.plan import Evaluation
 
@@ -150,7 +151,7 @@ class Adapters:
         name, networks = self._model.spec.card.name, self.networks
         if not networks:
             raise InvalidRequestError(f"the model {name} takes no adapters", field="loras", allowed="none")
-        return Base(name, networks)
+        return Base(name, networks, folder=SINGULAR_VECTORS)
 
     async def acquire(self, request: GenerationRequest, evaluations: Sequence[Evaluation]) -> HeldSlots:
         """Returns the slots of a request with these evaluations, loading and folding what is missing.

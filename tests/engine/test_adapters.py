@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora, Stacking
-from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine import Engine, EngineOptions, adapters
 from stable_audio_serve.models.adapters.adapter import read_adapter
 from stable_audio_serve.models.adapters.apply import SlotTable
 from stable_audio_serve.models.adapters.base import Base
@@ -33,6 +33,11 @@ from tests.patience import PATIENCE_S
 
 TOLERANCE = 2e-4  # relative to the clip's peak
 STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "SINGULAR_VECTORS", tmp_path / "singular")
 
 
 @cache
