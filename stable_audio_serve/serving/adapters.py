@@ -295,7 +295,7 @@ class Library:
 def _state_of(source: str) -> tuple[int, ...]:
     """Return what changes when a file changes, () if there is no file."""
     try:
-        stat = os.stat(os.path.expanduser(source))
+        stat = os.stat(source)
     except (OSError, ValueError):
         return ()
     return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -114,11 +114,15 @@ def _with_adapter_files(model: ModelSettings) -> ModelSettings:
     if not loras and model.lora_folder is None:
         return model
     loras = {
-        name: one if is_remote(one.path) else one.model_copy(update={"path": os.path.abspath(one.path)})
+        name: one if is_remote(one.path) else one.model_copy(update={"path": _absolute(one.path)})
         for name, one in loras.items()
     }
-    folder = None if model.lora_folder is None else os.path.abspath(model.lora_folder)
+    folder = None if model.lora_folder is None else _absolute(model.lora_folder)
     return model.model_copy(update={"loras": loras, "lora_folder": folder})
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def describe_models(plan: Plan) -> Plan:

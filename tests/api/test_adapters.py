@@ -335,7 +335,9 @@ async def test_unusable_files_are_not_loaded(site: Site) -> None:
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "lora_path"), reply.text
         assert named in reply.text
         assert "'new'" in reply.json()["error"]["message"]
-    assert (await load(site, "new", "relative/path/x.gguf")).status_code == 400
+    for source in ("relative/path/x.gguf", "~/x", "/\0", "/" + "x" * 300, "s3://"):
+        reply = await load(site, "new", source)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "lora_path"), reply.text
     for name in ("", "a:b", "a+b", "a/b", "a" * 101):
         reply = await load(site, name, site.folder / "adapters" / "vinyl.safetensors")
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "lora_name")

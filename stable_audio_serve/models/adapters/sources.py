@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +59,7 @@ def fetch_adapter(
             return _fetch_object(source, open_s3=open_s3, cache=(cache or CACHE).expanduser(), max_bytes=max_bytes)
     repository = _repository(source)
     if repository is None:
-        return Path(source).expanduser()
+        return Path(source)
     with _refusing(source):
         return _fetch_from_hub(*repository, token=token, cache=cache, max_bytes=max_bytes)
 
@@ -67,7 +67,7 @@ def fetch_adapter(
 def _repository(source: str) -> tuple[str, str | None] | None:
     """Returns a source's repository and file, None for a path. A file in a folder of this machine is a path."""
     match = _REPOSITORY.fullmatch(source)
-    if match is None or match[1].endswith(SUFFIX) or Path(source).exists():
+    if match is None or match[1].endswith(SUFFIX) or os.path.exists(source):
         return None
     return match[1], match[2]
 
@@ -115,7 +115,7 @@ def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path
 def _write(path: Path, chunks: Iterator[bytes], *, max_bytes: int) -> None:
     """Write a file so that other processes see all of it or nothing."""
     make_private_folder(path.parent)
-    part = Path(tempfile.mktemp(dir=path.parent, suffix=".part"))
+    part = path.with_name(f"{uuid.uuid4().hex}.part")
     try:
         with open(part, "xb", opener=open_private) as file:
             for chunk in chunks:

@@ -96,7 +96,8 @@ def test_files_of_repositories_are_downloaded(tmp_path: Path) -> None:
         assert fetch_adapter("lab/gated/vinyl.safetensors", token="secret").read_bytes() == content
         assert "no repository lab/missing" in refusal("lab/missing")
         assert "larger than 10 bytes" in refusal("lab/one/vinyl.safetensors", max_bytes=10)
-        assert "cannot be downloaded" in refusal("lab/one/missing.safetensors")
+        for name in ("missing", "x" * 300, "\0"):
+            assert "cannot be downloaded" in refusal(f"lab/one/{name}.safetensors")
 
 
 @pytest.mark.server
