@@ -7,9 +7,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from stable_audio_serve.sampling.plan import Evaluation
 log = logging.getLogger(__name__)
 
 _FULL_RETRY_S = 2.0
+_MOST_WAITING = 32  # requests that wait for adapters at the same time; of one client a quarter
 
 Chain = tuple[tuple[Hashable, float], ...]  # identities of adapter files, and strengths
 
@@ -141,6 +143,8 @@ class Adapters:
         self._fetch = fetch
         self._clock = clock
         self._metrics = metrics
+        self._lock = threading.Lock()
+        self._num_waiting: Counter[str] = Counter()  # by client
         self._cache = _Cache(max_bytes, metrics, before_drop=self._finish_device_work)
         # One thread, so that requests for the same adapter load it once. With one core, folding is the same everywhere.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=lambda: torch.set_num_threads(1))
@@ -161,13 +165,36 @@ class Adapters:
         if not request.loras:
             return HeldSlots()
         _ = self.base
+        stacking = request.lora_stacking or "chained"
         active = [_active(request.loras, evaluation.t) for evaluation in evaluations]
-        job: Future[HeldSlots] = self._pool.submit(self._hold, active, request.lora_stacking or "chained")
+        if (held := self._hold_cached(active, stacking=stacking)) is not None:
+            return held
+        with self._waiting(request.client):
+            job: Future[HeldSlots] = self._pool.submit(self._hold, active, stacking)
+            try:
+                return await asyncio.wrap_future(job)
+            except asyncio.CancelledError:
+                job.add_done_callback(_release_result)
+                raise
+
+    @contextmanager
+    def _waiting(self, client: str) -> Iterator[None]:
+        """Count a request that waits for adapters. Raises OverloadedError if too many do, of this client or in all.
+
+        An anonymous client (the empty name) may use all places.
+        """
+        with self._lock:
+            own, all_ = self._num_waiting[client] if client else 0, self._num_waiting.total()
+            if all_ >= _MOST_WAITING or own >= _MOST_WAITING // 4:
+                message = "too many requests wait for adapters that are not in memory"
+                raise OverloadedError(message, retry_after_s=_FULL_RETRY_S)
+            self._num_waiting[client] += 1
         try:
-            return await asyncio.wrap_future(job)
-        except asyncio.CancelledError:
-            job.add_done_callback(_release_result)
-            raise
+            yield
+        finally:
+            with self._lock:
+                self._num_waiting[client] -= 1
+                self._num_waiting += Counter()  # drops clients that wait no more
 
     def hashes(self) -> list[str]:
         """Returns the hashes of the adapter files in memory."""
@@ -177,18 +204,35 @@ class Adapters:
         """Stop the thread. Slots that are held stay usable."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _hold_cached(self, active: Sequence[tuple[Lora, ...]], *, stacking: Stacking) -> HeldSlots | None:
+        """Returns the slots if all are in memory and all files are known by their hashes, else None."""
+        distinct = [loras for loras in dict.fromkeys(active) if loras]
+        if not all(lora.sha256 for loras in distinct for lora in loras):
+            return None
+        keys = [self._slot_key(loras, stacking) for loras in distinct]
+        found: list[Slot] = []
+        for key in keys:
+            slot = self._cache.take(key)
+            if slot is None:
+                self._cache.give_back(keys[: len(found)])
+                return None
+            assert isinstance(slot, Slot)
+            found.append(slot)
+        slots = dict(zip(distinct, found, strict=True))
+        return HeldSlots([slots.get(loras) for loras in active], lambda: self._cache.give_back(keys))
+
     def _hold(self, active: Sequence[tuple[Lora, ...]], stacking: Stacking) -> HeldSlots:
-        with torch.inference_mode():
-            keys = {loras: self._slot_key(loras, stacking) for loras in dict.fromkeys(active) if loras}
-            slots: dict[tuple[Lora, ...], Slot] = {}
-            held: list[Hashable] = []
-            try:
-                for loras, key in keys.items():
+        slots: dict[tuple[Lora, ...], Slot] = {}
+        held: list[Hashable] = []
+        try:
+            with torch.inference_mode():
+                for loras in filter(None, dict.fromkeys(active)):
+                    key = self._slot_key(loras, stacking)
                     slots[loras] = self._slot(key, loras=loras, stacking=stacking)
                     held.append(key)
-            except BaseException:
-                self._cache.give_back(held)
-                raise
+        except BaseException:
+            self._cache.give_back(held)
+            raise
         return HeldSlots([slots.get(loras) for loras in active], lambda: self._cache.give_back(held))
 
     def _slot_key(self, loras: Sequence[Lora], stacking: Stacking) -> Hashable:

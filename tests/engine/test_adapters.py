@@ -269,6 +269,32 @@ async def test_an_adapter_is_loaded_once_and_while_others_run(tmp_path: Path) ->
     assert plain.audio[0].tobytes() != adapted.audio[0].tobytes()
 
 
+async def test_one_client_cannot_take_all_places_to_wait_for_adapters(tmp_path: Path) -> None:
+    """While a slow adapter is loaded, those in memory are used at once, and other clients may still wait."""
+    opened = threading.Event()
+
+    def fetch(source: str) -> Path:
+        assert "slow" not in source or opened.wait(PATIENCE_S)
+        return Path(source)
+
+    known = make_lora(tmp_path, change("lora"), name="known")
+    known = replace(known, sha256=read_adapter(Path(known.source)).sha256)
+    slow, request = make_lora(tmp_path, change("lora"), name="slow"), make_clip(duration_s=0.3, client="greedy")
+    async with running(fetch_adapter=fetch) as engine:
+        before = await engine.generate(replace(request, loras=(known,)))
+        tasks = [
+            asyncio.create_task(engine.generate(replace(request, loras=(replace(slow, strength=number / 20),))))
+            for number in range(1, 21)
+        ]
+        assert_same(await engine.generate(replace(request, loras=(known,))), before)
+        other = asyncio.create_task(engine.generate(replace(request, loras=(slow,), client="other")))
+        await asyncio.sleep(0.1)
+        opened.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        await other
+    assert [type(outcome) for outcome in outcomes] == [GenerationResult] * 8 + [OverloadedError] * 12
+
+
 async def refused(engine: Engine, *loras: Lora) -> InvalidRequestError:
     with pytest.raises(InvalidRequestError) as caught:
         await engine.generate(make_clip(duration_s=0.5, loras=loras))
