@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +39,22 @@ def names(server: LaunchedServer) -> list[str]:
     return [entry["id"] for entry in entries if entry["parent"]]
 
 
-def test_loaded_adapters_are_used_and_kept_over_a_restart(tmp_path: Path) -> None:
+def configure(tmp_path: Path, **settings: Any) -> Path:
+    """Write the configuration of a server with the model `tiny` and a key for everything. Returns its path."""
     (tmp_path / "keys").write_text(f"root:{hash_key('root')} scope=admin,jobs,generate\n")
     (tmp_path / "keys").chmod(0o600)
-    folder = tmp_path / "adapters"
-    folder.mkdir()
     args = {
-        "models": [model("tiny", lora_folder="adapters")],
+        "models": [model("tiny", **settings)],
         "output_dir": str(tmp_path / "out"),
         "api": {"key_file": str(tmp_path / "keys")},
     }
-    config = write_config(tmp_path, args)
+    return write_config(tmp_path, args)
+
+
+def test_loaded_adapters_are_used_and_kept_over_a_restart(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    config = configure(tmp_path, lora_folder="adapters")
     server = start(config)
     try:
         plain = generate(server).raise_for_status()
@@ -70,5 +78,33 @@ def test_loaded_adapters_are_used_and_kept_over_a_restart(tmp_path: Path) -> Non
         assert server.client.post("/v1/unload_lora_adapter", json={"lora_name": "vinyl"}).status_code == 200
         assert names(server) == ["tiny:bells"]
         assert generate(server, model="tiny:vinyl").status_code == 422
+    finally:
+        server.stop()
+
+
+def test_a_killed_replica_changes_no_adapter_of_an_answer(tmp_path: Path) -> None:
+    """Two replicas; one is killed while requests with four sets of adapters run. In strict mode, bytes are compared."""
+    config = configure(tmp_path, mode="strict", replicas={"min_replicas": 2, "max_replicas": 2})
+    bodies: list[dict[str, Any]] = [
+        {},
+        {"loras": [{"name": "vinyl"}]},
+        {"loras": [{"name": "bells", "strength": 0.5}]},
+        {"loras": [{"name": "bells"}, {"name": "vinyl", "strength": -1, "interval": [0.3, 1]}]},
+    ]
+    server = start(config)
+    try:
+        for name, file in (("vinyl", FILE), ("bells", FILE.with_name("dora_rows_layers.safetensors"))):
+            body = {"lora_name": name, "lora_path": str(file)}
+            server.client.post("/v1/load_lora_adapter", json=body).raise_for_status()
+        expected = [pcm_of(generate(server, **body).raise_for_status().content) for body in bodies]
+        assert len(set(expected)) == len(bodies)
+        wait_until(lambda: len(server.pids("ServeReplica:audio:tiny")) == 2)
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(generate, server, **bodies[index % 4]) for index in range(80)]
+            wait_until(lambda: sum(each.done() for each in asked) >= 20)
+            os.kill(server.pids("ServeReplica:audio:tiny")[0], signal.SIGKILL)
+            answers = [each.result() for each in asked]
+        assert {answer.status_code for answer in answers} == {200}
+        assert [pcm_of(answer.content) for answer in answers] == expected * 20
     finally:
         server.stop()
