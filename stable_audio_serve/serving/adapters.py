@@ -43,6 +43,7 @@ _READ_EVERY_S = 0.5  # seconds between two reads of the database
 _SPREAD_S = 1.5  # seconds after which every process has read a change of the database
 _SCAN_EVERY_S = 2.0  # seconds between two looks at folders and files
 _RETRY_S = 60.0  # seconds until a source that could not be downloaded is tried again
+_CHECK_AGAIN_S = 600.0  # seconds until a downloaded source is looked at again, because it may have changed
 _MAX_FILES = 1000  # of a folder
 
 Fetch = Callable[[str], Path]
@@ -65,7 +66,7 @@ class _Named:
 
 @dataclass(frozen=True, slots=True)
 class _Looked:
-    """What was found at a source: the file's state at that time, and the card. `retry_at` is for failed downloads."""
+    """What was found at a source: the file's state at that time, and the card. Downloads are repeated at `retry_at`."""
 
     state: tuple[int, ...] | None
     card: AdapterCard
@@ -269,22 +270,25 @@ class Library:
         if state is None and not may_download:
             problem = f"adapter {named.name!r} is being downloaded; try again"
             return _Looked(state, replace(card, problem=problem), retry_at=float("-inf"))
-        retry_at = float("inf")
         try:
             path = self._fetch(named.source)
             facts = inspect_file(
                 path, name=named.name, max_rank=settings.max_lora_rank, with_conditioners=named.has_conditioners
             )
         except InvalidRequestError as error:
-            problem = error.message if named.name in error.message else f"adapter {named.name!r}: {error.message}"
+            label = f"adapter {named.name!r}"
+            problem = error.message if label in error.message else f"{label}: {error.message}"
             self._warn(f"model {model}: {problem}")
-            retry_at = time.monotonic() + _RETRY_S if is_remote(named.source) else retry_at
-            return _Looked(state, replace(card, problem=problem), retry_at)
+            if state is not None:
+                return _Looked(state, replace(card, problem=problem))
+            failed = replace(card, problem=problem)
+            known = before.card if before is not None and before.card.problem is None else failed
+            return _Looked(None, known, time.monotonic() + _RETRY_S)
         header = facts.header
         for warning in header.warnings:
             self._warn(f"model {model}: {warning}")
         card = replace(card, type=header.type, rank=header.rank, sha256=facts.sha256, num_bytes=facts.num_bytes)
-        return _Looked(state, card)
+        return _Looked(state, card, float("inf") if state is not None else time.monotonic() + _CHECK_AGAIN_S)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

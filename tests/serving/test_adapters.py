@@ -260,3 +260,27 @@ async def test_the_demo_model_has_its_own_adapters() -> None:
     assert (card.name, card.problem, card.public_source) == ("octave-down", None, "octave-down.safetensors")
     with pytest.raises(ConflictError):
         await library.unload(plan.catalog.find("demo"), name="octave-down")
+
+
+async def test_downloads_are_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHECK_AGAIN_S", 0.0)
+    monkeypatch.setattr(module, "_RETRY_S", 0.0)
+    path = tmp_path / "vinyl.safetensors"
+    problems = ["no network"]
+
+    def fetch(_: str) -> Path:
+        if problems:
+            raise InvalidRequestError(problems[0], field="loras")
+        return path
+
+    library = make_library(tmp_path, fetch=fetch, loras={"vinyl": "lab/vinyl"})
+    await library.refresh()
+    assert refusal(library, Lora("vinyl")) == "adapter 'vinyl': no network"
+    problems.clear()
+    for seed in (1, 2):
+        sha256 = write_file(path, seed=seed)
+        await library.refresh()
+        assert library.resolve(MEDIUM, [Lora("vinyl")])[0].sha256 == sha256
+    problems.append("no network")
+    await library.refresh()
+    assert library.resolve(MEDIUM, [Lora("vinyl")])[0].sha256 == sha256
