@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -39,3 +42,18 @@ def all_blocks() -> list[Block]:
 def text_of(page: Path, language: str) -> str:
     """Returns all blocks of one language on a page, joined into one program."""
     return "\n".join(block.text for block in blocks_of(page) if block.language == language)
+
+
+async def run_program(*command: str, folder: Path, env: Mapping[str, str]) -> str:
+    """Run a program that must succeed, in the working directory `folder`. Returns its output."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **env},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(PATIENCE_S):
+        output, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return output.decode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 
@@ -13,26 +12,10 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.adapters import Library
 from tests.adapter_files import write_file
 from tests.backends import ToneBackend
-from tests.docs.blocks import DOCS, ROOT, blocks_of, text_of
-from tests.patience import PATIENCE_S
+from tests.docs.blocks import DOCS, blocks_of, run_program, text_of
 from tests.sockets import listening
 
 PAGE = DOCS / "adapters.md"
-
-
-async def run(*command: str, folder: Path, url: str) -> str:
-    """Run a command that must succeed. Returns its output."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        cwd=folder,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "STABLE_AUDIO_URL": url},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    async with asyncio.timeout(PATIENCE_S):
-        output, errors = await process.communicate()
-    assert process.returncode == 0, errors.decode()
-    return output.decode()
 
 
 @pytest.mark.server
@@ -47,9 +30,9 @@ async def test_examples_of_the_page_run(tmp_path: Path) -> None:
     (curl,) = (block.text for block in blocks_of(PAGE) if block.text.startswith("curl "))
     app = create_app(backend, settings, adapters=library)
     async with app.router.lifespan_context(app), listening(app, lifespan="off") as port:
-        url = f"http://127.0.0.1:{port}"
-        await run("bash", "-c", curl.replace("localhost:8000", f"127.0.0.1:{port}"), folder=tmp_path, url=url)
-        output = await run(sys.executable, "-c", text_of(PAGE, "python"), folder=tmp_path, url=url)
+        env = {"STABLE_AUDIO_URL": f"http://127.0.0.1:{port}"}
+        await run_program("bash", "-c", curl.replace("localhost:8000", f"127.0.0.1:{port}"), folder=tmp_path, env=env)
+        output = await run_program(sys.executable, "-c", text_of(PAGE, "python"), folder=tmp_path, env=env)
     assert output == f"[('octave-down', '{model['name']}', 'lora')]\n"
     assert (tmp_path / "low.wav").read_bytes()[:4] == b"RIFF"
     used = [[(lora.name, lora.strength, lora.interval) for lora in request.loras] for _, request in backend.requests]

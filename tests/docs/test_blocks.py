@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
 import json
@@ -23,8 +22,7 @@ from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.core.metrics import METRICS, exported_name
 from stable_audio_serve.core.settings import Settings
 from tests.api.compat.serving import serve_app
-from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, pages, text_of
-from tests.patience import PATIENCE_S
+from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, pages, run_program, text_of
 
 # Language of a code block -> the pages that may have such blocks, because a test covers them. `bash` and `sh` blocks
 # may be anywhere: `test_commands` runs `bash` blocks, and the tests below check `sh` blocks without running them.
@@ -165,17 +163,9 @@ def test_documented_recipe_is_valid() -> None:
 async def run_python(page: Path, folder: Path) -> str:
     """Run the Python blocks of a page as one program, with a test server. Returns the program's output."""
     async with serve_app() as (port, _):
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", text_of(page, "python").replace("localhost:8000", f"127.0.0.1:{port}")),
-            cwd=folder,
-            env={"FAL_KEY": "any", "PYTHONPATH": str(ROOT), "STABLE_AUDIO_URL": f"http://127.0.0.1:{port}"},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        async with asyncio.timeout(PATIENCE_S):
-            output, errors = await process.communicate()
-    assert process.returncode == 0, errors.decode()
-    return output.decode()
+        program = text_of(page, "python").replace("localhost:8000", f"127.0.0.1:{port}")
+        env = {"FAL_KEY": "any", "STABLE_AUDIO_URL": f"http://127.0.0.1:{port}"}
+        return await run_program(sys.executable, "-c", program, folder=folder, env=env)
 
 
 @pytest.mark.server
