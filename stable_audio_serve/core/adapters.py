@@ -18,7 +18,7 @@ from stable_audio_serve.core.generation import Lora
 class AdapterCard:
     """Public properties of one adapter of one model.
 
-    `source` says where its file is, see `Lora.source`. `type`, `rank` and `sha256` are those of the file. `problem` is
+    `source` says where its file is, see `Lora.source`. `type`, `rank` and `sha256` come from the file. `problem` is
     the reason why the file cannot be used, None if it can; then `type` is empty and `rank` is 0.
     """
 
@@ -47,7 +47,7 @@ class AdapterLibrary(Protocol):
     """The adapters of all models."""
 
     def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
-        """Return the adapters of a model by its canonical name, or those of all models, in order of their names."""
+        """Return the adapters of a model by its canonical name, or of all models, in order of their names."""
         ...
 
     def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:

@@ -38,6 +38,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+UNAVAILABLE = "the model is shutting down or its engine stopped; retry"  # a message of ModelUnavailableError
+
 
 class StableAudioError(Exception):
     """Base of all errors.

@@ -1,5 +1,5 @@
-"""Loads the adapters that requests name, and keeps them and their folded slots in memory, so that the next request with
-the same adapters starts at once. Work that takes time runs on a thread of its own while the engine keeps stepping.
+"""Loads the adapters that requests name, and keeps adapters and folded slots in memory for later requests. Loading and
+folding run on a separate thread, so that the engine's thread does not wait for them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from stable_audio_serve.core.clock import Clock
-from stable_audio_serve.core.errors import InvalidRequestError, OverloadedError
+from stable_audio_serve.core.errors import UNAVAILABLE, InvalidRequestError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, Lora, Stacking
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.models.adapters.adapter import read_adapter
@@ -158,9 +158,10 @@ class Adapters:
         return Base(name, networks, folder=SINGULAR_VECTORS)
 
     async def acquire(self, request: GenerationRequest, evaluations: Sequence[Evaluation]) -> HeldSlots:
-        """Returns the slots of a request with these evaluations, loading and folding what is missing.
+        """Returns the slots of a request with these evaluations, after loading and folding adapters if necessary.
 
-        Raises InvalidRequestError for adapters that cannot be used, OverloadedError if too many are in use.
+        Raises InvalidRequestError for adapters that cannot be used, OverloadedError if too many are in use, and
+        ModelUnavailableError if the engine closes.
         """
         if not request.loras:
             return HeldSlots()
@@ -170,10 +171,16 @@ class Adapters:
         if (held := self._hold_cached(active, stacking=stacking)) is not None:
             return held
         with self._waiting(request.client):
-            job: Future[HeldSlots] = self._pool.submit(self._hold, active, stacking)
+            try:
+                job: Future[HeldSlots] = self._pool.submit(self._hold, active, stacking)
+            except RuntimeError as error:  # the engine was closed
+                raise ModelUnavailableError(UNAVAILABLE) from error
             try:
                 return await asyncio.wrap_future(job)
-            except asyncio.CancelledError:
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is not None and not task.cancelling():  # `close` has cancelled the job, and nobody the request
+                    raise ModelUnavailableError(UNAVAILABLE) from error
                 job.add_done_callback(_release_result)
                 raise
 
@@ -299,7 +306,7 @@ def _active(loras: Sequence[Lora], t: float) -> tuple[Lora, ...]:
 
 
 def _identity(lora: Lora, fetch: Callable[[str], Path]) -> Hashable:
-    """Returns what tells the adapter from others: its hash, or if that is unknown its file and the file's version."""
+    """Returns a key of the adapter: its hash, or if the request has none, the path, time and size of its file."""
     if lora.sha256:
         return lora.sha256, lora.has_conditioners
     path = fetch(lora.source)

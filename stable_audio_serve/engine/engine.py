@@ -19,7 +19,7 @@ import torch
 from stable_audio_serve.audio.keep import keep_source, plan_spans
 from stable_audio_serve.audio.prepare import resampled_length
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.errors import UNAVAILABLE, ConfigError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
@@ -33,7 +33,7 @@ from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.adapters import Adapters
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.build import build_parts, resolve_mode
-from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, deadline_error
+from stable_audio_serve.engine.calls.request_state import Reply, RequestState, deadline_error
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.share import MemoryPlan

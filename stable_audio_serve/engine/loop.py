@@ -16,6 +16,7 @@ import torch
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import (
+    UNAVAILABLE,
     CancelledRequestError,
     GenerationError,
     InvalidRequestError,
@@ -26,7 +27,6 @@ from stable_audio_serve.core.generation import GenerationResult, Progress
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.calls.request_state import (
-    UNAVAILABLE,
     Inbox,
     RequestState,
     deadline_error,

@@ -13,9 +13,14 @@ from functools import partial
 import torch
 
 from stable_audio_serve.core.clock import Clock
-from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError, StableAudioError
+from stable_audio_serve.core.errors import (
+    UNAVAILABLE,
+    GenerationError,
+    ModelUnavailableError,
+    OverloadedError,
+    StableAudioError,
+)
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.engine.calls.request_state import UNAVAILABLE
 from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Implements `core.adapters.AdapterLibrary`: adapters of the configuration, of folders, and loaded at run time.
 
-Every process that answers HTTP requests has a library of its own. It reads folders and files again every few seconds,
+Every process that answers HTTP requests has its own library, which reads folders and files again every few seconds,
 and the job database twice a second. Imports no torch: only headers of files are read here.
 """
 
@@ -74,7 +74,7 @@ class _Looked:
 
 
 class Library:
-    """The adapters of the models in `catalog`. The methods without `async` neither block nor raise StorageError."""
+    """The adapters of the models in `catalog`. The methods without `async` do not block, except `start`."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from stable_audio_serve.core.errors import InvalidRequestError, OverloadedError
+from stable_audio_serve.core.errors import InvalidRequestError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora, Stacking
 from stable_audio_serve.engine import Engine, EngineOptions, adapters
 from stable_audio_serve.models.adapters.adapter import read_adapter
@@ -293,6 +293,25 @@ async def test_one_client_cannot_take_all_places_to_wait_for_adapters(tmp_path: 
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         await other
     assert [type(outcome) for outcome in outcomes] == [GenerationResult] * 8 + [OverloadedError] * 12
+
+
+async def test_a_closing_engine_ends_requests_that_wait_for_adapters(tmp_path: Path) -> None:
+    opened = threading.Event()
+
+    def fetch(source: str) -> Path:
+        assert opened.wait(PATIENCE_S)
+        return Path(source)
+
+    request = make_clip(duration_s=0.3, loras=(make_lora(tmp_path, change("lora")),))
+    async with running(fetch_adapter=fetch) as engine:
+        tasks = [asyncio.create_task(engine.generate(request)) for _ in range(3)]
+        await engine.generate(make_clip(duration_s=0.3))
+        closing = asyncio.create_task(engine.close())
+        opened.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        await closing
+    assert {type(outcome) for outcome in outcomes} <= {GenerationResult, ModelUnavailableError}
+    assert any(isinstance(outcome, ModelUnavailableError) for outcome in outcomes)
 
 
 async def refused(engine: Engine, *loras: Lora) -> InvalidRequestError:

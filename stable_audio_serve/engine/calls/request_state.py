@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from stable_audio_serve.core.errors import DeadlineExceededError, ModelUnavailableError, StartTimeoutError
+from stable_audio_serve.core.errors import UNAVAILABLE, DeadlineExceededError, ModelUnavailableError, StartTimeoutError
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
@@ -29,8 +29,6 @@ from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import SourceEncoding
 from stable_audio_serve.models.protocol import RowPlan, TextEmbedding
 from stable_audio_serve.sampling.noise import NoiseSource
-
-UNAVAILABLE = "the model is shutting down or its engine stopped; retry"
 
 
 class Inbox:
