@@ -18,6 +18,7 @@ from torch import Tensor
 from stable_audio_serve.core.errors import InvalidRequestError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora, Stacking
 from stable_audio_serve.engine import Engine, EngineOptions, adapters
+from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from stable_audio_serve.models.adapters.adapter import read_adapter
 from stable_audio_serve.models.adapters.apply import SlotTable
 from stable_audio_serve.models.adapters.base import Base
@@ -29,6 +30,7 @@ from tests.engine.test_captured_calls import RecordedDevice
 from tests.factories import ToyModel, make_audio, make_request
 from tests.models.adapters.plain import TYPES, Change, dense_weight, make_change, write_adapter
 from tests.models.loaded import loaded
+from tests.parameters import slow
 from tests.patience import PATIENCE_S
 
 TOLERANCE = 2e-4  # relative to the clip's peak
@@ -92,8 +94,10 @@ async def running(model: object = None, mode: str = "strict", **fields: Any) -> 
     given = {name: fields.pop(name) for name in names & set(fields)}
     if mode == "padded":
         fields["frame_grid"] = 256
+    if mode == "slots":  # strict mode on a GPU
+        given["policy"] = FixedSlots(slots=4, grid=64)
     options = EngineOptions(
-        mode="strict" if mode == "strict" else "fast",
+        mode="strict" if mode in ("strict", "slots") else "fast",
         warmup_budget_s=0.0,
         torch_threads=1,
         fixed_share=0.001,
@@ -128,8 +132,10 @@ async def test_an_adapter_works_like_changed_weights(tmp_path: Path, kind: str, 
     assert np.abs(found.audio[0] - plain.audio[0]).max() > 0.05 * np.abs(plain.audio[0]).max()
 
 
-@pytest.mark.parametrize("stacking", ["chained", "summed"])
-@pytest.mark.parametrize("kind", REQUESTS)
+@pytest.mark.parametrize(
+    ("kind", "stacking"),
+    [*((kind, "chained") for kind in REQUESTS), ("guided", "summed"), slow("inpaint", "summed")],
+)
 async def test_a_chain_of_three_works_in_all_requests(tmp_path: Path, kind: str, stacking: Stacking) -> None:
     changes = [change("dora-rows", strength=0.5), change("lora", seed=1, strength=-0.7), change("dora-rows-xs", seed=2)]
     loras = tuple(make_lora(tmp_path, made, name=f"a{index}") for index, made in enumerate(changes))
@@ -148,24 +154,26 @@ async def test_conditioners_change_only_if_the_request_says_so(tmp_path: Path) -
 
 
 def make_mixed(folder: Path) -> list[GenerationRequest]:
-    """Returns eight requests with different adapters, strengths, chains, intervals and lengths; two have none."""
+    """Returns ten requests that differ in adapters, strengths, chains, intervals and lengths; two have no adapter."""
     loras = [
         make_lora(folder, change(kind, seed=index), name=f"m{index}", interval=interval)
         for index, (kind, interval) in enumerate(zip(TYPES, [(0, 1), (0, 1), (0.5, 1), (0, 0.7)], strict=True))
     ]
     chains = [(), loras[:1], loras[1:2], loras[2:3], loras[3:], loras[:2], (replace(loras[0], strength=0.3),), ()]
-    shapes = [*REQUESTS.values(), {"duration_s": 0.9}, {"duration_s": 0.5}, {"duration_s": 0.3, "cfg_scale": 2.0}]
+    chains += [loras[2:], loras[1::-1]]
+    shapes = [*REQUESTS.values(), *({"duration_s": seconds} for seconds in (0.9, 0.5, 0.4, 0.7))]
+    shapes.insert(7, {"duration_s": 0.3, "cfg_scale": 2.0})
     return [make_clip(**shape, loras=tuple(chain)) for shape, chain in zip(shapes, chains, strict=True)]
 
 
-@pytest.mark.parametrize("mode", ["strict", "packed", "padded"])
+@pytest.mark.parametrize("mode", ["strict", "slots", "packed", "padded"])
 async def test_requests_with_other_adapters_change_nothing(tmp_path: Path, mode: str) -> None:
     requests = make_mixed(tmp_path)
     async with running(mode=mode) as engine:
         together = await asyncio.gather(*map(engine.generate, requests))
     alone = [await generate(request, mode=mode) for request in requests]
     for request, found, expected in zip(requests, together, alone, strict=True):
-        if mode == "strict":
+        if mode in ("strict", "slots"):
             assert_same(found, expected)
         else:
             assert_alike(found, expected)
@@ -173,7 +181,7 @@ async def test_requests_with_other_adapters_change_nothing(tmp_path: Path, mode:
             assert_alike(found, await generate(request))
 
 
-@pytest.mark.parametrize("kind", ["text", "guided", "inpaint"])
+@pytest.mark.parametrize("kind", [slow("text"), slow("guided"), "inpaint"])
 async def test_captured_steps_use_the_adapters_of_their_rows(tmp_path: Path, kind: str) -> None:
     """Graphs that were captured with two adapters are replayed for two others, which take their places in memory."""
     model, device, metrics = loaded("tiny-s"), RecordedDevice(), GraphCounts()
