@@ -351,6 +351,24 @@ async def test_adapters_that_cannot_be_used_are_refused_by_name(tmp_path: Path) 
     assert_same(after, before)
 
 
+async def test_an_adapter_that_makes_no_audio_is_refused_by_name(tmp_path: Path) -> None:
+    """Its values are finite, but the network's are not."""
+    made = change("lora")
+    name = "model.transformer.project_out"
+    parts = {part: tensor.float().fill_(1e18) for part, tensor in made.tensors[name].items()}
+    huge = make_lora(tmp_path, replace(made, tensors={name: parts}), name="huge")
+    async with running() as engine:
+        plain = make_clip(duration_s=0.5)
+        before = await engine.generate(plain)
+        outcomes = await asyncio.gather(
+            engine.generate(replace(plain, loras=(huge,))), engine.generate(plain), return_exceptions=True
+        )
+        assert "'huge' makes audio that is not a number" in str(outcomes[0])
+        assert isinstance(outcomes[0], InvalidRequestError)
+        assert isinstance(outcomes[1], GenerationResult)
+        assert_same(outcomes[1], before)
+
+
 async def test_models_without_adapters_refuse_them(tmp_path: Path) -> None:
     async with Engine(ToyModel(), EngineOptions(warmup_budget_s=0.0)) as engine:
         error = await refused(engine, Lora("vinyl", source=str(tmp_path)))

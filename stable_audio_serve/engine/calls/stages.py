@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
-from stable_audio_serve.core.errors import GenerationError
+from stable_audio_serve.core.errors import GenerationError, InvalidRequestError, StableAudioError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
@@ -185,7 +185,7 @@ class Stages:
             row.request.clock.mark("decode", self._clock.monotonic())  # the wait for the device counts as decoding
             arrived.append(row)
             if not row.phase.audio.is_finite:
-                failures.append((row, GenerationError("the model made audio that is not a number")))
+                failures.append((row, _not_a_number(row)))
         return arrived, failures
 
     def capture(self, *, is_idle: bool) -> bool:
@@ -279,3 +279,10 @@ class Stages:
         audio.check(latents[:, : row.plan.valid_frames])
         row.work.decode_left = audio.lengths_left
         row.phase = Decoding(stepping.noise.source, latents, audio, self._device.mark())
+
+
+def _not_a_number(row: Row) -> StableAudioError:
+    """Return the error of a row whose audio is not finite. With adapters, it is the fault of the request."""
+    if names := "+".join(lora.name for lora in row.request.request.loras):
+        return InvalidRequestError(f"adapter {names!r} makes audio that is not a number", field="loras")
+    return GenerationError("the model made audio that is not a number")
