@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 _FULL_RETRY_S = 2.0
 _MOST_WAITING = 32  # requests that wait for adapters at the same time; of one client a quarter
 
-Chain = tuple[tuple[Hashable, float], ...]  # identities of adapter files, and strengths
-
 
 @dataclass(slots=True)
 class HeldSlots:
@@ -152,7 +150,8 @@ class Adapters:
     @cached_property
     def base(self) -> Base:
         """The adaptable layers of the model. Raises InvalidRequestError if the model has none."""
-        name, networks = self._model.spec.card.name, self.networks
+        name = self._model.spec.card.name
+        networks = self._model.adaptable if isinstance(self._model, AdaptableModel) else {}
         if not networks:
             raise InvalidRequestError(f"the model {name} takes no adapters", field="loras", allowed="none")
         return Base(name, networks, folder=SINGULAR_VECTORS)
@@ -279,11 +278,6 @@ class Adapters:
         seconds = self._clock.monotonic() - began
         log.info("loaded adapter %s (%s, rank %d) in %.2f s", lora.name, fitted.type, fitted.rank, seconds)
         return fitted
-
-    @property
-    def networks(self) -> dict[str, torch.nn.Module]:
-        """The networks that adapters can change, by prefix; empty if the model takes no adapters."""
-        return dict(self._model.adaptable) if isinstance(self._model, AdaptableModel) else {}
 
     def _finish_device_work(self) -> None:
         """Wait for the device, because the engine's thread uses slots on another stream than this thread."""

@@ -51,13 +51,6 @@ _TABLE_SLOTS = 17  # distinct slots in captured steps; the first is plain
 _MOST_SLOT_PAGES = 32
 
 
-def with_adapters(shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> StepShape | PackedShape:
-    """Return the shape of the same call if it reads the slots of its rows from the table."""
-    if isinstance(shape, PackedShape):
-        return replace(shape, own=shape.own.with_adapters(rows))
-    return shape.with_adapters(rows)
-
-
 class Executor:
     """Runs the model for the engine thread. Results are in the order of the inputs.
 
@@ -231,16 +224,17 @@ class Executor:
             latent_channels=self._model.spec.card.latent_channels,
         )
         shape = PackedShape(own, call.tokens, self._model.spec.num_prefix) if call.tokens else own
-        plans = [row.plan for row, step_row in zip(rows, step_rows, strict=True) for _ in step_row.branches]
-        frames = [plan.frames for plan in plans]
+        frames = [step_row.held.frames for step_row in step_rows for _ in step_row.branches] if call.lengths else []
         if is_packed_by_host:
-            seen = [plan.valid_frames for plan in plans]
+            seen = [step_row.valid_frames for step_row in step_rows for _ in step_row.branches]
             buffer = self._device.upload(own.write(step_rows, self._device))
             denoise = partial(denoise_joined, self._model.denoise, frames=frames, valid_frames=seen)
             with self._adapted(slots, frames=frames):
                 run_step(denoise, buffer, memories=self._memories(), shape=own)
-        elif captured_rows is None or not self._replay(with_adapters(shape, captured_rows).general(), captured_rows):
-            with self._adapted(slots, frames=frames if call.tokens else ()):
+        elif captured_rows is None or not self._replay(
+            (shape.with_adapters(captured_rows) if slots else shape).general(), captured_rows
+        ):
+            with self._adapted(slots, frames=frames):
                 self._run(shape, self._device.upload(shape.write(step_rows, self._device)))
         return rows
 
@@ -342,7 +336,7 @@ class Executor:
 
     def _run(self, shape: StepShape | PackedShape, inputs: Tensor) -> None:
         denoise, memories = self._model.denoise, self._memories()
-        if (shape.own if isinstance(shape, PackedShape) else shape).adapter_pages:
+        if shape.adapter_pages:
             denoise = partial(self._denoise_from_table, inputs=shape.sections.read(inputs))
         if isinstance(shape, PackedShape):
             run_packed_step(denoise, inputs, memories=memories, shape=shape)

@@ -41,6 +41,14 @@ class PackedShape:
         """Return the shape to capture as a CUDA graph. The graph also serves rows with other samplers or guidance."""
         return replace(self, own=self.own.general())
 
+    def with_adapters(self, rows: Sequence[StepRow]) -> PackedShape:
+        """Return the shape of the same call if it reads the slots of these rows from the table."""
+        return replace(self, own=self.own.with_adapters(rows))
+
+    @property
+    def adapter_pages(self) -> int:
+        return self.own.adapter_pages
+
     @property
     def kind(self) -> Kind:
         return "denoise"
