@@ -34,6 +34,7 @@ from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import (
+    ConflictError,
     DeadlineExceededError,
     ForbiddenError,
     GenerationError,
@@ -194,18 +195,24 @@ class Service:
     async def add_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> Added:
         """Add a job within the limits of its API key. Its seconds of audio count when it is added, not when it runs.
 
-        If the request was sent before, the audio does not count again.
+        If the request was sent before, the audio does not count again, and the adapters may be gone by now.
         """
         try:
             audio_s = _audio_s(spec.request)
-            _, request = self.adapted(card, spec.request)
+            try:
+                _, request = self.adapted(card, spec.request)
+            except InvalidRequestError:
+                if (earlier := await self.jobs.find_same(spec)) is None:
+                    raise
+                await self.jobs.drop(spec)
+                return Added(earlier, is_new=False)
             spec = replace(spec, request=replace(request, client=caller.name))
             async with self.limiter.admitted(caller.key, audio_s=audio_s, takes_place=False) as admission:
                 added = await self.jobs.add(spec)
                 if not added.is_new:
                     admission.give_back()
                 return added
-        except (QuotaError, ForbiddenError, InvalidRequestError):
+        except (QuotaError, ForbiddenError, ConflictError, InvalidRequestError):
             await self.jobs.drop(spec)
             raise
 

@@ -53,6 +53,10 @@ class SoundOptions:
         list[str] | None,
         typer.Option("--lora", metavar="NAME[:STRENGTH]", help="Adapter, strength 1 by default; may be repeated."),
     ] = None
+    lora_stacking: Annotated[
+        Literal["chained", "summed"] | None,
+        typer.Option(help="Several adapters: each changes what those before it leave, or their changes are added."),
+    ] = None
     out: Annotated[
         str, typer.Option("--out", "-o", help="File or folder to write, - for standard output; default: here.")
     ] = "."
@@ -80,6 +84,7 @@ class SoundOptions:
             "response_format": self.format,
             "priority": self.priority if self.priority != "interactive" else None,
             "loras": [_parse_lora(text) for text in self.loras] if self.loras else None,
+            "lora_stacking": self.lora_stacking,
         }
 
 

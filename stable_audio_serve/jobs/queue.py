@@ -118,6 +118,10 @@ class JobQueue:
         """Return the job, None if this client has no such job in this contract."""
         return await asyncio.to_thread(self.store.clients.get, ref)
 
+    async def find_same(self, spec: JobSpec) -> Job | None:
+        """Return the job that was added when the same request was sent before, or None. Raises ConflictError."""
+        return await asyncio.to_thread(self.store.clients.find_same, spec)
+
     async def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
         """Return the job with this id, whichever client it belongs to. For links that need no key.
 

@@ -314,6 +314,25 @@ async def test_adapters_are_loaded_and_unloaded(site: Site) -> None:
     assert (again.status_code, again.json()["error"]["type"]) == (404, "NotFoundError")
 
 
+async def test_a_repeated_job_has_its_ticket_after_unloading(site: Site) -> None:
+    path = site.folder / "tape.safetensors"
+    write_file(path, rank=8)
+    await load(site, "tape", path)
+    bodies = ({**BODY, "model": "medium:tape"}, {**BODY, "model": "medium", "loras": [{"name": "tape"}]})
+    tickets = [
+        (await site.client.post("/jobs", json=body, headers={"Idempotency-Key": f"key-{number}"})).json()
+        for number, body in enumerate(bodies)
+    ]
+    await unload(site, "tape")
+    for number, body in enumerate(bodies):
+        again = await site.client.post("/jobs", json=body, headers={"Idempotency-Key": f"key-{number}"})
+        assert (again.status_code, again.json()) == (202, tickets[number])
+        assert again.headers["idempotent-replayed"] == "true"
+        other = await site.client.post("/jobs", json={**body, "seed": 2}, headers={"Idempotency-Key": f"key-{number}"})
+        assert other.status_code == 409
+        assert (await site.client.post("/jobs", json=body, headers={"Idempotency-Key": "new"})).status_code == 422
+
+
 async def test_adapters_of_the_folder_cannot_be_unloaded(site: Site) -> None:
     for more in ({}, {"model": "medium"}):
         assert (await unload(site, "vinyl", **more)).status_code == 409

@@ -110,7 +110,8 @@ def convert(
 ) -> tuple[ModelCard, GenerationRequest]:
     """Return the model and the request for `fields`. The request has no source audio. Raises RequestValidationError.
 
-    Also records which fields have no effect, so that the response can name them.
+    Adapters are only named in the result, see `Service.adapted`. Also records which fields have no effect, so that the
+    response can name them.
     """
     card, generation = to_request(
         fields,
@@ -119,10 +120,9 @@ def convert(
         limits=service.settings.api,
         request_id=request.state.request_id,
     )
-    card, generation = service.adapted(card, generation)
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=generation.batch_size)
-    if generation.loras:
-        note(request.scope, loras="+".join(lora.name for lora in generation.loras))
+    if names := [*card.loras, *(lora.name for lora in generation.loras)]:
+        note(request.scope, loras="+".join(names))
     unused = [f"sampler_kwargs.{key}" for key in unused_options(sampler_kwargs, card)]
     check_names(request, [*(fields.model_extra or ()), *unused], limits=service.settings.api)
     return card, generation
@@ -141,6 +141,7 @@ async def run(
 
     `started_at` is the time when the HTTP request arrived.
     """
+    card, generation = service.adapted(card, generation)
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
     output = await service.finish(
         result, file_order(fields, card, generation=generation, settings=service.settings.audio)

@@ -77,6 +77,12 @@ class ClientJobs:
     def get(self, ref: JobRef) -> Job | None:
         return self._find(is_job(ref))
 
+    def find_same(self, spec: JobSpec) -> Job | None:
+        """Return the job that was added when the same request was sent before, or None. Raises ConflictError."""
+        with self._database.reading() as connection:
+            row = find_same(connection, spec)
+        return None if row is None else to_job(row)
+
     def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
         """Return the job with this id, whichever client it belongs to. For links that need no key.
 
