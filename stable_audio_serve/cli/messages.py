@@ -48,6 +48,7 @@ OPTIONS: Mapping[str, str] = {
     "response_format": "--format",
     "priority": "--priority",
     "loras": "--lora",
+    "lora_stacking": "--lora-stacking",
     "strength": "the strength of --lora",
     "lora_name": "NAME",
     "lora_path": "PATH",

@@ -25,10 +25,13 @@ _Regions = Annotated[
 ]
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
-    *("priority", "loras"),
+    *("priority", "loras", "lora_stacking"),
 )
 _UNTIL = {"duration": "--until", "inpaint_end_seconds": "--until", "inpaint_start_seconds": "--from"}
-_LOOP_HAS_NOT = ("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority", "loras")
+_LOOP_HAS_NOT = (
+    *("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority"),
+    *("loras", "lora_stacking"),
+)
 
 
 @app.command()

@@ -81,7 +81,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.mark.parametrize("command", [["generate"], ["jobs", "submit"]])
 def test_adapters_are_sent_in_their_order(server: Server, command: list[str]) -> None:
     adapters = ["--lora", "vinyl:0.8", "--lora", "bells", "--lora", "tape:-1"]
-    error = server.run(*command, "rain", *adapters, code=2)
+    error = server.run(*command, "rain", *adapters, "--lora-stacking", "summed", code=2)
     assert "--lora: the adapter 'vinly' is unknown; did you mean vinyl?" in error
     path, fields = server.last
     assert path == "/jobs"
@@ -90,6 +90,7 @@ def test_adapters_are_sent_in_their_order(server: Server, command: list[str]) ->
         {"name": "bells"},
         {"name": "tape", "strength": -1.0},
     ]
+    assert fields["lora_stacking"] == "summed"
 
 
 @pytest.mark.parametrize(
