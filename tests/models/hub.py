@@ -137,6 +137,8 @@ def running_hub(repos: Mapping[str, Repo]) -> Iterator[Hub]:
             may_read = repo.token is None or self.headers.get("authorization") == f"Bearer {repo.token}"
             if not may_read:
                 return self._error(403 if repo.gated else 401, "GatedRepo" if repo.gated else None)
+            if rest[1] not in (*repo.revisions, COMMIT):
+                return self._error(404, "RevisionNotFound")
             path = "/".join(rest[2:])
             if path in repo.refused:
                 return self._error(403, None)

@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from stable_audio_serve.models.adapters.header import MAX_FILE_BYTES, SUFFIX
 CACHE = Path("~/.cache/stable-audio-serve/adapters")
 
 _S3 = "s3://"
-_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:/(.+\.safetensors))?")
+_NAME = r"[A-Za-z0-9][\w.-]{0,95}"
+_REPOSITORY = re.compile(rf"({_NAME}/{_NAME})(?:@([\w.-]{{1,100}}))?(?:/(.+\.safetensors))?")
 _REQUEST_TIMEOUT_S = 10.0
 _CHUNK_BYTES = 2**20
 
@@ -50,9 +52,10 @@ def fetch_adapter(
 ) -> Path:
     """Returns the file of a source: a path, `s3://bucket/key`, `owner/repository` or `owner/repository/file`.
 
-    A path is returned as it is, whether it exists or not. `token` is for the hub, `open_s3` returns a boto3 client.
-    A repository without a file must have exactly one safetensors file. Downloads only what is not in the cache or has
-    changed. Raises InvalidRequestError if the file cannot be downloaded or is larger than `max_bytes`.
+    `@` and a branch, tag or commit may follow the name of a repository. A repository without a file must have exactly
+    one safetensors file. A path is returned as it is, whether it exists or not. `token` is for the hub, `open_s3`
+    returns a boto3 client. Downloads only what is not in the cache or has changed. Raises InvalidRequestError if the
+    file cannot be downloaded or is larger than `max_bytes`.
     """
     if source.startswith(_S3):
         with _refusing(source):
@@ -61,15 +64,24 @@ def fetch_adapter(
     if repository is None:
         return Path(source)
     with _refusing(source):
-        return _fetch_from_hub(*repository, token=token, cache=cache, max_bytes=max_bytes)
+        return _fetch_from_hub(repository, token=token, cache=cache, max_bytes=max_bytes)
 
 
-def _repository(source: str) -> tuple[str, str | None] | None:
-    """Returns a source's repository and file, None for a path. A file in a folder of this machine is a path."""
+@dataclass(frozen=True, slots=True)
+class _Repository:
+    """A source on the hub. `revision` None is the main branch; `file` None is the only adapter."""
+
+    name: str
+    revision: str | None
+    file: str | None
+
+
+def _repository(source: str) -> _Repository | None:
+    """Returns a source on the hub, None for a path. A file in a folder of this machine is a path."""
     match = _REPOSITORY.fullmatch(source)
     if match is None or match[1].endswith(SUFFIX) or os.path.exists(source):
         return None
-    return match[1], match[2]
+    return _Repository(match[1], match[2], match[3])
 
 
 class _FetchError(Exception):
@@ -126,40 +138,45 @@ def _write(path: Path, chunks: Iterator[bytes], *, max_bytes: int) -> None:
         part.unlink(missing_ok=True)
 
 
-def _fetch_from_hub(repo_id: str, file: str | None, *, token: str | None, cache: Path | None, max_bytes: int) -> Path:
+def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | None, max_bytes: int) -> Path:
     from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
+    repo_id, file = source.name, source.file
+    revision = source.revision or constants.DEFAULT_REVISION
     try:
         if file is None:
-            info = HfApi(token=token).model_info(
-                repo_id, revision=constants.DEFAULT_REVISION, timeout=_REQUEST_TIMEOUT_S
-            )
+            info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=_REQUEST_TIMEOUT_S)
             file = _only_file(repo_id, [each.rfilename for each in info.siblings or ()])
-        url = hf_hub_url(repo_id, file)
+        url = hf_hub_url(repo_id, file, revision=revision)
         _require_size(get_hf_file_metadata(url, token=token, timeout=_REQUEST_TIMEOUT_S).size, max_bytes)
-        return Path(hf_hub_download(repo_id, file, token=token, cache_dir=cache))
+        return Path(hf_hub_download(repo_id, file, revision=revision, token=token, cache_dir=cache))
     except GatedRepoError as error:
         raise _FetchError(f"the repository {repo_id} is gated: the server's hf_token may not read it") from error
+    except RevisionNotFoundError as error:
+        raise _FetchError(f"the repository {repo_id} has no revision {revision}") from error
     except RepositoryNotFoundError as error:
         raise _FetchError(f"there is no file and no repository {repo_id} that the server may read") from error
     except (HTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        copy = _find_cached(repo_id, file, cache=cache)
+        copy = _find_cached(replace(source, file=file), cache=cache)
         if copy is None:
             raise _FetchError(f"cannot be downloaded: {' '.join(str(error).split())[:300]}") from error
         return copy
 
 
-def _find_cached(repo_id: str, file: str | None, *, cache: Path | None) -> Path | None:
+def _find_cached(source: _Repository, *, cache: Path | None) -> Path | None:
     """Returns the copy of a file in the cache of huggingface_hub, which serves while the hub cannot be reached."""
     from huggingface_hub import try_to_load_from_cache
 
-    copy = try_to_load_from_cache(repo_id, file, cache_dir=cache) if file else None
+    if source.file is None:
+        return None
+    copy = try_to_load_from_cache(source.name, source.file, revision=source.revision, cache_dir=cache)
     return Path(copy) if isinstance(copy, str) else None
 
 

@@ -101,6 +101,22 @@ def test_files_of_repositories_are_downloaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
+def test_repositories_may_have_a_revision(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    repos = {"lab/one": Repo({"a/vinyl.safetensors": content}, revisions=("v1.0",))}
+    with running_hub(repos) as hub, pointing_library_at(hub.url, tmp_path / "home"):
+        for source in ("lab/one@v1.0", "lab/one@v1.0/a/vinyl.safetensors"):
+            assert is_remote(source)
+            assert fetch_adapter(source).read_bytes() == content
+        assert "lab/one has no revision v2" in refusal("lab/one@v2")
+        assert "lab/one has no revision v2" in refusal("lab/one@v2/a/vinyl.safetensors")
+        assert "lab/one has no revision main" in refusal("lab/one")
+    with pointing_library_at(hub.url, tmp_path / "home"):
+        assert fetch_adapter("lab/one@v1.0/a/vinyl.safetensors").read_bytes() == content
+
+
+@pytest.mark.server
 def test_downloaded_files_are_used_while_the_hub_is_away(tmp_path: Path) -> None:
     write_file(tmp_path / "a.safetensors")
     content = (tmp_path / "a.safetensors").read_bytes()
