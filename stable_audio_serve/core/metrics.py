@@ -127,7 +127,8 @@ _ENGINE = (
     Metric(
         "quality_gates",
         "counter",
-        "New replicas at the quality gate: passed, unchecked (no quality report could be read) or failed.",
+        "New replicas at the quality gate: passed, unchecked (no quality report could be read) or failed. And "
+        "adapter_failed: adapters that failed there.",
         ("outcome", "model"),
     ),
     Metric(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,18 +22,22 @@ from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.catalog import GateOutcome, ModelQuality
 from stable_audio_serve.core.errors import (
     CheckpointError,
+    InvalidRequestError,
     ModelUnavailableError,
     QualityError,
     QualityReportError,
     StableAudioError,
     StorageError,
 )
+from stable_audio_serve.core.generation import Lora
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine
+from stable_audio_serve.models.adapters.header import inspect_file
 from stable_audio_serve.models.families import find_files
 from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.models.weight_hash import hash_weights
+from stable_audio_serve.serving.adapters import adapter_fetcher
 from stable_audio_serve.serving.engines import precisions
 from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.verification.quality.archive import ReportArchive
@@ -165,12 +170,37 @@ class Trial:
 
     async def _judge(self, engine: Engine, weights: str, *, source: Source, pinned: str | None) -> ModelQuality:
         setup = Setup(self._model.name, weights, **precisions(self._settings, self._model, device=engine.device))
-        passed = await self._gate.judge(engine.spec.card, engine.generate, setup=setup, source=source, pinned=pinned)
+        is_adaptable = engine.spec.card.takes_adapters
+        read = partial(_configured_adapters, self._settings, self._model)
+        adapters, unreadable = await asyncio.to_thread(read) if is_adaptable else ([], {})
+        passed = await self._gate.judge(
+            engine.spec.card, engine.generate, setup=setup, source=source, pinned=pinned, adapters=adapters
+        )
+        faults = {**unreadable, **passed.adapter_faults}
+        for name, fault in faults.items():
+            self._metrics.increment("quality_gates", outcome="adapter_failed")
+            logger.error("quality gate: model=%s adapter=%s %s", self._model.name, name, fault)
         facts = (setup.model, passed.basis, passed.report, weights)
         logger.info("quality gate passed: model=%s basis=%s report=%s weights=%s", *facts)
         gate: GateOutcome = "unchecked" if passed.basis == "unchecked" else "passed"
-        problem = None if passed.problem is None else "no report could be read for comparison; see the server's log"
-        return ModelQuality(gate, weights, source.commit, passed.report, problem)
+        problems = [] if passed.problem is None else ["no report could be read for comparison; see the server's log"]
+        problems += [f"the adapter {name} is bad; see the server's log" for name in faults]
+        return ModelQuality(gate, weights, source.commit, passed.report, "; ".join(problems) or None)
+
+
+def _configured_adapters(settings: Settings, model: ModelSettings) -> tuple[list[Lora], dict[str, str]]:
+    """Return the adapters of a model's configuration, with hashes, and what is wrong with unreadable ones. Blocking."""
+    fetch, adapters, faults = adapter_fetcher(settings), [], {}
+    for name, one in model.loras.items():
+        try:
+            facts = inspect_file(
+                fetch(one.path), name=name, max_rank=model.max_lora_rank, with_conditioners=one.conditioner
+            )
+        except InvalidRequestError as error:
+            faults[name] = error.message
+        else:
+            adapters.append(Lora(name, source=one.path, sha256=facts.sha256, has_conditioners=one.conditioner))
+    return adapters, faults
 
 
 def _source(entry: ModelEntry, folder: Path) -> Source:

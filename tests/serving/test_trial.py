@@ -21,6 +21,7 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.serving.engines import load_engine
 from stable_audio_serve.serving.trial import Started, Trial
+from tests.adapter_files import write_file
 from tests.artifacts.metrics import CountingMetrics
 from tests.goldens import SA3_GOLDENS
 from tests.models.revisions import (
@@ -198,6 +199,29 @@ async def test_record_of_another_repository_is_ignored(starter: Starter, tmp_pat
         path.write_bytes(path.read_bytes().replace(b"lab/tiny", b"evil/one"))
     with pytest.raises(StableAudioError, match="not in the configured repository"):
         await starter.start(repo_id="lab/tiny", revision=BAD)
+
+
+async def test_adapters_are_compared_with_their_earlier_audio(
+    starter: Starter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    start = partial(starter.start, path=str(TINY))
+    first = await start()
+    write_file(tmp_path / "vinyl.safetensors", shape=(216, 72))
+    loras = {"vinyl": str(tmp_path / "vinyl.safetensors")}
+    for _ in range(2):
+        started = await start(loras=loras)
+        assert (started.quality.gate, started.quality.report) == ("passed", first.quality.report)
+        assert started.quality.problem is None
+    assert starter.metrics.counts["quality_gates"] == 3  # each time "passed"
+    # As if this machine ignored adapters.
+    monkeypatch.setattr("stable_audio_serve.models.adapters.apply.adapt", lambda out, x, *, groups: out)
+    started = await start(loras={**loras, "torn": str(tmp_path / "torn.safetensors")})
+    assert started.quality.gate == "passed"
+    assert started.quality.problem is not None
+    assert "the adapter vinyl is bad" in started.quality.problem
+    assert "the adapter torn is bad" in started.quality.problem
+    assert str(tmp_path) not in started.quality.problem
 
 
 async def test_missing_pinned_report_is_named(starter: Starter, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The quality gate: runs the golden requests on the model of a new replica, compares the audio with a stored report,
-and saves a new report if the model passes.
+and saves a new report if the model passes. Adapters (LoRA) are compared in the same way. A bad adapter does not stop
+the model.
 
 Independent of Ray and of where the weights come from. If the artifact store does not answer, a model passes with any
 valid audio that is not silent, so that an outage of the store does not stop the models.
@@ -8,8 +9,8 @@ valid audio that is not silent, so that an outage of the store does not stop the
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -22,14 +23,15 @@ from stable_audio_serve.core.errors import (
     StableAudioError,
     StorageError,
 )
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora
 from stable_audio_serve.verification.quality.archive import ReportArchive
-from stable_audio_serve.verification.quality.report import LastGood, Report, Setup, Source
+from stable_audio_serve.verification.quality.report import MOST_CLIPS, LastGood, Report, Setup, Source
 from stable_audio_serve.verification.quality.requests import golden_requests
 from stable_audio_serve.verification.quality.sound import Clip, describe, difference_from_other, difference_from_same
 
 logger = logging.getLogger(__name__)
 
+_MOST_ADAPTERS = 16  # of a model; later ones are not compared
 _BUDGET_S = 20.0  # golden requests that have not begun after this time are skipped, except for the first
 
 Generate = Callable[[GenerationRequest], Awaitable[GenerationResult]]
@@ -40,11 +42,15 @@ Basis = Literal["pinned", "same", "other", "new", "unchecked"]
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """How a model passed. `report` is the id of this setup's report. `problem` is the reason for basis "unchecked"."""
+    """How a model passed. `report` is the id of this setup's report. `problem` is the reason for basis "unchecked".
+
+    `adapter_faults` says of each bad adapter what is wrong with it.
+    """
 
     basis: Basis
     report: str
     problem: str | None = None
+    adapter_faults: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +69,51 @@ class QualityGate:
         self._clock = clock
 
     async def judge(
-        self, card: ModelCard, generate: Generate, *, setup: Setup, source: Source, pinned: str | None = None
+        self,
+        card: ModelCard,
+        generate: Generate,
+        *,
+        setup: Setup,
+        source: Source,
+        pinned: str | None = None,
+        adapters: Sequence[Lora] = (),
     ) -> Passed:
-        """Return how the model passed.
+        """Return how the model and its `adapters`, which must have hashes, passed.
 
         If it does not pass, raises QualityError with the failed request and the reason. Raises QualityReportError if
         the pinned report does not exist or cannot be used.
         """
-        clips = await self._run(card, generate)
+        ends_at = self._clock.monotonic() + _BUDGET_S
+        clips = await self._run(card, generate, ends_at=ends_at)
         reference = await self._find_reference(setup, source, pinned=pinned)
         _compare(clips, reference)
+        adapted, faults = await self._run_adapted(card, generate, adapters=adapters, ends_at=ends_at)
+        faults |= _compare_adapted(adapted, reference)
         if reference.should_save:
-            await self._save(Report(setup, source, self._clock.time(), clips))
-        return Passed(reference.basis, setup.report_id, reference.problem)
+            good = {_clip_name(lora): clip for lora, clip in adapted.items() if lora.name not in faults}
+            await self._save(Report(setup, source, self._clock.time(), {**clips, **good}))
+        return Passed(reference.basis, setup.report_id, reference.problem, faults)
 
-    async def _run(self, card: ModelCard, generate: Generate) -> Mapping[str, Clip]:
+    async def _run_adapted(
+        self, card: ModelCard, generate: Generate, *, adapters: Sequence[Lora], ends_at: float
+    ) -> tuple[Mapping[Lora, Clip], dict[str, str]]:
+        """Run one golden request with each adapter. Returns the clips, and what is wrong with the other adapters."""
+        name, request = next(iter(golden_requests(card).items()))
+        clips: dict[Lora, Clip] = {}
+        faults: dict[str, str] = {}
+        for lora in adapters[:_MOST_ADAPTERS]:
+            if self._clock.monotonic() >= ends_at:
+                logger.warning("quality gate: model=%s no time for adapter %s and later ones", card.name, lora.name)
+                break
+            try:
+                result = await generate(replace(request, loras=(lora,)))
+                clips[lora] = _describe(result, request, card=card, name=name)
+            except StableAudioError as error:
+                faults[lora.name] = error.message
+        return clips, faults
+
+    async def _run(self, card: ModelCard, generate: Generate, *, ends_at: float) -> Mapping[str, Clip]:
         clips: dict[str, Clip] = {}
-        ends_at = self._clock.monotonic() + _BUDGET_S
         for name, request in golden_requests(card).items():
             if clips and self._clock.monotonic() >= ends_at:
                 logger.warning("quality gate: model=%s no time for request %s and later ones", card.name, name)
@@ -129,14 +163,17 @@ class QualityGate:
         return _Reference("new") if report is None else _Reference("other", report)
 
     async def _save(self, report: Report) -> None:
-        """Record these weights as last good, and save their report unless they have one.
+        """Record these weights as last good, and save their report. If they have one, only new clips are added to it.
 
-        The first report is kept, because replacing it each time would allow slow drift.
+        The first clips are kept, because replacing them each time would allow slow drift.
         """
         setup = report.setup
         try:
-            if await self._archive.report(setup.report_id) is None:
+            known = await self._archive.report(setup.report_id)
+            if known is None:
                 await self._archive.save(report)
+            elif new := {name: clip for name, clip in report.clips.items() if name not in known.clips}:
+                await self._archive.save(replace(known, clips=dict([*known.clips.items(), *new.items()][:MOST_CLIPS])))
             await self._archive.save_last_good(LastGood(setup.model, setup.weights, report.source))
         except (StorageError, QualityReportError) as error:
             logger.warning("quality gate: model=%s: its report is not kept: %s", report.setup.model, error.message)
@@ -172,3 +209,20 @@ def _compare(clips: Mapping[str, Clip], reference: _Reference) -> None:
     for name in common:
         if fault := differ(clips[name], report.clips[name]):
             raise QualityError(f"golden request {name}: {fault} (quality report {report.setup.report_id})")
+
+
+def _clip_name(lora: Lora) -> str:
+    return f"adapter {lora.sha256}{' with conditioners' if lora.has_conditioners else ''}"
+
+
+def _compare_adapted(clips: Mapping[Lora, Clip], reference: _Reference) -> dict[str, str]:
+    """Return how clips with adapters differ from earlier clips of the same weights with the same adapters."""
+    if reference.report is None or reference.basis == "other":
+        return {}
+    before = reference.report.clips
+    differences = {
+        lora.name: difference_from_same(clip, before[name])
+        for lora, clip in clips.items()
+        if (name := _clip_name(lora)) in before
+    }
+    return {name: fault for name, fault in differences.items() if fault is not None}

@@ -20,7 +20,8 @@ from stable_audio_serve.core.errors import QualityReportError
 from stable_audio_serve.verification.quality.requests import VERSION
 from stable_audio_serve.verification.quality.sound import Clip
 
-MAX_BYTES = 4 * 2**20  # larger reports are not read; a valid report has about 130 kB
+MAX_BYTES = 4 * 2**20  # larger reports are not read; a clip has about 45 kB
+MOST_CLIPS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +142,9 @@ class _WireClip(_Wire):
     spectrum: str
 
 
-def _one_to_sixteen(clips: dict[str, _WireClip]) -> dict[str, _WireClip]:
-    if not 1 <= len(clips) <= 16:
-        raise ValueError("must be 1 to 16 clips")
+def _bounded(clips: dict[str, _WireClip]) -> dict[str, _WireClip]:
+    if not 1 <= len(clips) <= MOST_CLIPS:
+        raise ValueError(f"must be 1 to {MOST_CLIPS} clips")
     return clips
 
 
@@ -153,7 +154,7 @@ class _WireReport(_Wire):
     setup: _WireSetup
     source: _WireSource
     made_at: Annotated[float, Field(ge=0, le=4e9)]
-    clips: Annotated[dict[str, _WireClip], AfterValidator(_one_to_sixteen)]
+    clips: Annotated[dict[str, _WireClip], AfterValidator(_bounded)]
 
 
 class _WireLastGood(_Wire):
