@@ -20,8 +20,8 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.engine import Engine, EngineOptions, adapters
 from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from stable_audio_serve.models.adapters.adapter import read_adapter
-from stable_audio_serve.models.adapters.apply import SlotTable
 from stable_audio_serve.models.adapters.base import Base
+from stable_audio_serve.models.adapters.slot_table import SlotTable
 from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.protocol import RowConditioning, StepBatch
 from stable_audio_serve.models.sa3.model import Sa3Model
