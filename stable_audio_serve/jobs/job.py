@@ -14,7 +14,7 @@ from stable_audio_serve.core.generation import GenerationRequest, Role
 from stable_audio_serve.core.ids import NO_CLIENT, ClientId, JobId
 from stable_audio_serve.core.sound import Peaks
 
-Contract = Literal["sa3", "aiml", "fal"]
+Contract = Literal["sa3", "aiml", "fal", "stability"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
 
