@@ -111,7 +111,7 @@ def result_headers(output: Output) -> dict[str, str]:
     result = output.result
     return {
         "X-Model": result.model,
-        "X-Sample-Rate": str(result.sample_rate_hz),
+        "X-Sample-Rate": str(output.sample_rate_hz),
         "X-Output-Count": str(len(result.audio)),
         **sound_headers(output.clips, result.made_on),
         **_recipe_header(output.recipes),

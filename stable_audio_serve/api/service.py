@@ -67,12 +67,14 @@ _UPLOAD_CHUNK_BYTES = 1_048_576
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The content of a response: the file, the measurements of its clips, the generation result, and the encoding time.
+    """The content of a response: the file and its sample rate, the measurements of its clips, the generation result,
+    and the encoding time.
 
     `recipes` has the recipe of each variation, or is empty if the response shall have no recipes.
     """
 
     file: EncodedFile
+    sample_rate_hz: int
     clips: tuple[ClipFacts, ...]
     result: GenerationResult
     encode_ms: float
@@ -262,7 +264,7 @@ class Service:
         started_at = self.clock.monotonic()
         finished = await self.compute(make)
         encode_ms = (self.clock.monotonic() - started_at) * 1000
-        return Output(finished.file, finished.clips, result, encode_ms, finished.recipes)
+        return Output(finished.file, finished.sample_rate_hz, finished.clips, result, encode_ms, finished.recipes)
 
     async def compute(self, function: Callable[[], T]) -> T:
         """Run `function` on an encoding thread and return its result."""

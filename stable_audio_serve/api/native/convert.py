@@ -21,10 +21,12 @@ from stable_audio_serve.api.native.schemas import (
     check_sampler_kwargs,
 )
 from stable_audio_serve.api.service import resolve_seed
+from stable_audio_serve.audio.formats import check_encoding
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.core.sound import Encoding
 
 # The numbers that clients may send in `sampler_kwargs` for Stable Audio Open models (True) and other models (False), by
 # name: the field of `GenerationRequest`, the lowest value and the highest value. Stable Audio Open models do not
@@ -104,6 +106,11 @@ def to_request(
     if apg_scale and card.family == OPEN_FAMILY:
         message = f"apg_scale must be 0 or unset: the model {card.name} does not support it"
         faults.append(_fault("apg_scale", message, value=apg_scale))
+    try:
+        check_encoding(to_encoding(fields))
+    except InvalidRequestError as error:
+        value = getattr(fields, str(error.field))
+        faults.append(_fault(str(error.field), error.message, value=value))
     if faults:
         raise RequestValidationError(faults)
     request = GenerationRequest(
@@ -125,6 +132,11 @@ def to_request(
         **sampling,
     )
     return card, request
+
+
+def to_encoding(fields: Controls) -> Encoding:
+    """Return how a request's file is encoded. `to_request` checks that the format allows it."""
+    return Encoding(fields.response_format, fields.bitrate, fields.bit_depth, fields.sample_rate)
 
 
 def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCard) -> GenerationRequest:

@@ -8,6 +8,7 @@ import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest, Lora, ScheduleShift, SourceAudio
+from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.store import codec
 
@@ -56,7 +57,7 @@ SPEC = JobSpec(
     model="small-sfx",
     mode="inpainting",
     request=REQUEST,
-    file_format="flac",
+    encoding=Encoding(AudioFormat.WAV, 128, "float", 48_000),
     file_stem="stem",
     upload=JobUpload(FILE, "inpaint", 123.5),
     start_within_s=0.5,
