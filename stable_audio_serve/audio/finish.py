@@ -76,12 +76,14 @@ def finish_clip(
     seed: int,
     peaks: Peaks,
     generated: Sequence[GeneratedSpan] | None = None,
+    is_loop: bool = False,
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
     """Bring a clip's peaks into -1..1 and measure the clip. Returns the clip (C, S) float32, and its measurements.
 
-    `generated` are the parts of the clip that the model generated. None means the whole clip.
+    `generated` are the parts of the clip that the model generated. None means the whole clip. `is_loop` is whether the
+    clip repeats without a seam.
     """
-    finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated)
+    finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated, is_loop=is_loop)
     return finished, describe_clip(finished, sample_rate_hz, seed=seed)
 
 
@@ -91,7 +93,14 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     The files in the archive are named `<stem>-01.<format>`, `<stem>-02.<format>`, and so on.
     """
     finished = [
-        finish_clip(audio, result.sample_rate_hz, seed=seed, peaks=order.peaks, generated=generated)
+        finish_clip(
+            audio,
+            result.sample_rate_hz,
+            seed=seed,
+            peaks=order.peaks,
+            generated=generated,
+            is_loop=result.is_loop,
+        )
         for audio, seed, generated in zip(
             result.audio, result.seeds, result.generated or repeat(None, len(result.audio)), strict=True
         )

@@ -17,6 +17,7 @@ from stable_audio_serve.core.generation import (
     EditSchedule,
     GenerationRequest,
     Keep,
+    LoopStart,
     Lora,
     MadeOn,
     Mode,
@@ -142,6 +143,7 @@ class Recipe(_Part):
     rho: Annotated[float, Field(ge=0.01, le=100)] | None = _unset()
     duration_padding_sec: Annotated[float, Field(ge=0, le=30)] | None = _unset()
     chunked_decode: bool | None = _unset()
+    loop: LoopStart | None = _unset("Start of a clip that repeats without a seam: free or bars.")
     seconds_start: _Start | None = _unset("Start of the clip in a longer piece; for models with this conditioning.")
     seconds_total: _Seconds | None = _unset("Length of that piece.")
     init_audio: RecipeSource | None = _unset("Source of a variation.")
@@ -177,6 +179,8 @@ class Recipe(_Part):
             raise ValueError("inpaint_regions: each must start before its end")
         if self.keep is not None and self.inpaint_audio is None:
             raise ValueError("keep belongs to inpaint_audio")
+        if self.loop is not None and self.inpaint_audio is not None:
+            raise ValueError("loop does not belong to inpaint_audio")
         is_full = self.peaks == "full"
         if (is_full and self.encoding != PLAIN_WAV) or (self.samples is not None and not is_full):
             raise ValueError("peaks: full is of plain WAV files, and only with full there are samples")
@@ -220,6 +224,7 @@ class Recipe(_Part):
             cfg_norm_threshold=self.cfg_norm_threshold or 0.0,
             duration_padding_s=self.duration_padding_sec,
             chunked_decode=self.chunked_decode,
+            loop=self.loop,
             init_audio=sources[self.init_audio.sha256] if self.init_audio else None,
             init_noise_level=1.0 if self.init_noise_level is None else self.init_noise_level,
             edit_schedule=self.edit_schedule,
@@ -281,6 +286,7 @@ def write_recipes(
         rho=request.rho,
         duration_padding_sec=_to_float(provenance.duration_padding_s if provenance else request.duration_padding_s),
         chunked_decode=request.chunked_decode,
+        loop=request.loop,
         seconds_start=_to_float(request.start_s) or None,
         seconds_total=_to_float(request.conditioned_total_s),
         init_audio=init,

@@ -60,6 +60,8 @@ OPTIONS: Mapping[str, str] = {
     "inpaint_end_seconds": "the end of --region",
     "keep": "--keep",
     "webhook_url": "--webhook",
+    "loop": "--loop",
+    "bpm": "--bpm",
     "bars": "--bars",
     "loop_type": "--kind",
     "style_strength": "--strength",

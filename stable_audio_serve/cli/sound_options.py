@@ -25,6 +25,9 @@ Keep = Annotated[
     ),
 ]
 
+Loop = Annotated[bool, typer.Option("--loop", help="Make a clip that repeats without a seam.")]
+Bpm = Annotated[float | None, typer.Option(help="With --loop: tempo, beats per minute; name it in the prompt too.")]
+Bars = Annotated[int | None, typer.Option(help="With --loop and --bpm: bars of four beats, in place of --duration.")]
 
 STRENGTH_HELP = "Strength, 0 to 1; low keeps more of the source."
 

@@ -24,13 +24,14 @@ from stable_audio_serve.api.refusals import ExpectedError, Refusals, field_and_m
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.audio.encode import AudioFormat, EncodedFile
+from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.core.catalog import SA3_FAMILY, ModelCard
 from stable_audio_serve.core.errors import UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest, Role, SourceAudio
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.core.keys import Scope
+from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.jobs.job import JobError, JobRef, JobSpec
 
 TAG = "Stability"
@@ -94,6 +95,10 @@ class TextForm(BaseModel):
     )
     output_format: Literal["mp3", "wav"] = Field("mp3", description="Format of the audio file.")
 
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(AudioFormat(self.output_format))
+
 
 class _SourceForm(TextForm):
     audio: UploadFile = Field(description="MP3 or WAV file.", json_schema_extra={"format": "binary"})
@@ -140,15 +145,14 @@ class StabilityError(BaseModel):
     errors: list[str]
 
 
-class StabilityBalance(BaseModel):
-    """Seconds of audio that the key may still have in this minute, or 1,000,000 without a limit."""
-
-    credits: float
-
-
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": StabilityError, "description": "A field is missing, of the wrong type or out of range."},
     **error_responses(StabilityError, 401, 408, 413, 429, 500, 503, 504, 507),
+}
+_RESULT_ERRORS: dict[int | str, dict[str, Any]] = {
+    202: {"model": StabilityProgress},
+    404: {"model": StabilityError, "description": "No such generation."},
+    **error_responses(StabilityError, 401, 500, 503),
 }
 _AUDIO: dict[int | str, dict[str, Any]] = {
     200: {
@@ -195,7 +199,7 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
             model=card.name,
             mode="text-to-audio" if upload is None else "inpainting" if upload.role == "inpaint" else "audio-to-audio",
             request=replace(generation, init_audio=None, inpaint_audio=None),
-            file_format=form.output_format,
+            encoding=form.encoding,
             peaks=service.settings.audio.peaks,
             with_recipe=service.settings.dialects.recipes,
             upload=upload,
@@ -211,12 +215,7 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
         "/v2beta/audio/results/{id}",
         summary="Result (Stability)",
         response_class=Response,
-        responses={
-            **_AUDIO,
-            202: {"model": StabilityProgress},
-            404: {"model": StabilityError, "description": "No such generation."},
-            **error_responses(StabilityError, 401, 500, 503),
-        },
+        responses={**_AUDIO, **_RESULT_ERRORS},
     )
     async def show_result(request: Request, id: str) -> Response:
         """Return the result of a generation, 202 while there is none."""
@@ -249,7 +248,7 @@ def _add_synchronous(router: APIRouter, service: Service) -> None:
         card, generation = service.adapted(card, generation)
         note(request.scope, model=card.name, duration_s=generation.duration_s)
         origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
-        order = FileOrder(service.settings.audio.peaks, file_format=AudioFormat(form.output_format), origin=origin)
+        order = FileOrder(service.settings.audio.peaks, encoding=form.encoding, origin=origin)
         result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
         file = (await service.finish(result, order)).file
 
@@ -294,10 +293,10 @@ def _add_user(router: APIRouter, service: Service) -> None:
         return {"id": name, "email": f"{name}@localhost", "organizations": [organization], "profile_picture": None}
 
     @router.get("/v1/user/balance", summary="Balance (Stability)", responses=responses)
-    async def show_balance(request: Request) -> StabilityBalance:
-        """Return how much audio the key may still have."""
+    async def show_balance(request: Request) -> dict[str, float]:
+        """Return the seconds of audio that the key may still have in this minute, or 1,000,000 without a limit."""
         left_s = await service.limiter.audio_left_s(request.state.caller.key)
-        return StabilityBalance(credits=_CREDITS if left_s is None else round(left_s, 2))
+        return {"credits": _CREDITS if left_s is None else round(left_s, 2)}
 
 
 def _resolve_model(service: Service, form: TextForm, *, version: _Version) -> ModelCard:

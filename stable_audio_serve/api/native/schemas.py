@@ -160,6 +160,19 @@ class GenerationBody(Controls):
         max_length=MAX_LORAS,
         description="Extension: adapters (LoRA) of the model, in this order; GET /v1/models lists them.",
     )
+    loop: bool | None = Field(None, description="Extension: make a clip that repeats without a seam.")
+    bpm: Finite | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Extension: tempo of a loop, beats per minute. Name it in the prompt too.",
+    )
+    bars: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Extension: length of a loop in bars of four beats, with bpm; replaces duration.",
+    )
 
 
 class UploadForm(Controls):

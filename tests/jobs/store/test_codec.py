@@ -38,6 +38,7 @@ REQUEST = GenerationRequest(
     cfg_norm_threshold=1e6,
     cfg_interval=(0.1, 0.9),
     duration_padding_s=0.0,
+    loop="bars",
     init_noise_level=0.4,
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
     keep="model",
