@@ -24,6 +24,7 @@ PUBLIC = {
     *(("PUT", path) for path in ("/storage/upload/{ticket}", "/storage/upload/{ticket}/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),
     *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
+    *(("GET", path) for path in ("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt")),
     *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json")),
 }
 
@@ -42,6 +43,7 @@ def connect(app: FastAPI, **headers: Any) -> httpx.AsyncClient:
 
 def _fill(path: str) -> str:
     ids = {"job_id": "0" * 32, "file_id": "0" * 32, "ticket": "a.b", "number": "1"}
+    ids |= {"app": "stable-audio-3", "endpoint": "medium/text-to-audio"}
     return re.sub(r"{(\w+)}", lambda match: ids.get(match[1], match[1]), path)
 
 
