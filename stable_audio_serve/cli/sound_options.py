@@ -49,6 +49,12 @@ class SoundOptions:
         int, typer.Option("--variations", "-n", min=1, help="Number of variations; seeds count up from --seed.")
     ] = 1
     format: Annotated[Literal["wav", "flac", "mp3", "ogg", "opus"] | None, typer.Option(help="File format.")] = None
+    loudness: Annotated[float | None, typer.Option(help="Target loudness, LUFS, such as -14.")] = None
+    true_peak: Annotated[
+        float | None, typer.Option(help="With --loudness: highest true peak, dBTP.", show_default="-1")
+    ] = None
+    fade_in: Annotated[float | None, typer.Option(min=0.0, help="Fade at the start, seconds.")] = None
+    fade_out: Annotated[float | None, typer.Option(min=0.0, help="Fade at the end, seconds.")] = None
     priority: Annotated[
         Literal["interactive", "batch"], typer.Option(help="Interactive requests run before batch requests.")
     ] = "interactive"
@@ -85,10 +91,22 @@ class SoundOptions:
             "negative_prompt": self.negative_prompt,
             "batch_size": self.variations if self.variations > 1 else None,
             "response_format": self.format,
+            "loudness": self._loudness,
+            "fade_in_s": self.fade_in,
+            "fade_out_s": self.fade_out,
             "priority": self.priority if self.priority != "interactive" else None,
             "loras": [_parse_lora(text) for text in self.loras] if self.loras else None,
             "lora_stacking": self.lora_stacking,
         }
+
+    @property
+    def _loudness(self) -> dict[str, float] | None:
+        if self.loudness is None:
+            if self.true_peak is not None:
+                raise ValueError("--true-peak needs --loudness")
+            return None
+        true_peak = {} if self.true_peak is None else {"true_peak_dbtp": self.true_peak}
+        return {"target_lufs": self.loudness, **true_peak}
 
 
 def _parse_lora(text: str) -> dict[str, Any]:

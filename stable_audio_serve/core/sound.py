@@ -1,13 +1,51 @@
-"""Measurements of a finished clip, and the ways to handle peaks above full scale."""
+"""Measurements of a finished clip, and how a clip is finished: peaks, loudness and fades."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from stable_audio_serve.core.errors import InvalidRequestError
+
 # Ways to handle peaks. limit: a limiter keeps them at or below 0.977. scale: the clip is divided by its peak. clip:
 # samples above 1 are set to 1.
 Peaks = Literal["limit", "scale", "clip"]
+
+
+LEAST_MEASURED_S = 0.4  # the loudness of a shorter clip is undefined
+
+
+@dataclass(frozen=True, slots=True)
+class Loudness:
+    """The integrated loudness (ITU-R BS.1770) that a clip gets, and the true peak that it may not exceed."""
+
+    target_lufs: float
+    true_peak_dbtp: float = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finishing:
+    """What is done to a clip, in this order: its loudness, the limiter, linear fades at its ends."""
+
+    loudness: Loudness | None = None
+    fade_in_s: float = 0.0
+    fade_out_s: float = 0.0
+
+    def check(self, *, duration_s: float, is_loop: bool) -> None:
+        """Raise InvalidRequestError for a clip that is too short for it, and for fades of a loop."""
+        if self.loudness is not None and duration_s < LEAST_MEASURED_S:
+            message = f"loudness: duration must be at least {LEAST_MEASURED_S:g} s to measure the loudness"
+            raise InvalidRequestError(message, field="loudness", allowed=f">= {LEAST_MEASURED_S:g} s")
+        for name, fade_s in (("fade_in_s", self.fade_in_s), ("fade_out_s", self.fade_out_s)):
+            if fade_s and is_loop:
+                raise InvalidRequestError(f"{name} must be 0 for a loop", field=name, allowed="0")
+        if self.fade_in_s + self.fade_out_s > duration_s:
+            name = "fade_in_s" if self.fade_in_s > duration_s else "fade_out_s"
+            message = f"{name}: the fades must not be longer than the clip, {duration_s:g} s, together"
+            raise InvalidRequestError(message, field=name, allowed=f"at most {duration_s:g}")
+
+
+AS_IS = Finishing()  # no target loudness, no fades
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +54,11 @@ class ClipFacts:
 
     `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is the integrated loudness (ITU-R BS.1770),
     None for clips shorter than 0.4 s and for clips that never exceed -70 LUFS. `is_silent` means that every sample is
-    below -70 dBFS.
+    below -70 dBFS. `true_peak_dbtp` is only measured if the clip has a target loudness.
     """
 
     seed: int
     peak: float
     loudness_lufs: float | None
     is_silent: bool
+    true_peak_dbtp: float | None = None

@@ -8,6 +8,7 @@ import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest, Lora, ScheduleShift, SourceAudio
+from stable_audio_serve.core.sound import Finishing, Loudness
 from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.store import codec
 
@@ -40,6 +41,7 @@ REQUEST = GenerationRequest(
     init_noise_level=0.4,
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
     keep="model",
+    loop="bars",
     loras=(Lora("vinyl", -0.5, (0.2, 0.8), "s3://bucket/vinyl.safetensors", "d" * 64, has_conditioners=True),),
     lora_stacking="summed",
     chunked_decode=False,
@@ -58,6 +60,7 @@ SPEC = JobSpec(
     request=REQUEST,
     file_format="flac",
     file_stem="stem",
+    finishing=Finishing(Loudness(-14.0, -2.0), 0.5, 1.5),
     upload=JobUpload(FILE, "inpaint", 123.5),
     start_within_s=0.5,
     webhook_url="https://example.com/?a=b",
