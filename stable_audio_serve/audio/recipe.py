@@ -25,7 +25,7 @@ from stable_audio_serve.core.generation import (
     SourceAudio,
     Stacking,
 )
-from stable_audio_serve.core.sound import AS_IS, Finishing, Loudness, Peaks
+from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, AudioFormat, BitDepth, Encoding, Finishing, Loudness, Peaks
 
 MOST_BYTES = 1_048_576  # size of the longest recipe as text
 MOST_REGIONS = 100
@@ -44,7 +44,6 @@ _Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
 _Region = tuple[_Seconds, _Seconds]  # start, end
 _Time = Annotated[float, Field(ge=0, le=1)]  # of denoising: 1 = the start from noise
 _Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their own range
-FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # the values of `audio.encode.AudioFormat`
 
 
 def _unset(description: str | None = None) -> Any:
@@ -131,7 +130,7 @@ class RecipeMaker(_Part):
     profile: _ShortText | None = _unset("Speed features of the engine, only on a GPU: plain or accelerated.")
     attention: _ShortText | None = _unset("Kernels of attention, only on a GPU: without and with a mask.")
     codecs: _ShortText | None = _unset(
-        "Libraries that read the sources and wrote the file; unset for WAV without sources."
+        "Libraries that read the sources and wrote the file; unset for WAV and PCM without sources."
     )
 
 
@@ -171,7 +170,10 @@ class Recipe(_Part):
     keep: Keep | None = _unset("Audio outside the regions: source or model; unset = model.")
     loras: Annotated[tuple[RecipeLora, ...], Field(strict=False, max_length=64)] | None = _unset("Adapters, in order.")
     lora_stacking: Stacking | None = _unset("How the adapters combine.")
-    response_format: FileFormat = Field(description="File format.")
+    response_format: Annotated[AudioFormat, Field(strict=False)] = Field(description="File format.")
+    bitrate: Annotated[int, Field(ge=8, le=320), _WHOLE] | None = _unset("kbit/s; unset = the format's default.")
+    bit_depth: Annotated[BitDepth, _WHOLE] | None = _unset("Bits of a sample; unset = 16.")
+    sample_rate: Annotated[int, Field(ge=8000, le=48_000), _WHOLE] | None = _unset("Hertz; unset = the model's.")
     peaks: Peaks | Literal["full"] = Field(
         description="Treatment of peaks; full = the whole generation was scaled to full scale, then cut to `samples`."
     )
@@ -195,11 +197,16 @@ class Recipe(_Part):
         if self.loop is not None and self.inpaint_audio is not None:
             raise ValueError("loop does not belong to inpaint_audio")
         is_full = self.peaks == "full"
-        if (is_full and self.response_format != "wav") or (self.samples is not None and not is_full):
-            raise ValueError("peaks: full is of WAV files, and only with full there are samples")
+        if (is_full and self.encoding != PLAIN_WAV) or (self.samples is not None and not is_full):
+            raise ValueError("peaks: full is of plain WAV files, and only with full there are samples")
         if is_full and self.finishing != AS_IS:
             raise ValueError("loudness and fades do not belong to peaks: full")
         return self
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the clip's file is written."""
+        return Encoding(self.response_format, self.bitrate, self.bit_depth, self.sample_rate)
 
     @property
     def finishing(self) -> Finishing:
@@ -276,7 +283,7 @@ def write_recipes(
     model: str,
     seeds: Sequence[int],
     made_on: MadeOn,
-    file_format: FileFormat,
+    encoding: Encoding,
     peaks: Peaks | Literal["full"],
     finishing: Finishing = AS_IS,
     samples: int | None = None,
@@ -317,13 +324,16 @@ def write_recipes(
         keep=request.keep if inpaint else None,
         loras=tuple(map(RecipeLora.of, loras)) or None,
         lora_stacking=(provenance or request).lora_stacking if loras else None,
-        response_format=file_format,
+        response_format=encoding.file_format,
+        bitrate=encoding.bitrate_kbps,
+        bit_depth=encoding.bit_depth,
+        sample_rate=encoding.sample_rate_hz,
         peaks=peaks,
         samples=samples,
         loudness=RecipeLoudness.of(finishing.loudness) if finishing.loudness else None,
         fade_in_s=float(finishing.fade_in_s) or None,
         fade_out_s=float(finishing.fade_out_s) or None,
-        made_on=write_maker(made_on, codecs=_codecs_of(file_format, sources)),
+        made_on=write_maker(made_on, codecs=_codecs_of(encoding, sources)),
     )
     return (first, *(first.model_copy(update={"seed": seed}) for seed in seeds[1:]))
 
@@ -361,12 +371,13 @@ def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
     )
 
 
-def _codecs_of(file_format: FileFormat, sources: Collection[str]) -> str | None:
-    if not sources and file_format == "wav":
+def _codecs_of(encoding: Encoding, sources: Collection[str]) -> str | None:
+    is_plain = encoding.file_format in (AudioFormat.WAV, AudioFormat.PCM) and encoding.sample_rate_hz is None
+    if not sources and is_plain:
         return None
     from stable_audio_serve.audio.encode import name_codecs  # imported late, because NumPy is not needed otherwise
 
-    return name_codecs()
+    return name_codecs(with_aac=encoding.file_format in (AudioFormat.M4A, AudioFormat.AAC))
 
 
 def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
@@ -375,7 +386,7 @@ def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
     This is so if both ran in strict mode with the same weights, kind of device, processor, versions and precisions.
     """
     now = made_on.provenance
-    codecs = _codecs_of(recipe.response_format, recipe.hashes)
+    codecs = _codecs_of(recipe.encoding, recipe.hashes)
     return (
         now is not None
         and now.mode == "strict"

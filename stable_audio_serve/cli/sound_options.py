@@ -48,7 +48,15 @@ class SoundOptions:
     variations: Annotated[
         int, typer.Option("--variations", "-n", min=1, help="Number of variations; seeds count up from --seed.")
     ] = 1
-    format: Annotated[Literal["wav", "flac", "mp3", "ogg", "opus"] | None, typer.Option(help="File format.")] = None
+    format: Annotated[
+        Literal["wav", "flac", "mp3", "ogg", "opus", "pcm", "ulaw", "alaw", "m4a", "aac"] | None,
+        typer.Option(help="File format; m4a and aac need the extra `aac`."),
+    ] = None
+    bitrate: Annotated[int | None, typer.Option(min=8, max=320, help="Of lossy formats, kbit/s.")] = None
+    bit_depth: Annotated[
+        Literal["16", "24", "float"] | None, typer.Option(help="Bits of a sample; of wav, of flac without float.")
+    ] = None
+    sample_rate: Annotated[int | None, typer.Option(help="Of the file, hertz; default: the model's.")] = None
     loudness: Annotated[float | None, typer.Option(help="Target loudness, LUFS, such as -14.")] = None
     true_peak: Annotated[
         float | None, typer.Option(help="With --loudness: highest true peak, dBTP.", show_default="-1")
@@ -91,6 +99,9 @@ class SoundOptions:
             "negative_prompt": self.negative_prompt,
             "batch_size": self.variations if self.variations > 1 else None,
             "response_format": self.format,
+            "bitrate": self.bitrate,
+            "bit_depth": int(self.bit_depth) if self.bit_depth in {"16", "24"} else self.bit_depth,
+            "sample_rate": self.sample_rate,
             "loudness": self._loudness,
             "fade_in_s": self.fade_in,
             "fade_out_s": self.fade_out,

@@ -48,7 +48,12 @@ class Controls(TypedDict, total=False):
     chunked_decode: Annotated[bool | None, "Decode in windows."]
     apg_scale: Annotated[float | None, "Adaptive projected guidance; 0 = plain guidance."]
     duration_padding_sec: Annotated[float | None, "Audio that is generated after the clip and cut off, seconds."]
-    response_format: Annotated[str | None, "File format: wav, flac, mp3, ogg or opus."]
+    response_format: Annotated[
+        str | None, "File format: wav, flac, mp3, ogg, opus, pcm, ulaw or alaw; on some servers m4a and aac."
+    ]
+    bitrate: Annotated[int | None, "Bit rate of a lossy format, kbit/s."]
+    bit_depth: Annotated[Literal[16, 24, "float"] | None, "Bits of a sample; of wav 16, 24 or float, of flac 16 or 24."]
+    sample_rate: Annotated[int | None, "Sample rate of the file, hertz; by default the model's."]
     deadline_s: Annotated[float | None, "Time budget, seconds; after it DeadlineExceededError is raised."]
     priority: Annotated[Literal["interactive", "batch"] | None, "Interactive requests run before batch requests."]
     peaks: Annotated[str | None, "What is done to peaks above full scale: limit, scale or clip."]

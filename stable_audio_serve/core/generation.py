@@ -37,6 +37,11 @@ class SourceAudio:
     sha256: str = ""
     is_mixed: bool = False
 
+    @property
+    def duration_s(self) -> float:
+        """Length in seconds."""
+        return self.samples.shape[1] / self.sample_rate_hz
+
     def to_mono(self) -> SourceAudio:
         """Return the audio with one channel, the mean of all channels."""
         return replace(self, samples=self.samples.mean(axis=0, keepdims=True), is_mixed=True)

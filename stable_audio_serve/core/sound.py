@@ -1,8 +1,9 @@
-"""Measurements of a finished clip, and how a clip is finished: peaks, loudness and fades."""
+"""How a clip is finished and its file is written: peaks, loudness, fades, encoding. Also a clip's measurements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
 
 from stable_audio_serve.core.errors import InvalidRequestError
@@ -10,6 +11,42 @@ from stable_audio_serve.core.errors import InvalidRequestError
 # Ways to handle peaks. limit: a limiter keeps them at or below 0.977. scale: the clip is divided by its peak. clip:
 # samples above 1 are set to 1.
 Peaks = Literal["limit", "scale", "clip"]
+BitDepth = Literal[16, 24, "float"]  # of uncompressed samples; float has 32 bits
+
+
+class AudioFormat(StrEnum):
+    """Formats of output files.
+
+    `ogg` is Vorbis, `opus` is Opus in an Ogg container, `m4a` is AAC in an MP4 container and `aac` is AAC in ADTS
+    frames. `pcm` (16 bits, little-endian), `ulaw` and `alaw` (G.711) are samples without a header.
+    """
+
+    WAV = "wav"
+    FLAC = "flac"
+    MP3 = "mp3"
+    OGG = "ogg"
+    OPUS = "opus"
+    PCM = "pcm"
+    ULAW = "ulaw"
+    ALAW = "alaw"
+    M4A = "m4a"
+    AAC = "aac"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """The encoding of a file. None selects the format's default, and the model's sample rate.
+
+    `audio.formats` has the values that each format allows.
+    """
+
+    file_format: AudioFormat = AudioFormat.WAV
+    bitrate_kbps: int | None = None
+    bit_depth: BitDepth | None = None
+    sample_rate_hz: int | None = None
+
+
+PLAIN_WAV = Encoding()  # 16 bits at the model's sample rate
 
 
 LEAST_MEASURED_S = 0.4  # the loudness of a shorter clip is undefined

@@ -22,13 +22,14 @@ from stable_audio_serve.api.native.schemas import (
     check_sampler_kwargs,
 )
 from stable_audio_serve.api.service import resolve_seed
+from stable_audio_serve.audio.formats import check_encoding
 from stable_audio_serve.audio.loops import BEATS_PER_BAR
 from stable_audio_serve.audio.seams import LEAST_SURPLUS_S
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest, LoopStart, Lora
 from stable_audio_serve.core.settings import ApiSettings
-from stable_audio_serve.core.sound import Finishing, Loudness
+from stable_audio_serve.core.sound import Encoding, Finishing, Loudness
 
 T = TypeVar("T")
 
@@ -141,6 +142,11 @@ def to_request(
     if apg_scale and card.family == OPEN_FAMILY:
         message = f"apg_scale must be 0 or unset: the model {card.name} does not support it"
         faults.append(_fault("apg_scale", message, value=apg_scale))
+    try:
+        check_encoding(to_encoding(fields))
+    except InvalidRequestError as error:
+        value = getattr(fields, str(error.field))
+        faults.append(_fault(str(error.field), error.message, value=value))
     if faults:
         raise RequestValidationError(faults)
     request = GenerationRequest(
@@ -163,6 +169,11 @@ def to_request(
         **sampling,
     )
     return card, request
+
+
+def to_encoding(fields: Controls) -> Encoding:
+    """Return how a request's file is encoded. `to_request` checks that the format allows it."""
+    return Encoding(fields.response_format, fields.bitrate, fields.bit_depth, fields.sample_rate)
 
 
 def _plan_loop(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[LoopStart | None, float | None]:

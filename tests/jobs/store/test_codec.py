@@ -8,7 +8,7 @@ import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest, Lora, ScheduleShift, SourceAudio
-from stable_audio_serve.core.sound import Finishing, Loudness
+from stable_audio_serve.core.sound import AudioFormat, Encoding, Finishing, Loudness
 from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.store import codec
 
@@ -58,7 +58,7 @@ SPEC = JobSpec(
     model="small-sfx",
     mode="inpainting",
     request=REQUEST,
-    file_format="flac",
+    encoding=Encoding(AudioFormat.WAV, 128, "float", 48_000),
     file_stem="stem",
     finishing=Finishing(Loudness(-14.0, -2.0), 0.5, 1.5),
     upload=JobUpload(FILE, "inpaint", 123.5),
