@@ -132,8 +132,9 @@ def encode_audio(
     """Encode `audio` (C, S) float32 in -1..1 as a file. `formats.check_encoding` accepts `encoding`.
 
     Audio at another rate than that of the file (`formats.file_rate`) is resampled; a loop (`is_loop`) still repeats
-    without a seam then. G.711 files are mono, and contain the mean of the channels. `text` is embedded in the file (`embedded_text.extract` reads it), which needs one of
-    `formats.TEXT_FORMATS`. The text must not be empty, and for Opus not longer than `MOST_OPUS_TEXT_CHARS`.
+    without a seam then. G.711 files are mono, and contain the mean of the channels. `text` is embedded in the file
+    (`embedded_text.extract` reads it), which needs one of `formats.TEXT_FORMATS`. The text must not be empty, and for
+    Opus not longer than `MOST_OPUS_TEXT_CHARS`.
     """
     file_format, rate_hz = encoding.file_format, file_rate(encoding, sample_rate_hz)
     if file_format in (AudioFormat.ULAW, AudioFormat.ALAW):
