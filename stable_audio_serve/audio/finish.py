@@ -124,7 +124,13 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     recipes = _recipes_of(result, order)
     encoding, rate_hz = order.encoding, result.sample_rate_hz
     files = [
-        encode_audio(audio, rate_hz, encoding=encoding, text=_text_of(recipe, file_format=encoding.file_format))
+        encode_audio(
+            audio,
+            rate_hz,
+            encoding=encoding,
+            text=_text_of(recipe, file_format=encoding.file_format),
+            is_loop=result.is_loop,
+        )
         for (audio, _), recipe in zip_longest(finished, recipes)
     ]
     file_rate_hz = file_rate(encoding, rate_hz)

@@ -79,6 +79,17 @@ async def test_both_schemes_are_accepted_everywhere(locked: FastAPI, scheme: str
         assert (await client.post("/v1/audio/generations", json=body)).status_code == 200
 
 
+@pytest.mark.parametrize("key", KEYS)
+async def test_key_may_be_in_a_header_of_its_own(locked: FastAPI, key: str) -> None:
+    async with connect(locked, **{"xi-api-key": key.encode()}) as client:
+        for path, body in (("/v1/audio/generate", {"input": "x"}), ("/v1/audio/generations", {"prompt": "x"})):
+            assert (await client.post(path, json=body)).status_code == 200
+    async with connect(locked, **{"xi-api-key": f"{key}2".encode()}) as client:
+        assert (await client.get("/v1/user")).status_code == 401
+        headers = {"Authorization": f"Bearer {key}".encode()}
+        assert (await client.get("/v1/user", headers=headers)).status_code == 200
+
+
 @pytest.mark.parametrize(
     "value",
     ["", "Bearer", "Bearer ", "first-key", "Basic first-key", "Bearer first-key2", "Bearer FIRST-KEY", "Key x y"],

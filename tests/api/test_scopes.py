@@ -22,7 +22,7 @@ from tests.backends import ToneBackend
 pytestmark = pytest.mark.server
 
 # ANY: operations that every key may call. OPEN: operations that need no key. All others need a scope.
-ANY = {"/v1/models", "/loras", "/riffs/available", "/model/info", "/v1/user/account", "/v1/user/balance"}
+ANY = {"/v1/models", "/loras", "/riffs/available", "/model/info", "/v1/user", "/v1/user/account", "/v1/user/balance"}
 ANY |= {"/v1/status", "/api/fal/proxy"}  # the route to which the proxy forwards a request checks the scope
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
 OPEN |= {"/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt"}
@@ -35,6 +35,7 @@ GENERATE = {"/generate", "/generate/loop", "/generate/style-transfer", "/generat
 GENERATE |= {f"/v1/audio/{what}" for what in ("generations", "variations", "inpaint", "generate", "replay")}
 GENERATE |= {"/fal-ai/stable-audio", "/run/fal-ai/stable-audio"}
 GENERATE |= {"/fal-ai/{app}/{endpoint}", "/run/fal-ai/{app}/{endpoint}"}
+GENERATE |= {"/v1/sound-generation", "/v1/music", "/v1/music/stream"}
 GENERATE |= {f"/v2beta/audio/stable-audio-2/{what}" for what in ("text-to-audio", "audio-to-audio", "inpaint")}
 
 
@@ -128,6 +129,8 @@ async def test_refusal_names_the_scope_in_each_dialects_format(app: FastAPI) -> 
         assert "jobs" in aiml["message"]
         stability = await client.post("/v2beta/audio/stable-audio/text-to-audio", data={"prompt": "x"})
         assert (stability.status_code, stability.json()["name"]) == (403, "forbidden")
+        elevenlabs = await client.post("/v1/sound-generation", json={"text": "x"})
+        assert (elevenlabs.status_code, elevenlabs.json()["detail"]["status"]) == (403, "missing_permissions")
         fal = await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})
         assert fal.json()["error_type"] == "forbidden"
         assert fal.headers["x-fal-error-type"] == "forbidden"
