@@ -20,14 +20,15 @@ export class Form {
     this.node = element("form");
     this.models = new Map();
     this.adapters = new Adapters();
-    this.source = null;
+    this.source = null; // a file
+    this.parent = null; // the clip that the source is from
     this.locked = false;
     this.node.addEventListener("submit", (event) => {
       event.preventDefault();
       onSubmit();
     });
     this.node.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.node.requestSubmit();
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.node.requestSubmit(element("generate"));
     });
     element("model").addEventListener("change", () => this.showModel());
     for (const kind of this.node.elements.kind) kind.addEventListener("change", () => this.showKind());
@@ -53,11 +54,24 @@ export class Form {
     this.models = new Map(served.map((model) => [model.id, model]));
     this.adapters.load(models.data);
     this.limits = limits;
+    this.showLoaded();
     const chosen = element("model").value;
     const options = served.map((model) => new Option(model.is_demo ? `${model.id} (demo)` : model.id, model.id));
     element("model").replaceChildren(...options);
     element("model").value = this.models.has(chosen) ? chosen : served.find((model) => model.is_default).id;
     this.showModel();
+  }
+
+  get isLoaded() {
+    return this.models.size > 0;
+  }
+
+  // Enables the Generate button once the form has its data. Without a key that the server needs, the button asks for it.
+  showLoaded({ needsKey = false } = {}) {
+    this.needsKey = needsKey && !this.isLoaded;
+    const button = element("generate");
+    button.disabled = !this.isLoaded && !this.needsKey;
+    button.textContent = this.needsKey ? "Enter the API key" : this.isLoaded ? "Generate" : "Connecting";
   }
 
   get model() {
@@ -68,9 +82,9 @@ export class Form {
     return this.node.elements.kind.value;
   }
 
-  // Longest clip of the model, seconds.
-  get mostS() {
-    return this.model?.max_duration_s ?? 0;
+  // Returns the longest clip of a model in seconds, 0 if it is not served.
+  longestOf(name) {
+    return this.models.get(name)?.max_duration_s ?? 0;
   }
 
   showModel() {
@@ -123,9 +137,10 @@ export class Form {
     if (!locked) element("seed").value = "";
   }
 
-  // Sets the source file or null, and shows its name.
-  setSource(file, note = "") {
+  // Sets the source file or null, and shows its name. `parent` is the clip that it is from.
+  setSource(file, { note = "", parent = null } = {}) {
     this.source = file;
+    this.parent = parent;
     element("source-name").textContent = file ? `Source: ${file.name}${note}` : "No source. Drop an audio file here, or use a clip.";
     element("source-clear").hidden = !file;
     this.showKind();
@@ -180,7 +195,7 @@ export class Form {
       const model = { model_type: "finetune", finetune_repo: this.model.id };
       const fields = { prompt: words, ...model, loop_type: element("loop_type").value, ...shared, ...strength };
       if (element("bars").value) fields.bars = Number(element("bars").value);
-      return { kind: "loop", fields: defined(fields), source: this.source };
+      return { kind: "loop", fields: defined(fields), ...this.origin };
     }
     const sampler = element("sampler").value;
     const fields = {
@@ -193,7 +208,11 @@ export class Form {
       loras: this.adapters.chosen,
     };
     if (!this.source) return { kind: "generate", fields: defined(fields) };
-    return { kind: "vary", fields: defined({ ...fields, init_noise_level: number("init_noise_level") }), source: this.source };
+    return { kind: "vary", fields: defined({ ...fields, init_noise_level: number("init_noise_level") }), ...this.origin };
+  }
+
+  get origin() {
+    return defined({ source: this.source ?? undefined, parent: this.parent ?? undefined });
   }
 
   // Loads a clip's settings. Throws Error if its model or an adapter is not served.
@@ -229,7 +248,8 @@ export class Form {
     const strength = fields.init_noise_level ?? fields.style_strength;
     if (strength !== undefined) set("init_noise_level", strength);
     this.showStrength();
-    this.setSource(order.regions ? null : (order.source ?? null));
+    const { source = null, parent = null } = order.regions ? {} : order;
+    this.setSource(source, { parent });
   }
 
   field(name) {
@@ -258,6 +278,8 @@ export class Form {
       }
       const note = Object.assign(document.createElement("p"), { className: "error", id: `error-${field}`, textContent: message });
       box.append(note);
+      const folded = box.closest("details");
+      if (folded) folded.open = true;
       const input = box.querySelector("input, select, textarea");
       input?.setAttribute("aria-invalid", "true");
       input?.setAttribute("aria-describedby", note.id);

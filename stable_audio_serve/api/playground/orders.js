@@ -1,7 +1,8 @@
 // Builds requests from orders, also as text to copy. An order holds the settings of a clip: {kind, fields, source?,
-// regions?}, with `fields` by the API's names, `source` a file, and `regions` [[start, end]] in seconds.
+// regions?, parent?}, with `fields` by the API's names, `source` a file, `regions` [[start, end]] in seconds, and `parent`
+// the clip that the source is from: {id, title}.
 
-import { call, url } from "./api.js";
+import { call, callUntilBack, url } from "./api.js";
 
 const ROUTES = { generate: "generations", vary: "variations", inpaint: "inpaint" };
 const JOB_ROUTES = { generate: "jobs", vary: "jobs/variations", inpaint: "jobs/inpaint" };
@@ -30,10 +31,11 @@ const path = (order) => (order.kind === "loop" ? "saos/generate/loop" : `v1/audi
 export const make = (order, { format, signal } = {}) =>
   call(path(order), { method: "POST", signal, ...body(order, format && { response_format: format }) });
 
-// Submits a job and returns its id. The same order with the same key returns the same job.
-export async function submit(order, idempotencyKey) {
+// Submits a job, as soon as the server is reachable, and returns its id. The same order with the same key returns the
+// same job, so that a repeated attempt does no harm.
+export async function submit(order, idempotencyKey, waiting) {
   const headers = { "Idempotency-Key": idempotencyKey };
-  const reply = await call(JOB_ROUTES[order.kind], { method: "POST", headers, ...body(order) });
+  const reply = await callUntilBack(JOB_ROUTES[order.kind], { method: "POST", headers, ...body(order) }, waiting);
   return (await reply.json()).id;
 }
 
