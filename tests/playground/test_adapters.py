@@ -100,7 +100,7 @@ def test_adapters_of_a_clip_are_sent_kept_and_restored(adapted: Page) -> None:
     clip = adapted.make_clip()
     expected = [{"name": "vinyl", "strength": 0.8}, {"name": "tape", "strength": -0.5}]
     assert clip["order"]["fields"]["loras"] == expected == adapted.run("return window.sent")
-    assert adapted["clip-facts"].text.startswith("demo, vinyl 0.8, tape -0.5, seed ")
+    assert adapted["clip-facts"].text.startswith("demo · vinyl 0.8, tape -0.5 · seed ")
     adapted.click("mark-region")
     assert adapted.make_clip("regenerate")["order"]["fields"]["loras"] == expected
     assert adapted.run("return window.sent") == expected

@@ -20,13 +20,13 @@ def test_clip_is_generated_and_played_to_its_end(page: Page) -> None:
     assert clip["order"]["fields"]["prompt"] == "a 440 Hz sine tone"
     assert clip["bytes"] == 44100 * 4
     assert page["clip-name"].text == "a 440 Hz sine tone"
-    assert f"seed {clip['facts']['seed']}, 1.00 s" in page["clip-facts"].text
+    assert f"seed {clip['facts']['seed']} · 0:01.00" in page["clip-facts"].text
     assert "cpu float32" in page["clip-facts"].text
     page.run(
         """
         window.times = [];
         const clock = document.getElementById("clock");
-        new MutationObserver(() => times.push(parseFloat(clock.value))).observe(clock, { childList: true });
+        new MutationObserver(() => times.push(parseFloat(clock.value.slice(2)))).observe(clock, { childList: true });
         """
     )
     page.click("play")
@@ -46,7 +46,7 @@ def test_looped_playback_continues_until_stopped(page: Page) -> None:
         let before = 0;
         const clock = document.getElementById("clock");
         new MutationObserver(() => {
-          const now = parseFloat(clock.value);
+          const now = parseFloat(clock.value.slice(2));
           if (now < before) jumps += 1;
           before = now;
         }).observe(clock, { childList: true });
@@ -72,9 +72,9 @@ def test_repeated_play_calls_start_playback_once(page: Page) -> None:
           constructor(...all) { super(...all); nodes += 1; }
         };
         const frame = () => new Promise(requestAnimationFrame);
-        import("./playground/audio.js").then(async ({ Player }) => {
-          const player = new Player({ onTick: () => (ticks += 1), onEnd: () => {} });
-          player.load([new AudioBuffer({ length: 44100 * 60, sampleRate: 44100 })], [1]);
+        import("./playground/player.js").then(async ({ Player }) => {
+          const sound = new AudioBuffer({ length: 44100 * 60, sampleRate: 44100 });
+          const player = new Player([sound], { onTick: () => (ticks += 1), onEnd: () => {} });
           await Promise.all([player.play(), player.play()]);
           const started = nodes;
           for (let count = 0; count < 20; count += 1) await player.seek(count);
@@ -147,7 +147,7 @@ def test_repeat_compares_with_the_original_clip(page: Page) -> None:
     )
     page.click("repeat")
     page.until(lambda: page.run("return Boolean(window.release)"))
-    page.run("document.querySelector('#clips li:last-child button').click()")
+    page.run("document.querySelector('#clips li:last-child .what').click()")
     page.until(lambda: page["clip-name"].text == "a snare")
     page.run("window.release()")
     page.until(lambda: page.status_text.startswith("Identical bytes"))
@@ -201,7 +201,7 @@ def test_settings_of_an_unserved_model_are_not_loaded(page: Page) -> None:
         """
     )
     page.open()
-    page.run("document.querySelector('#clips li button').click()")
+    page.run("document.querySelector('#clips .what').click()")
     page.click("load-settings")
     page.until(lambda: page["form-error"].text == "The server no longer has the model former.")
     assert page["model"].get_attribute("value") == "demo"

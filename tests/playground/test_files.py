@@ -123,7 +123,8 @@ def test_browser_wav_keeps_the_samples(page: Page) -> None:
         """
         const [text, done] = arguments;
         const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-        import('./playground/audio.js').then(async ({ decode, padded, wavBlob }) => {
+        const modules = ["audio.js", "wav.js"].map((name) => import(`./playground/${name}`));
+        Promise.all(modules).then(async ([{ decode, padded }, { wavBlob }]) => {
           const sound = await decode(new Blob([bytes]), 44100);
           const made = new Uint8Array(await wavBlob(padded(sound, 0.25, 0.5)).arrayBuffer());
           done(btoa(made.reduce((text, byte) => text + String.fromCharCode(byte), '')));

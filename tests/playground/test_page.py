@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
-from hashlib import sha256
 from pathlib import Path
 
 import httpx
@@ -45,8 +43,11 @@ def test_page_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
         page.until(lambda: page.shown not in (None, before))
         page.click("mark-region")
         assert page.run("return document.documentElement.scrollWidth <= innerWidth")
-        assert page.run("return [...document.querySelectorAll('button, input, select, textarea')].every("
-                        "(each) => each.getBoundingClientRect().right <= innerWidth + 1)")  # fmt: skip
+        script = """
+            const shown = [...document.querySelectorAll("button, input, select, textarea")].filter((each) => each.checkVisibility());
+            return shown.filter((each) => each.getBoundingClientRect().right > innerWidth + 1).map((each) => each.outerHTML);
+        """
+        assert page.run(script) == []
         assert page.accessibility_problems() == []
     finally:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -70,7 +71,7 @@ def test_shortcuts_work_outside_text_fields(page: Page) -> None:
     press("b")
     page.until(lambda: page["ab"].get_attribute("aria-pressed") == "true")
     press(Keys.ARROW_RIGHT)
-    page.until(lambda: page["clock"].text == "1.00 / 2.00 s")
+    page.until(lambda: page["clock"].text == "0:01.00 / 0:02.00")
 
 
 @pytest.mark.slow
@@ -78,7 +79,7 @@ def test_page_loads_only_small_local_files(page: Page, served: str) -> None:
     page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
     loaded = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert all(name.startswith((served, "blob:")) for name in loaded)
-    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) <= 400_000
+    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) <= 300_000
     headers = httpx.get(served, headers={"Accept": "text/html"}).headers
     policy = headers["content-security-policy"]
     assert policy.startswith("default-src 'self';")
@@ -87,21 +88,9 @@ def test_page_loads_only_small_local_files(page: Page, served: str) -> None:
     assert part.headers["content-type"].startswith("text/javascript")
     fresh = {"If-None-Match": part.headers["etag"]}
     assert httpx.get(f"{served}/playground/main.js", headers=fresh).status_code == 304
-    for path in ("nothing.js", "../pages.py", "index.html", "vendor/../../app.py"):
+    for path in ("nothing.js", "../pages.py", "index.html", "x/../../app.py"):
         assert httpx.get(f"{served}/playground/{path}").status_code == 404
     assert httpx.get(served, headers={"Accept": "application/json"}).json()["name"] == "stable-audio-serve"
-
-
-def test_vendored_files_match_the_published_package() -> None:
-    """The hashes below are of the files as published on npm. `make playground-assets` downloads and checks them."""
-    hashes = {path.name: sha256(path.read_bytes()).hexdigest() for path in (ROOT / "vendor").iterdir()}
-    assert hashes == {
-        "regions.esm.js": "f3b9a81f56d0301affbeb5693dc9c43527efd6e97e534f17329192a7ce7fc4d4",
-        "spectrogram.esm.js": "fd898448381fff57ac50216fef287234e82d892ab8efe108084cb5e50e4be6da",
-        "wavesurfer.LICENSE": "0fc992dc27cc34dde78bfeb024b4cadff6320f0dcbee2f1228efaeb533ca1364",
-        "wavesurfer.esm.js": "079f3b142f37737f975b03ea8fd18652a316dc2120a2629aeca0844a0c08f2b1",
-    }
-    assert re.search(r"BSD 3-Clause", (ROOT / "vendor" / "wavesurfer.LICENSE").read_text())
 
 
 @pytest.mark.parametrize(
@@ -119,12 +108,6 @@ def test_screenshots_for_the_documentation(name: str, scheme: str, *, width: int
         for prompt, seed in (("a 440 Hz sine tone", 1), ("house drum loop at 120 bpm", 7)):
             page.fill(prompt=prompt, duration=4, steps=8, seed=seed).make_clip()
         page.click("mark-region")
-        page.until(
-            lambda: (
-                page.run("return document.querySelector('#wave > div')?.shadowRoot?.querySelectorAll('canvas').length")
-                >= 3
-            )
-        )
         page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#server-models td"))
         page.run("scrollTo(0, 0)")
         page.run("document.activeElement.blur()")

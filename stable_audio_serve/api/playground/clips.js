@@ -132,9 +132,9 @@ export class Clips {
   }
 }
 
-// Describes a clip in a line, such as "loop · 0:04.00 · seed 7 · from rain, seed 3".
+// Describes a clip in a line, such as "loop · 0:04.0 · seed 7 · from rain, seed 3".
 function describe({ order, facts, durationS }) {
-  const parts = [kindOf(order), durationS && formatTime(durationS), `seed ${facts.seed}`, order.parent && `from ${order.parent.title}`];
+  const parts = [kindOf(order), durationS && formatTime(durationS, 0.1), `seed ${facts.seed}`, order.parent && `from ${order.parent.title}`];
   return parts.filter(Boolean).join(" · ");
 }
 

@@ -28,7 +28,9 @@ export class Form {
       onSubmit();
     });
     this.node.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.node.requestSubmit(element("generate"));
+      if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+      event.preventDefault(); // or in a field of one line the form is submitted twice
+      this.node.requestSubmit();
     });
     element("model").addEventListener("change", () => this.showModel());
     for (const kind of this.node.elements.kind) kind.addEventListener("change", () => this.showKind());

@@ -199,6 +199,12 @@ on("use-source", "click", () => form.setSource(wavFile(stage.shown, stage.shown.
 on("load-settings", "click", () => form.fill(stage.shown.order));
 on("open-key", "click", () => askKey());
 for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => attempt(() => copy(button.dataset.copy)));
+for (const button of document.querySelectorAll("[data-example]")) {
+  button.addEventListener("click", () => {
+    element("prompt").value = button.dataset.example;
+    element("prompt").focus();
+  });
+}
 on("key-dialog", "close", () => {
   if (element("key-dialog").returnValue !== "save") return undefined;
   setKey(element("api-key").value.trim());
@@ -221,9 +227,11 @@ const SHORTCUTS = [
   { keys: ["Escape"], label: "Esc", effect: "clear the region", act: () => stage.view.clear() },
 ];
 for (const { label, effect } of [{ label: "Ctrl + Enter", effect: "generate" }, ...SHORTCUTS]) {
+  const line = document.createElement("div");
   const key = document.createElement("dt");
   key.append(Object.assign(document.createElement("kbd"), { textContent: label }));
-  element("shortcuts").querySelector("dl").append(key, Object.assign(document.createElement("dd"), { textContent: effect }));
+  line.append(key, Object.assign(document.createElement("dd"), { textContent: effect }));
+  element("shortcuts").querySelector("dl").append(line);
 }
 
 // Removes the focus from a clicked button, so that Space plays after a click on Generate.

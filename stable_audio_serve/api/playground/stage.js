@@ -41,9 +41,8 @@ export class Stage {
     on("zoom-fit", "click", () => this.view.zoomBy(0));
     on("region-clear", "click", () => this.view.clear());
     on("mark-region", "click", () => this.view.mark(this.view.snap(this.duration * 0.25), this.view.snap(this.duration * 0.75)));
-    for (const id of ["region-start", "region-end"]) {
-      on(id, "change", () => this.view.mark(element("region-start").valueAsNumber, element("region-end").valueAsNumber));
-    }
+    on("region-start", "change", () => this.moveEdge({ start: element("region-start").valueAsNumber }));
+    on("region-end", "change", () => this.moveEdge({ end: element("region-end").valueAsNumber }));
     on("volume", "input", () => this.setVolume(element("volume").valueAsNumber));
     element("volume").value = preference("volume", "1");
     setVolume(element("volume").valueAsNumber);
@@ -111,8 +110,8 @@ export class Stage {
     element("clip-facts").textContent = parts.filter(Boolean).join(" · ");
     for (const id of TRANSPORT) element(id).disabled = false;
     element("format").replaceChildren(...FORMATS[order.kind].map((format) => new Option(format)));
-    element("clip-tools").hidden = false;
-    element("playhead").hidden = false;
+    for (const id of ["clip-tools", "recipe", "playhead"]) element(id).hidden = false;
+    element("examples").hidden = true;
     element("ab").setAttribute("aria-pressed", "false");
     this.setSnap(tempoOf(order));
     this.showOther();
@@ -145,6 +144,14 @@ export class Stage {
     element("region-start").value = region.start.toFixed(2);
     element("region-end").value = region.end.toFixed(2);
     element("regenerate").disabled = region.end - region.start < CLICK_S;
+  }
+
+  // Moves an edge of the region. An edge that passes the other takes it along.
+  moveEdge({ start, end }) {
+    const { region } = this.view;
+    const length = region.end - region.start;
+    if (end === undefined) return this.view.mark(start, start < region.end ? region.end : start + length);
+    return this.view.mark(end > region.start ? region.start : end - length, end);
   }
 
   // ---- playing ----
