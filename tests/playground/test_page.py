@@ -44,8 +44,9 @@ def test_page_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
         page.click("mark-region")
         assert page.run("return document.documentElement.scrollWidth <= innerWidth")
         script = """
-            const shown = [...document.querySelectorAll("button, input, select, textarea")].filter((each) => each.checkVisibility());
-            return shown.filter((each) => each.getBoundingClientRect().right > innerWidth + 1).map((each) => each.outerHTML);
+            const all = [...document.querySelectorAll("button, input, select, textarea")];
+            const isOut = (each) => each.checkVisibility() && each.getBoundingClientRect().right > innerWidth + 1;
+            return all.filter(isOut).map((each) => each.outerHTML);
         """
         assert page.run(script) == []
         assert page.accessibility_problems() == []

@@ -1,6 +1,6 @@
 // Reads the fields of each kind of order, and their ranges, from the OpenAPI description.
 
-const PATHS = { generate: "/v1/audio/generations", vary: "/v1/audio/variations", loop: "/generate/loop" };
+const PATHS = { generate: "/v1/audio/generations", vary: "/v1/audio/variations", loop: "/generate/loop", piece: "/jobs" };
 
 // Names of form fields that differ from the route's.
 const NAMES = { loop: { init_noise_level: "style_strength", model: "finetune_repo", audio: "audio_file" } };

@@ -4,10 +4,13 @@
 import { Adapters } from "./adapters.js";
 import { callWithRetries } from "./api.js";
 import { formName, readFields } from "./description.js";
+import { Sections } from "./sections.js";
 
 const KEYS = ["C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"];
 const WORDS = new Set(["bpm", "key"]); // tempo and key of a loop are added to its prompt
 const ALWAYS = new Set(["prompt", "batch_size"]); // each variation is an order
+const OF_PIECES = new Set(["sections"]);
+const NOT_OF_PIECES = new Set(["duration", "batch_size", "audio", "init_noise_level"]);
 const element = (id) => document.getElementById(id);
 
 // Rounds a bound down, so that the shown value is valid input.
@@ -20,6 +23,7 @@ export class Form {
     this.node = element("form");
     this.models = new Map();
     this.adapters = new Adapters();
+    this.sections = new Sections();
     this.source = null; // a file
     this.parent = null; // the clip that the source is from
     this.locked = false;
@@ -98,20 +102,23 @@ export class Form {
     element("sampler").replaceChildren(...samplers);
     element("sampler").value = model.samplers.includes(chosen) ? chosen : "";
     this.adapters.show(model.id);
+    this.sections.bound(model.max_duration_s);
     this.showKind();
   }
 
   // Shows the fields that the route of this kind accepts, with their ranges.
   showKind() {
     if (!this.model) return; // not loaded yet
-    const isLoop = this.kind === "loop";
-    element("cfg_scale").placeholder = isLoop ? "" : this.model.default_cfg_scale;
-    const accepted = this.accepted[isLoop ? "loop" : this.source ? "vary" : "generate"];
-    for (const box of this.node.querySelectorAll(".field")) {
+    const { kind } = this;
+    element("cfg_scale").placeholder = kind === "loop" ? "" : this.model.default_cfg_scale;
+    for (const choice of this.node.querySelectorAll("[data-needs]")) choice.hidden = !(choice.dataset.needs in this.accepted.piece);
+    const accepted = this.accepted[kind === "clip" ? (this.source ? "vary" : "generate") : kind];
+    for (const box of this.node.querySelectorAll("[data-field]")) {
       const name = box.dataset.field;
-      const isAccepted = ALWAYS.has(name) || (isLoop && WORDS.has(name)) || name in accepted;
+      const isAccepted = ALWAYS.has(name) || (kind === "loop" && WORDS.has(name)) || name in accepted || name === "audio";
+      const isOther = kind === "piece" ? NOT_OF_PIECES.has(name) : OF_PIECES.has(name);
       const isUseless = (name === "init_noise_level" && !this.source) || (name === "loras" && this.adapters.isEmpty);
-      box.hidden = !isAccepted || isUseless;
+      box.hidden = !isAccepted || isOther || isUseless;
       this.bound(box, accepted[name] ?? {});
     }
   }
@@ -184,7 +191,8 @@ export class Form {
     const number = (id) => (element(id).value.trim() === "" ? undefined : element(id).valueAsNumber);
     const first = number("seed") ?? randomSeed();
     if (!this.locked) element("seed").value = "";
-    return Array.from({ length: number("batch_size") ?? 1 }, (_, index) => this.order(first + index, number));
+    const count = this.kind === "piece" ? 1 : (number("batch_size") ?? 1);
+    return Array.from({ length: count }, (_, index) => this.order(first + index, number));
   }
 
   order(seed, number) {
@@ -209,6 +217,7 @@ export class Form {
       sampler_kwargs: sampler ? { sampler_type: sampler } : undefined,
       loras: this.adapters.chosen,
     };
+    if (this.kind === "piece") return { kind: "generate", fields: defined({ ...fields, duration: undefined, sections: this.sections.value }) };
     if (!this.source) return { kind: "generate", fields: defined(fields) };
     return { kind: "vary", fields: defined({ ...fields, init_noise_level: number("init_noise_level") }), ...this.origin };
   }
@@ -227,7 +236,7 @@ export class Form {
       element(id).value = value ?? "";
     };
     const loop = order.kind === "loop" && /^(.*) ([\d.]+)bpm(?: in (.*))?$/s.exec(fields.prompt);
-    this.node.elements.kind.value = loop ? "loop" : "clip";
+    this.node.elements.kind.value = loop ? "loop" : fields.sections ? "piece" : "clip";
     set("prompt", loop ? loop[1] : fields.prompt);
     if (loop) {
       set("bpm", loop[2]);
@@ -235,7 +244,8 @@ export class Form {
       set("bars", fields.bars);
       set("loop_type", fields.loop_type);
     } else {
-      set("duration", fields.duration);
+      if (fields.sections) this.sections.fill(fields.sections);
+      else set("duration", fields.duration);
       set("negative_prompt", fields.negative_prompt);
     }
     set("model", model);

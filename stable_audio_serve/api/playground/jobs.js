@@ -9,11 +9,11 @@ import { kindOf } from "./words.js";
 const element = (id) => document.getElementById(id);
 
 export class Jobs {
-  // Calls `onClip({id, order, blob, status, facts, seconds})` for each success, and `onRefusal(error)` if the server does
-  // not accept an order. Later failures are shown in the job's row.
-  constructor({ onClip, onRefusal }) {
-    this.onClip = onClip;
-    this.onRefusal = onRefusal;
+  // Calls `onClip({id, order, blob, status, facts, seconds})` for each success, `onGrowing(job, {isNew})` when the first
+  // section of a long piece is finished and when the user wants to listen to it, and `onRefusal(error)` if the server
+  // does not accept an order. Later failures are shown in the job's row.
+  constructor({ onClip, onGrowing, onRefusal }) {
+    Object.assign(this, { onClip, onGrowing, onRefusal });
     this.followed = new Set();
   }
 
@@ -54,7 +54,7 @@ export class Jobs {
     try {
       if (!job.acceptedAs) await this.submit(job, { signal: waiting.signal, onAway: () => row.say("The server is unreachable. Sent when it is back.") });
       for await (const { kind, data } of jobEvents(job.acceptedAs)) {
-        if (kind === "progress") row.show(data);
+        if (kind === "progress") this.showProgress(job, { row, progress: data });
         if (kind === "away") row.say(`${data.message} Retrying.`);
         if (kind === "end") await this.finish(job, { status: data, began });
       }
@@ -65,6 +65,14 @@ export class Jobs {
     } finally {
       this.followed.delete(job.id);
     }
+  }
+
+  showProgress(job, { row, progress }) {
+    row.show(progress);
+    if (!progress.sections_done || job.isHeard) return;
+    job.isHeard = true;
+    row.buttons([["Listen to", () => this.onGrowing(job, { isNew: false })], ["Cancel", () => this.cancel(job, null)]]);
+    this.onGrowing(job, { isNew: true });
   }
 
   // Stores the job before submitting it, with its idempotency key. After a reload the page submits it again, and the
@@ -96,14 +104,17 @@ export class Jobs {
 
   async finish(job, { status, began }) {
     if (status.status === "failed") throw Object.assign(new Error(status.error ?? "The job failed."), { isFinal: true });
-    if (status.status !== "succeeded") return;
-    const reply = await callWithRetries(`jobs/${job.acceptedAs}/audio`);
-    const facts = { ...readFacts(reply.headers), ...clipFacts(status) };
+    const done = status.progress?.sections_done;
+    const isCut = status.status === "cancelled" && done > 0;
+    if (status.status !== "succeeded" && !isCut) return;
+    const order = isCut ? firstSections(job.order, done) : job.order; // a cancelled piece keeps its finished sections
+    const reply = await callWithRetries(`jobs/${job.acceptedAs}/audio${isCut ? "?follow=1" : ""}`);
+    const facts = { seed: order.fields.seed, ...known(readFacts(reply.headers)), ...clipFacts(status) };
     const seconds = began && (performance.now() - began) / 1000;
     const blob = await reply.blob().catch(() => {
       throw new Error("The connection was lost.");
     });
-    await this.onClip({ id: job.id, order: job.order, blob, status, facts, seconds });
+    await this.onClip({ id: job.id, order, blob, status, facts, seconds });
   }
 }
 
@@ -122,6 +133,8 @@ class Row {
     this.line = Object.assign(document.createElement("small"), { textContent: `${kindOf(order)}, sending` });
     this.node.append(what, this.line, this.bar);
     this.buttons([["Cancel", onCancel]]);
+    if (order.fields.sections) this.bar.classList.add("parts");
+    this.bar.style.setProperty("--parts", order.fields.sections?.length ?? 1);
     element("jobs").append(this.node);
   }
 
@@ -129,7 +142,7 @@ class Row {
   buttons(all) {
     for (const button of this.node.querySelectorAll("button")) button.remove();
     for (const [text, act] of all) {
-      const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+      const button = Object.assign(document.createElement("button"), { type: "button", textContent: text.split(" to")[0] });
       button.setAttribute("aria-label", `${text} ${this.prompt}`);
       button.addEventListener("click", async () => {
         button.disabled = true;
@@ -144,10 +157,11 @@ class Row {
     }
   }
 
-  show({ stage, fraction, queue_position: position, eta_seconds: left }) {
+  show({ stage, fraction, sections_done: done, sections, queue_position: position, eta_seconds: left }) {
     this.bar.value = fraction;
+    const section = sections && done < sections ? `section ${done + 1} of ${sections}, ` : "";
     const before = position === null || position === undefined ? "" : position ? `, ${position} before it` : ", next";
-    this.say(`${stage}${before}${left ? `, about ${Math.ceil(left)} s left` : ""}`);
+    this.say(`${section}${stage}${before}${left ? `, about ${Math.ceil(left)} s left` : ""}`);
   }
 
   fail(message, { retry, onDismiss }) {
@@ -174,6 +188,8 @@ class Row {
     this.node.remove();
   }
 }
+
+const firstSections = (order, count) => ({ ...order, fields: { ...order.fields, sections: order.fields.sections.slice(0, count) } });
 
 function clipFacts(status) {
   const clip = status.clips?.[0];

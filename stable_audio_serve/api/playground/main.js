@@ -6,6 +6,7 @@ import { Clips } from "./clips.js";
 import { defined, Form, randomSeed } from "./form.js";
 import { Jobs } from "./jobs.js";
 import { asCurl, asJson, asPython, make, repeat } from "./orders.js";
+import { lengthOf } from "./sections.js";
 import { ServerPanel } from "./server_panel.js";
 import { Stage } from "./stage.js";
 import * as store from "./store.js";
@@ -18,7 +19,7 @@ const MOST_DECODED_BYTES = 50e6; // larger sources are sent without decoding the
 const stage = new Stage({ longestOf: (model) => form.longestOf(model), onError: fail });
 const form = new Form({ onSubmit: () => attempt(generate), onSourceFile: useFile });
 const clips = new Clips({ onShow: (clip) => attempt(() => select(clip)), onDelete: (clip) => stage.forget(clip), onFile: save, onError: fail });
-const jobs = new Jobs({ onClip: addClip, onRefusal: fail });
+const jobs = new Jobs({ onClip: addClip, onGrowing: listen, onRefusal: fail });
 const panel = new ServerPanel({ onBack: () => form.isLoaded || connect() });
 const say = (message) => stage.say(message);
 
@@ -61,12 +62,19 @@ async function addClip({ id, order, blob, status, facts, seconds }) {
   if (clips.byId.has(id)) return; // another tab has added it
   const rateHz = status.sample_rate;
   const clip = { id, at: Date.now(), order, blob, rateHz, model: status.model, facts, seconds };
-  clip.durationS = status.duration ?? (await decode(blob, rateHz)).duration;
+  const { sections } = order.fields;
+  clip.durationS = sections ? lengthOf(sections) : status.duration ?? (await decode(blob, rateHz)).duration;
   const isKept = clips.add(clip);
   await select(clip, { plays: Boolean(seconds) && element("autoplay").checked });
   const warnings = (status.warnings ?? []).map((warning) => ` ${warning}.`);
   say((seconds ? `Generated in ${seconds.toFixed(2)} s.` : "Generated.") + warnings.join(""));
   if (!(await isKept)) say("Generated. The browser cannot store the clip: it lasts until this page closes.");
+}
+
+// Shows a long piece while it is made. A new one does not interrupt what plays.
+async function listen(job, { isNew }) {
+  if (isNew && stage.player?.isPlaying) return;
+  await stage.showGrowing(job, { plays: !isNew || element("autoplay").checked });
 }
 
 async function select(clip, options) {

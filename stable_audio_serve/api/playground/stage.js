@@ -1,10 +1,12 @@
 // The stage: shows one clip and plays it, alone or compared with the clip shown before, and marks a region of it.
 
 import { describe } from "./adapters.js";
+import { call, pause } from "./api.js";
 import { decode, equalGains, setVolume } from "./audio.js";
 import { FORMATS } from "./orders.js";
 import { LONG_HOP, Picture } from "./picture.js";
 import { LongPlayer, Player } from "./player.js";
+import { lengthOf } from "./sections.js";
 import { preference, setPreference } from "./store.js";
 import { View } from "./view.js";
 import { GrowingWav } from "./wav.js";
@@ -13,7 +15,13 @@ import { formatTime, tempoOf, titleOf } from "./words.js";
 const element = (id) => document.getElementById(id);
 const TRANSPORT = ["play", "loop", "zoom-in", "zoom-out", "zoom-fit"];
 const ZOOM = 1.6;
+const MOST_FAILURES = 20; // to read a long piece
 const CLICK_S = 0.02; // a region so short is a slip of the hand
+
+const isLoop = ({ kind, fields }) => kind === "loop" || Boolean(fields.loop);
+
+// Returns the end of each section of a piece in seconds.
+const ends = (sections) => sections.map((_, index) => lengthOf(sections.slice(0, index + 1)));
 
 export class Stage {
   // `longestOf(model)` returns the longest clip of a model in seconds.
@@ -69,23 +77,57 @@ export class Stage {
   // ---- showing ----
 
   async show(clip, { plays = false } = {}) {
+    const isSame = this.shown?.isGrowing && this.shown.id === clip.id && this.shown.durationS === clip.durationS;
+    if (isSame) return this.describe(clip); // plays and draws on
     this.chosen = clip;
-    const isLong = Boolean(clip.order.fields.sections);
-    const buffer = isLong ? null : await decode(clip.blob, clip.rateHz);
+    const { sections } = clip.order.fields;
+    const buffer = sections ? null : await decode(clip.blob, clip.rateHz);
     if (this.chosen !== clip) return; // the user chose another clip
-    if (this.shown && this.shown.id !== clip.id) this.other = this.shown;
-    const wav = isLong ? new GrowingWav() : null;
-    this.present(clip, { buffer, player: wav ? new LongPlayer(wav, this.callbacks) : new Player([buffer], this.callbacks) });
-    const picture = new Picture(clip.rateHz, isLong ? LONG_HOP : undefined);
-    const duration = buffer?.duration ?? clip.durationS;
-    const mostS = isLong ? 0 : Math.max(duration, this.longestOf(clip.model));
-    this.view.show({ picture, duration, mostS, tempo: tempoOf(clip.order) });
-    element("edit-tools").hidden = isLong;
+    if (sections) return this.showLong(clip, { plays, open: () => clip.blob.stream() });
+    const picture = new Picture(clip.rateHz);
+    this.present(clip, { player: new Player([buffer], this.callbacks), buffer });
+    this.view.show({ picture, duration: buffer.duration, mostS: Math.max(buffer.duration, this.longestOf(clip.model)), tempo: tempoOf(clip.order) });
+    this.start(plays);
+    await picture.addBuffer(buffer, { isStale: () => this.shown !== clip, onGrow: () => this.view.redraw() });
+  }
+
+  // Shows a long piece whose sections are still being made: what there is, and the rest as it is finished.
+  async showGrowing(job, { plays }) {
+    const { order } = job;
+    if (this.shown?.id === job.id) return plays && !this.player.isPlaying && this.playOrPause();
+    const piece = { id: job.id, order, isGrowing: true, model: order.fields.model, facts: { seed: order.fields.seed }, durationS: lengthOf(order.fields.sections) };
+    this.chosen = piece;
+    return this.showLong(piece, { plays, open: async () => (await call(`jobs/${job.acceptedAs}/audio?follow=1`)).body });
+  }
+
+  // Shows a piece that is too long to decode at once. `open` opens the stream of its WAV file.
+  async showLong(clip, { plays, open }) {
+    const wav = new GrowingWav();
+    let picture = null;
+    this.present(clip, { player: new LongPlayer(wav, this.callbacks), buffer: null });
+    const show = (made) => this.view.show({ picture: made, duration: clip.durationS, marks: ends(clip.order.fields.sections) });
+    show(null);
+    this.start(plays);
+    const isStale = () => this.shown.id !== clip.id;
+    const onSamples = (channels, rateHz) => {
+      if (!picture) show((picture = new Picture(rateHz, LONG_HOP)));
+      picture.add(channels);
+      this.view.redraw();
+    };
+    for (let failures = 0; !wav.isComplete && !isStale(); failures += 1) {
+      try {
+        await wav.follow(await open(), { onSamples, isStale });
+      } catch (error) {
+        if (failures >= MOST_FAILURES) throw error;
+        await pause(1000);
+      }
+    }
+  }
+
+  start(plays) {
     this.player.onTick(0);
-    if (plays) this.player.play().then(() => this.showPlaying(), this.onError);
-    const onGrow = () => this.view.redraw();
-    if (buffer) await picture.addBuffer(buffer, { isStale: () => this.shown !== clip, onGrow });
-    else await wav.follow(clip.blob.stream(), (channels) => (picture.add(channels), onGrow()));
+    if (plays) this.player.play().catch(this.onError);
+    this.showPlaying();
   }
 
   get callbacks() {
@@ -98,26 +140,34 @@ export class Stage {
     };
   }
 
-  // Shows the facts of a clip, and the buttons that are of use for it.
+  // Puts a clip and its player on the stage.
   present(clip, { buffer, player }) {
     this.player?.stop();
-    Object.assign(this, { shown: clip, buffer, player });
+    if (this.shown && this.shown.id !== clip.id) this.other = this.shown.isGrowing ? null : this.shown;
+    Object.assign(this, { buffer, player });
+    this.describe(clip);
+    element("ab").setAttribute("aria-pressed", "false");
+    this.setSnap(tempoOf(clip.order));
+    this.setLoop(isLoop(clip.order) || this.wantsLoop);
+  }
+
+  // Shows the facts of a clip, and the buttons that are of use for it.
+  describe(clip) {
+    this.shown = clip;
     const { order, facts } = clip;
     element("clip-name").textContent = order.fields.prompt;
     const loudness = typeof facts.loudness === "number" ? `${facts.loudness.toFixed(1)} LUFS` : "";
     const device = facts.device ? `${facts.device} ${facts.dtype ?? ""}` : "";
-    const parts = [clip.model, describe(order.fields), `seed ${facts.seed}`, formatTime(buffer?.duration ?? clip.durationS), loudness, device];
+    const parts = [clip.model, describe(order.fields), `seed ${facts.seed}`, formatTime(clip.durationS ?? this.buffer.duration), loudness, device];
     element("clip-facts").textContent = parts.filter(Boolean).join(" · ");
     for (const id of TRANSPORT) element(id).disabled = false;
     element("format").replaceChildren(...FORMATS[order.kind].map((format) => new Option(format)));
-    for (const id of ["clip-tools", "recipe", "playhead"]) element(id).hidden = false;
     element("examples").hidden = true;
-    element("ab").setAttribute("aria-pressed", "false");
-    this.setSnap(tempoOf(order));
+    element("playhead").hidden = false;
+    for (const id of ["clip-tools", "recipe"]) element(id).hidden = Boolean(clip.isGrowing);
+    for (const id of ["edit-tools", "use-source"]) element(id).hidden = Boolean(order.fields.sections);
     this.showOther();
-    this.setLoop(order.kind === "loop" || this.wantsLoop);
     document.documentElement.dataset.shown = clip.id;
-    this.showPlaying();
   }
 
   // Forgets a deleted clip as the one to compare with.
@@ -127,7 +177,7 @@ export class Stage {
   }
 
   showOther() {
-    const isLong = (clip) => clip.order.fields.sections;
+    const isLong = (clip) => Boolean(clip.order.fields.sections);
     element("ab").disabled = !this.other || isLong(this.other) || isLong(this.shown);
   }
 
@@ -168,7 +218,7 @@ export class Stage {
 
   async toggleLoop() {
     await this.setLoop(!this.player.loops);
-    if (this.shown.order.kind !== "loop") this.wantsLoop = this.player.loops;
+    if (!isLoop(this.shown.order)) this.wantsLoop = this.player.loops;
   }
 
   async setLoop(loops) {

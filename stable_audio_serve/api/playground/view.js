@@ -32,6 +32,7 @@ export class View {
     this.region = null;
     this.tempo = null;
     this.snaps = false;
+    this.marks = [];
     this.zoom = 1;
     this.frame = 0;
     this.setExtent(0, 0, 0);
@@ -49,10 +50,10 @@ export class View {
   }
 
   // Shows a picture. `mostS` is the longest clip of the model in seconds, 0 if the clip cannot be edited; `tempo` is in
-  // beats per minute or null.
-  show({ picture, duration, mostS = 0, tempo = null }) {
+  // beats per minute or null; `marks` are the ends of sections in seconds.
+  show({ picture, duration, mostS = 0, tempo = null, marks = [] }) {
     const mostRoomS = Math.max(0, mostS - duration);
-    Object.assign(this, { picture, tempo, canEdit: mostS > 0, zoom: 1 });
+    Object.assign(this, { picture, tempo, marks, canEdit: mostS > 0, zoom: 1 });
     this.clear();
     this.setExtent(duration, Math.min(Math.max(ROOM * duration, LEAST_ROOM_S), mostRoomS), mostRoomS);
     this.moveTo(0);
@@ -202,6 +203,7 @@ export class View {
     if (picture) this.drawSpectrogram(paint, { x, from, to, width });
     this.drawRuler(paint, { x, from, to, width, scale });
     if (picture) this.drawWave(paint, { from, width, scale });
+    this.drawMarks(paint, { x });
   }
 
   drawWave(paint, { from, width, scale }) {
@@ -214,6 +216,16 @@ export class View {
       const [top, bottom] = [found[1], -found[0]].map((value) => Math.max(0.5, Math.min(1, value) * (WAVE / 2 - 4)));
       paint.fillRect(pixel, middle - top, least, top + bottom);
     }
+  }
+
+  // Draws the number of each section where it starts, and a line at its end.
+  drawMarks(paint, { x }) {
+    this.marks.forEach((end, index) => {
+      paint.fillStyle = colour("--muted");
+      const start = this.marks[index - 1] ?? 0;
+      if (index) paint.fillRect(Math.round(x(start)), RULER, 1, WAVE + SPECTROGRAM);
+      if (x(end) - x(start) > 20) paint.fillText(String(index + 1), x(start) + 5, RULER + 10);
+    });
   }
 
   drawSpectrogram(paint, { x, from, to, width }) {

@@ -49,15 +49,16 @@ export class GrowingWav {
     return this.format ? this.numSamples / this.format.rateHz : 0;
   }
 
-  // Reads a stream to its end, and calls `onSamples(channels, rateHz)` with what arrives. After an error, another stream
-  // of the same file continues where the last one broke off.
-  async follow(stream, onSamples) {
+  // Reads a stream to its end or until `isStale()`, and calls `onSamples(channels, rateHz)` with what arrives. After an
+  // error, another stream of the same file continues where the last one broke off.
+  async follow(stream, { onSamples, isStale }) {
     const skipped = this.format ? this.format.at + this.numSamples * this.format.frameBytes : 0;
     let rest = new Uint8Array();
     let at = 0; // of `rest` in the file
     const reader = stream.getReader();
     for (;;) {
       const { done, value } = await reader.read();
+      if (isStale()) return reader.cancel();
       if (value) {
         rest = joined(rest, value);
         const cut = Math.min(rest.length, Math.max(0, skipped - at));
