@@ -76,6 +76,48 @@ def test_shortcuts_work_outside_text_fields(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_shortcuts_are_listed_on_the_page(page: Page) -> None:
+    page.click("shortcuts")
+    page.run("document.getElementById('shortcuts').open = true")
+    listed = [key.text for key in page.browser.find_elements(By.CSS_SELECTOR, "#shortcuts kbd")]
+    assert listed == ["Ctrl + Enter", "Space", "L", "B", "←", "→", "Home", "+", "−", "0", "R", "Esc"]
+    page.fill(prompt="rain", duration=2, steps=2).make_clip()
+    page.run("document.activeElement.blur()")
+    ActionChains(page.browser).send_keys("r").perform()
+    page.until(lambda: page["region-tools"].is_displayed())
+    ActionChains(page.browser).send_keys(Keys.ESCAPE).perform()
+    page.until(lambda: not page["region-tools"].is_displayed())
+    ActionChains(page.browser).send_keys(Keys.ARROW_RIGHT, Keys.HOME).perform()
+    page.until(lambda: page["clock"].text == "0:00.00 / 0:02.00")
+
+
+@pytest.mark.slow
+def test_page_is_painted_within_a_second(page: Page) -> None:
+    page.browser.execute_cdp_cmd("Network.setCacheDisabled", {"cacheDisabled": True})
+    try:
+        page.open()
+        script = "return performance.getEntriesByName('first-contentful-paint').map((entry) => entry.startTime)"
+        (painted_ms,) = page.until(lambda: page.run(script))
+        loaded = "return performance.getEntriesByType('resource').map((entry) => [entry.name, entry.encodedBodySize])"
+        sizes = {name: size for name, size in page.run(loaded) if "/playground/" in name}
+    finally:
+        page.browser.execute_cdp_cmd("Network.setCacheDisabled", {"cacheDisabled": False})
+    assert painted_ms < 1000
+    assert len(sizes) > 10
+    assert sum(sizes.values()) < 300_000
+
+
+@pytest.mark.slow
+def test_page_does_not_move_for_users_who_prefer_that(page: Page) -> None:
+    script = "return getComputedStyle(document.documentElement).scrollBehavior"
+    for preference, behaviour in (("no-preference", "smooth"), ("reduce", "auto")):
+        features = [{"name": "prefers-reduced-motion", "value": preference}]
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        assert page.run(script) == behaviour
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.slow
 def test_page_loads_only_small_local_files(page: Page, served: str) -> None:
     page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
     loaded = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")

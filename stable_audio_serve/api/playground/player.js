@@ -133,7 +133,7 @@ export class LongPlayer extends Playback {
     if (run !== this.run) return;
     if (this.wav.isComplete && this.position >= this.duration - 0.01) this.position = 0;
     this.tick();
-    await this.schedule(run);
+    this.schedule(run).catch(() => run === this.run && this.end());
   }
 
   // Keeps AHEAD_S of audio scheduled until playback stops.

@@ -126,8 +126,8 @@ export class Stage {
 
   start(plays) {
     this.player.onTick(0);
-    if (plays) this.player.play().catch(this.onError);
     this.showPlaying();
+    if (plays) this.player.play().then(() => this.showPlaying(), this.onError);
   }
 
   get callbacks() {
