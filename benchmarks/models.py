@@ -16,8 +16,8 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel
 from stable_audio_serve.models.registry import ModelEntry, resolve_entry
 
-# For each engine mode: the largest allowed difference between two clips of a request, divided by the clip's level.
 _RANK = 16  # of random adapters
+# For each engine mode: the largest allowed difference between two clips of a request, divided by the clip's level.
 _LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
 
 

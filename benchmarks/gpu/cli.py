@@ -48,6 +48,7 @@ PARTS: Mapping[str, tuple[Callable[[Machine, Results], Coroutine[Any, Any, None]
     "kernels": (trace.measure, 60.0),
     "leak": (load.measure_leak, 50.0),
     "rows": (times.measure_rows, 50.0),
+    "adapters": (times.measure_adapters, 40.0),
     "battery-open": (partial(battery.measure, name="open"), 70.0),
 }
 

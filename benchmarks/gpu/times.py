@@ -1,5 +1,5 @@
 """Times: single clips with and without CUDA graphs against the published TensorRT pipeline, rows of different lengths
-packed and padded, and the drawing of noise.
+packed and padded, rows with different adapters, and the drawing of noise.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.gpu.engines import ALL, Machine
 from benchmarks.gpu.goals import CLIPS, FLOPS
 from benchmarks.gpu.results import Results
+from benchmarks.models import write_adapters
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling import SeededNoise
 
 _LONGEST_S = 120.0
+_ADAPTED_S = 10.0
 _GRAPHS_GB = 2.0  # memory allowed beyond the published peak
 _STEP_TOKENS, _ROWS = 16_384, 16  # the largest step, in rows of equal length
 _THREADS = (1, 4)
@@ -84,6 +88,23 @@ async def measure_rows(machine: Machine, results: Results) -> None:
 
             taken_ms = await _median_ms(draw, repeats=machine.sizes.repeats)
         results.record(f"noise.ms_of_{_STEP_TOKENS}_tokens_on_{threads}_threads", taken_ms)
+
+
+async def measure_adapters(machine: Machine, results: Results) -> None:
+    """Store the time of clips with a different adapter each, captured and eager, and of the same clips without."""
+    model, count = machine.load("small", decode=None), machine.sizes.together
+    with TemporaryDirectory() as folder:
+        loras = write_adapters(model, Path(folder), count=count)
+        plain = [_clip(machine, model, duration_s=_ADAPTED_S, seed=seed) for seed in range(count)]
+        adapted = [replace(request, loras=(lora,)) for request, lora in zip(plain, loras, strict=True)]
+        for eager in ((), ("captures",)):
+            figures: dict[str, float] = {}
+            for name, requests in (("plain_ms", plain), ("adapted_ms", adapted)):
+                async with machine.engine(model, ALL.difference(eager)) as engine:
+                    await engine.prepare(*requests)
+                    figures[name] = await _median_ms(partial(engine.together, *requests), repeats=machine.sizes.repeats)
+            figures["throughput_ratio"] = figures["plain_ms"] / figures["adapted_ms"]
+            results.record(f"adapters.{'eager' if eager else 'captured'}", figures)
 
 
 def _clip(machine: Machine, model: DiffusionModel, *, duration_s: float, seed: int = 0) -> GenerationRequest:

@@ -11,6 +11,7 @@ from stable_audio_serve.client.clients import AsyncClient, Client
 from stable_audio_serve.client.controls import (
     Controls,
     EditControls,
+    GenerateControls,
     InpaintControls,
     JobControls,
     JobEditControls,
@@ -28,6 +29,7 @@ __all__ = [
     "Clip",
     "Controls",
     "EditControls",
+    "GenerateControls",
     "InpaintControls",
     "Job",
     "JobControls",

@@ -12,9 +12,9 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.recipe import RecipeSource
 from stable_audio_serve.core.generation import GenerationRequest, Role
 from stable_audio_serve.core.ids import NO_CLIENT, ClientId, JobId
-from stable_audio_serve.core.sound import Peaks
+from stable_audio_serve.core.sound import PLAIN_WAV, Encoding, Peaks
 
-Contract = Literal["sa3", "aiml", "fal"]
+Contract = Literal["sa3", "aiml", "fal", "stability"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
 
@@ -53,7 +53,7 @@ class JobSpec:
     model: str  # the model's canonical name
     mode: Mode
     request: GenerationRequest
-    file_format: str = "wav"  # a value of `audio.encode.AudioFormat`
+    encoding: Encoding = PLAIN_WAV
     file_stem: str = "audio"  # file name without suffix; several variations are `<stem>-01.wav`, ... in a ZIP file
     peaks: Peaks = "limit"
     with_manifest: bool = False  # whether the ZIP file contains a manifest

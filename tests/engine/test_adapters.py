@@ -20,16 +20,18 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.engine import Engine, EngineOptions, adapters
 from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from stable_audio_serve.models.adapters.adapter import read_adapter
-from stable_audio_serve.models.adapters.apply import SlotTable
 from stable_audio_serve.models.adapters.base import Base
+from stable_audio_serve.models.adapters.slot_table import SlotTable
 from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.protocol import RowConditioning, StepBatch
 from stable_audio_serve.models.sa3.model import Sa3Model
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts
 from tests.engine.test_captured_calls import RecordedDevice
+from tests.engine.test_packed_step import Packing
 from tests.factories import ToyModel, make_audio, make_request
 from tests.models.adapters.plain import TYPES, Change, dense_weight, make_change, write_adapter
 from tests.models.loaded import loaded
+from tests.models.packing import attend_varlen
 from tests.parameters import slow
 from tests.patience import PATIENCE_S
 
@@ -90,7 +92,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 @asynccontextmanager
 async def running(model: object = None, mode: str = "strict", **fields: Any) -> AsyncIterator[Engine]:
-    names = {"fetch_adapter", "device", "metrics"}
+    names = {"fetch_adapter", "device", "metrics", "policy"}
     given = {name: fields.pop(name) for name in names & set(fields)}
     if mode == "padded":
         fields["frame_grid"] = 256
@@ -203,6 +205,28 @@ async def test_captured_steps_use_the_adapters_of_their_rows(tmp_path: Path, kin
         plain = await engine.generate(make_clip(**REQUESTS[kind]))
     for one, own in zip([*found, plain], [*asked[2:], make_clip(**REQUESTS[kind])], strict=True):
         assert_alike(one, await generate(own))
+
+
+async def test_captured_packed_steps_use_the_adapters_of_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stable_audio_serve.models.batch_layout.find_varlen", lambda: attend_varlen)
+    model, device, metrics = loaded("tiny-s"), RecordedDevice(), GraphCounts()
+    loras = [make_lora(tmp_path, change(each, seed=2), name=each) for each in TYPES]
+    chains = [(), *((lora,) for lora in loras), tuple(loras[:2])]
+    asked = [
+        make_clip(**shape, loras=chain)
+        for shape, chain in zip([*REQUESTS.values(), {"duration_s": 0.3}], chains, strict=True)
+    ]
+    alone = [await generate(request) for request in asked]
+    async with running(mode="fast", device=device, metrics=metrics, policy=Packing(model)) as engine:
+        for _ in range(MOST_ROUNDS):
+            together = await asyncio.gather(*map(engine.generate, asked))
+            for found, expected in zip(together, alone, strict=True):
+                assert_alike(found, expected)
+            if await metrics.are_captured("denoise") and device.num_replays:
+                break
+    assert device.num_replays
 
 
 class Switching(ForwardingModel):

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.core.settings import ModelSettings
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.adapters.base import Base
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch
 from stable_audio_serve.models.registry import resolve_entry
+from tests.adapter_files import LAYER, write_file
 from tests.goldens import load_goldens, load_open_goldens
 
 FOLDERS = {"sharp-s": load_goldens, "tiny-1.0": load_open_goldens}
@@ -101,14 +103,21 @@ def test_a_compiled_model_is_refused_in_strict_mode(tmp_path: Path) -> None:
 def test_an_engine_serves_a_compiled_model_in_fast_mode(tmp_path: Path) -> None:
     model = compile_layers(load("sharp-s"), folder=tmp_path, backend=TRACED)
 
-    async def generate(served: DiffusionModel) -> Tensor:
+    layer = next(layer for name, layer in Base("sharp-s", model.adaptable).layers.items() if name == LAYER)
+    write_file(tmp_path / "vinyl.safetensors", shape=tuple(layer.weight.shape))
+    adapted = (Lora("vinyl", source=str(tmp_path / "vinyl.safetensors")),)
+
+    async def generate(served: DiffusionModel) -> list[Tensor]:
         # With a memory limit, as on a GPU, the engine first measures the memory that the model's calls take.
         options = EngineOptions(mode="fast", warmup_budget_s=0.1, max_memory_bytes=2 * 10**9)
         async with Engine(served, options) as engine:
             request = GenerationRequest(prompt="a bell", duration_s=0.5, seed=3, batch_size=2)
-            return torch.from_numpy((await engine.generate(request)).audio[1])
+            asked = [request, replace(request, loras=adapted), request]
+            return [torch.from_numpy((await engine.generate(each)).audio[1]) for each in asked]
 
-    torch.testing.assert_close(asyncio.run(generate(model)), asyncio.run(generate(load("sharp-s"))), rtol=0, atol=2e-4)
+    found, expected = asyncio.run(generate(model)), asyncio.run(generate(load("sharp-s")))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    assert (found[0] - found[1]).abs().max() > 1e-2
 
 
 def test_compiled_kernels_are_stored_in_a_private_folder(tmp_path: Path) -> None:

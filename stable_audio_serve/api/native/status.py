@@ -12,7 +12,6 @@ from starlette.requests import Request
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.native.ignored import cut_prompts
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
-from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import clip_dict
 from stable_audio_serve.audio.recipe import Recipe, write_recipes
 from stable_audio_serve.core.generation import Priority
@@ -211,7 +210,7 @@ def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
         model=spec.model,
         seeds=result.seeds,
         made_on=made_on,
-        file_format=AudioFormat(spec.file_format).value,
+        encoding=spec.encoding,
         peaks=spec.peaks,
     )
 

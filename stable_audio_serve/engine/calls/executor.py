@@ -30,9 +30,10 @@ from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
 from stable_audio_serve.engine.scheduling.memory import FixedMemory
-from stable_audio_serve.models.adapters.apply import RowSlots, SlotTable, TableRows, adapting
+from stable_audio_serve.models.adapters.apply import RowSlots, adapting
 from stable_audio_serve.models.adapters.base import adaptable_layers
 from stable_audio_serve.models.adapters.fold import Slot
+from stable_audio_serve.models.adapters.slot_table import SlotTable, TableRows
 from stable_audio_serve.models.protocol import (
     AdaptableModel,
     DecodeWindow,

@@ -20,7 +20,7 @@ from stable_audio_serve.engine.calls.conditioning import HeldBranch
 from stable_audio_serve.engine.hardware.arena import ZERO_PAGE, HeldFrames, page_table, pages_of, read, write
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import Kind
-from stable_audio_serve.models.adapters.apply import PlacedSlot
+from stable_audio_serve.models.adapters.slot_table import PlacedSlot
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.sampling.guidance import (
     NUM_GUIDANCE,

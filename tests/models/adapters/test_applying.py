@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stable_audio_serve.models.adapters.apply import PlacedSlot, SlotTable, TableRows, adapt
+from stable_audio_serve.models.adapters.apply import adapt
 from stable_audio_serve.models.adapters.fold import LayerSlot, Slot, fold
+from stable_audio_serve.models.adapters.slot_table import PlacedSlot, SlotTable, TableRows
 from tests.models.adapters.plain import LINEAR, TYPES, dense_weight, fit_chain, make_base, make_change
 
 TOKENS = 5
