@@ -112,15 +112,6 @@ def test_adapters_of_a_clip_are_sent_kept_and_restored(adapted: Page) -> None:
 
 
 @pytest.mark.slow
-def test_loops_have_no_adapters(adapted: Page) -> None:
-    move(adapted, "vinyl", 1)
-    adapted.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
-    assert strengths(adapted) == {}
-    clip = adapted.fill(prompt="drums", bpm=240, bars=1, steps=2).make_clip()
-    assert "loras" not in clip["order"]["fields"]
-
-
-@pytest.mark.slow
 def test_clip_can_be_copied_as_python(adapted: Page) -> None:
     move(adapted, "vinyl", 1.5)
     adapted.fill(prompt="rain", duration=0.5, steps=2).make_clip()

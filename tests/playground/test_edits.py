@@ -131,6 +131,11 @@ def test_last_dropped_file_is_the_source(page: Page) -> None:
 @pytest.mark.slow
 def test_loop_prompt_has_tempo_and_key(page: Page) -> None:
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
+    assert not page["source-box"].is_displayed()
     clip = page.fill(prompt="kick drums", bpm=120, bars=1, key="C minor", steps=2).make_clip()
     assert clip["order"]["fields"]["prompt"] == "kick drums 120bpm in C minor"
     assert clip["bytes"] == 2 * 44100 * 4
+    assert "loop · 0:02.0" in page["clips"].text
+    page.fill(prompt="x", bpm=90, bars=2, key="").click("load-settings")
+    values = [page[name].get_attribute("value") for name in ("prompt", "bpm", "bars", "key")]
+    assert values == ["kick drums", "120", "1", "C minor"]

@@ -1,8 +1,8 @@
 // The work in progress of this browser, shown on the stage: submits jobs, follows them to their end, cancels them, and
-// resumes them after a reload. Also runs loops, for which the API has no jobs.
+// resumes them after a reload.
 
 import { call, callWithRetries, jobEvents, newId } from "./api.js";
-import { make, readFacts, submit } from "./orders.js";
+import { readFacts, submit } from "./orders.js";
 import * as store from "./store.js";
 import { kindOf } from "./words.js";
 
@@ -24,25 +24,7 @@ export class Jobs {
 
   // Runs an order to its end.
   async start(order) {
-    if (order.kind === "loop") return this.makeLoop(order);
     return this.follow({ id: newId(), order, at: Date.now() }, performance.now());
-  }
-
-  async makeLoop(order) {
-    const began = performance.now();
-    const cancelled = new AbortController();
-    const row = new Row(order, async () => cancelled.abort());
-    row.say("generating a loop");
-    try {
-      const reply = await make(order, { signal: cancelled.signal });
-      const status = { model: reply.headers.get("X-Model"), sample_rate: Number(reply.headers.get("X-Sample-Rate")) };
-      const clip = { id: newId(), order, blob: await reply.blob(), status, facts: readFacts(reply.headers) };
-      await this.onClip({ ...clip, seconds: (performance.now() - began) / 1000 });
-    } catch (error) {
-      if (error.name !== "AbortError") this.onRefusal(error);
-    } finally {
-      row.remove();
-    }
   }
 
   // Follows a job from its submission to its clip.

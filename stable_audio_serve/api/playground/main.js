@@ -5,7 +5,7 @@ import { audioContext, decode, padded, sha256 } from "./audio.js";
 import { Clips } from "./clips.js";
 import { defined, Form, randomSeed } from "./form.js";
 import { Jobs } from "./jobs.js";
-import { asCurl, asJson, asPython, make, repeat } from "./orders.js";
+import { asCurl, asJson, asPython, FORMATS, make, repeat } from "./orders.js";
 import { lengthOf } from "./sections.js";
 import { ServerPanel } from "./server_panel.js";
 import { Stage } from "./stage.js";
@@ -134,10 +134,10 @@ function save(blob, name) {
 
 async function download() {
   const clip = stage.shown;
-  const format = element("format").value;
-  if (format !== "wav") say(`Generating the clip again as ${format}.`);
-  const blob = format === "wav" ? clip.blob : await (await make(clip.order, { format })).blob();
-  save(blob, `${fileName(clip)}.${format}`);
+  const { name, extension, fields } = FORMATS[Number(element("format").value)];
+  if (fields) say(`Generating the clip again as ${name}.`);
+  const blob = fields ? await (await make(clip.order, fields)).blob() : clip.blob;
+  save(blob, `${fileName(clip)}.${extension}`);
 }
 
 async function repeatAndCompare() {

@@ -7,8 +7,17 @@ import { call, callUntilBack, url } from "./api.js";
 const ROUTES = { generate: "generations", vary: "variations", inpaint: "inpaint" };
 const JOB_ROUTES = { generate: "jobs", vary: "jobs/variations", inpaint: "jobs/inpaint" };
 
-const ALL_FORMATS = ["wav", "flac", "mp3", "ogg", "opus"];
-export const FORMATS = { generate: ALL_FORMATS, vary: ALL_FORMATS, inpaint: ALL_FORMATS, loop: ["wav"] };
+// The formats that a clip can be downloaded in: their names, extensions and fields. The first is that of stored clips.
+export const FORMATS = [
+  { name: "WAV", extension: "wav" },
+  { name: "WAV, 24 bits", extension: "wav", fields: { response_format: "wav", bit_depth: 24 } },
+  { name: "WAV, float", extension: "wav", fields: { response_format: "wav", bit_depth: "float" } },
+  { name: "FLAC", extension: "flac", fields: { response_format: "flac" } },
+  { name: "MP3", extension: "mp3", fields: { response_format: "mp3" } },
+  { name: "M4A", extension: "m4a", fields: { response_format: "m4a" } },
+  { name: "Ogg Vorbis", extension: "ogg", fields: { response_format: "ogg" } },
+  { name: "Opus", extension: "opus", fields: { response_format: "opus" } },
+];
 
 const wire = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
 
@@ -21,15 +30,14 @@ function body(order, more = {}) {
   if (!order.source) return { json: fields };
   const form = new FormData();
   for (const [name, value] of Object.entries(fields)) form.append(name, wire(value));
-  form.append(order.kind === "loop" ? "audio_file" : "audio", order.source, order.source.name ?? "source.wav");
+  form.append("audio", order.source, order.source.name ?? "source.wav");
   return { form };
 }
 
-const path = (order) => (order.kind === "loop" ? "saos/generate/loop" : `v1/audio/${ROUTES[order.kind]}`);
+const path = (order) => `v1/audio/${ROUTES[order.kind]}`;
 
-// Generates synchronously; the response is the audio.
-export const make = (order, { format, signal } = {}) =>
-  call(path(order), { method: "POST", signal, ...body(order, format && { response_format: format }) });
+// Generates synchronously, with more fields; the response is the audio.
+export const make = (order, fields = {}) => call(path(order), { method: "POST", ...body(order, fields) });
 
 // Submits a job, as soon as the server is reachable, and returns its id. The same order with the same key returns the
 // same job, so that a repeated attempt does no harm.
@@ -63,7 +71,7 @@ export function readFacts(headers) {
   };
 }
 
-// Returns the recipe for POST /v1/audio/replay; for a loop, which has none, its order.
+// Returns the recipe for POST /v1/audio/replay; for a clip without one its order.
 export function asJson({ order, facts }) {
   if (facts.recipe) return JSON.stringify(facts.recipe, null, 2);
   const source = order.source && { source: order.source.name ?? "source.wav" };
@@ -77,7 +85,7 @@ export function asCurl({ order }) {
   const sent = order.source
     ? Object.entries(json).map(([field, value]) => `--form-string ${quoted(`${field}=${wire(value)}`)}`)
     : ["-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(json))}`];
-  if (order.source) sent.push(`-F ${quoted(`${order.kind === "loop" ? "audio_file" : "audio"}=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
+  if (order.source) sent.push(`-F ${quoted(`audio=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
   return ["curl -fsS", quoted(url(path(order))), `-H "Authorization: Bearer $STABLE_AUDIO_API_KEY"`, ...sent, "-o clip.wav"].join(" \\\n  ");
 }
 
@@ -90,15 +98,14 @@ export function asPython({ order }) {
     return `{${Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${python(each)}`).join(", ")}}`;
   };
   const source = JSON.stringify(order.source?.name ?? "source.wav");
-  const first = order.source && order.kind !== "loop" ? [source, python(prompt)] : [python(prompt)];
+  const first = order.source ? [source, python(prompt)] : [python(prompt)];
   const regions = order.regions ? [`regions=[${order.regions.map((times) => `(${times.join(", ")})`).join(", ")}]`] : [];
-  const audio = order.source && order.kind === "loop" ? [`audio=${source}`] : [];
   const more = Object.entries(fields).map(([name, value]) => `${name}=${python(value)}`);
   return [
     "from stable_audio_serve.client import Client",
     "",
     `with Client(${JSON.stringify(url("."))}) as client:`,
-    `    clip = client.${order.kind}(${[...first, ...regions, ...audio, ...more].join(", ")})`,
+    `    clip = client.${order.kind}(${[...first, ...regions, ...more].join(", ")})`,
     '    clip.save("clip.wav")',
     "",
   ].join("\n");

@@ -18,7 +18,7 @@ const ZOOM = 1.6;
 const MOST_FAILURES = 20; // to read a long piece
 const CLICK_S = 0.02; // a region so short is a slip of the hand
 
-const isLoop = ({ kind, fields }) => kind === "loop" || Boolean(fields.loop);
+const isLoop = ({ fields }) => Boolean(fields.loop);
 
 // Returns the end of each section of a piece in seconds.
 const ends = (sections) => sections.map((_, index) => lengthOf(sections.slice(0, index + 1)));
@@ -161,7 +161,8 @@ export class Stage {
     const parts = [clip.model, describe(order.fields), `seed ${facts.seed}`, formatTime(clip.durationS ?? this.buffer.duration), loudness, device];
     element("clip-facts").textContent = parts.filter(Boolean).join(" · ");
     for (const id of TRANSPORT) element(id).disabled = false;
-    element("format").replaceChildren(...FORMATS[order.kind].map((format) => new Option(format)));
+    const formats = order.fields.sections ? FORMATS.slice(0, 1) : FORMATS; // only a job can make a long piece again
+    element("format").replaceChildren(...formats.map(({ name }, index) => new Option(name, index)));
     element("examples").hidden = true;
     element("playhead").hidden = false;
     for (const id of ["clip-tools", "recipe"]) element(id).hidden = Boolean(clip.isGrowing);

@@ -8,7 +8,7 @@ export function formatTime(seconds, step = 0.01) {
   return `${seconds < 0 && rounded ? "−" : ""}${Math.floor(rounded / 60)}:${rest}`;
 }
 
-const KINDS = { generate: "clip", vary: "variation", inpaint: "region", loop: "loop" };
+const KINDS = { generate: "clip", vary: "variation", inpaint: "region" };
 
 // Returns the kind of an order's clip in one or two words.
 export function kindOf({ kind, fields, isLonger }) {
