@@ -35,7 +35,7 @@ def test_clip_is_downloaded_in_the_selected_format(page: Page, served: str, tmp_
         "WAV": {"response_format": "wav"},
         "FLAC": {"response_format": "flac"},
         "MP3": {"response_format": "mp3"},
-        "WAV, 24 bits": {"response_format": "wav", "bit_depth": 24},
+        "WAV 24-bit": {"response_format": "wav", "bit_depth": 24},
     }.items():
         Select(page["format"]).select_by_visible_text(name)
         file = tmp_path / f"a-snare-5.{fields['response_format']}"

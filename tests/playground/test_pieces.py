@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from selenium.webdriver.common.by import By
 
 from tests.playground.conftest import Page
+from tests.playground.test_files import kept_audio, run_copied
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -71,6 +74,13 @@ def test_sections_are_added_removed_and_sent(page: Page) -> None:
         "",
         "the rain stops",
     ]
+
+
+def test_copied_commands_make_the_same_piece(page: Page, tmp_path: Path) -> None:
+    choose_piece(page, ("", 1), ("wind", 1))
+    page.fill(prompt="it's rain", steps=2).make_clip()
+    assert run_copied(page, tmp_path)[1] == kept_audio(page)[0]
+    assert not page["repeat"].is_displayed()
 
 
 def test_a_growing_piece_is_played_before_it_is_finished(page: Page) -> None:

@@ -10,12 +10,12 @@ const JOB_ROUTES = { generate: "jobs", vary: "jobs/variations", inpaint: "jobs/i
 // The formats that a clip can be downloaded in: their names, extensions and fields. The first is that of stored clips.
 export const FORMATS = [
   { name: "WAV", extension: "wav" },
-  { name: "WAV, 24 bits", extension: "wav", fields: { response_format: "wav", bit_depth: 24 } },
-  { name: "WAV, float", extension: "wav", fields: { response_format: "wav", bit_depth: "float" } },
+  { name: "WAV 24-bit", extension: "wav", fields: { response_format: "wav", bit_depth: 24 } },
+  { name: "WAV float", extension: "wav", fields: { response_format: "wav", bit_depth: "float" } },
   { name: "FLAC", extension: "flac", fields: { response_format: "flac" } },
   { name: "MP3", extension: "mp3", fields: { response_format: "mp3" } },
   { name: "M4A", extension: "m4a", fields: { response_format: "m4a" } },
-  { name: "Ogg Vorbis", extension: "ogg", fields: { response_format: "ogg" } },
+  { name: "Ogg", extension: "ogg", fields: { response_format: "ogg" } },
   { name: "Opus", extension: "opus", fields: { response_format: "opus" } },
 ];
 
@@ -86,7 +86,11 @@ export function asCurl({ order }) {
     ? Object.entries(json).map(([field, value]) => `--form-string ${quoted(`${field}=${wire(value)}`)}`)
     : ["-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(json))}`];
   if (order.source) sent.push(`-F ${quoted(`audio=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
-  return ["curl -fsS", quoted(url(path(order))), `-H "Authorization: Bearer $STABLE_AUDIO_API_KEY"`, ...sent, "-o clip.wav"].join(" \\\n  ");
+  const key = `-H "Authorization: Bearer $STABLE_AUDIO_API_KEY"`;
+  const lines = order.fields.sections
+    ? [quoted(url("jobs")), key, ...sent, `| sed -E 's/.*"id":"([0-9a-f]{32})".*/\\1/'`, `| xargs -I{} curl -fsS '${url("jobs/")}{}/audio?follow=1' -o clip.wav`]
+    : [quoted(url(path(order))), key, ...sent, "-o clip.wav"];
+  return ["curl -fsS", ...lines].join(" \\\n  ");
 }
 
 export function asPython({ order }) {
@@ -101,12 +105,15 @@ export function asPython({ order }) {
   const first = order.source ? [source, python(prompt)] : [python(prompt)];
   const regions = order.regions ? [`regions=[${order.regions.map((times) => `(${times.join(", ")})`).join(", ")}]`] : [];
   const more = Object.entries(fields).map(([name, value]) => `${name}=${python(value)}`);
+  const given = [...first, ...regions, ...more].join(", ");
+  const made = order.fields.sections
+    ? [`    job = client.jobs.submit(${given})`, "    client.jobs.wait(job.id)", '    client.jobs.download(job, "clip.wav")']
+    : [`    clip = client.${order.kind}(${given})`, '    clip.save("clip.wav")'];
   return [
     "from stable_audio_serve.client import Client",
     "",
     `with Client(${JSON.stringify(url("."))}) as client:`,
-    `    clip = client.${order.kind}(${[...first, ...regions, ...more].join(", ")})`,
-    '    clip.save("clip.wav")',
+    ...made,
     "",
   ].join("\n");
 }

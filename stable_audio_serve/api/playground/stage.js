@@ -166,7 +166,7 @@ export class Stage {
     element("examples").hidden = true;
     element("playhead").hidden = false;
     for (const id of ["clip-tools", "recipe"]) element(id).hidden = Boolean(clip.isGrowing);
-    for (const id of ["edit-tools", "use-source"]) element(id).hidden = Boolean(order.fields.sections);
+    for (const id of ["edit-tools", "use-source", "repeat"]) element(id).hidden = Boolean(order.fields.sections);
     this.showOther();
     document.documentElement.dataset.shown = clip.id;
   }
