@@ -107,7 +107,7 @@ export function asPython({ order }) {
   const more = Object.entries(fields).map(([name, value]) => `${name}=${python(value)}`);
   const given = [...first, ...regions, ...more].join(", ");
   const made = order.fields.sections
-    ? [`    job = client.jobs.submit(${given})`, "    client.jobs.wait(job.id)", '    client.jobs.download(job, "clip.wav")']
+    ? [`    job = client.jobs.wait(client.jobs.submit(${given}).id)`, '    client.jobs.download(job, "clip.wav")']
     : [`    clip = client.${order.kind}(${given})`, '    clip.save("clip.wav")'];
   return [
     "from stable_audio_serve.client import Client",
