@@ -42,6 +42,24 @@ def test_invalid_input_is_shown_without_a_request(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_loudness_and_fades_are_sent_and_restored(page: Page) -> None:
+    values = {"target_lufs": -20, "true_peak_dbtp": -2, "fade_in_s": 0.1, "fade_out_s": 0.2}
+    clip = page.fill(prompt="a 440 Hz sine tone", duration=2, steps=2, **values).make_clip()
+    fields = clip["order"]["fields"]
+    assert fields["loudness"] == {"target_lufs": -20, "true_peak_dbtp": -2}
+    assert (fields["fade_in_s"], fields["fade_out_s"]) == (0.1, 0.2)
+    assert clip["facts"]["loudness"] == pytest.approx(-20, abs=1)
+    page.click("use-source")
+    varied = page.fill(init_noise_level=0.5).make_clip()
+    assert varied["facts"]["loudness"] == pytest.approx(-20, abs=1)
+    page.fill(**dict.fromkeys(values, 0)).click("load-settings")
+    assert {name: float(page[name].get_attribute("value") or "nan") for name in values} == values
+    page.fill(target_lufs=-2).click("generate")
+    page.until(lambda: "loudness" in page.field_errors())
+    page.messages()  # clears the console, in which the browser has logged the refused request
+
+
+@pytest.mark.slow
 def test_shown_bounds_are_valid_input(page: Page) -> None:
     shown = page.browser.find_element(By.CSS_SELECTOR, "[data-field=duration] .range").text
     assert re.fullmatch(r"0 to \d+(\.\d\d?)?", shown)
