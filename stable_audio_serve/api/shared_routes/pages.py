@@ -42,11 +42,9 @@ _ASSETS = {
     "favicon.png": "image/png",
 }
 # Scripts need a nonce, because 'self' would also allow scripts in uploaded files, which this server returns too.
-# wavesurfer.js inserts styles, and draws its spectrogram in a worker that it creates from a blob.
 _HOME_POLICY = (
-    "default-src 'self'; script-src 'nonce-{script_nonce}'; style-src 'self' 'nonce-{style_nonce}'; "
-    "media-src 'self' blob:; worker-src blob:; "
-    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'self'; script-src 'nonce-{nonce}'; worker-src 'none'; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
 )
 # The pages of Swagger UI and ReDoc set styles by script. Swagger UI plays audio responses. ReDoc searches in a worker
 # created from a blob.
@@ -136,11 +134,9 @@ def build_router(service: Service) -> APIRouter:
         if "application/json" in accepted and "text/html" not in accepted:
             card = await _describe(service, request)
             return JSONResponse(card.model_dump(), headers={"Vary": "Accept"})
-        nonces = {name: secrets.token_urlsafe(16) for name in ("script_nonce", "style_nonce")}
-        policy = {"Content-Security-Policy": _HOME_POLICY.format(**nonces)}
-        page = playground["index.html"].content.decode()
-        for name, nonce in nonces.items():
-            page = page.replace(f"{{{name}}}", nonce)
+        nonce = secrets.token_urlsafe(16)
+        policy = {"Content-Security-Policy": _HOME_POLICY.format(nonce=nonce)}
+        page = playground["index.html"].content.decode().replace("{nonce}", nonce)
         return HTMLResponse(page, headers={**_HEADERS, **policy, "Vary": "Accept", "Cache-Control": "no-store"})
 
     @router.get(
@@ -237,7 +233,7 @@ def build_api_router() -> APIRouter:
 
 
 def _read_playground() -> dict[str, _File]:
-    """Read the playground's files, a few hundred kilobytes. Returns them by their relative paths."""
+    """Read the playground's files, about 100 kB. Returns them by their relative paths."""
     folder = Path(__file__).parents[1] / "playground"
     found = {}
     for path in folder.rglob("*"):
