@@ -55,8 +55,12 @@ class Run:
     folder: Path
 
     def has_called(self, operation: str) -> bool:
-        """Whether a command called an operation, given as METHOD and path. `{name}` in the path matches any segment."""
-        pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", re.escape(operation))
+        """Whether a command called an operation, given as METHOD and path.
+
+        `{name}` in the path matches any segment, `{endpoint}` several.
+        """
+        pattern = re.sub(r"\\{endpoint(?:_id)?\\}", ".+", re.escape(operation))
+        pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", pattern)
         return any(re.fullmatch(pattern, call) for call in self.calls)
 
     def named(self, pattern: str) -> list[str]:
