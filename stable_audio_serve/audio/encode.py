@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -23,14 +23,15 @@ from stable_audio_serve.audio.embedded_text import make_wav_chunk
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_BLOCK = 16_384  # samples converted or written at once: fits the cache; libsndfile crashes on longer Vorbis writes
+BLOCK = 16_384  # samples converted or written at once: fits the cache; libsndfile crashes on longer Vorbis writes
 _CHUNK_BYTES = 1_048_576
 _MP3_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _OPUS_RATE_HZ = 48_000
 # libsndfile ends an Opus file with a click. So this many samples of silence are encoded after the clip, and trimmed
 # from the finished file.
-_OPUS_TAIL = 960
+OPUS_TAIL = 960
 MOST_OPUS_TEXT_CHARS = 40_000  # libsndfile 1.2.2 writes unreadable files if the text is longer than about 51,000
+_UNKNOWN = 0xFFFFFFFF  # the size in the header of a WAV file whose length is unknown
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
@@ -48,6 +49,15 @@ class AudioFormat(StrEnum):
     @property
     def media_type(self) -> str:
         return {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg"}.get(self.value, "audio/ogg")
+
+
+# Names of libsndfile's formats and subtypes.
+CONTAINERS = {
+    AudioFormat.FLAC: ("FLAC", "PCM_16"),
+    AudioFormat.MP3: ("MP3", "MPEG_LAYER_III"),
+    AudioFormat.OGG: ("OGG", "VORBIS"),
+    AudioFormat.OPUS: ("OGG", "OPUS"),
+}
 
 
 @cache
@@ -91,11 +101,11 @@ def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
     """
     channels, samples = audio.shape
     out = np.empty((samples, channels), dtype=np.int16)
-    scaled, fixed = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int32)
+    scaled, fixed = np.empty(BLOCK, dtype=np.float32), np.empty(BLOCK, dtype=np.int32)
     high_half = slice(1, None, 2) if sys.byteorder == "little" else slice(0, None, 2)
     for channel in range(channels):
-        for start in range(0, samples, _BLOCK):
-            stop = min(start + _BLOCK, samples)
+        for start in range(0, samples, BLOCK):
+            stop = min(start + BLOCK, samples)
             x, q = scaled[: stop - start], fixed[: stop - start]
             np.multiply(audio[channel, start:stop], np.float32(2**31), out=x)
             # Clip to the range of int32. 2**31 - 128 is the largest float32 below 2**31.
@@ -128,7 +138,7 @@ def encode_audio(
         return encode_wav(to_pcm16(audio), sample_rate_hz, text=text)
     if file_format is AudioFormat.FLAC:
         return _encode_with_libsndfile(to_pcm16(audio), sample_rate_hz, file_format=file_format, text=text)
-    rate_hz = _container_rate(sample_rate_hz, file_format)
+    rate_hz = container_rate(sample_rate_hz, file_format)
     samples = np.clip(audio.T, -1.0, 1.0)
     if rate_hz != sample_rate_hz:
         import soxr
@@ -158,22 +168,31 @@ def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
 
 def encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int, *, text: str | None = None) -> EncodedFile:
     """Return a WAV file of interleaved samples (S, C), with `text` embedded after them."""
-    channels = pcm.shape[1]
     data = _little_endian(pcm)
-    frame_bytes = 2 * channels
     chunks = () if text is None else (make_wav_chunk(text),)
-    riff = struct.pack("<4sI4s", b"RIFF", 36 + len(data) + sum(map(len, chunks)), b"WAVE")
+    num_more = sum(map(len, chunks))
+    header = wav_header(sample_rate_hz, channels=pcm.shape[1], num_bytes=len(data), num_more=num_more)
+    return EncodedFile(AudioFormat.WAV.media_type, (header, data, *chunks))
+
+
+def wav_header(sample_rate_hz: int, *, channels: int, num_bytes: int | None, num_more: int = 0) -> bytes:
+    """Return the header of a WAV file with 16-bit samples, which take `num_bytes`; None = their number is unknown.
+
+    `num_more` is the length of the chunks after the samples.
+    """
+    frame_bytes = 2 * channels
+    size, riff_size = (_UNKNOWN, _UNKNOWN) if num_bytes is None else (num_bytes, 36 + num_bytes + num_more)
     rates = (sample_rate_hz, sample_rate_hz * frame_bytes)
     layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, *rates, frame_bytes, 16)
-    header = riff + layout + struct.pack("<4sI", b"data", len(data))
-    return EncodedFile(AudioFormat.WAV.media_type, (header, data, *chunks))
+    return struct.pack("<4sI4s", b"RIFF", riff_size, b"WAVE") + layout + struct.pack("<4sI", b"data", size)
 
 
 def _little_endian(pcm: npt.NDArray[np.int16]) -> memoryview:
     return pcm.astype("<i2", copy=False).reshape(-1).view(np.uint8).data
 
 
-def _container_rate(sample_rate_hz: int, file_format: AudioFormat) -> int:
+def container_rate(sample_rate_hz: int, file_format: AudioFormat) -> int:
+    """Return the sample rate of a file in this format: `sample_rate_hz`, or one that the format supports."""
     if file_format is AudioFormat.OPUS:
         return _OPUS_RATE_HZ
     if file_format is AudioFormat.MP3:
@@ -190,45 +209,42 @@ def _encode_with_libsndfile(
 ) -> EncodedFile:
     import soundfile
 
-    container, subtype = {
-        AudioFormat.FLAC: ("FLAC", "PCM_16"),
-        AudioFormat.MP3: ("MP3", "MPEG_LAYER_III"),
-        AudioFormat.OGG: ("OGG", "VORBIS"),
-        AudioFormat.OPUS: ("OGG", "OPUS"),
-    }[file_format]
+    container, subtype = CONTAINERS[file_format]
     stream = io.BytesIO()
     channels = samples.shape[1]
     with soundfile.SoundFile(stream, "w", sample_rate_hz, channels, format=container, subtype=subtype) as file:
         if text is not None:
             file.comment = text
-        for start in range(0, len(samples), _BLOCK):
-            file.write(samples[start : start + _BLOCK])
+        for start in range(0, len(samples), BLOCK):
+            file.write(samples[start : start + BLOCK])
         if file_format is AudioFormat.OPUS:
-            file.write(np.zeros((_OPUS_TAIL, channels), dtype=np.float32))
-    if container != "OGG":
-        return EncodedFile(file_format.media_type, (stream.getbuffer(),))
-    data = bytearray(stream.getbuffer())
-    _rewrite_ogg(data, trim_samples=_OPUS_TAIL if file_format is AudioFormat.OPUS else 0)
-    return EncodedFile(file_format.media_type, (memoryview(data),))
+            file.write(np.zeros((OPUS_TAIL, channels), dtype=np.float32))
+    if container == "OGG":
+        rewrite_ogg(stream, trim_samples=OPUS_TAIL if file_format is AudioFormat.OPUS else 0)
+    return EncodedFile(file_format.media_type, (stream.getbuffer(),))
 
 
-def _rewrite_ogg(data: bytearray, *, trim_samples: int) -> None:
-    """Set a fixed serial number in every page of the Ogg file in `data`, and trim `trim_samples` from its end.
+def rewrite_ogg(file: BinaryIO, *, trim_samples: int) -> None:
+    """Set a fixed serial number in every page of an Ogg file, and trim `trim_samples` from its end.
 
     libsndfile writes a random serial number, but equal audio must give equal bytes. RFC 3533 defines the layout of Ogg
     pages and their checksum. RFC 7845, section 4.4, defines how the end of an Opus file is trimmed.
     """
-    start = 0
-    while start < len(data):
-        payload_start = start + _OGG_HEADER_BYTES + data[start + 26]
-        stop = payload_start + sum(data[start + _OGG_HEADER_BYTES : payload_start])
-        struct.pack_into("<I", data, start + 14, _OGG_SERIAL)
-        if stop == len(data):
-            (granule,) = struct.unpack_from("<q", data, start + 6)
-            struct.pack_into("<q", data, start + 6, granule - trim_samples)
-        data[start + 22 : start + 26] = bytes(4)
-        data[start + 22 : start + 26] = _ogg_checksum(data[start:stop])
-        start = stop
+    start, end = 0, file.seek(0, 2)
+    while start < end:
+        file.seek(start)
+        page = bytearray(file.read(_OGG_HEADER_BYTES))
+        page += file.read(page[26])
+        page += file.read(sum(page[_OGG_HEADER_BYTES:]))
+        struct.pack_into("<I", page, 14, _OGG_SERIAL)
+        if start + len(page) == end:
+            (granule,) = struct.unpack_from("<q", page, 6)
+            struct.pack_into("<q", page, 6, granule - trim_samples)
+        page[22:26] = bytes(4)
+        page[22:26] = _ogg_checksum(page)
+        file.seek(start)
+        file.write(page)
+        start += len(page)
 
 
 def _ogg_checksum(page: bytearray) -> bytes:

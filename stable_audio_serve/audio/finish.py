@@ -99,7 +99,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     recipes = _recipes_of(result, order)
     file_format, rate_hz = order.file_format, result.sample_rate_hz
     files = [
-        encode_audio(audio, rate_hz, file_format=file_format, text=_text_of(recipe, file_format=file_format))
+        encode_audio(audio, rate_hz, file_format=file_format, text=text_of(recipe, file_format=file_format))
         for (audio, _), recipe in zip_longest(finished, recipes)
     ]
     if len(files) == 1:
@@ -112,7 +112,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     return FinishedFile(make_zip(entries), clips, recipes)
 
 
-def _text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
+def text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
     """Return the recipe as text to embed in a file, or None if it is too long for the format."""
     text = None if recipe is None else recipe.to_json()
     most = MOST_OPUS_TEXT_CHARS if file_format is AudioFormat.OPUS else MOST_BYTES
@@ -154,7 +154,7 @@ def finish_window(result: GenerationResult, *, num_samples: int | None, origin: 
         peaks="full",
         samples=len(pcm),
     )
-    text = _text_of(recipes[0], file_format=AudioFormat.WAV)
+    text = text_of(recipes[0], file_format=AudioFormat.WAV)
     return FinishedFile(encode_wav(pcm, result.sample_rate_hz, text=text), (facts,), recipes)
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, create_model
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec
+from stable_audio_serve.jobs.job import FinishedSection, JobError, JobResult, JobSpec
 from stable_audio_serve.jobs.store.tables import storable
 
 
@@ -39,9 +39,10 @@ _Spec = _model_of(JobSpec, request=_Request)
 _RESULT = TypeAdapter(JobResult)
 _ERROR = TypeAdapter(JobError)
 _FILE = TypeAdapter(StoredFile)
+_SECTION = TypeAdapter(FinishedSection)
 
 
-def dump(value: JobSpec | JobResult | JobError | StoredFile) -> str:
+def dump(value: JobSpec | JobResult | JobError | StoredFile | FinishedSection) -> str:
     """Return `value` as JSON text. U+FFFD replaces lone surrogates, which UTF-8 cannot encode."""
     try:
         return pydantic_core.to_json(value).decode()
@@ -74,3 +75,8 @@ def load_error(text: str) -> JobError:
 def load_file(text: str) -> StoredFile:
     """Parse the JSON text that describes a stored file. Raises ValueError."""
     return _FILE.validate_json(text)
+
+
+def load_section(text: str) -> FinishedSection:
+    """Parse the JSON text that describes a finished section. Raises ValueError."""
+    return _SECTION.validate_json(text)

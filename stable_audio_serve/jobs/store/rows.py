@@ -48,6 +48,7 @@ def to_job(row: sa.Row[Any]) -> Job:
         fraction=row.fraction,
         eta_s=row.eta_s,
         engine_position=row.engine_position,
+        num_sections=row.num_sections,
         lease=None if row.owner is None else Lease(row.owner, row.fence),
         is_dead_letter=row.is_dead_letter,
         result=_read(codec.load_result, row.result),

@@ -21,6 +21,9 @@ CANCELLED = JobError("cancelled", "the job was cancelled")
 
 _jobs = JOBS.c
 
+# A job that starts again keeps the progress of its finished sections.
+_KEPT_FRACTION = sa.case((_jobs.num_sections > 0, _jobs.fraction), else_=0.0)
+
 
 class Transitions:
     """Changes the states of jobs in one database."""
@@ -83,7 +86,7 @@ class Transitions:
             "started_at": now,
             "start_before": None,
             "stage": "started",
-            "fraction": 0.0,
+            "fraction": _KEPT_FRACTION,
             "eta_s": None,
             "engine_position": None,
         }
@@ -113,6 +116,6 @@ def requeued() -> dict[str, Any]:
         "started_at": None,
         "eta_s": None,
         "stage": "queued",
-        "fraction": 0.0,
+        "fraction": _KEPT_FRACTION,
         "engine_position": None,
     }

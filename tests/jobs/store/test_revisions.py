@@ -55,6 +55,10 @@ RELEASED = {
         "2b23c6fb50b54ded6591a766cf35947b65660df986608d86893f7b6afe1cd01d",
         "2b23c6fb50b54ded6591a766cf35947b65660df986608d86893f7b6afe1cd01d",
     ),
+    "0007_sections": (
+        "b8e42f59984be05a03adfa7dcb70c0455f1f629675f4fb16953d290b57da56d0",
+        "d41e48c128cc213b164acfc2b0f3829cac14936f61046e06d77073ce661ff64e",
+    ),
 }
 
 # A statement that removes something but breaks no older server: without this table, the older server enforces the
