@@ -138,6 +138,7 @@ class JobEvent:
     fraction: float
     eta_s: float | None = None
     message: str | None = None
+    num_sections: int = 0  # number of finished sections of a long piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,13 @@ from stable_audio_serve.api.native.schemas import (
     VariationForm,
     check_sampler_kwargs,
 )
+from stable_audio_serve.api.native.sections import read_sections, section_faults
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.jobs.sections import total_duration_s
 
 # The numbers that clients may send in `sampler_kwargs` for Stable Audio Open models (True) and other models (False), by
 # name: the field of `GenerationRequest`, the lowest value and the highest value. Stable Audio Open models do not
@@ -87,18 +89,21 @@ def to_request(
         raise RequestValidationError([_fault("model", error.message, value=fields.model)]) from error
     longest_s = min(limits.max_duration_s, card.max_duration_s)
     duration_s = fields.duration if "duration" in given else min(fields.duration, longest_s)
+    sections = read_sections(fields)
+    clip_s = 0.0 if sections else duration_s  # the limits of sections are checked below
     steps = fields.steps if "steps" in given else min(card.default_steps, limits.most_steps(card.default_steps))
     is_model_shorter = card.max_duration_s < limits.max_duration_s
     faults = [
         _fault(name, f"{name} must be at most {limit:g} ({setter})", value=value)
         for name, value, limit, setter in (
-            ("duration", duration_s, longest_s, f"the model {card.name}" if is_model_shorter else "api.max_duration_s"),
+            ("duration", clip_s, longest_s, f"the model {card.name}" if is_model_shorter else "api.max_duration_s"),
             ("steps", steps, limits.most_steps(card.default_steps), "api.max_steps"),
             ("batch_size", fields.batch_size, limits.max_batch_size, "api.max_batch_size"),
             ("deadline_s", fields.deadline_s or 0, limits.max_deadline_s, "api.max_deadline_s"),
         )
         if value > limit
     ]
+    faults += section_faults(fields, card=card, limits=limits)
     sampling = _sampler_options(sampler_kwargs, card, faults=faults)
     apg_scale = fields.apg_scale if "apg_scale" in given else None
     if apg_scale and card.family == OPEN_FAMILY:
@@ -108,7 +113,7 @@ def to_request(
         raise RequestValidationError(faults)
     request = GenerationRequest(
         prompt=fields.prompt,
-        duration_s=duration_s,
+        duration_s=total_duration_s(sections) if sections else duration_s,
         seed=resolve_seed(fields.seed),
         negative_prompt=fields.negative_prompt,
         batch_size=fields.batch_size,

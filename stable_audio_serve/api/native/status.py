@@ -12,12 +12,12 @@ from starlette.requests import Request
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.native.ignored import cut_prompts
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
-from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import clip_dict
-from stable_audio_serve.audio.recipe import Recipe, write_recipes
+from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, Mode, State
+from stable_audio_serve.jobs.recipes import recipes_of as job_recipes
 
 _MOST_LISTED_CHARS = 4096
 
@@ -55,6 +55,10 @@ _STATUS: dict[str, Any] = {
 }
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class JobTicket(BaseModel):
     """An accepted job."""
 
@@ -75,6 +79,10 @@ class JobProgress(BaseModel):
 
     stage: str = Field(description="`queued`, `started`, the current step of the work, or `done`.")
     fraction: float = Field(description="Share of the work that is done, 0 to 1.")
+    sections_done: int | None = Field(
+        None, exclude_if=_is_none, description="Number of finished sections; only of a long piece."
+    )
+    sections: int | None = Field(None, exclude_if=_is_none, description="Number of sections; only of a long piece.")
     eta_seconds: float | None = Field(description="Last predicted time until the job ends, seconds.")
     queue_position: int | None = Field(
         description="Number of jobs before it, or, once a runner has it, of rows in the engine; 0 = next."
@@ -205,15 +213,7 @@ def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
     made_on = result.file.made_on if result else None
     if result is None or made_on is None or not spec.with_recipe:
         return None
-    return write_recipes(
-        spec.request,
-        sources=spec.sources,
-        model=spec.model,
-        seeds=result.seeds,
-        made_on=made_on,
-        file_format=AudioFormat(spec.file_format).value,
-        peaks=spec.peaks,
-    )
+    return job_recipes(spec, seeds=result.seeds, made_on=made_on, different=result.different)
 
 
 def _audio_url(base: str, spec: JobSpec, *, result: JobResult) -> str:
@@ -229,6 +229,8 @@ def progress_of(job: Job, *, position: int | None) -> JobProgress:
     return JobProgress(
         stage=job.stage,
         fraction=job.fraction,
+        sections_done=job.num_sections if job.spec.sections else None,
+        sections=len(job.spec.sections) or None,
         eta_seconds=job.eta_s,
         queue_position=job.engine_position if position is None else position,
     )

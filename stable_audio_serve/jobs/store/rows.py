@@ -90,7 +90,7 @@ def to_event(row: sa.Row[Any], number: int) -> JobEvent:
     The row's own id is not used, because it counts the events of all jobs, and clients must not know their number.
     """
     at = datetime.fromtimestamp(row.at, UTC)
-    return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message)
+    return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message, row.num_sections)
 
 
 def _to_time(seconds: float | None) -> datetime | None:

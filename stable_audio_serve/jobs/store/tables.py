@@ -102,6 +102,7 @@ EVENTS = sa.Table(
     sa.Column("fraction", sa.Double, nullable=False),
     sa.Column("eta_s", sa.Double),
     sa.Column("message", _Text),
+    sa.Column("num_sections", sa.Integer, nullable=False, server_default="0"),
     sa.Index("events_of_job", "job", "id"),
     sqlite_autoincrement=True,
 )

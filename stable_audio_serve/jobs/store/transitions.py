@@ -68,10 +68,8 @@ class Transitions:
 
     def add_events(self, connection: sa.Connection, rows: Iterable[sa.Row[Any]], *, message: str | None) -> None:
         """Add an event with `message` to the job in each of these rows."""
-        events = [
-            {"job": row.seq, "stage": row.stage, "fraction": row.fraction, "eta_s": row.eta_s, "message": message}
-            for row in rows
-        ]
+        names = ("stage", "fraction", "eta_s", "num_sections")
+        events = [{"job": row.seq, "message": message} | {name: row._mapping[name] for name in names} for row in rows]
         connection.execute(self._insert_events, events)
 
     def started(self, owner: str, *, lease_s: float) -> dict[str, Any]:

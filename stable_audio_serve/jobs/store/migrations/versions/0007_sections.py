@@ -1,4 +1,4 @@
-"""Revision 0007: a new table for the finished sections of long pieces, and their number in the table of jobs."""
+"""Revision 0007: a new table for the finished sections of long pieces, and their number in jobs and events."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0006"
 
 
 def upgrade() -> None:
-    """Create the table `job_sections`, and add the column `num_sections` to `jobs`."""
+    """Create the table `job_sections`, and add the column `num_sections` to `jobs` and `events`."""
     number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
     op.create_table(
         "job_sections",
@@ -18,4 +18,5 @@ def upgrade() -> None:
         sa.Column("section", sa.Text, nullable=False),
     )
     op.create_index("job_sections_by_key", "job_sections", ["key"])
-    op.add_column("jobs", sa.Column("num_sections", sa.Integer, nullable=False, server_default="0"))
+    for table in ("jobs", "events"):
+        op.add_column(table, sa.Column("num_sections", sa.Integer, nullable=False, server_default="0"))
