@@ -270,6 +270,10 @@ class Service:
         with self._measured("file_encode_ms"):
             return await self._audio.run_encoding(function)
 
+    async def encode(self, function: Callable[[], T]) -> T:
+        """Run `function`, which encodes a part of a file, on an encoding thread, and return its result."""
+        return await self._audio.run_encoding(function)
+
     @contextmanager
     def _measured(self, metric: str) -> Iterator[None]:
         started_at = self.clock.monotonic()

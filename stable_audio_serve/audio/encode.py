@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -224,8 +224,10 @@ def _encode_with_libsndfile(
     return EncodedFile(file_format.media_type, (stream.getbuffer(),))
 
 
-def rewrite_ogg(file: BinaryIO, *, trim_samples: int) -> None:
+def rewrite_ogg(file: Any, *, trim_samples: int) -> None:
     """Set a fixed serial number in every page of an Ogg file, and trim `trim_samples` from its end.
+
+    `file` is a file object that can be read and written.
 
     libsndfile writes a random serial number, but equal audio must give equal bytes. RFC 3533 defines the layout of Ogg
     pages and their checksum. RFC 7845, section 4.4, defines how the end of an Opus file is trimmed.

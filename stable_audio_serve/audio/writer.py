@@ -6,7 +6,8 @@ need much CPU time: call them from worker threads, one at a time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -26,40 +27,60 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-class AudioWriter(Protocol):
-    """Encodes one file."""
+class AudioWriter:
+    """Writes one audio file block by block."""
+
+    def __init__(
+        self,
+        file: Writable,
+        *,
+        file_format: AudioFormat,
+        sample_rate_hz: int,
+        num_samples: int | None = None,
+        text: str | None = None,
+    ) -> None:
+        """Write to `file`, which must be empty and seekable. It stays open.
+
+        Only WAV files need `num_samples`, the length of the audio. If it is None, their header says that the length is
+        unknown. `text` is embedded in the file, see `encode_audio`.
+        """
+        self._open: Callable[[int], _Encoder] = lambda channels: (
+            _WavEncoder(file, sample_rate_hz, channels=channels, num_samples=num_samples, text=text)
+            if file_format is AudioFormat.WAV
+            else _SoundFileEncoder(file, sample_rate_hz, channels=channels, file_format=file_format, text=text)
+        )
+        self._encoder: _Encoder | None = None
 
     def write(self, block: npt.NDArray[np.float32]) -> None:
-        """Encode the next samples (C, S) float32 in -1..1."""
-        ...
+        """Encode the next samples (C, S) float32 in -1..1. Raises OSError, RuntimeError if the file has no room."""
+        if self._encoder is None:
+            self._encoder = self._open(len(block))
+        self._encoder.write(block)
 
     def close(self) -> None:
-        """Complete the file. Does not close the file object."""
-        ...
+        """Complete the file. Further calls do nothing. Raises the same errors as `write`."""
+        encoder, self._encoder = self._encoder, None
+        if encoder is not None:
+            encoder.close()
 
 
-def open_writer(
-    file: BinaryIO,
-    *,
-    file_format: AudioFormat,
-    sample_rate_hz: int,
-    channels: int,
-    num_samples: int | None = None,
-    text: str | None = None,
-) -> AudioWriter:
-    """Return a writer to `file`, which must be empty, readable, writable and seekable.
+class Writable(Protocol):
+    """A file object that libsndfile can write to."""
 
-    Only WAV files need `num_samples`, the length of the audio. If it is None, the header says that the length is
-    unknown. `text` is embedded in the file, see `encode_audio`.
-    """
-    if file_format is AudioFormat.WAV:
-        return _WavWriter(file, sample_rate_hz, channels=channels, num_samples=num_samples, text=text)
-    return _SoundFileWriter(file, sample_rate_hz, channels=channels, file_format=file_format, text=text)
+    def write(self, data: bytes, /) -> int: ...
+    def read(self, num_bytes: int = -1, /) -> bytes: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def tell(self) -> int: ...
 
 
-class _WavWriter:
+class _Encoder(Protocol):
+    def write(self, block: npt.NDArray[np.float32]) -> None: ...
+    def close(self) -> None: ...
+
+
+class _WavEncoder:
     def __init__(
-        self, file: BinaryIO, sample_rate_hz: int, *, channels: int, num_samples: int | None, text: str | None
+        self, file: Writable, sample_rate_hz: int, *, channels: int, num_samples: int | None, text: str | None
     ) -> None:
         self._file = file
         self._end = b"" if text is None else make_wav_chunk(text)
@@ -73,9 +94,9 @@ class _WavWriter:
         self._file.write(self._end)
 
 
-class _SoundFileWriter:
+class _SoundFileEncoder:
     def __init__(
-        self, file: BinaryIO, sample_rate_hz: int, *, channels: int, file_format: AudioFormat, text: str | None
+        self, file: Writable, sample_rate_hz: int, *, channels: int, file_format: AudioFormat, text: str | None
     ) -> None:
         import soundfile
 
@@ -131,20 +152,20 @@ class StreamFile:
         self._pending.clear()
         return taken
 
-    def write(self, data: bytes) -> int:
-        is_known = min(max(self._end - self._position, 0), len(data))
-        self._pending += data[is_known:]
+    def write(self, data: bytes, /) -> int:
+        num_known = min(max(self._end - self._position, 0), len(data))
+        self._pending += data[num_known:]
         self._position += len(data)
         self._end = max(self._end, self._position)
         return len(data)
 
-    def seek(self, offset: int, whence: int = 0) -> int:
+    def seek(self, offset: int, whence: int = 0, /) -> int:
         self._position = offset + (0, self._position, self._end)[whence]
         return self._position
 
     def tell(self) -> int:
         return self._position
 
-    def read(self, num_bytes: int = -1) -> bytes:
+    def read(self, num_bytes: int = -1, /) -> bytes:
         """Return nothing: what was taken cannot be read."""
         return b""

@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar, cast
@@ -23,7 +23,7 @@ from stable_audio_serve.audio.loudness import ClipMeter, describe_clip
 from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.audio.section_files import encode_section, join_samples
 from stable_audio_serve.audio.workers import AudioWorkers
-from stable_audio_serve.audio.writer import AudioWriter, open_writer
+from stable_audio_serve.audio.writer import AudioWriter
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.clock import Clock
@@ -198,20 +198,21 @@ class LongPieces:
         recipes = recipes_of(spec, seeds=spec.request.seeds, made_on=made_on, different=different)
         with tempfile.TemporaryFile() as temporary:
             file = cast(BinaryIO, temporary)
-            piece = _PieceFile(
+            writer = AudioWriter(
                 file,
                 file_format=file_format,
                 sample_rate_hz=sections[0].sample_rate_hz,
                 num_samples=sum(num_final_samples(each, is_last=each is sections[-1]) for each in sections),
                 text=text_of(recipes[0], file_format=file_format) if spec.with_recipe else None,
             )
+            piece = _Piece(writer, sample_rate_hz=sections[0].sample_rate_hz)
             try:
                 for section in sections:
                     stop = num_final_samples(section, is_last=section is sections[-1])
                     async with aclosing(read_section(self._artifacts, section, stop=stop)) as blocks:
                         async for block in blocks:
                             await _to_end(self._audio.run_encoding(partial(piece.add, block)))
-                facts = await _to_end(self._audio.run_encoding(partial(piece.describe, seed=spec.request.seed)))
+                facts = await _to_end(self._audio.run_encoding(partial(piece.finish, seed=spec.request.seed)))
             finally:
                 await _to_end(self._audio.run_encoding(piece.close))
             stored = await self._put(
@@ -231,50 +232,37 @@ class LongPieces:
         )
 
 
-class _PieceFile:
+class _Piece:
     """The file of a whole piece, written and measured block by block. Call the methods one at a time, from threads."""
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        *,
-        file_format: AudioFormat,
-        sample_rate_hz: int,
-        num_samples: int,
-        text: str | None,
-    ) -> None:
-        self._open: Callable[..., AudioWriter] = partial(
-            open_writer,
-            file,
-            file_format=file_format,
-            sample_rate_hz=sample_rate_hz,
-            num_samples=num_samples,
-            text=text,
-        )
-        self._writer: AudioWriter | None = None
+    def __init__(self, writer: AudioWriter, *, sample_rate_hz: int) -> None:
+        self._writer = writer
         self._meter = ClipMeter(sample_rate_hz)
 
     def add(self, block: npt.NDArray[np.float32]) -> None:
-        """Write the next samples (C, S). Raises StorageFullError."""
+        """Write and measure the next samples (C, S). Raises StorageFullError."""
         self._meter.add(block)
-        try:
-            if self._writer is None:
-                self._writer = self._open(channels=len(block))
+        with _needing_room():
             self._writer.write(block)
-        except (OSError, RuntimeError) as error:  # libsndfile's errors are RuntimeErrors
-            raise StorageFullError("there is no room for temporary files") from error
 
-    def describe(self, *, seed: int) -> ClipFacts:
-        """Return the measurements of the piece."""
+    def finish(self, *, seed: int) -> ClipFacts:
+        """Complete the file, and return the measurements of the piece. Raises StorageFullError."""
+        with _needing_room():
+            self._writer.close()
         return self._meter.describe(seed=seed)
 
     def close(self) -> None:
-        """Complete the file. Raises StorageFullError."""
-        if self._writer is not None:
-            try:
-                self._writer.close()
-            except (OSError, RuntimeError) as error:
-                raise StorageFullError("there is no room for temporary files") from error
+        """Stop writing, if `finish` was not called."""
+        with suppress(OSError, RuntimeError):  # the file is not used
+            self._writer.close()
+
+
+@contextmanager
+def _needing_room() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # libsndfile's errors are RuntimeErrors
+        raise StorageFullError("there is no room for temporary files") from error
 
 
 def _finish_section(result: GenerationResult, *, job: Job, plan: SectionPlan) -> tuple[EncodedFile, int, ClipFacts]:
