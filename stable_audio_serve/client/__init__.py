@@ -15,8 +15,10 @@ from stable_audio_serve.client.controls import (
     JobControls,
     JobEditControls,
     JobInpaintControls,
+    LongControls,
     LoopControls,
     Lora,
+    Section,
 )
 from stable_audio_serve.client.failures import Retries
 
@@ -35,10 +37,12 @@ __all__ = [
     "JobInpaintControls",
     "JobPage",
     "JobProgress",
+    "LongControls",
     "LoopControls",
     "Lora",
     "Model",
     "Recipe",
     "Result",
     "Retries",
+    "Section",
 ]

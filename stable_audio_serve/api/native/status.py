@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime
 from operator import not_
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, Mode, State
 from stable_audio_serve.jobs.recipes import recipes_of as job_recipes
 
 _MOST_LISTED_CHARS = 4096
+REPLAY_OF = "replay_of"  # the hash of the recipe that a job replays, in `JobSpec.wire`
 
 _TICKET: dict[str, Any] = {
     "id": "68e48e7af36c4d829e3797a0b3e7687c",
@@ -132,6 +134,11 @@ class JobStatus(BaseModel):
         description="Recipe of each variation of a job that succeeded. Lists and webhooks leave recipes out if their "
         f"prompts have more than {_MOST_LISTED_CHARS} characters in total."
     )
+    replay: Literal["exact", "close"] | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="Only of a job that recreated a long piece: exact = same bytes as the original.",
+    )
     warnings: list[str] = Field(
         description="Parts of the request without effect, for example the end of a long prompt."
     )
@@ -193,7 +200,8 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
         clips=[JobClip(**clip_dict(clip)) for clip in result.file.clips] if result else None,
         device=made_on.device if made_on else None,
         dtype=made_on.dtype if made_on else None,
-        recipes=recipes_of(job),
+        recipes=(recipes := recipes_of(job)),
+        replay=_compare(job, recipes),
         warnings=cut_prompts(made_on),
     )
 
@@ -214,6 +222,21 @@ def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
     if result is None or made_on is None or not spec.with_recipe:
         return None
     return job_recipes(spec, seeds=result.seeds, made_on=made_on, different=result.different)
+
+
+def hash_recipe(recipe: Recipe) -> str:
+    """Return the SHA-256 of a recipe. Recipes with the same hash describe the same bytes, if made in strict mode."""
+    return hashlib.sha256(recipe.to_json().encode()).hexdigest()
+
+
+def _compare(job: Job, recipes: tuple[Recipe, ...] | None) -> Literal["exact", "close"] | None:
+    """Return whether a job's file has the same bytes as the file whose recipe it replayed, None if it was no replay."""
+    original = job.spec.wire.get(REPLAY_OF)
+    if original is None or not recipes:
+        return None
+    recipe = recipes[0]
+    is_strict = recipe.made_on.mode == "strict" and recipe.checkpoint is not None
+    return "exact" if is_strict and hash_recipe(recipe) == original else "close"
 
 
 def _audio_url(base: str, spec: JobSpec, *, result: JobResult) -> str:
