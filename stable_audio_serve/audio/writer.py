@@ -26,6 +26,8 @@ from stable_audio_serve.audio.encode import (
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+_LEVEL = 0.445  # libsndfile's compression level of MP3 with 192 kbit/s
+
 
 class AudioWriter:
     """Writes one audio file block by block."""
@@ -41,13 +43,15 @@ class AudioWriter:
     ) -> None:
         """Write to `file`, which must be empty and seekable. It stays open.
 
-        Only WAV files need `num_samples`, the length of the audio. If it is None, their header says that the length is
-        unknown. `text` is embedded in the file, see `encode_audio`.
+        `num_samples` is the length of the audio. If it is None, the header of a WAV file says that the length is
+        unknown, and MP3 files have a constant bit rate. `text` is embedded in the file, see `encode_audio`.
         """
         self._open: Callable[[int], _Encoder] = lambda channels: (
             _WavEncoder(file, sample_rate_hz, channels=channels, num_samples=num_samples, text=text)
             if file_format is AudioFormat.WAV
-            else _SoundFileEncoder(file, sample_rate_hz, channels=channels, file_format=file_format, text=text)
+            else _SoundFileEncoder(
+                file, sample_rate_hz, channels=channels, file_format=file_format, num_samples=num_samples, text=text
+            )
         )
         self._encoder: _Encoder | None = None
 
@@ -96,7 +100,14 @@ class _WavEncoder:
 
 class _SoundFileEncoder:
     def __init__(
-        self, file: Writable, sample_rate_hz: int, *, channels: int, file_format: AudioFormat, text: str | None
+        self,
+        file: Writable,
+        sample_rate_hz: int,
+        *,
+        channels: int,
+        file_format: AudioFormat,
+        num_samples: int | None,
+        text: str | None,
     ) -> None:
         import soundfile
 
@@ -108,7 +119,10 @@ class _SoundFileEncoder:
             import soxr
 
             self._resampler = soxr.ResampleStream(sample_rate_hz, rate_hz, channels, dtype="float32")
-        self._sound = soundfile.SoundFile(file, "w", rate_hz, channels, format=container, subtype=subtype)
+        # Players estimate the length of a growing MP3 file from its bit rate, so that must be constant.
+        is_growing = file_format is AudioFormat.MP3 and num_samples is None
+        options: dict[str, Any] = {"bitrate_mode": "CONSTANT", "compression_level": _LEVEL} if is_growing else {}
+        self._sound = soundfile.SoundFile(file, "w", rate_hz, channels, format=container, subtype=subtype, **options)
         if text is not None:
             self._sound.comment = text
 

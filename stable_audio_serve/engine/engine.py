@@ -16,7 +16,7 @@ from typing import get_args
 
 import torch
 
-from stable_audio_serve.audio.keep import keep_source, plan_spans
+from stable_audio_serve.audio.keep import BEFORE_S, keep_source, plan_spans
 from stable_audio_serve.audio.prepare import resampled_length
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import UNAVAILABLE, ConfigError, ModelUnavailableError, OverloadedError
@@ -391,4 +391,6 @@ def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: 
         sample_rate_hz=result.sample_rate_hz,
     )
     samples = source.samples.numpy()
-    return replace(result, generated=tuple(keep_source(audio, samples, spans=spans) for audio in result.audio))
+    num_before = round(BEFORE_S * result.sample_rate_hz)
+    generated = (keep_source(audio, samples, spans=spans, num_before=num_before) for audio in result.audio)
+    return replace(result, generated=tuple(generated))

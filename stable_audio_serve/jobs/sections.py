@@ -28,26 +28,29 @@ if TYPE_CHECKING:
 LEAST_SECTION_S = 1.0  # much longer than the crossfade of 30 ms
 LEAST_OVERLAP_S = 0.1
 _USUAL_OVERLAP_S = 12.0
+_MORE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class SectionPlan:
     """What one section needs. All lengths are in samples.
 
-    The section is [start, stop) of the piece. It continues the `context` samples before `start`.
+    The section is [start, stop) of the piece. It continues the `context` samples before `start`. The model generates
+    `more` samples after it, which are cut off, because models let the end of a clip fade or swell.
     """
 
     number: int  # from 1
     start: int
     stop: int
     context: int
+    more: int
     seed: int
     prompt: str
 
     @property
     def num_generated(self) -> int:
-        """The length of the model's output: the context and the section."""
-        return self.context + self.stop - self.start
+        """The length of the model's output: the context, the section, and what is cut off."""
+        return self.context + self.stop - self.start + self.more
 
 
 def longest_s(card: ModelCard, limits: ApiSettings) -> float:
@@ -104,12 +107,16 @@ def plan_sections(spec: JobSpec, card: ModelCard) -> list[SectionPlan]:
     for index, section in enumerate(spec.sections):
         end_s += section.duration_s
         stop = int(end_s * rate_hz)
+        room = max(most - (stop - start), 0)
+        context = min(overlap, start, room)
+        is_last = index == len(spec.sections) - 1
         plans.append(
             SectionPlan(
                 number=index + 1,
                 start=start,
                 stop=stop,
-                context=min(overlap, start, max(most - (stop - start), 0)),
+                context=context,
+                more=0 if is_last else min(round(_MORE_S * rate_hz), room - context),
                 seed=(spec.request.seed + index) % SEED_LIMIT,
                 prompt=spec.request.prompt if section.prompt is None else section.prompt,
             )
@@ -120,14 +127,14 @@ def plan_sections(spec: JobSpec, card: ModelCard) -> list[SectionPlan]:
 
 def make_request(spec: JobSpec, plan: SectionPlan, *, card: ModelCard, before: SourceAudio | None) -> GenerationRequest:
     """Return the request that generates a section. `before` are the `plan.context` samples before it, None if none."""
-    request = replace(spec.request, prompt=plan.prompt, seed=plan.seed, batch_size=1)
-    if before is None:
-        return replace(request, duration_s=spec.sections[plan.number - 1].duration_s)
     rate_hz = card.sample_rate_hz
     # Half a sample more, because engines round down.
     duration_s = min((plan.num_generated + 0.5) / rate_hz, card.max_duration_s)
+    request = replace(spec.request, prompt=plan.prompt, seed=plan.seed, batch_size=1, duration_s=duration_s)
+    if before is None:
+        return request
     region = (plan.context / rate_hz, duration_s)
-    return replace(request, duration_s=duration_s, inpaint_audio=before, inpaint_regions_s=(region,), keep="source")
+    return replace(request, inpaint_audio=before, inpaint_regions_s=(region,), keep="source")
 
 
 def sizes_of(spec: JobSpec, *, model: Defaults) -> list[WorkSize]:

@@ -21,7 +21,7 @@ from stable_audio_serve.audio.encode import AudioFormat, EncodedFile
 from stable_audio_serve.audio.finish import text_of
 from stable_audio_serve.audio.loudness import ClipMeter, describe_clip
 from stable_audio_serve.audio.peaks import treat_peaks
-from stable_audio_serve.audio.section_files import encode_section, join_samples
+from stable_audio_serve.audio.section_files import encode_section, join_section
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.audio.writer import AudioWriter
 from stable_audio_serve.core.backend import Backend
@@ -31,7 +31,7 @@ from stable_audio_serve.core.errors import GenerationError, StorageError, Storag
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.ids import ArtifactKey
-from stable_audio_serve.core.sound import ClipFacts
+from stable_audio_serve.core.sound import ClipFacts, Peaks
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobResult
 from stable_audio_serve.jobs.recipes import common_maker, find_different, recipes_of
 from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
@@ -173,7 +173,8 @@ class LongPieces:
         started_at = self._clock.monotonic()
         result = await self._backend.generate(job.spec.model, request, on_progress=on_progress)
         inference_s = self._clock.monotonic() - started_at
-        file, num_samples, facts = await self._audio.run_encoding(partial(_finish_section, result, job=job, plan=plan))
+        finish = partial(_finish_section, result, before=request.inpaint_audio, plan=plan, peaks=job.spec.peaks)
+        file, num_samples, facts = await self._audio.run_encoding(finish)
         stored = await self._put(
             job,
             file.chunks,
@@ -265,14 +266,19 @@ def _needing_room() -> Iterator[None]:
         raise StorageFullError("there is no room for temporary files") from error
 
 
-def _finish_section(result: GenerationResult, *, job: Job, plan: SectionPlan) -> tuple[EncodedFile, int, ClipFacts]:
+def _finish_section(
+    result: GenerationResult, *, before: SourceAudio | None, plan: SectionPlan, peaks: Peaks
+) -> tuple[EncodedFile, int, ClipFacts]:
     """Return a section's file, its number of samples and its measurements. Raises GenerationError."""
     rate_hz, audio = result.sample_rate_hz, result.audio[0]
     if audio.shape[1] != plan.num_generated:
         raise GenerationError(f"section {plan.number} has another length than expected")
-    generated = result.generated[0] if result.generated else None
-    start = plan.context - min(join_samples(rate_hz), plan.context)
-    own = treat_peaks(audio, rate_hz, peaks=job.spec.peaks, generated=generated)[:, start:]
+    num_own = plan.stop - plan.start
+    if before is None:
+        own = treat_peaks(audio[:, :num_own], rate_hz, peaks=peaks)
+    else:
+        span = result.generated[0][-1] if result.generated else None
+        own = join_section(audio, rate_hz, before=before.samples, num_own=num_own, span=span, peaks=peaks)
     return encode_section(own, rate_hz), own.shape[1], describe_clip(own, rate_hz, seed=plan.seed)
 
 
