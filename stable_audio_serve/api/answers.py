@@ -103,7 +103,7 @@ async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipe
     if is_head:
         await chunks.aclose()
         return Response(headers=headers, media_type=media_type)
-    return StreamingResponse(_chain(first, chunks), headers=headers, media_type=media_type)
+    return StreamingResponse(chain(first, chunks), headers=headers, media_type=media_type)
 
 
 def result_headers(output: Output) -> dict[str, str]:
@@ -111,7 +111,7 @@ def result_headers(output: Output) -> dict[str, str]:
     result = output.result
     return {
         "X-Model": result.model,
-        "X-Sample-Rate": str(result.sample_rate_hz),
+        "X-Sample-Rate": str(output.sample_rate_hz),
         "X-Output-Count": str(len(result.audio)),
         **sound_headers(output.clips, result.made_on),
         **_recipe_header(output.recipes),
@@ -175,7 +175,8 @@ async def _chunks(file: EncodedFile) -> AsyncIterator[bytes]:
         yield chunk
 
 
-async def _chain(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+async def chain(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    """Yield `first`, then `rest`, which is closed at the end."""
     async with aclosing(rest):
         yield first
         async for chunk in rest:

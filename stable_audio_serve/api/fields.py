@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from stable_audio_serve.audio.formats import BITRATES_KBPS, SAMPLE_RATES_HZ, available_formats, require_format
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.sound import AudioFormat, BitDepth
 
 NOT_BLANK = r"\S"
 
@@ -18,3 +23,27 @@ Prompt = Annotated[
     StringConstraints(strip_whitespace=True, min_length=1, max_length=100_000),
     Field(json_schema_extra={"pattern": NOT_BLANK}),
 ]
+
+
+def _to_format(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return require_format(value)
+    except InvalidRequestError as error:
+        raise PydanticCustomError("enum", "{message}", {"message": error.message}) from error
+
+
+def _to_whole(value: object) -> object:
+    """Convert the text of a form field to a number, because `Literal` only accepts numbers."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
+
+ResponseFormat = Annotated[
+    AudioFormat,
+    BeforeValidator(_to_format),
+    WithJsonSchema({"type": "string", "enum": [str(name) for name in available_formats()]}),
+]
+Bitrate = Annotated[int, Field(ge=BITRATES_KBPS[0], le=BITRATES_KBPS[1])]
+SampleBits = Annotated[BitDepth, BeforeValidator(_to_whole)]
+SampleRate = Annotated[int, Field(json_schema_extra={"enum": list(SAMPLE_RATES_HZ)})]

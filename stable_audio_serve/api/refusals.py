@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from stable_audio_serve.api.middleware.observe import note
+from stable_audio_serve.api.printable import printable
 from stable_audio_serve.core.errors import StableAudioError, StorageError
 
 ExpectedError = StableAudioError | RequestValidationError | HTTPException
@@ -42,6 +43,12 @@ class Refusal(Generic[Row]):
     message: str
     headers: Mapping[str, str]
     is_internal: bool
+
+
+def field_and_message(_: Request, fault: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the field name and the message of one entry of FastAPI's list of invalid fields."""
+    names = [part for part in fault["loc"] if isinstance(part, str)]
+    return [(str(printable(names[1] if len(names) > 1 else "body")), str(printable(fault["msg"])))]
 
 
 def _no_fault(_: Request, __: StableAudioError) -> None:

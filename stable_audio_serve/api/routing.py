@@ -82,13 +82,18 @@ class BoundedRequest(Request):
 
 
 def route_class(
-    render: ErrorRenderer, *, scopes: Scopes, enter: Callable[[Request], None] | None = None
+    render: ErrorRenderer,
+    *,
+    scopes: Scopes,
+    enter: Callable[[Request], None] | None = None,
+    takes_bare_key: bool = False,
 ) -> type[APIRoute]:
     """Return a route class that checks requests and renders expected errors in one dialect's form.
 
     If keys are configured, a request needs a key with one of `scopes`. The key is checked before the body is read. If
     the request uploads a file, the limits of its key are checked before the body is read too. `enter` is called before
-    these checks. The class sets `request.state.caller`, and `request.state.client` to the key's client.
+    these checks. With `takes_bare_key`, the header `Authorization` may have the key alone. The class sets
+    `request.state.caller`, and `request.state.client` to the key's client.
     """
 
     async def admit(request: Request) -> None:
@@ -96,7 +101,7 @@ def route_class(
         keys: ApiKeys = request.app.state.keys
         await keys.ring.refresh()
         needed = scopes(request) if callable(scopes) else scopes
-        key = keys.admit(request, needed)
+        key = keys.admit(request, needed, takes_bare_key=takes_bare_key)
         request.state.caller = find_caller(request, key, address_header=request.app.state.address_header)
         request.state.client = key.client
         if request.method == "POST" and _GENERATING_SCOPES.intersection(needed) and _has_form(request):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import structlog
 from starlette.datastructures import UploadFile
@@ -45,7 +45,7 @@ from stable_audio_serve.core.errors import (
     UnknownModelError,
     UploadTooLargeError,
 )
-from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, Lora, SourceAudio
+from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, Lora, Role, SourceAudio
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
@@ -67,12 +67,14 @@ _UPLOAD_CHUNK_BYTES = 1_048_576
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The content of a response: the file, the measurements of its clips, the generation result, and the encoding time.
+    """The content of a response: the file and its sample rate, the measurements of its clips, the generation result,
+    and the encoding time.
 
     `recipes` has the recipe of each variation, or is empty if the response shall have no recipes.
     """
 
     file: EncodedFile
+    sample_rate_hz: int
     clips: tuple[ClipFacts, ...]
     result: GenerationResult
     encode_ms: float
@@ -149,20 +151,27 @@ class Service:
             raise GenerationError(f"{path.name} cannot be read: {error}") from error
 
     async def keep_upload(
-        self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, role: Literal["init", "inpaint"]
+        self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, role: Role
     ) -> JobUpload:
         """Check that a model can use an uploaded file, then store it unchanged for a new job.
 
         Raises InvalidUploadError, UploadTooLargeError, StorageError.
         """
         source = await self.decode(upload, card, padding_s=padding_s)
+        return await self.store_upload(upload, source, max_s=_usable_s(card, padding_s), role=role)
+
+    async def store_upload(self, upload: UploadFile, source: SourceAudio, *, max_s: float, role: Role) -> JobUpload:
+        """Store an uploaded file unchanged for a new job, which decodes `max_s` seconds of it. Raises StorageError.
+
+        `source` is the audio that was decoded from it.
+        """
 
         def chunks() -> Iterator[bytes]:
             upload.file.seek(0)
             return iter(lambda: upload.file.read(_UPLOAD_CHUNK_BYTES), b"")
 
         file = await self.jobs.put_upload(chunks, media_type="application/octet-stream", file_name="upload")
-        return JobUpload(file, role, _usable_s(card, padding_s), source.samples.nbytes)
+        return JobUpload(file, role, max_s, source.samples.nbytes)
 
     async def generate(
         self, card: ModelCard, request: GenerationRequest, *, caller: Caller, started_at: float
@@ -263,7 +272,7 @@ class Service:
         started_at = self.clock.monotonic()
         finished = await self.compute(make)
         encode_ms = (self.clock.monotonic() - started_at) * 1000
-        return Output(finished.file, finished.clips, result, encode_ms, finished.recipes)
+        return Output(finished.file, finished.sample_rate_hz, finished.clips, result, encode_ms, finished.recipes)
 
     async def compute(self, function: Callable[[], T]) -> T:
         """Run `function` on an encoding thread and return its result."""

@@ -15,18 +15,18 @@ import numpy as np
 
 from stable_audio_serve.audio.encode import (
     MOST_OPUS_TEXT_CHARS,
-    AudioFormat,
     EncodedFile,
     encode_audio,
     encode_wav,
     make_zip,
     to_full_scale_pcm16,
 )
+from stable_audio_serve.audio.formats import TEXT_FORMATS, file_rate
 from stable_audio_serve.audio.loudness import describe_clip
 from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.audio.recipe import MOST_BYTES, Recipe, RecipeSource, sources_of, write_recipes
 from stable_audio_serve.core.generation import GeneratedSpan, GenerationRequest, GenerationResult, Role
-from stable_audio_serve.core.sound import ClipFacts, Peaks
+from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, ClipFacts, Encoding, Peaks
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -39,7 +39,7 @@ class FileOrder:
     """The properties of the file that a client requested. If `origin` is None, no recipe is embedded in the file."""
 
     peaks: Peaks
-    file_format: AudioFormat = AudioFormat.WAV
+    encoding: Encoding = PLAIN_WAV
     stem: str = "audio"
     with_manifest: bool = False  # add a manifest to the ZIP archive of several variations
     origin: ClipOrigin | None = None
@@ -64,6 +64,7 @@ class FinishedFile:
     """The client's file, with the measurements and, if requested, the recipe of each variation in it."""
 
     file: EncodedFile
+    sample_rate_hz: int  # of the file
     clips: tuple[ClipFacts, ...]
     recipes: tuple[Recipe, ...] = ()
 
@@ -75,12 +76,14 @@ def finish_clip(
     seed: int,
     peaks: Peaks,
     generated: Sequence[GeneratedSpan] | None = None,
+    is_loop: bool = False,
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
     """Bring a clip's peaks into -1..1 and measure the clip. Returns the clip (C, S) float32, and its measurements.
 
-    `generated` are the parts of the clip that the model generated. None means the whole clip.
+    `generated` are the parts of the clip that the model generated. None means the whole clip. `is_loop` is whether the
+    clip repeats without a seam.
     """
-    finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated)
+    finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated, is_loop=is_loop)
     return finished, describe_clip(finished, sample_rate_hz, seed=seed)
 
 
@@ -90,31 +93,39 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     The files in the archive are named `<stem>-01.<format>`, `<stem>-02.<format>`, and so on.
     """
     finished = [
-        finish_clip(audio, result.sample_rate_hz, seed=seed, peaks=order.peaks, generated=generated)
+        finish_clip(
+            audio,
+            result.sample_rate_hz,
+            seed=seed,
+            peaks=order.peaks,
+            generated=generated,
+            is_loop=result.is_loop,
+        )
         for audio, seed, generated in zip(
             result.audio, result.seeds, result.generated or repeat(None, len(result.audio)), strict=True
         )
     ]
     clips = tuple(facts for _, facts in finished)
     recipes = _recipes_of(result, order)
-    file_format, rate_hz = order.file_format, result.sample_rate_hz
+    encoding, rate_hz = order.encoding, result.sample_rate_hz
     files = [
-        encode_audio(audio, rate_hz, file_format=file_format, text=text_of(recipe, file_format=file_format))
+        encode_audio(audio, rate_hz, encoding=encoding, text=text_of(recipe, file_format=encoding.file_format))
         for (audio, _), recipe in zip_longest(finished, recipes)
     ]
+    file_rate_hz = file_rate(encoding, rate_hz)
     if len(files) == 1:
-        return FinishedFile(files[0], clips, recipes)
-    names = [f"{order.stem}-{number:02d}.{order.file_format}" for number in range(1, len(files) + 1)]
+        return FinishedFile(files[0], file_rate_hz, clips, recipes)
+    names = [f"{order.stem}-{number:02d}.{encoding.file_format}" for number in range(1, len(files) + 1)]
     entries = list(zip(names, files, strict=True))
     if order.with_manifest and order.origin is not None:
-        request = order.origin.request
-        entries.append((MANIFEST, _make_manifest(request, result, names=names, clips=clips, recipes=recipes)))
-    return FinishedFile(make_zip(entries), clips, recipes)
+        request, facts = order.origin.request, list(zip(names, clips, recipes, strict=True))
+        entries.append((MANIFEST, _make_manifest(request, result, rate_hz=file_rate_hz, files=facts)))
+    return FinishedFile(make_zip(entries), file_rate_hz, clips, recipes)
 
 
 def text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
-    """Return the recipe as text to embed in a file, or None if it is too long for the format."""
-    text = None if recipe is None else recipe.to_json()
+    """Return the recipe as text to embed in a file, or None if the format holds no text or not such a long one."""
+    text = None if recipe is None or file_format not in TEXT_FORMATS else recipe.to_json()
     most = MOST_OPUS_TEXT_CHARS if file_format is AudioFormat.OPUS else MOST_BYTES
     return None if text is None or len(text) > most else text
 
@@ -129,7 +140,7 @@ def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...
         model=result.model,
         seeds=result.seeds,
         made_on=result.made_on,
-        file_format=order.file_format.value,
+        encoding=order.encoding,
         peaks=order.peaks,
     )
 
@@ -143,19 +154,19 @@ def finish_window(result: GenerationResult, *, num_samples: int | None, origin: 
     audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # (C, S), as `describe_clip` expects
     facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
     if origin is None:
-        return FinishedFile(encode_wav(pcm, result.sample_rate_hz), (facts,))
+        return FinishedFile(encode_wav(pcm, result.sample_rate_hz), result.sample_rate_hz, (facts,))
     recipes = write_recipes(
         origin.request,
         sources=origin.sources,
         model=result.model,
         seeds=result.seeds,
         made_on=result.made_on,
-        file_format="wav",
+        encoding=PLAIN_WAV,
         peaks="full",
         samples=len(pcm),
     )
     text = text_of(recipes[0], file_format=AudioFormat.WAV)
-    return FinishedFile(encode_wav(pcm, result.sample_rate_hz, text=text), (facts,), recipes)
+    return FinishedFile(encode_wav(pcm, result.sample_rate_hz, text=text), result.sample_rate_hz, (facts,), recipes)
 
 
 def clip_dict(clip: ClipFacts) -> dict[str, Any]:
@@ -168,9 +179,8 @@ def _make_manifest(
     request: GenerationRequest,
     result: GenerationResult,
     *,
-    names: Sequence[str],
-    clips: Sequence[ClipFacts],
-    recipes: Sequence[Recipe],
+    rate_hz: int,
+    files: Sequence[tuple[str, ClipFacts, Recipe]],
 ) -> EncodedFile:
     content = {
         "model": result.model,
@@ -179,12 +189,11 @@ def _make_manifest(
         "duration": request.duration_s,
         "steps": request.steps,
         "cfg_scale": request.cfg_scale,
-        "sample_rate": result.sample_rate_hz,
+        "sample_rate": rate_hz,
         "device": result.made_on.device,
         "dtype": result.made_on.dtype,
         "files": [
-            {"name": name, **clip_dict(clip), "recipe": recipe.model_dump(mode="json")}
-            for name, clip, recipe in zip(names, clips, recipes, strict=True)
+            {"name": name, **clip_dict(clip), "recipe": recipe.model_dump(mode="json")} for name, clip, recipe in files
         ],
     }
     return EncodedFile("application/json", (json.dumps(content, indent=2).encode(),))

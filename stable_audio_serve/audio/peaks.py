@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stable_audio_serve.audio.keep import fade_ramp
+from stable_audio_serve.audio.seams import cut_repeated, repeat_around
 from stable_audio_serve.core.generation import GeneratedSpan
 from stable_audio_serve.core.sound import Peaks
 
@@ -28,6 +29,7 @@ _BLOCK = 16  # samples between two points of the piecewise linear gain curve
 _ATTACK_S = 0.005
 _HOLD_S = 0.012  # half a period of 42 Hz, so that the gain does not follow the waveform of higher tones
 _RELEASE_S = 0.1  # time in which the reduction decays by a factor e
+_LIMITED_AROUND_S = 1.0  # how much of a loop's repetitions is limited too; any reduction decays in this time
 _LEAST_REDUCTION = 1e-4  # smaller reductions are set to 0, so that samples far from any peak stay unchanged
 
 
@@ -37,12 +39,15 @@ def treat_peaks(
     *,
     peaks: Peaks,
     generated: Sequence[GeneratedSpan] | None = None,
+    is_loop: bool = False,
 ) -> npt.NDArray[np.float32]:
     """Return `audio` (C, S) float32 with its peaks brought into -1..1. `audio` may have any level and is not changed.
 
     If `generated` parts of the clip are given, the limiter changes only these parts. Elsewhere, samples beyond -1..1
-    are clipped.
+    are clipped. A clip that repeats without a seam (`is_loop`) still does so afterwards.
     """
+    if peaks == "limit" and is_loop:
+        return limit_loop(audio, sample_rate_hz)
     if peaks == "limit" and generated is not None:
         return limit_spans(audio, sample_rate_hz, spans=generated)
     if peaks == "limit":
@@ -73,6 +78,15 @@ def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np
     reduction = (points[:-1, None] + rises * ramp).reshape(-1)[:num_samples]
     limited = audio * (np.float32(1) - reduction)
     return np.clip(limited, -CEILING, CEILING, out=limited)  # rounding may have raised a sample by its last bit
+
+
+def limit_loop(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np.float32]:
+    """Return a loop, `audio` (C, S), with no sample above CEILING. It is limited as if it had been repeated before."""
+    if find_peak(audio) <= CEILING:
+        return audio
+    around = round(_LIMITED_AROUND_S * sample_rate_hz)
+    limited = cut_repeated(limit(repeat_around(audio, around), sample_rate_hz), around)
+    return np.clip(limited, -CEILING, CEILING, out=limited)
 
 
 def limit_spans(

@@ -17,6 +17,7 @@ from stable_audio_serve.core.generation import (
     EditSchedule,
     GenerationRequest,
     Keep,
+    LoopStart,
     Lora,
     MadeOn,
     Mode,
@@ -25,7 +26,7 @@ from stable_audio_serve.core.generation import (
     SourceAudio,
     Stacking,
 )
-from stable_audio_serve.core.sound import Peaks
+from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, BitDepth, Encoding, Peaks
 
 MOST_BYTES = 1_048_576  # size of the longest recipe as text
 MOST_REGIONS = 100
@@ -45,7 +46,6 @@ _Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
 _Region = tuple[_Seconds, _Seconds]  # start, end
 _Time = Annotated[float, Field(ge=0, le=1)]  # of denoising: 1 = the start from noise
 _Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their own range
-FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # the values of `audio.encode.AudioFormat`
 
 
 def _unset(description: str | None = None) -> Any:
@@ -120,7 +120,7 @@ class RecipeMaker(_Part):
     profile: _ShortText | None = _unset("Speed features of the engine, only on a GPU: plain or accelerated.")
     attention: _ShortText | None = _unset("Kernels of attention, only on a GPU: without and with a mask.")
     codecs: _ShortText | None = _unset(
-        "Libraries that read the sources and wrote the file; unset for WAV without sources."
+        "Libraries that read the sources and wrote the file; unset for WAV and PCM without sources."
     )
 
 
@@ -154,6 +154,7 @@ class Recipe(_Part):
     rho: Annotated[float, Field(ge=0.01, le=100)] | None = _unset()
     duration_padding_sec: Annotated[float, Field(ge=0, le=30)] | None = _unset()
     chunked_decode: bool | None = _unset()
+    loop: LoopStart | None = _unset("Start of a clip that repeats without a seam: free or bars.")
     seconds_start: _Start | None = _unset("Start of the clip in a longer piece; for models with this conditioning.")
     seconds_total: _Seconds | None = _unset("Length of that piece.")
     init_audio: RecipeSource | None = _unset("Source of a variation.")
@@ -174,7 +175,10 @@ class Recipe(_Part):
     overlap: Annotated[float, Field(gt=0, le=1e6)] | None = _unset(
         "Audio that each section continues, seconds; only with sections."
     )
-    response_format: FileFormat = Field(description="File format.")
+    response_format: Annotated[AudioFormat, Field(strict=False)] = Field(description="File format.")
+    bitrate: Annotated[int, Field(ge=8, le=320), _WHOLE] | None = _unset("kbit/s; unset = the format's default.")
+    bit_depth: Annotated[BitDepth, _WHOLE] | None = _unset("Bits of a sample; unset = 16.")
+    sample_rate: Annotated[int, Field(ge=8000, le=48_000), _WHOLE] | None = _unset("Hertz; unset = the model's.")
     peaks: Peaks | Literal["full"] = Field(
         description="Treatment of peaks; full = the whole generation was scaled to full scale, then cut to `samples`."
     )
@@ -192,14 +196,21 @@ class Recipe(_Part):
             raise ValueError("inpaint_regions: each must start before its end")
         if (self.sections is None) != (self.overlap is None):
             raise ValueError("sections and overlap belong together")
-        if self.sections and (self.hashes or self.peaks not in ("limit", "clip")):
-            raise ValueError("sections have no source audio, and their peaks are limit or clip")
+        if self.sections and (self.hashes or self.loop is not None or self.peaks not in ("limit", "clip")):
+            raise ValueError("sections have no source audio and no loop, and their peaks are limit or clip")
         if self.keep is not None and self.inpaint_audio is None:
             raise ValueError("keep belongs to inpaint_audio")
+        if self.loop is not None and self.inpaint_audio is not None:
+            raise ValueError("loop does not belong to inpaint_audio")
         is_full = self.peaks == "full"
-        if (is_full and self.response_format != "wav") or (self.samples is not None and not is_full):
-            raise ValueError("peaks: full is of WAV files, and only with full there are samples")
+        if (is_full and self.encoding != PLAIN_WAV) or (self.samples is not None and not is_full):
+            raise ValueError("peaks: full is of plain WAV files, and only with full there are samples")
         return self
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the clip's file is written."""
+        return Encoding(self.response_format, self.bitrate, self.bit_depth, self.sample_rate)
 
     @property
     def hashes(self) -> tuple[str, ...]:
@@ -235,6 +246,7 @@ class Recipe(_Part):
             cfg_norm_threshold=self.cfg_norm_threshold or 0.0,
             duration_padding_s=self.duration_padding_sec,
             chunked_decode=self.chunked_decode,
+            loop=self.loop,
             init_audio=sources[self.init_audio.sha256] if self.init_audio else None,
             init_noise_level=1.0 if self.init_noise_level is None else self.init_noise_level,
             edit_schedule=self.edit_schedule,
@@ -269,7 +281,7 @@ def write_recipes(
     model: str,
     seeds: Sequence[int],
     made_on: MadeOn,
-    file_format: FileFormat,
+    encoding: Encoding,
     peaks: Peaks | Literal["full"],
     samples: int | None = None,
 ) -> tuple[Recipe, ...]:
@@ -296,6 +308,7 @@ def write_recipes(
         rho=request.rho,
         duration_padding_sec=_to_float(provenance.duration_padding_s if provenance else request.duration_padding_s),
         chunked_decode=request.chunked_decode,
+        loop=request.loop,
         seconds_start=_to_float(request.start_s) or None,
         seconds_total=_to_float(request.conditioned_total_s),
         init_audio=init,
@@ -308,10 +321,13 @@ def write_recipes(
         keep=request.keep if inpaint else None,
         loras=tuple(map(RecipeLora.of, loras)) or None,
         lora_stacking=(provenance or request).lora_stacking if loras else None,
-        response_format=file_format,
+        response_format=encoding.file_format,
+        bitrate=encoding.bitrate_kbps,
+        bit_depth=encoding.bit_depth,
+        sample_rate=encoding.sample_rate_hz,
         peaks=peaks,
         samples=samples,
-        made_on=write_maker(made_on, codecs=_codecs_of(file_format, sources)),
+        made_on=write_maker(made_on, codecs=_codecs_of(encoding, sources)),
     )
     return (first, *(first.model_copy(update={"seed": seed}) for seed in seeds[1:]))
 
@@ -368,12 +384,13 @@ def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
     )
 
 
-def _codecs_of(file_format: FileFormat, sources: Collection[str]) -> str | None:
-    if not sources and file_format == "wav":
+def _codecs_of(encoding: Encoding, sources: Collection[str]) -> str | None:
+    is_plain = encoding.file_format in (AudioFormat.WAV, AudioFormat.PCM) and encoding.sample_rate_hz is None
+    if not sources and is_plain:
         return None
     from stable_audio_serve.audio.encode import name_codecs  # imported late, because NumPy is not needed otherwise
 
-    return name_codecs()
+    return name_codecs(with_aac=encoding.file_format in (AudioFormat.M4A, AudioFormat.AAC))
 
 
 def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
@@ -382,7 +399,7 @@ def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
     This is so if both ran in strict mode with the same weights, kind of device, processor, versions and precisions.
     """
     now = made_on.provenance
-    codecs = _codecs_of(recipe.response_format, recipe.hashes)
+    codecs = _codecs_of(recipe.encoding, recipe.hashes)
     return (
         now is not None
         and now.mode == "strict"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.encode import AudioFormat, EncodedFile
+from stable_audio_serve.audio.encode import EncodedFile, encode_wav
 from stable_audio_serve.audio.keep import FADE_S, fade_ramp
 from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.core.generation import GeneratedSpan
@@ -21,8 +21,7 @@ from stable_audio_serve.core.sound import Peaks
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_FLOATS = 3  # WAVE_FORMAT_IEEE_FLOAT
-_HEADER = struct.Struct("<4sI4s4sIHHIIHHH4sII4sI")
+_HEADER_BYTES = 58
 _CHANNELS_AT = 22  # byte offset in the header
 _SAMPLE_BYTES = 4
 
@@ -92,15 +91,7 @@ def _level(audio: npt.NDArray[np.float32]) -> float:
 
 def encode_section(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> EncodedFile:
     """Return a WAV file with the samples `audio` (C, S) float32."""
-    channels, num_samples = audio.shape
-    samples = np.ascontiguousarray(audio.T, "<f4")
-    frame_bytes = _SAMPLE_BYTES * channels
-    rates = (sample_rate_hz, sample_rate_hz * frame_bytes)
-    layout = (b"fmt ", 18, _FLOATS, channels, *rates, frame_bytes, 8 * _SAMPLE_BYTES, 0)
-    fact = (b"fact", 4, num_samples)
-    riff = (b"RIFF", _HEADER.size - 8 + samples.nbytes, b"WAVE")
-    header = _HEADER.pack(*riff, *layout, *fact, b"data", samples.nbytes)
-    return EncodedFile(AudioFormat.WAV.media_type, (header, samples.reshape(-1).view(np.uint8).data))
+    return encode_wav(np.ascontiguousarray(audio.T), sample_rate_hz)
 
 
 class SectionDecoder:
@@ -114,11 +105,11 @@ class SectionDecoder:
         """Return the samples (C, S) float32 that `chunk` completes."""
         data = self._rest + chunk
         if not self._channels:
-            if len(data) < _HEADER.size:
+            if len(data) < _HEADER_BYTES:
                 self._rest = data
                 return np.empty((1, 0), np.float32)
             (self._channels,) = struct.unpack_from("<H", data, _CHANNELS_AT)
-            data = data[_HEADER.size :]
+            data = data[_HEADER_BYTES:]
         num_whole = len(data) - len(data) % (_SAMPLE_BYTES * self._channels)
         self._rest = data[num_whole:]
         samples = np.frombuffer(data, "<f4", num_whole // _SAMPLE_BYTES).reshape(-1, self._channels)

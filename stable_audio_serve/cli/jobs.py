@@ -12,7 +12,16 @@ import typer
 
 from stable_audio_serve.cli.messages import ExitCode, fail, plain_errors
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
-from stable_audio_serve.cli.sound_options import STRENGTH_HELP, Keep, Prompt, SoundOptions, with_options
+from stable_audio_serve.cli.sound_options import (
+    STRENGTH_HELP,
+    Bars,
+    Bpm,
+    Keep,
+    Loop,
+    Prompt,
+    SoundOptions,
+    with_options,
+)
 from stable_audio_serve.core.errors import ConflictError, NotFoundError
 
 if TYPE_CHECKING:
@@ -38,6 +47,9 @@ def submit(
         typer.Option("--region", "-r", metavar="START:END", help="With --audio: part to regenerate, seconds."),
     ] = None,
     keep: Keep = None,
+    loop: Loop = False,
+    bpm: Bpm = None,
+    bars: Bars = None,
     webhook: Annotated[str | None, typer.Option(help="URL called when the job ends.")] = None,
     key: Annotated[
         str | None, typer.Option("--idempotency-key", help="Submitting again with the same key returns the first job.")
@@ -57,7 +69,10 @@ def submit(
         if regions and noise is not None:
             raise ValueError("--noise is for variations: it has no effect with --region")
         spans = [parse_region(region) for region in regions or ()]
+        if audio is not None and (loop or bpm is not None or bars is not None):
+            raise ValueError("--loop, --bpm and --bars are for prompts without --audio")
         fields = {**options.controls, "init_noise_level": noise, "keep": keep, "webhook_url": webhook}
+        fields |= {"loop": loop or None, "bpm": bpm, "bars": bars}
         request = makers.SoundRequest(
             "generate" if audio is None else "inpaint" if spans else "vary",
             read_prompt(prompt),

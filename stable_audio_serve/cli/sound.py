@@ -13,7 +13,17 @@ import typer
 
 from stable_audio_serve.cli.messages import plain_errors
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
-from stable_audio_serve.cli.sound_options import STRENGTH_HELP, Keep, Prompt, SoundOptions, Source, with_options
+from stable_audio_serve.cli.sound_options import (
+    STRENGTH_HELP,
+    Bars,
+    Bpm,
+    Keep,
+    Loop,
+    Prompt,
+    SoundOptions,
+    Source,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from stable_audio_serve.cli.makers import SoundRequest
@@ -25,20 +35,20 @@ _Regions = Annotated[
 ]
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
-    *("priority", "loras", "lora_stacking"),
+    *("bitrate", "bit_depth", "sample_rate", "priority", "loras", "lora_stacking"),
 )
 _UNTIL = {"duration": "--until", "inpaint_end_seconds": "--until", "inpaint_start_seconds": "--from"}
 _LOOP_HAS_NOT = (
     *("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority"),
-    *("loras", "lora_stacking"),
+    *("bitrate", "bit_depth", "sample_rate", "loras", "lora_stacking"),
 )
 
 
 @app.command()
 @with_options()
-def generate(prompt: Prompt, *, options: SoundOptions) -> None:
+def generate(prompt: Prompt, *, loop: Loop = False, bpm: Bpm = None, bars: Bars = None, options: SoundOptions) -> None:
     """Generate audio from a text prompt."""
-    _make("generate", prompt, options=options)
+    _make("generate", prompt, more={"loop": loop or None, "bpm": bpm, "bars": bars}, options=options)
 
 
 @app.command()

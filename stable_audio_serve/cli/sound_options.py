@@ -25,6 +25,9 @@ Keep = Annotated[
     ),
 ]
 
+Loop = Annotated[bool, typer.Option("--loop", help="Make a clip that repeats without a seam.")]
+Bpm = Annotated[float | None, typer.Option(help="With --loop: tempo, beats per minute; name it in the prompt too.")]
+Bars = Annotated[int | None, typer.Option(help="With --loop and --bpm: bars of four beats, in place of --duration.")]
 
 STRENGTH_HELP = "Strength, 0 to 1; low keeps more of the source."
 
@@ -45,7 +48,15 @@ class SoundOptions:
     variations: Annotated[
         int, typer.Option("--variations", "-n", min=1, help="Number of variations; seeds count up from --seed.")
     ] = 1
-    format: Annotated[Literal["wav", "flac", "mp3", "ogg", "opus"] | None, typer.Option(help="File format.")] = None
+    format: Annotated[
+        Literal["wav", "flac", "mp3", "ogg", "opus", "pcm", "ulaw", "alaw", "m4a", "aac"] | None,
+        typer.Option(help="File format; m4a and aac need the extra `aac`."),
+    ] = None
+    bitrate: Annotated[int | None, typer.Option(min=8, max=320, help="Of lossy formats, kbit/s.")] = None
+    bit_depth: Annotated[
+        Literal["16", "24", "float"] | None, typer.Option(help="Bits of a sample; of wav, of flac without float.")
+    ] = None
+    sample_rate: Annotated[int | None, typer.Option(help="Of the file, hertz; default: the model's.")] = None
     priority: Annotated[
         Literal["interactive", "batch"], typer.Option(help="Interactive requests run before batch requests.")
     ] = "interactive"
@@ -82,6 +93,9 @@ class SoundOptions:
             "negative_prompt": self.negative_prompt,
             "batch_size": self.variations if self.variations > 1 else None,
             "response_format": self.format,
+            "bitrate": self.bitrate,
+            "bit_depth": int(self.bit_depth) if self.bit_depth in {"16", "24"} else self.bit_depth,
+            "sample_rate": self.sample_rate,
             "priority": self.priority if self.priority != "interactive" else None,
             "loras": [_parse_lora(text) for text in self.loras] if self.loras else None,
             "lora_stacking": self.lora_stacking,

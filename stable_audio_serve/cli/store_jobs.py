@@ -30,7 +30,8 @@ _State = Annotated[
     typer.Option(help="Only jobs in this state."),
 ]
 _Name = Annotated[
-    str, typer.Argument(metavar="ID", help="Id of a job; sa3/ID, aiml/ID or fal/ID if the id is not unique.")
+    str,
+    typer.Argument(metavar="ID", help="Id of a job; sa3/ID, aiml/ID, ... if the id is not unique."),
 ]
 _Client = Annotated[str | None, typer.Option("--client", help="Client of the job, if several clients chose its id.")]
 _Names = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of jobs, as for `show`.")]

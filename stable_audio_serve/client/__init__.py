@@ -11,6 +11,7 @@ from stable_audio_serve.client.clients import AsyncClient, Client
 from stable_audio_serve.client.controls import (
     Controls,
     EditControls,
+    GenerateControls,
     InpaintControls,
     JobControls,
     JobEditControls,
@@ -30,6 +31,7 @@ __all__ = [
     "Clip",
     "Controls",
     "EditControls",
+    "GenerateControls",
     "InpaintControls",
     "Job",
     "JobControls",

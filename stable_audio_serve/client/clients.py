@@ -17,8 +17,8 @@ from stable_audio_serve.client import calls
 from stable_audio_serve.client.answers import Adapter, Job, JobPage, JobProgress, Model, Result
 from stable_audio_serve.client.calls import Audio, Call, Connection, Recipe, Regions
 from stable_audio_serve.client.controls import (
-    Controls,
     EditControls,
+    GenerateControls,
     InpaintControls,
     JobEditControls,
     JobInpaintControls,
@@ -63,8 +63,8 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    @accepts(Controls)
-    def generate(self, prompt: str, **controls: Unpack[Controls]) -> Result:
+    @accepts(GenerateControls)
+    def generate(self, prompt: str, **controls: Unpack[GenerateControls]) -> Result:
         """Generate audio from a text prompt."""
         return self.send(calls.make("generate", prompt, controls=controls))
 
@@ -274,8 +274,8 @@ class AsyncClient:
     async def close(self) -> None:
         await self._http.aclose()
 
-    @accepts(Controls)
-    async def generate(self, prompt: str, **controls: Unpack[Controls]) -> Result:
+    @accepts(GenerateControls)
+    async def generate(self, prompt: str, **controls: Unpack[GenerateControls]) -> Result:
         return await self.send(calls.make("generate", prompt, controls=controls))
 
     @accepts(EditControls)

@@ -29,7 +29,7 @@ class Lora(TypedDict, total=False):
 
 
 class Controls(TypedDict, total=False):
-    """Optional fields of every request, except requests for loops."""
+    """Optional fields of every request, except those of `Client.loop`."""
 
     model: Annotated[str | None, "Name or alias of a served model."]
     negative_prompt: Annotated[str | None, "What to avoid; takes effect with cfg_scale above 1."]
@@ -41,7 +41,12 @@ class Controls(TypedDict, total=False):
     chunked_decode: Annotated[bool | None, "Decode in windows."]
     apg_scale: Annotated[float | None, "Adaptive projected guidance; 0 = plain guidance."]
     duration_padding_sec: Annotated[float | None, "Audio that is generated after the clip and cut off, seconds."]
-    response_format: Annotated[str | None, "File format: wav, flac, mp3, ogg or opus."]
+    response_format: Annotated[
+        str | None, "File format: wav, flac, mp3, ogg, opus, pcm, ulaw or alaw; on some servers m4a and aac."
+    ]
+    bitrate: Annotated[int | None, "Bit rate of a lossy format, kbit/s."]
+    bit_depth: Annotated[Literal[16, 24, "float"] | None, "Bits of a sample; of wav 16, 24 or float, of flac 16 or 24."]
+    sample_rate: Annotated[int | None, "Sample rate of the file, hertz; by default the model's."]
     deadline_s: Annotated[float | None, "Time budget, seconds; after it DeadlineExceededError is raised."]
     priority: Annotated[Literal["interactive", "batch"] | None, "Interactive requests run before batch requests."]
     peaks: Annotated[str | None, "What is done to peaks above full scale: limit, scale or clip."]
@@ -54,6 +59,14 @@ class Controls(TypedDict, total=False):
         "Adapters in this order: names, pairs of name and strength, or mappings that may have an interval too.",
     ]
     lora_stacking: Annotated[Literal["chained", "summed"] | None, "How several adapters combine."]
+
+
+class GenerateControls(Controls, total=False):
+    """Optional fields of a request for audio from a prompt alone."""
+
+    loop: Annotated[bool | None, "Make a clip that repeats without a seam."]
+    bpm: Annotated[float | None, "With loop: tempo, beats per minute. Name it in the prompt too."]
+    bars: Annotated[int | None, "With loop and bpm: number of bars of four beats, in place of `duration`."]
 
 
 class EditControls(Controls, total=False):
@@ -88,10 +101,14 @@ class LoopControls(TypedDict, total=False):
     finetune_repo: Annotated[str | None, "A served model's name or alias."]
 
 
-class JobControls(Controls, total=False):
-    """Optional fields of a job that generates audio from a prompt."""
+class JobFields(TypedDict, total=False):
+    """Optional fields of every job."""
 
     webhook_url: Annotated[str | None, "URL called when the job ends."]
+
+
+class JobControls(JobFields, GenerateControls, total=False):
+    """Optional fields of a job that generates audio from a prompt."""
 
 
 class Section(TypedDict, total=False):
@@ -110,11 +127,11 @@ class LongControls(JobControls, total=False):
     overlap_s: Annotated[float | None, "With sections: how much audio each section continues, seconds."]
 
 
-class JobEditControls(JobControls, EditControls, total=False):
+class JobEditControls(JobFields, EditControls, total=False):
     """Optional fields of a job that makes a variation of source audio."""
 
 
-class JobInpaintControls(JobControls, InpaintControls, total=False):
+class JobInpaintControls(JobFields, InpaintControls, total=False):
     """Optional fields of a job that regenerates regions of source audio."""
 
 

@@ -17,6 +17,9 @@ SEED_LIMIT = 2**63  # seeds are in 0..SEED_LIMIT - 1
 EditSchedule = Literal["even", "scaled", "reference"]
 # When regions of source audio are regenerated: whether the samples outside the regions are the source's or the model's.
 Keep = Literal["source", "model"]
+# Where a clip that repeats without a seam begins. bars: where the generated clip begins, so that its bars stay in
+# place. free: if the clip begins with an attack, 50 ms earlier, with the end of the clip.
+LoopStart = Literal["free", "bars"]
 Role = Literal["init", "inpaint"]  # what source audio is used for: init = a variation, inpaint = regenerating regions
 Priority = Literal["interactive", "batch"]  # interactive requests run first; batch requests keep a minimum share
 
@@ -33,6 +36,11 @@ class SourceAudio:
     sample_rate_hz: int
     sha256: str = ""
     is_mixed: bool = False
+
+    @property
+    def duration_s(self) -> float:
+        """Length in seconds."""
+        return self.samples.shape[1] / self.sample_rate_hz
 
     def to_mono(self) -> SourceAudio:
         """Return the audio with one channel, the mean of all channels."""
@@ -117,6 +125,7 @@ class GenerationRequest:
     cfg_norm_threshold: float = 0.0  # 0 = off
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # guidance applies while sigma is between these two, inclusive
     duration_padding_s: float | None = None  # seconds of audio that are generated after the clip and cut off
+    loop: LoopStart | None = None  # the clip repeats without a seam; see `audio.seams`
     init_audio: SourceAudio | None = None
     init_noise_level: float = 1.0
     edit_schedule: EditSchedule | None = None  # only for flow models
@@ -283,6 +292,7 @@ class GenerationResult:
     device: DeviceUse = field(default_factory=DeviceUse)
     provenance: Provenance | None = None
     generated: tuple[tuple[GeneratedSpan, ...], ...] | None = None
+    is_loop: bool = False  # whether the audio repeats without a seam
 
     @property
     def made_on(self) -> MadeOn:

@@ -138,6 +138,9 @@ class DialectSettings(Section):
         description="Model of requests in the foreign dialects that name none, or its name there; unset = the first "
         "served Stable Audio Open model, for which these dialects were written, otherwise the default model.",
     )
+    stability_model: ModelName | None = Field(
+        None, description="Model behind Stability's API; unset = the first served Stable Audio 3 model."
+    )
     riff_dir: Folder | None = Field(
         None,
         description="Folder of riffs, named like gsharp_80bpm_4.wav; unset = `riffs`, or two packaged riffs.",

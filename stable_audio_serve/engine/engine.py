@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import get_args
@@ -18,12 +19,14 @@ import torch
 
 from stable_audio_serve.audio.keep import BEFORE_S, keep_source, plan_spans
 from stable_audio_serve.audio.prepare import resampled_length
+from stable_audio_serve.audio.seams import close_loop, loop_samples, with_surplus
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import UNAVAILABLE, ConfigError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
     Loaded,
+    LoopStart,
     Mode,
     Priority,
     ProgressCallback,
@@ -243,12 +246,16 @@ class Engine:
         require_checkpoint(request, spec=self.spec, loaded=self._provenance.loaded)
         self._num_in_flight += 1
         try:
-            state = await self._accept(request, on_progress, frames=frames)
+            max_s = self.spec.card.max_duration_s
+            planned = with_surplus(request, max_duration_s=max_s) if request.loop else request
+            state = await self._accept(planned, on_progress, frames=frames)
             try:
                 result = await state.reply.future
                 prompts = state.shared.prompts
                 provenance = complete_provenance(self._provenance, request, spec=self.spec, prompts=prompts)
                 result = replace(result, device=replace(self._device.use(), dtype=self.dtype), provenance=provenance)
+                if request.loop is not None:
+                    return await asyncio.to_thread(_close_loops, result, request, loop=request.loop)
                 if request.inpaint_audio is None:
                     return result
                 return await asyncio.to_thread(_keep_source, result, request, plan=state.plans[0][0])
@@ -374,6 +381,14 @@ def _configured_profile(options: EngineOptions, device: Device) -> Profile:
     if options.profile == "plain":
         return Profile(PLAIN, "engine.profile is plain")
     return Profile(options.features)
+
+
+def _close_loops(result: GenerationResult, request: GenerationRequest, *, loop: LoopStart) -> GenerationResult:
+    """Return the result with loops of the requested duration in place of clips that are longer."""
+    rate_hz = result.sample_rate_hz
+    num_samples = loop_samples(request.duration_s, rate_hz)
+    close = partial(close_loop, num_samples=num_samples, sample_rate_hz=rate_hz, loop=loop)
+    return replace(result, audio=tuple(map(close, result.audio)), is_loop=True)
 
 
 def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: RowPlan) -> GenerationResult:

@@ -13,9 +13,9 @@ from stable_audio_serve.audio.recipe import RecipeSource
 from stable_audio_serve.core.generation import GenerationRequest, MadeOn, Role, Section
 from stable_audio_serve.core.ids import NO_CLIENT, ClientId, JobId
 from stable_audio_serve.core.keys import NO_LIMITS, KeyLimits
-from stable_audio_serve.core.sound import Peaks
+from stable_audio_serve.core.sound import PLAIN_WAV, Encoding, Peaks
 
-Contract = Literal["sa3", "aiml", "fal"]
+Contract = Literal["sa3", "aiml", "fal", "stability"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 # Servers of earlier versions cannot parse the mode long-piece. So their runners leave such jobs to other runners.
 Mode = Literal["text-to-audio", "audio-to-audio", "inpainting", "long-piece"]
@@ -55,7 +55,7 @@ class JobSpec:
     model: str  # the model's canonical name
     mode: Mode
     request: GenerationRequest
-    file_format: str = "wav"  # a value of `audio.encode.AudioFormat`
+    encoding: Encoding = PLAIN_WAV
     file_stem: str = "audio"  # file name without suffix; several variations are `<stem>-01.wav`, ... in a ZIP file
     peaks: Peaks = "limit"
     with_manifest: bool = False  # whether the ZIP file contains a manifest

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.recipe import Recipe, add_sections, write_recipes
 from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.jobs.job import FinishedSection, JobSpec
@@ -21,7 +20,7 @@ def recipes_of(
         model=spec.model,
         seeds=seeds,
         made_on=made_on,
-        file_format=AudioFormat(spec.file_format).value,
+        encoding=spec.encoding,
         peaks=spec.peaks,
     )
     if not spec.sections:

@@ -84,6 +84,8 @@ class Known:
         """Create a job of each API, and an upload, on the server. Returns their ids."""
         fal = _post(f"{url}/queue/fal-ai/stable-audio", {"prompt": "rain", "seconds_total": 1})
         aiml = _post(f"{url}/v2/generate/audio", {"model": "stable-audio", "prompt": "rain", "seconds_total": 1})
+        form = {"prompt": "rain", "duration": "1"}
+        stability = requests.post(f"{url}/v2beta/audio/stable-audio/text-to-audio", data=form, timeout=PATIENCE_S)
         job = _post(f"{url}/jobs", {"prompt": "rain", "duration": 1})
         upload = _post(f"{url}/storage/upload/initiate", {"file_name": "a.bin"})
         file_id, file_name = upload["file_url"].split("/")[-2:]
@@ -92,6 +94,7 @@ class Known:
                 "request_id": fal["request_id"],
                 "generation_id": aiml["id"],
                 "job_id": job["id"],
+                "id": stability.json()["id"],
                 "cursor": job["id"],
                 "ticket": upload["upload_url"].split("/")[-1],
                 "file_id": file_id,
@@ -132,6 +135,14 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
         case.body["sampler_kwargs"] = '{"scale_phi": 0.5}'
     if case.body.get("model_type") == "finetune":
         case.body["finetune_repo"] = "medium"
+    if "v2beta" in case.path:
+        for name, (lowest, highest, chosen) in _STABILITY.items():
+            value = case.body.get(name, lowest)
+            if isinstance(value, int | float) and lowest <= value <= highest:
+                case.body[name] = chosen
+        if "audio" in case.body:
+            case.body["audio"] = _LONG_WAV
+        return
     if "inpaint" in case.path:
         case.body.update(duration=4, inpaint_start_seconds="[1, 2.5]", inpaint_end_seconds="[2, 3]")
     if "loop" in case.path:
@@ -153,6 +164,10 @@ def is_lenient(case: schemathesis.Case) -> bool:
 
 
 _WAV = make_audio_file(duration_s=0.2, rate_hz=RATE_HZ)
+_LONG_WAV = make_audio_file(duration_s=6.5, rate_hz=RATE_HZ)
+# Of each number in Stability's forms: its range, and a value that suits all models and all other values.
+_STABILITY = {"duration": (1, 380, 4), "steps": (4, 100, 8), "mask_start": (0, 380, 1), "mask_end": (0, 380, 2)}
+_STABILITY |= {"strength": (0, 1, 0.5)}
 _MEANINGFUL: dict[str, Any] = {
     "audio": _WAV,
     "audio_file": _WAV,

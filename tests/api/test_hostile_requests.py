@@ -64,6 +64,11 @@ def check_aiml(body: Any) -> None:
     assert all({"path", "message", "code"} <= set(fault) for fault in body["meta"])
 
 
+def check_stability(body: Any) -> None:
+    assert set(body) == {"id", "name", "errors"}
+    assert body["errors"]
+
+
 def check_fal(body: Any) -> None:
     detail = body["detail"]
     assert detail
@@ -114,6 +119,7 @@ _SAOS_NUMBERS = ("seconds_total", "steps", "cfg_scale", "seed")
 _SAOS_REFUSED = frozenset({400, 413})
 _LOOP = {"prompt": "rain 300bpm", "bars": 1}
 _LOOP_NUMBERS = ("bars", "steps", "cfg_scale", "seed", "style_strength")
+_STABILITY_NUMBERS = ("duration", "seed", "steps", "cfg_scale")
 _FAL = {"prompt": "rain", "seconds_total": 1}
 _FAL_NUMBERS = ("seconds_total", "seconds_start", "steps")
 ROUTES = [
@@ -167,6 +173,15 @@ ROUTES = [
         numbers=("seconds_total", "seconds_start", "steps"),
         refused=frozenset({400, 413}),
         queued=True,
+    ),
+    Route(
+        "/v2beta/audio/stable-audio-2/audio-to-audio",
+        check_stability,
+        {"prompt": "rain", "duration": 1},
+        numbers=_STABILITY_NUMBERS,
+        may_be_blank=frozenset(_STABILITY_NUMBERS),
+        refused=frozenset({400, 413}),
+        file="audio",
     ),
     Route("/fal-ai/stable-audio", check_fal, _FAL, numbers=_FAL_NUMBERS, refused=frozenset({413, 422})),
     Route(

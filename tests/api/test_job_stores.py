@@ -27,6 +27,7 @@ __all__ = ["postgres", "postgres_with_tables", "store_url"]
 
 FAL = "/queue/fal-ai/stable-audio"
 AIML = "/v2/generate/audio"
+STABILITY = "/v2beta/audio/stable-audio/text-to-audio"
 
 
 @pytest.mark.slow  # SQLite is tested in test_job_repeats.py
@@ -122,14 +123,20 @@ def submissions(client: httpx.AsyncClient) -> dict[str, Any]:
         "fal now": lambda: client.post("/fal-ai/stable-audio", json={"prompt": "x", "seconds_total": 1}),
         "fal status": lambda: client.get(f"{FAL}/requests/{ID}00/status"),
         "aiml": lambda: client.post(AIML, json={"model": "stable-audio", "prompt": "x"}),
+        "stability": lambda: client.post(STABILITY, data={"prompt": "x"}),
+        "stability result": lambda: client.get(f"/v2beta/audio/results/{ID}"),
         "aiml status": lambda: client.get(AIML, params={"generation_id": ID}),
     }
 
 
 def expect_body(dialect: str, reply: httpx.Response) -> None:
     body = reply.json()
-    assert "/" not in str(body.get("detail", body.get("message")))  # the message contains no file path
-    if dialect == "aiml":
+    assert "/" not in str(
+        body.get("detail", body.get("message", body.get("errors")))
+    )  # the message contains no file path
+    if dialect == "stability":
+        assert body.keys() == {"id", "name", "errors"}
+    elif dialect == "aiml":
         assert (body["statusCode"], body.keys()) == (reply.status_code, {*body} | {"message", "error", "path", "meta"})
     elif dialect == "fal":
         assert body.keys() == {"detail", "error_type"}

@@ -41,6 +41,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "sa3 job": ("/jobs", {"prompt": "x", "duration": 6}, 6),
     "aiml job": ("/v2/generate/audio", {"model": "stable-audio", "prompt": "x", "seconds_total": 7}, 7),
     "fal job": ("/queue/fal-ai/stable-audio", {"prompt": "x", "seconds_total": 8}, 8),
+    "stability": ("/v2beta/audio/stable-audio-2/text-to-audio", {"prompt": "x", "duration": 2}, 2),
+    "stability job": ("/v2beta/audio/stable-audio/text-to-audio", {"prompt": "x", "duration": 3}, 3),
 }
 
 
@@ -71,7 +73,8 @@ async def pair(store_url: str, tones: ToneBackend, tmp_path: Path) -> AsyncItera
 
 async def ask(client: httpx.AsyncClient, kind: str, key: str = "alice") -> httpx.Response:
     path, body, _ = REQUESTS[kind]
-    return await client.post(path, json=body, headers={"Authorization": f"Key {key}"})
+    sent: dict[str, Any] = {"data" if kind.startswith("stability") else "json": body}
+    return await client.post(path, **sent, headers={"Authorization": f"Key {key}"})
 
 
 async def test_limit_of_a_client_holds_over_two_servers_and_two_keys(pair: Pair) -> None:
@@ -106,6 +109,8 @@ def check_refusal(kind: str, reply: httpx.Response) -> None:
         "fal": lambda: body["detail"],
         "fal job": lambda: body["detail"],
         "aiml job": lambda: body["message"],
+        "stability": lambda: body["errors"][0],
+        "stability job": lambda: body["errors"][0],
     }[kind]()
     assert "audio-seconds-per-minute=60" in sentence
     if kind == "vllm":

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
+from tests.api.prefixes import PREFIXES
 from tests.backends import ToneBackend
 
 KEYS = ("first-key", "id-part:secret-part", "schlüssel")
@@ -56,7 +57,7 @@ async def test_every_route_except_public_ones_needs_a_key(locked: FastAPI, heade
     public = {(method, _fill(path)) for method, path in PUBLIC}
     async with connect(locked, **headers) as client:
         for method, path in operations(locked):
-            for prefix in ("", *(f"/{name}" for name in ("sa3", "saos", "vllm", "aiml", "fal"))):
+            for prefix in ("", *PREFIXES):
                 reply = await client.request(method, prefix + path)
                 if (method, path) in public:
                     assert reply.status_code != 401, path

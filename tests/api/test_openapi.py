@@ -11,8 +11,8 @@ from fastapi.routing import iter_route_contexts
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.offline import OfflineBackend
 from stable_audio_serve.core.settings import Settings
+from tests.api.prefixes import PREFIXES
 
-PREFIXES = ("/sa3", "/saos", "/vllm", "/aiml", "/fal")
 FAL = "/fal-ai/stable-audio"
 
 # Paths that the description omits -> the equivalent path that it contains.

@@ -20,13 +20,14 @@ from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.api.compat.serving import make_app
+from tests.api.prefixes import PATTERN
 from tests.api.test_owners import ROUTES
 from tests.backends import ToneBackend
 
 URL = "/v1/audio/generations"
 BODY = {"prompt": "x", "duration": 1}
 EVIL = "https://evil.example"
-PROBES = re.compile(r"(/(sa3|saos|vllm|aiml|fal))?/(health|ready)")
+PROBES = re.compile(rf"{PATTERN}?/(health|ready)")
 
 LOOPBACK = [
     "http://localhost",
@@ -205,6 +206,7 @@ async def test_refusal_has_the_form_of_the_routes_dialect(client: httpx.AsyncCli
     aiml = await refuse("/v2/generate/audio")
     assert (aiml["statusCode"], aiml["error"], aiml["path"]) == (403, "Forbidden", "/v2/generate/audio")
     assert (await refuse("/fal-ai/stable-audio"))["error_type"] == "forbidden"
+    assert (await refuse("/v2beta/audio/stable-audio-2/inpaint"))["name"] == "forbidden"
 
 
 async def test_refused_request_has_no_effect() -> None:

@@ -24,6 +24,7 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from tests.api.compat.serving import make_client
+from tests.api.prefixes import PATTERN
 from tests.api.test_jobs import wait
 from tests.backends import ToneBackend
 
@@ -44,14 +45,15 @@ OPEN = {
 AUDIO = "/jobs/{job_id}/audio"
 
 # Path parameters that are a job id -> the API whose jobs have such ids. Then: values for all other path parameters.
-JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml"}
+JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml", "id": "stability"}
 OTHER_NAMES = {"file_id": "0" * 32, "file_name": "a.wav", "ticket": "a.b", "number": "1", "endpoint": "x"}
 OTHER_NAMES |= {"model": "small-sfx", "report_id": "0" * 32, "path": "main.js"}
 
 ALICE, BOB = "alice-1", "bob-1"
 HASHES = [f"alice:{hash_key(ALICE)}", f"alice:{hash_key('alice-2')}", f"bob:{hash_key(BOB)}", hash_key("unnamed")]
 BODY = {"prompt": "x", "duration": 1, "steps": 2}
-MISSING = {"sa3": "e" * 32, **dict.fromkeys(("fal", "aiml"), "00000000-0000-4000-8000-000000000000")}
+MISSING = {"sa3": "e" * 32, "stability": "e" * 64}
+MISSING |= dict.fromkeys(("fal", "aiml"), "00000000-0000-4000-8000-000000000000")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Route:
 
 
 def _without_prefix(path: str) -> str:
-    return re.sub(r"^/(sa3|saos|vllm|aiml|fal)(?=/)", "", path)
+    return re.sub(rf"^{PATTERN}(?=/)", "", path)
 
 
 def routes_of(app: FastAPI) -> Iterator[Route]:
@@ -122,6 +124,10 @@ class Site:
         if contract == "fal":
             reply = await self.client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"}, headers=headers)
             return str(reply.json()["request_id"])
+        if contract == "stability":
+            path = "/v2beta/audio/stable-audio/text-to-audio"
+            reply = await self.client.post(path, data={"prompt": "x"}, headers=headers)
+            return str(reply.json()["id"])
         if contract == "aiml":
             body = {"model": "stable-audio", "prompt": "x"}
             reply = await self.client.post("/v2/generate/audio", json=body, headers=headers)
@@ -161,13 +167,14 @@ async def site(app_and_jobs: tuple[FastAPI, JobQueue]) -> AsyncIterator[Site]:
 def observable(reply: httpx.Response, job_id: str) -> tuple[object, ...]:
     """Returns what a client can see of a response, except values that differ even between equal requests."""
     headers = {name: value for name, value in reply.headers.items() if name not in ("x-request-id", "date")}
-    return reply.status_code, str(headers).replace(job_id, "ID"), reply.text.replace(job_id, "ID")
+    text = reply.text.replace(reply.headers["x-request-id"], "REQUEST")
+    return reply.status_code, str(headers).replace(job_id, "ID"), text.replace(job_id, "ID")
 
 
 def test_there_are_routes_of_each_kind() -> None:
     assert len(OWNED) >= 30
     assert sum(route.is_open for route in ROUTES) >= 20
-    assert {route.contract for route in OWNED} == {"sa3", "fal", "aiml"}
+    assert {route.contract for route in OWNED} == {"sa3", "fal", "aiml", "stability"}
     assert {_without_prefix(route.path) for route in OWNED if route.is_audio} == {AUDIO}
 
 

@@ -10,9 +10,10 @@ from fastapi import FastAPI
 
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.core.catalog import ModelStatus
+from tests.api.prefixes import PREFIXES as DIALECTS
 from tests.backends import ToneBackend
 
-PREFIXES = ("", "/sa3", "/saos", "/vllm", "/aiml", "/fal")
+PREFIXES = ("", *DIALECTS)
 
 # State of the default model, then the expected responses: the status of /ready, `status` and `healthy` of /health.
 STAGES = [

@@ -254,7 +254,7 @@ async def test_invalid_recipes_are_refused(real: httpx.AsyncClient) -> None:
         ({"steps": 1001}, "steps"),
         ({"sampler": "ddim"}, "sampler"),
         ({"prompt": "x" * 100_001}, "prompt"),
-        ({"response_format": "pcm"}, "response_format"),
+        ({"response_format": "mp5"}, "response_format"),
         ({"init_noise_level": 0.5}, "recipe"),
         ({"init_audio": {"sha256": sha256}}, "recipe"),
         ({"init_audio": {"sha256": "../../etc"}, "init_noise_level": 1.0}, "sha256"),

@@ -16,12 +16,13 @@ from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.core.keys import SCOPES, hash_key
 from stable_audio_serve.core.settings import ApiSettings, Settings
+from tests.api.prefixes import PREFIXES
 from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.server
 
 # ANY: operations that every key may call. OPEN: operations that need no key. All others need a scope.
-ANY = {"/v1/models", "/loras", "/riffs/available", "/model/info"}
+ANY = {"/v1/models", "/loras", "/riffs/available", "/model/info", "/v1/user/account", "/v1/user/balance"}
 ANY |= {"/v1/status", "/api/fal/proxy"}  # the route to which the proxy forwards a request checks the scope
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
 OPEN |= {"/favicon.ico", "/playground/{path}", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}"}
@@ -32,6 +33,7 @@ STORAGE |= {"/files/upload", "/files/upload/multipart"}
 GENERATE = {"/generate", "/generate/loop", "/generate/style-transfer", "/generate/loop-with-riff"}
 GENERATE |= {f"/v1/audio/{what}" for what in ("generations", "variations", "inpaint", "generate", "replay")}
 GENERATE |= {"/fal-ai/stable-audio", "/run/fal-ai/stable-audio"}
+GENERATE |= {f"/v2beta/audio/stable-audio-2/{what}" for what in ("text-to-audio", "audio-to-audio", "inpaint")}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def may_use(path: str, key: str) -> bool:
 
 @pytest.mark.parametrize("key", [*SCOPES, "all", "plain", "old"])
 async def test_every_operation_needs_its_scope(app: FastAPI, key: str) -> None:
-    prefixes = ("", *(f"/{name}" for name in ("sa3", "saos", "vllm", "aiml", "fal") if key in ("generate", "jobs")))
+    prefixes = ("", *(PREFIXES if key in ("generate", "jobs") else ()))
     async with connect(app, key) as client:
         for method, path, url in operations(app):
             for prefix in prefixes:
@@ -121,6 +123,8 @@ async def test_refusal_names_the_scope_in_each_dialects_format(app: FastAPI) -> 
         aiml = (await client.post("/v2/generate/audio", json={"model": "stable-audio", "prompt": "x"})).json()
         assert aiml["statusCode"] == 403
         assert "jobs" in aiml["message"]
+        stability = await client.post("/v2beta/audio/stable-audio/text-to-audio", data={"prompt": "x"})
+        assert (stability.status_code, stability.json()["name"]) == (403, "forbidden")
         fal = await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})
         assert fal.json()["error_type"] == "forbidden"
         assert fal.headers["x-fal-error-type"] == "forbidden"

@@ -19,11 +19,12 @@ import structlog
 from typer.testing import CliRunner
 
 from stable_audio_serve.audio.embedded_text import extract
-from stable_audio_serve.audio.encode import AudioFormat, encode_audio
+from stable_audio_serve.audio.encode import encode_audio
 from stable_audio_serve.cli import app
 from stable_audio_serve.cli.sound_files import read_recipe, slug
 from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core.errors import GenerationError, OverloadedError
+from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.models.registry import BUILT_IN
 from tests.adapter_files import write_file
 from tests.api.compat.serving import serve_app
@@ -312,6 +313,6 @@ def test_slugs_of_prompts_are_file_names(prompt: str, name: str) -> None:
 @pytest.mark.parametrize("text", ["[1]", "1", '{"a":' * 100_000, "{"])
 def test_a_file_with_an_invalid_recipe_is_refused(text: str) -> None:
     audio = np.zeros((1, 100), dtype=np.float32)
-    file = encode_audio(audio, RATE_HZ, file_format=AudioFormat.FLAC, text=text).to_bytes()
+    file = encode_audio(audio, RATE_HZ, encoding=Encoding(AudioFormat.FLAC), text=text).to_bytes()
     with pytest.raises(ValueError, match=r"recipe|Expecting"):
         read_recipe(file)

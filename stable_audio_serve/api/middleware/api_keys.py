@@ -22,13 +22,13 @@ class ApiKeys:
     def __init__(self, ring: KeyRing) -> None:
         self.ring = ring
 
-    def admit(self, request: Request, scopes: tuple[Scope, ...]) -> ApiKey:
+    def admit(self, request: Request, scopes: tuple[Scope, ...], *, takes_bare_key: bool = False) -> ApiKey:
         """Return the request's key, or `ANYBODY` if no keys are configured. If `scopes` is empty, any key is accepted.
 
         Raises UnauthorizedError if the request has no valid key, and ForbiddenError if its key has none of `scopes`.
         Raises KeysUnavailableError if the key file has never been read successfully.
         """
-        key = self.find(request)
+        key = self.find(request, takes_bare_key=takes_bare_key)
         if key is None and self.ring.health.state == "unread":
             raise KeysUnavailableError("the key file cannot be read; retry later", retry_after_s=_RETRY_S)
         if key is None:
@@ -40,11 +40,17 @@ class ApiKeys:
             raise ForbiddenError(f"Authorization: this key lacks the scope {needed}, which this route needs")
         return key
 
-    def find(self, request: Request) -> ApiKey | None:
-        """Return the request's key, or None if the request has no valid key."""
+    def find(self, request: Request, *, takes_bare_key: bool = False) -> ApiKey | None:
+        """Return the request's key, or None if the request has no valid key.
+
+        With `takes_bare_key`, the header may also have the key without `Bearer` or `Key`.
+        """
         if self.ring.is_open:
             return ANYBODY
-        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        header = request.headers.get("authorization", "").strip()
+        if takes_bare_key and " " not in header:
+            header = f"Bearer {header}"
+        scheme, _, sent = header.partition(" ")
         sent = sent.strip()
         if scheme.lower() not in _SCHEMES or len(sent) > _MAX_KEY:
             return None

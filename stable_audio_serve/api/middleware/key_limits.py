@@ -144,6 +144,13 @@ class KeyLimiter:
                 f"(audio-seconds-per-minute={rate:g})"
             )
 
+    async def audio_left_s(self, key: ApiKey) -> float | None:
+        """Return how many seconds of audio the key may still have now, None without a limit. Raises StorageError."""
+        rate, use = key.limits.audio_seconds_per_minute, self._make_use(key, audio_s=0.0, takes_place=False)
+        if rate is None or use is None:
+            return None
+        return max(0.0, rate - await self._ask(partial(self._uses.audio_s, use)))
+
     async def close(self) -> None:
         """Wait up to a second for the transactions that end requests."""
         if self._ending:

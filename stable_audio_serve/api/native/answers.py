@@ -6,14 +6,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
+from stable_audio_serve.api.native.convert import to_encoding
 from stable_audio_serve.api.native.ignored import warning_headers
 from stable_audio_serve.api.native.schemas import Controls
 from stable_audio_serve.api.service import Output
-from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import AudioSettings
+from stable_audio_serve.core.sound import AudioFormat
 
 
 def file_stem(model: str) -> str:
@@ -27,7 +28,7 @@ def file_order(
     """Return the properties of the file to create (format, name, peaks) from the fields of a request."""
     return FileOrder(
         fields.peaks or settings.peaks,
-        file_format=fields.response_format,
+        encoding=to_encoding(fields),
         stem=file_stem(card.name),
         with_manifest=fields.manifest,
         origin=ClipOrigin.of(generation),

@@ -22,10 +22,14 @@ from stable_audio_serve.api.native.schemas import (
 )
 from stable_audio_serve.api.native.sections import read_sections, section_faults
 from stable_audio_serve.api.service import resolve_seed
+from stable_audio_serve.audio.formats import check_encoding
+from stable_audio_serve.audio.loops import BEATS_PER_BAR
+from stable_audio_serve.audio.seams import LEAST_SURPLUS_S
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
-from stable_audio_serve.core.generation import GenerationRequest, Lora
+from stable_audio_serve.core.generation import GenerationRequest, LoopStart, Lora
 from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.core.sound import Encoding
 from stable_audio_serve.jobs.sections import total_duration_s
 
 # The numbers that clients may send in `sampler_kwargs` for Stable Audio Open models (True) and other models (False), by
@@ -44,6 +48,7 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 }
 
 
+_SAME_S = 0.001  # a duration that differs by less from that of the bars is the same
 _LORAS = TypeAdapter(Annotated[tuple[LoraBody, ...], Field(max_length=MAX_LORAS)])
 
 
@@ -87,16 +92,19 @@ def to_request(
         card = catalog.resolve(fields.model) if "model" in given else catalog.default
     except UnknownModelError as error:
         raise RequestValidationError([_fault("model", error.message, value=fields.model)]) from error
-    longest_s = min(limits.max_duration_s, card.max_duration_s)
-    duration_s = fields.duration if "duration" in given else min(fields.duration, longest_s)
+    faults: list[dict[str, Any]] = []
+    loop, bars_s = _plan_loop(fields, faults=faults)
+    model_longest_s = card.max_duration_s - (LEAST_SURPLUS_S if loop else 0)
+    longest_s = min(limits.max_duration_s, model_longest_s)
+    duration_s = bars_s or (fields.duration if "duration" in given else min(fields.duration, longest_s))
     sections = read_sections(fields)
     clip_s = 0.0 if sections else duration_s  # the limits of sections are checked below
     steps = fields.steps if "steps" in given else min(card.default_steps, limits.most_steps(card.default_steps))
-    is_model_shorter = card.max_duration_s < limits.max_duration_s
-    faults = [
-        _fault(name, f"{name} must be at most {limit:g} ({setter})", value=value)
+    limiter = f"the model {card.name}" if model_longest_s < limits.max_duration_s else "api.max_duration_s"
+    faults += [
+        _fault(name.partition(":")[0], f"{name} must be at most {limit:g} ({setter})", value=value)
         for name, value, limit, setter in (
-            ("duration", clip_s, longest_s, f"the model {card.name}" if is_model_shorter else "api.max_duration_s"),
+            ("duration" if bars_s is None else "bars: duration", clip_s, longest_s, limiter),
             ("steps", steps, limits.most_steps(card.default_steps), "api.max_steps"),
             ("batch_size", fields.batch_size, limits.max_batch_size, "api.max_batch_size"),
             ("deadline_s", fields.deadline_s or 0, limits.max_deadline_s, "api.max_deadline_s"),
@@ -109,6 +117,11 @@ def to_request(
     if apg_scale and card.family == OPEN_FAMILY:
         message = f"apg_scale must be 0 or unset: the model {card.name} does not support it"
         faults.append(_fault("apg_scale", message, value=apg_scale))
+    try:
+        check_encoding(to_encoding(fields))
+    except InvalidRequestError as error:
+        value = getattr(fields, str(error.field))
+        faults.append(_fault(str(error.field), error.message, value=value))
     if faults:
         raise RequestValidationError(faults)
     request = GenerationRequest(
@@ -122,6 +135,7 @@ def to_request(
         apg_scale=apg_scale,
         duration_padding_s=fields.duration_padding_sec if "duration_padding_sec" in given else None,
         chunked_decode=fields.chunked_decode,
+        loop=loop,
         deadline_s=fields.deadline_s,
         priority=fields.priority,
         loras=parse_loras(fields.loras) if isinstance(fields, GenerationBody | UploadForm) else (),
@@ -130,6 +144,31 @@ def to_request(
         **sampling,
     )
     return card, request
+
+
+def to_encoding(fields: Controls) -> Encoding:
+    """Return how a request's file is encoded. `to_request` checks that the format allows it."""
+    return Encoding(fields.response_format, fields.bitrate, fields.bit_depth, fields.sample_rate)
+
+
+def _plan_loop(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[LoopStart | None, float | None]:
+    """Return where the requested loop begins, and the seconds of its bars, or None. Appends errors to `faults`."""
+    if not isinstance(fields, GenerationBody):
+        return None, None
+    bpm, bars = fields.bpm, fields.bars
+    if bpm is None and bars is None:
+        return "free" if fields.loop else None, None
+    if not fields.loop:
+        faults.append(_fault("loop", "loop must be true with bpm and bars", value=fields.loop))
+    if bpm is None or bars is None:
+        missing, given = ("bpm", "bars") if bpm is None else ("bars", "bpm")
+        faults.append(_fault(missing, f"{missing} must be set with {given}", value=None))
+        return "free", None
+    duration_s = bars * BEATS_PER_BAR * 60 / bpm
+    if "duration" in fields.model_fields_set and abs(fields.duration - duration_s) > _SAME_S:
+        message = f"duration must be unset, or {duration_s:g} as {bars} bars at {bpm:g} bpm"
+        faults.append(_fault("duration", message, value=fields.duration))
+    return "bars", duration_s
 
 
 def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCard) -> GenerationRequest:

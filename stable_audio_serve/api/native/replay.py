@@ -30,8 +30,8 @@ from stable_audio_serve.api.native.status import REPLAY_OF, JobTicket, hash_reci
 from stable_audio_serve.api.native.submission import CONTRACT
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, FinishedFile, finish, finish_window
+from stable_audio_serve.audio.formats import check_encoding
 from stable_audio_serve.audio.recipe import (
     MOST_BYTES,
     MOST_REGIONS,
@@ -139,7 +139,7 @@ def build_router(service: Service) -> APIRouter:
             raise _fault(error.field or "recipe", error.message) from error
         output = await service.finish_by(result, lambda: _finish(result, recipe, origin=ClipOrigin.of(generation)))
         note(request.scope, num_bytes=output.file.num_bytes)
-        response = audio_answer(request, output, file_format=AudioFormat(recipe.response_format))
+        response = audio_answer(request, output, file_format=recipe.response_format)
         response.headers[REPLAY] = "exact" if is_exact(recipe, result.made_on) else "close"
         return response
 
@@ -158,7 +158,7 @@ async def _replay_by_job(service: Service, request: Request, *, recipe: Recipe, 
         model=card.name,
         mode="long-piece",
         request=replace(generation, duration_s=total_duration_s(sections)),
-        file_format=recipe.response_format,
+        encoding=recipe.encoding,
         file_stem=file_stem(card.name),
         peaks="clip" if recipe.peaks == "clip" else "limit",
         with_recipe=True,
@@ -180,8 +180,7 @@ def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | No
     """Encode the file that a recipe describes. Call this from a worker thread."""
     if recipe.peaks == "full":
         return finish_window(result, num_samples=recipe.samples, origin=origin)
-    file_format = AudioFormat(recipe.response_format)
-    return finish(result, FileOrder(recipe.peaks, file_format=file_format, origin=origin))
+    return finish(result, FileOrder(recipe.peaks, encoding=recipe.encoding, origin=origin))
 
 
 async def _read(service: Service, request: Request) -> _Sent:
@@ -269,6 +268,10 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
     for name, value, most in (("duration", duration_s, longest_s), ("steps", recipe.steps or 0, most_steps)):
         if value > most:
             raise _fault(name, f"{name} must be at most {most:g}")
+    try:
+        check_encoding(recipe.encoding)
+    except InvalidRequestError as error:
+        raise _fault(error.field or "response_format", error.message) from error
     if recipe.sampler is not None and recipe.sampler not in card.samplers:
         raise _fault("sampler", f"sampler must be one of {', '.join(card.samplers)} for the model {card.name}")
     sections = [Section(one.duration, one.prompt) for one in recipe.sections or ()]

@@ -26,6 +26,7 @@ from stable_audio_serve.api.native.schemas import (
 )
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Output, Service
+from stable_audio_serve.audio.formats import media_types
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
 
@@ -34,7 +35,7 @@ TAG = "Stable Audio 3"
 _MULTIPART = Form(media_type="multipart/form-data")
 TIME_FIELDS = {name for name in InpaintForm.model_fields if name.startswith("inpaint_")}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-MEDIA_TYPES = ("audio/wav", "application/zip", "audio/flac", "audio/mpeg", "audio/ogg")
+MEDIA_TYPES = ("audio/wav", "application/zip", *media_types())
 AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One audio file, or a ZIP of several variations.",

@@ -11,11 +11,18 @@ from typing import Annotated, Any, Literal
 from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
-from stable_audio_serve.audio.encode import AudioFormat
+from stable_audio_serve.api.fields import (
+    PEAKS_DESCRIPTION,
+    Bitrate,
+    Finite,
+    Prompt,
+    ResponseFormat,
+    SampleBits,
+    SampleRate,
+)
 from stable_audio_serve.audio.recipe import MOST_SECTIONS
 from stable_audio_serve.core.generation import EditSchedule, Keep, Priority, Stacking
-from stable_audio_serve.core.sound import Peaks
+from stable_audio_serve.core.sound import AudioFormat, Peaks
 
 RESERVED_SAMPLER_KWARGS = frozenset(
     {
@@ -111,7 +118,20 @@ class Controls(BaseModel):
     duration_padding_sec: Finite = Field(
         6.0, ge=0, le=30, description="Audio generated past the end and cut off, seconds; unset = the model's default."
     )
-    response_format: AudioFormat = Field(AudioFormat.WAV, description="Extension: format of the audio file.")
+    response_format: ResponseFormat = Field(
+        AudioFormat.WAV,
+        description="Extension: format of the audio file. pcm (16-bit little-endian), ulaw and alaw (mono, 8000 Hz) "
+        "have no header.",
+    )
+    bitrate: Bitrate | None = Field(
+        None, description="Extension: kbit/s, only of lossy formats; unset = the format's default."
+    )
+    bit_depth: SampleBits | None = Field(
+        None, description="Extension: bits of a sample: of wav 16, 24 or float, of flac 16 or 24; unset = 16."
+    )
+    sample_rate: SampleRate | None = Field(
+        None, description="Extension: hertz; unset = the model's, or the nearest one that the format has."
+    )
     deadline_s: Finite | None = Field(None, gt=0, description="Extension: time budget, seconds; after it 504.")
     priority: Priority = Field(
         "interactive", description="Extension: interactive work runs before batch work, which keeps a minimum share."
@@ -140,6 +160,19 @@ class GenerationBody(Controls):
         (),
         max_length=MAX_LORAS,
         description="Extension: adapters (LoRA) of the model, in this order; GET /v1/models lists them.",
+    )
+    loop: bool | None = Field(None, description="Extension: make a clip that repeats without a seam.")
+    bpm: Finite | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Extension: tempo of a loop, beats per minute. Name it in the prompt too.",
+    )
+    bars: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Extension: length of a loop in bars of four beats, with bpm; replaces duration.",
     )
 
 

@@ -14,8 +14,9 @@ from starlette.responses import Response, StreamingResponse
 
 from stable_audio_serve.api.answers import attachment, sound_headers
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.audio.encode import AudioFormat
+from stable_audio_serve.audio.formats import media_type
 from stable_audio_serve.audio.writer import AudioWriter, StreamFile
+from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 from stable_audio_serve.jobs.job import FinishedSection, Job
 from stable_audio_serve.jobs.sections import num_final_samples, read_section
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _CHUNK_BYTES = 1_048_576
+_MP3_KBPS = 192
 
 
 async def section_answer(service: Service, request: Request, *, job: Job, number: int) -> Response:
@@ -39,12 +41,12 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
     found = await service.jobs.sections(job.spec.ref, after=number - 1)
     if not found or found[0].number != number:
         raise HTTPException(404, f"section {number} is not finished: the job is {job.state}, {job.num_sections} are")
-    section, file_format = found[0], AudioFormat(job.spec.file_format)
+    section, encoding = found[0], job.spec.encoding
     stop = num_final_samples(section, is_last=number == num_sections)
     copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  # `_send` closes it
     try:
         rate_hz = section.sample_rate_hz
-        writer = AudioWriter(copy, file_format=file_format, sample_rate_hz=rate_hz, num_samples=stop)
+        writer = AudioWriter(copy, rate_hz, encoding=encoding)
         async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
             async for block in blocks:
                 await service.encode(partial(writer.write, block))
@@ -52,7 +54,8 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
     except BaseException:
         copy.close()
         raise
-    name = f"{job.spec.file_prefix}{job.spec.file_stem}-{number}.{file_format}"
+    kind = media_type(encoding.file_format)
+    name = f"{job.spec.file_prefix}{job.spec.file_stem}-{number}.{encoding.file_format}"
     headers = {
         **attachment(name),
         **sound_headers(section.file.clips, section.file.made_on),
@@ -60,8 +63,8 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
     }
     if request.method == "HEAD":
         copy.close()
-        return Response(headers=headers, media_type=file_format.media_type)
-    return StreamingResponse(_send(copy), headers=headers, media_type=file_format.media_type)
+        return Response(headers=headers, media_type=kind)
+    return StreamingResponse(_send(copy), headers=headers, media_type=kind)
 
 
 def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
@@ -71,15 +74,18 @@ def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
     OverloadedError and QuotaError if too many streams are open.
     """
     _require_sections(job)
-    file_format = AudioFormat.MP3 if job.spec.file_format == AudioFormat.MP3 else AudioFormat.WAV
-    headers = attachment(f"{job.spec.file_prefix}{job.spec.file_stem}.{file_format}")
+    is_mp3 = job.spec.encoding.file_format is AudioFormat.MP3
+    # A constant bit rate, from which players estimate the length.
+    encoding = Encoding(AudioFormat.MP3, job.spec.encoding.bitrate_kbps or _MP3_KBPS) if is_mp3 else PLAIN_WAV
+    kind = media_type(encoding.file_format)
+    headers = attachment(f"{job.spec.file_prefix}{job.spec.file_stem}.{encoding.file_format}")
     if request.method == "HEAD":
-        return Response(headers=headers, media_type=file_format.media_type)
+        return Response(headers=headers, media_type=kind)
     return service.streams.open_audio(
-        _follow(service, job, file_format=file_format),
+        _follow(service, job, encoding=encoding),
         caller=request.state.caller,
         headers=headers,
-        media_type=file_format.media_type,
+        media_type=kind,
     )
 
 
@@ -88,7 +94,7 @@ def _require_sections(job: Job) -> None:
         raise HTTPException(409, "the job has no sections: only long pieces have")
 
 
-async def _follow(service: Service, job: Job, *, file_format: AudioFormat) -> AsyncGenerator[bytes]:
+async def _follow(service: Service, job: Job, *, encoding: Encoding) -> AsyncGenerator[bytes]:
     """Yield the file of a piece while it grows. The last 30 ms wait for the next section, whose join changes them."""
     artifacts, last = service.jobs.artifacts, len(job.spec.sections)
     file = StreamFile()
@@ -97,7 +103,7 @@ async def _follow(service: Service, job: Job, *, file_format: AudioFormat) -> As
     async with aclosing(service.streams.follow_sections(service.jobs, job)) as sections:
         async for section in sections:
             newest = section
-            writer = writer or AudioWriter(file, file_format=file_format, sample_rate_hz=section.sample_rate_hz)
+            writer = writer or AudioWriter(file, section.sample_rate_hz, encoding=encoding, is_growing=True)
             stop = num_final_samples(section, is_last=section.number == last)
             async for data in _encoded(service, read_section(artifacts, section, stop=stop), writer=writer, file=file):
                 yield data

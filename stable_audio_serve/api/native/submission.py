@@ -20,7 +20,7 @@ from starlette.responses import Response
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import file_stem
-from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit
+from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_encoding
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import ignored_names
 from stable_audio_serve.api.native.regions import parse_regions
@@ -177,7 +177,7 @@ class _Submission:
             model=card.name,
             mode=mode,
             request=generation,
-            file_format=fields.response_format,
+            encoding=to_encoding(fields),
             file_stem=file_stem(card.name),
             # A section is final before the peak of the whole is known, so a long piece cannot be scaled by it.
             peaks="limit" if sections and peaks == "scale" else peaks,

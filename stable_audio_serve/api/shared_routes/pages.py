@@ -74,6 +74,7 @@ _DIALECTS = {
     "vllm": ("vLLM-Omni", "/v1", "/vllm/v1"),
     "aiml": ("AIML API", "/v2", "/aiml/v2"),
     "fal": ("fal", "", "/fal"),
+    "stability": ("Stability", "", "/stability"),
 }
 
 

@@ -17,7 +17,6 @@ from typing import IO
 from stable_audio_serve.artifacts.keys import artifact_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.audio import workers
-from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, finish
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
@@ -94,12 +93,12 @@ class JobExecutor:
             inference_s = self._clock.monotonic() - started_at
             del request  # frees the memory of the source audio
         report(Report(job, "storing", GENERATED))
-        stored = await self._store(job, generated)
+        stored, sample_rate_hz = await self._store(job, generated)
         failpoint("after_upload")
         return JobResult(
             file=stored,
             file_id=secrets.token_hex(16),
-            sample_rate_hz=generated.sample_rate_hz,
+            sample_rate_hz=sample_rate_hz,
             seeds=generated.seeds,
             inference_s=inference_s,
         )
@@ -108,21 +107,23 @@ class JobExecutor:
         """Wait for running work, then stop threads and processes."""
         await self._audio.close()
 
-    async def _store(self, job: Job, result: GenerationResult) -> StoredFile:
+    async def _store(self, job: Job, result: GenerationResult) -> tuple[StoredFile, int]:
+        """Encode and store the job's file. Returns the file and its sample rate."""
         spec = job.spec
-        file_format = AudioFormat(spec.file_format)
         order = FileOrder(
             spec.peaks,
-            file_format=file_format,
+            encoding=spec.encoding,
             stem=spec.file_stem,
             with_manifest=spec.with_manifest,
             origin=ClipOrigin(spec.request, spec.sources) if spec.with_recipe or spec.with_manifest else None,
         )
         finished = await self._audio.run_encoding(partial(finish, result, order))
         file = finished.file
-        name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
-        stored = await self.put(job, file.chunks, name=name, media_type=file.media_type, num_bytes=file.num_bytes)
-        return replace(stored, clips=finished.clips, made_on=result.made_on)
+        suffix = f".{spec.encoding.file_format}" if len(result.audio) == 1 else "-batch.zip"
+        stored = await self.put(
+            job, file.chunks, name=spec.file_stem + suffix, media_type=file.media_type, num_bytes=file.num_bytes
+        )
+        return replace(stored, clips=finished.clips, made_on=result.made_on), finished.sample_rate_hz
 
     async def put(
         self, job: Job, chunks: Chunks, *, name: str, media_type: str, num_bytes: int, key: ArtifactKey | None = None

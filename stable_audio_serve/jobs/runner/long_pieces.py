@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar, cast
 
 from stable_audio_serve.artifacts.keys import section_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
-from stable_audio_serve.audio.encode import AudioFormat, EncodedFile
+from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import text_of
+from stable_audio_serve.audio.formats import file_rate, media_type
 from stable_audio_serve.audio.loudness import ClipMeter, describe_clip
 from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.audio.section_files import encode_section, join_section
@@ -194,16 +195,15 @@ class LongPieces:
 
     async def _assemble(self, job: Job, sections: Sequence[FinishedSection]) -> JobResult:
         """Write the whole piece to a temporary file, and store it."""
-        spec, file_format = job.spec, AudioFormat(job.spec.file_format)
+        spec, file_format = job.spec, job.spec.encoding.file_format
         made_on, different = common_maker(sections), find_different(sections)
         recipes = recipes_of(spec, seeds=spec.request.seeds, made_on=made_on, different=different)
         with tempfile.TemporaryFile() as temporary:
             file = cast(BinaryIO, temporary)
             writer = AudioWriter(
                 file,
-                file_format=file_format,
-                sample_rate_hz=sections[0].sample_rate_hz,
-                num_samples=sum(num_final_samples(each, is_last=each is sections[-1]) for each in sections),
+                sections[0].sample_rate_hz,
+                encoding=spec.encoding,
                 text=text_of(recipes[0], file_format=file_format) if spec.with_recipe else None,
             )
             piece = _Piece(writer, sample_rate_hz=sections[0].sample_rate_hz)
@@ -220,13 +220,13 @@ class LongPieces:
                 job,
                 partial(_read_chunks, file),
                 name=f"{spec.file_stem}.{file_format}",
-                media_type=file_format.media_type,
+                media_type=media_type(file_format),
                 num_bytes=file.seek(0, 2),
             )
         return JobResult(
             file=replace(stored, clips=(facts,), made_on=made_on),
             file_id=secrets.token_hex(16),
-            sample_rate_hz=sections[0].sample_rate_hz,
+            sample_rate_hz=file_rate(spec.encoding, sections[0].sample_rate_hz),
             seeds=spec.request.seeds,
             inference_s=sum(section.inference_s for section in sections),
             different=different,

@@ -113,6 +113,12 @@ class KeyUses:
             before, now = self._find_used(connection, use)
         return find_full(use, before, now=now)
 
+    def audio_s(self, use: Use) -> float:
+        """Return how many seconds of audio of the client count now."""
+        with self._database.reading() as connection:
+            before, now = self._find_used(connection, use)
+        return sum(audio_s for at, audio_s, _ in before if at + WINDOW_S > now)
+
     def end(self, use: Use, *, counts: bool) -> None:
         """Free the request's place. If `counts` is false, the request's audio no longer counts either."""
         is_it = _uses.id == use.id

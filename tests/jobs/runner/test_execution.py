@@ -13,6 +13,7 @@ import soundfile
 from stable_audio_serve.audio import workers
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.sound import AudioFormat, Encoding
 from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload
 from tests.patience import until
 
@@ -48,7 +49,7 @@ async def test_a_job_becomes_a_file(workshop: Workshop) -> None:
 async def test_several_variations_become_a_zip(workshop: Workshop) -> None:
     await workshop.start_runner()
     request = GenerationRequest(prompt="x", duration_s=0.2, seed=1, batch_size=2)
-    spec = make_spec(request=request, file_format="flac", file_stem="s")
+    spec = make_spec(request=request, encoding=Encoding(AudioFormat.FLAC), file_stem="s")
     job = await workshop.finished(await workshop.queue.submit(spec))
     assert job.result is not None
     assert (job.result.file.file_name, job.result.file.media_type) == ("s-batch.zip", "application/zip")

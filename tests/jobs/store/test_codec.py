@@ -8,6 +8,7 @@ import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest, Lora, ScheduleShift, SourceAudio
+from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.store import codec
 
@@ -37,6 +38,7 @@ REQUEST = GenerationRequest(
     cfg_norm_threshold=1e6,
     cfg_interval=(0.1, 0.9),
     duration_padding_s=0.0,
+    loop="bars",
     init_noise_level=0.4,
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
     keep="model",
@@ -56,7 +58,7 @@ SPEC = JobSpec(
     model="small-sfx",
     mode="inpainting",
     request=REQUEST,
-    file_format="flac",
+    encoding=Encoding(AudioFormat.WAV, 128, "float", 48_000),
     file_stem="stem",
     upload=JobUpload(FILE, "inpaint", 123.5),
     start_within_s=0.5,

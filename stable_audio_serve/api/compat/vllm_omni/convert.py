@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stable_audio_serve.api.compat.vllm_omni.schemas import AudioBody, ResponseFormat
+from stable_audio_serve.api.compat.vllm_omni.schemas import AudioBody
 from stable_audio_serve.api.service import resolve_seed
-from stable_audio_serve.audio.encode import AudioFormat, encode_audio, encode_pcm
+from stable_audio_serve.audio.encode import encode_audio
 from stable_audio_serve.audio.finish import FinishedFile, finish_clip
+from stable_audio_serve.audio.formats import file_rate
 from stable_audio_serve.audio.stretch import time_stretch
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult
 from stable_audio_serve.core.settings import AudioSettings
+from stable_audio_serve.core.sound import AudioFormat, Encoding
 
 _WINDOW_S = 1024 * 2048 / 44_100  # longest clip of Stable Audio Open 1.0, for which the original server was written
 _MAX_END_S = 512.0  # the largest start and end, in seconds, that Stable Audio Open 1.0 can be conditioned on
@@ -77,6 +79,5 @@ def make_file(body: AudioBody, *, span: Span, result: GenerationResult, settings
     audio = audio[:, min(int(span.start_s * rate_hz), audio.shape[1] - 1) :]  # at least one sample
     audio = time_stretch(audio, rate_hz, speed=1.0 if body.speed is None else body.speed)
     audio, facts = finish_clip(audio, rate_hz, seed=result.seeds[0], peaks=body.peaks or settings.peaks)
-    if body.response_format is ResponseFormat.PCM:
-        return FinishedFile(encode_pcm(audio), (facts,))
-    return FinishedFile(encode_audio(audio, rate_hz, file_format=AudioFormat(body.response_format)), (facts,))
+    encoding = Encoding(AudioFormat(body.response_format))
+    return FinishedFile(encode_audio(audio, rate_hz, encoding=encoding), file_rate(encoding, rate_hz), (facts,))

@@ -15,7 +15,7 @@ from stable_audio_serve.api.compat.vllm_omni.schemas import AudioBody, ErrorBody
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import route_class
-from stable_audio_serve.api.service import Output, Service
+from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
 from stable_audio_serve.core.errors import UnknownModelError
 
@@ -56,13 +56,11 @@ def build_router(service: Service) -> APIRouter:
         generation = to_request(body, card, span=span, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s)
         result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
-        encoding_at = service.clock.monotonic()
-        finished = await service.compute(
-            lambda: make_file(body, span=span, result=result, settings=service.settings.audio)
+        output = await service.finish_by(
+            result, lambda: make_file(body, span=span, result=result, settings=service.settings.audio)
         )
-        note(request.scope, num_bytes=finished.file.num_bytes)
-        encode_ms = (service.clock.monotonic() - encoding_at) * 1000
-        return encoded_answer(finished.file, result_headers(Output(finished.file, finished.clips, result, encode_ms)))
+        note(request.scope, num_bytes=output.file.num_bytes)
+        return encoded_answer(output.file, result_headers(output))
 
     return router
 

@@ -1,0 +1,399 @@
+"""Stability AI's REST API: Stable Audio 3 as jobs whose result is polled, Stable Audio 2 and 2.5 in one request."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Form, UploadFile
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from stable_audio_serve.api.answers import chain
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.fields import NOT_BLANK, Finite
+from stable_audio_serve.api.middleware.observe import note
+from stable_audio_serve.api.refusals import ExpectedError, Refusals, field_and_message
+from stable_audio_serve.api.routing import route_class
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.audio.encode import EncodedFile
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
+from stable_audio_serve.core.catalog import SA3_FAMILY, ModelCard
+from stable_audio_serve.core.errors import UnknownModelError
+from stable_audio_serve.core.generation import GenerationRequest, Role, SourceAudio
+from stable_audio_serve.core.ids import JobId
+from stable_audio_serve.core.keys import Scope
+from stable_audio_serve.core.sound import AudioFormat, Encoding
+from stable_audio_serve.jobs.job import JobError, JobRef, JobSpec
+
+TAG = "Stability"
+
+_LEAST_SOURCE_S = 6.0  # of source audio for Stable Audio 3
+_CREDITS = 1_000_000.0  # the balance of a key without a limit
+_LARGEST_SEED = 4_294_967_294
+
+# Names of errors that are not the phrase of their HTTP status.
+_NAMES = {413: "payload_too_large", 429: "rate_limit_exceeded", 500: "internal_error"}
+_STATUS = {
+    "invalid": 400,
+    "invalid_upload": 400,
+    "unknown_model": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "upload_too_large": 413,
+    "overloaded": 429,
+    "quota": 429,
+    "unavailable": 503,
+    "storage": 503,
+    "deadline_exceeded": 504,
+    "storage_full": 507,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """The values that one version of Stable Audio accepts. Each pair has the lowest and the highest."""
+
+    names: tuple[str, ...]  # values of the field `model`; the first is the default
+    longest_s: float
+    steps: tuple[int, int]
+    default_steps: int
+    default_cfg_scale: float
+    lowest_strength: float = 0.0
+
+
+_V3 = _Version(("stable-audio-3",), 380.0, (4, 8), 8, 1.0)
+_V25 = _Version(("stable-audio-2.5", "stable-audio-2"), 190.0, (4, 8), 8, 1.0, 0.01)
+_V2 = replace(_V25, steps=(30, 100), default_steps=50, default_cfg_scale=7.0, lowest_strength=0.0)
+
+
+class TextForm(BaseModel):
+    """Fields of every generation."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+    prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=10_000)] = Field(
+        description="Description of the sound.", json_schema_extra={"pattern": NOT_BLANK}
+    )
+    model: str | None = Field(None, description="The API's model name, or a model of this server.")
+    duration: Finite | None = Field(
+        None, ge=1, le=380, description="Length, seconds; unset = that of the source, or 190; at most the model's."
+    )
+    seed: int = Field(0, ge=0, le=_LARGEST_SEED, description="0 = random.")
+    steps: int | None = Field(None, ge=4, le=100, description="Denoising steps; unset = 8, or 50 for stable-audio-2.")
+    cfg_scale: Finite | None = Field(
+        None, ge=1, le=25, description="Guidance; unset = 1, or 7 for stable-audio-2; not used by all models."
+    )
+    output_format: Literal["mp3", "wav"] = Field("mp3", description="Format of the audio file.")
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(AudioFormat(self.output_format))
+
+
+class _SourceForm(TextForm):
+    audio: UploadFile = Field(description="MP3 or WAV file.", json_schema_extra={"format": "binary"})
+
+
+class AudioForm(_SourceForm):
+    """A variation of source audio."""
+
+    strength: Finite = Field(1.0, ge=0, le=1, description="Low keeps more of the source; at 1 it has no influence.")
+
+
+class InpaintForm(_SourceForm):
+    """Source audio with a region to regenerate."""
+
+    mask_start: Finite = Field(30.0, ge=0, le=380, description="Start of the region, seconds.")
+    mask_end: Finite = Field(380.0, ge=0, le=380, description="End of the region, seconds; at most that of the clip.")
+
+
+class StabilityTicket(BaseModel):
+    """An accepted generation."""
+
+    id: str
+
+
+class StabilityProgress(StabilityTicket):
+    """A generation that has not ended."""
+
+    status: Literal["in-progress"] = "in-progress"
+
+
+class StabilityAudio(BaseModel):
+    """A finished generation; `audio` is base64."""
+
+    audio: str
+    seed: int
+    finish_reason: Literal["SUCCESS"] = "SUCCESS"
+
+
+class StabilityError(BaseModel):
+    """Any error."""
+
+    id: str
+    name: str
+    errors: list[str]
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": StabilityError, "description": "A field is missing, of the wrong type or out of range."},
+    **error_responses(StabilityError, 401, 408, 413, 429, 500, 503, 504, 507),
+}
+_RESULT_ERRORS: dict[int | str, dict[str, Any]] = {
+    202: {"model": StabilityProgress},
+    404: {"model": StabilityError, "description": "No such generation."},
+    **error_responses(StabilityError, 401, 500, 503),
+}
+_AUDIO: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The audio file, or JSON if the request accepts `application/json`.",
+        "model": StabilityAudio,
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("audio/mpeg", "audio/wav")},
+    }
+}
+_MULTIPART = Form(media_type="multipart/form-data")
+_TextBody = Annotated[TextForm, _MULTIPART]
+_AudioBody = Annotated[AudioForm, _MULTIPART]
+_InpaintBody = Annotated[InpaintForm, _MULTIPART]
+
+
+def build_router(service: Service) -> APIRouter:
+    """Return the dialect's routes."""
+    router = APIRouter(tags=[TAG])
+    parts: Mapping[Callable[[APIRouter, Service], None], Scope | None]
+    parts = {_add_jobs: "jobs", _add_synchronous: "generate", _add_user: None}
+    for add, scope in parts.items():
+        own = APIRouter(
+            route_class=route_class(render_error, scopes=() if scope is None else (scope,), takes_bare_key=True)
+        )
+        add(own, service)
+        router.include_router(own)
+    return router
+
+
+def _add_jobs(router: APIRouter, service: Service) -> None:
+    async def submit(request: Request, form: TextForm) -> StabilityTicket:
+        card, source, upload = _resolve_model(service, form, version=_V3), None, None
+        if isinstance(form, _SourceForm):
+            source = await service.decode(form.audio, card, padding_s=None)
+            if source.duration_s < _LEAST_SOURCE_S:
+                raise _fault("audio", f"must last at least {_LEAST_SOURCE_S:g} seconds, not {source.duration_s:.2f}")
+        generation = _to_request(form, card, version=_V3, source=source, request_id=request.state.request_id)
+        note(request.scope, model=card.name, duration_s=generation.duration_s)
+        if isinstance(form, _SourceForm) and source is not None:
+            role: Role = "inpaint" if isinstance(form, InpaintForm) else "init"
+            upload = await service.store_upload(form.audio, source, max_s=source.duration_s, role=role)
+        spec = JobSpec(
+            id=JobId(secrets.token_hex(32)),
+            contract="stability",
+            model=card.name,
+            mode="text-to-audio" if upload is None else "inpainting" if upload.role == "inpaint" else "audio-to-audio",
+            request=replace(generation, init_audio=None, inpaint_audio=None),
+            encoding=form.encoding,
+            peaks=service.settings.audio.peaks,
+            with_recipe=service.settings.dialects.recipes,
+            upload=upload,
+            client=request.state.client,
+        )
+        await service.add_job(spec, card=card, caller=request.state.caller)
+        return StabilityTicket(id=spec.id)
+
+    options = {"status_code": 202, "response_model": StabilityTicket, "responses": _ERRORS}
+    _add_routes(router, submit, version="stable-audio", **options)
+
+    @router.get(
+        "/v2beta/audio/results/{id}",
+        summary="Result (Stability)",
+        response_class=Response,
+        responses={**_AUDIO, **_RESULT_ERRORS},
+    )
+    async def show_result(request: Request, id: str) -> Response:
+        """Return the result of a generation, 202 while there is none."""
+        job = await service.jobs.get(JobRef("stability", request.state.client, JobId(id)))
+        if job is None:
+            raise HTTPException(404, "id: no such generation")
+        if not job.is_over:
+            return JSONResponse(StabilityProgress(id=job.spec.id).model_dump(), 202)
+        if job.result is None:
+            error = job.error or JobError(job.state, "the generation was cancelled")
+            status = _STATUS.get(error.code, 500)
+            return _answer(request, status if status < 429 else 500, [error.message])
+        file = job.result.file
+        chunks = service.jobs.read(file)
+        try:
+            first = await anext(chunks, b"")
+        except FileNotFoundError as error:
+            raise HTTPException(404, "id: the result is no longer stored") from error
+        return _audio(request, chain(first, chunks), file=file, seed=job.result.seeds[0])
+
+
+def _add_synchronous(router: APIRouter, service: Service) -> None:
+    async def run(request: Request, form: TextForm) -> Response:
+        started_at = service.clock.monotonic()
+        version = _V2 if form.model == "stable-audio-2" else _V25
+        card, source = _resolve_model(service, form, version=version), None
+        if isinstance(form, _SourceForm):
+            source = await service.decode(form.audio, card, padding_s=None)
+        generation = _to_request(form, card, version=version, source=source, request_id=request.state.request_id)
+        card, generation = service.adapted(card, generation)
+        note(request.scope, model=card.name, duration_s=generation.duration_s)
+        origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
+        order = FileOrder(service.settings.audio.peaks, encoding=form.encoding, origin=origin)
+        result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
+        file = (await service.finish(result, order)).file
+
+        async def content() -> AsyncIterator[bytes]:
+            for chunk in file.chunks():
+                yield chunk
+
+        return _audio(request, content(), file=file, seed=result.seeds[0])
+
+    options = {"response_class": Response, "response_model": None, "responses": _AUDIO | _ERRORS}
+    _add_routes(router, run, version="stable-audio-2", **options)
+
+
+def _add_routes(router: APIRouter, run: Callable[..., Awaitable[Any]], *, version: str, **options: Any) -> None:
+    """Add the routes of the three kinds of generation, which differ only in their forms."""
+
+    async def generate(request: Request, form: _TextBody) -> Any:
+        """Generate audio from a text prompt."""
+        return await run(request, form)
+
+    async def vary(request: Request, form: _AudioBody) -> Any:
+        """Generate a variation of source audio."""
+        return await run(request, form)
+
+    async def inpaint(request: Request, form: _InpaintBody) -> Any:
+        """Regenerate a region of source audio."""
+        return await run(request, form)
+
+    for path, route in (("text-to-audio", generate), ("audio-to-audio", vary), ("inpaint", inpaint)):
+        summary = f"{path.replace('-', ' ').title()}, {version} (Stability)"
+        router.post(f"/v2beta/audio/{version}/{path}", summary=summary, **options)(route)
+
+
+def _add_user(router: APIRouter, service: Service) -> None:
+    responses = error_responses(StabilityError, 401, 503)
+
+    @router.get("/v1/user/account", summary="Account (Stability)", responses=responses)
+    async def show_account(request: Request) -> dict[str, Any]:
+        """Describe the key. Clients call this to check it."""
+        name = request.state.caller.key.label
+        organization = {"id": name, "name": "stable-audio-serve", "is_default": True}
+        return {"id": name, "email": f"{name}@localhost", "organizations": [organization], "profile_picture": None}
+
+    @router.get("/v1/user/balance", summary="Balance (Stability)", responses=responses)
+    async def show_balance(request: Request) -> dict[str, float]:
+        """Return the seconds of audio that the key may still have in this minute, or 1,000,000 without a limit."""
+        left_s = await service.limiter.audio_left_s(request.state.caller.key)
+        return {"credits": _CREDITS if left_s is None else round(left_s, 2)}
+
+
+def _resolve_model(service: Service, form: TextForm, *, version: _Version) -> ModelCard:
+    catalog = service.backend.catalog
+    if form.model is None or form.model in version.names:
+        return catalog.choose(service.settings.dialects.stability_model, family=SA3_FAMILY)
+    try:
+        return catalog.resolve(form.model)
+    except UnknownModelError as error:
+        raise _fault("model", f"{error.message}, {', '.join(version.names)}") from error
+
+
+def _to_request(
+    form: TextForm, card: ModelCard, *, version: _Version, source: SourceAudio | None, request_id: str
+) -> GenerationRequest:
+    """Return the request. Raises RequestValidationError.
+
+    Without `duration` the clip is as long as the source, or 190 s, but no longer than the model's longest clip.
+    """
+    longest_s = min(version.longest_s, card.max_duration_s)
+    unset_s = 190.0 if source is None else source.duration_s
+    duration_s = min(unset_s, longest_s) if form.duration is None else form.duration
+    if duration_s > longest_s:
+        raise _fault("duration", f"must be from 1 to {longest_s:g} for the model {card.name}")
+    low, high = version.steps
+    steps = version.default_steps if form.steps is None else form.steps
+    if not low <= steps <= high:
+        raise _fault("steps", f"must be from {low} to {high}")
+    request = GenerationRequest(
+        prompt=form.prompt,
+        duration_s=duration_s,
+        seed=form.seed or secrets.randbelow(_LARGEST_SEED) + 1,
+        steps=steps,
+        cfg_scale=version.default_cfg_scale if form.cfg_scale is None else form.cfg_scale,
+        request_id=request_id,
+    )
+    if isinstance(form, AudioForm):
+        if form.strength < version.lowest_strength:
+            raise _fault("strength", f"must be from {version.lowest_strength:g} to 1")
+        level = card.noise_level(form.strength, sampler=None)
+        return replace(request, init_audio=source, init_noise_level=level)
+    if isinstance(form, InpaintForm):
+        end_s = min(form.mask_end, duration_s)
+        if form.mask_start >= end_s:
+            allowed = f"less than mask_end and than the length of the clip ({duration_s:g})"
+            raise _fault("mask_start", f"must be {allowed}, not {form.mask_start:g}")
+        return replace(request, inpaint_audio=source, inpaint_regions_s=((form.mask_start, end_s),))
+    return request
+
+
+def _audio(request: Request, content: AsyncIterator[bytes], *, file: EncodedFile | StoredFile, seed: int) -> Response:
+    """Return the response with an audio file, as bytes or in JSON."""
+    headers = {"seed": str(seed), "finish-reason": "SUCCESS"}
+    accepted = {part.partition(";")[0].strip() for part in request.headers.get("accept", "").lower().split(",")}
+    if "application/json" not in accepted or any(part.startswith("audio/") for part in accepted):
+        headers["Content-Length"] = str(file.num_bytes)
+        return StreamingResponse(content, headers=headers, media_type=file.media_type)
+    start, end = StabilityAudio(audio="|", seed=seed).model_dump_json().encode().split(b"|")
+    headers["Content-Length"] = str(len(start) + 4 * -(-file.num_bytes // 3) + len(end))
+
+    async def in_base64() -> AsyncIterator[bytes]:
+        yield start
+        rest = bytearray()
+        async for chunk in content:
+            rest += chunk
+            whole = len(rest) // 3 * 3  # so that only the last group is padded
+            yield base64.b64encode(rest[:whole])
+            del rest[:whole]
+        yield base64.b64encode(rest) + end
+
+    return StreamingResponse(in_base64(), headers=headers, media_type="application/json")
+
+
+def render_error(request: Request, error: ExpectedError) -> Response:
+    """Return the response to an expected error."""
+    return _REFUSALS.answer(request, error)
+
+
+def _fault(field: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message}])
+
+
+def _answer(  # noqa: PLR0917
+    request: Request, status: int, errors: Sequence[str], headers: Mapping[str, str] | None = None
+) -> Response:
+    name = _NAMES.get(status) or HTTPStatus(status).phrase.lower().replace(" ", "_")
+    body = StabilityError(id=request.state.request_id, name=name, errors=list(errors))
+    return JSONResponse(body.model_dump(), status, headers=dict(headers or {}))
+
+
+_REFUSALS: Refusals[int, tuple[str, str], Response] = Refusals(
+    table=_STATUS,
+    internal=500,
+    internal_message="the generation could not be accepted; request id {request_id}",
+    parse_fault=field_and_message,
+    name_field=lambda fault: fault[0],
+    answer_fields=lambda request, faults: _answer(request, 400, [": ".join(fault) for fault in faults]),
+    answer_http=lambda request, error: _answer(request, error.status_code, [str(error.detail)], error.headers),
+    answer_error=lambda request, refusal: _answer(request, refusal.row, [refusal.message], refusal.headers),
+)

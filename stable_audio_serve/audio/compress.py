@@ -1,0 +1,241 @@
+"""Compress float audio with libsndfile (FLAC, MP3, Vorbis, Opus, G.711) or with PyAV (AAC).
+
+The functions need much CPU time: call them from worker threads, not from an event loop.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stable_audio_serve.audio.formats import mp3_level
+from stable_audio_serve.core.sound import AudioFormat
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Samples = npt.NDArray[np.int16] | npt.NDArray[np.int32] | npt.NDArray[np.float32]
+
+BLOCK = 16_384  # samples written at once: libsndfile crashes on longer Vorbis writes
+# libsndfile ends an Opus file with a click. So this many samples of silence are encoded after the clip, and trimmed
+# from the finished file.
+OPUS_TAIL_S = 0.02
+OPUS_RATE_HZ = 48_000  # the unit of positions in Opus files
+_OPUS_KBPS = (6, 256)  # of one channel, at libsndfile's compression levels 1 and 0
+_OGG_SERIAL = 1
+_OGG_HEADER_BYTES = 27
+_REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
+SUBTYPES = {
+    AudioFormat.MP3: ("MP3", "MPEG_LAYER_III"),
+    AudioFormat.OGG: ("OGG", "VORBIS"),
+    AudioFormat.OPUS: ("OGG", "OPUS"),
+    AudioFormat.ULAW: ("RAW", "ULAW"),
+    AudioFormat.ALAW: ("RAW", "ALAW"),
+}
+_VORBIS_TRIES = 6
+_VORBIS_TOLERANCE = 0.03  # of the bit rate
+_VORBIS_EXCERPTS = 6  # in audio longer than this many times `_VORBIS_EXCERPT_S`
+_VORBIS_EXCERPT_S = 5
+_MPEG_DELAY = 576  # samples that LAME puts before the audio
+_MP3_KBPS = {
+    1: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG 1
+    0: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG 2 and 2.5
+}
+_SYNC = b"\xff"  # the first byte of an MP3 frame
+AAC_KBPS = 128
+AAC_CONTAINERS = {AudioFormat.M4A: "ipod", AudioFormat.AAC: "adts"}
+
+
+def compress_flac(samples: Samples, sample_rate_hz: int, *, text: str | None = None) -> memoryview:
+    """Return a FLAC file of integer samples (S, C). int16 has 16 bits; of int32 the 24 high bits are kept."""
+    subtype = "PCM_16" if samples.dtype == np.int16 else "PCM_24"
+    return _write(samples, sample_rate_hz, container="FLAC", subtype=subtype, text=text).getbuffer()
+
+
+def compress(
+    samples: npt.NDArray[np.float32],
+    sample_rate_hz: int,
+    *,
+    file_format: AudioFormat,
+    bitrate_kbps: int | None = None,
+    text: str | None = None,
+) -> memoryview:
+    """Return a lossy file of `samples` (S, C) in -1..1. G.711 files have no header.
+
+    MP3 files have a constant bit rate. Vorbis and Opus files have about this rate on average; where they do not reach
+    it, they have the nearest one. Without a bit rate, libsndfile's default quality applies.
+    """
+    if file_format in AAC_CONTAINERS:
+        return _compress_aac(samples, sample_rate_hz, file_format=file_format, bitrate_kbps=bitrate_kbps or AAC_KBPS)
+    container, subtype = SUBTYPES[file_format]
+    options = find_options(samples, sample_rate_hz, file_format=file_format, bitrate_kbps=bitrate_kbps)
+    tail = round(OPUS_TAIL_S * sample_rate_hz) if file_format is AudioFormat.OPUS else 0
+    stream = _write(samples, sample_rate_hz, container=container, subtype=subtype, text=text, tail=tail, **options)
+    if container == "OGG":
+        rewrite_ogg(stream, trim_samples=tail * OPUS_RATE_HZ // sample_rate_hz)
+    if file_format is AudioFormat.MP3 and bitrate_kbps is not None:
+        return _with_length(stream.getbuffer(), num_samples=len(samples))
+    return stream.getbuffer()
+
+
+def find_options(
+    samples: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat, bitrate_kbps: int | None
+) -> dict[str, Any]:
+    """Return the options of libsndfile for a bit rate. Of a Vorbis file they depend on the samples (S, C)."""
+    if bitrate_kbps is not None:
+        match file_format:
+            case AudioFormat.MP3:
+                return {"bitrate_mode": "CONSTANT", "compression_level": mp3_level(bitrate_kbps, sample_rate_hz)}
+            case AudioFormat.OPUS:
+                low, high = _OPUS_KBPS
+                level = (high - bitrate_kbps / samples.shape[1]) / (high - low)
+                return {"compression_level": min(max(level, 0.0), 1.0)}
+            case AudioFormat.OGG:
+                return {"compression_level": _find_vorbis_level(samples, sample_rate_hz, bitrate_kbps=bitrate_kbps)}
+    return {}
+
+
+def _write(
+    samples: Samples,
+    sample_rate_hz: int,
+    *,
+    container: str,
+    subtype: str,
+    text: str | None = None,
+    tail: int = 0,
+    **options: Any,
+) -> io.BytesIO:
+    """Write a file with libsndfile, with `tail` samples of silence after the audio."""
+    import soundfile
+
+    stream = io.BytesIO()
+    channels = samples.shape[1]
+    with soundfile.SoundFile(
+        stream, "w", sample_rate_hz, channels, format=container, subtype=subtype, **options
+    ) as file:
+        if text is not None:
+            file.comment = text
+        for start in range(0, len(samples), BLOCK):
+            file.write(samples[start : start + BLOCK])
+        if tail:
+            file.write(np.zeros((tail, channels), dtype=np.float32))
+    return stream
+
+
+def _find_vorbis_level(samples: npt.NDArray[np.float32], sample_rate_hz: int, *, bitrate_kbps: int) -> float:
+    """Return libsndfile's compression level for a bit rate of a Vorbis file.
+
+    libsndfile only has a quality, and the bit rate also depends on the audio. So the audio is encoded several times. Of
+    long audio, short excerpts are enough.
+    """
+    size = _VORBIS_EXCERPT_S * sample_rate_hz
+    if len(samples) > _VORBIS_EXCERPTS * size:
+        starts = np.linspace(0, len(samples) - size, _VORBIS_EXCERPTS).astype(int)
+        samples = np.concatenate([samples[start : start + size] for start in starts])
+    container, subtype = SUBTYPES[AudioFormat.OGG]
+    empty = _write(samples[:0], sample_rate_hz, container=container, subtype=subtype).tell()
+    low, high = 0.0, 1.0  # the bit rate is highest at level 0
+    for _ in range(_VORBIS_TRIES):
+        level = (low + high) / 2
+        file = _write(samples, sample_rate_hz, container=container, subtype=subtype, compression_level=level)
+        ratio = (file.tell() - empty) * 8 * sample_rate_hz / (max(len(samples), 1) * bitrate_kbps * 1000)
+        if abs(ratio - 1) <= _VORBIS_TOLERANCE:
+            return level
+        low, high = (level, high) if ratio > 1 else (low, level)
+    return (low + high) / 2
+
+
+def _with_length(data: memoryview, *, num_samples: int) -> memoryview:
+    """Put a frame before a constant-rate MP3 file that says where its audio starts and ends, unless it has one.
+
+    LAME writes this frame ("Info tag") only if it fits into a frame of the file's bit rate. Without it, decoders add
+    silence at both ends. The layout is that of the Xing header, with LAME's extension.
+    """
+    begin = _id3_bytes(data)
+    first = bytes(data[begin : begin + 4])
+    is_mpeg1 = bool(first[1] & 0x08)
+    is_mono = first[3] >> 6 == 3
+    start = 4 + (((32, 17) if is_mpeg1 else (17, 9))[is_mono])
+    if bytes(data[begin + start : begin + start + 4]) in (b"Info", b"Xing"):
+        return data
+    samples_per_frame = 1152 if is_mpeg1 else 576
+    rate_hz = (44_100, 48_000, 32_000)[first[2] >> 2 & 3] >> (0 if is_mpeg1 else 1 if first[1] & 0x10 else 2)
+    sizes, offset = [], begin
+    while bytes(data[offset : offset + 1]) == _SYNC:  # an ID3v1 tag may follow the last frame
+        kbps = _MP3_KBPS[is_mpeg1][data[offset + 2] >> 4]
+        sizes.append(samples_per_frame * kbps * 125 // rate_hz + (data[offset + 2] >> 1 & 1))
+        offset += sizes[-1]
+    padding = len(sizes) * samples_per_frame - num_samples - _MPEG_DELAY
+    tag = b"Info" + struct.pack(">III", 3, len(sizes), 0)  # 3: the numbers of frames and of bytes follow
+    tag += b"LAME3.100" + bytes(12) + (_MPEG_DELAY << 12 | max(padding, 0)).to_bytes(3, "big") + bytes(12)
+    index, size = next(
+        (index, size)
+        for index, kbps in enumerate(_MP3_KBPS[is_mpeg1])
+        if (size := samples_per_frame * kbps * 125 // rate_hz) >= start + len(tag)
+    )
+    frame = bytearray(size)
+    frame[:4] = first[0], first[1], index << 4 | first[2] & 0x0C, first[3]
+    frame[start : start + len(tag)] = tag
+    struct.pack_into(">I", frame, start + 12, sum(sizes) + size)
+    return memoryview(b"".join((data[:begin], frame, data[begin:])))
+
+
+def _id3_bytes(data: memoryview) -> int:
+    """Return the size of the ID3v2 tag at the start of a file, 0 without one. Its size field has 7 bits per byte."""
+    if bytes(data[:3]) != b"ID3":
+        return 0
+    return 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+
+
+def _compress_aac(
+    samples: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat, bitrate_kbps: int
+) -> memoryview:
+    import av
+
+    stream = io.BytesIO()
+    layout = "mono" if samples.shape[1] == 1 else "stereo"
+    with av.open(stream, "w", format=AAC_CONTAINERS[file_format], options={"fflags": "+bitexact"}) as container:
+        track = container.add_stream("aac", rate=sample_rate_hz, layout=layout)
+        track.bit_rate = bitrate_kbps * 1000
+        track.codec_context.flags |= av.codec.context.Flags.bitexact
+        planes = np.ascontiguousarray(samples.T) if len(samples) else np.zeros((samples.shape[1], 1), dtype=np.float32)
+        frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=layout)
+        frame.sample_rate, frame.pts = sample_rate_hz, 0
+        for part in (frame, None):
+            container.mux(track.encode(part))
+    return stream.getbuffer()
+
+
+def rewrite_ogg(file: Any, *, trim_samples: int) -> None:
+    """Set a fixed serial number in every page of an Ogg file, and trim `trim_samples` from its end.
+
+    `file` is a file object that can be read and written. libsndfile writes a random serial number, but equal audio must
+    give equal bytes. RFC 3533 defines the layout of Ogg pages and their checksum. RFC 7845, section 4.4, defines how
+    the end of an Opus file is trimmed.
+    """
+    start, end = 0, file.seek(0, 2)
+    while start < end:
+        file.seek(start)
+        page = bytearray(file.read(_OGG_HEADER_BYTES))
+        page += file.read(page[26])
+        page += file.read(sum(page[_OGG_HEADER_BYTES:]))
+        struct.pack_into("<I", page, 14, _OGG_SERIAL)
+        if start + len(page) == end:
+            (granule,) = struct.unpack_from("<q", page, 6)
+            struct.pack_into("<q", page, 6, granule - trim_samples)
+        page[22:26] = bytes(4)
+        page[22:26] = _ogg_checksum(page)
+        file.seek(start)
+        file.write(page)
+        start += len(page)
+
+
+def _ogg_checksum(page: bytearray) -> bytes:
+    # Ogg's CRC-32 differs from zlib's in two ways: the bits of every byte and of the result are in reverse order, and
+    # the CRC is not inverted at the start and at the end.
+    value = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return value.to_bytes(4, "big").translate(_REVERSED_BITS)
