@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 FADE_S = 0.03
-BEFORE_S = 0.5  # of the model's rendition of the source is returned for each span
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +88,17 @@ def _fade_inside(start: int, stop: int, *, fade: int, source_end: int) -> Span:
 
 
 def keep_source(
-    audio: npt.NDArray[np.float32], source: npt.NDArray[np.float32], *, spans: Sequence[Span], num_before: int = 0
+    audio: npt.NDArray[np.float32], source: npt.NDArray[np.float32], *, spans: Sequence[Span]
 ) -> tuple[GeneratedSpan, ...]:
     """Replace `audio` (C, S) float32 by `source` in place, except in `spans`. Returns the generated audio in `spans`.
 
-    `source` must have the same channels and at least S samples. Pad a shorter source with silence. `num_before` is the
-    longest `GeneratedSpan.before`, in samples.
+    `source` must have the same channels and at least S samples. Pad a shorter source with silence.
     """
     generated = []
     for span in spans:
         fading_in = slice(span.start, span.start + span.fade_in)
         fading_out = slice(span.stop - span.fade_out, span.stop)
-        head, tail = audio[:, fading_in].copy(), audio[:, fading_out].copy()
-        before = audio[:, max(span.start - num_before, 0) : span.start].copy()
-        generated.append(GeneratedSpan(span.start, span.stop, head, tail, before))
+        generated.append(GeneratedSpan(span.start, span.stop, audio[:, fading_in].copy(), audio[:, fading_out].copy()))
         audio[:, fading_in] += (1 - fade_ramp(span.fade_in)) * (source[:, fading_in] - audio[:, fading_in])
         audio[:, fading_out] += fade_ramp(span.fade_out) * (source[:, fading_out] - audio[:, fading_out])
     edges = [0, *(edge for span in spans for edge in (span.start, span.stop)), audio.shape[1]]

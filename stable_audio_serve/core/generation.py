@@ -264,16 +264,13 @@ class GeneratedSpan:
 
     Samples outside all spans come from the source audio. Where the span meets source audio, the two are crossfaded.
     `head` and `tail`, (channels, samples) float32, are the model's samples in the crossfades at the start and the end,
-    before they are mixed with the source. They are empty if there is no crossfade. `before`, (channels, samples)
-    float32, is the model's rendition of up to half a second of source before the span. It shows how much louder or
-    quieter the model made the source.
+    before they are mixed with the source. They are empty if there is no crossfade.
     """
 
     start: int
     stop: int
     head: npt.NDArray[np.float32]
     tail: npt.NDArray[np.float32]
-    before: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import get_args
 
 import torch
 
-from stable_audio_serve.audio.keep import BEFORE_S, keep_source, plan_spans
+from stable_audio_serve.audio.keep import keep_source, plan_spans
 from stable_audio_serve.audio.prepare import resampled_length
 from stable_audio_serve.audio.seams import close_loop, loop_samples, with_surplus
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -406,6 +406,4 @@ def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: 
         sample_rate_hz=result.sample_rate_hz,
     )
     samples = source.samples.numpy()
-    num_before = round(BEFORE_S * result.sample_rate_hz)
-    generated = (keep_source(audio, samples, spans=spans, num_before=num_before) for audio in result.audio)
-    return replace(result, generated=tuple(generated))
+    return replace(result, generated=tuple(keep_source(audio, samples, spans=spans) for audio in result.audio))

@@ -119,7 +119,10 @@ class LongPieces:
                 request = limited(await self._request(job, plan, card=card, finished=finished), job)
                 if plan.number > 1:  # the job has started already
                     request = replace(request, start_within_s=None)
-                finished.append(await self._make_section(job, plans, plan=plan, request=request, report=report))
+                section = await self._make_section(
+                    job, plans, plan=plan, finished=finished, request=request, report=report
+                )
+            finished.append(section)
         report(Report(job, "storing", GENERATED))
         return await self._assemble(job, finished)
 
@@ -156,6 +159,7 @@ class LongPieces:
         plans: Sequence[SectionPlan],
         *,
         plan: SectionPlan,
+        finished: Sequence[FinishedSection],
         request: GenerationRequest,
         report: Callable[[Report], None],
     ) -> FinishedSection:
@@ -174,7 +178,14 @@ class LongPieces:
         started_at = self._clock.monotonic()
         result = await self._backend.generate(job.spec.model, request, on_progress=on_progress)
         inference_s = self._clock.monotonic() - started_at
-        finish = partial(_finish_section, result, before=request.inpaint_audio, plan=plan, peaks=job.spec.peaks)
+        finish = partial(
+            _finish_section,
+            result,
+            before=request.inpaint_audio,
+            plan=plan,
+            loudness_lufs=_find_loudness(plans, plan, finished=finished),
+            peaks=job.spec.peaks,
+        )
         file, num_samples, facts = await self._audio.run_encoding(finish)
         stored = await self._put(
             job,
@@ -267,7 +278,12 @@ def _needing_room() -> Iterator[None]:
 
 
 def _finish_section(
-    result: GenerationResult, *, before: SourceAudio | None, plan: SectionPlan, peaks: Peaks
+    result: GenerationResult,
+    *,
+    before: SourceAudio | None,
+    plan: SectionPlan,
+    loudness_lufs: float | None,
+    peaks: Peaks,
 ) -> tuple[EncodedFile, int, ClipFacts]:
     """Return a section's file, its number of samples and its measurements. Raises GenerationError."""
     rate_hz, audio = result.sample_rate_hz, result.audio[0]
@@ -278,8 +294,27 @@ def _finish_section(
         own = treat_peaks(audio[:, :num_own], rate_hz, peaks=peaks)
     else:
         span = result.generated[0][-1] if result.generated else None
-        own = join_section(audio, rate_hz, before=before.samples, num_own=num_own, span=span, peaks=peaks)
+        own = join_section(
+            audio,
+            rate_hz,
+            before=before.samples,
+            num_own=num_own,
+            span=span,
+            loudness_lufs=loudness_lufs,
+            peaks=peaks,
+        )
     return encode_section(own, rate_hz), own.shape[1], describe_clip(own, rate_hz, seed=plan.seed)
+
+
+def _find_loudness(
+    plans: Sequence[SectionPlan], plan: SectionPlan, *, finished: Sequence[FinishedSection]
+) -> float | None:
+    """Return the loudness of the first of the sections that have the prompt of `plan` and lead to it, None if none."""
+    first = plan.number
+    while first > 1 and plans[first - 2].prompt == plan.prompt:
+        first -= 1
+    clips = finished[first - 1].file.clips if first < plan.number else ()
+    return clips[0].loudness_lufs if clips else None
 
 
 async def _to_end(work: Awaitable[T]) -> T:
