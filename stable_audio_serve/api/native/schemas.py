@@ -250,7 +250,6 @@ class JobBody(JobControls, GenerationBody):
 
     sections: tuple[SectionBody, ...] | None = Field(
         None,
-        min_length=1,
         max_length=MOST_SECTIONS,
         description="Extension: sections of a piece that may be longer than the model's maximum, one after the other. "
         "`duration` is then the sum of their durations.",

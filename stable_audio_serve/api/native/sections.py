@@ -23,6 +23,8 @@ def section_faults(fields: Controls, *, card: ModelCard, limits: ApiSettings) ->
     if not isinstance(fields, JobBody):
         return []
     sections = read_sections(fields)
+    if fields.sections == ():
+        return [_fault("sections", message="sections must have at least one entry, or be unset", value=[])]
     if not sections:
         unused = fields.overlap_s is not None
         return [_fault("overlap_s", message="overlap_s needs sections", value=fields.overlap_s)] if unused else []
