@@ -22,7 +22,6 @@ from stable_audio_serve.client.controls import (
     InpaintControls,
     JobEditControls,
     JobInpaintControls,
-    LongControls,
     LoopControls,
     accepts,
 )
@@ -150,8 +149,8 @@ class Jobs:
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
 
-    @accepts(LongControls)
-    def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[LongControls]) -> Job:
+    @accepts(JobControls)
+    def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
         """Submit a job that generates audio from a text prompt. With `sections` it is a long piece.
 
         A second submission with the same `idempotency_key` returns the first job.
@@ -326,8 +325,8 @@ class AsyncJobs:
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
 
-    @accepts(LongControls)
-    async def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[LongControls]) -> Job:
+    @accepts(JobControls)
+    async def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
         return await self._submit(calls.submit("generate", prompt, controls=controls, key=idempotency_key))
 
     @accepts(JobEditControls)

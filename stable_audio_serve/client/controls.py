@@ -107,10 +107,6 @@ class JobFields(TypedDict, total=False):
     webhook_url: Annotated[str | None, "URL called when the job ends."]
 
 
-class JobControls(JobFields, GenerateControls, total=False):
-    """Optional fields of a job that generates audio from a prompt."""
-
-
 class Section(TypedDict, total=False):
     """A section of a long piece: its length in seconds, and its prompt, by default that of the job."""
 
@@ -118,8 +114,8 @@ class Section(TypedDict, total=False):
     prompt: str
 
 
-class LongControls(JobControls, total=False):
-    """Optional fields of a job that generates audio, perhaps a long piece, from a prompt."""
+class JobControls(JobFields, GenerateControls, total=False):
+    """Optional fields of a job that generates audio from a prompt."""
 
     sections: Annotated[
         Sequence[Section] | None, "Sections of a piece that may be longer than the model's maximum, in order."

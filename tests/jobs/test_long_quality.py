@@ -44,7 +44,8 @@ async def test_seams_are_no_larger_than_changes_inside_and_nothing_drifts(worksh
     seams: list[tuple[float, float]] = []
     inside: list[tuple[float, float]] = []
     async with LocalBackend(ModelCatalog([describe_entry(entry).card]), {"demo": engine}) as backend:
-        await workshop.start_runner(backend=backend)
+        workshop.backend = backend  # type: ignore[assignment]
+        await workshop.start_runner()
         for number, prompt in enumerate(PROMPTS):
             audio = await make(workshop, prompt, seed=100 * number)
             own = int(OWN_S * RATE_HZ)
