@@ -20,6 +20,7 @@ from stable_audio_serve.client.controls import (
     EditControls,
     GenerateControls,
     InpaintControls,
+    JobControls,
     JobEditControls,
     JobInpaintControls,
     LoopControls,
