@@ -26,6 +26,7 @@ BLOCK = 16_384  # samples written at once: libsndfile crashes on longer Vorbis w
 OPUS_TAIL_S = 0.02
 OPUS_RATE_HZ = 48_000  # the unit of positions in Opus files
 _OPUS_KBPS = (6, 256)  # of one channel, at libsndfile's compression levels 1 and 0
+_OGG_KBPS = 2.5  # what the container adds to the bit rate of Opus
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
@@ -92,7 +93,7 @@ def find_options(
                 return {"bitrate_mode": "CONSTANT", "compression_level": mp3_level(bitrate_kbps, sample_rate_hz)}
             case AudioFormat.OPUS:
                 low, high = _OPUS_KBPS
-                level = (high - bitrate_kbps / samples.shape[1]) / (high - low)
+                level = (high - (bitrate_kbps - _OGG_KBPS) / samples.shape[1]) / (high - low)
                 return {"compression_level": min(max(level, 0.0), 1.0)}
             case AudioFormat.OGG:
                 return {"compression_level": _find_vorbis_level(samples, sample_rate_hz, bitrate_kbps=bitrate_kbps)}

@@ -18,6 +18,7 @@ from stable_audio_serve.client.controls import (
     JobInpaintControls,
     LoopControls,
     Lora,
+    Loudness,
     Section,
 )
 from stable_audio_serve.client.failures import Retries
@@ -40,6 +41,7 @@ __all__ = [
     "JobProgress",
     "LoopControls",
     "Lora",
+    "Loudness",
     "Model",
     "Recipe",
     "Result",

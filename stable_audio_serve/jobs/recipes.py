@@ -22,6 +22,7 @@ def recipes_of(
         made_on=made_on,
         encoding=spec.encoding,
         peaks=spec.peaks,
+        finishing=spec.finishing,
     )
     if not spec.sections:
         return recipes

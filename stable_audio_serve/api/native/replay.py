@@ -38,6 +38,7 @@ from stable_audio_serve.audio.recipe import (
     MOST_SECTIONS,
     Recipe,
     RecipeLora,
+    RecipeLoudness,
     RecipeMaker,
     RecipeSection,
     RecipeSource,
@@ -59,7 +60,7 @@ _PATH = "/v1/audio/replay"
 _MULTIPART = "multipart/form-data"
 _MOST_STEPS = 1000  # the highest limit of `steps` in any dialect
 _MOST_REPEATED_CHARS = 200
-_PARTS = (Recipe, RecipeLora, RecipeMaker, RecipeSource, RecipeSection)
+_PARTS = (Recipe, RecipeLora, RecipeLoudness, RecipeMaker, RecipeSource, RecipeSection)
 _FIELDS = {name for part in _PARTS for name in part.model_fields}
 
 
@@ -161,6 +162,7 @@ async def _replay_by_job(service: Service, request: Request, *, recipe: Recipe, 
         encoding=recipe.encoding,
         file_stem=file_stem(card.name),
         peaks="clip" if recipe.peaks == "clip" else "limit",
+        finishing=recipe.finishing,
         with_recipe=True,
         file_prefix=f"{job_id}-",
         sections=sections,
@@ -180,7 +182,8 @@ def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | No
     """Encode the file that a recipe describes. Call this from a worker thread."""
     if recipe.peaks == "full":
         return finish_window(result, num_samples=recipe.samples, origin=origin)
-    return finish(result, FileOrder(recipe.peaks, encoding=recipe.encoding, origin=origin))
+    order = FileOrder(recipe.peaks, encoding=recipe.encoding, origin=origin, finishing=recipe.finishing)
+    return finish(result, order)
 
 
 async def _read(service: Service, request: Request) -> _Sent:
@@ -280,6 +283,10 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
         if faults:
             field = str(faults[0].field)
             raise _fault("overlap" if field == "overlap_s" else field, faults[0].message)
+    try:
+        recipe.finishing.check(duration_s=recipe.duration, is_loop=recipe.loop is not None)
+    except InvalidRequestError as error:
+        raise _fault(error.field or "recipe", error.message) from error
     for start_s, end_s in recipe.inpaint_regions or ():
         if end_s > recipe.duration:
             raise _fault("inpaint_regions", f"inpaint_regions: {start_s:g} to {end_s:g} exceeds the duration")

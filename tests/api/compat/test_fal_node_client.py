@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,37 +14,17 @@ import pytest_asyncio
 from tests.api.compat.backends import PromptBackend
 from tests.api.compat.client_scripts import check_output, run_script
 from tests.api.compat.serving import serve_app
-from tests.patience import PATIENCE_S
+from tests.packages import install_npm
 
 CLIENT = "@fal-ai/client@1.10.1"
 SCRIPT = Path(__file__).parent / "clients" / "fal_node.cjs"
 pytestmark = pytest.mark.server
 
 
-def skip_or_fail(reason: str) -> None:
-    """Skip the test. In CI, where every test must run, fail instead."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(f"NOT TESTED, the JavaScript client of fal: {reason}")
-
-
 @pytest.fixture(scope="module")
 def node_path() -> Path:
-    """Returns the folder in the user's cache where fal's JavaScript client is installed. The first run installs it."""
-    if not shutil.which("node") or not shutil.which("npm"):
-        skip_or_fail("node and npm are not installed")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stable-audio-serve-tests"
-    installed = cache / CLIENT.replace("/", "-")
-    if not installed.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=cache)
-        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", folder, CLIENT]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-        if done.returncode:
-            shutil.rmtree(folder)
-            skip_or_fail(f"npm could not install {CLIENT}: {done.stderr[-500:]}")
-        Path(folder).rename(installed)  # atomically
-    return installed / "node_modules"
+    """Returns the folder with fal's JavaScript client."""
+    return install_npm(CLIENT)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
