@@ -58,6 +58,17 @@ class ScheduleShift:
     options: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a long piece: `duration_s` seconds of audio that continue the sections before it.
+
+    If `prompt` is None, the section has the prompt of the whole piece.
+    """
+
+    duration_s: float
+    prompt: str | None = None
+
+
 # How the adapters of one request combine. chained: each changes the weights that the adapters before it leave. summed:
 # the changes that each adapter makes alone are multiplied by its strength and added.
 Stacking = Literal["chained", "summed"]

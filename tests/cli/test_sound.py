@@ -256,6 +256,21 @@ async def test_a_job_is_submitted_watched_and_downloaded(shell: Shell) -> None:
     assert json.loads(await shell.run("jobs", "show", job_id))["seeds"] == [7, 8]
 
 
+async def test_pieces_with_sections_are_generated_submitted_and_replayed(shell: Shell) -> None:
+    sections = ("--section", "1", "--section", "1.5:the rain stops", "--overlap", "0.5")
+    made = (await shell.run("generate", "rain", *sections, "-s", "3")).decode().strip()
+    assert frames(await shell.read(made)) == int(2.5 * RATE_HZ)
+    assert [request.prompt for _, request in shell.backend.requests] == ["rain", "the rain stops"]
+    job_id = (await shell.run("jobs", "submit", "rain", *sections, "-s", "3")).decode().strip()
+    fetched = (await shell.run("jobs", "fetch", job_id, "-o", "piece/")).decode().strip()
+    assert await shell.read(fetched) == await shell.read(made)
+    again = (await shell.run("replay", made, "-o", "again.wav")).decode().split()[0]
+    assert await shell.read(again) == await shell.read(made)
+    assert "sections" in (await shell.run("replay", made, "--local", code=2)).decode()
+    assert "30:rain" in (await shell.run("generate", "rain", "--section", "x", code=2)).decode()
+    assert "--section" in (await shell.run("generate", "rain", "--overlap", "2", code=2)).decode()
+
+
 async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> None:
     shell.backend.released.clear()
     take = make_audio_file(duration_s=1.0)
