@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.compat import aimlapi, fal, stability
+from stable_audio_serve.api.compat import aimlapi, elevenlabs, fal, stability
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.native import job_routes as native_jobs
@@ -38,6 +38,7 @@ TAGS: dict[str, set[str]] = {
     "tutorial.md": set(),
     "dialects/aimlapi.md": {aimlapi.TAG},
     "dialects/stability.md": {stability.TAG},
+    "dialects/elevenlabs.md": {elevenlabs.TAG},
     "dialects/fal.md": {fal.TAG, files.TAG},
     "dialects/stable-audio-3.md": {native.TAG, merged.TAG, server.TAG},
     "dialects/stable-audio-open-small.md": {open_small.TAG, merged.TAG},
@@ -171,6 +172,15 @@ async def test_commands_of_the_vllm_omni_page_run(tmp_path: Path, operations: di
     assert (run.frames("hammer.wav"), run.frames("waves.wav")) == (3 * RATE_HZ, 5 * RATE_HZ)
     assert run.frames("dog.opus") == round(round(2 * RATE_HZ / 0.667) * 48_000 / RATE_HZ)
     assert '"small-sfx"' in run.output
+
+
+@pytest.mark.server
+@pytest.mark.slow
+async def test_commands_of_the_elevenlabs_page_run(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+    run = await run_page(DIALECTS / "elevenlabs.md", tmp_path)
+    expect_complete(run, "dialects/elevenlabs.md", operations)
+    assert (run.frames("door.mp3"), run.frames("motor.wav")) == (2 * RATE_HZ, 4 * RATE_HZ)
+    assert run.frames("piano.mp3") == 5 * RATE_HZ
 
 
 @pytest.mark.server
