@@ -179,8 +179,9 @@ async def test_commands_of_the_vllm_omni_page_run(tmp_path: Path, operations: di
 async def test_commands_of_the_elevenlabs_page_run(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "elevenlabs.md", tmp_path)
     expect_complete(run, "dialects/elevenlabs.md", operations)
-    assert (run.frames("door.mp3"), run.frames("motor.wav")) == (2 * RATE_HZ, 4 * RATE_HZ)
-    assert run.frames("piano.mp3") == 5 * RATE_HZ
+    assert run.frames("motor.wav") == 4 * RATE_HZ
+    lengths_s = {name: soundfile.info(run.folder / name).duration for name in ("door.mp3", "piano.mp3", "streamed.mp3")}
+    assert lengths_s == {"door.mp3": 2, "piano.mp3": 5, "streamed.mp3": 5}
 
 
 @pytest.mark.server
