@@ -33,6 +33,7 @@ SOUND_HEADERS: dict[str, Any] = {
         ("X-Audio-Peak", "string", "Largest absolute sample of each variation, comma-separated; 1 = full scale."),
         ("X-Audio-Loudness", "string", "Integrated loudness of each variation, LUFS; null under 0.4 s."),
         ("X-Audio-Silent", "string", "Whether each variation stays below -70 dBFS: true or false."),
+        ("X-Audio-True-Peak", "string", "True peak of each variation, dBTP; only with a target loudness."),
         (
             "X-Device",
             "string",
@@ -79,7 +80,7 @@ def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
     headers = {**headers, "Content-Length": str(file.num_bytes)}
     if file.num_bytes <= _STREAM_ABOVE_BYTES:
         return Response(file.to_bytes(), headers=headers, media_type=file.media_type)
-    return StreamingResponse(_chunks(file), headers=headers, media_type=file.media_type)
+    return StreamingResponse(file_chunks(file), headers=headers, media_type=file.media_type)
 
 
 async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipes: Sequence[Recipe] = ()) -> Response:
@@ -143,13 +144,15 @@ def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[st
         return device_headers
     facts = [clip_dict(clip) for clip in clips]
     headers = {
-        name: ", ".join(json.dumps(fact[key]) for fact in facts)
+        name: ", ".join(json.dumps(fact.get(key)) for fact in facts)
         for name, key in (
             ("X-Seeds", "seed"),
             ("X-Audio-Peak", "peak"),
             ("X-Audio-Loudness", "loudness"),
             ("X-Audio-Silent", "silent"),
+            ("X-Audio-True-Peak", "true_peak"),
         )
+        if any(key in fact for fact in facts)
     }
     if len(clips) == 1:
         del headers["X-Seeds"]
@@ -170,7 +173,8 @@ def audio_type(media_type: str | None) -> str:
     return text if _AUDIO.fullmatch(text) else _BYTES
 
 
-async def _chunks(file: EncodedFile) -> AsyncIterator[bytes]:
+async def file_chunks(file: EncodedFile) -> AsyncIterator[bytes]:
+    """Yield the content of an encoded file."""
     for chunk in file.chunks():
         yield chunk
 

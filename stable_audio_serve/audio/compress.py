@@ -26,6 +26,7 @@ _BLOCK = 16_384  # samples written at once: libsndfile crashes on longer Vorbis 
 _OPUS_TAIL_S = 0.02
 _OPUS_RATE_HZ = 48_000  # the unit of positions in Opus files
 _OPUS_KBPS = (6, 256)  # of one channel, at libsndfile's compression levels 1 and 0
+_OGG_KBPS = 2.5  # what the container adds to the bit rate of Opus
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
@@ -82,7 +83,7 @@ def compress(
                 }
             case AudioFormat.OPUS:
                 low, high = _OPUS_KBPS
-                level = (high - bitrate_kbps / channels) / (high - low)
+                level = (high - (bitrate_kbps - _OGG_KBPS) / channels) / (high - low)
                 options = {"compression_level": min(max(level, 0.0), 1.0)}
             case AudioFormat.OGG:
                 options = {"compression_level": _find_vorbis_level(samples, sample_rate_hz, bitrate_kbps=bitrate_kbps)}

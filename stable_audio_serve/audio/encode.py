@@ -19,6 +19,7 @@ import numpy as np
 from stable_audio_serve.audio.compress import compress, compress_flac
 from stable_audio_serve.audio.embedded_text import make_wav_chunk
 from stable_audio_serve.audio.formats import file_rate, media_type
+from stable_audio_serve.audio.seams import cut_repeated, repeat_around
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 _BLOCK = 16_384  # samples converted at once: fits the cache
 _CHUNK_BYTES = 1_048_576
+_AROUND_PARTS = (
+    10  # a loop is resampled with 1/10 s of its repetitions, which is a whole number of samples at all rates
+)
 MOST_OPUS_TEXT_CHARS = 40_000  # libsndfile 1.2.2 writes unreadable files if the text is longer than about 51,000
 _PCM, _IEEE_FLOAT = 1, 3  # sample formats of WAV files
 
@@ -118,19 +122,27 @@ def to_full_scale_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]
 
 
 def encode_audio(
-    audio: npt.NDArray[np.float32], sample_rate_hz: int, *, encoding: Encoding = PLAIN_WAV, text: str | None = None
+    audio: npt.NDArray[np.float32],
+    sample_rate_hz: int,
+    *,
+    encoding: Encoding = PLAIN_WAV,
+    text: str | None = None,
+    is_loop: bool = False,
 ) -> EncodedFile:
     """Encode `audio` (C, S) float32 in -1..1 as a file. `formats.check_encoding` accepts `encoding`.
 
-    Audio at another rate than that of the file (`formats.file_rate`) is resampled. G.711 files are mono, and contain
-    the mean of the channels. `text` is embedded in the file (`embedded_text.extract` reads it), which needs one of
-    `formats.TEXT_FORMATS`. The text must not be empty, and for Opus not longer than `MOST_OPUS_TEXT_CHARS`.
+    Audio at another rate than that of the file (`formats.file_rate`) is resampled; a loop (`is_loop`) still repeats
+    without a seam then. G.711 files are mono, and contain the mean of the channels. `text` is embedded in the file
+    (`embedded_text.extract` reads it), which needs one of `formats.TEXT_FORMATS`. The text must not be empty, and for
+    Opus not longer than `MOST_OPUS_TEXT_CHARS`.
     """
     file_format, rate_hz = encoding.file_format, file_rate(encoding, sample_rate_hz)
     if file_format in (AudioFormat.ULAW, AudioFormat.ALAW):
         audio = audio.mean(axis=0, keepdims=True, dtype=np.float32)
     if rate_hz != sample_rate_hz:
+        audio = repeat_around(audio, sample_rate_hz // _AROUND_PARTS) if is_loop else audio
         audio = _resample(audio, sample_rate_hz, rate_hz=rate_hz)
+        audio = cut_repeated(audio, rate_hz // _AROUND_PARTS) if is_loop else audio
     match file_format:
         case AudioFormat.WAV if encoding.bit_depth == "float":
             return encode_wav(np.ascontiguousarray(audio.T), rate_hz, text=text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,12 @@ from stable_audio_serve.audio.encode import (
     to_full_scale_pcm16,
 )
 from stable_audio_serve.audio.formats import TEXT_FORMATS, file_rate
+from stable_audio_serve.audio.level import fade, to_loudness, true_peak_dbtp
 from stable_audio_serve.audio.loudness import describe_clip
 from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.audio.recipe import MOST_BYTES, Recipe, RecipeSource, sources_of, write_recipes
 from stable_audio_serve.core.generation import GeneratedSpan, GenerationRequest, GenerationResult, Role
-from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, ClipFacts, Encoding, Peaks
+from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, AudioFormat, ClipFacts, Encoding, Finishing, Peaks
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -43,6 +44,7 @@ class FileOrder:
     stem: str = "audio"
     with_manifest: bool = False  # add a manifest to the ZIP archive of several variations
     origin: ClipOrigin | None = None
+    finishing: Finishing = AS_IS
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +77,28 @@ def finish_clip(
     *,
     seed: int,
     peaks: Peaks,
+    finishing: Finishing = AS_IS,
     generated: Sequence[GeneratedSpan] | None = None,
     is_loop: bool = False,
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
-    """Bring a clip's peaks into -1..1 and measure the clip. Returns the clip (C, S) float32, and its measurements.
+    """Finish a clip and measure it. Returns the clip (C, S) float32 in -1..1, and its measurements.
+
+    With a target loudness, the limiter's ceiling is the true peak instead of the one that `peaks` has.
 
     `generated` are the parts of the clip that the model generated. None means the whole clip. `is_loop` is whether the
     clip repeats without a seam.
     """
-    finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated, is_loop=is_loop)
-    return finished, describe_clip(finished, sample_rate_hz, seed=seed)
+    finished = None
+    if finishing.loudness is not None:
+        source = audio if peaks == "limit" else treat_peaks(audio, sample_rate_hz, peaks=peaks)
+        finished = to_loudness(source, sample_rate_hz, loudness=finishing.loudness, is_loop=is_loop)
+    if finished is None:
+        finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated, is_loop=is_loop)
+    finished = fade(finished, sample_rate_hz, finishing=finishing)
+    facts = describe_clip(finished, sample_rate_hz, seed=seed)
+    if finishing.loudness is not None:
+        facts = replace(facts, true_peak_dbtp=true_peak_dbtp(finished))
+    return finished, facts
 
 
 def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
@@ -98,6 +112,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
             result.sample_rate_hz,
             seed=seed,
             peaks=order.peaks,
+            finishing=order.finishing,
             generated=generated,
             is_loop=result.is_loop,
         )
@@ -109,7 +124,13 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     recipes = _recipes_of(result, order)
     encoding, rate_hz = order.encoding, result.sample_rate_hz
     files = [
-        encode_audio(audio, rate_hz, encoding=encoding, text=_text_of(recipe, file_format=encoding.file_format))
+        encode_audio(
+            audio,
+            rate_hz,
+            encoding=encoding,
+            text=_text_of(recipe, file_format=encoding.file_format),
+            is_loop=result.is_loop,
+        )
         for (audio, _), recipe in zip_longest(finished, recipes)
     ]
     file_rate_hz = file_rate(encoding, rate_hz)
@@ -142,6 +163,7 @@ def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...
         made_on=result.made_on,
         encoding=order.encoding,
         peaks=order.peaks,
+        finishing=order.finishing,
     )
 
 
@@ -170,9 +192,10 @@ def finish_window(result: GenerationResult, *, num_samples: int | None, origin: 
 
 
 def clip_dict(clip: ClipFacts) -> dict[str, Any]:
-    """Return a clip's measurements as JSON values, with the peak rounded to 4 decimals and the loudness to 1."""
+    """Return a clip's measurements as JSON values, with the peak rounded to 4 decimals and levels in decibels to 1."""
     loudness = None if clip.loudness_lufs is None else round(clip.loudness_lufs, 1)
-    return {"seed": clip.seed, "peak": round(clip.peak, 4), "loudness": loudness, "silent": clip.is_silent}
+    facts = {"seed": clip.seed, "peak": round(clip.peak, 4), "loudness": loudness, "silent": clip.is_silent}
+    return facts if clip.true_peak_dbtp is None else {**facts, "true_peak": round(clip.true_peak_dbtp, 1)}
 
 
 def _make_manifest(

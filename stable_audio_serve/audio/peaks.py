@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 # The largest sample of a limited clip, also in Stability AI's decoders. It leaves 0.2 dB below full scale, because
 # lossy encoders raise peaks.
-CEILING = np.float32(0.977)
+CEILING = float(np.float32(0.977))
 
 _BLOCK = 16  # samples between two points of the piecewise linear gain curve
 _ATTACK_S = 0.005
 _HOLD_S = 0.012  # half a period of 42 Hz, so that the gain does not follow the waveform of higher tones
 _RELEASE_S = 0.1  # time in which the reduction decays by a factor e
-_LIMITED_AROUND_S = 1.0  # how much of a loop's repetitions is limited too; any reduction decays in this time
+LIMITED_AROUND_S = 1.0  # how much of a loop's repetitions is limited too; any reduction decays in this time
 _LEAST_REDUCTION = 1e-4  # smaller reductions are set to 0, so that samples far from any peak stay unchanged
 
 
@@ -63,28 +63,36 @@ def scale(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return audio / np.float32(peak) if peak else audio
 
 
-def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np.float32]:
-    """Return `audio` (C, S) with no sample above CEILING. All channels get the same smooth gain.
+def limit(
+    audio: npt.NDArray[np.float32],
+    sample_rate_hz: int,
+    *,
+    ceiling: float = CEILING,
+    levels: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return `audio` (C, S) with no sample above `ceiling`. All channels get the same smooth gain.
 
-    Returns `audio` itself if no sample exceeds CEILING.
+    `levels` (S,) is what must not exceed the ceiling at each sample, by default the largest sample of all channels.
+    Returns `audio` itself if nothing exceeds it.
     """
-    if find_peak(audio) <= CEILING:
+    if (find_peak(audio) if levels is None else levels.max(initial=0.0)) <= ceiling:
         return audio
+    levels = np.abs(audio).max(axis=0) if levels is None else levels
     num_samples = audio.shape[1]
-    needed = _needed_reduction(audio)
+    needed = _needed_reduction(levels, ceiling)
     points = _smooth_reduction(needed, points_per_s=sample_rate_hz / _BLOCK)
     ramp = np.arange(_BLOCK, dtype=np.float32) / np.float32(_BLOCK)
     rises = np.diff(points)[:, None]
     reduction = (points[:-1, None] + rises * ramp).reshape(-1)[:num_samples]
     limited = audio * (np.float32(1) - reduction)
-    return np.clip(limited, -CEILING, CEILING, out=limited)  # rounding may have raised a sample by its last bit
+    return np.clip(limited, -ceiling, ceiling, out=limited)  # rounding may have raised a sample by its last bit
 
 
 def limit_loop(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np.float32]:
     """Return a loop, `audio` (C, S), with no sample above CEILING. It is limited as if it had been repeated before."""
     if find_peak(audio) <= CEILING:
         return audio
-    around = round(_LIMITED_AROUND_S * sample_rate_hz)
+    around = round(LIMITED_AROUND_S * sample_rate_hz)
     limited = cut_repeated(limit(repeat_around(audio, around), sample_rate_hz), around)
     return np.clip(limited, -CEILING, CEILING, out=limited)
 
@@ -116,11 +124,10 @@ def find_peak(audio: npt.NDArray[np.float32]) -> float:
     return float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
 
 
-def _needed_reduction(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Return the reduction (1 - gain) that each block of samples needs to stay below CEILING, 0 if none."""
-    loudest = np.abs(audio).max(axis=0)
-    blocks = np.pad(loudest, (0, -len(loudest) % _BLOCK)).reshape(-1, _BLOCK).max(axis=1).astype(np.float64)
-    return 1.0 - float(CEILING) / np.maximum(blocks, float(CEILING))
+def _needed_reduction(levels: npt.NDArray[np.float32], ceiling: float) -> npt.NDArray[np.float64]:
+    """Return the reduction (1 - gain) that each block of samples needs to stay below `ceiling`, 0 if none."""
+    blocks = np.pad(levels, (0, -len(levels) % _BLOCK)).reshape(-1, _BLOCK).max(axis=1).astype(np.float64)
+    return 1.0 - ceiling / np.maximum(blocks, ceiling)
 
 
 def _smooth_reduction(needed: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArray[np.float32]:

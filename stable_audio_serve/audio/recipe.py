@@ -25,7 +25,7 @@ from stable_audio_serve.core.generation import (
     SourceAudio,
     Stacking,
 )
-from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, BitDepth, Encoding, Peaks
+from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, AudioFormat, BitDepth, Encoding, Finishing, Loudness, Peaks
 
 MOST_BYTES = 1_048_576  # size of the longest recipe as text
 MOST_REGIONS = 100
@@ -98,6 +98,18 @@ class RecipeLora(_Part):
         )
 
 
+class RecipeLoudness(_Part):
+    """Target loudness of a clip."""
+
+    target_lufs: Annotated[float, Field(ge=-70, le=-5)]
+    true_peak_dbtp: Annotated[float, Field(ge=-9, le=0)]
+
+    @classmethod
+    def of(cls, loudness: Loudness) -> RecipeLoudness:
+        """Return the recipe's form of a target loudness."""
+        return cls(target_lufs=float(loudness.target_lufs), true_peak_dbtp=float(loudness.true_peak_dbtp))
+
+
 class RecipeMaker(_Part):
     """The software and hardware that made the clip. They affect its exact samples. Unknown values are left out."""
 
@@ -168,6 +180,9 @@ class Recipe(_Part):
     samples: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = _unset(
         "Number of samples kept from the start; only with full."
     )
+    loudness: RecipeLoudness | None = _unset("Target loudness; the limiter keeps the true peak.")
+    fade_in_s: _Seconds | None = _unset("Linear fade at the start, seconds.")
+    fade_out_s: _Seconds | None = _unset("Linear fade at the end, seconds.")
     made_on: RecipeMaker
 
     @model_validator(mode="after")
@@ -184,12 +199,21 @@ class Recipe(_Part):
         is_full = self.peaks == "full"
         if (is_full and self.encoding != PLAIN_WAV) or (self.samples is not None and not is_full):
             raise ValueError("peaks: full is of plain WAV files, and only with full there are samples")
+        if is_full and self.finishing != AS_IS:
+            raise ValueError("loudness and fades do not belong to peaks: full")
         return self
 
     @property
     def encoding(self) -> Encoding:
         """How the clip's file is written."""
         return Encoding(self.response_format, self.bitrate, self.bit_depth, self.sample_rate)
+
+    @property
+    def finishing(self) -> Finishing:
+        """The loudness and the fades of the clip."""
+        wanted = self.loudness
+        loudness = Loudness(wanted.target_lufs, wanted.true_peak_dbtp) if wanted else None
+        return Finishing(loudness, self.fade_in_s or 0.0, self.fade_out_s or 0.0)
 
     @property
     def hashes(self) -> tuple[str, ...]:
@@ -261,6 +285,7 @@ def write_recipes(
     made_on: MadeOn,
     encoding: Encoding,
     peaks: Peaks | Literal["full"],
+    finishing: Finishing = AS_IS,
     samples: int | None = None,
 ) -> tuple[Recipe, ...]:
     """Return the recipe of each variation of a request. The recipes differ only in the seed."""
@@ -305,6 +330,9 @@ def write_recipes(
         sample_rate=encoding.sample_rate_hz,
         peaks=peaks,
         samples=samples,
+        loudness=RecipeLoudness.of(finishing.loudness) if finishing.loudness else None,
+        fade_in_s=float(finishing.fade_in_s) or None,
+        fade_out_s=float(finishing.fade_out_s) or None,
         made_on=write_maker(made_on, codecs=_codecs_of(encoding, sources)),
     )
     return (first, *(first.model_copy(update={"seed": seed}) for seed in seeds[1:]))

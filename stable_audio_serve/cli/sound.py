@@ -35,12 +35,14 @@ _Regions = Annotated[
 ]
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
-    *("bitrate", "bit_depth", "sample_rate", "priority", "loras", "lora_stacking"),
+    *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
+    *("priority", "loras", "lora_stacking"),
 )
 _UNTIL = {"duration": "--until", "inpaint_end_seconds": "--until", "inpaint_start_seconds": "--from"}
 _LOOP_HAS_NOT = (
     *("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority"),
-    *("bitrate", "bit_depth", "sample_rate", "loras", "lora_stacking"),
+    *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
+    *("loras", "lora_stacking"),
 )
 
 

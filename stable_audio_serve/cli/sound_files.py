@@ -121,6 +121,7 @@ def report(result: Result, files: list[Path], *, as_json: bool) -> None:
             "peak": clip.peak,
             "loudness": clip.loudness_lufs,
             "silent": clip.is_silent,
+            **({} if clip.true_peak_dbtp is None else {"true_peak": clip.true_peak_dbtp}),
         }
         for file, clip in zip(files, result.clips, strict=True)
     ]

@@ -57,6 +57,12 @@ class SoundOptions:
         Literal["16", "24", "float"] | None, typer.Option(help="Bits of a sample; of wav, of flac without float.")
     ] = None
     sample_rate: Annotated[int | None, typer.Option(help="Of the file, hertz; default: the model's.")] = None
+    loudness: Annotated[float | None, typer.Option(help="Target loudness, LUFS, such as -14.")] = None
+    true_peak: Annotated[
+        float | None, typer.Option(help="With --loudness: highest true peak, dBTP.", show_default="-1")
+    ] = None
+    fade_in: Annotated[float | None, typer.Option(min=0.0, help="Fade at the start, seconds.")] = None
+    fade_out: Annotated[float | None, typer.Option(min=0.0, help="Fade at the end, seconds.")] = None
     priority: Annotated[
         Literal["interactive", "batch"], typer.Option(help="Interactive requests run before batch requests.")
     ] = "interactive"
@@ -96,10 +102,22 @@ class SoundOptions:
             "bitrate": self.bitrate,
             "bit_depth": int(self.bit_depth) if self.bit_depth in {"16", "24"} else self.bit_depth,
             "sample_rate": self.sample_rate,
+            "loudness": self._loudness,
+            "fade_in_s": self.fade_in,
+            "fade_out_s": self.fade_out,
             "priority": self.priority if self.priority != "interactive" else None,
             "loras": [_parse_lora(text) for text in self.loras] if self.loras else None,
             "lora_stacking": self.lora_stacking,
         }
+
+    @property
+    def _loudness(self) -> dict[str, float] | None:
+        if self.loudness is None:
+            if self.true_peak is not None:
+                raise ValueError("--true-peak needs --loudness")
+            return None
+        true_peak = {} if self.true_peak is None else {"true_peak_dbtp": self.true_peak}
+        return {"target_lufs": self.loudness, **true_peak}
 
 
 def _parse_lora(text: str) -> dict[str, Any]:

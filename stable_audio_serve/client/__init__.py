@@ -18,6 +18,7 @@ from stable_audio_serve.client.controls import (
     JobInpaintControls,
     LoopControls,
     Lora,
+    Loudness,
 )
 from stable_audio_serve.client.failures import Retries
 
@@ -39,6 +40,7 @@ __all__ = [
     "JobProgress",
     "LoopControls",
     "Lora",
+    "Loudness",
     "Model",
     "Recipe",
     "Result",

@@ -33,7 +33,8 @@ class Clip:
 
     `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is None for silence and for audio shorter
     than 0.4 s. `recipe` describes how the clip was made: pass it to `Client.replay` to recreate the clip. It is None if
-    the response had no recipe; the audio file may contain one all the same.
+    the response had no recipe; the audio file may contain one all the same. `true_peak_dbtp` is None unless the request
+    had a target loudness.
     """
 
     file_name: str
@@ -43,6 +44,7 @@ class Clip:
     loudness_lufs: float | None
     is_silent: bool
     recipe: Mapping[str, Any] | None = field(default=None, repr=False)
+    true_peak_dbtp: float | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write the audio file to `path`, and return `path`. Raises OSError."""
@@ -183,7 +185,9 @@ def read_result(response: httpx.Response) -> Result:
         # A recipe with `left_out` lacks the fields that are too long for a header, so it cannot be replayed.
         recipes = [None if "left_out" in recipe else recipe for recipe in _values(headers.get("x-recipe", ""))]
         measured = [_values(headers[f"x-audio-{name}"]) for name in ("peak", "loudness", "silent")]
-        facts = zip(seeds, *measured, recipes or [None] * len(seeds), strict=True)
+        unknown = [None] * len(seeds)
+        true_peaks = _values(headers.get("x-audio-true-peak", "")) or unknown
+        facts = zip(seeds, *measured, recipes or unknown, true_peaks, strict=True)
         clips, manifest = _read_clips(response.content, headers["content-disposition"], facts=list(facts))
         stages = (entry.strip().partition(";dur=") for entry in headers["server-timing"].split(","))
         return Result(
@@ -206,7 +210,7 @@ def read_job_result(job: Job, content: bytes, *, disposition: str) -> Result:
     with _parsing("the job's file"):
         sent = job.sent["clips"]
         facts = [
-            (clip["seed"], clip["peak"], clip["loudness"], clip["silent"], recipe)
+            (clip["seed"], clip["peak"], clip["loudness"], clip["silent"], recipe, clip.get("true_peak"))
             for clip, recipe in zip(sent, job.sent.get("recipes") or [None] * len(sent), strict=True)
         ]
         clips, manifest = _read_clips(content, disposition, facts=facts)
@@ -318,7 +322,7 @@ def _read_clips(
     """Return the clips in a downloaded file, and the manifest if the file contains one.
 
     The file is an audio file, or for several variations a ZIP file of audio files. `facts` has an entry for each
-    variation: seed, peak, loudness, whether the audio is silent, recipe.
+    variation: seed, peak, loudness, whether the audio is silent, recipe, true peak.
     """
     files, manifest = {_file_name(disposition): content}, None
     if len(facts) > 1:

@@ -28,6 +28,13 @@ class Lora(TypedDict, total=False):
     interval: tuple[float, float]
 
 
+class Loudness(TypedDict, total=False):
+    """The loudness that a clip gets, in LUFS. The limiter keeps its true peak at `true_peak_dbtp`, by default -1."""
+
+    target_lufs: Required[float]
+    true_peak_dbtp: float
+
+
 class Controls(TypedDict, total=False):
     """Optional fields of every request, except those of `Client.loop`."""
 
@@ -50,6 +57,9 @@ class Controls(TypedDict, total=False):
     deadline_s: Annotated[float | None, "Time budget, seconds; after it DeadlineExceededError is raised."]
     priority: Annotated[Literal["interactive", "batch"] | None, "Interactive requests run before batch requests."]
     peaks: Annotated[str | None, "What is done to peaks above full scale: limit, scale or clip."]
+    loudness: Annotated[Loudness | None, 'Target loudness, such as `{"target_lufs": -14}`; from 0.4 s.']
+    fade_in_s: Annotated[float | None, "Linear fade at the start, seconds."]
+    fade_out_s: Annotated[float | None, "Linear fade at the end, seconds."]
     manifest: Annotated[bool | None, "Adds a manifest to the ZIP file of several variations."]
     sampler_kwargs: Annotated[
         Mapping[str, str | float | bool | None] | None, "Options of the sampler, such as `sampler_type`."

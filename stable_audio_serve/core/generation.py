@@ -119,6 +119,7 @@ class GenerationRequest:
     init_noise_level: float = 1.0
     edit_schedule: EditSchedule | None = None  # only for flow models
     inpaint_audio: SourceAudio | None = None
+    source_start_s: float = 0.0  # where inpaint_audio begins in the clip, seconds
     inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # start and end of each region to regenerate, seconds
     keep: Keep = "source"
     loras: tuple[Lora, ...] = ()  # in this order

@@ -12,7 +12,7 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.recipe import RecipeSource
 from stable_audio_serve.core.generation import GenerationRequest, Role
 from stable_audio_serve.core.ids import NO_CLIENT, ClientId, JobId
-from stable_audio_serve.core.sound import PLAIN_WAV, Encoding, Peaks
+from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, Encoding, Finishing, Peaks
 
 Contract = Literal["sa3", "aiml", "fal", "stability"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -56,6 +56,7 @@ class JobSpec:
     encoding: Encoding = PLAIN_WAV
     file_stem: str = "audio"  # file name without suffix; several variations are `<stem>-01.wav`, ... in a ZIP file
     peaks: Peaks = "limit"
+    finishing: Finishing = AS_IS
     with_manifest: bool = False  # whether the ZIP file contains a manifest
     with_recipe: bool = False  # whether the audio files contain a recipe
     file_prefix: str = ""  # is put before the file name that a download suggests

@@ -336,6 +336,7 @@ async def test_unknown_paths_and_methods_get_json_errors(client: httpx.AsyncClie
         ("/generate/loop", "POST", {"error"}),
         ("/v1/models", "GET", {"error"}),
         ("/v1/audio/generate", "POST", {"error"}),
+        ("/v1/music", "POST", {"detail"}),
         ("/v2/generate/audio", "GET, POST", {"statusCode", "message", "error", "path", "meta"}),
         ("/queue/fal-ai/stable-audio/requests/x", "GET", {"detail"}),
         ("/fal/fal-ai/stable-audio/requests/x/cancel", "PUT", {"detail"}),

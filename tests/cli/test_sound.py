@@ -121,6 +121,19 @@ async def test_all_options_reach_the_server(shell: Shell) -> None:
     assert frames(await shell.read("takes/rain-4.flac")) == RATE_HZ // 2
 
 
+async def test_options_choose_the_encoding_of_files(shell: Shell) -> None:
+    deep = ("--bit-depth", "24", "--sample-rate", "48000")
+    await shell.run("generate", "rain", "-d", "0.5", "--format", "flac", *deep, "-o", "rain.flac")
+    info = soundfile.info(io.BytesIO(await shell.read("rain.flac")))
+    assert (info.subtype, info.samplerate) == ("PCM_24", 48_000)
+    await shell.run("generate", "rain", "-d", "1", "--format", "mp3", "--bitrate", "64", "-o", "rain.mp3")
+    assert len(await shell.read("rain.mp3")) * 8 / 1000 == pytest.approx(64, rel=0.2)  # with the recipe
+    refused = await shell.run("generate", "rain", "--format", "mp3", "--bit-depth", "float", code=2)
+    assert b"--bit-depth must be unset for mp3" in refused
+    refused = await shell.run("generate", "rain", "--format", "m4a", code=2)
+    assert b"--format" in refused
+
+
 async def test_commands_read_and_write_pipes(shell: Shell) -> None:
     """A prompt can come from standard input, and audio can go through standard output into another command."""
     take = await shell.run("generate", "-", "-d", "1", "-o", "-", stdin=b"rain\n")

@@ -22,8 +22,8 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.engines import load_engine
 from stable_audio_serve.serving.local import LocalBackend
 from stable_audio_serve.serving.placement import plan_deployments
-from tests import npm
 from tests.api.compat.serving import serve_app
+from tests.packages import install_npm
 from tests.patience import PATIENCE_S
 
 AXE = "axe-core@4.14.1"
@@ -190,7 +190,7 @@ class Page:
 
     @cached_property
     def _axe(self) -> str:
-        return (npm.install(AXE) / "axe-core" / "axe.min.js").read_text()
+        return (install_npm(AXE) / "axe-core" / "axe.min.js").read_text()
 
     def accessibility_problems(self) -> list[str]:
         """Returns the accessibility problems that the checker axe finds."""

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from stable_audio_serve.api.answers import chain
+from stable_audio_serve.api.answers import chain, file_chunks
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import NOT_BLANK, Finite
 from stable_audio_serve.api.middleware.observe import note
@@ -251,12 +251,7 @@ def _add_synchronous(router: APIRouter, service: Service) -> None:
         order = FileOrder(service.settings.audio.peaks, encoding=form.encoding, origin=origin)
         result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
         file = (await service.finish(result, order)).file
-
-        async def content() -> AsyncIterator[bytes]:
-            for chunk in file.chunks():
-                yield chunk
-
-        return _audio(request, content(), file=file, seed=result.seeds[0])
+        return _audio(request, file_chunks(file), file=file, seed=result.seeds[0])
 
     options = {"response_class": Response, "response_model": None, "responses": _AUDIO | _ERRORS}
     _add_routes(router, run, version="stable-audio-2", **options)

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
-from stable_audio_serve.api.native.convert import to_encoding
+from stable_audio_serve.api.native.convert import to_encoding, to_finishing
 from stable_audio_serve.api.native.ignored import warning_headers
 from stable_audio_serve.api.native.schemas import Controls
 from stable_audio_serve.api.service import Output
@@ -25,13 +25,17 @@ def file_stem(model: str) -> str:
 def file_order(
     fields: Controls, card: ModelCard, *, generation: GenerationRequest, settings: AudioSettings
 ) -> FileOrder:
-    """Return the properties of the file to create (format, name, peaks) from the fields of a request."""
+    """Return the properties of the file to create (format, name, peaks, ...) from the fields of a request.
+
+    Raises RequestValidationError.
+    """
     return FileOrder(
         fields.peaks or settings.peaks,
         encoding=to_encoding(fields),
         stem=file_stem(card.name),
         with_manifest=fields.manifest,
         origin=ClipOrigin.of(generation),
+        finishing=to_finishing(fields, generation),
     )
 
 

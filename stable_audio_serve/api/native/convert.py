@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pydantic_core
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +16,7 @@ from stable_audio_serve.api.native.schemas import (
     Controls,
     GenerationBody,
     LoraBody,
+    LoudnessBody,
     UploadForm,
     VariationForm,
     check_sampler_kwargs,
@@ -28,7 +29,9 @@ from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest, LoopStart, Lora
 from stable_audio_serve.core.settings import ApiSettings
-from stable_audio_serve.core.sound import Encoding
+from stable_audio_serve.core.sound import Encoding, Finishing, Loudness
+
+T = TypeVar("T")
 
 # The numbers that clients may send in `sampler_kwargs` for Stable Audio Open models (True) and other models (False), by
 # name: the field of `GenerationRequest`, the lowest value and the highest value. Stable Audio Open models do not
@@ -47,6 +50,7 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 
 
 _SAME_S = 0.001  # a duration that differs by less from that of the bars is the same
+_LOUDNESS = TypeAdapter(LoudnessBody)
 _LORAS = TypeAdapter(Annotated[tuple[LoraBody, ...], Field(max_length=MAX_LORAS)])
 
 
@@ -72,13 +76,39 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
 def parse_loras(given: str | Sequence[LoraBody]) -> tuple[Lora, ...]:
     """Return the adapters that a request names. In a form they are JSON text. Raises RequestValidationError."""
     if isinstance(given, str):
-        try:
-            given = _LORAS.validate_json(given) if given.strip() else ()
-        except ValidationError as error:
-            found = error.errors(include_url=False, include_context=False)
-            faults = [{**each, "type": "value_error", "loc": ("body", "loras", *each["loc"])} for each in found]
-            raise RequestValidationError(faults) from error
+        given = _parse_json(_LORAS, given, field="loras") or ()
     return tuple(Lora(one.name, one.strength, one.interval) for one in given)
+
+
+def to_finishing(fields: Controls, generation: GenerationRequest) -> Finishing:
+    """Return the loudness and the fades of the requested clips. Raises RequestValidationError."""
+    loudness = _parse_loudness(fields.loudness) if isinstance(fields, GenerationBody | UploadForm) else None
+    finishing = Finishing(
+        Loudness(loudness.target_lufs, loudness.true_peak_dbtp) if loudness else None,
+        fields.fade_in_s or 0.0,
+        fields.fade_out_s or 0.0,
+    )
+    try:
+        finishing.check(duration_s=generation.duration_s, is_loop=generation.loop is not None)
+    except InvalidRequestError as error:
+        raise RequestValidationError([_fault(error.field or "", error.message, value=None)]) from error
+    return finishing
+
+
+def _parse_loudness(given: str | LoudnessBody | None) -> LoudnessBody | None:
+    return _parse_json(_LOUDNESS, given, field="loudness") if isinstance(given, str) else given
+
+
+def _parse_json(parts: TypeAdapter[T], text: str, *, field: str) -> T | None:
+    """Return the JSON in a form field, None if the field is blank or null. Raises RequestValidationError."""
+    if text.strip() in {"", "null"}:
+        return None
+    try:
+        return parts.validate_json(text)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        faults = [{**each, "type": "value_error", "loc": ("body", field, *each["loc"])} for each in found]
+        raise RequestValidationError(faults) from error
 
 
 def to_request(

@@ -33,6 +33,7 @@ from stable_audio_serve.audio.recipe import (
     MOST_REGIONS,
     Recipe,
     RecipeLora,
+    RecipeLoudness,
     RecipeMaker,
     RecipeSource,
     is_exact,
@@ -50,7 +51,8 @@ _PATH = "/v1/audio/replay"
 _MULTIPART = "multipart/form-data"
 _MOST_STEPS = 1000  # the highest limit of `steps` in any dialect
 _MOST_REPEATED_CHARS = 200
-_FIELDS = {*Recipe.model_fields, *RecipeLora.model_fields, *RecipeMaker.model_fields, *RecipeSource.model_fields}
+_PARTS = (Recipe, RecipeLora, RecipeLoudness, RecipeMaker, RecipeSource)
+_FIELDS = {name for part in _PARTS for name in part.model_fields}
 
 
 _REPLAY_HEADER: dict[str, Any] = {
@@ -133,7 +135,8 @@ def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | No
     """Encode the file that a recipe describes. Call this from a worker thread."""
     if recipe.peaks == "full":
         return finish_window(result, num_samples=recipe.samples, origin=origin)
-    return finish(result, FileOrder(recipe.peaks, encoding=recipe.encoding, origin=origin))
+    order = FileOrder(recipe.peaks, encoding=recipe.encoding, origin=origin, finishing=recipe.finishing)
+    return finish(result, order)
 
 
 async def _read(service: Service, request: Request) -> _Sent:
@@ -225,6 +228,10 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
         raise _fault(error.field or "response_format", error.message) from error
     if recipe.sampler is not None and recipe.sampler not in card.samplers:
         raise _fault("sampler", f"sampler must be one of {', '.join(card.samplers)} for the model {card.name}")
+    try:
+        recipe.finishing.check(duration_s=recipe.duration, is_loop=recipe.loop is not None)
+    except InvalidRequestError as error:
+        raise _fault(error.field or "recipe", error.message) from error
     for start_s, end_s in recipe.inpaint_regions or ():
         if end_s > recipe.duration:
             raise _fault("inpaint_regions", f"inpaint_regions: {start_s:g} to {end_s:g} exceeds the duration")

@@ -138,14 +138,13 @@ async def run(
     fields: Controls,
     started_at: float,
 ) -> Output:
-    """Run a generation and encode its file. Raises errors of `core.errors`.
+    """Run a generation and encode its file. Raises RequestValidationError, errors of `core.errors`.
 
     `started_at` is the time when the HTTP request arrived.
     """
     card, generation = service.adapted(card, generation)
+    order = file_order(fields, card, generation=generation, settings=service.settings.audio)
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
-    output = await service.finish(
-        result, file_order(fields, card, generation=generation, settings=service.settings.audio)
-    )
+    output = await service.finish(result, order)
     note(request.scope, num_bytes=output.file.num_bytes)
     return output

@@ -91,6 +91,15 @@ class LoraBody(BaseModel):
         return interval
 
 
+class LoudnessBody(BaseModel):
+    """The loudness that a clip gets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target_lufs: Finite = Field(ge=-70, le=-5, description="Integrated loudness (ITU-R BS.1770), LUFS.")
+    true_peak_dbtp: Finite = Field(-1.0, ge=-9, le=0, description="True peak that the limiter keeps, dBTP.")
+
+
 def _without_default(schema: dict[str, Any]) -> None:
     del schema["default"]  # the default "" means unset, and generated clients should not send it
 
@@ -139,6 +148,8 @@ class Controls(BaseModel):
         None, description="Extension: how several adapters combine; unset = the model's default."
     )
     peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
+    fade_in_s: Finite | None = Field(None, ge=0, description="Extension: linear fade at the start, seconds.")
+    fade_out_s: Finite | None = Field(None, ge=0, description="Extension: linear fade at the end, seconds.")
     manifest: bool = Field(False, description="Extension: add manifest.json to the ZIP of several variations.")
 
 
@@ -159,6 +170,9 @@ class GenerationBody(Controls):
         (),
         max_length=MAX_LORAS,
         description="Extension: adapters (LoRA) of the model, in this order; GET /v1/models lists them.",
+    )
+    loudness: LoudnessBody | None = Field(
+        None, description="Extension: target loudness, from 0.4 s; the limiter then keeps the true peak."
     )
     loop: bool | None = Field(None, description="Extension: make a clip that repeats without a seam.")
     bpm: Finite | None = Field(
@@ -186,6 +200,9 @@ class UploadForm(Controls):
     )
     loras: str = Field(
         "", description="Extension: a JSON list as text, as in generations.", examples=['[{"name": "vinyl"}]']
+    )
+    loudness: str = Field(
+        "", description="Extension: a JSON object as text, as in generations.", examples=['{"target_lufs": -14}']
     )
 
 

@@ -89,6 +89,9 @@ class JobClip(BaseModel):
         description="Integrated loudness (ITU-R BS.1770), LUFS; null under 0.4 s and for silence."
     )
     silent: bool = Field(description="No sample reaches -70 dBFS.")
+    true_peak: float | None = Field(
+        None, description="True peak, dBTP; absent without a target loudness.", exclude_if=lambda value: value is None
+    )
 
 
 class JobStatus(BaseModel):
@@ -212,6 +215,7 @@ def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
         made_on=made_on,
         encoding=spec.encoding,
         peaks=spec.peaks,
+        finishing=spec.finishing,
     )
 
 

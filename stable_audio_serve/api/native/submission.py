@@ -20,7 +20,7 @@ from starlette.responses import Response
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import file_stem
-from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_encoding
+from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_encoding, to_finishing
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import ignored_names
 from stable_audio_serve.api.native.regions import parse_regions
@@ -160,6 +160,7 @@ class _Submission:
         """
         settings = self._service.settings
         await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
+        finishing = to_finishing(fields, generation)
         upload = await self._keep_upload(fields, card, padding_s=generation.duration_padding_s, mode=mode)
         base = jobs_base(request, limits=settings.api)
         is_chosen, job_id = job_id is not None, job_id or JobId(uuid.uuid4().hex)
@@ -172,6 +173,7 @@ class _Submission:
             encoding=to_encoding(fields),
             file_stem=file_stem(card.name),
             peaks=fields.peaks or settings.audio.peaks,
+            finishing=finishing,
             with_manifest=fields.manifest,
             with_recipe=True,
             file_prefix=f"{job_id}-",

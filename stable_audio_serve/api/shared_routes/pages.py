@@ -73,6 +73,7 @@ _DIALECTS = {
     "aiml": ("AIML API", "/v2", "/aiml/v2"),
     "fal": ("fal", "", "/fal"),
     "stability": ("Stability", "", "/stability"),
+    "elevenlabs": ("ElevenLabs", "", "/elevenlabs"),
 }
 
 

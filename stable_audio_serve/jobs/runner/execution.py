@@ -101,6 +101,7 @@ class JobExecutor:
             stem=spec.file_stem,
             with_manifest=spec.with_manifest,
             origin=ClipOrigin(spec.request, spec.sources) if spec.with_recipe or spec.with_manifest else None,
+            finishing=spec.finishing,
         )
         finished = await self._audio.run_encoding(partial(finish, result, order))
         file = finished.file

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests import npm
 from tests.api.compat.backends import PromptBackend
 from tests.api.compat.client_scripts import check_output, run_script
 from tests.api.compat.serving import serve_app
+from tests.packages import install_npm
 
 CLIENT = "@fal-ai/client@1.10.1"
 SCRIPT = Path(__file__).parent / "clients" / "fal_node.cjs"
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture(scope="module")
 def node_path() -> Path:
-    """Returns the folder where fal's JavaScript client is installed."""
-    return npm.install(CLIENT)
+    """Returns the folder with fal's JavaScript client."""
+    return install_npm(CLIENT)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest, Lora, ScheduleShift, SourceAudio
-from stable_audio_serve.core.sound import AudioFormat, Encoding
+from stable_audio_serve.core.sound import AudioFormat, Encoding, Finishing, Loudness
 from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.store import codec
 
@@ -38,10 +38,10 @@ REQUEST = GenerationRequest(
     cfg_norm_threshold=1e6,
     cfg_interval=(0.1, 0.9),
     duration_padding_s=0.0,
-    loop="bars",
     init_noise_level=0.4,
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
     keep="model",
+    loop="bars",
     loras=(Lora("vinyl", -0.5, (0.2, 0.8), "s3://bucket/vinyl.safetensors", "d" * 64, has_conditioners=True),),
     lora_stacking="summed",
     chunked_decode=False,
@@ -60,6 +60,7 @@ SPEC = JobSpec(
     request=REQUEST,
     encoding=Encoding(AudioFormat.WAV, 128, "float", 48_000),
     file_stem="stem",
+    finishing=Finishing(Loudness(-14.0, -2.0), 0.5, 1.5),
     upload=JobUpload(FILE, "inpaint", 123.5),
     start_within_s=0.5,
     webhook_url="https://example.com/?a=b",
@@ -96,6 +97,13 @@ def test_text_of_another_version_can_be_read() -> None:
     del text["file_stem"], text["request"]["apg_scale"]
     spec = codec.load_spec(json.dumps(text))
     assert (spec.file_stem, spec.request.apg_scale) == ("audio", None)
+
+
+def test_format_is_exchanged_with_older_versions() -> None:
+    text = json.loads(codec.dump(replace(SPEC, encoding=Encoding(AudioFormat.MP3, 128))))
+    assert text["file_format"] == "mp3"
+    del text["encoding"]
+    assert codec.load_spec(json.dumps(text)).encoding == Encoding(AudioFormat.MP3)
 
 
 def test_source_audio_is_never_written() -> None:
