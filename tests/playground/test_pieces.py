@@ -101,3 +101,17 @@ def test_a_growing_piece_is_played_before_it_is_finished(page: Page) -> None:
     (clip,) = page.clips
     assert clip["bytes"] == 6 * 44100 * 4
     page.until(lambda: page["clock"].text.endswith("0:06.00"))
+
+
+def test_a_cancelled_piece_keeps_its_finished_sections(page: Page) -> None:
+    choose_piece(page, *[("", 20)] * 4)
+    page.fill(prompt="rain", steps=50).click("generate")
+    page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "[aria-label='Listen to rain']"))
+    page.browser.find_element(By.CSS_SELECTOR, "[aria-label='Cancel rain']").click()
+    page.until(lambda: page.clips)
+    (clip,) = page.clips
+    sections = clip["order"]["fields"]["sections"]
+    assert 1 <= len(sections) < 4
+    page.until(lambda: page["clip-tools"].is_displayed())
+    assert f"long piece · 0:{20 * len(sections) % 60:02d}.0" in page["clips"].text.replace("1:", "0:")
+    page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))

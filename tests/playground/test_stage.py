@@ -139,7 +139,6 @@ window.fetch = async (url, options) => {
 """
 
 
-@pytest.mark.slow
 def test_order_is_sent_once_when_the_server_is_back(page: Page, served: str) -> None:
     page.run(AWAY)
     page.fill(prompt="a gong for a lost server", duration=0.5, steps=2).click("generate")

@@ -9,9 +9,9 @@ import { kindOf } from "./words.js";
 const element = (id) => document.getElementById(id);
 
 export class Jobs {
-  // Calls `onClip({id, order, blob, status, facts, seconds})` for each success, `onGrowing(job, {isNew})` when the first
-  // section of a long piece is finished and when the user wants to listen to it, and `onRefusal(error)` if the server
-  // does not accept an order. Later failures are shown in the job's row.
+  // Calls `onClip({id, order, blob, status, facts, seconds})` for each success, `onGrowing(job, {isAsked, isNew})` when the
+  // first section of a long piece is finished and when the user asks to listen to it, and `onRefusal(error)` if the
+  // server does not accept an order. `isNew` is false after a reload of the page. Later failures are shown in the job's row.
   constructor({ onClip, onGrowing, onRefusal }) {
     Object.assign(this, { onClip, onGrowing, onRefusal });
     this.followed = new Set();
@@ -36,7 +36,7 @@ export class Jobs {
     try {
       if (!job.acceptedAs) await this.submit(job, { signal: waiting.signal, onAway: () => row.say("The server is unreachable. Sent when it is back.") });
       for await (const { kind, data } of jobEvents(job.acceptedAs)) {
-        if (kind === "progress") this.showProgress(job, { row, progress: data });
+        if (kind === "progress") this.showProgress(job, { row, progress: data, isNew: began !== null });
         if (kind === "away") row.say(`${data.message} Retrying.`);
         if (kind === "end") await this.finish(job, { status: data, began });
       }
@@ -49,12 +49,12 @@ export class Jobs {
     }
   }
 
-  showProgress(job, { row, progress }) {
+  showProgress(job, { row, progress, isNew }) {
     row.show(progress);
     if (!progress.sections_done || job.isHeard) return;
     job.isHeard = true;
-    row.buttons([["Listen to", () => this.onGrowing(job, { isNew: false })], ["Cancel", () => this.cancel(job, null)]]);
-    this.onGrowing(job, { isNew: true });
+    row.buttons([["Listen to", async () => void this.onGrowing(job, { isAsked: true, isNew })], ["Cancel", () => this.cancel(job, null)]]);
+    this.onGrowing(job, { isAsked: false, isNew });
   }
 
   // Stores the job before submitting it, with its idempotency key. After a reload the page submits it again, and the

@@ -19,7 +19,7 @@ const MOST_DECODED_BYTES = 50e6; // larger sources are sent without decoding the
 const stage = new Stage({ longestOf: (model) => form.longestOf(model), onError: fail });
 const form = new Form({ onSubmit: () => attempt(generate), onSourceFile: useFile });
 const clips = new Clips({ onShow: (clip) => attempt(() => select(clip)), onDelete: (clip) => stage.forget(clip), onFile: save, onError: fail });
-const jobs = new Jobs({ onClip: addClip, onGrowing: listen, onRefusal: fail });
+const jobs = new Jobs({ onClip: addClip, onGrowing: (job, how) => attempt(() => listen(job, how)), onRefusal: fail });
 const panel = new ServerPanel({ onBack: () => form.isLoaded || connect() });
 const say = (message) => stage.say(message);
 
@@ -71,10 +71,10 @@ async function addClip({ id, order, blob, status, facts, seconds }) {
   if (!(await isKept)) say("Generated. The browser cannot store the clip: it lasts until this page closes.");
 }
 
-// Shows a long piece while it is made. A new one does not interrupt what plays.
-async function listen(job, { isNew }) {
-  if (isNew && stage.player?.isPlaying) return;
-  await stage.showGrowing(job, { plays: !isNew || element("autoplay").checked });
+// Shows a long piece while it is made. Unless the user asks for it, it does not interrupt what plays.
+async function listen(job, { isAsked, isNew }) {
+  if (!isAsked && stage.player?.isPlaying) return;
+  await stage.showGrowing(job, { plays: isAsked || (isNew && element("autoplay").checked) });
 }
 
 async function select(clip, options) {

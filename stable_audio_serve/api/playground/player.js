@@ -128,9 +128,9 @@ export class LongPlayer extends Playback {
   async play() {
     if (this.isPlaying) return;
     const run = ++this.run;
-    this.isPlaying = true;
     await audioContext().resume();
-    if (run !== this.run) return;
+    if (run !== this.run) return; // another call started playback, or stopped it
+    this.isPlaying = true;
     if (this.wav.isComplete && this.position >= this.duration - 0.01) this.position = 0;
     this.tick();
     this.schedule(run).catch(() => run === this.run && this.end());
@@ -152,6 +152,7 @@ export class LongPlayer extends Playback {
         if (run === this.run) this.end();
         return;
       } else if (!buffer) {
+        if (next < wav.numSamples || wav.isComplete) continue; // arrived meanwhile
         await new Promise((resume) => wav.changed.addEventListener("change", resume, { once: true }));
       } else {
         when = Math.max(when, sound.currentTime + 0.05);

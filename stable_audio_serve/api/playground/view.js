@@ -97,6 +97,7 @@ export class View {
   // ---- zoom ----
 
   zoomBy(factor, around = this.centre) {
+    if (!this.total) return; // no clip is shown
     const most = Math.max(1, this.total / LEAST_SPAN_S);
     const share = (around + this.roomS) / this.total;
     const x = share * this.track.clientWidth - this.node.scrollLeft;
