@@ -310,7 +310,7 @@ def write_recipes(
     finishing: Finishing = AS_IS,
     samples: int | None = None,
 ) -> tuple[Recipe, ...]:
-    """Return the recipe of each variation of a request. The recipes differ only in the seed."""
+    """Return the recipe of each variation of a request. The recipes differ only in the seed and the prompt."""
     provenance = made_on.provenance
     init, inpaint = sources.get("init"), sources.get("inpaint")
     loras = provenance.loras if provenance else request.loras
@@ -357,7 +357,8 @@ def write_recipes(
         fade_out_s=float(finishing.fade_out_s) or None,
         made_on=write_maker(made_on, codecs=_codecs_of(encoding, sources)),
     )
-    return (first, *(first.model_copy(update={"seed": seed}) for seed in seeds[1:]))
+    own = zip(request.prompts, seeds, strict=True)
+    return tuple(first.model_copy(update={"prompt": prompt, "seed": seed}) for prompt, seed in own)
 
 
 def add_sections(
