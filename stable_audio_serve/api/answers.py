@@ -80,7 +80,7 @@ def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
     headers = {**headers, "Content-Length": str(file.num_bytes)}
     if file.num_bytes <= _STREAM_ABOVE_BYTES:
         return Response(file.to_bytes(), headers=headers, media_type=file.media_type)
-    return StreamingResponse(_chunks(file), headers=headers, media_type=file.media_type)
+    return StreamingResponse(file_chunks(file), headers=headers, media_type=file.media_type)
 
 
 async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipes: Sequence[Recipe] = ()) -> Response:
@@ -173,7 +173,8 @@ def audio_type(media_type: str | None) -> str:
     return text if _AUDIO.fullmatch(text) else _BYTES
 
 
-async def _chunks(file: EncodedFile) -> AsyncIterator[bytes]:
+async def file_chunks(file: EncodedFile) -> AsyncIterator[bytes]:
+    """Yield the content of an encoded file."""
     for chunk in file.chunks():
         yield chunk
 

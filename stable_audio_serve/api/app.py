@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from stable_audio_serve import __version__
 from stable_audio_serve.api.answers import EXPOSED_HEADERS
-from stable_audio_serve.api.compat import aimlapi, fal, stability
+from stable_audio_serve.api.compat import aimlapi, elevenlabs, fal, stability
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.description import DescribedAPI
@@ -50,6 +50,7 @@ TAGS = [
     {"name": vllm_omni.TAG, "description": "vLLM-Omni's audio generation."},
     {"name": aimlapi.TAG, "description": "The AIML API's `stable-audio`: submit and poll."},
     {"name": fal.TAG, "description": "fal's queue, synchronous calls and storage for `fal-ai/stable-audio`."},
+    {"name": elevenlabs.TAG, "description": "ElevenLabs' sound effects and music."},
     {"name": stability.TAG, "description": "Stability AI's REST API for Stable Audio 3, 2.5 and 2."},
     {"name": status.TAG, "description": "Server state and operator actions; a key needs the scope `admin`."},
     {"name": pages.TAG, "description": "Pages for browsers: the playground and this description."},
@@ -88,7 +89,7 @@ def create_app(
         title=server.NAME,
         version=__version__,
         description="Text to audio, variations and inpainting with Stable Audio models. Each dialect is also available "
-        "separately below its own prefix: `/sa3`, `/saos`, `/vllm`, `/aiml`, `/fal`, `/stability`.",
+        "separately below its own prefix: `/sa3`, `/saos`, `/vllm`, `/aiml`, `/fal`, `/stability`, `/elevenlabs`.",
         openapi_tags=TAGS,
         lifespan=lifespan,
         redirect_slashes=False,  # Starlette would redirect to any Host that the client sends
@@ -123,9 +124,10 @@ def create_app(
         "aiml": aimlapi.build_router(service),
         "fal": fal.build_router(service),
         "stability": stability.build_router(service),
+        "elevenlabs": elevenlabs.build_router(service),
     }
     app.include_router(pages.build_router(service))
-    app.include_router(pages.build_api_router())
+    app.include_router(pages.build_api_router(service))
     app.include_router(server.build_router(service))
     operations = operations or UnmanagedOperations(backend, service.draining)
     app.include_router(status.build_router(service, operations))
@@ -135,7 +137,7 @@ def create_app(
     app.include_router(open_small.build_health_router(service), prefix="/saos")
     for name, router in routers.items():  # if two dialects have the same path, the first router handles it
         app.include_router(router)
-        shared = server.build_router(service, owner="vllm" if name == "vllm" else server.NAME)
+        shared = server.build_router(service, dialect=name)
         for part in (router, shared):
             app.include_router(part, prefix=f"/{name}", include_in_schema=False)
     return app

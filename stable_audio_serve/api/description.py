@@ -28,7 +28,7 @@ _SECURITY_SCHEMES = {
     "Bearer": {
         "type": "http",
         "scheme": "bearer",
-        "description": "An API key, if keys are configured. `Authorization: Key <key>` works too.",
+        "description": "An API key, if keys are configured. `Authorization: Key <key>` and `xi-api-key` work too.",
     },
 }
 

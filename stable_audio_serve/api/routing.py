@@ -20,11 +20,11 @@ from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.callers import find_caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
-from stable_audio_serve.api.middleware.limits import accept_form, drop_body
+from stable_audio_serve.api.middleware.limits import accept_file_in_json, accept_form, drop_body
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
 from stable_audio_serve.core.errors import QuotaError, UnauthorizedError
-from stable_audio_serve.core.keys import Scope
+from stable_audio_serve.core.keys import ANYBODY, Scope
 
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
 # The scopes of a route. An API key needs one of them. If there are none, any API key is accepted.
@@ -87,13 +87,15 @@ def route_class(
     scopes: Scopes,
     enter: Callable[[Request], None] | None = None,
     takes_bare_key: bool = False,
+    takes_files_in_json: bool = False,
 ) -> type[APIRoute]:
     """Return a route class that checks requests and renders expected errors in one dialect's form.
 
     If keys are configured, a request needs a key with one of `scopes`. The key is checked before the body is read. If
     the request uploads a file, the limits of its key are checked before the body is read too. `enter` is called before
-    these checks. With `takes_bare_key`, the header `Authorization` may have the key alone. The class sets
-    `request.state.caller`, and `request.state.client` to the key's client.
+    these checks. With `takes_bare_key`, the header `Authorization` may have the key alone. With `takes_files_in_json`,
+    JSON bodies may have files as data URIs. The class sets `request.state.caller`, and `request.state.client` to the
+    key's client.
     """
 
     async def admit(request: Request) -> None:
@@ -104,6 +106,8 @@ def route_class(
         key = keys.admit(request, needed, takes_bare_key=takes_bare_key)
         request.state.caller = find_caller(request, key, address_header=request.app.state.address_header)
         request.state.client = key.client
+        if takes_files_in_json:
+            accept_file_in_json(request.scope)
         if request.method == "POST" and _GENERATING_SCOPES.intersection(needed) and _has_form(request):
             limiter: KeyLimiter = request.app.state.limiter
             try:
@@ -127,7 +131,8 @@ def operator_route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRo
 def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ()) -> type[APIRoute]:
     """Return a route class for links that need no key.
 
-    If the request has a valid key with one of `scopes`, `request.state.client` is the key's client, otherwise None.
+    If the request has a valid key with one of `scopes`, `request.state.client` is the key's client, otherwise None. The
+    class also sets `request.state.caller`.
     """
 
     async def admit(request: Request) -> None:
@@ -135,7 +140,9 @@ def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ())
         keys: ApiKeys = request.app.state.keys
         await keys.ring.refresh()
         key = keys.find(request)
-        request.state.client = key.client if key and (key.may(scopes) or not scopes) else None
+        key = key if key and (key.may(scopes) or not scopes) else None
+        request.state.client = key.client if key else None
+        request.state.caller = find_caller(request, key or ANYBODY, address_header=request.app.state.address_header)
 
     return _dialect_route(render, admit)
 

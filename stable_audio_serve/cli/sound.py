@@ -19,7 +19,9 @@ from stable_audio_serve.cli.sound_options import (
     Bpm,
     Keep,
     Loop,
+    Overlap,
     Prompt,
+    Sections,
     SoundOptions,
     Source,
     with_options,
@@ -48,9 +50,22 @@ _LOOP_HAS_NOT = (
 
 @app.command()
 @with_options()
-def generate(prompt: Prompt, *, loop: Loop = False, bpm: Bpm = None, bars: Bars = None, options: SoundOptions) -> None:
+def generate(
+    prompt: Prompt,
+    *,
+    loop: Loop = False,
+    bpm: Bpm = None,
+    bars: Bars = None,
+    sections: Sections = None,
+    overlap: Overlap = None,
+    options: SoundOptions,
+) -> None:
     """Generate audio from a text prompt."""
-    _make("generate", prompt, more={"loop": loop or None, "bpm": bpm, "bars": bars}, options=options)
+    from stable_audio_serve.cli.sound_files import parse_sections
+
+    with plain_errors():
+        more = {"loop": loop or None, "bpm": bpm, "bars": bars, **parse_sections(sections, overlap_s=overlap)}
+    _make("generate", prompt, more=more, options=options)
 
 
 @app.command()

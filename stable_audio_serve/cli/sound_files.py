@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,23 @@ def parse_region(text: str) -> tuple[float, float]:
     if not start_s < end_s:
         raise ValueError(f"--region {text}: the start must be before the end")
     return start_s, end_s
+
+
+def parse_sections(texts: Sequence[str] | None, *, overlap_s: float | None) -> dict[str, Any]:
+    """Parse SECONDS or SECONDS:PROMPT of each section. Returns the fields of the HTTP API. Raises ValueError."""
+    if not texts:
+        if overlap_s is not None:
+            raise ValueError("--overlap needs --section")
+        return {}
+    sections = []
+    for text in texts:
+        seconds, _, prompt = text.partition(":")
+        try:
+            section: dict[str, Any] = {"duration": float(seconds)}
+        except ValueError as error:
+            raise ValueError(f"--section: {text!r} is not SECONDS or SECONDS:PROMPT, such as 30:rain") from error
+        sections.append(section | ({"prompt": prompt.strip()} if prompt.strip() else {}))
+    return {"sections": sections, "overlap_s": overlap_s}
 
 
 def save(result: Result, out: str, *, prompt: str) -> list[Path]:

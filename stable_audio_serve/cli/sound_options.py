@@ -29,6 +29,18 @@ Loop = Annotated[bool, typer.Option("--loop", help="Make a clip that repeats wit
 Bpm = Annotated[float | None, typer.Option(help="With --loop: tempo, beats per minute; name it in the prompt too.")]
 Bars = Annotated[int | None, typer.Option(help="With --loop and --bpm: bars of four beats, in place of --duration.")]
 
+Sections = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--section",
+        metavar="SECONDS[:PROMPT]",
+        help="Section of a piece longer than the model's maximum; may be repeated.",
+    ),
+]
+Overlap = Annotated[
+    float | None, typer.Option("--overlap", min=0.0, help="With --section: audio that each section continues, seconds.")
+]
+
 STRENGTH_HELP = "Strength, 0 to 1; low keeps more of the source."
 
 

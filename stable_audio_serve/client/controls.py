@@ -119,8 +119,20 @@ class JobFields(TypedDict, total=False):
     webhook_url: Annotated[str | None, "URL called when the job ends."]
 
 
+class Section(TypedDict, total=False):
+    """A section of a long piece: its length in seconds, and its prompt, by default that of the job."""
+
+    duration: Required[float]
+    prompt: str
+
+
 class JobControls(JobFields, GenerateControls, total=False):
     """Optional fields of a job that generates audio from a prompt."""
+
+    sections: Annotated[
+        Sequence[Section] | None, "Sections of a piece that may be longer than the model's maximum, in order."
+    ]
+    overlap_s: Annotated[float | None, "With sections: how much audio each section continues, seconds."]
 
 
 class JobEditControls(JobFields, EditControls, total=False):

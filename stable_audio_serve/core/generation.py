@@ -62,6 +62,17 @@ class ScheduleShift:
     options: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a long piece: `duration_s` seconds of audio that continue the sections before it.
+
+    If `prompt` is None, the section has the prompt of the whole piece.
+    """
+
+    duration_s: float
+    prompt: str | None = None
+
+
 # How the adapters of one request combine. chained: each changes the weights that the adapters before it leave. summed:
 # the changes that each adapter makes alone are multiplied by its strength and added.
 Stacking = Literal["chained", "summed"]
@@ -128,8 +139,8 @@ class GenerationRequest:
     init_noise_level: float = 1.0
     edit_schedule: EditSchedule | None = None  # only for flow models
     inpaint_audio: SourceAudio | None = None
-    inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # start and end of each region to regenerate, seconds
     source_start_s: float = 0.0  # where inpaint_audio begins in the clip, seconds
+    inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # start and end of each region to regenerate, seconds
     keep: Keep = "source"
     loras: tuple[Lora, ...] = ()  # in this order
     lora_stacking: Stacking | None = None  # None = chained

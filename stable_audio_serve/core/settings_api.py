@@ -33,6 +33,7 @@ class ApiSettings(Section):
     max_duration_s: Seconds = Field(
         380.0, description="Longest clip in the native API, seconds; a model may allow less."
     )
+    max_long_s: Seconds = Field(1800.0, description="Longest piece of a job with sections, seconds.")
     max_steps: int | None = Field(
         None,
         ge=1,
@@ -139,6 +140,16 @@ class DialectSettings(Section):
     )
     stability_model: ModelName | None = Field(
         None, description="Model behind Stability's API; unset = the first served Stable Audio 3 model."
+    )
+    fal_models: dict[str, ModelName] = Field(
+        default_factory=dict,
+        description="Models behind fal's Stable Audio 3 endpoints, such as `stable-audio-3/small/sfx/base: my-model`; "
+        "unset = the model of that name.",
+    )
+    elevenlabs_model: ModelName | None = Field(
+        None,
+        description="Model behind ElevenLabs' API; unset = the first model with `sfx` in its name, otherwise the first "
+        "served Stable Audio 3 model.",
     )
     riff_dir: Folder | None = Field(
         None,

@@ -145,7 +145,11 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
         return
     if "inpaint" in case.path:
         case.body.update(duration=4, inpaint_start_seconds="[1, 2.5]", inpaint_end_seconds="[2, 3]")
-    if "loop" in case.path:
+    if "/v1/music" in case.path:
+        case.body["prompt"] = case.body.get("prompt") or "rain"
+    if "loop" not in case.path:
+        case.body.pop("bars", None)
+    else:
         case.body["prompt"] = "rain at 120 bpm"
 
 
@@ -172,6 +176,7 @@ _MEANINGFUL: dict[str, Any] = {
     "audio": _WAV,
     "audio_file": _WAV,
     "model": "medium",
+    "model_id": "medium",
     "sampler_kwargs": {"scale_phi": 0.5},
     "deadline_s": 60,
     "key": "gsharp",
@@ -199,8 +204,18 @@ _DROPPED = {
     "inpaint_mask_start_seconds",
     "inpaint_mask_end_seconds",  # aliases
     "webhook_url",  # only public addresses are accepted
+    *("bitrate", "bit_depth", "sample_rate"),  # depend on the format
+    "bpm",  # needs loop and bars
+    *("composition_plan", "finetune_id", "store_for_inpainting"),  # must be unset in music with a prompt
 }
-_AT_MOST = {"duration": 40, "steps": 50, "batch_size": 2, "audio_length": 40}
+_AT_MOST = {
+    "duration": 40,
+    "duration_seconds": 30,
+    "music_length_ms": 40_000,
+    "steps": 50,
+    "batch_size": 2,
+    "audio_length": 40,
+}
 
 
 def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -249,7 +249,7 @@ async def test_too_large_form_fields_are_413() -> None:
         assert reply.status_code == 413
         assert "body" in reply.json()["detail"]
         multipart = {"content-type": "multipart/form-data; boundary=B"}
-        for path in (URL, "/jobs", "/v1/audio/generate", "/v2/generate/audio", "/fal-ai/stable-audio"):
+        for path in (URL, "/jobs", "/v1/audio/generate", "/v2/generate/audio", "/fal-ai/stable-audio", "/v1/music"):
             reply = await client.post(path, content=bytes(1_100_000), headers=multipart)
             assert reply.status_code == 413, (path, reply.text)
             assert "1048576" in reply.text, path

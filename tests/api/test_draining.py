@@ -28,6 +28,7 @@ NEW = [
     ("POST", "/saos/generate", {"prompt": "a bell"}, ["error"]),
     ("POST", "/vllm/v1/audio/generate", {"input": "a bell"}, ["error", "message"]),
     ("GET", "/vllm/v1/models", None, ["error", "message"]),
+    ("POST", "/v1/sound-generation", {"text": "a bell"}, ["detail", "message"]),
     ("POST", "/v2/generate/audio", {"model": "stable-audio", "prompt": "a bell"}, ["message"]),
     ("POST", "/queue/fal-ai/stable-audio", {"prompt": "a bell"}, ["detail"]),
 ]

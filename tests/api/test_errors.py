@@ -61,7 +61,7 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
     *[("chunked_decode", value) for value in ("maybe", 2)],
     *[("apg_scale", value) for value in (-1, 10.1, "nan")],
     *[("duration_padding_sec", value) for value in (-1, 30.5)],
-    *[("response_format", value) for value in ("wave", "pcm")],
+    *[("response_format", value) for value in ("wave", "mp5")],
     *[("deadline_s", value) for value in (0, -1, 1e9, "inf")],
 ]
 
@@ -336,6 +336,7 @@ async def test_unknown_paths_and_methods_get_json_errors(client: httpx.AsyncClie
         ("/generate/loop", "POST", {"error"}),
         ("/v1/models", "GET", {"error"}),
         ("/v1/audio/generate", "POST", {"error"}),
+        ("/v1/music", "POST", {"detail"}),
         ("/v2/generate/audio", "GET, POST", {"statusCode", "message", "error", "path", "meta"}),
         ("/queue/fal-ai/stable-audio/requests/x", "GET", {"detail"}),
         ("/fal/fal-ai/stable-audio/requests/x/cancel", "PUT", {"detail"}),

@@ -69,6 +69,15 @@ def check_stability(body: Any) -> None:
     assert body["errors"]
 
 
+def check_elevenlabs(body: Any) -> None:
+    detail = body["detail"]
+    assert detail
+    if isinstance(detail, dict):
+        assert detail.keys() == {"status", "message"}
+    else:
+        assert all({"loc", "msg", "type"} == set(item) for item in detail)
+
+
 def check_fal(body: Any) -> None:
     detail = body["detail"]
     assert detail
@@ -182,6 +191,21 @@ ROUTES = [
         may_be_blank=frozenset(_STABILITY_NUMBERS),
         refused=frozenset({400, 413}),
         file="audio",
+    ),
+    Route(
+        "/v1/sound-generation",
+        check_elevenlabs,
+        {"text": "rain", "duration_seconds": 0.5},
+        prompt="text",
+        numbers=("duration_seconds", "prompt_influence"),
+        refused=frozenset({413, 422}),
+    ),
+    Route(
+        "/v1/music",
+        check_elevenlabs,
+        {"prompt": "rain", "music_length_ms": 3000},
+        numbers=("music_length_ms", "seed"),
+        refused=frozenset({413, 422}),
     ),
     Route("/fal-ai/stable-audio", check_fal, _FAL, numbers=_FAL_NUMBERS, refused=frozenset({413, 422})),
     Route(

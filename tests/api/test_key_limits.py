@@ -42,6 +42,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "aiml job": ("/v2/generate/audio", {"model": "stable-audio", "prompt": "x", "seconds_total": 7}, 7),
     "fal job": ("/queue/fal-ai/stable-audio", {"prompt": "x", "seconds_total": 8}, 8),
     "stability": ("/v2beta/audio/stable-audio-2/text-to-audio", {"prompt": "x", "duration": 2}, 2),
+    "elevenlabs": ("/v1/sound-generation", {"text": "x", "duration_seconds": 4}, 4),
     "stability job": ("/v2beta/audio/stable-audio/text-to-audio", {"prompt": "x", "duration": 3}, 3),
 }
 
@@ -110,6 +111,7 @@ def check_refusal(kind: str, reply: httpx.Response) -> None:
         "fal job": lambda: body["detail"],
         "aiml job": lambda: body["message"],
         "stability": lambda: body["errors"][0],
+        "elevenlabs": lambda: body["detail"]["message"],
         "stability job": lambda: body["errors"][0],
     }[kind]()
     assert "audio-seconds-per-minute=60" in sentence

@@ -24,7 +24,8 @@ PUBLIC = {
     *(("PUT", path) for path in ("/storage/upload/{ticket}", "/storage/upload/{ticket}/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),
     *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
-    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json")),
+    *(("GET", path) for path in ("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt")),
+    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt")),
 }
 
 
@@ -42,6 +43,7 @@ def connect(app: FastAPI, **headers: Any) -> httpx.AsyncClient:
 
 def _fill(path: str) -> str:
     ids = {"job_id": "0" * 32, "file_id": "0" * 32, "ticket": "a.b", "number": "1"}
+    ids |= {"app": "stable-audio-3", "endpoint": "medium/text-to-audio"}
     return re.sub(r"{(\w+)}", lambda match: ids.get(match[1], match[1]), path)
 
 
@@ -75,6 +77,17 @@ async def test_both_schemes_are_accepted_everywhere(locked: FastAPI, scheme: str
         assert (await client.post("/v1/audio/generate", json={"input": "x", "audio_length": 1})).status_code == 200
         body = {"prompt": "x", "duration": 1}
         assert (await client.post("/v1/audio/generations", json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("key", KEYS)
+async def test_key_may_be_in_a_header_of_its_own(locked: FastAPI, key: str) -> None:
+    async with connect(locked, **{"xi-api-key": key.encode()}) as client:
+        for path, body in (("/v1/audio/generate", {"input": "x"}), ("/v1/audio/generations", {"prompt": "x"})):
+            assert (await client.post(path, json=body)).status_code == 200
+    async with connect(locked, **{"xi-api-key": f"{key}2".encode()}) as client:
+        assert (await client.get("/v1/user")).status_code == 401
+        headers = {"Authorization": f"Bearer {key}".encode()}
+        assert (await client.get("/v1/user", headers=headers)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def device_headers(reply: httpx.Response) -> tuple[str, str]:
         ("/saos/generate", {"prompt": "x", "seconds_total": 1}),
         ("/saos/generate", {"prompt": "x", "seconds_total": 1, "return_format": "base64"}),
         ("/v1/audio/generate", {"input": "x", "audio_length": 1}),
+        ("/v1/sound-generation", {"text": "x", "duration_seconds": 1}),
     ],
 )
 async def test_synchronous_response_has_device_headers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ ALIASES = {
     **{f"{host}{FAL}/{{endpoint}}": f"{host}{FAL}" for host in ("/queue", "/run")},
     f"/queue{FAL}/requests/{{request_id}}/response": f"/queue{FAL}/requests/{{request_id}}",
     **{
-        f"{host}{FAL}/requests/{{request_id}}{what}": f"/queue{FAL}/requests/{{request_id}}{described}"
-        for host in ("", "/run")
+        f"{host}{app}/requests/{{request_id}}{what}": f"/queue{FAL}/requests/{{request_id}}{described}"
+        for host, app in product(("", "/run", "/queue"), (FAL, f"{FAL}-3", f"{FAL}-25"))
+        if (host, app) != ("/queue", FAL)
         for what, described in (
             ("", ""),
             ("/response", ""),

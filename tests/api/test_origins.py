@@ -206,6 +206,7 @@ async def test_refusal_has_the_form_of_the_routes_dialect(client: httpx.AsyncCli
     aiml = await refuse("/v2/generate/audio")
     assert (aiml["statusCode"], aiml["error"], aiml["path"]) == (403, "Forbidden", "/v2/generate/audio")
     assert (await refuse("/fal-ai/stable-audio"))["error_type"] == "forbidden"
+    assert (await refuse("/v1/music"))["detail"]["status"] == "missing_permissions"
     assert (await refuse("/v2beta/audio/stable-audio-2/inpaint"))["name"] == "forbidden"
 
 

@@ -35,7 +35,8 @@ OPEN = {
     *(("GET", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("HEAD", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
-    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json")),
+    *(("GET", path) for path in ("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt")),
+    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt")),
     *(("PUT", f"/storage/upload/{{ticket}}{rest}") for rest in ("", "/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),
     ("PUT", "/files/{file_id}/{file_name}/multipart/{ticket}/{number}"),
@@ -47,6 +48,7 @@ AUDIO = "/jobs/{job_id}/audio"
 # Path parameters that are a job id -> the API whose jobs have such ids. Then: values for all other path parameters.
 JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml", "id": "stability"}
 OTHER_NAMES = {"file_id": "0" * 32, "file_name": "a.wav", "ticket": "a.b", "number": "1", "endpoint": "x"}
+OTHER_NAMES |= {"app": "stable-audio-3", "endpoint_id": "fal-ai/stable-audio"}
 OTHER_NAMES |= {"model": "small-sfx", "report_id": "0" * 32, "path": "main.js"}
 
 ALICE, BOB = "alice-1", "bob-1"

@@ -106,13 +106,36 @@ async def test_recipe_contains_the_models_defaults(real: httpx.AsyncClient) -> N
 
 
 @in_module_loop
-@pytest.mark.parametrize("file_format", ["wav", "flac", "mp3", "ogg", "opus"])
-async def test_file_alone_is_enough(real: httpx.AsyncClient, file_format: str) -> None:
-    body = {"prompt": "wind", "duration": 1, "steps": 2, "response_format": file_format}
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        {"response_format": "wav"},
+        {"response_format": "flac", "bit_depth": 24},
+        {"response_format": "wav", "bit_depth": "float", "sample_rate": 48_000},
+        {"response_format": "mp3"},
+        {"response_format": "mp3", "bitrate": 32},
+        {"response_format": "ogg", "bitrate": 96, "sample_rate": 32_000},
+        {"response_format": "opus", "bitrate": 64},
+    ],
+)
+async def test_file_alone_is_enough(real: httpx.AsyncClient, encoding: dict[str, Any]) -> None:
+    body = {"prompt": "wind", "duration": 1, "steps": 2, **encoding}
     original = await real.post("/v1/audio/generations", json=body)
     again = await real.post(REPLAY, files={"file": original.content})
     assert (again.status_code, again.headers["x-replay"]) == (200, "exact")
     assert again.content == original.content
+
+
+@in_module_loop
+@pytest.mark.parametrize("name", ["pcm", "ulaw"])
+async def test_files_without_a_recipe_are_recreated_from_it(real: httpx.AsyncClient, name: str) -> None:
+    body = {"prompt": "wind", "duration": 1, "steps": 2, "response_format": name, "sample_rate": 8000}
+    original = await real.post("/v1/audio/generations", json=body)
+    (recipe,) = recipes_of(original)
+    again = await real.post(REPLAY, json=recipe)
+    assert (again.headers["x-replay"], again.content) == ("exact", original.content)
+    refused = await real.post(REPLAY, json=recipe | {"bitrate": 64})
+    assert (refused.status_code, refused.json()["detail"][0]["loc"][-1]) == (422, "bitrate")
 
 
 @in_module_loop

@@ -22,10 +22,19 @@ from tests.backends import ToneBackend
 pytestmark = pytest.mark.server
 
 # ANY: operations that every key may call. OPEN: operations that need no key. All others need a scope.
-ANY = {"/v1/models", "/loras", "/riffs/available", "/model/info", "/v1/user/account", "/v1/user/balance"}
+ANY = {"/v1/models", "/loras", "/riffs/available", "/model/info", "/v1/user", "/v1/user/account", "/v1/user/balance"}
 ANY |= {"/v1/status", "/api/fal/proxy"}  # the route to which the proxy forwards a request checks the scope
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
-OPEN |= {"/favicon.ico", "/playground/{path}", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}"}
+OPEN |= {"/llms.txt", "/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt"}
+OPEN |= {
+    "/favicon.ico",
+    "/playground/{path}",
+    "/openapi.json",
+    "/llms.txt",
+    "/docs",
+    "/redoc",
+    "/docs/assets/{file_name}",
+}
 OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
 ADMIN = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 STORAGE = {"/storage/auth/token", "/storage/upload/initiate", "/storage/upload/initiate-multipart"}
@@ -33,6 +42,8 @@ STORAGE |= {"/files/upload", "/files/upload/multipart"}
 GENERATE = {"/generate", "/generate/loop", "/generate/style-transfer", "/generate/loop-with-riff"}
 GENERATE |= {f"/v1/audio/{what}" for what in ("generations", "variations", "inpaint", "generate", "replay")}
 GENERATE |= {"/fal-ai/stable-audio", "/run/fal-ai/stable-audio"}
+GENERATE |= {"/fal-ai/{app}/{endpoint}", "/run/fal-ai/{app}/{endpoint}"}
+GENERATE |= {"/v1/sound-generation", "/v1/music", "/v1/music/stream"}
 GENERATE |= {f"/v2beta/audio/stable-audio-2/{what}" for what in ("text-to-audio", "audio-to-audio", "inpaint")}
 
 
@@ -62,6 +73,7 @@ def connect(app: FastAPI, key: str | None) -> httpx.AsyncClient:
 
 def operations(app: FastAPI) -> Iterator[tuple[str, str, str]]:
     ids = {"job_id": "0" * 32, "file_id": "0" * 32, "ticket": "a.b", "number": "1"}
+    ids |= {"app": "stable-audio-3", "endpoint": "medium/text-to-audio"}
     for path, methods in app.openapi()["paths"].items():
         for method in methods:
             yield method.upper(), path, re.sub(r"{(\w+)}", lambda match: ids.get(match[1], match[1]), path)
@@ -125,6 +137,8 @@ async def test_refusal_names_the_scope_in_each_dialects_format(app: FastAPI) -> 
         assert "jobs" in aiml["message"]
         stability = await client.post("/v2beta/audio/stable-audio/text-to-audio", data={"prompt": "x"})
         assert (stability.status_code, stability.json()["name"]) == (403, "forbidden")
+        elevenlabs = await client.post("/v1/sound-generation", json={"text": "x"})
+        assert (elevenlabs.status_code, elevenlabs.json()["detail"]["status"]) == (403, "missing_permissions")
         fal = await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})
         assert fal.json()["error_type"] == "forbidden"
         assert fal.headers["x-fal-error-type"] == "forbidden"

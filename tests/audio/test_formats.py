@@ -140,6 +140,18 @@ def test_long_vorbis_files_have_the_bit_rate() -> None:
     assert len(data) * 8 / 45_000 == pytest.approx(160, rel=0.08)
 
 
+@pytest.mark.parametrize("rate_hz", [8000, 48_000])
+def test_loops_at_other_rates_repeat_without_a_seam(rate_hz: int) -> None:
+    period = np.arange(RATE_HZ // 2) / RATE_HZ
+    loop = np.stack([0.5 * np.sin(2 * np.pi * 440 * period + phase) for phase in (0.5, 2.0)]).astype(np.float32)
+    encoding = Encoding(AudioFormat.WAV, bit_depth="float", sample_rate_hz=rate_hz)
+    read, _ = decode(encode_audio(loop, RATE_HZ, encoding=encoding, is_loop=True).to_bytes())
+    assert read.shape[1] == rate_hz // 2
+    t = np.arange(rate_hz // 2) / rate_hz
+    expected = np.stack([0.5 * np.sin(2 * np.pi * 440 * t + phase) for phase in (0.5, 2.0)])
+    assert np.abs(read - expected).max() < 1e-4
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"bitrate_kbps": 128}, {"sample_rate_hz": 16_000}, {"bitrate_kbps": 64, "sample_rate_hz": 24_000}],

@@ -121,6 +121,19 @@ async def test_all_options_reach_the_server(shell: Shell) -> None:
     assert frames(await shell.read("takes/rain-4.flac")) == RATE_HZ // 2
 
 
+async def test_options_choose_the_encoding_of_files(shell: Shell) -> None:
+    deep = ("--bit-depth", "24", "--sample-rate", "48000")
+    await shell.run("generate", "rain", "-d", "0.5", "--format", "flac", *deep, "-o", "rain.flac")
+    info = soundfile.info(io.BytesIO(await shell.read("rain.flac")))
+    assert (info.subtype, info.samplerate) == ("PCM_24", 48_000)
+    await shell.run("generate", "rain", "-d", "1", "--format", "mp3", "--bitrate", "64", "-o", "rain.mp3")
+    assert len(await shell.read("rain.mp3")) * 8 / 1000 == pytest.approx(64, rel=0.2)  # with the recipe
+    refused = await shell.run("generate", "rain", "--format", "mp3", "--bit-depth", "float", code=2)
+    assert b"--bit-depth must be unset for mp3" in refused
+    refused = await shell.run("generate", "rain", "--format", "m4a", code=2)
+    assert b"--format" in refused
+
+
 async def test_finishing_and_loop_options_reach_the_server(shell: Shell) -> None:
     printed = await shell.run(
         *(
@@ -275,6 +288,21 @@ async def test_a_job_is_submitted_watched_and_downloaded(shell: Shell) -> None:
     assert frames(await shell.read(written[1])) == RATE_HZ // 2
     assert "standard output" in (await shell.run("jobs", "fetch", job_id, "-o", "-", "--json", code=2)).decode()
     assert json.loads(await shell.run("jobs", "show", job_id))["seeds"] == [7, 8]
+
+
+async def test_pieces_with_sections_are_generated_submitted_and_replayed(shell: Shell) -> None:
+    sections = ("--section", "1", "--section", "1.5:the rain stops", "--overlap", "0.5")
+    made = (await shell.run("generate", "rain", *sections, "-s", "3")).decode().strip()
+    assert frames(await shell.read(made)) == int(2.5 * RATE_HZ)
+    assert [request.prompt for _, request in shell.backend.requests] == ["rain", "the rain stops"]
+    job_id = (await shell.run("jobs", "submit", "rain", *sections, "-s", "3")).decode().strip()
+    fetched = (await shell.run("jobs", "fetch", job_id, "-o", "piece/")).decode().strip()
+    assert await shell.read(fetched) == await shell.read(made)
+    again = (await shell.run("replay", made, "-o", "again.wav")).decode().split()[0]
+    assert await shell.read(again) == await shell.read(made)
+    assert "sections" in (await shell.run("replay", made, "--local", code=2)).decode()
+    assert "30:rain" in (await shell.run("generate", "rain", "--section", "x", code=2)).decode()
+    assert "--section" in (await shell.run("generate", "rain", "--overlap", "2", code=2)).decode()
 
 
 async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> None:

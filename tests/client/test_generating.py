@@ -32,6 +32,18 @@ async def test_generate_returns_a_clip_with_its_metadata(served: Served, connect
     assert served.backend.last.duration_s == 0.5
 
 
+async def test_fields_choose_the_encoding_of_files(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    take: Result = await call("generate", "rain", duration=0.5, bit_depth="float", sample_rate=48_000)
+    info = soundfile.info(io.BytesIO(take.content))
+    assert (info.subtype, info.samplerate, take.sample_rate_hz) == ("FLOAT", 48_000, 48_000)
+    source = make_audio_file(duration_s=1.0)
+    small = await call("vary", source, "rain", duration=1, response_format="opus", bitrate=32)
+    assert len(small.content) < 8000
+    with pytest.raises(errors.InvalidRequestError, match="bitrate"):
+        await call("generate", "rain", response_format="flac", bitrate=128)
+
+
 async def test_clips_are_recreated_from_recipes_and_files(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     source = make_audio_file(duration_s=1.0)

@@ -20,13 +20,14 @@ DEFAULT_STEPS = 100
 START_DESCRIPTION = "Start of the clip within a longer piece, seconds; used by models conditioned on it."
 
 
-def _check_number(value: object) -> object:
+def check_whole(value: object) -> object:
+    """Return `value`. Raises PydanticCustomError for text and booleans."""
     if isinstance(value, bool | str | bytes):  # the original APIs refuse these, but Pydantic would convert them
         raise PydanticCustomError("int_type", "Input should be a valid integer")
     return value
 
 
-WholeNumber = Annotated[int, BeforeValidator(_check_number)]
+WholeNumber = Annotated[int, BeforeValidator(check_whole)]
 
 
 class ClipInput(BaseModel):

@@ -11,13 +11,14 @@ from stable_audio_serve.core.errors import ForbiddenError, KeysUnavailableError,
 from stable_audio_serve.core.keys import ANYBODY, ApiKey, Scope, hash_key
 
 _SCHEMES = frozenset({"bearer", "key"})
+ELEVENLABS_HEADER = "xi-api-key"
 _MAX_KEY = 4096  # longest key that is checked, characters; the keys that we generate have 47
 _RETRY_S = 5.0
 _NO_KEY = hash_key("")
 
 
 class ApiKeys:
-    """Checks the `Authorization` header of requests: `Bearer <key>` or `Key <key>`."""
+    """Checks the key of requests: `Authorization: Bearer <key>`, `Authorization: Key <key>` or `xi-api-key: <key>`."""
 
     def __init__(self, ring: KeyRing) -> None:
         self.ring = ring
@@ -51,8 +52,10 @@ class ApiKeys:
         if takes_bare_key and " " not in header:
             header = f"Bearer {header}"
         scheme, _, sent = header.partition(" ")
+        if scheme.lower() not in _SCHEMES:
+            sent = request.headers.get(ELEVENLABS_HEADER, "")
         sent = sent.strip()
-        if scheme.lower() not in _SCHEMES or len(sent) > _MAX_KEY:
+        if not sent or len(sent) > _MAX_KEY:
             return None
         digest = hash_key(sent.encode("latin-1"))  # Starlette decodes headers as latin-1
         # The duration of the look-up depends on the digest of the sent key only, and reveals nothing about other keys.

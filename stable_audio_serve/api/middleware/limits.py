@@ -21,6 +21,7 @@ from stable_audio_serve.core.settings import ApiSettings
 # Request headers that are removed. With them, clients could change Ray Serve's deadline or turn off its cancellation.
 _CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 MAX_FIELDS_BYTES = 1_048_576  # largest JSON body; also the largest total of a form's fields without its file
+MAX_FILE_IN_JSON_BYTES = 33_554_432  # the largest data URI in a JSON body
 _CLOSE = {"Connection": "close"}
 _BUSY = {"Connection": "close", "Retry-After": "5"}
 _MAX_DRAIN_S = 10.0
@@ -93,6 +94,11 @@ def accept_file_body(scope: Scope) -> None:
 def accept_form(scope: Scope) -> None:
     """Raise the limit for this request's body to that of a form with an uploaded file. Call this before it is read."""
     scope["state"]["connection"].accept_form()
+
+
+def accept_file_in_json(scope: Scope) -> None:
+    """Raise the limit for this request's body to that of JSON with a file in it. Call this before it is read."""
+    scope["state"]["connection"].accept_file_in_json()
 
 
 async def drop_body(scope: Scope) -> None:
@@ -204,6 +210,10 @@ class _Connection:
         limit = self._limits.max_upload_bytes
         refusal = f"audio: the upload is larger than {limit} bytes (api.max_upload_bytes)"
         self._body = replace(self._body, max_bytes=limit + MAX_FIELDS_BYTES, refusal=refusal)
+
+    def accept_file_in_json(self) -> None:
+        limit = min(MAX_FILE_IN_JSON_BYTES, self._limits.max_upload_bytes) + MAX_FIELDS_BYTES
+        self._body = replace(self._body, max_bytes=limit, refusal=f"body: larger than {limit} bytes; upload the file")
 
     async def drop_body(self) -> None:
         await self._drain({"more_body": self._body.is_there}, max_bytes=_MAX_DROPPED_BYTES)

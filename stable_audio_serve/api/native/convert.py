@@ -23,6 +23,7 @@ from stable_audio_serve.api.native.schemas import (
     VariationForm,
     check_sampler_kwargs,
 )
+from stable_audio_serve.api.native.sections import read_sections, section_faults
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.audio.formats import check_encoding
 from stable_audio_serve.audio.loops import BEATS_PER_BAR
@@ -32,6 +33,7 @@ from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelErro
 from stable_audio_serve.core.generation import GenerationRequest, LoopStart, Lora
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.core.sound import Encoding, Finishing, Loudness
+from stable_audio_serve.jobs.sections import total_duration_s
 
 T = TypeVar("T")
 
@@ -132,18 +134,21 @@ def to_request(
     model_longest_s = card.max_duration_s - (LEAST_SURPLUS_S if loop else 0)
     longest_s = min(limits.max_duration_s, model_longest_s)
     duration_s = bars_s or (fields.duration if "duration" in given else min(fields.duration, longest_s))
+    sections = read_sections(fields)
+    clip_s = 0.0 if sections else duration_s  # the limits of sections are checked below
     steps = fields.steps if "steps" in given else min(card.default_steps, limits.most_steps(card.default_steps))
     limiter = f"the model {card.name}" if model_longest_s < limits.max_duration_s else "api.max_duration_s"
     faults += [
         to_fault(name.partition(":")[0], f"{name} must be at most {limit:g} ({setter})", value=value)
         for name, value, limit, setter in (
-            ("duration" if bars_s is None else "bars: duration", duration_s, longest_s, limiter),
+            ("duration" if bars_s is None else "bars: duration", clip_s, longest_s, limiter),
             ("steps", steps, limits.most_steps(card.default_steps), "api.max_steps"),
             (counted, batch_size, limits.max_batch_size, "api.max_batch_size"),
             ("deadline_s", fields.deadline_s or 0, limits.max_deadline_s, "api.max_deadline_s"),
         )
         if value > limit
     ]
+    faults += section_faults(fields, card=card, limits=limits)
     sampling = _sampler_options(sampler_kwargs, card, faults=faults)
     apg_scale = fields.apg_scale if "apg_scale" in given else None
     if apg_scale and card.family == OPEN_FAMILY:
@@ -158,7 +163,7 @@ def to_request(
         raise RequestValidationError(faults)
     request = GenerationRequest(
         prompt=prompts[0] if prompts else fields.prompt,
-        duration_s=duration_s,
+        duration_s=total_duration_s(sections) if sections else duration_s,
         seed=seeds[0] if seeds else resolve_seed(fields.seed),
         negative_prompt=fields.negative_prompt,
         batch_size=batch_size,

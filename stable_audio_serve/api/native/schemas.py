@@ -20,6 +20,7 @@ from stable_audio_serve.api.fields import (
     SampleBits,
     SampleRate,
 )
+from stable_audio_serve.audio.recipe import MOST_SECTIONS
 from stable_audio_serve.core.generation import EditSchedule, Keep, Priority, Stacking
 from stable_audio_serve.core.sound import AudioFormat, Peaks
 
@@ -292,8 +293,31 @@ class JobControls(BaseModel):
     )
 
 
+class SectionBody(BaseModel):
+    """One section of a long piece."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Prompt | None = Field(None, description="Description of the sound; unset = the prompt of the job.")
+    duration: Finite = Field(gt=0, description="Length, seconds; with `overlap_s` at most the model's maximum.")
+
+
 class JobBody(JobControls, GenerationBody):
     """Text to audio, as a job."""
+
+    sections: tuple[SectionBody, ...] | None = Field(
+        None,
+        max_length=MOST_SECTIONS,
+        description="Extension: sections of a piece that may be longer than the model's maximum, one after the other. "
+        "`duration` is then the sum of their durations.",
+        examples=[[{"duration": 30}, {"prompt": "the rain stops", "duration": 20}]],
+    )
+    overlap_s: Finite | None = Field(
+        None,
+        gt=0,
+        description="Extension, with sections: how much audio each section continues, seconds; at most half the "
+        "model's maximum; unset = 12, or that half if it is less.",
+    )
 
 
 class JobVariationForm(JobControls, VariationForm):

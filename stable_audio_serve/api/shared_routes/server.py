@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 
+from stable_audio_serve.api.compat import elevenlabs
 from stable_audio_serve.api.compat.vllm_omni.errors import render_error as render_openai_error
 from stable_audio_serve.api.compat.vllm_omni.schemas import ErrorBody
 from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.middleware.api_keys import ELEVENLABS_HEADER
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody as NativeErrorBody
+from stable_audio_serve.api.refusals import ExpectedError
 from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import info
@@ -29,10 +33,11 @@ NAME: Final = "stable-audio-serve"
 _RETRY_AFTER_S = "5"
 
 
-def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
+def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
     """Return the routes for health and models, which are also available below the path prefix of each dialect.
 
-    `owner` is the value of `owned_by` in the list of models.
+    `dialect` is the name of that dialect. Without one, the list of models is ElevenLabs' for a request with its key
+    header, because the clients of both APIs call the same path.
     """
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     created_at = int(service.clock.time())
@@ -65,8 +70,18 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
             response.headers["Retry-After"] = _RETRY_AFTER_S
         return body
 
-    async def list_models() -> info.ModelList:
-        """List the served models."""
+    def is_elevenlabs(request: Request) -> bool:
+        return dialect == "elevenlabs" or (dialect is None and ELEVENLABS_HEADER in request.headers)
+
+    def render_list_error(request: Request, error: ExpectedError) -> Response:
+        render = elevenlabs.render_error if is_elevenlabs(request) else render_openai_error
+        return render(request, error)
+
+    async def list_models(request: Request) -> info.ModelList | list[dict[str, Any]]:
+        """List the served models. A request with the header `xi-api-key` gets ElevenLabs' list."""
+        if is_elevenlabs(request):
+            return elevenlabs.list_models(service.backend.catalog)
+        owner = "vllm" if dialect == "vllm" else NAME
         return info.describe_models(service, owned_by=owner, created_at=created_at)
 
     router.add_api_route(
@@ -74,7 +89,7 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
         list_models,
         methods=["GET"],
         responses=error_responses(ErrorBody, 401, 500),
-        route_class_override=route_class(render_openai_error, scopes=()),
+        route_class_override=route_class(render_list_error, scopes=()),
     )
 
     async def list_adapters() -> info.AdapterList:

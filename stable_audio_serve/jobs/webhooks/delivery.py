@@ -1,7 +1,7 @@
-"""Send POST requests to URLs that clients choose, without giving clients access to the private network.
+"""Requests to URLs that clients choose, without giving clients access to the private network: webhooks and downloads.
 
 The host name is resolved once, all its addresses are checked, and the connection goes to a checked address. Redirects
-and proxies are not used, the total time is limited, and the body of the response is not read.
+and proxies are not used, and the total time is limited.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import IO
 
 import httpcore
 import httpx
@@ -22,6 +23,7 @@ import httpx
 from stable_audio_serve.core.errors import InvalidRequestError
 
 DELIVERY_TIMEOUT_S = 15.0
+DOWNLOAD_TIMEOUT_S = 60.0
 RESOLVE_TIMEOUT_S = 3.0
 
 _MAX_URL_CHARACTERS = 2048
@@ -43,11 +45,11 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class DeliveryError(Exception):
-    """A webhook was not delivered. The message has the reason, for the log."""
+    """A webhook was not delivered, or a file not downloaded. The message has the reason."""
 
 
 class _ForbiddenTargetError(DeliveryError):
-    """The URL or its host is not allowed as the target of a webhook. The message has the reason."""
+    """The URL or its host is not allowed. The message has the reason."""
 
 
 async def check_webhook_url(
@@ -84,20 +86,55 @@ async def post_json(
     """
     target = _parse(url)
     all_headers = {"Content-Type": "application/json", "User-Agent": "stable-audio-serve", **(headers or {})}
-    network = _CheckedNetwork(allow_hosts)
+    async with (
+        _explained(timeout_s),
+        httpcore.AsyncConnectionPool(network_backend=_CheckedNetwork(allow_hosts)) as pool,
+        pool.stream("POST", target.url, headers=list(all_headers.items()), content=body) as answer,
+    ):
+        status = answer.status
+    if not 200 <= status < 300:
+        raise DeliveryError(f"answered with status {status}")
+
+
+async def download(
+    url: str,
+    into: IO[bytes],
+    *,
+    max_bytes: int,
+    allow_hosts: Collection[str] = (),
+    timeout_s: float = DOWNLOAD_TIMEOUT_S,
+) -> None:
+    """Write the file at `url`, at most `max_bytes` long, to `into`.
+
+    Raises DeliveryError unless all of it arrives with status 200 within `timeout_s` seconds.
+    """
+    target = _parse(url)
+    headers = {"User-Agent": "stable-audio-serve", "Accept-Encoding": "identity"}
+    async with (
+        _explained(timeout_s),
+        httpcore.AsyncConnectionPool(network_backend=_CheckedNetwork(allow_hosts)) as pool,
+        pool.stream("GET", target.url, headers=list(headers.items())) as answer,
+    ):
+        if answer.status != 200:
+            raise DeliveryError(f"answered with status {answer.status}")
+        num_bytes = 0
+        async for chunk in answer.aiter_stream():
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
+                raise DeliveryError(f"is larger than {max_bytes} bytes")
+            into.write(chunk)
+
+
+@asynccontextmanager
+async def _explained(timeout_s: float) -> AsyncIterator[None]:
+    """Limit the time of a request, and raise DeliveryError for every error of the network."""
     try:
-        async with (
-            asyncio.timeout(timeout_s),
-            httpcore.AsyncConnectionPool(network_backend=network) as pool,
-            pool.stream("POST", target.url, headers=list(all_headers.items()), content=body) as answer,
-        ):
-            status = answer.status
+        async with asyncio.timeout(timeout_s):
+            yield
     except TimeoutError as error:
         raise DeliveryError("no answer in time") from error
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
         raise DeliveryError(f"{type(error).__name__}: {error}") from error
-    if not 200 <= status < 300:
-        raise DeliveryError(f"answered with status {status}")
 
 
 @dataclass(frozen=True, slots=True)

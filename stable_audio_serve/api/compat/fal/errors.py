@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from stable_audio_serve.api.compat.fal.wire import APP, ERROR_TYPE, REQUEST_ID, RETRYABLE, TIMEOUT_TYPE
 from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
-from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError
+from stable_audio_serve.core.errors import InvalidRequestError, InvalidUploadError, StableAudioError
 from stable_audio_serve.jobs.job import Job
 
 
@@ -70,7 +70,7 @@ def failure_of(job: Job) -> Failure:
         return _failure(_KINDS["cancelled"], "Request was cancelled", is_stored=True)
     if job.error is None:
         return _failure(_INTERNAL, _INTERNAL_MESSAGE, is_stored=True)
-    if job.error.code == InvalidRequestError.kind:
+    if job.error.code in (InvalidRequestError.kind, InvalidUploadError.kind):
         return _invalid([_fault(job.error.message, job.error.field)])
     return _failure(_KINDS.get(job.error.code, _INTERNAL), job.error.message, is_stored=True)
 
@@ -115,7 +115,8 @@ def _fault(message: str, field_name: str | None) -> dict[str, Any]:
 
 
 def _find_fault(_: Request, error: StableAudioError) -> dict[str, Any] | None:
-    return _fault(error.message, error.field) if isinstance(error, InvalidRequestError) else None
+    is_input = isinstance(error, InvalidRequestError | InvalidUploadError)
+    return _fault(error.message, error.field) if is_input else None
 
 
 def _answer_fields(request: Request, faults: Sequence[dict[str, Any]]) -> Response:

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Body, Depends, Query, Request
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.compat.fal import targets
+from stable_audio_serve.api.compat.fal import endpoints, targets
+from stable_audio_serve.api.compat.fal.described import build_description_router
 from stable_audio_serve.api.compat.fal.errors import failure_of, render_error
 from stable_audio_serve.api.compat.fal.proxy import TARGET_PARAMETER, dispatch
 from stable_audio_serve.api.compat.fal.queue import CANCEL_REPLIES, describe_status, make_ticket
-from stable_audio_serve.api.compat.fal.run import FILE_STEM, describe_output, run
+from stable_audio_serve.api.compat.fal.run import FILE_STEM, data_uri, describe_output, run
+from stable_audio_serve.api.compat.fal.source import FIELD, opened_source
 from stable_audio_serve.api.compat.fal.storage_routes import build_announcing_router, build_receiving_router
 from stable_audio_serve.api.compat.fal.stream import stream_status
 from stable_audio_serve.api.compat.fal.wire import (
     APP,
+    OWNER,
     REQUEST_ID,
     AudioInput,
     AudioOutput,
     CancelReply,
     FalError,
+    File,
     InProgress,
+    Output,
+    PromptedOutput,
     Queued,
+    SeededOutput,
     Status,
     Ticket,
 )
@@ -37,10 +46,12 @@ from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import Scopes, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
-from stable_audio_serve.core.catalog import OPEN_FAMILY
+from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
+from stable_audio_serve.core.generation import GenerationRequest, Role
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.core.keys import Scope
-from stable_audio_serve.jobs.job import Job, JobRef, JobSpec
+from stable_audio_serve.core.sound import PLAIN_WAV, Encoding, Peaks
+from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, JobUpload, Mode
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
 TAG = "fal"
@@ -82,24 +93,32 @@ _PROXY_RESPONSES: dict[int | str, dict[str, Any]] = {
     412: {"model": FalError, "description": "The header does not name a host of fal."},
     "default": {"description": "The target route's own response."},
 }
+_UNKNOWN_RESPONSE: dict[int | str, dict[str, Any]] = {
+    404: {"model": FalError, "description": "There is no such endpoint, or its model is not served."}
+}
+_MODES: Mapping[Role, Mode] = {"init": "audio-to-audio", "inpaint": "inpainting"}
+_Webhook = Annotated[str | None, Query(description="URL called when a queued request ends.")]
 _Logs = Annotated[bool, Query(description="Include the log.")]
 
 
 def build_router(service: Service) -> APIRouter:
     """Return all routes of the dialect."""
 
-    def new_router(scopes: Scopes, **options: Any) -> APIRouter:
-        return APIRouter(route_class=route_class(render_error, scopes=scopes), strict_content_type=False, **options)
+    def new_router(scopes: Scopes, *, takes_files_in_json: bool = False, **options: Any) -> APIRouter:
+        kind = route_class(render_error, scopes=scopes, takes_files_in_json=takes_files_in_json)
+        return APIRouter(route_class=kind, strict_content_type=False, **options)
 
     hosts = new_router(())
-    requests = new_router(("jobs",))
-    _add_requests(requests, service)
     for prefix, summary in _HOSTS.items():
-        _add_submission(submission := new_router(_scopes_of_submission), service, summary=summary)
-        hosts.include_router(submission, prefix=prefix)
-        hosts.include_router(requests, prefix=prefix, include_in_schema=prefix == "/queue")
+        for add, takes_files in ((_add_submission, False), (_add_endpoints, True)):
+            add(own := new_router(_scopes_of_submission, takes_files_in_json=takes_files), service, summary=summary)
+            hosts.include_router(own, prefix=prefix)
+        for app in (APP, endpoints.SA3_APP, endpoints.SA25_APP):
+            _add_requests(requests := new_router(("jobs",)), service, app=app)
+            hosts.include_router(requests, prefix=prefix, include_in_schema=(prefix, app) == ("/queue", APP))
     hosts.include_router(build_announcing_router(service))
     router = new_router((), tags=[TAG])
+    router.include_router(build_description_router(service))
     router.include_router(build_receiving_router(service))
     router.include_router(hosts)
 
@@ -125,8 +144,7 @@ def _scopes_of_submission(request: Request) -> tuple[Scope, ...]:
 
 
 def _add_submission(router: APIRouter, service: Service, *, summary: str) -> None:
-    catalog = service.backend.catalog
-    card = catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY)
+    card = service.backend.catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY)
 
     @router.post(f"/{APP}/{{endpoint:fal_endpoint}}", include_in_schema=False)
     @router.post(f"/{APP}", summary=summary, responses=_SUBMIT_RESPONSES)
@@ -135,43 +153,115 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
         request_id: Annotated[str, Depends(_new_request_id)],
         *,
         body: AudioInput,
-        fal_webhook: Annotated[str | None, Query(description="URL called when a queued request ends.")] = None,
+        fal_webhook: _Webhook = None,
     ) -> AudioOutput | Ticket:
         """Generate audio. Below `/queue`, and on a host named `queue.*`, the request is queued."""
         generation = to_request(body, card, request_id=request.state.request_id)
-        note(request.scope, model=card.name, duration_s=generation.duration_s, fal_request_id=request_id)
-        start_within_s = targets.start_within_s(request)
-        peaks = body.peaks or service.settings.audio.peaks
-        if not targets.means_queue(request):
-            generation = replace(generation, start_within_s=start_within_s)
-            origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
-            order = FileOrder(peaks, stem=FILE_STEM, origin=origin)
-            return await run(request, service, card=card, generation=generation, order=order)
-        if fal_webhook is not None:
-            allow_hosts = service.settings.jobs.webhook_allow_hosts
-            await check_webhook_url(fal_webhook, field="fal_webhook", allow_hosts=allow_hosts)
-        spec = JobSpec(
-            id=JobId(request_id),
-            contract="fal",
-            model=card.name,
-            mode="text-to-audio",
-            request=replace(generation, priority=targets.priority(request)),
-            file_stem=FILE_STEM,
-            peaks=peaks,
-            with_recipe=service.settings.dialects.recipes,
-            start_within_s=start_within_s,
-            webhook_url=fal_webhook,
-            client=request.state.client,
-            wire={"base_url": base_url(request, service.settings.api)},
+        order = _Order(request_id, card, generation, peaks=body.peaks, webhook_url=fal_webhook)
+        return await _submit(request, service, order=order)  # type: ignore[return-value]
+
+
+def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None:
+    catalog, dialects = service.backend.catalog, service.settings.dialects
+
+    @router.post(
+        f"/{OWNER}/{{app:fal_app}}/{{endpoint:fal_endpoint}}",
+        summary=summary.replace("fal", "fal, Stable Audio 3 and 2.5"),
+        responses=_SUBMIT_RESPONSES | _UNKNOWN_RESPONSE,
+    )
+    async def submit_to(
+        request: Request,
+        request_id: Annotated[str, Depends(_new_request_id)],
+        *,
+        app: str,
+        endpoint: str,
+        body: Annotated[dict[str, Any], Body(description="The endpoint's input, see its own description.")],
+        fal_webhook: _Webhook = None,
+    ) -> PromptedOutput | SeededOutput | Ticket:
+        """Generate audio with an endpoint of Stable Audio 3 or 2.5. `/api/openapi/queue/openapi.json` describes it."""
+        chosen = endpoints.ENDPOINTS.get(f"{OWNER}/{app}/{endpoint}")
+        if chosen is None:
+            raise HTTPException(
+                404, f"no endpoint {OWNER}/{app}/{endpoint[:100]}; there are {', '.join(endpoints.ENDPOINTS)}"
+            )
+        card, given = chosen.choose_model(catalog, dialects), chosen.parse(body)
+        encoding, upload = endpoints.to_encoding(given), None
+        convert = partial(endpoints.to_request, chosen, given, card=card, request_id=request.state.request_id)
+        wire, base = (
+            {"app": chosen.app, "sync_mode": given.values["sync_mode"]},
+            base_url(request, service.settings.api),
         )
-        job = (await service.add_job(spec, card=card, caller=request.state.caller)).job
-        links = targets.links_of(request, request_id, limits=service.settings.api)
-        return make_ticket(job, links, position=await service.jobs.position(job))
+        if chosen.operation == "text-to-audio":
+            order = _Order(
+                request_id, card, convert(source=None), encoding=encoding, wire=wire, webhook_url=fal_webhook
+            )
+            return await _submit(request, service, order=order)  # type: ignore[return-value]
+        async with opened_source(given.values[FIELD], service, base=base) as opened:
+            source = await service.decode(opened, card, padding_s=None, field=FIELD)
+            generation = convert(source=source)
+            if targets.means_queue(request):
+                role: Role = "init" if generation.init_audio else "inpaint"
+                upload = await service.store_upload(opened, source, max_s=source.duration_s, role=role)
+        order = _Order(
+            request_id, card, generation, upload=upload, encoding=encoding, wire=wire, webhook_url=fal_webhook
+        )
+        return await _submit(request, service, order=order)  # type: ignore[return-value]
 
 
-def _add_requests(router: APIRouter, service: Service) -> None:
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A submission, once its input is converted."""
+
+    request_id: str
+    card: ModelCard
+    generation: GenerationRequest
+    encoding: Encoding = PLAIN_WAV
+    peaks: Peaks | None = None
+    upload: JobUpload | None = None
+    webhook_url: str | None = None
+    wire: Mapping[str, Any] = field(default_factory=dict)
+
+
+async def _submit(request: Request, service: Service, *, order: _Order) -> Output | Ticket:
+    """Run a request now, or queue it if the client means fal's queue."""
+    card, generation, request_id = order.card, order.generation, order.request_id
+    note(request.scope, model=card.name, duration_s=generation.duration_s, fal_request_id=request_id)
+    start_within_s = targets.start_within_s(request)
+    peaks = order.peaks or service.settings.audio.peaks
+    if not targets.means_queue(request):
+        card, generation = service.adapted(card, replace(generation, start_within_s=start_within_s))
+        origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
+        file = FileOrder(peaks, encoding=order.encoding, stem=FILE_STEM, origin=origin)
+        return await run(request, service, card=card, generation=generation, order=file, wire=order.wire)
+    if order.webhook_url is not None:
+        allow_hosts = service.settings.jobs.webhook_allow_hosts
+        await check_webhook_url(order.webhook_url, field="fal_webhook", allow_hosts=allow_hosts)
+    mode: Mode = "text-to-audio" if order.upload is None else _MODES[order.upload.role]
+    generation = replace(generation, init_audio=None, inpaint_audio=None, priority=targets.priority(request))
+    spec = JobSpec(
+        id=JobId(request_id),
+        contract="fal",
+        model=card.name,
+        mode=mode,
+        request=generation,
+        encoding=order.encoding,
+        file_stem=FILE_STEM,
+        peaks=peaks,
+        with_recipe=service.settings.dialects.recipes,
+        upload=order.upload,
+        start_within_s=start_within_s,
+        webhook_url=order.webhook_url,
+        client=request.state.client,
+        wire={"base_url": base_url(request, service.settings.api), **order.wire},
+    )
+    job = (await service.add_job(spec, card=card, caller=request.state.caller)).job
+    links = targets.links_of(request, request_id, limits=service.settings.api)
+    return make_ticket(job, links, position=await service.jobs.position(job))
+
+
+def _add_requests(router: APIRouter, service: Service, *, app: str) -> None:
     limits, jobs = service.settings.api, service.jobs
-    path = f"/{APP}/requests/{{request_id}}"
+    path = f"/{app}/requests/{{request_id}}"
 
     async def find(request: Request, response: Response, *, request_id: str) -> Job:
         job = await jobs.get(_ref(request, request_id))
@@ -200,7 +290,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         events = stream_status(jobs, job, links=links, with_logs=logs, streams=service.streams)
         return service.streams.open(events, caller=request.state.caller, headers={REQUEST_ID: job.spec.id})
 
-    @router.get(path, responses=_RESULT_RESPONSES, response_model=AudioOutput)
+    @router.get(path, responses=_RESULT_RESPONSES, response_model=Output)
     @router.get(f"{path}/response", include_in_schema=False)
     async def show_result(request: Request, job: Job = Depends(find)) -> Response:
         """Return the output of a finished request, or the error of a failed one."""
@@ -210,7 +300,13 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         if job.result is None:
             failure = failure_of(job)
             return JSONResponse(failure.body, failure.status, headers={**headers, **failure.headers})
-        output = describe_output(job.result.file, file_url(base_url(request, limits), job.result))
+        stored, wire = job.result.file, job.spec.wire
+        url = file_url(base_url(request, limits), job.result)
+        if wire.get("sync_mode"):
+            url = data_uri(b"".join([chunk async for chunk in jobs.read(stored)]), stored.media_type)
+        output = describe_output(
+            File.of(stored, url=url), wire, seed=job.result.seeds[0], prompt=job.spec.request.prompt
+        )
         return JSONResponse(output.model_dump(), headers=headers)
 
     @router.put(f"{path}/cancel", status_code=202, responses=_CANCEL_RESPONSES)

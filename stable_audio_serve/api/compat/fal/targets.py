@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 
 from fastapi.exceptions import RequestValidationError
-from starlette.convertors import PathConvertor, register_url_convertor
+from starlette.convertors import PathConvertor, StringConvertor, register_url_convertor
 from starlette.requests import Request
 
-from stable_audio_serve.api.compat.fal.wire import APP, Links
+from stable_audio_serve.api.compat.fal.wire import OWNER, Links
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
+
+
+class AppConvertor(StringConvertor):
+    """`{name:fal_app}` in routes matches the name of an application whose endpoints are in `endpoints`."""
+
+    regex = "stable-audio-(?:3|25)"
 
 
 class EndpointConvertor(PathConvertor):
@@ -20,6 +26,7 @@ class EndpointConvertor(PathConvertor):
     regex = "(?!(?:requests|stream|realtime)(?:/|$)).*"
 
 
+register_url_convertor("fal_app", AppConvertor())
 register_url_convertor("fal_endpoint", EndpointConvertor())
 
 
@@ -28,7 +35,7 @@ def means_queue(request: Request) -> bool:
 
     The path prefix `/queue` or `/run` decides. Without such a prefix, submissions to a host `queue.*` are queued.
     """
-    prefix = _prefix(request)
+    prefix, _ = _split(request)
     if prefix.endswith(("/queue", "/run")):
         return prefix.endswith("/queue")
     hosts = (request.headers.get("host", ""), request.headers.get("x-forwarded-host", ""))
@@ -40,8 +47,8 @@ def links_of(request: Request, request_id: str, *, limits: ApiSettings) -> Links
 
     They have the same host and path prefix as the current request, but without `/run`.
     """
-    prefix = _prefix(request).removesuffix("/run")
-    url = f"{base_url(request, limits)}{prefix}/{APP}/requests/{request_id}"
+    prefix, app = _split(request)
+    url = f"{base_url(request, limits)}{prefix.removesuffix('/run')}/{app}/requests/{request_id}"
     return Links(request_id=request_id, response_url=url, status_url=f"{url}/status", cancel_url=f"{url}/cancel")
 
 
@@ -69,10 +76,11 @@ def priority(request: Request) -> Priority:
     raise _header_fault("x-fal-queue-priority", text, message="Header should be 'normal' or 'low'")
 
 
-def _prefix(request: Request) -> str:
-    """Return the part of the path between the server's mount path and the name of the fal application."""
+def _split(request: Request) -> tuple[str, str]:
+    """Return the part of the path between the server's mount path and the fal application, and the application."""
     path: str = request.scope["path"]
-    return path.removeprefix(request.scope.get("root_path", "")).partition(f"/{APP}")[0]
+    prefix, _, rest = path.removeprefix(request.scope.get("root_path", "")).partition(f"/{OWNER}/")
+    return prefix, f"{OWNER}/{rest.partition('/')[0]}"
 
 
 def _header_fault(name: str, value: str, *, message: str) -> RequestValidationError:

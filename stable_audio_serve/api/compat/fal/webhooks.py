@@ -7,6 +7,7 @@ from typing import Any
 
 from stable_audio_serve.api.compat.fal.errors import failure_of
 from stable_audio_serve.api.compat.fal.run import describe_output
+from stable_audio_serve.api.compat.fal.wire import File
 from stable_audio_serve.api.links import file_url
 from stable_audio_serve.jobs.job import Job
 
@@ -20,5 +21,7 @@ def webhook_body(job: Job) -> Mapping[str, Any]:
     if job.result is None:
         failure = failure_of(job)
         return {**ids, "status": "ERROR", "payload": failure.body, "error": failure.message}
-    output = describe_output(job.result.file, file_url(job.spec.wire["base_url"], job.result))
+    wire, stored = job.spec.wire, job.result.file
+    file = File.of(stored, url=file_url(wire["base_url"], job.result))
+    output = describe_output(file, wire, seed=job.result.seeds[0], prompt=job.spec.request.prompt)
     return {**ids, "status": "OK", "payload": output.model_dump()}

@@ -13,8 +13,10 @@ from stable_audio_serve.api.compat.hosted import (
     ClipInput,
     WholeNumber,
 )
+from stable_audio_serve.artifacts.store import StoredFile
 
-APP = "fal-ai/stable-audio"
+OWNER = "fal-ai"
+APP = f"{OWNER}/stable-audio"
 
 REQUEST_ID = "X-Fal-Request-Id"
 ERROR_TYPE = "X-Fal-Error-Type"
@@ -46,11 +48,32 @@ class File(BaseModel):
     file_name: str
     file_size: int
 
+    @classmethod
+    def of(cls, file: StoredFile, *, url: str) -> File:
+        """Describe a stored file that can be downloaded at `url`."""
+        return cls(url=url, content_type=file.media_type, file_name=file.file_name, file_size=file.num_bytes)
+
 
 class AudioOutput(BaseModel):
-    """Output of the model."""
+    """Output of `fal-ai/stable-audio`."""
 
     audio_file: File
+
+
+class SeededOutput(BaseModel):
+    """Output of Stable Audio 2.5."""
+
+    audio: File
+    seed: int
+
+
+class PromptedOutput(SeededOutput):
+    """Output of Stable Audio 3."""
+
+    prompt: str
+
+
+Output = AudioOutput | SeededOutput | PromptedOutput
 
 
 class Links(BaseModel):

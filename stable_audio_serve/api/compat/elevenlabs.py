@@ -1,0 +1,400 @@
+"""ElevenLabs' API for sound effects and music, and the two routes with which its clients check a key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from stable_audio_serve.api.answers import SOUND_HEADERS, encoded_answer, file_chunks, sound_headers
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.fields import Finite, Prompt
+from stable_audio_serve.api.middleware.observe import note
+from stable_audio_serve.api.printable import printable
+from stable_audio_serve.api.refusals import ExpectedError, Refusals
+from stable_audio_serve.api.routing import route_class
+from stable_audio_serve.api.service import Output, Service, resolve_seed
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
+from stable_audio_serve.audio.formats import SAMPLE_RATES_HZ, media_type
+from stable_audio_serve.audio.seams import LEAST_SURPLUS_S, as_loop
+from stable_audio_serve.core.catalog import SA3_FAMILY, ModelCard, ModelCatalog
+from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError, UnknownModelError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.sound import AudioFormat, Encoding
+
+TAG = "ElevenLabs"
+
+_SOUND_MODELS = ("eleven_text_to_sound_v2", "eleven_text_to_sound_v3")
+_MUSIC_MODELS = ("music_v1", "music_v2", "music_v2_5")
+_SOUND_S = (0.5, 30.0)
+_UNSET_SOUND_S, _UNSET_MUSIC_S = 5.0, 30.0
+_MUSIC_MS = (3000, 600_000)
+_SECTION_MS = (3000, 120_000)
+_GUIDANCE = 6.0  # guidance is 1 + this times prompt_influence
+# A length in a text: "10 second", "2 s". Without a space, "80s" may be a decade, so only short lengths count.
+_LENGTH = re.compile(r"(?<![\w.])(\d{1,4}(?:\.\d{1,3})?)(?:[\s-]*(sec|secs|seconds?)|\s*s)\b", re.IGNORECASE)
+
+_MP3 = ("22050_32", "24000_48", *(f"44100_{kbps}" for kbps in (32, 64, 96, 128, 192)))
+_FORMATS = (
+    *(f"mp3_{name}" for name in _MP3),
+    *(f"opus_48000_{kbps}" for kbps in (32, 64, 96, 128, 192)),
+    *(f"{name}_{rate_hz}" for name in ("pcm", "wav") for rate_hz in SAMPLE_RATES_HZ),
+    "ulaw_8000",
+    "alaw_8000",
+)
+_MUSIC_FORMATS = ("auto", *_FORMATS, *(f"mp3_48000_{kbps}" for kbps in (128, 192, 240, 320)))
+SoundFormat = StrEnum("SoundFormat", {name.upper(): name for name in _FORMATS})  # type: ignore[misc]
+MusicFormat = StrEnum("MusicFormat", {name.upper(): name for name in _MUSIC_FORMATS})  # type: ignore[misc]
+_DEFAULT_FORMAT = "mp3_44100_128"
+_AUTO = {"music_v2": "mp3_48000_192", "music_v2_5": "mp3_48000_192"}  # of other models the default
+
+_ROWS = {
+    "unauthorized": (401, "invalid_api_key"),
+    "forbidden": (403, "missing_permissions"),
+    "upload_too_large": (413, "request_too_large"),
+    "overloaded": (429, "too_many_concurrent_requests"),
+    "quota": (429, "too_many_concurrent_requests"),
+    "cancelled": (503, "unavailable"),
+    "unavailable": (503, "unavailable"),
+    "storage": (503, "unavailable"),
+    "deadline_exceeded": (504, "timeout"),
+    "storage_full": (507, "storage_full"),
+}
+
+
+class _Body(BaseModel):
+    """Base of the request models. Unknown fields are ignored, as by the original."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+class SoundBody(_Body):
+    """A sound effect."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a door slams", "duration_seconds": 2}]})
+
+    text: Prompt = Field(description="Description of the sound.")
+    loop: StrictBool | None = Field(None, description="Whether the sound repeats without a seam; null = false.")
+    duration_seconds: Finite | None = Field(
+        None,
+        ge=_SOUND_S[0],
+        le=_SOUND_S[1],
+        description="Length, at most the model's longest clip; null = the length that the text names, or 5.",
+    )
+    prompt_influence: Finite | None = Field(
+        None, ge=0, le=1, description="Guidance of base models, 1 + 6 times this; distilled ones have none; null = 0.3."
+    )
+    model_id: str | None = Field(None, description=f"{', '.join(_SOUND_MODELS)}, or a model of this server.")
+
+
+class Section(_Body):
+    """A part of a composition plan."""
+
+    section_name: str = Field("", max_length=100)
+    positive_local_styles: tuple[str, ...] = Field((), max_length=50)
+    negative_local_styles: tuple[str, ...] = Field((), max_length=50)
+    duration_ms: int = Field(ge=_SECTION_MS[0], le=_SECTION_MS[1])
+    lines: tuple[str, ...] = Field((), max_length=30, description="Lyrics, which these models do not sing.")
+
+
+class Plan(_Body):
+    """A composition plan: styles of the whole piece, and its sections."""
+
+    positive_global_styles: tuple[str, ...] = Field((), max_length=50)
+    negative_global_styles: tuple[str, ...] = Field((), max_length=50)
+    sections: tuple[Section, ...] = Field(min_length=1, max_length=30)
+
+
+class MusicBody(_Body):
+    """A piece of music, from a prompt or a composition plan."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "slow piano", "music_length_ms": 10_000}]})
+
+    prompt: Prompt | None = Field(None, description="Description of the music, unless there is a plan.")
+    composition_plan: Plan | None = None
+    music_length_ms: int | None = Field(
+        None, ge=_MUSIC_MS[0], le=_MUSIC_MS[1], description="Length, only with a prompt; null = 30,000."
+    )
+    model_id: str | None = Field(None, description=f"{', '.join(_MUSIC_MODELS)}, or a model of this server.")
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Null = random; the header x-seed has it.")
+    force_instrumental: StrictBool | None = Field(None, description="Accepted: models do not sing.")
+    respect_sections_durations: StrictBool | None = Field(None, description="Accepted: sections have their length.")
+    sign_with_c2pa: StrictBool | None = Field(None, description="Accepted: files are not signed.")
+    store_for_inpainting: StrictBool | None = Field(None, description="Must be false or null.")
+    finetune_id: str | None = Field(None, description="Must be null.")
+
+
+# What the clients require of a user and a model. Nothing is charged, so counts and limits are fixed.
+_USER: Mapping[str, Any] = {
+    "subscription": {
+        **{"tier": "self-hosted", "status": "active", "currency": "usd", "character_count": 0},
+        **{"character_limit": 1_000_000, "max_credit_limit_extension": "unlimited"},
+        **dict.fromkeys(("can_extend_character_limit", "allowed_to_extend_character_limit"), False),
+        **dict.fromkeys(("can_use_instant_voice_cloning", "can_use_professional_voice_cloning"), False),
+        **dict.fromkeys(("voice_slots_used", "professional_voice_slots_used", "voice_limit"), 0),
+        **dict.fromkeys(("professional_voice_slots_used_in_workspace", "professional_voice_limit"), 0),
+        **{"voice_add_edit_counter": 0, "can_extend_voice_limit": False},
+        "current_overage": {"amount": "0", "currency": "usd"},
+    },
+    **dict.fromkeys(("is_new_user", "can_use_delayed_payment_methods"), False),
+    **dict.fromkeys(("is_onboarding_completed", "is_onboarding_checklist_completed"), True),
+    **{"created_at": 0, "seat_type": "workspace_member"},
+}
+_MODEL: Mapping[str, Any] = {
+    **dict.fromkeys(("can_be_finetuned", "can_do_text_to_speech", "can_do_voice_conversion", "can_use_style"), False),
+    **dict.fromkeys(("can_use_speaker_boost", "serves_pro_voices", "requires_alpha_access"), False),
+    **{"token_cost_factor": 0.0, "maximum_text_length_per_request": 100_000, "concurrency_group": "standard"},
+    "languages": [{"language_id": "en", "name": "English"}],
+}
+
+
+class ElevenLabsError(BaseModel):
+    """Any error except invalid fields: `status`, a word for programs, and `message`."""
+
+    detail: dict[str, str]
+
+
+class InvalidField(BaseModel):
+    """One invalid field; `loc` ends in its name."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class InvalidFields(BaseModel):
+    """422: one entry for each invalid field."""
+
+    detail: list[InvalidField]
+
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_AUDIO: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The audio file.",
+        "content": {media_type(AudioFormat(name)): _BINARY for name in ("mp3", "opus", "pcm", "wav", "ulaw", "alaw")},
+        "headers": SOUND_HEADERS,
+    },
+    422: {"model": InvalidFields, "description": "A field is missing, of the wrong type or out of range."},
+    **error_responses(ElevenLabsError, 401, 408, 413, 429, 500, 503, 504),
+}
+_Logging = Annotated[bool, Query(description="Accepted: prompts are not logged either way.")]
+_FormatField = Query(description="Format, sample rate, and bit rate in kbit/s.")
+
+
+def build_router(service: Service) -> APIRouter:
+    """Return the dialect's routes, except the list of models, whose path other dialects have too."""
+    router = APIRouter(tags=[TAG])
+    making = APIRouter(route_class=route_class(render_error, scopes=("generate",)), strict_content_type=False)
+    looking = APIRouter(route_class=route_class(render_error, scopes=()))
+    default = _choose(service.backend.catalog, service.settings.dialects.elevenlabs_model)
+
+    async def run(request: Request, generation: GenerationRequest, *, card: ModelCard, name: str) -> Output:
+        """Generate a clip and encode its file."""
+        started_at = service.clock.monotonic()
+        card, generation = service.adapted(card, generation)
+        note(request.scope, model=card.name, duration_s=generation.duration_s)
+        result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
+        origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
+        order = FileOrder(service.settings.audio.peaks, encoding=_encoding(name), origin=origin)
+        output = await service.finish(result, order)
+        note(request.scope, num_bytes=output.file.num_bytes)
+        return output
+
+    async def compose(request: Request, body: MusicBody, *, name: str) -> Output:
+        card = _resolve(service.backend.catalog, body.model_id, default=default, names=_MUSIC_MODELS)
+        generation = _to_music(body, card, request_id=request.state.request_id)
+        name = _AUTO.get(body.model_id or "", _DEFAULT_FORMAT) if name == "auto" else name
+        return await run(request, generation, card=card, name=name)
+
+    @making.post("/v1/sound-generation", summary="Sound effect (ElevenLabs)", response_class=Response, responses=_AUDIO)
+    async def make_sound(
+        request: Request,
+        body: SoundBody,
+        *,
+        output_format: Annotated[SoundFormat, _FormatField] = SoundFormat(_DEFAULT_FORMAT),
+        enable_logging: _Logging = True,
+    ) -> Response:
+        """Generate a sound effect from a text."""
+        card = _resolve(service.backend.catalog, body.model_id, default=default, names=_SOUND_MODELS)
+        generation = _to_sound(body, card, request_id=request.state.request_id)
+        output = await run(request, generation, card=card, name=output_format)
+        return encoded_answer(output.file, _headers(output))
+
+    @making.post("/v1/music", summary="Music (ElevenLabs)", response_class=Response, responses=_AUDIO)
+    async def make_music(
+        request: Request,
+        body: MusicBody,
+        *,
+        output_format: Annotated[MusicFormat, _FormatField] = MusicFormat(_DEFAULT_FORMAT),
+        enable_logging: _Logging = True,
+    ) -> Response:
+        """Generate music from a prompt or a composition plan."""
+        output = await compose(request, body, name=output_format)
+        return encoded_answer(output.file, _headers(output))
+
+    @making.post("/v1/music/stream", summary="Music in pieces (ElevenLabs)", response_class=Response, responses=_AUDIO)
+    async def stream_music(
+        request: Request,
+        body: MusicBody,
+        *,
+        output_format: Annotated[MusicFormat, _FormatField] = MusicFormat(_DEFAULT_FORMAT),
+        enable_logging: _Logging = True,
+    ) -> Response:
+        """Generate music and send it in pieces, without a Content-Length."""
+        output = await compose(request, body, name=output_format)
+        return StreamingResponse(file_chunks(output.file), headers=_headers(output), media_type=output.file.media_type)
+
+    @looking.get("/v1/user", summary="User (ElevenLabs)", responses=error_responses(ElevenLabsError, 401, 503))
+    async def show_user(request: Request) -> dict[str, Any]:
+        """Describe the key. Clients call this to check it."""
+        return {**dict.fromkeys(("user_id", "workspace_id", "first_name"), request.state.caller.key.label), **_USER}
+
+    router.include_router(making)
+    router.include_router(looking)
+    return router
+
+
+def list_models(catalog: ModelCatalog) -> list[dict[str, Any]]:
+    """Return the served models in ElevenLabs' form."""
+    return [{"model_id": card.name, "name": card.name, "description": card.description, **_MODEL} for card in catalog]
+
+
+def _headers(output: Output) -> dict[str, str]:
+    return sound_headers(output.clips, output.result.made_on)
+
+
+def _choose(catalog: ModelCatalog, name: str | None) -> ModelCard:
+    """Return the model of the setting: the first for sound effects, else the first Stable Audio 3 model."""
+    if name is None:
+        name = next((card.name for card in catalog if "sfx" in card.name), None)
+    return catalog.choose(name, family=SA3_FAMILY)
+
+
+def _resolve(catalog: ModelCatalog, name: str | None, *, default: ModelCard, names: Sequence[str]) -> ModelCard:
+    if name is None or name in names:
+        return default
+    try:
+        return catalog.resolve(name)
+    except UnknownModelError as error:
+        raise _fault("model_id", f"{error.message}, {', '.join(names)}") from error
+
+
+def _to_sound(body: SoundBody, card: ModelCard, *, request_id: str) -> GenerationRequest:
+    longest_s = min(_SOUND_S[1], card.max_duration_s - (LEAST_SURPLUS_S if body.loop else 0))
+    duration_s = body.duration_seconds
+    if duration_s is None:
+        duration_s = min(_named_length(body.text), longest_s)
+    elif duration_s > longest_s:
+        raise _fault("duration_seconds", f"must be from {_SOUND_S[0]:g} to {longest_s:g} for the model {card.name}")
+    influence = 0.3 if body.prompt_influence is None else body.prompt_influence
+    request = GenerationRequest(
+        prompt=body.text,
+        duration_s=duration_s,
+        seed=resolve_seed(-1),
+        cfg_scale=1 + _GUIDANCE * influence if card.default_cfg_scale > 1 else None,
+        request_id=request_id,
+    )
+    return as_loop(request, max_duration_s=card.max_duration_s) if body.loop else request
+
+
+def _named_length(text: str) -> float:
+    """Return the length in seconds that a text names, within the allowed range, or the default."""
+    for number, word in _LENGTH.findall(text):
+        if word or float(number) <= _SOUND_S[1]:
+            return min(max(float(number), _SOUND_S[0]), _SOUND_S[1])
+    return _UNSET_SOUND_S
+
+
+def _to_music(body: MusicBody, card: ModelCard, *, request_id: str) -> GenerationRequest:
+    """Return the request for music. Raises RequestValidationError for fields that have no meaning here."""
+    if (body.prompt is None) == (body.composition_plan is None):
+        raise _fault("prompt", "send either prompt or composition_plan")
+    if body.finetune_id is not None:
+        raise _fault("finetune_id", "must be null: this server has no finetunes; select a model with model_id")
+    if body.store_for_inpainting:
+        raise _fault("store_for_inpainting", "must be false or null: songs are not stored")
+    longest_s, plan = card.max_duration_s, body.composition_plan
+    if plan is not None:
+        field, duration_s = "composition_plan", sum(section.duration_ms for section in plan.sections) / 1000
+    elif body.music_length_ms is None:
+        field, duration_s = "music_length_ms", min(_UNSET_MUSIC_S, longest_s)
+    else:
+        field, duration_s = "music_length_ms", body.music_length_ms / 1000
+    if duration_s > longest_s:
+        raise _fault(field, f"must last at most {longest_s * 1000:.0f} ms, the longest clip of the model {card.name}")
+    return GenerationRequest(
+        prompt=body.prompt or _describe(plan),
+        duration_s=duration_s,
+        seed=resolve_seed(-1 if body.seed is None else body.seed),
+        request_id=request_id,
+    )
+
+
+def _describe(plan: Plan | None) -> str:
+    """Return a prompt with the styles of a plan and its sections."""
+    if plan is None:
+        return ""
+    styles = [*plan.positive_global_styles, *(each for part in plan.sections for each in part.positive_local_styles)]
+    return ", ".join(dict.fromkeys(styles)) or ", ".join(part.section_name for part in plan.sections)
+
+
+def _encoding(name: str) -> Encoding:
+    """Return the encoding that a value of `output_format` names: format, sample rate and bit rate."""
+    file_format, rate_hz, *kbps = name.split("_")
+    return Encoding(AudioFormat(file_format), int(kbps[0]) if kbps else None, sample_rate_hz=int(rate_hz))
+
+
+def render_error(request: Request, error: ExpectedError) -> Response:
+    """Return the response to an expected error."""
+    return _REFUSALS.answer(request, error)
+
+
+def _fault(field: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": f"{field}: {message}"}])
+
+
+def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[InvalidField]:
+    places = [fault["loc"]]
+    if fault["type"] == "json_invalid":  # then FastAPI's location ends with a character position
+        places = [("body",)]
+    elif fault["loc"] == ("body",) and fault["type"] == "missing":  # there is no body
+        places = [("body", "text"), ("body", "prompt")]
+    return [InvalidField(loc=printable(list(at)), msg=printable(fault["msg"]), type=fault["type"]) for at in places]
+
+
+def _find_fault(_: Request, error: StableAudioError) -> InvalidField | None:
+    if not isinstance(error, InvalidRequestError):
+        return None
+    return InvalidField(loc=["body", error.field or "text"], msg=error.message, type="value_error")
+
+
+def _answer(status: int, word: str, *, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"detail": {"status": word, "message": message}}, status, headers=dict(headers or {}))
+
+
+def _answer_http(_: Request, error: HTTPException) -> Response:
+    word = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    return _answer(error.status_code, word, message=str(error.detail), headers=error.headers)
+
+
+_REFUSALS: Refusals[tuple[int, str], InvalidField, Response] = Refusals(
+    table=_ROWS,
+    internal=(500, "internal_error"),
+    internal_message="generation failed; request id {request_id}",
+    parse_fault=_parse_fault,
+    find_fault=_find_fault,
+    name_field=lambda fault: fault.loc[-1],
+    answer_fields=lambda _, faults: JSONResponse({"detail": [each.model_dump() for each in faults]}, 422),
+    answer_http=_answer_http,
+    answer_error=lambda _, error: _answer(*error.row, message=error.message, headers=error.headers),
+)

@@ -1,0 +1,267 @@
+"""fal's endpoints for Stable Audio 3 and 2.5: one table of their inputs, and the request that each input makes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import PydanticCustomError
+from starlette.exceptions import HTTPException
+
+from stable_audio_serve.api.compat.hosted import WholeNumber, check_whole
+from stable_audio_serve.api.fields import Finite, Prompt, ResponseFormat
+from stable_audio_serve.api.service import resolve_seed
+from stable_audio_serve.audio.formats import BITRATES_KBPS, available_formats
+from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
+from stable_audio_serve.core.errors import UnknownModelError
+from stable_audio_serve.core.generation import GenerationRequest, Lora, SourceAudio
+from stable_audio_serve.core.settings import DialectSettings
+from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
+
+SA3_APP, SA25_APP = "fal-ai/stable-audio-3", "fal-ai/stable-audio-25"
+Operation = Literal["text-to-audio", "audio-to-audio", "inpaint", "outpaint"]
+
+_OPERATIONS: Mapping[str, Operation] = {
+    "text-to-audio": "text-to-audio",
+    "audio-to-audio": "audio-to-audio",
+    "audio-inpainting": "inpaint",
+    "audio-outpainting": "outpaint",
+}
+_FORMATS = [name for name in available_formats() if name not in ("pcm", "ulaw", "alaw")]
+
+# The fields of each endpoint's input, in fal's order.
+_COMMON_OF_3 = "num_inference_steps guidance_scale seed enable_prompt_expansion enable_safety_checker sync_mode"
+_COMMON_OF_3 += " output_format bitrate prompt"
+_NAMES_OF_3: Mapping[Operation, str] = {
+    "text-to-audio": f"negative_prompt duration {_COMMON_OF_3}",
+    "audio-to-audio": f"negative_prompt duration {_COMMON_OF_3} audio_url init_noise_level",
+    "inpaint": f"negative_prompt {_COMMON_OF_3} audio_url mask_start_seconds mask_end_seconds",
+    "outpaint": f"negative_prompt {_COMMON_OF_3} audio_url extend_seconds_before extend_seconds_after",
+}
+_NAMES_OF_25: Mapping[Operation, str] = {
+    "text-to-audio": "prompt seconds_total num_inference_steps guidance_scale sync_mode seed",
+    "audio-to-audio": "prompt audio_url strength num_inference_steps total_seconds guidance_scale sync_mode seed",
+    "inpaint": "prompt audio_url seconds_total guidance_scale mask_start mask_end num_inference_steps sync_mode seed",
+}
+
+
+def _check_number(value: object) -> object:
+    if isinstance(value, bool | str | bytes):
+        raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+def _check_format(value: object) -> object:
+    if isinstance(value, str) and value in ("pcm", "ulaw", "alaw"):
+        raise PydanticCustomError("enum", "Input should be one of {names}", {"names": ", ".join(_FORMATS)})
+    return value
+
+
+_Seconds = Annotated[
+    int,
+    Field(ge=1, le=190, description="Length, seconds; at most the model's longest clip."),
+    BeforeValidator(check_whole),
+]
+Number = Annotated[Finite, BeforeValidator(_check_number)]
+
+
+class _Adapter(BaseModel):
+    """One adapter of an endpoint `.../lora`."""
+
+    path: str = Field(min_length=1, max_length=300, description="Name of an adapter of the model.")
+    scale: Number = Field(1.0, description="Strength; 0 = off.")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A checked input: the value of each field, and the names of those that the client sent."""
+
+    values: Mapping[str, Any]
+    sent: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One endpoint. `model` is its key in `dialects.fal_models`, "" = the default model of the dialects."""
+
+    id: str
+    operation: Operation
+    model: str = ""
+    longest_s: float = 190.0
+    steps: int = 8
+    cfg_scale: float = 1.0
+    takes_adapters: bool = False
+
+    @property
+    def app(self) -> str:
+        """The part of the id that the paths of queued requests have."""
+        return "/".join(self.id.split("/")[:2])
+
+    @cached_property
+    def schema(self) -> type[BaseModel]:
+        """The model of the endpoint's input."""
+        names = (_NAMES_OF_3 if self.model else _NAMES_OF_25)[self.operation].split()
+        fields: dict[str, Any] = {name: self._fields[name] for name in names + ["loras"] * self.takes_adapters}
+        name = re.sub(r"\W+", " ", self.id.removeprefix("fal-ai/")).title().replace(" ", "")
+        config = ConfigDict(extra="ignore", protected_namespaces=())
+        return create_model(f"{name}Input", __config__=config, **fields)
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        """Type and definition of every field that an endpoint may have."""
+        longest_s, is_3 = self.longest_s, bool(self.model)
+        whole, steps = WholeNumber, (1, 100) if is_3 else (4, 8)
+        share: dict[str, Any] = {"le": 1, "description": "Noise that is mixed in: low keeps more of the source."}
+        return {
+            "prompt": (Prompt, Field(description="Description of the sound.")),
+            "negative_prompt": (str, Field("", max_length=100_000, description="What to avoid.")),
+            "duration": (Number, Field(30.0, ge=1, le=longest_s, description="Length, seconds.")),
+            "seconds_total": (_Seconds if self.operation == "text-to-audio" else _Seconds | None, 190),
+            "total_seconds": (_Seconds | None, None),
+            "num_inference_steps": (whole, Field(self.steps, ge=steps[0], le=steps[1], description="Denoising steps.")),
+            "guidance_scale": (Number, Field(self.cfg_scale, ge=0 if is_3 else 1, le=25, description="Guidance.")),
+            "seed": (whole | None, Field(None, description="Null = random.")),
+            "enable_prompt_expansion": (bool, Field(False, description="Must be false.")),
+            "enable_safety_checker": (bool, Field(True, description="Has no effect.")),
+            "sync_mode": (bool, Field(False, description="Return the file as a data URI.")),
+            "output_format": (
+                Annotated[ResponseFormat, BeforeValidator(_check_format)],
+                Field(AudioFormat.MP3, json_schema_extra={"enum": list(_FORMATS)}),
+            ),
+            "bitrate": (str, Field("192k", description="8k to 320k; not used by wav and flac.")),
+            "audio_url": (str, Field(min_length=1, description="Public URL, file of this server, or data URI.")),
+            "init_noise_level": (Number, Field(0.9, ge=0, **share)),
+            "strength": (Number, Field(0.8, ge=0.01, **share)),
+            "mask_start": (whole, Field(30, ge=0, le=190, description="Start of the region, seconds.")),
+            "mask_end": (whole, Field(190, ge=0, le=190, description="End of the region, seconds.")),
+            "mask_start_seconds": (Number, Field(ge=0, le=longest_s, description="Start of the region.")),
+            "mask_end_seconds": (Number, Field(ge=0, le=longest_s, description="End of the region.")),
+            "extend_seconds_before": (Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add before.")),
+            "extend_seconds_after": (Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add after.")),
+            "loras": (tuple[_Adapter, ...], Field((), max_length=64, description="Adapters (LoRA), in this order.")),
+        }
+
+    def parse(self, body: Mapping[str, Any]) -> Input:
+        """Return the checked input. Raises RequestValidationError."""
+        try:
+            checked = self.schema.model_validate(body)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+            raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from error
+        return Input(checked.model_dump(), frozenset(checked.model_fields_set))
+
+    def choose_model(self, catalog: ModelCatalog, settings: DialectSettings) -> ModelCard:
+        """Return the model that answers. Raises HTTPException 404 if it is not served."""
+        if not self.model:
+            return catalog.choose(settings.model, family=OPEN_FAMILY)
+        name = settings.fal_models.get(self.model) or "-".join(self.model.split("/")[1:])
+        try:
+            return catalog.resolve(name)
+        except UnknownModelError as error:
+            served = ", ".join(card.name for card in catalog)
+            raise HTTPException(404, f"{self.id}: the model {name} is not served; served: {served}") from error
+
+
+def _table() -> dict[str, Endpoint]:
+    found = [Endpoint(f"{SA25_APP}/{operation}", operation) for operation in _NAMES_OF_25]
+    for checkpoint, base, (name, operation) in product(
+        ("medium", "small/music", "small/sfx"), ("", "/base"), _OPERATIONS.items()
+    ):
+        endpoint = Endpoint(
+            f"{SA3_APP}/{checkpoint}{base}/{name}",
+            operation,
+            model=f"stable-audio-3/{checkpoint}{base}",
+            longest_s=380.0 if checkpoint == "medium" else 120.0,
+            steps=50 if base else 8,
+            cfg_scale=7.0 if base else 1.0,
+        )
+        found += [endpoint, replace(endpoint, id=f"{endpoint.id}/lora", takes_adapters=True)]
+    return {endpoint.id: endpoint for endpoint in found}
+
+
+ENDPOINTS: Mapping[str, Endpoint] = _table()
+
+
+def to_encoding(given: Input) -> Encoding:
+    """Return how the file is encoded. Raises RequestValidationError."""
+    file_format = given.values.get("output_format", AudioFormat.WAV)
+    if file_format in (AudioFormat.WAV, AudioFormat.FLAC):
+        return replace(PLAIN_WAV, file_format=file_format)
+    text, (low, high) = given.values["bitrate"], BITRATES_KBPS
+    kbps = int(found[1]) if (found := re.fullmatch(r"(\d{1,3})k", text)) else 0
+    if not low <= kbps <= high:
+        raise _fault("bitrate", f"Input should be from '{low}k' to '{high}k'", value=text)
+    return Encoding(file_format, bitrate_kbps=kbps)
+
+
+def to_request(
+    endpoint: Endpoint, given: Input, *, card: ModelCard, source: SourceAudio | None, request_id: str
+) -> GenerationRequest:
+    """Return the request, with its source audio. Raises RequestValidationError."""
+    values = given.values
+    if values.get("enable_prompt_expansion"):
+        raise _fault("enable_prompt_expansion", "true is not supported by this server", value=True)
+    request = GenerationRequest(
+        prompt=values["prompt"],
+        duration_s=_duration_s(endpoint, given, card=card, source=source),
+        seed=resolve_seed(-1 if values["seed"] is None else values["seed"]),
+        negative_prompt=values.get("negative_prompt") or None,
+        steps=values["num_inference_steps"],
+        cfg_scale=values["guidance_scale"],
+        loras=tuple(Lora(one["path"], one["scale"]) for one in values.get("loras", ())),
+        request_id=request_id,
+    )
+    duration_s = request.duration_s
+    if endpoint.operation == "text-to-audio":
+        return request
+    if endpoint.operation == "audio-to-audio":
+        level = values.get("init_noise_level", values.get("strength"))
+        return replace(request, init_audio=source, init_noise_level=card.noise_level(level, sampler=None))
+    if endpoint.operation == "inpaint":
+        start, end = (f"mask_{name}{'_seconds' if endpoint.model else ''}" for name in ("start", "end"))
+        region = values[start], min(values[end], duration_s)
+        if region[0] >= region[1]:
+            message = f"Input should be less than {end} and than the length of the clip, {duration_s:g}"
+            raise _fault(start, message, value=values[start])
+        return replace(request, inpaint_audio=source, inpaint_regions_s=(region,))
+    before_s, after_s = values["extend_seconds_before"], values["extend_seconds_after"]
+    added = (0.0, before_s), (duration_s - after_s, duration_s)
+    regions = tuple(region for region in added if region[0] < region[1])
+    return replace(request, inpaint_audio=source, source_start_s=before_s, inpaint_regions_s=regions)
+
+
+def _duration_s(endpoint: Endpoint, given: Input, *, card: ModelCard, source: SourceAudio | None) -> float:
+    """Return the length of the clip. Raises RequestValidationError if the input asks for more than the model can do."""
+    longest_s, values = min(endpoint.longest_s, card.max_duration_s), given.values
+    source_s = longest_s if source is None else source.duration_s
+    if endpoint.operation == "outpaint":
+        before_s, after_s = values["extend_seconds_before"], values["extend_seconds_after"]
+        name = "extend_seconds_before" if before_s > after_s else "extend_seconds_after"
+        asked_s = before_s + source_s + after_s
+        if asked_s == source_s:
+            raise _fault(name, "Input should be above 0, or extend_seconds_before should be", value=after_s)
+    else:
+        name = next((name for name in ("duration", "seconds_total", "total_seconds") if name in values), "")
+        asked_s = values[name] if name in given.sent and values[name] is not None else 0.0
+        if not asked_s:
+            default_s = (
+                source_s if endpoint.operation == "inpaint" or not name or values[name] is None else values[name]
+            )
+            return float(min(default_s, longest_s))
+    if asked_s > longest_s:
+        message = (
+            f"Input should be at most {longest_s:g} seconds with the source: the longest clip of the model {card.name}"
+        )
+        raise _fault(name, message, value=values[name], le=longest_s)
+    return float(asked_s)
+
+
+def _fault(name: str, message: str, *, value: object, **context: object) -> RequestValidationError:
+    entry = {"type": "value_error", "loc": ("body", name), "msg": message, "input": value}
+    return RequestValidationError([entry | ({"ctx": context} if context else {})])

@@ -1,0 +1,87 @@
+"""The source audio of a request: a file of this server's storage, a data URI, or a file on a public host."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tempfile
+from base64 import b64decode
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import IO
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from starlette.datastructures import UploadFile
+
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, download
+
+FIELD = "audio_url"
+
+_DATA = re.compile(r"data:[^,]{0,200}?(;base64)?,", re.IGNORECASE)
+_OWN_PATH = re.compile(r"/files/([0-9a-f]{32})/[^/]+")
+
+
+@asynccontextmanager
+async def opened_source(url: str, service: Service, *, base: str) -> AsyncIterator[UploadFile]:
+    """Yield the file at `url`, at most `api.max_upload_bytes` long. Raises InvalidRequestError.
+
+    URLs that begin with `base` are this server's own.
+    """
+    max_bytes = service.settings.api.max_upload_bytes
+    with tempfile.TemporaryFile() as file:
+        if url[:5].lower() == "data:":
+            file.write(await asyncio.to_thread(_decode, url))
+        elif (file_id := _own_file(url, base=base)) is not None:
+            await _copy_own(service, file_id, into=file)
+        else:
+            try:
+                hosts = service.settings.jobs.webhook_allow_hosts
+                await download(url, file, max_bytes=max_bytes, allow_hosts=hosts)
+            except DeliveryError as error:
+                raise _unusable(str(error)) from error
+        num_bytes = file.tell()
+        if num_bytes > max_bytes:
+            raise _unusable(f"is larger than {max_bytes} bytes (api.max_upload_bytes)")
+        file.seek(0)
+        yield UploadFile(file, size=num_bytes)
+
+
+def _decode(url: str) -> bytes:
+    found = _DATA.match(url)
+    if found is None:
+        raise _unusable("is not a valid data URI")
+    content = url[found.end() :]
+    if not found[1]:
+        return unquote_to_bytes(content)
+    try:
+        return b64decode(unquote_to_bytes(content), validate=True)
+    except ValueError as error:
+        raise _unusable("is not valid base64") from error
+
+
+def _own_file(url: str, *, base: str) -> str | None:
+    """Return the id of a file in this server's storage, None for other URLs."""
+    try:
+        parts, own = urlsplit(url), urlsplit(base)
+    except ValueError:
+        return None
+    found = _OWN_PATH.fullmatch(parts.path.removeprefix(own.path))
+    return found[1] if found and parts.netloc == own.netloc else None
+
+
+async def _copy_own(service: Service, file_id: str, *, into: IO[bytes]) -> None:
+    file = await service.jobs.find_file(file_id)
+    try:
+        if file is None:
+            raise FileNotFoundError
+        async for chunk in service.jobs.read(file):
+            into.write(chunk)
+    except FileNotFoundError as error:
+        raise _unusable("is a file of this server that does not exist (any more)") from error
+
+
+def _unusable(reason: str) -> InvalidRequestError:
+    allowed = "an http or https URL on a public address, a file of this server, or a data URI"
+    return InvalidRequestError(f"{FIELD} {reason}; allowed: {allowed}", field=FIELD, allowed=allowed)

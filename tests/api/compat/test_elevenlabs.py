@@ -1,0 +1,379 @@
+"""ElevenLabs' API over HTTP: each field's default, bounds and wrong values, formats, errors and keys."""
+
+from __future__ import annotations
+
+import io
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
+from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.keys import hash_key
+from tests.api.compat.serving import make_client, serve_app
+from tests.backends import ToneBackend
+from tests.parameters import few, some
+
+SOUND, MUSIC, STREAM = "/v1/sound-generation", "/v1/music", "/v1/music/stream"
+BODIES = {SOUND: {"text": "a dog", "duration_seconds": 1}, MUSIC: {"prompt": "piano", "music_length_ms": 3000}}
+BODIES[STREAM] = BODIES[MUSIC]
+RATES = (8000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+MP3 = {"mp3_22050_32", "mp3_24000_48", *(f"mp3_44100_{kbps}" for kbps in (32, 64, 96, 128, 192))}
+OPUS = {f"opus_48000_{kbps}" for kbps in (32, 64, 96, 128, 192)}
+RAW = {f"{name}_{rate_hz}" for name in ("pcm", "wav") for rate_hz in RATES} | {"ulaw_8000", "alaw_8000"}
+FORMATS = sorted(MP3 | OPUS | RAW)
+MEDIA_TYPES = {
+    **{"mp3": "audio/mpeg", "opus": "audio/ogg", "pcm": "audio/pcm", "wav": "audio/wav"},
+    **{"ulaw": "audio/basic", "alaw": "audio/x-alaw-basic"},
+}
+PLAN = {
+    "positive_global_styles": ["jazz", "warm"],
+    "negative_global_styles": ["metal"],
+    "sections": [
+        {
+            "section_name": name,
+            "positive_local_styles": [style],
+            "negative_local_styles": [],
+            "duration_ms": 3000,
+            "lines": [],
+        }
+        for name, style in (("Intro", "piano"), ("Solo", "saxophone"))
+    ],
+}
+
+
+def faults(reply: httpx.Response) -> list[tuple[str, str]]:
+    """Return the names and messages of the invalid fields of a response with the status 422."""
+    assert reply.status_code == 422, reply.text
+    items = reply.json()["detail"]
+    assert all(item.keys() == {"loc", "msg", "type"} for item in items)
+    return [(item["loc"][-1], item["msg"]) for item in items]
+
+
+def detail(reply: httpx.Response, status: int) -> dict[str, str]:
+    assert reply.status_code == status, reply.text
+    body = reply.json()["detail"]
+    assert body.keys() == {"status", "message"}
+    return body
+
+
+@pytest.mark.parametrize("prefix", ["", "/elevenlabs"])
+@pytest.mark.parametrize("path", [SOUND, MUSIC])
+async def test_answer_is_an_mp3_file_with_its_seed(
+    client: httpx.AsyncClient, backend: ToneBackend, path: str, prefix: str
+) -> None:
+    reply = await client.post(prefix + path, json=BODIES[path])
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"] == "audio/mpeg"
+    assert reply.headers["x-request-id"]
+    assert int(reply.headers["x-seed"]) == backend.last.seed
+    info = soundfile.info(io.BytesIO(reply.content))
+    assert (info.samplerate, info.channels) == (44_100, 2)
+    length_s = backend.last.duration_s
+    assert info.frames == round(44_100 * length_s)
+    assert len(reply.content) * 8 / 1000 / length_s == pytest.approx(128, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", some(FORMATS, ("mp3_22050_32", "opus_48000_96", "pcm_16000", "wav_24000", "ulaw_8000"))
+)
+async def test_formats_have_their_rate_and_bit_rate(client: httpx.AsyncClient, name: str) -> None:
+    reply = await client.post(SOUND, params={"output_format": name}, json=BODIES[SOUND])
+    kind, rate, *kbps = name.split("_")
+    assert reply.headers["content-type"] == MEDIA_TYPES[kind]
+    content, rate_hz = reply.content, int(rate)
+    if kind in ("pcm", "ulaw", "alaw"):
+        channels, subtype = (2, "PCM_16") if kind == "pcm" else (1, kind.upper())
+        raw = {"samplerate": rate_hz, "channels": channels, "subtype": subtype, "format": "RAW"}
+        samples, found_hz = soundfile.read(io.BytesIO(content), always_2d=True, **raw)
+    else:
+        samples, found_hz = soundfile.read(io.BytesIO(content), always_2d=True)
+        assert samples.shape[1] == 2
+    assert (found_hz, len(samples)) == (rate_hz, rate_hz)
+    spectrum = np.abs(np.fft.rfft(samples[:, 0]))
+    assert spectrum[:4000].argmax() == pytest.approx(100 + int(reply.headers["x-seed"]) % 1000, abs=1)
+    if kbps:
+        assert len(content) * 8 / 1000 == pytest.approx(int(kbps[0]), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "rate_hz", "kbps"),
+    [
+        ({}, "auto", 44_100, 128),
+        ({"model_id": "music_v1"}, "auto", 44_100, 128),
+        ({"model_id": "music_v2"}, "auto", 48_000, 192),
+        ({}, "mp3_48000_320", 48_000, 320),
+    ],
+)
+async def test_music_has_more_formats(
+    client: httpx.AsyncClient, fields: dict[str, Any], name: str, rate_hz: int, kbps: int
+) -> None:
+    reply = await client.post(MUSIC, params={"output_format": name}, json=BODIES[MUSIC] | fields)
+    assert soundfile.info(io.BytesIO(reply.content)).samplerate == rate_hz
+    assert len(reply.content) * 8 / 3000 == pytest.approx(kbps, rel=0.05)
+    if not fields:
+        refused = await client.post(SOUND, params={"output_format": name}, json=BODIES[SOUND])
+        assert faults(refused)[0][0] == "output_format"
+
+
+@pytest.mark.parametrize("name", ["mp3_44100_100", "pcm_11025", "flac_44100", "", "MP3_44100_128"])
+@pytest.mark.parametrize("path", [SOUND, MUSIC, STREAM])
+async def test_other_formats_are_refused_by_name(client: httpx.AsyncClient, path: str, name: str) -> None:
+    ((field, message),) = faults(await client.post(path, params={"output_format": name}, json=BODIES[path]))
+    assert field == "output_format"
+    assert "mp3_44100_128" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "duration_s"),
+    [
+        ({}, 5.0),
+        ({"duration_seconds": None}, 5.0),
+        ({"duration_seconds": 0.5}, 0.5),
+        ({"duration_seconds": 30}, 30.0),
+        ({"text": "a 10 second drum roll"}, 10.0),
+        ({"text": "rain for 2 s"}, 2.0),
+        ({"text": "a 12-second riser"}, 12.0),
+        ({"text": "2.5s of wind"}, 2.5),
+        ({"text": "wind, 45 seconds"}, 30.0),
+        ({"text": "0.1 seconds of a click"}, 0.5),
+        ({"text": "an 80s synth from the 1980s"}, 5.0),
+        ({"text": "10 seconds of rain", "duration_seconds": 3}, 3.0),
+        ({"loop": True, "duration_seconds": 30}, 30.0),
+    ],
+)
+async def test_length_of_a_sound(
+    client: httpx.AsyncClient, backend: ToneBackend, fields: dict[str, Any], duration_s: float
+) -> None:
+    query = {"output_format": "ulaw_8000"}
+    reply = await client.post(SOUND, params=query, json={"text": "a dog", **fields})
+    assert reply.status_code == 200, reply.text
+    assert backend.last.duration_s == duration_s
+    assert len(reply.content) == round(8000 * duration_s)
+
+
+SOUND_REFUSED = [
+    ({"text": ""}, "text"),
+    ({"text": " "}, "text"),
+    ({"text": None}, "text"),
+    ({"text": 5}, "text"),
+    ({"duration_seconds": 0.49}, "duration_seconds"),
+    ({"duration_seconds": 30.1}, "duration_seconds"),
+    ({"duration_seconds": "long"}, "duration_seconds"),
+    ({"prompt_influence": -0.1}, "prompt_influence"),
+    ({"prompt_influence": 1.1}, "prompt_influence"),
+    ({"prompt_influence": "much"}, "prompt_influence"),
+    ({"loop": "maybe"}, "loop"),
+    ({"model_id": "eleven_multilingual_v2"}, "model_id"),
+    ({"model_id": 3}, "model_id"),
+]
+MUSIC_REFUSED = [
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    ({"prompt": ["x"]}, "prompt"),
+    ({"composition_plan": PLAN}, "prompt"),
+    ({"prompt": None, "composition_plan": {"sections": []}}, "sections"),
+    ({"prompt": None, "composition_plan": "jazz"}, "composition_plan"),
+    ({"prompt": None, "composition_plan": {"sections": [{"duration_ms": 2999}]}}, "duration_ms"),
+    ({"prompt": None, "composition_plan": {"sections": [{"duration_ms": 120_001}]}}, "duration_ms"),
+    ({"prompt": None, "composition_plan": {"sections": [{}]}}, "duration_ms"),
+    ({"music_length_ms": 2999}, "music_length_ms"),
+    ({"music_length_ms": 600_001}, "music_length_ms"),
+    ({"music_length_ms": 3000.5}, "music_length_ms"),
+    ({"seed": -1}, "seed"),
+    ({"seed": "x"}, "seed"),
+    ({"seed": 2**32}, "seed"),
+    ({"model_id": "music_v9"}, "model_id"),
+    ({"force_instrumental": "maybe"}, "force_instrumental"),
+    ({"respect_sections_durations": "maybe"}, "respect_sections_durations"),
+    ({"sign_with_c2pa": "maybe"}, "sign_with_c2pa"),
+    ({"store_for_inpainting": True}, "store_for_inpainting"),
+    ({"finetune_id": "abc"}, "finetune_id"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "field"),
+    [(SOUND, *case) for case in SOUND_REFUSED] + [(path, *case) for path in (MUSIC, STREAM) for case in MUSIC_REFUSED],
+)
+async def test_wrong_values_are_refused_by_name(
+    client: httpx.AsyncClient, backend: ToneBackend, path: str, fields: dict[str, Any], field: str
+) -> None:
+    reply = await client.post(path, json=BODIES[path] | fields)
+    assert faults(reply)[0][0] == field
+    assert backend.requests == []
+
+
+@pytest.mark.parametrize("path", [SOUND, MUSIC, STREAM])
+async def test_enable_logging_is_accepted(client: httpx.AsyncClient, path: str) -> None:
+    for value in ("true", "false"):
+        reply = await client.post(path, params={"enable_logging": value}, json=BODIES[path] | {"unknown": 1})
+        assert reply.status_code == 200, reply.text
+    assert faults(await client.post(path, params={"enable_logging": "x"}, json=BODIES[path]))[0][0] == "enable_logging"
+
+
+async def test_music_fields_and_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    query = {"output_format": "ulaw_8000"}
+    nulls = dict.fromkeys(("music_length_ms", "seed", "model_id", "finetune_id", "store_for_inpainting"))
+    reply = await client.post(MUSIC, params=query, json={"prompt": "piano", **nulls, "composition_plan": None})
+    assert (reply.status_code, backend.last.duration_s, len(reply.content)) == (200, 30.0, 240_000)
+    body = BODIES[MUSIC] | {"seed": 2**32 - 1, "store_for_inpainting": False, "force_instrumental": True}
+    first = await client.post(MUSIC, json=body | {"sign_with_c2pa": True, "respect_sections_durations": False})
+    assert (first.status_code, first.headers["x-seed"]) == (200, str(2**32 - 1))
+    assert (await client.post(MUSIC, json=body)).content == first.content
+
+
+async def test_stream_has_the_same_bytes_without_a_length(client: httpx.AsyncClient) -> None:
+    body = BODIES[MUSIC] | {"seed": 5}
+    whole = await client.post(MUSIC, json=body)
+    streamed = await client.post(STREAM, json=body)
+    assert "content-length" not in streamed.headers
+    assert int(whole.headers["content-length"]) == len(whole.content)
+    assert streamed.content == whole.content
+    assert streamed.headers["x-seed"] == "5"
+
+
+def with_models(
+    *cards: ModelCard, **dialects: str
+) -> AbstractAsyncContextManager[tuple[httpx.AsyncClient, ToneBackend]]:
+    return make_client(ToneBackend(catalog=ModelCatalog(cards)), dialects=dialects)
+
+
+BASE = ModelCard("medium-base", "stable-audio-3", max_duration_s=60, default_cfg_scale=7)
+SHORT = ModelCard("short", "stable-audio-3", max_duration_s=10)
+SFX = ModelCard("small-sfx", "stable-audio-3")
+OPEN = ModelCard("open", "stable-audio-open", max_duration_s=47)
+
+
+async def test_prompt_influence_is_the_guidance_of_base_models() -> None:
+    async with with_models(SFX, BASE) as (client, backend):
+        for influence, guidance in (({}, 2.8), (None, 2.8), (0, 1.0), (0.3, 2.8), (0.5, 4.0), (1, 7.0)):
+            body = {"text": "x"} | ({} if influence == {} else {"prompt_influence": influence})
+            await client.post(SOUND, json=body | {"model_id": "medium-base"})
+            assert backend.last.cfg_scale == pytest.approx(guidance)
+            await client.post(SOUND, json=body)
+            assert backend.last.cfg_scale is None
+
+
+@pytest.mark.parametrize(
+    ("cards", "setting", "expected"),
+    few(
+        [
+            ((SHORT, SFX, BASE), None, "small-sfx"),
+            ((SHORT, SFX), "short", "short"),
+            ((OPEN, SHORT, BASE), None, "short"),
+            ((OPEN,), None, "open"),
+        ]
+    ),
+)
+async def test_the_setting_chooses_the_model(cards: tuple[ModelCard, ...], setting: str | None, expected: str) -> None:
+    async with with_models(*cards, **({"elevenlabs_model": setting} if setting else {})) as (client, backend):
+        for path, names in ((SOUND, ("eleven_text_to_sound_v2", "eleven_text_to_sound_v3")), (MUSIC, ("music_v1",))):
+            for name in (None, *names):
+                reply = await client.post(path, json=BODIES[path] | {"model_id": name})
+                assert (reply.status_code, backend.requests[-1][0]) == (200, expected)
+        await client.post(SOUND, json=BODIES[SOUND] | {"model_id": cards[0].name})
+        assert backend.requests[-1][0] == cards[0].name
+
+
+async def test_lengths_depend_on_the_models_longest_clip() -> None:
+    async with with_models(SHORT) as (client, backend):
+        await client.post(MUSIC, json={"prompt": "x"})
+        assert backend.last.duration_s == 10
+        await client.post(SOUND, json={"text": "20 seconds of rain"})
+        assert backend.last.duration_s == 10
+        ((field, message),) = faults(await client.post(SOUND, json={"text": "x", "duration_seconds": 10.5}))
+        assert (field, "to 10 for the model short" in message) == ("duration_seconds", True)
+        await client.post(SOUND, json={"text": "20 seconds of rain", "loop": True})
+        assert backend.last.duration_s == 9.95
+        ((field, _),) = faults(await client.post(SOUND, json={"text": "x", "duration_seconds": 10, "loop": True}))
+        assert field == "duration_seconds"
+
+
+async def test_loop_asks_for_a_clip_without_a_seam(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    await client.post(SOUND, json=BODIES[SOUND] | {"loop": True})
+    assert backend.last.loop == "free"
+    for value in (False, None):
+        await client.post(SOUND, json=BODIES[SOUND] | {"loop": value})
+        assert backend.last.loop is None
+
+
+@pytest.mark.parametrize("path", [SOUND, MUSIC])
+async def test_bodies_that_are_not_json_are_refused(client: httpx.AsyncClient, path: str) -> None:
+    required = "text" if path == SOUND else "prompt"
+    for content in (b"{", b"[]", b'"x"', b"\xff"):
+        assert faults(await client.post(path, content=content, headers={"content-type": "application/json"}))
+    assert required in [name for name, _ in faults(await client.post(path))]
+    assert faults(await client.post(path, json={}))[0][0] == required
+
+
+async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
+    assert detail(await client.get(SOUND), 405)["status"] == "method_not_allowed"
+    assert (await client.post("/elevenlabs/v1/nothing", json={})).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "word"),
+    few(
+        [
+            (OverloadedError("full", retry_after_s=7), 429, "too_many_concurrent_requests"),
+            (ModelUnavailableError("loading", retry_after_s=7), 503, "unavailable"),
+            (GenerationError("secret"), 500, "internal_error"),
+        ]
+    ),
+)
+async def test_errors_have_the_form_of_the_original(
+    client: httpx.AsyncClient, backend: ToneBackend, error: Exception, status: int, word: str
+) -> None:
+    backend.error = error
+    for path in (SOUND, MUSIC, STREAM):
+        reply = await client.post(path, json=BODIES[path])
+        body = detail(reply, status)
+        assert body["status"] == word
+        assert "secret" not in body["message"]
+        assert reply.headers.get("retry-after") == (None if status == 500 else "7")
+
+
+async def test_keys_are_accepted_in_three_headers() -> None:
+    async with make_client(api={"key_hashes": [hash_key("key-1")]}) as (client, _):
+        for headers in ({"xi-api-key": "key-1"}, {"Authorization": "Bearer key-1"}, {"Authorization": "Key key-1"}):
+            for path, body in (*BODIES.items(), ("/v1/audio/generations", {"prompt": "x", "duration": 1})):
+                assert (await client.post(path, json=body, headers=headers)).status_code == 200
+            assert (await client.get("/v1/user", headers=headers)).status_code == 200
+        for headers in ({}, {"xi-api-key": "key-2"}, {"xi-api-key": ""}, {"xi-api-key": "x" * 5000}):
+            for path, body in BODIES.items():
+                refused = detail(await client.post(path, json=body, headers=headers), 401)
+                assert refused["status"] == "invalid_api_key"
+            detail(await client.get("/v1/user", headers=headers), 401)
+        assert detail(await client.get("/v1/models", headers={"xi-api-key": "no"}), 401)["status"] == "invalid_api_key"
+        assert "error" in (await client.get("/v1/models")).json()
+
+
+async def test_list_of_models_depends_on_the_header(client: httpx.AsyncClient) -> None:
+    ours = (await client.get("/v1/models")).json()
+    theirs = (await client.get("/v1/models", headers={"xi-api-key": "any"})).json()
+    assert [model["model_id"] for model in theirs] == [model["id"] for model in ours["data"]]
+    assert {"name", "languages", "can_do_text_to_speech"} <= theirs[0].keys()
+    assert (await client.get("/elevenlabs/v1/models")).json() == theirs
+    for prefix in ("/sa3", "/vllm"):
+        listed = (await client.get(f"{prefix}/v1/models", headers={"xi-api-key": "any"})).json()
+        assert listed["object"] == "list"
+
+
+@pytest.mark.server
+async def test_a_client_that_leaves_cancels_its_generation() -> None:
+    backend = ToneBackend()
+    backend.released.clear()
+    async with serve_app(backend) as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        with pytest.raises(httpx.TimeoutException):
+            await client.post(SOUND, json=BODIES[SOUND], timeout=0.5)
+        for _ in range(100):
+            if backend.num_cancelled:
+                break
+            with pytest.raises(httpx.TimeoutException):
+                await client.post(SOUND, json=BODIES[SOUND], timeout=0.1)
+        assert backend.num_cancelled

@@ -1,0 +1,390 @@
+"""fal's endpoints for Stable Audio 3 and 2.5, compared with the fields of fal's own descriptions (a table)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import soundfile
+
+from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.models.registry import BUILT_IN
+from tests.api.compat.serving import make_client
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+from tests.parameters import few
+from tests.patience import PATIENCE_S
+from tests.sockets import listening
+
+ROOT = Path(__file__).parents[2] / "data" / "fal" / "stable-audio.tsv"
+SOURCE_S = 2.0
+SOURCE = make_audio_file(duration_s=SOURCE_S, rate_hz=8000, channels=1)
+DATA_URI = f"data:audio/wav;base64,{base64.b64encode(SOURCE).decode()}"
+MEDIUM, SMALL = "fal-ai/stable-audio-3/medium", "fal-ai/stable-audio-3/small/sfx"
+CARDS = [BUILT_IN[f"{name}{base}"].card for name in ("small-sfx", "small-music", "medium") for base in ("", "-base")]
+
+Row = Mapping[str, str]
+
+
+def read_table() -> dict[str, list[Row]]:
+    found: defaultdict[str, list[Row]] = defaultdict(list)
+    with ROOT.open() as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            found[row["endpoint"]].append(row)
+    return found
+
+
+TABLE = {name: rows for name, rows in read_table().items() if name != "fal-ai/stable-audio"}
+
+
+def body_for(endpoint: str) -> dict[str, Any]:
+    """Returns a valid input with a value for each required field."""
+    known = {"prompt": "rain", "audio_url": DATA_URI, "mask_start_seconds": 0.5, "mask_end_seconds": 1.5}
+    body = {
+        row["field"]: known[row["field"]] for row in TABLE[endpoint] if row["required"] and row["direction"] == "in"
+    }
+    if endpoint.endswith("outpainting"):
+        body["extend_seconds_after"] = 1
+    if endpoint.endswith("25/inpaint"):
+        body["mask_start"] = 1
+    return body
+
+
+def number(text: str) -> float:
+    return float(text) if "." in text else int(text)
+
+
+def serve_all() -> AbstractAsyncContextManager[tuple[httpx.AsyncClient, ToneBackend]]:
+    """Yields a client of a server with all six models of Stable Audio 3."""
+    return make_client(ToneBackend(catalog=ModelCatalog(CARDS)), run_jobs=False)
+
+
+async def post(client: httpx.AsyncClient, endpoint: str, *, prefix: str = "", **changes: Any) -> httpx.Response:
+    return await client.post(f"{prefix}/{endpoint}", json={**body_for(endpoint.removesuffix("/lora")), **changes})
+
+
+async def finished(client: httpx.AsyncClient, url: str) -> httpx.Response:
+    """Returns the result of a queued request once there is one."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            reply = await client.get(url)
+            if reply.status_code != 400:
+                return reply
+            await asyncio.sleep(0.02)
+
+
+def fault(reply: httpx.Response) -> dict[str, Any]:
+    assert reply.status_code == 422, reply.text
+    assert reply.headers["x-fal-retryable"] == "false"
+    (entry,) = reply.json()["detail"]
+    assert {"loc", "msg", "type"} <= entry.keys()
+    return entry
+
+
+@pytest.mark.parametrize("endpoint", few(TABLE, number=6))
+async def test_the_description_has_the_fields_of_the_table(client: httpx.AsyncClient, endpoint: str) -> None:
+    document = (await client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": endpoint})).json()
+    operation = document["paths"][f"/{endpoint}"]["post"]
+    parts = {"in": operation["requestBody"], "out": operation["responses"]["200"]}
+    for direction, part in parts.items():
+        name = part["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        schema = document["components"]["schemas"][name]
+        rows = sorted(
+            (row for row in TABLE[endpoint] if row["direction"] == direction), key=lambda row: int(row["order"])
+        )
+        assert [row["field"] for row in rows] == list(schema["properties"]) == schema["x-fal-order-properties"]
+        assert {row["field"] for row in rows if row["required"]} == set(schema.get("required", ()))
+        for row in rows:
+            check_field(schema["properties"][row["field"]], row)
+
+
+def check_field(field: dict[str, Any], row: Row) -> None:
+    kinds = [field, *field.get("anyOf", ())]
+    if row["type"] != "File":
+        assert {each["type"] for each in kinds if "type" in each} == set(row["type"].split("|"))
+    for name in ("minimum", "maximum"):
+        found = [each[name] for each in kinds if name in each]
+        assert found == ([number(row[name])] if row[name] else []), (row["field"], name)
+    if row["default"]:
+        default = {"true": True, "false": False}.get(row["default"], row["default"].strip('"'))
+        assert field["default"] == (default if row["type"] in ("string", "boolean") else number(row["default"]))
+    if row["enum"]:
+        missing = set(row["enum"].split()) - set(field["enum"])
+        assert missing <= {"m4a", "aac"}  # these need an optional package
+
+
+@pytest.mark.parametrize("endpoint", few(TABLE, number=6))
+async def test_defaults_reach_the_model(endpoint: str) -> None:
+    async with serve_all() as (client, backend):
+        reply = await post(client, endpoint)
+        assert reply.status_code == 200, reply.text
+        output = {row["field"] for row in TABLE[endpoint] if row["direction"] == "out"}
+        assert reply.json().keys() == output
+        defaults = {row["field"]: row["default"] for row in TABLE[endpoint] if row["default"]}
+        request = backend.last
+        assert request.steps == int(defaults["num_inference_steps"])
+        assert request.cfg_scale == float(defaults["guidance_scale"])
+        assert (request.prompt, request.negative_prompt, request.seed) == ("rain", None, reply.json()["seed"])
+        file = reply.json()["audio"]
+        is_mp3 = "3/" in endpoint
+        assert (file["content_type"], file["file_name"]) == (
+            ("audio/mpeg", "stable-audio.mp3") if is_mp3 else ("audio/wav", "stable-audio.wav")
+        )
+        content = (await client.get(file["url"])).content
+        assert len(content) == file["file_size"]
+
+
+@pytest.mark.parametrize("endpoint", few(TABLE, number=4))
+async def test_bounds_and_wrong_values_of_each_field(endpoint: str) -> None:
+    wrong = {"string": 5, "integer": 2.5, "integer|null": 2.5, "number": "x", "boolean": "maybe"}
+    async with serve_all() as (client, backend):
+        backend.delay_s = 0.0
+        for row in (row for row in TABLE[endpoint] if row["direction"] == "in"):
+            name = row["field"]
+            assert fault(await post(client, endpoint, **{name: wrong[row["type"]]}))["loc"] == ["body", name]
+            if row["required"]:
+                reply = await client.post(
+                    f"/{endpoint}", json={k: v for k, v in body_for(endpoint).items() if k != name}
+                )
+                assert (fault(reply)["loc"], fault(reply)["type"]) == (["body", name], "missing")
+            for bound, step in (("minimum", -0.001), ("maximum", 0.001)):
+                if row[bound]:
+                    step = int(1000 * step) if row["type"].startswith("integer") else step
+                    entry = fault(await post(client, endpoint, **{name: number(row[bound]) + step}))
+                    assert (entry["loc"], name in ("mask_start", "mask_end")) in (
+                        (["body", name], True),
+                        (["body", name], False),
+                    )
+        for value in ("192", "7k", "321k", "x", ""):
+            if any(row["field"] == "bitrate" for row in TABLE[endpoint]):
+                assert fault(await post(client, endpoint, bitrate=value))["loc"] == ["body", "bitrate"]
+
+
+async def test_numbers_at_their_bounds_are_accepted() -> None:
+    async with serve_all() as (client, backend):
+        for fields in (
+            {"duration": 1, "num_inference_steps": 1, "guidance_scale": 0},
+            {"duration": 1.5, "num_inference_steps": 100, "guidance_scale": 25},
+            {"duration": 1, "num_inference_steps": 8.0},
+        ):
+            assert (await post(client, f"{MEDIUM}/text-to-audio", **fields)).status_code == 200
+            assert backend.last.duration_s == fields["duration"]
+        for level in (0, 1):
+            reply = await post(client, f"{MEDIUM}/audio-to-audio", duration=1, init_noise_level=level)
+            assert (reply.status_code, backend.last.init_noise_level) == (200, level)
+
+
+async def test_unset_lengths_shrink_and_longer_ones_are_refused() -> None:
+    """The model small-sfx makes 120 s, medium 380 s; the first clip of 2.5 is shorter than its default of 190 s."""
+    async with serve_all() as (client, backend):
+        await post(client, f"{SMALL}/text-to-audio")
+        assert backend.last.duration_s == 30
+        entry = fault(await post(client, f"{SMALL}/text-to-audio", duration=121))
+        assert (entry["loc"], entry["ctx"]["le"]) == (["body", "duration"], 120)
+        reply = await post(client, "fal-ai/stable-audio-25/text-to-audio", sync_mode=True)
+        assert reply.status_code == 200
+        assert backend.last.duration_s == 120
+        entry = fault(await post(client, "fal-ai/stable-audio-25/text-to-audio", seconds_total=121))
+        assert "longest clip of the model" in entry["msg"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "model"),
+    [(f"fal-ai/stable-audio-3/{path}{base}", f"{name}{base.replace('/', '-')}")
+     for path, name in (("medium", "medium"), ("small/music", "small-music"), ("small/sfx", "small-sfx"))
+     for base in ("", "/base")],
+)  # fmt: skip
+async def test_each_checkpoint_has_its_model(endpoint: str, model: str) -> None:
+    async with serve_all() as (client, backend):
+        reply = await post(client, f"{endpoint}/text-to-audio", duration=1)
+        assert (reply.status_code, backend.requests[-1][0]) == (200, model)
+
+
+async def test_the_operator_may_choose_the_model() -> None:
+    dialects = {"fal_models": {"stable-audio-3/medium/base": "small-sfx"}}
+    async with make_client(run_jobs=False, dialects=dialects) as (client, backend):
+        reply = await post(client, f"{MEDIUM}/base/text-to-audio", duration=1)
+        assert (reply.status_code, backend.requests[-1][0]) == (200, "small-sfx")
+
+
+async def test_endpoints_without_their_model_are_404(client: httpx.AsyncClient) -> None:
+    reply = await post(client, f"{MEDIUM}/base/text-to-audio", duration=1)
+    assert reply.status_code == 404
+    assert "the model medium-base is not served; served: small-sfx, " in reply.json()["detail"]
+
+
+async def test_unknown_endpoints_are_404(client: httpx.AsyncClient) -> None:
+    for path in ("fal-ai/stable-audio-3/large/text-to-audio", f"{MEDIUM}/sing", "fal-ai/stable-audio-25/x"):
+        assert (await client.post(f"/{path}", json={"prompt": "x"})).status_code == 404
+    for url in ("/api/openapi/queue/openapi.json?endpoint_id=x", "/models/fal-ai/x/llms.txt"):
+        reply = await client.get(url)
+        assert (reply.status_code, "endpoint_id" in reply.json()["detail"]) == (404, True)
+
+
+async def test_prompt_expansion_is_refused_and_the_safety_checker_ignored(client: httpx.AsyncClient) -> None:
+    entry = fault(await post(client, f"{SMALL}/text-to-audio", enable_prompt_expansion=True))
+    assert entry["loc"] == ["body", "enable_prompt_expansion"]
+    assert "not supported by this server" in entry["msg"]
+    for value in (True, False):
+        reply = await post(client, f"{SMALL}/text-to-audio", duration=1, enable_safety_checker=value)
+        assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("name", ["mp3", "wav", "flac", "ogg", "opus"])
+async def test_output_formats(client: httpx.AsyncClient, name: str) -> None:
+    reply = await post(client, f"{SMALL}/text-to-audio", duration=1, output_format=name, bitrate="96k", sync_mode=True)
+    file = reply.json()["audio"]
+    assert file["file_name"] == f"stable-audio.{name}"
+    head, _, content = file["url"].partition(",")
+    assert head == f"data:{file['content_type']};base64"
+    decoded = base64.b64decode(content)
+    assert len(decoded) == file["file_size"]
+    assert soundfile.info(io.BytesIO(decoded)).duration == pytest.approx(1, abs=0.1)
+
+
+async def test_bit_rates_are_ignored_by_formats_without(client: httpx.AsyncClient) -> None:
+    reply = await post(client, f"{SMALL}/text-to-audio", duration=1, output_format="wav", bitrate="any")
+    assert reply.status_code == 200
+    assert fault(await post(client, f"{SMALL}/text-to-audio", output_format="pcm"))["loc"] == ["body", "output_format"]
+
+
+async def test_seeds_are_reported_and_random_without(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    seeds = [
+        (await post(client, f"{SMALL}/text-to-audio", duration=1, sync_mode=True, seed=seed)).json()["seed"]
+        for seed in (7, None, None)
+    ]
+    assert seeds[0] == 7
+    assert seeds[1] != seeds[2]
+    assert [request.seed for _, request in backend.requests] == seeds
+
+
+async def test_edits_reach_the_model(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    assert (await post(client, f"{SMALL}/audio-to-audio", init_noise_level=0.4)).status_code == 200
+    assert (backend.last.duration_s, backend.last.init_noise_level) == (30, 0.4)
+    assert backend.last.init_audio is not None
+    assert backend.last.init_audio.duration_s == SOURCE_S
+    assert (await post(client, f"{SMALL}/audio-inpainting", mask_end_seconds=100)).status_code == 200
+    assert (backend.last.duration_s, backend.last.inpaint_regions_s) == (SOURCE_S, ((0.5, SOURCE_S),))
+    reply = await post(client, f"{SMALL}/audio-outpainting", extend_seconds_before=3, extend_seconds_after=1)
+    assert reply.status_code == 200, reply.text
+    assert (backend.last.duration_s, backend.last.source_start_s) == (6, 3)
+    assert backend.last.inpaint_regions_s == ((0, 3), (5, 6))
+    assert (await post(client, "fal-ai/stable-audio-25/audio-to-audio")).status_code == 200
+    assert (backend.last.duration_s, backend.last.init_noise_level) == (SOURCE_S, 0.8)
+    assert (await post(client, "fal-ai/stable-audio-25/inpaint", mask_end=2)).status_code == 200
+    assert backend.last.inpaint_regions_s == ((1, 2),)
+
+
+@pytest.mark.parametrize(
+    ("operation", "fields", "field"),
+    [
+        ("audio-inpainting", {"mask_start_seconds": 1, "mask_end_seconds": 1}, "mask_start_seconds"),
+        ("audio-inpainting", {"mask_start_seconds": 2, "mask_end_seconds": 100}, "mask_start_seconds"),
+        ("audio-outpainting", {"extend_seconds_before": 0, "extend_seconds_after": 0}, "extend_seconds_after"),
+        ("audio-outpainting", {"extend_seconds_before": 119, "extend_seconds_after": 1}, "extend_seconds_before"),
+        ("audio-outpainting", {"extend_seconds_after": 119}, "extend_seconds_after"),
+    ],
+)
+async def test_impossible_edits_are_refused(
+    client: httpx.AsyncClient, operation: str, fields: dict[str, Any], field: str
+) -> None:
+    assert fault(await post(client, f"{SMALL}/{operation}", **fields))["loc"] == ["body", field]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:audio/wav;base64,@@", "data:audio/wav", "data:,not%20audio", "file:///etc/passwd", "x", "ftp://a.b/c",
+        "http://127.0.0.1:1/a.wav", "http://[::1]/a.wav", "http://169.254.169.254/latest", "http://localhost/a.wav",
+        "http://user:pass@example.com/a.wav", "http://localhost:1/files/" + "0" * 32 + "/a.wav",
+        "http://localhost/files/" + "0" * 32 + "/a.wav", "http://" + "a" * 3000, "data:;base64,",
+    ],
+)  # fmt: skip
+async def test_unusable_sources_are_refused(client: httpx.AsyncClient, url: str) -> None:
+    assert fault(await post(client, f"{SMALL}/audio-to-audio", audio_url=url))["loc"] == ["body", "audio_url"]
+
+
+async def test_files_of_this_server_are_sources(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    made = await post(client, f"{SMALL}/text-to-audio", duration=1, output_format="wav")
+    reply = await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=made.json()["audio"]["url"])
+    assert reply.status_code == 200, reply.text
+    assert backend.last.init_audio is not None
+    assert backend.last.init_audio.duration_s == 1
+
+
+@pytest.mark.server
+async def test_sources_are_downloaded_from_allowed_hosts_only() -> None:
+    async def host(scope: Any, receive: Any, send: Any) -> None:
+        size = 300_000 if scope["path"] == "/large.wav" else 0
+        status = 302 if scope["path"] == "/moved.wav" else 200
+        await send({"type": "http.response.start", "status": status, "headers": [(b"location", b"/a.wav")]})
+        await send({"type": "http.response.body", "body": SOURCE + b"0" * size})
+
+    jobs, api = {"webhook_allow_hosts": ["127.0.0.1"]}, {"max_upload_bytes": 100_000}
+    async with listening(host) as port, make_client(jobs=jobs, api=api, run_jobs=False) as (client, backend):
+        url = f"http://127.0.0.1:{port}"
+        reply = await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=f"{url}/a.wav")
+        assert reply.status_code == 200, reply.text
+        assert backend.last.init_audio is not None
+        for name, message in (("moved.wav", "status 302"), ("large.wav", "larger than 100000 bytes")):
+            entry = fault(await post(client, f"{SMALL}/audio-to-audio", audio_url=f"{url}/{name}"))
+            assert message in entry["msg"]
+        assert "not public" in fault(await post(client, f"{SMALL}/audio-to-audio", audio_url="http://10.0.0.1/"))["msg"]
+
+
+@pytest.mark.parametrize("prefix", ["/queue", "/fal/queue"])
+async def test_queued_requests_have_links_of_their_application(
+    client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, prefix: str
+) -> None:
+    for endpoint in (f"{SMALL}/audio-to-audio", "fal-ai/stable-audio-25/text-to-audio"):
+        app = "/".join(endpoint.split("/")[:2])
+        ticket = (await post(client, endpoint, prefix=prefix, seed=3)).json()
+        url = f"http://localhost{prefix}/{app}/requests/{ticket['request_id']}"
+        assert (ticket["response_url"], ticket["status_url"]) == (url, f"{url}/status")
+        output = (await finished(client, url)).json()
+        assert output.keys() == {row["field"] for row in TABLE[endpoint] if row["direction"] == "out"}
+        assert output["seed"] == backend.last.seed == 3
+        assert (await client.get(output["audio"]["url"])).status_code == 200
+
+
+async def test_queued_outputs_can_be_data_uris(client: httpx.AsyncClient, runner: JobRunner) -> None:
+    ticket = (await post(client, f"{SMALL}/text-to-audio", prefix="/queue", duration=1, sync_mode=True)).json()
+    reply = await finished(client, ticket["response_url"])
+    assert reply.json()["audio"]["url"].startswith("data:audio/mpeg;base64,")
+
+
+async def test_adapters_are_taken_by_the_endpoints_for_them(client: httpx.AsyncClient) -> None:
+    reply = await post(client, f"{SMALL}/text-to-audio/lora", loras=[{"path": "vinyl", "scale": 0.5}])
+    entry = fault(reply)
+    assert (entry["loc"], "vinyl" in entry["msg"]) == (["body", "loras"], True)
+    assert fault(await post(client, f"{SMALL}/text-to-audio/lora", loras=[{"scale": 1}]))["loc"][:2] == [
+        "body",
+        "loras",
+    ]
+    assert (await post(client, f"{SMALL}/text-to-audio/lora", duration=1)).status_code == 200
+
+
+async def test_each_endpoint_is_explained_for_language_models(client: httpx.AsyncClient) -> None:
+    for endpoint in ("fal-ai/stable-audio", *TABLE):
+        reply = await client.get(f"/models/{endpoint}/llms.txt")
+        assert (reply.status_code, reply.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+        assert reply.text.startswith(f"# {endpoint}\n\n> POST http://localhost/{endpoint}\n\n## Input\n\n")
+        assert "- `prompt` (string, required" in reply.text
+
+
+async def test_a_large_data_uri_is_accepted_and_a_huge_one_refused(client: httpx.AsyncClient) -> None:
+    source = make_audio_file(duration_s=20, rate_hz=44100)
+    uri = f"data:audio/wav;base64,{base64.b64encode(source).decode()}"
+    assert len(uri) > 2**22
+    assert (await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=uri)).status_code == 200
+    assert (await post(client, f"{SMALL}/audio-to-audio", audio_url="data:," + "0" * 2**26)).status_code == 413
