@@ -151,13 +151,20 @@ class Service:
             raise GenerationError(f"{path.name} cannot be read: {error}") from error
 
     async def keep_upload(
-        self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, role: Role
+        self,
+        upload: UploadFile,
+        card: ModelCard,
+        *,
+        padding_s: float | None,
+        role: Role,
+        source: SourceAudio | None = None,
     ) -> JobUpload:
         """Check that a model can use an uploaded file, then store it unchanged for a new job.
 
-        Raises InvalidUploadError, UploadTooLargeError, StorageError.
+        `source` is the result of `decode` for this file, if it was called. Raises InvalidUploadError,
+        UploadTooLargeError, StorageError.
         """
-        source = await self.decode(upload, card, padding_s=padding_s)
+        source = source or await self.decode(upload, card, padding_s=padding_s)
         return await self.store_upload(upload, source, max_s=_usable_s(card, padding_s), role=role)
 
     async def store_upload(self, upload: UploadFile, source: SourceAudio, *, max_s: float, role: Role) -> JobUpload:
