@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -44,32 +44,28 @@ _SOUND_MODELS = ("eleven_text_to_sound_v2", "eleven_text_to_sound_v3")
 _MUSIC_MODELS = ("music_v1", "music_v2", "music_v2_5")
 _SOUND_S = (0.5, 30.0)
 _UNSET_SOUND_S, _UNSET_MUSIC_MS = 5.0, 30_000
-_NEGLIGIBLE = 1e-9  # of a section; rounding errors need no further section
-_MUSIC_MS = (3000, 600_000)
-_SECTION_MS = (3000, 120_000)
-_GUIDANCE = 6.0  # guidance is 1 + this times prompt_influence
 # A length in a text: "10 second", "2 s". Without a space, "80s" may be a decade, so only short lengths count.
 _LENGTH = re.compile(r"(?<![\w.])(\d{1,4}(?:\.\d{1,3})?)(?:[\s-]*(sec|secs|seconds?)|\s*s)\b", re.IGNORECASE)
 
-_MP3 = ("22050_32", "24000_48", *(f"44100_{kbps}" for kbps in (32, 64, 96, 128, 192)))
 _FORMATS = (
-    *(f"mp3_{name}" for name in _MP3),
+    *("mp3_22050_32", "mp3_24000_48", *(f"mp3_44100_{kbps}" for kbps in (32, 64, 96, 128, 192))),
     *(f"opus_48000_{kbps}" for kbps in (32, 64, 96, 128, 192)),
     *(f"{name}_{rate_hz}" for name in ("pcm", "wav") for rate_hz in SAMPLE_RATES_HZ),
-    "ulaw_8000",
-    "alaw_8000",
+    *("ulaw_8000", "alaw_8000"),
 )
 _MUSIC_FORMATS = ("auto", *_FORMATS, *(f"mp3_48000_{kbps}" for kbps in (128, 192, 240, 320)))
 SoundFormat = StrEnum("SoundFormat", {name.upper(): name for name in _FORMATS})  # type: ignore[misc]
 MusicFormat = StrEnum("MusicFormat", {name.upper(): name for name in _MUSIC_FORMATS})  # type: ignore[misc]
 _DEFAULT_FORMAT = "mp3_44100_128"
-_AUTO = {"music_v2": "mp3_48000_192", "music_v2_5": "mp3_48000_192"}  # of other models the default
+_AUTO = dict.fromkeys(_MUSIC_MODELS[1:], "mp3_48000_192")  # of other models the default
 
 _STATUS = {
     **{"unauthorized": 401, "forbidden": 403, "upload_too_large": 413, "overloaded": 429, "quota": 429},
     **{"cancelled": 503, "unavailable": 503, "storage": 503, "deadline_exceeded": 504, "storage_full": 507},
 }
 _WORDS = {401: "invalid_api_key", 403: "missing_permissions", 429: "too_many_concurrent_requests"}
+_LOCAL_STYLES = AliasChoices("positive_local_styles", "positive_styles")
+_Styles = Annotated[tuple[str, ...], Field(max_length=50)]
 
 
 class _Body(BaseModel):
@@ -84,10 +80,7 @@ class SoundBody(_Body):
     text: Prompt = Field(description="Description of the sound.", examples=["a door slams"])
     loop: StrictBool | None = Field(None, description="Whether the sound repeats without a seam; null = false.")
     duration_seconds: Finite | None = Field(
-        None,
-        ge=_SOUND_S[0],
-        le=_SOUND_S[1],
-        description="Length, at most the model's longest clip; null = the length that the text names, or 5.",
+        None, ge=_SOUND_S[0], le=_SOUND_S[1], description="Length; null = the length that the text names, or 5."
     )
     prompt_influence: Finite | None = Field(
         None, ge=0, le=1, description="Guidance of base models, 1 + 6 times this; distilled ones have none; null = 0.3."
@@ -96,30 +89,27 @@ class SoundBody(_Body):
 
 
 class PlanSection(_Body):
-    """A part of a composition plan."""
+    """A part of a composition plan. Lyrics are ignored."""
 
     section_name: str = Field("", max_length=100)
-    positive_local_styles: tuple[str, ...] = Field((), max_length=50)
-    negative_local_styles: tuple[str, ...] = Field((), max_length=50)
-    duration_ms: int = Field(ge=_SECTION_MS[0], le=_SECTION_MS[1])
-    lines: tuple[str, ...] = Field((), max_length=30, description="Lyrics, which these models do not sing.")
+    positive_local_styles: _Styles = Field((), validation_alias=_LOCAL_STYLES)
+    duration_ms: int = Field(ge=3000, le=120_000)
 
 
 class Plan(_Body):
-    """A composition plan: styles of the whole piece, and its sections."""
+    """A composition plan: styles of the whole piece, and its sections. `music_v2` calls sections chunks."""
 
-    positive_global_styles: tuple[str, ...] = Field((), max_length=50)
-    negative_global_styles: tuple[str, ...] = Field((), max_length=50)
-    sections: tuple[PlanSection, ...] = Field(min_length=1, max_length=30)
+    positive_global_styles: _Styles = ()
+    negative_global_styles: _Styles = ()
+    sections: tuple[PlanSection, ...] = Field(
+        min_length=1, max_length=30, validation_alias=AliasChoices("sections", "chunks")
+    )
 
-    @property
-    def parts(self) -> list[tuple[str, float]]:
-        """The prompt and the seconds of each section."""
-        styles = [(*self.positive_global_styles, *section.positive_local_styles) for section in self.sections]
-        return [
-            (", ".join(dict.fromkeys(own)) or section.section_name or "music", section.duration_ms / 1000)
-            for section, own in zip(self.sections, styles, strict=True)
-        ]
+    def parts(self) -> Iterator[tuple[str, float]]:
+        """Yield the prompt and the seconds of each section."""
+        for section in self.sections:
+            styles = dict.fromkeys((*self.positive_global_styles, *section.positive_local_styles))
+            yield ", ".join(styles) or section.section_name or "music", section.duration_ms / 1000
 
 
 class MusicBody(_Body):
@@ -127,9 +117,7 @@ class MusicBody(_Body):
 
     prompt: Prompt | None = Field(None, description="Description of the music, unless there is a plan.")
     composition_plan: Plan | None = None
-    music_length_ms: int | None = Field(
-        None, ge=_MUSIC_MS[0], le=_MUSIC_MS[1], description="Length, only with a prompt; null = 30,000."
-    )
+    music_length_ms: int | None = Field(None, ge=3000, le=600_000, description="Only with a prompt; null = 30,000.")
     model_id: str | None = Field(None, description=f"{', '.join(_MUSIC_MODELS)}, or a model of this server.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Null = random; the header x-seed has it.")
     force_instrumental: StrictBool | None = Field(None, description="Accepted: models do not sing.")
@@ -144,12 +132,11 @@ _USER: Mapping[str, Any] = {
     "subscription": {
         **{"tier": "self-hosted", "status": "active", "currency": "usd", "character_count": 0},
         **{"character_limit": 1_000_000, "max_credit_limit_extension": "unlimited"},
-        **dict.fromkeys(("can_extend_character_limit", "allowed_to_extend_character_limit"), False),
-        **dict.fromkeys(("can_use_instant_voice_cloning", "can_use_professional_voice_cloning"), False),
-        **dict.fromkeys(("voice_slots_used", "professional_voice_slots_used", "voice_limit"), 0),
-        **dict.fromkeys(("professional_voice_slots_used_in_workspace", "professional_voice_limit"), 0),
-        **{"voice_add_edit_counter": 0, "can_extend_voice_limit": False},
-        "current_overage": {"amount": "0", "currency": "usd"},
+        **dict.fromkeys((f"can_extend_{what}_limit" for what in ("character", "voice")), False),
+        **dict.fromkeys((f"can_use_{kind}_voice_cloning" for kind in ("instant", "professional")), False),
+        **dict.fromkeys((f"{who}voice_{what}" for who in ("", "professional_") for what in ("slots_used", "limit")), 0),
+        **{"professional_voice_slots_used_in_workspace": 0, "voice_add_edit_counter": 0},
+        **{"allowed_to_extend_character_limit": False, "current_overage": {"amount": "0", "currency": "usd"}},
     },
     **dict.fromkeys(("is_new_user", "can_use_delayed_payment_methods"), False),
     **dict.fromkeys(("is_onboarding_completed", "is_onboarding_checklist_completed"), True),
@@ -167,12 +154,7 @@ class ElevenLabsError(BaseModel):
     detail: dict[str, str]
 
 
-class InvalidFields(BaseModel):
-    """422: `loc`, `msg` and `type` of each invalid field; `loc` ends in its name."""
-
-    detail: list[dict[str, Any]]
-
-
+_Faults = dict[str, list[dict[str, Any]]]  # `detail`: `loc`, `msg` and `type` of each invalid field
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _AUDIO: dict[int | str, dict[str, Any]] = {
     200: {
@@ -180,7 +162,7 @@ _AUDIO: dict[int | str, dict[str, Any]] = {
         "content": {media_type(AudioFormat(name)): _BINARY for name in ("mp3", "opus", "pcm", "wav", "ulaw", "alaw")},
         "headers": SOUND_HEADERS,
     },
-    422: {"model": InvalidFields, "description": "A field is missing, of the wrong type or out of range."},
+    422: {"model": _Faults, "description": "A field is missing, of the wrong type or out of range."},
     **error_responses(ElevenLabsError, 401, 408, 413, 429, 500, 503, 504),
 }
 _Logging = Annotated[bool, Query(description="Accepted: prompts are not logged either way.")]
@@ -318,7 +300,7 @@ def _to_sound(body: SoundBody, card: ModelCard, *, request_id: str) -> Generatio
         prompt=body.text,
         duration_s=duration_s,
         seed=resolve_seed(-1),
-        cfg_scale=1 + _GUIDANCE * influence if card.default_cfg_scale > 1 else None,
+        cfg_scale=1 + 6 * influence if card.default_cfg_scale > 1 else None,
         request_id=request_id,
     )
     return as_loop(request, max_duration_s=card.max_duration_s) if body.loop else request
@@ -347,7 +329,7 @@ def _to_music(
     if body.store_for_inpainting:
         raise _fault("store_for_inpainting", "must be false or null: songs are not stored")
     length_ms = _UNSET_MUSIC_MS if body.music_length_ms is None else body.music_length_ms
-    parts = [(body.prompt or "", length_ms / 1000)] if plan is None else plan.parts
+    parts = [(body.prompt or "", length_ms / 1000)] if plan is None else list(plan.parts())
     request = GenerationRequest(
         prompt=parts[0][0],
         duration_s=sum(seconds for _, seconds in parts),
@@ -358,7 +340,7 @@ def _to_music(
     if len(parts) == 1 and request.duration_s <= card.max_duration_s:
         return request, ()
     overlap_s = choose_overlap(None, card=card, limits=limits)
-    counts = [math.ceil(seconds / (longest_s(card, limits) - overlap_s) - _NEGLIGIBLE) for _, seconds in parts]
+    counts = [math.ceil(seconds / (longest_s(card, limits) - overlap_s) - 1e-9) for _, seconds in parts]
     sections = tuple(
         Section(seconds / count, prompt)
         for (prompt, seconds), count in zip(parts, counts, strict=True)
@@ -394,9 +376,9 @@ def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _find_fault(_: Request, error: StableAudioError) -> dict[str, Any] | None:
-    if not isinstance(error, InvalidRequestError):
-        return None
-    return {"loc": ["body", error.field or "text"], "msg": error.message, "type": "value_error"}
+    field = "model_id" if isinstance(error, UnknownModelError) else error.field or "text"
+    is_field = isinstance(error, InvalidRequestError)
+    return {"loc": ["body", field], "msg": error.message, "type": "value_error"} if is_field else None
 
 
 def _answer(status: int, message: str, *, headers: Mapping[str, str] | None) -> Response:

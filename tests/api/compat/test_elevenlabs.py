@@ -310,6 +310,10 @@ async def test_pieces_longer_than_the_longest_clip_have_sections(path: str) -> N
         prompts = [request.prompt for _, request in backend.requests]
         assert prompts == ["jazz, warm, piano", "jazz, warm, saxophone"]
         assert {request.negative_prompt for _, request in backend.requests} == {"metal"}
+        backend.requests.clear()
+        chunks = [{"text": "[Verse] la", "duration_ms": 3000, "positive_styles": [style]} for style in ("rock", "folk")]
+        reply = await client.post(path, params=query, json={"composition_plan": {"chunks": chunks}})
+        assert [request.prompt for _, request in backend.requests] == ["rock", "folk"]
 
 
 @pytest.mark.server
@@ -350,8 +354,8 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
     few(
         [
             (OverloadedError("full", retry_after_s=7), 429, "too_many_concurrent_requests"),
-            (ModelUnavailableError("loading", retry_after_s=7), 503, "unavailable"),
-            (GenerationError("secret"), 500, "internal_error"),
+            (ModelUnavailableError("loading", retry_after_s=7), 503, "service_unavailable"),
+            (GenerationError("secret"), 500, "internal_server_error"),
         ]
     ),
 )
