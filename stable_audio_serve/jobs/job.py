@@ -15,7 +15,7 @@ from stable_audio_serve.core.ids import NO_CLIENT, ClientId, JobId
 from stable_audio_serve.core.keys import NO_LIMITS, KeyLimits
 from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, Encoding, Finishing, Peaks
 
-Contract = Literal["sa3", "aiml", "fal", "stability"]
+Contract = Literal["sa3", "aiml", "fal", "stability", "elevenlabs"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 # Servers of earlier versions cannot parse the mode long-piece. So their runners leave such jobs to other runners.
 Mode = Literal["text-to-audio", "audio-to-audio", "inpainting", "long-piece"]
