@@ -22,12 +22,8 @@ CLUSTER_FILES := $(LONG_CLUSTER) $(filter-out $(LONG_CLUSTER),$(wildcard tests/c
 # Tests that `make soak` repeats for longer.
 SOAK := tests/engine/test_soak.py tests/serving/test_scaled.py tests/api/test_replay.py
 
-WAVESURFER := 8.0.1
-WAVESURFER_SHA512 := 8743a74564954ea2182d2c37fc856b06db2e9ffc70f4be6ee050376e37d20d314c5ffc6cc15592d49c0ae1f16edee966c515121e0f3340e465eb310d1bdf377a
-VENDOR := stable_audio_serve/api/playground/vendor
-
 .DEFAULT_GOAL := help
-.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-all test-all-1 test-all-2 test-all-3 test-all-4 test-gpu test-oldest-torch chaos fuzz soak lint fmt type bench bench-gpu docs site site-serve playground-assets clean demo-model demo-adapter demo-eval check-cluster
+.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-all test-all-1 test-all-2 test-all-3 test-all-4 test-gpu test-oldest-torch chaos fuzz soak lint fmt type bench bench-gpu docs site site-serve clean demo-model demo-adapter demo-eval check-cluster
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
@@ -111,12 +107,6 @@ bench-gpu: $(if $(filter file,$(origin PY)),install) ## compare each fast featur
 docs: install ## write docs/openapi.json, docs/openapi.md and docs/metrics.md from the application, docs/performance.md from the results
 	$(PY) -m docs.reference
 	$(PY) -m benchmarks.page
-
-playground-assets: ## download the playground's waveform library (wavesurfer.js) as published
-	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && npm pack --silent wavesurfer.js@$(WAVESURFER) >/dev/null && \
-		echo "$(WAVESURFER_SHA512)  wavesurfer.js-$(WAVESURFER).tgz" | sha512sum --check --quiet && tar xzf *.tgz && \
-		cd package && cp dist/wavesurfer.esm.js dist/plugins/{regions,spectrogram}.esm.js $(CURDIR)/$(VENDOR) && \
-		cp LICENSE $(CURDIR)/$(VENDOR)/wavesurfer.LICENSE && echo "wavesurfer.js $(WAVESURFER) is in $(VENDOR)"
 
 site: install ## build the documentation website in site/; fails on any warning (broken link, page missing from the menu)
 	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -b html -d build/site docs site

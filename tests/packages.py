@@ -46,5 +46,8 @@ def _install(name: str, *command: str) -> Path:
         if done.returncode:
             shutil.rmtree(folder)
             skip_or_fail(name, f"the package could not be installed: {done.stderr[-500:]}")
-        Path(folder).rename(installed)  # atomically
+        try:
+            Path(folder).rename(installed)  # atomically
+        except OSError:  # another test process was faster
+            shutil.rmtree(folder)
     return installed

@@ -57,7 +57,8 @@ async function readError(reply) {
     detail = null;
   }
   if (Array.isArray(detail)) {
-    return new ApiError(reply.status, detail.map((fault) => ({ field: String(fault.loc.at(-1)), message: fault.msg })), retry);
+    const field = ({ loc }) => String(loc[1] ?? loc[0]); // the first item names the part of the request, such as "body"
+    return new ApiError(reply.status, detail.map((fault) => ({ field: field(fault), message: fault.msg })), retry);
   }
   if (detail?.message) return new ApiError(reply.status, [{ field: detail.param ?? null, message: detail.message }], retry);
   const message = detail || `The server responded with status ${reply.status}.`;
@@ -67,6 +68,7 @@ async function readError(reply) {
 
 const ENDED = ["succeeded", "failed", "cancelled"];
 const LONGEST_PAUSE_MS = 10_000;
+const LONGEST_WAIT_MS = 3000; // between attempts to send an order
 const POLL_MS = 1000;
 const MOST_STREAMS = 2; // browsers allow six connections per server over all tabs, and the page needs some of them
 const LEAST_BETWEEN_POLLS_MS = 250; // over all jobs
@@ -118,6 +120,27 @@ async function waitToPoll() {
   await pause(at - now);
 }
 
+// Whether the server is unreachable, or a proxy answers in its place.
+const isAway = (error) => error.status === 0 || (error.status >= 502 && error.status <= 504);
+
+// Repeats a call while the server is away. Calls `onAway(error)` after each attempt. Rejects with AbortError once `signal`
+// is aborted.
+export async function callUntilBack(path, options, { onAway, signal }) {
+  for (let failures = 0; ; failures += 1) {
+    try {
+      return await call(path, options);
+    } catch (error) {
+      if (!isAway(error)) throw error;
+      onAway(error);
+      const leastS = error.retryAfterS ?? 0;
+      await Promise.race([pause(Math.max(1000 * leastS, Math.min(LONGEST_WAIT_MS, 250 * 2 ** failures))), aborted(signal)]);
+    }
+    signal.throwIfAborted();
+  }
+}
+
+const aborted = (signal) => new Promise((resume) => signal.addEventListener("abort", resume, { once: true }));
+
 const isRefusal = (error) => error.status >= 400 && error.status < 500 && error.status !== 429;
 
 // Retries for up to a minute while the server is unreachable.
@@ -151,7 +174,7 @@ async function* readEvents(body) {
   }
 }
 
-const pause = (milliseconds) => new Promise((resume) => setTimeout(resume, milliseconds));
+export const pause = (milliseconds) => new Promise((resume) => setTimeout(resume, milliseconds));
 
 // Returns 32 random hexadecimal digits. `crypto.randomUUID` needs HTTPS or localhost.
 export const newId = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");

@@ -1,15 +1,6 @@
 // Reads the fields of each kind of order, and their ranges, from the OpenAPI description.
 
-const PATHS = { generate: "/v1/audio/generations", vary: "/v1/audio/variations", loop: "/generate/loop" };
-
-// Names of form fields that differ from the route's.
-const NAMES = { loop: { init_noise_level: "style_strength", model: "finetune_repo", audio: "audio_file" } };
-
-// Returns the form field for a field name in an error.
-export const formName = (name) =>
-  Object.values(NAMES)
-    .flatMap(Object.entries)
-    .find(([, other]) => other === name)?.[0] ?? name;
+const PATHS = { generate: "/v1/audio/generations", vary: "/v1/audio/variations", piece: "/jobs" };
 
 // Returns {kind: {field: {min, max, text}}}; missing bounds are undefined.
 export function readFields(document) {
@@ -19,8 +10,7 @@ export function readFields(document) {
 function fieldsOf(document, kind) {
   const [body] = Object.values(document.paths[PATHS[kind]]?.post?.requestBody?.content ?? {});
   const { properties = {} } = resolve(document, body?.schema ?? {});
-  const ours = Object.fromEntries(Object.entries(NAMES[kind] ?? {}).map(([name, other]) => [other, name]));
-  return Object.fromEntries(Object.entries(properties).map(([name, schema]) => [ours[name] ?? name, range(schema)]));
+  return Object.fromEntries(Object.entries(properties).map(([name, schema]) => [name, range(schema)]));
 }
 
 const resolve = (document, schema) => (schema.$ref ? document.components.schemas[schema.$ref.split("/").at(-1)] : schema);

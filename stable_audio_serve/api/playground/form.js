@@ -3,11 +3,24 @@
 
 import { Adapters } from "./adapters.js";
 import { callWithRetries } from "./api.js";
-import { formName, readFields } from "./description.js";
+import { readFields } from "./description.js";
+import { Sections } from "./sections.js";
 
 const KEYS = ["C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"];
-const WORDS = new Set(["bpm", "key"]); // tempo and key of a loop are added to its prompt
-const ALWAYS = new Set(["prompt", "batch_size"]); // each variation is an order
+const WITHIN = { true_peak_dbtp: "loudness" }; // fields that are part of another
+// Fields that the page has for itself: each variation is an order, and the key of a loop is added to its prompt.
+const OWN = new Set(["prompt", "batch_size", "key", "audio"]);
+// The kinds of clips that a field is for, of those that are not for all.
+const ONLY_FOR = {
+  duration: ["clip"],
+  audio: ["clip"],
+  init_noise_level: ["clip"],
+  batch_size: ["clip", "loop"],
+  bpm: ["loop"],
+  bars: ["loop"],
+  key: ["loop"],
+  sections: ["piece"],
+};
 const element = (id) => document.getElementById(id);
 
 // Rounds a bound down, so that the shown value is valid input.
@@ -20,14 +33,18 @@ export class Form {
     this.node = element("form");
     this.models = new Map();
     this.adapters = new Adapters();
-    this.source = null;
+    this.sections = new Sections();
+    this.source = null; // a file
+    this.parent = null; // the clip that the source is from
     this.locked = false;
     this.node.addEventListener("submit", (event) => {
       event.preventDefault();
       onSubmit();
     });
     this.node.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.node.requestSubmit();
+      if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+      event.preventDefault(); // or in a field of one line the form is submitted twice
+      this.node.requestSubmit();
     });
     element("model").addEventListener("change", () => this.showModel());
     for (const kind of this.node.elements.kind) kind.addEventListener("change", () => this.showKind());
@@ -53,11 +70,24 @@ export class Form {
     this.models = new Map(served.map((model) => [model.id, model]));
     this.adapters.load(models.data);
     this.limits = limits;
+    this.showLoaded();
     const chosen = element("model").value;
     const options = served.map((model) => new Option(model.is_demo ? `${model.id} (demo)` : model.id, model.id));
     element("model").replaceChildren(...options);
     element("model").value = this.models.has(chosen) ? chosen : served.find((model) => model.is_default).id;
     this.showModel();
+  }
+
+  get isLoaded() {
+    return this.models.size > 0;
+  }
+
+  // Enables the Generate button once the form has its data. Without a key that the server needs, the button asks for it.
+  showLoaded({ needsKey = false } = {}) {
+    this.needsKey = needsKey && !this.isLoaded;
+    const button = element("generate");
+    button.disabled = !this.isLoaded && !this.needsKey;
+    button.textContent = this.needsKey ? "Enter the API key" : this.isLoaded ? "Generate" : "Connecting";
   }
 
   get model() {
@@ -68,9 +98,9 @@ export class Form {
     return this.node.elements.kind.value;
   }
 
-  // Longest clip of the model, seconds.
-  get mostS() {
-    return this.model?.max_duration_s ?? 0;
+  // Returns the longest clip of a model in seconds, 0 if it is not served.
+  longestOf(name) {
+    return this.models.get(name)?.max_duration_s ?? 0;
   }
 
   showModel() {
@@ -82,20 +112,22 @@ export class Form {
     element("sampler").replaceChildren(...samplers);
     element("sampler").value = model.samplers.includes(chosen) ? chosen : "";
     this.adapters.show(model.id);
+    this.sections.bound(model.max_duration_s);
     this.showKind();
   }
 
   // Shows the fields that the route of this kind accepts, with their ranges.
   showKind() {
     if (!this.model) return; // not loaded yet
-    const isLoop = this.kind === "loop";
-    element("cfg_scale").placeholder = isLoop ? "" : this.model.default_cfg_scale;
-    const accepted = this.accepted[isLoop ? "loop" : this.source ? "vary" : "generate"];
-    for (const box of this.node.querySelectorAll(".field")) {
+    const { kind } = this;
+    element("cfg_scale").placeholder = this.model.default_cfg_scale;
+    for (const choice of this.node.querySelectorAll("[data-needs]")) choice.hidden = !(choice.dataset.needs in this.accepted.piece);
+    const accepted = this.accepted[kind === "piece" ? "piece" : kind === "clip" && this.source ? "vary" : "generate"];
+    for (const box of this.node.querySelectorAll("[data-field]")) {
       const name = box.dataset.field;
-      const isAccepted = ALWAYS.has(name) || (isLoop && WORDS.has(name)) || name in accepted;
+      const isAccepted = OWN.has(name) || (WITHIN[name] ?? name) in accepted;
       const isUseless = (name === "init_noise_level" && !this.source) || (name === "loras" && this.adapters.isEmpty);
-      box.hidden = !isAccepted || isUseless;
+      box.hidden = !isAccepted || isUseless || !(ONLY_FOR[name] ?? [kind]).includes(kind);
       this.bound(box, accepted[name] ?? {});
     }
   }
@@ -123,9 +155,10 @@ export class Form {
     if (!locked) element("seed").value = "";
   }
 
-  // Sets the source file or null, and shows its name.
-  setSource(file, note = "") {
+  // Sets the source file or null, and shows its name. `parent` is the clip that it is from.
+  setSource(file, { note = "", parent = null } = {}) {
     this.source = file;
+    this.parent = parent;
     element("source-name").textContent = file ? `Source: ${file.name}${note}` : "No source. Drop an audio file here, or use a clip.";
     element("source-clear").hidden = !file;
     this.showKind();
@@ -150,14 +183,18 @@ export class Form {
   }
 
   // Returns errors in values that the server does not receive as fields: text in a number field, the number of
-  // variations, and a loop's tempo, which is part of its prompt.
+  // variations, and a missing tempo.
   faults() {
-    const boxes = [...this.node.querySelectorAll(".field:not([hidden])")].filter((box) => box.querySelector("input[type=number]")?.validity.badInput);
-    const found = boxes.map((box) => ({ field: box.dataset.field, message: "Enter a number." }));
-    for (const id of ["batch_size", "bpm"]) {
-      const { validity, min, max } = element(id);
-      if (this.field(id).hidden || validity.valid || validity.badInput) continue;
-      found.push({ field: id, message: `Enter a whole number from ${min} to ${max}.` });
+    const shown = [...this.node.querySelectorAll("[data-field]:not([hidden])")];
+    const found = [];
+    for (const box of shown) {
+      const inputs = [...box.querySelectorAll("input[type=number]")];
+      const isMissing = inputs.some(({ required, value }) => required && !value);
+      if (isMissing || inputs.some(({ validity }) => validity.badInput)) found.push({ field: box.dataset.field, message: "Enter a number." });
+    }
+    const { validity, min, max } = element("batch_size");
+    if (!this.field("batch_size").hidden && !validity.valid && !validity.badInput) {
+      found.push({ field: "batch_size", message: `Enter a whole number from ${min} to ${max}.` });
     }
     return found;
   }
@@ -167,69 +204,68 @@ export class Form {
     const number = (id) => (element(id).value.trim() === "" ? undefined : element(id).valueAsNumber);
     const first = number("seed") ?? randomSeed();
     if (!this.locked) element("seed").value = "";
-    return Array.from({ length: number("batch_size") ?? 1 }, (_, index) => this.order(first + index, number));
+    const count = this.kind === "piece" ? 1 : (number("batch_size") ?? 1);
+    return Array.from({ length: count }, (_, index) => this.order(first + index, number));
   }
 
   order(seed, number) {
-    const prompt = element("prompt").value;
-    const shared = { steps: number("steps"), cfg_scale: number("cfg_scale"), seed };
-    if (this.kind === "loop") {
-      const key = element("key").value;
-      const words = `${prompt} ${number("bpm")}bpm${key ? ` in ${key}` : ""}`;
-      const strength = this.source ? { style_strength: number("init_noise_level") } : {};
-      const model = { model_type: "finetune", finetune_repo: this.model.id };
-      const fields = { prompt: words, ...model, loop_type: element("loop_type").value, ...shared, ...strength };
-      if (element("bars").value) fields.bars = Number(element("bars").value);
-      return { kind: "loop", fields: defined(fields), source: this.source };
-    }
     const sampler = element("sampler").value;
-    const fields = {
-      prompt,
+    const target = number("target_lufs");
+    const shared = {
+      prompt: element("prompt").value,
       model: this.model.id,
-      duration: number("duration"),
-      ...shared,
+      steps: number("steps"),
+      cfg_scale: number("cfg_scale"),
+      seed,
       negative_prompt: element("negative_prompt").value || undefined,
       sampler_kwargs: sampler ? { sampler_type: sampler } : undefined,
       loras: this.adapters.chosen,
+      loudness: target === undefined ? undefined : defined({ target_lufs: target, true_peak_dbtp: number("true_peak_dbtp") }),
+      fade_in_s: number("fade_in_s"),
+      fade_out_s: number("fade_out_s"),
     };
-    if (!this.source) return { kind: "generate", fields: defined(fields) };
-    return { kind: "vary", fields: defined({ ...fields, init_noise_level: number("init_noise_level") }), source: this.source };
+    if (this.kind === "piece") return { kind: "generate", fields: defined({ ...shared, sections: this.sections.value }) };
+    if (this.kind === "loop") {
+      const key = element("key").value;
+      const prompt = `${shared.prompt} ${number("bpm")}bpm${key ? ` in ${key}` : ""}`;
+      return { kind: "generate", fields: defined({ ...shared, prompt, loop: true, bpm: number("bpm"), bars: Number(element("bars").value) }) };
+    }
+    const fields = defined({ ...shared, duration: number("duration") });
+    if (!this.source) return { kind: "generate", fields };
+    return { kind: "vary", fields: defined({ ...fields, init_noise_level: number("init_noise_level") }), ...this.origin };
+  }
+
+  get origin() {
+    return defined({ source: this.source ?? undefined, parent: this.parent ?? undefined });
   }
 
   // Loads a clip's settings. Throws Error if its model or an adapter is not served.
   fill(order) {
     const { fields } = order;
-    const model = fields.finetune_repo ?? fields.model;
-    if (!this.models.has(model)) throw new Error(`The server no longer has the model ${model}.`);
-    this.adapters.require(model, fields.loras);
+    if (!this.models.has(fields.model)) throw new Error(`The server no longer has the model ${fields.model}.`);
+    this.adapters.require(fields.model, fields.loras);
     const set = (id, value) => {
       element(id).value = value ?? "";
     };
-    const loop = order.kind === "loop" && /^(.*) ([\d.]+)bpm(?: in (.*))?$/s.exec(fields.prompt);
-    this.node.elements.kind.value = loop ? "loop" : "clip";
-    set("prompt", loop ? loop[1] : fields.prompt);
-    if (loop) {
-      set("bpm", loop[2]);
-      set("key", loop[3]);
-      set("bars", fields.bars);
-      set("loop_type", fields.loop_type);
-    } else {
-      set("duration", fields.duration);
-      set("negative_prompt", fields.negative_prompt);
-    }
-    set("model", model);
+    const words = fields.loop && /^(.*) [\d.]+bpm(?: in (.*))?$/s.exec(fields.prompt);
+    this.node.elements.kind.value = fields.loop ? "loop" : fields.sections ? "piece" : "clip";
+    set("model", fields.model);
     this.showModel();
-    this.adapters.choose(fields.loras);
+    set("prompt", words ? words[1] : fields.prompt);
+    for (const id of ["steps", "cfg_scale", "negative_prompt", "seed", "fade_in_s", "fade_out_s"]) set(id, fields[id]);
+    for (const id of ["target_lufs", "true_peak_dbtp"]) set(id, fields.loudness?.[id]);
     set("sampler", fields.sampler_kwargs?.sampler_type);
-    set("steps", fields.steps);
-    set("cfg_scale", fields.cfg_scale);
     set("batch_size", 1);
+    this.adapters.choose(fields.loras);
+    if (fields.loop) for (const id of ["bpm", "bars"]) set(id, fields[id]);
+    if (fields.loop) set("key", words?.[2]);
+    if (fields.sections) this.sections.fill(fields.sections);
+    if (fields.duration) set("duration", fields.duration);
+    if (fields.init_noise_level !== undefined) set("init_noise_level", fields.init_noise_level);
     this.lockSeed(true);
-    set("seed", fields.seed);
-    const strength = fields.init_noise_level ?? fields.style_strength;
-    if (strength !== undefined) set("init_noise_level", strength);
     this.showStrength();
-    this.setSource(order.regions ? null : (order.source ?? null));
+    const { source = null, parent = null } = order.regions ? {} : order;
+    this.setSource(source, { parent });
   }
 
   field(name) {
@@ -249,8 +285,7 @@ export class Form {
   showFaults(faults) {
     this.clearFaults();
     const elsewhere = [];
-    for (const { field: named, message } of faults) {
-      const field = named && formName(named);
+    for (const { field, message } of faults) {
       const box = field && /^\w+$/.test(field) ? this.field(field) : null;
       if (!box || box.hidden) {
         elsewhere.push(message);
@@ -258,6 +293,8 @@ export class Form {
       }
       const note = Object.assign(document.createElement("p"), { className: "error", id: `error-${field}`, textContent: message });
       box.append(note);
+      const folded = box.closest("details");
+      if (folded) folded.open = true;
       const input = box.querySelector("input, select, textarea");
       input?.setAttribute("aria-invalid", "true");
       input?.setAttribute("aria-describedby", note.id);

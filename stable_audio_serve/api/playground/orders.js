@@ -1,13 +1,23 @@
 // Builds requests from orders, also as text to copy. An order holds the settings of a clip: {kind, fields, source?,
-// regions?}, with `fields` by the API's names, `source` a file, and `regions` [[start, end]] in seconds.
+// regions?, parent?}, with `fields` by the API's names, `source` a file, `regions` [[start, end]] in seconds, and `parent`
+// the clip that the source is from: {id, title}.
 
-import { call, url } from "./api.js";
+import { call, callUntilBack, url } from "./api.js";
 
 const ROUTES = { generate: "generations", vary: "variations", inpaint: "inpaint" };
 const JOB_ROUTES = { generate: "jobs", vary: "jobs/variations", inpaint: "jobs/inpaint" };
 
-const ALL_FORMATS = ["wav", "flac", "mp3", "ogg", "opus"];
-export const FORMATS = { generate: ALL_FORMATS, vary: ALL_FORMATS, inpaint: ALL_FORMATS, loop: ["wav"] };
+// The formats that a clip can be downloaded in: their names, extensions and fields. The first is that of stored clips.
+export const FORMATS = [
+  { name: "WAV", extension: "wav" },
+  { name: "WAV 24-bit", extension: "wav", fields: { response_format: "wav", bit_depth: 24 } },
+  { name: "WAV float", extension: "wav", fields: { response_format: "wav", bit_depth: "float" } },
+  { name: "FLAC", extension: "flac", fields: { response_format: "flac" } },
+  { name: "MP3", extension: "mp3", fields: { response_format: "mp3" } },
+  { name: "M4A", extension: "m4a", fields: { response_format: "m4a" } },
+  { name: "Ogg", extension: "ogg", fields: { response_format: "ogg" } },
+  { name: "Opus", extension: "opus", fields: { response_format: "opus" } },
+];
 
 const wire = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
 
@@ -20,20 +30,20 @@ function body(order, more = {}) {
   if (!order.source) return { json: fields };
   const form = new FormData();
   for (const [name, value] of Object.entries(fields)) form.append(name, wire(value));
-  form.append(order.kind === "loop" ? "audio_file" : "audio", order.source, order.source.name ?? "source.wav");
+  form.append("audio", order.source, order.source.name ?? "source.wav");
   return { form };
 }
 
-const path = (order) => (order.kind === "loop" ? "saos/generate/loop" : `v1/audio/${ROUTES[order.kind]}`);
+const path = (order) => `v1/audio/${ROUTES[order.kind]}`;
 
-// Generates synchronously; the response is the audio.
-export const make = (order, { format, signal } = {}) =>
-  call(path(order), { method: "POST", signal, ...body(order, format && { response_format: format }) });
+// Generates synchronously, with more fields; the response is the audio.
+export const make = (order, fields = {}) => call(path(order), { method: "POST", ...body(order, fields) });
 
-// Submits a job and returns its id. The same order with the same key returns the same job.
-export async function submit(order, idempotencyKey) {
+// Submits a job, as soon as the server is reachable, and returns its id. The same order with the same key returns the
+// same job, so that a repeated attempt does no harm.
+export async function submit(order, idempotencyKey, waiting) {
   const headers = { "Idempotency-Key": idempotencyKey };
-  const reply = await call(JOB_ROUTES[order.kind], { method: "POST", headers, ...body(order) });
+  const reply = await callUntilBack(JOB_ROUTES[order.kind], { method: "POST", headers, ...body(order) }, waiting);
   return (await reply.json()).id;
 }
 
@@ -61,7 +71,7 @@ export function readFacts(headers) {
   };
 }
 
-// Returns the recipe for POST /v1/audio/replay; for a loop, which has none, its order.
+// Returns the recipe for POST /v1/audio/replay; for a clip without one its order.
 export function asJson({ order, facts }) {
   if (facts.recipe) return JSON.stringify(facts.recipe, null, 2);
   const source = order.source && { source: order.source.name ?? "source.wav" };
@@ -75,8 +85,12 @@ export function asCurl({ order }) {
   const sent = order.source
     ? Object.entries(json).map(([field, value]) => `--form-string ${quoted(`${field}=${wire(value)}`)}`)
     : ["-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(json))}`];
-  if (order.source) sent.push(`-F ${quoted(`${order.kind === "loop" ? "audio_file" : "audio"}=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
-  return ["curl -fsS", quoted(url(path(order))), `-H "Authorization: Bearer $STABLE_AUDIO_API_KEY"`, ...sent, "-o clip.wav"].join(" \\\n  ");
+  if (order.source) sent.push(`-F ${quoted(`audio=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
+  const key = `-H "Authorization: Bearer $STABLE_AUDIO_API_KEY"`;
+  const lines = order.fields.sections
+    ? [quoted(url("jobs")), key, ...sent, `| sed -E 's/.*"id":"([0-9a-f]{32})".*/\\1/'`, `| xargs -I{} curl -fsS '${url("jobs/")}{}/audio?follow=1' -o clip.wav`]
+    : [quoted(url(path(order))), key, ...sent, "-o clip.wav"];
+  return ["curl -fsS", ...lines].join(" \\\n  ");
 }
 
 export function asPython({ order }) {
@@ -88,16 +102,18 @@ export function asPython({ order }) {
     return `{${Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${python(each)}`).join(", ")}}`;
   };
   const source = JSON.stringify(order.source?.name ?? "source.wav");
-  const first = order.source && order.kind !== "loop" ? [source, python(prompt)] : [python(prompt)];
+  const first = order.source ? [source, python(prompt)] : [python(prompt)];
   const regions = order.regions ? [`regions=[${order.regions.map((times) => `(${times.join(", ")})`).join(", ")}]`] : [];
-  const audio = order.source && order.kind === "loop" ? [`audio=${source}`] : [];
   const more = Object.entries(fields).map(([name, value]) => `${name}=${python(value)}`);
+  const given = [...first, ...regions, ...more].join(", ");
+  const made = order.fields.sections
+    ? [`    job = client.jobs.wait(client.jobs.submit(${given}).id)`, '    client.jobs.download(job, "clip.wav")']
+    : [`    clip = client.${order.kind}(${given})`, '    clip.save("clip.wav")'];
   return [
     "from stable_audio_serve.client import Client",
     "",
     `with Client(${JSON.stringify(url("."))}) as client:`,
-    `    clip = client.${order.kind}(${[...first, ...regions, ...audio, ...more].join(", ")})`,
-    '    clip.save("clip.wav")',
+    ...made,
     "",
   ].join("\n");
 }

@@ -7,7 +7,9 @@ const TIMEOUT_MS = 10_000;
 const element = (id) => document.getElementById(id);
 
 export class ServerPanel {
-  constructor() {
+  // Calls `onBack()` after each answer of the server.
+  constructor({ onBack = () => {} } = {}) {
+    this.onBack = onBack;
     document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
     this.isRefreshing = false;
     setInterval(() => document.hidden || this.refresh(), EVERY_MS);
@@ -19,6 +21,7 @@ export class ServerPanel {
     this.isRefreshing = true;
     try {
       this.draw(await (await call("v1/status", { signal: AbortSignal.timeout(TIMEOUT_MS) })).json());
+      this.onBack();
     } catch (error) {
       setText("server-line", error.status === 401 ? "needs a key" : error.message);
       setText("server-facts", error.message);

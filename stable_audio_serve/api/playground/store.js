@@ -6,7 +6,6 @@ const STORES = ["takes", "jobs"]; // "takes" holds the clips
 let database = null;
 const memory = { takes: new Map(), jobs: new Map() };
 const otherTabs = new BroadcastChannel(NAME);
-const AUTOPLAY = `${NAME}.autoplay`;
 
 const done = (request) =>
   new Promise((resolve, reject) => {
@@ -79,17 +78,17 @@ async function attempt(act) {
   }
 }
 
-// Whether new clips are played automatically: the only stored preference.
-export function readAutoplay() {
+// Returns a stored preference, a short text.
+export function preference(name, fallback) {
   try {
-    return localStorage.getItem(AUTOPLAY) !== "off";
+    return localStorage.getItem(`${NAME}.${name}`) ?? fallback;
   } catch {
-    return true;
+    return fallback;
   }
 }
 
-export function setAutoplay(isOn) {
+export function setPreference(name, value) {
   try {
-    localStorage.setItem(AUTOPLAY, isOn ? "on" : "off");
+    localStorage.setItem(`${NAME}.${name}`, value);
   } catch {} // the browser blocks local storage
 }

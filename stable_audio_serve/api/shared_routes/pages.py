@@ -19,7 +19,7 @@ from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from stable_audio_serve import __version__
 from stable_audio_serve.api.description import error_responses
@@ -28,7 +28,7 @@ from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody
 from stable_audio_serve.api.routing import public_route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.api.shared_routes import info
+from stable_audio_serve.api.shared_routes import info, llms
 from stable_audio_serve.api.shared_routes.server import NAME
 
 TAG = "Pages"
@@ -42,11 +42,9 @@ _ASSETS = {
     "favicon.png": "image/png",
 }
 # Scripts need a nonce, because 'self' would also allow scripts in uploaded files, which this server returns too.
-# wavesurfer.js inserts styles, and draws its spectrogram in a worker that it creates from a blob.
 _HOME_POLICY = (
-    "default-src 'self'; script-src 'nonce-{script_nonce}'; style-src 'self' 'nonce-{style_nonce}'; "
-    "media-src 'self' blob:; worker-src blob:; "
-    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'self'; script-src 'nonce-{nonce}'; worker-src 'none'; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
 )
 # The pages of Swagger UI and ReDoc set styles by script. Swagger UI plays audio responses. ReDoc searches in a worker
 # created from a blob.
@@ -64,6 +62,7 @@ _CARD_PATHS = {
     "docs": "/docs",
     "redoc": "/redoc",
     "openapi": "/openapi.json",
+    "llms": "/llms.txt",
     "models": "/v1/models",
     "health": "/health",
     "ready": "/ready",
@@ -136,11 +135,9 @@ def build_router(service: Service) -> APIRouter:
         if "application/json" in accepted and "text/html" not in accepted:
             card = await _describe(service, request)
             return JSONResponse(card.model_dump(), headers={"Vary": "Accept"})
-        nonces = {name: secrets.token_urlsafe(16) for name in ("script_nonce", "style_nonce")}
-        policy = {"Content-Security-Policy": _HOME_POLICY.format(**nonces)}
-        page = playground["index.html"].content.decode()
-        for name, nonce in nonces.items():
-            page = page.replace(f"{{{name}}}", nonce)
+        nonce = secrets.token_urlsafe(16)
+        policy = {"Content-Security-Policy": _HOME_POLICY.format(nonce=nonce)}
+        page = playground["index.html"].content.decode().replace("{nonce}", nonce)
         return HTMLResponse(page, headers={**_HEADERS, **policy, "Vary": "Accept", "Cache-Control": "no-store"})
 
     @router.get(
@@ -177,7 +174,7 @@ def build_router(service: Service) -> APIRouter:
     return router
 
 
-def build_api_router() -> APIRouter:
+def build_api_router(service: Service) -> APIRouter:
     """Return the routes of the API description and its pages. They need no key."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
 
@@ -186,6 +183,17 @@ def build_api_router() -> APIRouter:
         """Return the OpenAPI description of this server."""
         document: dict[str, Any] = request.app.openapi()
         return document
+
+    @router.get(
+        "/llms.txt",
+        summary="Describe the API to language models",
+        response_class=PlainTextResponse,
+        responses=error_responses(ErrorBody, 500),
+    )
+    async def text(request: Request) -> str:
+        """Return a short description of the models and operations as Markdown."""
+        base = base_url(request, service.settings.api)
+        return llms.describe(request.app.openapi(), service.backend.catalog, base=base)
 
     @router.get("/docs", summary="Try the API out", response_class=HTMLResponse, responses=_API_RESPONSES)
     async def swagger(request: Request) -> Response:
@@ -237,7 +245,7 @@ def build_api_router() -> APIRouter:
 
 
 def _read_playground() -> dict[str, _File]:
-    """Read the playground's files, a few hundred kilobytes. Returns them by their relative paths."""
+    """Read the playground's files, about 100 kB. Returns them by their relative paths."""
     folder = Path(__file__).parents[1] / "playground"
     found = {}
     for path in folder.rglob("*"):

@@ -1,0 +1,155 @@
+// WAV files: writes them, and reads files that are too long to decode at once or that are still growing.
+
+import { audioContext } from "./audio.js";
+
+// Returns a 16-bit WAV file. Chromium decodes with the same two scales, so that samples survive a round trip.
+export function wavBlob(buffer) {
+  const { numberOfChannels: channels, sampleRate, length } = buffer;
+  const bytes = new DataView(new ArrayBuffer(44 + length * channels * 2));
+  const text = (at, value) => [...value].forEach((char, index) => bytes.setUint8(at + index, char.charCodeAt(0)));
+  text(0, "RIFF");
+  bytes.setUint32(4, bytes.byteLength - 8, true);
+  text(8, "WAVEfmt ");
+  bytes.setUint32(16, 16, true);
+  bytes.setUint16(20, 1, true);
+  bytes.setUint16(22, channels, true);
+  bytes.setUint32(24, sampleRate, true);
+  bytes.setUint32(28, sampleRate * channels * 2, true);
+  bytes.setUint16(32, channels * 2, true);
+  bytes.setUint16(34, 16, true);
+  text(36, "data");
+  bytes.setUint32(40, length * channels * 2, true);
+  const data = Array.from({ length: channels }, (_, channel) => buffer.getChannelData(channel));
+  for (let frame = 0, at = 44; frame < length; frame++) {
+    for (const samples of data) {
+      const value = Math.max(-1, Math.min(1, samples[frame]));
+      bytes.setInt16(at, Math.round(value * (value < 0 ? 32768 : 32767)), true);
+      at += 2;
+    }
+  }
+  return new Blob([bytes.buffer], { type: "audio/wav" });
+}
+
+const LEAST_READ_BYTES = 1 << 18;
+
+// A WAV file that arrives in pieces. Its samples can be read while the rest is still missing.
+export class GrowingWav {
+  constructor() {
+    this.format = null; // {rateHz, channels, bits, frameBytes} once the header has arrived
+    this.data = new Blob();
+    this.isComplete = false;
+    this.changed = new EventTarget(); // dispatches "change" when samples arrive and at the end
+  }
+
+  get numSamples() {
+    return this.format ? Math.floor(this.data.size / this.format.frameBytes) : 0;
+  }
+
+  get duration() {
+    return this.format ? this.numSamples / this.format.rateHz : 0;
+  }
+
+  // Reads a stream to its end or until `isStale()`, and calls `onSamples(channels, rateHz)` with what arrives. After an
+  // error, another stream of the same file continues where the last one broke off.
+  async follow(stream, { onSamples, isStale }) {
+    const skipped = this.format ? this.format.at + this.numSamples * this.format.frameBytes : 0;
+    let rest = new Uint8Array();
+    let at = 0; // of `rest` in the file
+    const reader = stream.getReader();
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (isStale()) return reader.cancel();
+      if (value) {
+        rest = joined(rest, value);
+        const cut = Math.min(rest.length, Math.max(0, skipped - at));
+        rest = rest.subarray(cut);
+        at += cut;
+        if (at < skipped) continue;
+        if (!this.format) {
+          this.format = readHeader(rest);
+          if (!this.format) continue;
+          rest = rest.subarray(this.format.at);
+        }
+      }
+      if (this.format && (done || rest.length >= LEAST_READ_BYTES)) rest = this.take(rest, onSamples);
+      if (done) break;
+    }
+    if (!this.format) throw new Error("The server sent no WAV file.");
+    this.isComplete = true;
+    this.changed.dispatchEvent(new Event("change"));
+  }
+
+  // Stores all complete samples. Returns the bytes after them.
+  take(bytes, onSamples) {
+    const { frameBytes, size } = this.format;
+    const most = Math.min(bytes.length, size - this.data.size); // chunks may follow the samples
+    const taken = bytes.slice(0, most - (most % frameBytes));
+    if (taken.length) {
+      this.data = new Blob([this.data, taken]);
+      onSamples(samplesOf(taken, this.format), this.format.rateHz);
+      this.changed.dispatchEvent(new Event("change"));
+    }
+    return bytes.subarray(taken.length);
+  }
+
+  // Returns up to `count` samples from `start` on as an AudioBuffer, null if there are none yet.
+  async read(start, count) {
+    const end = Math.min(start + count, this.numSamples);
+    if (end <= start) return null;
+    const { frameBytes, rateHz } = this.format;
+    const bytes = new Uint8Array(await this.data.slice(start * frameBytes, end * frameBytes).arrayBuffer());
+    const channels = samplesOf(bytes, this.format);
+    const buffer = audioContext().createBuffer(channels.length, end - start, rateHz);
+    channels.forEach((samples, index) => buffer.copyToChannel(samples, index));
+    return buffer;
+  }
+}
+
+function joined(first, second) {
+  if (!first.length) return second;
+  const both = new Uint8Array(first.length + second.length);
+  both.set(first);
+  both.set(second, first.length);
+  return both;
+}
+
+// Returns the format, with `at` as the position of the samples and `size` as their bytes; null if bytes are missing.
+function readHeader(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const format = {};
+  for (let at = 12; at + 8 <= bytes.length; ) {
+    const name = String.fromCharCode(...bytes.subarray(at, at + 4));
+    const size = view.getUint32(at + 4, true);
+    if (name === "data") {
+      const isUnknown = size === 0 || size >= 0xffffff00 - 1024; // the writer of a stream does not know its length
+      return { ...format, at: at + 8, size: isUnknown ? Infinity : size };
+    }
+    if (at + 8 + size > bytes.length) return null;
+    if (name === "fmt ") {
+      format.channels = view.getUint16(at + 10, true);
+      format.rateHz = view.getUint32(at + 12, true);
+      format.frameBytes = view.getUint16(at + 20, true);
+      format.bits = view.getUint16(at + 22, true);
+      const code = view.getUint16(at + 8, true);
+      format.isFloat = (code === 0xfffe ? view.getUint16(at + 32, true) : code) === 3;
+    }
+    at += 8 + size + (size % 2);
+  }
+  return null;
+}
+
+// Returns the samples of each channel, float32 in -1..1.
+function samplesOf(bytes, { channels, bits, frameBytes, isFloat }) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const sampleBytes = bits / 8;
+  const read = {
+    16: (at) => view.getInt16(at, true) / 32768,
+    24: (at) => (view.getUint16(at, true) + view.getInt8(at + 2) * 65536) / 8388608,
+    32: (at) => (isFloat ? view.getFloat32(at, true) : view.getInt32(at, true) / 2147483648),
+  }[bits];
+  return Array.from({ length: channels }, (_, channel) => {
+    const samples = new Float32Array(bytes.length / frameBytes);
+    for (let index = 0, at = channel * sampleBytes; index < samples.length; index++, at += frameBytes) samples[index] = read(at);
+    return samples;
+  });
+}
