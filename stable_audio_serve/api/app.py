@@ -127,7 +127,7 @@ def create_app(
         "elevenlabs": elevenlabs.build_router(service),
     }
     app.include_router(pages.build_router(service))
-    app.include_router(pages.build_api_router())
+    app.include_router(pages.build_api_router(service))
     app.include_router(server.build_router(service))
     operations = operations or UnmanagedOperations(backend, service.draining)
     app.include_router(status.build_router(service, operations))

@@ -24,7 +24,7 @@ from stable_audio_serve.api.middleware.limits import accept_file_in_json, accept
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
 from stable_audio_serve.core.errors import QuotaError, UnauthorizedError
-from stable_audio_serve.core.keys import Scope
+from stable_audio_serve.core.keys import ANYBODY, Scope
 
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
 # The scopes of a route. An API key needs one of them. If there are none, any API key is accepted.
@@ -131,7 +131,8 @@ def operator_route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRo
 def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ()) -> type[APIRoute]:
     """Return a route class for links that need no key.
 
-    If the request has a valid key with one of `scopes`, `request.state.client` is the key's client, otherwise None.
+    If the request has a valid key with one of `scopes`, `request.state.client` is the key's client, otherwise None. The
+    class also sets `request.state.caller`.
     """
 
     async def admit(request: Request) -> None:
@@ -139,7 +140,9 @@ def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ())
         keys: ApiKeys = request.app.state.keys
         await keys.ring.refresh()
         key = keys.find(request)
-        request.state.client = key.client if key and (key.may(scopes) or not scopes) else None
+        key = key if key and (key.may(scopes) or not scopes) else None
+        request.state.client = key.client if key else None
+        request.state.caller = find_caller(request, key or ANYBODY, address_header=request.app.state.address_header)
 
     return _dialect_route(render, admit)
 

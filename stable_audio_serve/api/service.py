@@ -204,10 +204,16 @@ class Service:
     async def add_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> Added:
         """Add a job within the limits of its API key. Its seconds of audio count when it is added, not when it runs.
 
-        If the request was sent before, the audio does not count again, and the adapters may be gone by now.
+        If the request was sent before, the audio does not count again, and the adapters may be gone by now. The audio
+        of a long piece counts section by section, when a runner makes them. So the whole may be more than the key may
+        have in a minute.
         """
         try:
-            audio_s = _audio_s(spec.request)
+            whole_s = audio_s = _audio_s(spec.request)
+            if spec.sections:
+                audio_s = 0.0
+                self.limiter.require_possible(caller.key, audio_s=max(one.duration_s for one in spec.sections))
+                spec = replace(spec, limits=caller.key.limits)
             try:
                 _, request = self.adapted(card, spec.request)
             except InvalidRequestError:
@@ -216,7 +222,9 @@ class Service:
                 await self.jobs.drop(spec)
                 return Added(earlier, is_new=False)
             spec = replace(spec, request=replace(request, client=caller.name))
-            async with self.limiter.admitted(caller.key, audio_s=audio_s, takes_place=False) as admission:
+            async with self.limiter.admitted(
+                caller.key, audio_s=audio_s, takes_place=False, metered_s=whole_s
+            ) as admission:
                 added = await self.jobs.add(spec)
                 if not added.is_new:
                     admission.give_back()
@@ -270,6 +278,10 @@ class Service:
         """Run `function` on an encoding thread and return its result."""
         with self._measured("file_encode_ms"):
             return await self._audio.run_encoding(function)
+
+    async def encode(self, function: Callable[[], T]) -> T:
+        """Run `function`, which encodes a part of a file, on an encoding thread, and return its result."""
+        return await self._audio.run_encoding(function)
 
     @contextmanager
     def _measured(self, metric: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Stream a job's progress as server-sent events.
+"""Stream a job's progress as server-sent events, and the sections of a long piece as they are finished.
 
 Each stream polls the job database until the job ends, because the job may run in any process. The number of streams per
 process is limited.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +16,14 @@ from typing import TypeVar
 
 import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.draining import Draining
-from stable_audio_serve.core.errors import OverloadedError, QuotaError, StorageError
+from stable_audio_serve.core.errors import OverloadedError, QuotaError, StoppingError, StorageError
 from stable_audio_serve.core.metrics import Level, Metrics
-from stable_audio_serve.jobs.job import Job, JobEvent
+from stable_audio_serve.jobs.job import FinishedSection, Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
 
 T = TypeVar("T")
@@ -42,6 +42,7 @@ class StreamLimits:
     max_open_per_client: int = 16  # a client is identified by its API key, or without keys by its address
     first_poll_s: float = 0.5  # poll interval after a change; grows to `last_poll_s` while nothing changes
     last_poll_s: float = 2.0
+    section_poll_s: float = 0.4  # poll interval for the next section of a long piece
     comment_s: float = 10.0  # interval of comments, because proxies drop silent connections after 15 s or more
     max_polls_away: int = 30  # retries while the database is unavailable, every `last_poll_s`
 
@@ -99,6 +100,23 @@ class EventStreams:
             wait_s = min(wait_s * 1.5, self._limits.last_poll_s)
             current = await self._ask(partial(jobs.get, job.spec.ref))
 
+    async def follow_sections(self, jobs: JobQueue, job: Job) -> AsyncGenerator[FinishedSection]:
+        """Yield each finished section of a long piece, at once or as soon as it is finished, until the job ends.
+
+        Raises StoppingError if this process stops or drains before, and StorageError like `follow`.
+        """
+        number, ref = 0, job.spec.ref
+        while True:
+            current = await self._ask(partial(jobs.get, ref))  # before its sections, to miss none at the end
+            for section in await self._ask(partial(jobs.sections, ref, after=number)):
+                number = section.number
+                yield section
+            if current is None or current.is_over:
+                return
+            if self._draining.is_leaving:
+                raise StoppingError("the server process stops; ask again")
+            await self._draining.pause(self._limits.section_poll_s)
+
     async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
         for _ in range(self._limits.max_polls_away):
             with suppress(StorageError):
@@ -113,18 +131,28 @@ class EventStreams:
 
         Raises OverloadedError if too many streams are open, and QuotaError if this caller has too many.
         """
-        if self._open_by_client[caller.name] >= self._limits.max_open_per_client:
-            message = "this client has too many open event streams"
-            raise QuotaError(message, retry_after_s=_BUSY_RETRY_S)
-        if self._open.value >= self._limits.max_open:
-            message = "too many event streams are open"
-            raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
+        self._require_room(caller)
         return _Stream(
             _end_quietly(events, self._draining),
             counted=partial(self._counted, caller.name),
             comment_s=self._limits.comment_s,
             headers=headers,
         )
+
+    def open_audio(
+        self, chunks: AsyncIterator[bytes], *, caller: Caller, headers: Mapping[str, str], media_type: str
+    ) -> Response:
+        """Return a response that sends `chunks` of audio while it is made. Raises the errors of `open`."""
+        self._require_room(caller)
+        return _AudioStream(chunks, counted=partial(self._counted, caller.name), headers=headers, media_type=media_type)
+
+    def _require_room(self, caller: Caller) -> None:
+        if self._open_by_client[caller.name] >= self._limits.max_open_per_client:
+            message = "this client has too many open event streams"
+            raise QuotaError(message, retry_after_s=_BUSY_RETRY_S)
+        if self._open.value >= self._limits.max_open:
+            message = "too many event streams are open"
+            raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
 
     @contextmanager
     def _counted(self, client: str) -> Iterator[None]:
@@ -150,6 +178,25 @@ class _Stream(EventSourceResponse):
         headers: Mapping[str, str] | None,
     ) -> None:
         super().__init__(events, ping=comment_s, sep="\n", headers=headers)
+        self._counted = counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
+        with self._counted():
+            await super().__call__(scope, receive, send)
+
+
+class _AudioStream(StreamingResponse):
+    """A response with audio that is still being made. It counts as open only while it is being sent."""
+
+    def __init__(
+        self,
+        chunks: AsyncIterator[bytes],
+        *,
+        counted: Callable[[], AbstractContextManager[None]],
+        headers: Mapping[str, str],
+        media_type: str,
+    ) -> None:
+        super().__init__(chunks, headers=headers, media_type=media_type)
         self._counted = counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature

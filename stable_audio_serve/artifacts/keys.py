@@ -8,8 +8,9 @@ import secrets
 from stable_audio_serve.core.ids import ArtifactKey, JobId
 
 # The folders: files of finished jobs are at the top level (""), source files of jobs in "uploads", and files that
-# clients get links to in "files".
-FOLDERS = ("", "uploads", "files")
+# clients get links to in "files". Finished sections of long pieces are in "sections", so that sweepers of earlier
+# versions, which do not know them, do not take them for orphans.
+FOLDERS = ("", "uploads", "files", "sections")
 
 # The folder of quality reports. The sweeper removes only partly written files from it.
 QUALITY_FOLDER = "quality"
@@ -21,7 +22,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _HEX = "[0-9a-f]{32}"
 _UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _OURS = re.compile(
-    rf"({_HEX}|{_UUID}(-stable-audio)?)-[A-Za-z0-9._-]{{1,150}}|uploads/{_HEX}(-[0-9]{{1,6}})?|(files|{QUALITY_FOLDER})/{_HEX}"
+    rf"({_HEX}|{_UUID}(-stable-audio)?)-[A-Za-z0-9._-]{{1,150}}|uploads/{_HEX}(-[0-9]{{1,6}})?|(files|sections|{QUALITY_FOLDER})/{_HEX}"
 )
 
 
@@ -48,6 +49,11 @@ def part_key(upload_id: str, number: int) -> ArtifactKey:
 def file_key() -> ArtifactKey:
     """Return a new key for a file that clients get a link to."""
     return ArtifactKey(f"files/{secrets.token_hex(16)}")
+
+
+def section_key() -> ArtifactKey:
+    """Return a new key for a finished section of a long piece."""
+    return ArtifactKey(f"sections/{secrets.token_hex(16)}")
 
 
 def quality_key(name: str) -> ArtifactKey:

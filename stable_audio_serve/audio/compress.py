@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
     Samples = npt.NDArray[np.int16] | npt.NDArray[np.int32] | npt.NDArray[np.float32]
 
-_BLOCK = 16_384  # samples written at once: libsndfile crashes on longer Vorbis writes
+BLOCK = 16_384  # samples written at once: libsndfile crashes on longer Vorbis writes
 # libsndfile ends an Opus file with a click. So this many samples of silence are encoded after the clip, and trimmed
 # from the finished file.
-_OPUS_TAIL_S = 0.02
-_OPUS_RATE_HZ = 48_000  # the unit of positions in Opus files
+OPUS_TAIL_S = 0.02
+OPUS_RATE_HZ = 48_000  # the unit of positions in Opus files
 _OPUS_KBPS = (6, 256)  # of one channel, at libsndfile's compression levels 1 and 0
 _OGG_KBPS = 2.5  # what the container adds to the bit rate of Opus
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
-_SUBTYPES = {
+SUBTYPES = {
     AudioFormat.MP3: ("MP3", "MPEG_LAYER_III"),
     AudioFormat.OGG: ("OGG", "VORBIS"),
     AudioFormat.OPUS: ("OGG", "OPUS"),
@@ -47,8 +47,8 @@ _MP3_KBPS = {
     0: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG 2 and 2.5
 }
 _SYNC = b"\xff"  # the first byte of an MP3 frame
-_AAC_KBPS = 128
-_AAC_CONTAINERS = {AudioFormat.M4A: "ipod", AudioFormat.AAC: "adts"}
+AAC_KBPS = 128
+AAC_CONTAINERS = {AudioFormat.M4A: "ipod", AudioFormat.AAC: "adts"}
 
 
 def compress_flac(samples: Samples, sample_rate_hz: int, *, text: str | None = None) -> memoryview:
@@ -70,33 +70,34 @@ def compress(
     MP3 files have a constant bit rate. Vorbis and Opus files have about this rate on average; where they do not reach
     it, they have the nearest one. Without a bit rate, libsndfile's default quality applies.
     """
-    if file_format in _AAC_CONTAINERS:
-        return _compress_aac(samples, sample_rate_hz, file_format=file_format, bitrate_kbps=bitrate_kbps or _AAC_KBPS)
-    container, subtype = _SUBTYPES[file_format]
-    channels, options, tail = samples.shape[1], {}, 0
-    if bitrate_kbps is not None:
-        match file_format:
-            case AudioFormat.MP3:
-                options = {
-                    "bitrate_mode": "CONSTANT",
-                    "compression_level": mp3_level(bitrate_kbps, sample_rate_hz),
-                }
-            case AudioFormat.OPUS:
-                low, high = _OPUS_KBPS
-                level = (high - (bitrate_kbps - _OGG_KBPS) / channels) / (high - low)
-                options = {"compression_level": min(max(level, 0.0), 1.0)}
-            case AudioFormat.OGG:
-                options = {"compression_level": _find_vorbis_level(samples, sample_rate_hz, bitrate_kbps=bitrate_kbps)}
-    if file_format is AudioFormat.OPUS:
-        tail = round(_OPUS_TAIL_S * sample_rate_hz)
+    if file_format in AAC_CONTAINERS:
+        return _compress_aac(samples, sample_rate_hz, file_format=file_format, bitrate_kbps=bitrate_kbps or AAC_KBPS)
+    container, subtype = SUBTYPES[file_format]
+    options = find_options(samples, sample_rate_hz, file_format=file_format, bitrate_kbps=bitrate_kbps)
+    tail = round(OPUS_TAIL_S * sample_rate_hz) if file_format is AudioFormat.OPUS else 0
     stream = _write(samples, sample_rate_hz, container=container, subtype=subtype, text=text, tail=tail, **options)
     if container == "OGG":
-        data = bytearray(stream.getbuffer())
-        _rewrite_ogg(data, trim_samples=tail * _OPUS_RATE_HZ // sample_rate_hz)
-        return memoryview(data)
+        rewrite_ogg(stream, trim_samples=tail * OPUS_RATE_HZ // sample_rate_hz)
     if file_format is AudioFormat.MP3 and bitrate_kbps is not None:
         return _with_length(stream.getbuffer(), num_samples=len(samples))
     return stream.getbuffer()
+
+
+def find_options(
+    samples: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat, bitrate_kbps: int | None
+) -> dict[str, Any]:
+    """Return the options of libsndfile for a bit rate. Of a Vorbis file they depend on the samples (S, C)."""
+    if bitrate_kbps is not None:
+        match file_format:
+            case AudioFormat.MP3:
+                return {"bitrate_mode": "CONSTANT", "compression_level": mp3_level(bitrate_kbps, sample_rate_hz)}
+            case AudioFormat.OPUS:
+                low, high = _OPUS_KBPS
+                level = (high - (bitrate_kbps - _OGG_KBPS) / samples.shape[1]) / (high - low)
+                return {"compression_level": min(max(level, 0.0), 1.0)}
+            case AudioFormat.OGG:
+                return {"compression_level": _find_vorbis_level(samples, sample_rate_hz, bitrate_kbps=bitrate_kbps)}
+    return {}
 
 
 def _write(
@@ -119,8 +120,8 @@ def _write(
     ) as file:
         if text is not None:
             file.comment = text
-        for start in range(0, len(samples), _BLOCK):
-            file.write(samples[start : start + _BLOCK])
+        for start in range(0, len(samples), BLOCK):
+            file.write(samples[start : start + BLOCK])
         if tail:
             file.write(np.zeros((tail, channels), dtype=np.float32))
     return stream
@@ -136,7 +137,7 @@ def _find_vorbis_level(samples: npt.NDArray[np.float32], sample_rate_hz: int, *,
     if len(samples) > _VORBIS_EXCERPTS * size:
         starts = np.linspace(0, len(samples) - size, _VORBIS_EXCERPTS).astype(int)
         samples = np.concatenate([samples[start : start + size] for start in starts])
-    container, subtype = _SUBTYPES[AudioFormat.OGG]
+    container, subtype = SUBTYPES[AudioFormat.OGG]
     empty = _write(samples[:0], sample_rate_hz, container=container, subtype=subtype).tell()
     low, high = 0.0, 1.0  # the bit rate is highest at level 0
     for _ in range(_VORBIS_TRIES):
@@ -198,7 +199,7 @@ def _compress_aac(
 
     stream = io.BytesIO()
     layout = "mono" if samples.shape[1] == 1 else "stereo"
-    with av.open(stream, "w", format=_AAC_CONTAINERS[file_format], options={"fflags": "+bitexact"}) as container:
+    with av.open(stream, "w", format=AAC_CONTAINERS[file_format], options={"fflags": "+bitexact"}) as container:
         track = container.add_stream("aac", rate=sample_rate_hz, layout=layout)
         track.bit_rate = bitrate_kbps * 1000
         track.codec_context.flags |= av.codec.context.Flags.bitexact
@@ -210,23 +211,28 @@ def _compress_aac(
     return stream.getbuffer()
 
 
-def _rewrite_ogg(data: bytearray, *, trim_samples: int) -> None:
-    """Set a fixed serial number in every page of the Ogg file in `data`, and trim `trim_samples` from its end.
+def rewrite_ogg(file: Any, *, trim_samples: int) -> None:
+    """Set a fixed serial number in every page of an Ogg file, and trim `trim_samples` from its end.
 
-    libsndfile writes a random serial number, but equal audio must give equal bytes. RFC 3533 defines the layout of Ogg
-    pages and their checksum. RFC 7845, section 4.4, defines how the end of an Opus file is trimmed.
+    `file` is a file object that can be read and written. libsndfile writes a random serial number, but equal audio must
+    give equal bytes. RFC 3533 defines the layout of Ogg pages and their checksum. RFC 7845, section 4.4, defines how
+    the end of an Opus file is trimmed.
     """
-    start = 0
-    while start < len(data):
-        payload_start = start + _OGG_HEADER_BYTES + data[start + 26]
-        stop = payload_start + sum(data[start + _OGG_HEADER_BYTES : payload_start])
-        struct.pack_into("<I", data, start + 14, _OGG_SERIAL)
-        if stop == len(data):
-            (granule,) = struct.unpack_from("<q", data, start + 6)
-            struct.pack_into("<q", data, start + 6, granule - trim_samples)
-        data[start + 22 : start + 26] = bytes(4)
-        data[start + 22 : start + 26] = _ogg_checksum(data[start:stop])
-        start = stop
+    start, end = 0, file.seek(0, 2)
+    while start < end:
+        file.seek(start)
+        page = bytearray(file.read(_OGG_HEADER_BYTES))
+        page += file.read(page[26])
+        page += file.read(sum(page[_OGG_HEADER_BYTES:]))
+        struct.pack_into("<I", page, 14, _OGG_SERIAL)
+        if start + len(page) == end:
+            (granule,) = struct.unpack_from("<q", page, 6)
+            struct.pack_into("<q", page, 6, granule - trim_samples)
+        page[22:26] = bytes(4)
+        page[22:26] = _ogg_checksum(page)
+        file.seek(start)
+        file.write(page)
+        start += len(page)
 
 
 def _ogg_checksum(page: bytearray) -> bytes:

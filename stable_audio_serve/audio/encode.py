@@ -20,7 +20,7 @@ from stable_audio_serve.audio.compress import compress, compress_flac
 from stable_audio_serve.audio.embedded_text import make_wav_chunk
 from stable_audio_serve.audio.formats import file_rate, media_type
 from stable_audio_serve.audio.seams import cut_repeated, repeat_around
-from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
+from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, BitDepth, Encoding
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -32,6 +32,7 @@ _AROUND_PARTS = (
 )
 MOST_OPUS_TEXT_CHARS = 40_000  # libsndfile 1.2.2 writes unreadable files if the text is longer than about 51,000
 _PCM, _IEEE_FLOAT = 1, 3  # sample formats of WAV files
+_UNKNOWN = 0xFFFFFFFF  # the size in the header of a WAV file whose length is unknown
 
 
 @cache
@@ -152,7 +153,7 @@ def encode_audio(
                 return encode_wav(pcm, rate_hz, text=text)
             return EncodedFile(media_type(file_format), (compress_flac(pcm, rate_hz, text=text),))
         case AudioFormat.PCM:
-            return EncodedFile(media_type(file_format), (_little_endian(to_pcm16(audio)),))
+            return EncodedFile(media_type(file_format), (little_endian(to_pcm16(audio)),))
     samples = np.clip(audio.T, -1.0, 1.0)
     data = compress(samples, rate_hz, file_format=file_format, bitrate_kbps=encoding.bitrate_kbps, text=text)
     return EncodedFile(media_type(file_format), (data,))
@@ -191,24 +192,36 @@ def encode_wav(
     int16 has 16 bits, float32 has 32 bits, and of int32 the file has the 24 high bits.
     """
     frames, channels = samples.shape
-    data, pad, fact, coding, extra = _little_endian(samples), b"", b"", _PCM, b""
-    if samples.dtype == np.float32:
+    data = little_endian(samples)
+    coding: BitDepth = "float" if samples.dtype == np.float32 else 24 if samples.dtype == np.int32 else 16
+    end = bytes(len(data) % 2) + (b"" if text is None else make_wav_chunk(text))  # chunks begin at even offsets
+    header = wav_header(sample_rate_hz, channels=channels, frames=frames, bit_depth=coding, num_more=len(end))
+    return EncodedFile(media_type(AudioFormat.WAV), (header, data, *((end,) if end else ())))
+
+
+def wav_header(
+    sample_rate_hz: int, *, channels: int, frames: int | None, bit_depth: BitDepth = 16, num_more: int = 0
+) -> bytes:
+    """Return the header of a WAV file with `frames` samples per channel; None = their number is unknown.
+
+    `num_more` is the number of bytes after the samples.
+    """
+    coding, extra, fact = _PCM, b"", b""
+    if bit_depth == "float":
         # Formats other than PCM have a longer layout, and a chunk with the number of samples.
-        coding, extra, fact = _IEEE_FLOAT, bytes(2), struct.pack("<4sII", b"fact", 4, frames)
-    sample_bytes = 3 if samples.dtype == np.int32 else samples.dtype.itemsize
-    if len(data) % 2:
-        pad = bytes(1)  # chunks begin at even offsets
+        coding, extra, fact = _IEEE_FLOAT, bytes(2), struct.pack("<4sII", b"fact", 4, frames or 0)
+    sample_bytes = 4 if bit_depth == "float" else bit_depth // 8
     frame_bytes = sample_bytes * channels
-    chunks = () if text is None else (make_wav_chunk(text),)
-    rates = (sample_rate_hz, sample_rate_hz * frame_bytes)
-    widths = (frame_bytes, 8 * sample_bytes)
+    rates, widths = (sample_rate_hz, sample_rate_hz * frame_bytes), (frame_bytes, 8 * sample_bytes)
     layout = struct.pack("<4sIHHIIHH", b"fmt ", 16 + len(extra), coding, channels, *rates, *widths) + extra + fact
-    size = 4 + len(layout) + 8 + len(data) + len(pad) + sum(map(len, chunks))
-    header = struct.pack("<4sI4s", b"RIFF", size, b"WAVE") + layout + struct.pack("<4sI", b"data", len(data))
-    return EncodedFile(media_type(AudioFormat.WAV), (header, data, *((pad,) if pad else ()), *chunks))
+    data_size = size = _UNKNOWN
+    if frames is not None:
+        data_size = frames * frame_bytes
+        size = 4 + len(layout) + 8 + data_size + num_more
+    return struct.pack("<4sI4s", b"RIFF", size, b"WAVE") + layout + struct.pack("<4sI", b"data", data_size)
 
 
-def _little_endian(
+def little_endian(
     samples: npt.NDArray[np.int16] | npt.NDArray[np.int32] | npt.NDArray[np.float32],
 ) -> memoryview:
     """Return the bytes of interleaved samples (S, C). Of int32 only the 24 high bits are kept."""

@@ -128,7 +128,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
             audio,
             rate_hz,
             encoding=encoding,
-            text=_text_of(recipe, file_format=encoding.file_format),
+            text=text_of(recipe, file_format=encoding.file_format),
             is_loop=result.is_loop,
         )
         for (audio, _), recipe in zip_longest(finished, recipes)
@@ -144,7 +144,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     return FinishedFile(make_zip(entries), file_rate_hz, clips, recipes)
 
 
-def _text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
+def text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
     """Return the recipe as text to embed in a file, or None if the format holds no text or not such a long one."""
     text = None if recipe is None or file_format not in TEXT_FORMATS else recipe.to_json()
     most = MOST_OPUS_TEXT_CHARS if file_format is AudioFormat.OPUS else MOST_BYTES
@@ -187,7 +187,7 @@ def finish_window(result: GenerationResult, *, num_samples: int | None, origin: 
         peaks="full",
         samples=len(pcm),
     )
-    text = _text_of(recipes[0], file_format=AudioFormat.WAV)
+    text = text_of(recipes[0], file_format=AudioFormat.WAV)
     return FinishedFile(encode_wav(pcm, result.sample_rate_hz, text=text), result.sample_rate_hz, (facts,), recipes)
 
 
@@ -207,7 +207,7 @@ def _make_manifest(
 ) -> EncodedFile:
     content = {
         "model": result.model,
-        "prompt": request.prompt,
+        "prompt": list(request.prompts) if request.variation_prompts else request.prompt,
         "negative_prompt": request.negative_prompt,
         "duration": request.duration_s,
         "steps": request.steps,

@@ -28,6 +28,8 @@ _OFFSET_LUFS = -0.691
 _ABSOLUTE_GATE_LUFS = -70.0
 _RELATIVE_GATE = 10 ** (-10 / 10)  # blocks more than 10 LU below the mean do not count
 _NEGLIGIBLE = 1e-9
+_METER_S = 5.0  # a `ClipMeter` measures so much audio at once
+_SETTLE_S = 0.5  # after this time, audio no longer influences the filter: less than 1e-6 of its level is left
 # Sizes chosen by measuring: half or twice each size is slower. Larger matrix products would start BLAS threads, which
 # wait for each other on a busy machine. A chunk fits the cache.
 _FRAME = 32  # samples filtered by one row of a matrix product
@@ -50,11 +52,57 @@ def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> flo
     with np.errstate(over="ignore", invalid="ignore"):  # squares of infinite or very large samples overflow
         weighted = _apply(_make_k_weighting(sample_rate_hz), audio)
         steps = _step_powers(weighted, round(_STEP_S * sample_rate_hz))
+    return _integrate(steps)
+
+
+def _integrate(steps: npt.NDArray[np.float64]) -> float | None:
+    """Return the gated loudness in LUFS of audio with these powers of `_step_powers`, None if undefined."""
+    if len(steps) < _STEPS_PER_BLOCK:
+        return None
     powers = np.convolve(steps, np.full(_STEPS_PER_BLOCK, 1 / _STEPS_PER_BLOCK), mode="valid")
     powers = powers[(powers > 10 ** ((_ABSOLUTE_GATE_LUFS - _OFFSET_LUFS) / 10)) & np.isfinite(powers)]
     if not powers.size:
         return None
     return _OFFSET_LUFS + 10 * math.log10(powers[powers > powers.mean() * _RELATIVE_GATE].mean())
+
+
+class ClipMeter:
+    """Measures a clip that arrives in blocks, as `describe_clip` does."""
+
+    def __init__(self, sample_rate_hz: int) -> None:
+        self._rate_hz = sample_rate_hz
+        self._step = round(_STEP_S * sample_rate_hz)
+        self._peak = 0.0
+        self._steps: list[npt.NDArray[np.float64]] = []
+        self._before: npt.NDArray[np.float32] | None = None  # measured samples that still influence the filter
+        self._waiting: list[npt.NDArray[np.float32]] = []
+
+    def add(self, block: npt.NDArray[np.float32]) -> None:
+        """Measure the next samples (C, S) float32."""
+        self._peak = max(self._peak, find_peak(block))
+        self._waiting.append(block)
+        if sum(each.shape[1] for each in self._waiting) >= _METER_S * self._rate_hz:
+            self._measure(is_last=False)
+
+    def describe(self, *, seed: int) -> ClipFacts:
+        """Return the measurements of the clip. Call this once, after the last block."""
+        is_silent = self._peak < _SILENCE
+        loudness = None
+        if self._rate_hz >= _LEAST_RATE_HZ and not is_silent:
+            self._measure(is_last=True)
+            loudness = _integrate(np.concatenate(self._steps))
+        return ClipFacts(seed=seed, peak=self._peak, loudness_lufs=loudness, is_silent=is_silent)
+
+    def _measure(self, *, is_last: bool) -> None:
+        new = np.concatenate(self._waiting, axis=1)
+        whole = new.shape[1] if is_last else new.shape[1] - new.shape[1] % self._step
+        self._waiting = [new[:, whole:]]
+        before = np.empty((len(new), 0), np.float32) if self._before is None else self._before
+        audio = np.concatenate([before, new[:, :whole]], axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            weighted = _apply(_make_k_weighting(self._rate_hz), audio)
+            self._steps.append(_step_powers(weighted[:, before.shape[1] :], self._step))
+        self._before = audio[:, -round(_SETTLE_S * self._rate_hz) :].copy()
 
 
 def _step_powers(weighted: npt.NDArray[np.float32], step: int) -> npt.NDArray[np.float64]:

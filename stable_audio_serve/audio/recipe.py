@@ -22,6 +22,7 @@ from stable_audio_serve.core.generation import (
     MadeOn,
     Mode,
     Role,
+    Section,
     SourceAudio,
     Stacking,
 )
@@ -29,7 +30,8 @@ from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, AudioFormat, BitDept
 
 MOST_BYTES = 1_048_576  # size of the longest recipe as text
 MOST_REGIONS = 100
-_LONG = ("prompt", "negative_prompt", "inpaint_regions")
+MOST_SECTIONS = 1000
+_LONG = ("prompt", "negative_prompt", "inpaint_regions", "sections")
 
 
 def _to_int(value: object) -> object:
@@ -134,6 +136,15 @@ class RecipeMaker(_Part):
     )
 
 
+class RecipeSection(_Part):
+    """One section of a long piece."""
+
+    prompt: Annotated[str, Field(max_length=100_000)] | None = _unset("Unset = the prompt of the whole.")
+    duration: Annotated[float, Field(gt=0, le=1e6)] = Field(description="Seconds.")
+    checkpoint: _Sha256 | None = _unset("Hash of config, weights and text encoder; unset = that of the whole.")
+    made_on: RecipeMaker | None = _unset("Software and hardware; unset = those of the whole.")
+
+
 class Recipe(_Part):
     """The recipe of one audio file. Fields have the names of the native API."""
 
@@ -170,6 +181,12 @@ class Recipe(_Part):
     keep: Keep | None = _unset("Audio outside the regions: source or model; unset = model.")
     loras: Annotated[tuple[RecipeLora, ...], Field(strict=False, max_length=64)] | None = _unset("Adapters, in order.")
     lora_stacking: Stacking | None = _unset("How the adapters combine.")
+    sections: (
+        Annotated[tuple[RecipeSection, ...], Field(strict=False, min_length=1, max_length=MOST_SECTIONS)] | None
+    ) = _unset("Sections of a long piece, in order; the seed of each is one higher than that of the one before.")
+    overlap: Annotated[float, Field(gt=0, le=1e6)] | None = _unset(
+        "Audio that each section continues, seconds; only with sections."
+    )
     response_format: Annotated[AudioFormat, Field(strict=False)] = Field(description="File format.")
     bitrate: Annotated[int, Field(ge=8, le=320), _WHOLE] | None = _unset("kbit/s; unset = the format's default.")
     bit_depth: Annotated[BitDepth, _WHOLE] | None = _unset("Bits of a sample; unset = 16.")
@@ -192,6 +209,10 @@ class Recipe(_Part):
                 raise ValueError(f"{name} and {setting} belong together")
         if any(start >= end for start, end in self.inpaint_regions or ()):
             raise ValueError("inpaint_regions: each must start before its end")
+        if (self.sections is None) != (self.overlap is None):
+            raise ValueError("sections and overlap belong together")
+        if self.sections and (self.hashes or self.loop is not None or self.peaks not in ("limit", "clip")):
+            raise ValueError("sections have no source audio and no loop, and their peaks are limit or clip")
         if self.keep is not None and self.inpaint_audio is None:
             raise ValueError("keep belongs to inpaint_audio")
         if self.loop is not None and self.inpaint_audio is not None:
@@ -222,8 +243,9 @@ class Recipe(_Part):
 
     @property
     def num_prompt_chars(self) -> int:
-        """The number of characters in the prompt and the negative prompt. JSON needs 1 to 12 bytes per character."""
-        return len(self.prompt) + len(self.negative_prompt or "")
+        """The number of characters in all prompts. JSON needs 1 to 12 bytes per character."""
+        own = (section.prompt or "" for section in self.sections or ())
+        return sum(map(len, (self.prompt, self.negative_prompt or "", *own)))
 
     def to_request(self, *, sources: Mapping[str, SourceAudio], request_id: str) -> GenerationRequest:
         """Return the request that recreates the clip. `sources` maps SHA-256 hashes to source audio.
@@ -288,7 +310,7 @@ def write_recipes(
     finishing: Finishing = AS_IS,
     samples: int | None = None,
 ) -> tuple[Recipe, ...]:
-    """Return the recipe of each variation of a request. The recipes differ only in the seed."""
+    """Return the recipe of each variation of a request. The recipes differ only in the seed and the prompt."""
     provenance = made_on.provenance
     init, inpaint = sources.get("init"), sources.get("inpaint")
     loras = provenance.loras if provenance else request.loras
@@ -335,7 +357,27 @@ def write_recipes(
         fade_out_s=float(finishing.fade_out_s) or None,
         made_on=write_maker(made_on, codecs=_codecs_of(encoding, sources)),
     )
-    return (first, *(first.model_copy(update={"seed": seed}) for seed in seeds[1:]))
+    own = zip(request.prompts, seeds, strict=True)
+    return tuple(first.model_copy(update={"prompt": prompt, "seed": seed}) for prompt, seed in own)
+
+
+def add_sections(
+    recipe: Recipe, sections: Sequence[Section], *, overlap_s: float, different: Mapping[int, MadeOn]
+) -> Recipe:
+    """Return the recipe of a long piece. `different` has the sections that differ from `recipe.made_on`, from 1."""
+
+    def describe(number: int, section: Section) -> RecipeSection:
+        made_on = different.get(number)
+        provenance = made_on.provenance if made_on else None
+        return RecipeSection.model_construct(
+            prompt=section.prompt,
+            duration=float(section.duration_s),
+            checkpoint=provenance.loaded.checkpoint if provenance else None,
+            made_on=write_maker(made_on, codecs=recipe.made_on.codecs) if made_on else None,
+        )
+
+    parts = tuple(describe(number, section) for number, section in enumerate(sections, start=1))
+    return recipe.model_copy(update={"sections": parts, "overlap": float(overlap_s)})
 
 
 def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:

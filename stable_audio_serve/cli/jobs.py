@@ -18,7 +18,9 @@ from stable_audio_serve.cli.sound_options import (
     Bpm,
     Keep,
     Loop,
+    Overlap,
     Prompt,
+    Sections,
     SoundOptions,
     with_options,
 )
@@ -50,6 +52,8 @@ def submit(
     loop: Loop = False,
     bpm: Bpm = None,
     bars: Bars = None,
+    sections: Sections = None,
+    overlap: Overlap = None,
     webhook: Annotated[str | None, typer.Option(help="URL called when the job ends.")] = None,
     key: Annotated[
         str | None, typer.Option("--idempotency-key", help="Submitting again with the same key returns the first job.")
@@ -58,7 +62,7 @@ def submit(
 ) -> None:
     """Submit a job and print its id."""
     from stable_audio_serve.cli import makers
-    from stable_audio_serve.cli.sound_files import check_inputs, parse_region, read_audio, read_prompt
+    from stable_audio_serve.cli.sound_files import check_inputs, parse_region, parse_sections, read_audio, read_prompt
 
     with plain_errors(), open_client(options.url, options.key_file) as client:
         check_inputs(prompt, audio)
@@ -69,13 +73,16 @@ def submit(
         if regions and noise is not None:
             raise ValueError("--noise is for variations: it has no effect with --region")
         spans = [parse_region(region) for region in regions or ()]
-        if audio is not None and (loop or bpm is not None or bars is not None):
-            raise ValueError("--loop, --bpm and --bars are for prompts without --audio")
+        if audio is not None and (loop or bpm is not None or bars is not None or sections):
+            raise ValueError("--loop, --bpm, --bars and --section are for prompts without --audio")
         fields = {**options.controls, "init_noise_level": noise, "keep": keep, "webhook_url": webhook}
         fields |= {"loop": loop or None, "bpm": bpm, "bars": bars}
+        fields |= parse_sections(sections, overlap_s=overlap)
+        prompt = read_prompt(prompt)
+        fields["prompts"] = options.prompts_after(prompt)
         request = makers.SoundRequest(
             "generate" if audio is None else "inpaint" if spans else "vary",
-            read_prompt(prompt),
+            prompt,
             audio=None if audio is None else read_audio(audio),
             regions=spans,
             controls={name: value for name, value in fields.items() if value is not None},

@@ -102,6 +102,9 @@ def make_here(request: SoundRequest, *, config: Path | None, on_progress: OnProg
 
     from stable_audio_serve.cli.configuration import load_configured
 
+    if request.controls.get("sections") or request.recipe.get("sections"):
+        raise ValueError("--local cannot make pieces with sections, which need the job queue of a server")
+
     return asyncio.run(_make_here(request, load_configured(config), on_progress=on_progress))
 
 

@@ -19,7 +19,9 @@ from stable_audio_serve.cli.sound_options import (
     Bpm,
     Keep,
     Loop,
+    Overlap,
     Prompt,
+    Sections,
     SoundOptions,
     Source,
     with_options,
@@ -36,11 +38,11 @@ _Regions = Annotated[
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
     *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
-    *("priority", "loras", "lora_stacking"),
+    *("prompts", "priority", "loras", "lora_stacking"),
 )
 _UNTIL = {"duration": "--until", "inpaint_end_seconds": "--until", "inpaint_start_seconds": "--from"}
 _LOOP_HAS_NOT = (
-    *("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority"),
+    *("model", "prompts", "duration", "sampler", "negative_prompt", "variations", "format", "priority"),
     *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
     *("loras", "lora_stacking"),
 )
@@ -48,9 +50,22 @@ _LOOP_HAS_NOT = (
 
 @app.command()
 @with_options()
-def generate(prompt: Prompt, *, loop: Loop = False, bpm: Bpm = None, bars: Bars = None, options: SoundOptions) -> None:
+def generate(
+    prompt: Prompt,
+    *,
+    loop: Loop = False,
+    bpm: Bpm = None,
+    bars: Bars = None,
+    sections: Sections = None,
+    overlap: Overlap = None,
+    options: SoundOptions,
+) -> None:
     """Generate audio from a text prompt."""
-    _make("generate", prompt, more={"loop": loop or None, "bpm": bpm, "bars": bars}, options=options)
+    from stable_audio_serve.cli.sound_files import parse_sections
+
+    with plain_errors():
+        more = {"loop": loop or None, "bpm": bpm, "bars": bars, **parse_sections(sections, overlap_s=overlap)}
+    _make("generate", prompt, more=more, options=options)
 
 
 @app.command()
@@ -128,6 +143,8 @@ def loop(
 
     Uses the server's model for loops (setting `dialects.model`).
     """
+    if options.seed and len(options.seed) > 1:
+        raise typer.BadParameter("a loop has one seed", param_hint="--seed")
     more = {"bars": None if bars is None else int(bars), "loop_type": kind, "style_strength": strength}
     _make("loop", prompt, audio=audio, more=more, options=options)
 
@@ -193,7 +210,7 @@ def _make(
         check_outputs(options.out, as_json=options.as_json)
         prompt = read_prompt(prompt)
         source = read_audio(audio) if isinstance(audio, str) else audio
-        fields = {**options.controls, **(more or {})}
+        fields = {**options.controls, **(more or {}), "prompts": options.prompts_after(prompt)}
         controls = {name: value for name, value in fields.items() if value is not None}
     _carry_out(
         SoundRequest(kind, prompt, audio=source, regions=regions or (), controls=controls), options=options, names=names

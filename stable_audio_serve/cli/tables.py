@@ -242,6 +242,9 @@ def progress_line(*, quiet: bool) -> Iterator[Callable[[JobProgress], None]]:
 
         def show(progress: JobProgress) -> None:
             place = {None: "", 0: ", next"}.get(progress.queue_position, f", {progress.queue_position} ahead")
+            if progress.num_sections:
+                place += f", section {min((progress.sections_done or 0) + 1, progress.num_sections)}"
+                place += f" of {progress.num_sections}"
             left = "" if progress.eta_s is None else f"{progress.eta_s:.0f} s left"
             bar.update(task, completed=progress.fraction, description=f"{progress.stage}{place}", left=left)
 

@@ -19,6 +19,7 @@ from stable_audio_serve.client.controls import (
     LoopControls,
     Lora,
     Loudness,
+    Section,
 )
 from stable_audio_serve.client.failures import Retries
 
@@ -45,4 +46,5 @@ __all__ = [
     "Recipe",
     "Result",
     "Retries",
+    "Section",
 ]

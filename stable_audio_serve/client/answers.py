@@ -91,7 +91,8 @@ class Result:
 class JobProgress:
     """The progress of a job: `fraction` is between 0 and 1.
 
-    `message` describes the progress in words. Only progress from the event stream has one.
+    `message` describes the progress in words. Only progress from the event stream has one. `sections_done` of
+    `num_sections` sections of a long piece are finished; both are None for other jobs.
     """
 
     stage: str
@@ -99,6 +100,8 @@ class JobProgress:
     eta_s: float | None
     queue_position: int | None
     message: str | None = None
+    sections_done: int | None = None
+    num_sections: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +353,8 @@ def _file_name(disposition: str) -> str:
 
 def _read_progress(sent: Mapping[str, Any]) -> JobProgress:
     progress = (sent["stage"], sent["fraction"], sent["eta_seconds"], sent["queue_position"])
-    return JobProgress(*progress, message=sent.get("message"))
+    done, total = sent.get("sections_done"), sent.get("sections")
+    return JobProgress(*progress, message=sent.get("message"), sections_done=done, num_sections=total)
 
 
 def _time(text: str | None) -> datetime | None:

@@ -89,10 +89,11 @@ def submit(
     return Call("POST", _JOBS[kind], lambda answer: str(answer.json()["id"]), {**body, "headers": headers})
 
 
-def replay(recipe: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Result]:
+def replay(recipe: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Result | str]:
     """Return the call that recreates a clip from its recipe, or from an audio file that contains the recipe.
 
-    `sources` are the source files that the clip was made from. Raises OSError if a file cannot be read.
+    The call's `read` returns the result, or for a long piece the id of the job that recreates it. `sources` are the
+    source files that the clip was made from. Raises OSError if a file cannot be read.
     """
     files = [("audio", _read(source)) for source in sources]
     body: dict[str, Any]
@@ -102,7 +103,11 @@ def replay(recipe: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Result]:
         body = {"files": [("recipe", ("recipe.json", json.dumps(recipe).encode())), *files]}
     else:
         body = {"json": recipe}
-    return Call("POST", "/v1/audio/replay", answers.read_result, body)
+
+    def read(answer: httpx.Response) -> Result | str:
+        return str(answer.json()["id"]) if answer.status_code == httpx.codes.ACCEPTED else answers.read_result(answer)
+
+    return Call("POST", "/v1/audio/replay", read, body)
 
 
 def show_job(job_id: str) -> Call[Job]:

@@ -109,9 +109,10 @@ class Client:
 
         `sources` are the source files that the clip was made from. If one is missing, the method raises
         InvalidRequestError with the SHA-256 of the missing file. The result's `replay` is "exact" if the bytes equal
-        the original. Raises OSError if a file cannot be read.
+        the original. A long piece is recreated by a job, for which the method waits. Raises OSError if a file cannot be
+        read.
         """
-        return self.send(calls.replay(recipe, sources=sources))
+        return run(self._operations.replay(calls.replay(recipe, sources=sources)))
 
     def models(self) -> tuple[Model, ...]:
         """List the served models."""
@@ -151,7 +152,7 @@ class Jobs:
 
     @accepts(JobControls)
     def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
-        """Submit a job that generates audio from a text prompt.
+        """Submit a job that generates audio from a text prompt. With `sections` it is a long piece.
 
         A second submission with the same `idempotency_key` returns the first job.
         """
@@ -224,6 +225,21 @@ class Jobs:
         """Download a finished job's audio and return it. Raises the same errors as `download`, except OSError."""
         return run(self._operations.fetch(job))
 
+    def audio_chunks(self, job_id: str) -> Generator[bytes]:
+        """Yield the audio file of a long piece while it is made: the finished sections, then each further one.
+
+        The file is MP3 if that is the job's format, otherwise WAV of unknown length. It ends early if the job fails or
+        is cancelled. A lost connection raises UnreachableError.
+        """
+        return iterate(self._operations.audio_chunks(job_id))
+
+    def section(self, job_id: str, number: int) -> bytes:
+        """Download one finished section of a long piece. The first is number 1; all together are the whole piece.
+
+        Raises NotFoundError while the section is not finished.
+        """
+        return run(self._operations.section(job_id, number))
+
     def _submit(self, call: Call[str]) -> Job:
         return run(self._operations.submit(call))
 
@@ -286,7 +302,7 @@ class AsyncClient:
         return await self.send(calls.make("loop", prompt, controls=controls, audio=audio))
 
     async def replay(self, recipe: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Result:
-        return await self.send(calls.replay(recipe, sources=sources))
+        return await self._operations.replay(calls.replay(recipe, sources=sources))
 
     async def models(self) -> tuple[Model, ...]:
         return await self.send(calls.models())
@@ -355,6 +371,12 @@ class AsyncJobs:
 
     async def fetch(self, job: Job | str) -> Result:
         return await self._operations.fetch(job)
+
+    def audio_chunks(self, job_id: str) -> AsyncGenerator[bytes]:
+        return self._operations.audio_chunks(job_id)
+
+    async def section(self, job_id: str, number: int) -> bytes:
+        return await self._operations.section(job_id, number)
 
     async def _submit(self, call: Call[str]) -> Job:
         return await self._operations.submit(call)

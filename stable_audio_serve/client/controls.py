@@ -45,6 +45,8 @@ class Controls(TypedDict, total=False):
     cfg_scale: Annotated[float | None, "Guidance: how closely the audio follows the prompt."]
     batch_size: Annotated[int | None, "Number of variations; seeds count up from `seed`."]
     seed: Annotated[int | None, "The same seed gives the same audio; -1 = random."]
+    prompts: Annotated[Sequence[str] | None, "A prompt for each variation, in place of `prompt`."]
+    seeds: Annotated[Sequence[int] | None, "A seed for each variation, in place of `seed`."]
     chunked_decode: Annotated[bool | None, "Decode in windows."]
     apg_scale: Annotated[float | None, "Adaptive projected guidance; 0 = plain guidance."]
     duration_padding_sec: Annotated[float | None, "Audio that is generated after the clip and cut off, seconds."]
@@ -117,8 +119,20 @@ class JobFields(TypedDict, total=False):
     webhook_url: Annotated[str | None, "URL called when the job ends."]
 
 
+class Section(TypedDict, total=False):
+    """A section of a long piece: its length in seconds, and its prompt, by default that of the job."""
+
+    duration: Required[float]
+    prompt: str
+
+
 class JobControls(JobFields, GenerateControls, total=False):
     """Optional fields of a job that generates audio from a prompt."""
+
+    sections: Annotated[
+        Sequence[Section] | None, "Sections of a piece that may be longer than the model's maximum, in order."
+    ]
+    overlap_s: Annotated[float | None, "With sections: how much audio each section continues, seconds."]
 
 
 class JobEditControls(JobFields, EditControls, total=False):

@@ -19,6 +19,7 @@ from contextlib import (
     contextmanager,
     suppress,
 )
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -143,6 +144,25 @@ class Operations:
     async def submit(self, call: Call[str]) -> Job:
         """Submit a job and return it."""
         return await self.send(calls.show_job(await self.send(call)))
+
+    async def replay(self, call: Call[Result | str]) -> Result:
+        """Recreate a clip. If a job does it, wait for the job. Raises the errors of `fetch`."""
+        made = await self.send(call)
+        if isinstance(made, Result):
+            return made
+        job = await self.wait(made, on_progress=None, timeout_s=None)
+        return replace(await self.fetch(job), replay=job.sent.get("replay"))
+
+    async def audio_chunks(self, job_id: str) -> AsyncGenerator[bytes]:
+        """Yield the audio file of a long piece while it is made."""
+        async with self._open(job_id, "audio", params={"follow": "1"}) as response:
+            async for chunk in self._network.chunks(response):
+                yield chunk
+
+    async def section(self, job_id: str, number: int) -> bytes:
+        """Download one finished section of a long piece."""
+        async with self._open(job_id, "audio", params={"section": str(number)}) as response:
+            return await self._network.read(response)
 
     async def cancel(self, job_id: str) -> Job:
         """Cancel a job and return it. Raises ConflictError if the job had already ended.

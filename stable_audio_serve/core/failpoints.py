@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-Failpoint = Literal["after_lease", "between_steps", "before_decode", "mid_upload", "after_upload", "after_commit"]
+Failpoint = Literal[
+    "after_lease", "between_steps", "before_decode", "mid_upload", "after_section", "after_upload", "after_commit"
+]
 
 VARIABLE = "STABLE_AUDIO_FAILPOINTS"
 

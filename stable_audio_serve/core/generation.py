@@ -58,6 +58,17 @@ class ScheduleShift:
     options: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a long piece: `duration_s` seconds of audio that continue the sections before it.
+
+    If `prompt` is None, the section has the prompt of the whole piece.
+    """
+
+    duration_s: float
+    prompt: str | None = None
+
+
 # How the adapters of one request combine. chained: each changes the weights that the adapters before it leave. summed:
 # the changes that each adapter makes alone are multiplied by its strength and added.
 Stacking = Literal["chained", "summed"]
@@ -83,7 +94,10 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...).
+    """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...) and their prompt.
+
+    If `variation_prompts` or `variation_seeds` are set, they have a value for each variation, and `prompt` or `seed` is
+    the first one.
 
     A field that is None has the model's default, except three fields. `conditioned_total_s` defaults to the end of the
     clip, `start_s + duration_s`. `negative_start_s` and `negative_total_s` default to `start_s` and
@@ -102,6 +116,8 @@ class GenerationRequest:
     negative_start_s: float | None = None
     negative_total_s: float | None = None
     batch_size: int = 1
+    variation_prompts: tuple[str, ...] = ()
+    variation_seeds: tuple[int, ...] = ()
     steps: int | None = None
     cfg_scale: float | None = None
     sampler: str | None = None
@@ -134,8 +150,14 @@ class GenerationRequest:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each variation. A request for a single variation with one of these seeds gives the same audio."""
-        return tuple((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
+        """The seed of each variation. A request for one variation with its seed and its prompt gives the same audio."""
+        counted = ((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
+        return self.variation_seeds or tuple(counted)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt of each variation."""
+        return self.variation_prompts or (self.prompt,) * self.batch_size
 
 
 Stage = Literal["queued", "encoding", "denoising", "decoding", "done"]

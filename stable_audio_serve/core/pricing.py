@@ -6,8 +6,9 @@ they take its queue and its batches into account.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import Protocol
 
 from stable_audio_serve.core.generation import GenerationRequest
@@ -49,6 +50,11 @@ class WorkSize:
         per_step = EVALUATIONS_PER_STEP.get(request.sampler or "", 1)
         evaluations = rows * steps * per_step * (1 if cfg_scale == 1.0 else 2)
         return cls(rows, evaluations, evaluations * request.duration_s, rows * request.duration_s)
+
+    @classmethod
+    def sum(cls, sizes: Iterable[WorkSize]) -> WorkSize:
+        """Return the size of several requests together."""
+        return cls(*map(math.fsum, zip(*map(astuple, sizes), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

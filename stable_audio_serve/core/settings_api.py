@@ -33,6 +33,7 @@ class ApiSettings(Section):
     max_duration_s: Seconds = Field(
         380.0, description="Longest clip in the native API, seconds; a model may allow less."
     )
+    max_long_s: Seconds = Field(1800.0, description="Longest piece of a job with sections, seconds.")
     max_steps: int | None = Field(
         None,
         ge=1,

@@ -251,7 +251,7 @@ class Engine:
             state = await self._accept(planned, on_progress, frames=frames)
             try:
                 result = await state.reply.future
-                prompts = state.shared.prompts
+                prompts = state.shared.prompts.values()
                 provenance = complete_provenance(self._provenance, request, spec=self.spec, prompts=prompts)
                 result = replace(result, device=replace(self._device.use(), dtype=self.dtype), provenance=provenance)
                 if request.loop is not None:

@@ -10,13 +10,15 @@ from urllib.parse import urlsplit
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.recipe import RecipeSource
-from stable_audio_serve.core.generation import GenerationRequest, Role
+from stable_audio_serve.core.generation import GenerationRequest, MadeOn, Role, Section
 from stable_audio_serve.core.ids import NO_CLIENT, ClientId, JobId
+from stable_audio_serve.core.keys import NO_LIMITS, KeyLimits
 from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, Encoding, Finishing, Peaks
 
 Contract = Literal["sa3", "aiml", "fal", "stability"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
+# Servers of earlier versions cannot parse the mode long-piece. So their runners leave such jobs to other runners.
+Mode = Literal["text-to-audio", "audio-to-audio", "inpainting", "long-piece"]
 
 
 class JobRef(NamedTuple):
@@ -61,6 +63,11 @@ class JobSpec:
     with_recipe: bool = False  # whether the audio files contain a recipe
     file_prefix: str = ""  # is put before the file name that a download suggests
     upload: JobUpload | None = None
+    # The sections of a long piece, in order; () = not a long piece. `request.duration_s` is then the sum of their
+    # durations, `request.seed` the seed of the first section, and the mode long-piece.
+    sections: tuple[Section, ...] = ()
+    overlap_s: float = 0.0  # each section continues this much of the audio before it
+    limits: KeyLimits = NO_LIMITS  # of the client's key when the job was added; only for jobs with sections
     start_within_s: float | None = None  # if the job has not started after this time, it fails with `start_timeout`
     webhook_url: str | None = None
     client: ClientId = NO_CLIENT  # the client that the job belongs to
@@ -89,14 +96,34 @@ class JobError:
 
 
 @dataclass(frozen=True, slots=True)
+class FinishedSection:
+    """A finished section of a long piece. Its samples do not change any more, except the last 30 ms.
+
+    `file` has the samples as 32-bit floats. It begins with the joined last 30 ms of the audio before the section, which
+    replace the last 30 ms of the file before it. `number` counts from 1. `num_samples` is the length of the file.
+    """
+
+    number: int
+    file: StoredFile
+    num_samples: int
+    sample_rate_hz: int
+    inference_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class JobResult:
-    """The output of a job. `file_id` is a random id for links with which the file can be downloaded without a key."""
+    """The output of a job. `file_id` is a random id for links with which the file can be downloaded without a key.
+
+    `different` has the sections of a long piece that were not made as the first one, for example because they were made
+    by another version of this package: their numbers, and how they were made.
+    """
 
     file: StoredFile
     file_id: str
     sample_rate_hz: int
     seeds: tuple[int, ...]
     inference_s: float
+    different: tuple[tuple[int, MadeOn], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +139,7 @@ class JobEvent:
     fraction: float
     eta_s: float | None = None
     message: str | None = None
+    num_sections: int = 0  # number of finished sections of a long piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +169,7 @@ class Job:
     fraction: float = 0.0
     eta_s: float | None = None  # predicted seconds until the end, at the time of the last progress report
     engine_position: int | None = None  # while a running job waits in an engine: number of requests before it
+    num_sections: int = 0  # number of finished sections of a long piece
     lease: Lease | None = None  # is set while the job runs
     is_dead_letter: bool = False  # whether the job failed because of the server, so that an operator may retry it
     result: JobResult | None = None

@@ -14,7 +14,7 @@ from stable_audio_serve.core.errors import StableAudioError, StorageError
 from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.sound import ClipFacts
-from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
+from stable_audio_serve.jobs.job import Contract, FinishedSection, Job, JobEvent, JobRef, JobSpec, State
 from stable_audio_serve.jobs.overview import JobsWatch
 from stable_audio_serve.jobs.store.client_jobs import Added, CancelOutcome, Page
 from stable_audio_serve.jobs.store.job_store import JobStore
@@ -113,6 +113,10 @@ class JobQueue:
     async def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
         """Return the job's events with an id above `after`."""
         return await asyncio.to_thread(partial(self.store.clients.events, ref, after=after))
+
+    async def sections(self, ref: JobRef, *, after: int = 0) -> Sequence[FinishedSection]:
+        """Return the finished sections of a long piece with numbers above `after`, in order."""
+        return await asyncio.to_thread(partial(self.store.sections.find, ref, after=after))
 
     async def get(self, ref: JobRef) -> Job | None:
         """Return the job, None if this client has no such job in this contract."""

@@ -147,7 +147,9 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
         case.body.update(duration=4, inpaint_start_seconds="[1, 2.5]", inpaint_end_seconds="[2, 3]")
     if "/v1/music" in case.path:
         case.body["prompt"] = case.body.get("prompt") or "rain"
-    if "loop" in case.path:
+    if "loop" not in case.path:
+        case.body.pop("bars", None)
+    else:
         case.body["prompt"] = "rain at 120 bpm"
 
 
@@ -203,6 +205,7 @@ _DROPPED = {
     "inpaint_mask_end_seconds",  # aliases
     "webhook_url",  # only public addresses are accepted
     *("bitrate", "bit_depth", "sample_rate"),  # depend on the format
+    "bpm",  # needs loop and bars
     *("composition_plan", "finetune_id", "store_for_inpainting"),  # must be unset in music with a prompt
 }
 _AT_MOST = {

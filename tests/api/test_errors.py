@@ -61,7 +61,7 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
     *[("chunked_decode", value) for value in ("maybe", 2)],
     *[("apg_scale", value) for value in (-1, 10.1, "nan")],
     *[("duration_padding_sec", value) for value in (-1, 30.5)],
-    *[("response_format", value) for value in ("wave", "pcm")],
+    *[("response_format", value) for value in ("wave", "mp5")],
     *[("deadline_s", value) for value in (0, -1, 1e9, "inf")],
 ]
 

@@ -119,7 +119,7 @@ async def test_openapi_page_describes_every_public_route(client: httpx.AsyncClie
         f"{ticket}/complete",
         "/favicon.ico",
         "/playground/{path}",
-        *("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json"),
+        *("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt"),
     }
     for path, operations in document["paths"].items():
         for operation in operations.values():

@@ -25,7 +25,7 @@ PUBLIC = {
     ("POST", "/storage/upload/{ticket}/complete"),
     *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
     *(("GET", path) for path in ("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt")),
-    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json")),
+    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt")),
 }
 
 

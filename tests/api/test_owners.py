@@ -36,7 +36,7 @@ OPEN = {
     *(("HEAD", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
     *(("GET", path) for path in ("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt")),
-    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json")),
+    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt")),
     *(("PUT", f"/storage/upload/{{ticket}}{rest}") for rest in ("", "/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),
     ("PUT", "/files/{file_id}/{file_name}/multipart/{ticket}/{number}"),

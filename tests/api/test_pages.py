@@ -169,3 +169,18 @@ async def test_pages_work_below_a_mount_path(jobs: JobQueue) -> None:
             assert all(url.startswith(("/audio/", "data:")) for url in loads)
         card = (await client.get("/audio/", headers={"Accept": "application/json"})).json()
         assert card["links"]["health"] == f"{BASE}/audio/health"
+
+
+async def test_llms_txt_lists_models_and_operations(client: httpx.AsyncClient) -> None:
+    reply = await client.get("/llms.txt")
+    assert reply.headers["content-type"] == "text/plain; charset=utf-8"
+    lines = reply.text.splitlines()
+    assert lines[0] == "# stable-audio-serve"
+    assert lines[2].startswith("> ")
+    document = (await client.get("/openapi.json")).json()
+    sections = {line.removeprefix("## ") for line in lines if line.startswith("## ")}
+    assert {tag["name"] for tag in document["tags"]} - sections == {"Pages", "Operators"}
+    assert "`small-sfx` (up to 120 s)" in reply.text
+    for path in ("/v1/audio/generations", "/jobs", "/v1/sound-generation", "/v2beta/audio/stable-audio/inpaint"):
+        (line,) = [line for line in lines if line.startswith(f"- [POST {path}](http://localhost/docs#/")]
+        assert not line.endswith(": ")

@@ -25,8 +25,16 @@ pytestmark = pytest.mark.server
 ANY = {"/v1/models", "/loras", "/riffs/available", "/model/info", "/v1/user", "/v1/user/account", "/v1/user/balance"}
 ANY |= {"/v1/status", "/api/fal/proxy"}  # the route to which the proxy forwards a request checks the scope
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
-OPEN |= {"/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt"}
-OPEN |= {"/favicon.ico", "/playground/{path}", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}"}
+OPEN |= {"/llms.txt", "/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt"}
+OPEN |= {
+    "/favicon.ico",
+    "/playground/{path}",
+    "/openapi.json",
+    "/llms.txt",
+    "/docs",
+    "/redoc",
+    "/docs/assets/{file_name}",
+}
 OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
 ADMIN = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 STORAGE = {"/storage/auth/token", "/storage/upload/initiate", "/storage/upload/initiate-multipart"}

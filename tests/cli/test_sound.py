@@ -134,6 +134,40 @@ async def test_options_choose_the_encoding_of_files(shell: Shell) -> None:
     assert b"--format" in refused
 
 
+async def test_finishing_and_loop_options_reach_the_server(shell: Shell) -> None:
+    printed = await shell.run(
+        *(
+            "generate",
+            "rain 120 bpm",
+            "--loop",
+            "--bpm",
+            "120",
+            "--bars",
+            "1",
+            "--loudness",
+            "-20",
+            "--true-peak",
+            "-3",
+        ),
+        *("-s", "5", "-o", "a.wav", "--json"),
+    )
+    assert (shell.backend.last.loop, shell.backend.last.duration_s) == ("bars", 2.0)
+    (clip,) = json.loads(printed)["clips"]
+    assert clip["loudness"] == pytest.approx(-20, abs=0.2)
+    assert clip["true_peak"] < -15
+    await shell.run("generate", "rain", "-d", "1", "--fade-in", "0.5", "--fade-out", "0.25", "-o", "b.wav")
+    recipe = read_recipe(await shell.read("b.wav"))
+    assert (recipe["fade_in_s"], recipe["fade_out_s"]) == (0.5, 0.25)
+
+
+async def test_prompts_and_seeds_may_be_repeated(shell: Shell) -> None:
+    await shell.run("generate", "rain", "--prompt", "wind", "-s", "8", "-s", "8", "-d", "0.5")
+    assert (shell.backend.last.prompts, shell.backend.last.seeds) == (("rain", "wind"), (8, 8))
+    assert await shell.files() == ["rain-8.wav", "wind-8.wav"]
+    await shell.run("generate", "rain", "-s", "8", "-s", "8", "-d", "0.5", "-o", "same.wav")
+    assert {"same-1.wav", "same-2.wav"} <= set(await shell.files())
+
+
 async def test_commands_read_and_write_pipes(shell: Shell) -> None:
     """A prompt can come from standard input, and audio can go through standard output into another command."""
     take = await shell.run("generate", "-", "-d", "1", "-o", "-", stdin=b"rain\n")
@@ -254,6 +288,21 @@ async def test_a_job_is_submitted_watched_and_downloaded(shell: Shell) -> None:
     assert frames(await shell.read(written[1])) == RATE_HZ // 2
     assert "standard output" in (await shell.run("jobs", "fetch", job_id, "-o", "-", "--json", code=2)).decode()
     assert json.loads(await shell.run("jobs", "show", job_id))["seeds"] == [7, 8]
+
+
+async def test_pieces_with_sections_are_generated_submitted_and_replayed(shell: Shell) -> None:
+    sections = ("--section", "1", "--section", "1.5:the rain stops", "--overlap", "0.5")
+    made = (await shell.run("generate", "rain", *sections, "-s", "3")).decode().strip()
+    assert frames(await shell.read(made)) == int(2.5 * RATE_HZ)
+    assert [request.prompt for _, request in shell.backend.requests] == ["rain", "the rain stops"]
+    job_id = (await shell.run("jobs", "submit", "rain", *sections, "-s", "3")).decode().strip()
+    fetched = (await shell.run("jobs", "fetch", job_id, "-o", "piece/")).decode().strip()
+    assert await shell.read(fetched) == await shell.read(made)
+    again = (await shell.run("replay", made, "-o", "again.wav")).decode().split()[0]
+    assert await shell.read(again) == await shell.read(made)
+    assert "sections" in (await shell.run("replay", made, "--local", code=2)).decode()
+    assert "30:rain" in (await shell.run("generate", "rain", "--section", "x", code=2)).decode()
+    assert "--section" in (await shell.run("generate", "rain", "--overlap", "2", code=2)).decode()
 
 
 async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> None:

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.compat import aimlapi, fal, stability
+from stable_audio_serve.api.compat import aimlapi, elevenlabs, fal, stability
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.native import job_routes as native_jobs
@@ -38,6 +38,7 @@ TAGS: dict[str, set[str]] = {
     "tutorial.md": set(),
     "dialects/aimlapi.md": {aimlapi.TAG},
     "dialects/stability.md": {stability.TAG},
+    "dialects/elevenlabs.md": {elevenlabs.TAG},
     "dialects/fal.md": {fal.TAG, files.TAG},
     "dialects/stable-audio-3.md": {native.TAG, merged.TAG, server.TAG},
     "dialects/stable-audio-open-small.md": {open_small.TAG, merged.TAG},
@@ -55,8 +56,12 @@ class Run:
     folder: Path
 
     def has_called(self, operation: str) -> bool:
-        """Whether a command called an operation, given as METHOD and path. `{name}` in the path matches any segment."""
-        pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", re.escape(operation))
+        """Whether a command called an operation, given as METHOD and path.
+
+        `{name}` in the path matches any segment, `{endpoint}` several.
+        """
+        pattern = re.sub(r"\\{endpoint(?:_id)?\\}", ".+", re.escape(operation))
+        pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", pattern)
         return any(re.fullmatch(pattern, call) for call in self.calls)
 
     def named(self, pattern: str) -> list[str]:
@@ -167,6 +172,16 @@ async def test_commands_of_the_vllm_omni_page_run(tmp_path: Path, operations: di
     assert (run.frames("hammer.wav"), run.frames("waves.wav")) == (3 * RATE_HZ, 5 * RATE_HZ)
     assert run.frames("dog.opus") == round(round(2 * RATE_HZ / 0.667) * 48_000 / RATE_HZ)
     assert '"small-sfx"' in run.output
+
+
+@pytest.mark.server
+@pytest.mark.slow
+async def test_commands_of_the_elevenlabs_page_run(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+    run = await run_page(DIALECTS / "elevenlabs.md", tmp_path)
+    expect_complete(run, "dialects/elevenlabs.md", operations)
+    assert run.frames("motor.wav") == 4 * RATE_HZ
+    lengths_s = {name: soundfile.info(run.folder / name).duration for name in ("door.mp3", "piano.mp3", "streamed.mp3")}
+    assert lengths_s == {"door.mp3": 2, "piano.mp3": 5, "streamed.mp3": 5}
 
 
 @pytest.mark.server

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,9 +15,9 @@ import pytest
 import sqlalchemy as sa
 
 from stable_audio_serve.core.failpoints import Failpoint
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, Section
 from stable_audio_serve.core.settings import JobSettings, Settings
-from stable_audio_serve.jobs.job import Job
+from stable_audio_serve.jobs.job import Job, JobSpec
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store.tables import FILES
@@ -177,6 +177,63 @@ async def test_runner_thawed_after_its_lease_changes_nothing(
     assert site.files() == [visible]
     assert await site.visible(job) == (ended, audio)
     assert len(site.receiver.requests) == 1
+
+
+_SECTIONS = (Section(1.0), *[Section(1.0, f"rain {number}") for number in range(9)])
+_PIECE = replace(_REQUEST, duration_s=float(len(_SECTIONS)))
+
+
+def make_piece() -> JobSpec:
+    """Return a long piece of ten sections of a second each."""
+    return make_spec(model=MODEL, mode="long-piece", request=_PIECE, sections=_SECTIONS, overlap_s=0.5)
+
+
+async def test_long_piece_goes_on_with_the_section_its_runner_died_in(
+    site: Site, context: ForkServerContext, tmp_path: Path
+) -> None:
+    undisturbed = Settings(output_dir=str(tmp_path / "undisturbed"))
+    queue = open_queue(undisturbed)
+    expected = await queue.submit(make_piece())
+    other = start_worker(context, undisturbed)
+    job = await site.queue.submit(make_piece())
+    worker = site.work()
+    while len(await site.queue.sections(job.spec.ref)) < 4:  # noqa: ASYNC110
+        await asyncio.sleep(0.002)
+    worker.kill()
+    assert await site.exit_code(worker) == -signal.SIGKILL
+    before = await site.queue.sections(job.spec.ref)
+    assert len(before) < 10, "the job must be killed in the middle"
+    assert await site.exit_code(site.work()) == 0
+    after = await site.queue.sections(job.spec.ref)
+    assert after[: len(before)] == before
+    assert len(after) == 10
+    await site.exit_code(other)
+    assert await read(site.queue, job) == await read(queue, expected)
+    now = await site.queue.get(job.spec.ref)
+    assert now is not None
+    assert now.attempts == 2
+    await queue.close()
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+async def test_section_stored_before_the_crash_is_made_again(site: Site, tmp_path: Path) -> None:
+    job = await site.queue.submit(make_piece())
+    assert await site.exit_code(site.work(f"after_section=kill@{tmp_path / 'killed once'}")) == -signal.SIGKILL
+    (orphan,) = (Path(site.settings.output_dir) / "sections").iterdir()
+    assert await site.exit_code(site.work()) == 0
+    sections = await site.queue.sections(job.spec.ref)
+    assert len(sections) == 10
+    stored = Path(site.settings.output_dir) / sections[0].file.key
+    assert stored != orphan
+    assert stored.read_bytes() == orphan.read_bytes()
+
+
+async def read(queue: JobQueue, job: Job) -> bytes:
+    """Return the audio file of a job that has succeeded."""
+    ended = await queue.get(job.spec.ref)
+    assert ended is not None
+    assert ended.result is not None, (ended.state, ended.error)
+    return b"".join([chunk async for chunk in queue.read(ended.result.file)])
 
 
 def is_stopped(process: BaseProcess) -> bool:

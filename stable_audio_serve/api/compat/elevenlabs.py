@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -83,7 +83,7 @@ class SoundBody(_Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a door slams", "duration_seconds": 2}]})
 
     text: Prompt = Field(description="Description of the sound.")
-    loop: bool | None = Field(None, description="Whether the sound repeats without a seam; null = false.")
+    loop: StrictBool | None = Field(None, description="Whether the sound repeats without a seam; null = false.")
     duration_seconds: Finite | None = Field(
         None,
         ge=_SOUND_S[0],
@@ -126,10 +126,10 @@ class MusicBody(_Body):
     )
     model_id: str | None = Field(None, description=f"{', '.join(_MUSIC_MODELS)}, or a model of this server.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Null = random; the header x-seed has it.")
-    force_instrumental: bool | None = Field(None, description="Accepted: these models do not sing.")
-    respect_sections_durations: bool | None = Field(None, description="Accepted: sections always have their length.")
-    sign_with_c2pa: bool | None = Field(None, description="Accepted: files are not signed.")
-    store_for_inpainting: bool | None = Field(None, description="Must be false or null.")
+    force_instrumental: StrictBool | None = Field(None, description="Accepted: models do not sing.")
+    respect_sections_durations: StrictBool | None = Field(None, description="Accepted: sections have their length.")
+    sign_with_c2pa: StrictBool | None = Field(None, description="Accepted: files are not signed.")
+    store_for_inpainting: StrictBool | None = Field(None, description="Must be false or null.")
     finetune_id: str | None = Field(None, description="Must be null.")
 
 

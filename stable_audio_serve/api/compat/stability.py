@@ -110,7 +110,7 @@ class AudioForm(_SourceForm):
     strength: Finite = Field(1.0, ge=0, le=1, description="Low keeps more of the source; at 1 it has no influence.")
 
 
-class InpaintForm(_SourceForm):
+class RegionForm(_SourceForm):
     """Source audio with a region to regenerate."""
 
     mask_start: Finite = Field(30.0, ge=0, le=380, description="Start of the region, seconds.")
@@ -164,7 +164,7 @@ _AUDIO: dict[int | str, dict[str, Any]] = {
 _MULTIPART = Form(media_type="multipart/form-data")
 _TextBody = Annotated[TextForm, _MULTIPART]
 _AudioBody = Annotated[AudioForm, _MULTIPART]
-_InpaintBody = Annotated[InpaintForm, _MULTIPART]
+_InpaintBody = Annotated[RegionForm, _MULTIPART]
 
 
 def build_router(service: Service) -> APIRouter:
@@ -191,7 +191,7 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
         generation = _to_request(form, card, version=_V3, source=source, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s)
         if isinstance(form, _SourceForm) and source is not None:
-            role: Role = "inpaint" if isinstance(form, InpaintForm) else "init"
+            role: Role = "inpaint" if isinstance(form, RegionForm) else "init"
             upload = await service.store_upload(form.audio, source, max_s=source.duration_s, role=role)
         spec = JobSpec(
             id=JobId(secrets.token_hex(32)),
@@ -333,7 +333,7 @@ def _to_request(
             raise _fault("strength", f"must be from {version.lowest_strength:g} to 1")
         level = card.noise_level(form.strength, sampler=None)
         return replace(request, init_audio=source, init_noise_level=level)
-    if isinstance(form, InpaintForm):
+    if isinstance(form, RegionForm):
         end_s = min(form.mask_end, duration_s)
         if form.mask_start >= end_s:
             allowed = f"less than mask_end and than the length of the clip ({duration_s:g})"

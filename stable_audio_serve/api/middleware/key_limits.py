@@ -92,13 +92,15 @@ class KeyLimiter:
         self._labels: set[str] = set()
 
     @asynccontextmanager
-    async def admitted(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> AsyncIterator[Admission]:
+    async def admitted(
+        self, key: ApiKey, *, audio_s: float, takes_place: bool, metered_s: float | None = None
+    ) -> AsyncIterator[Admission]:
         """Count a request against the limits of the key's client, then run the block.
 
         The `audio_s` seconds of audio count for a minute. With `takes_place`, the request also counts as a concurrent
         request until the block ends. If the block raises, the audio does not count, unless the request ran out of time
         or was cancelled. Raises QuotaError if a limit is reached, and ForbiddenError if the request needs more audio
-        than the key may have in a whole minute.
+        than the key may have in a whole minute. The metrics count `metered_s`, by default `audio_s`.
         """
         admission = Admission()
         try:
@@ -118,7 +120,7 @@ class KeyLimiter:
                     self._mean_s[key.client] += 0.2 * (self._clock.monotonic() - began_at - self._mean_s[key.client])
                     await self._end(use, counts=admission.counts)
         finally:
-            self._count(key, audio_s=audio_s, counts=admission.counts)
+            self._count(key, audio_s=audio_s if metered_s is None else metered_s, counts=admission.counts)
 
     async def require_room(self, key: ApiKey, *, takes_place: bool) -> None:
         """Raise QuotaError if the key has reached a limit, so that even the smallest request would be refused."""
@@ -132,6 +134,15 @@ class KeyLimiter:
         if refusal is not None:
             self._count(key, audio_s=0.0, counts=False)
             raise refusal
+
+    def require_possible(self, key: ApiKey, *, audio_s: float) -> None:
+        """Raise ForbiddenError if the key may not have `audio_s` seconds of audio in a whole minute."""
+        rate = key.limits.audio_seconds_per_minute
+        if rate is not None and audio_s > rate:
+            raise ForbiddenError(
+                f"{audio_s:g} seconds of audio are more than this key may have in a minute "
+                f"(audio-seconds-per-minute={rate:g})"
+            )
 
     async def audio_left_s(self, key: ApiKey) -> float | None:
         """Return how many seconds of audio the key may still have now, None without a limit. Raises StorageError."""
@@ -155,12 +166,8 @@ class KeyLimiter:
         """
         if key.limits == NO_LIMITS:
             return None
-        rate, concurrency = key.limits.audio_seconds_per_minute, key.limits.concurrency
-        if rate is not None and audio_s > rate:
-            raise ForbiddenError(
-                f"{audio_s:g} seconds of audio are more than this key may have in a minute "
-                f"(audio-seconds-per-minute={rate:g})"
-            )
+        self.require_possible(key, audio_s=audio_s)
+        concurrency = key.limits.concurrency
         return Use(
             id=secrets.token_hex(8),
             client=key.client,

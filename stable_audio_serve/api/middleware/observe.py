@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.middleware.limits import ClientGoneError, is_answered
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import GenerationError, StorageError
+from stable_audio_serve.core.errors import GenerationError, StoppingError, StorageError
 from stable_audio_serve.core.metrics import Level, Metrics
 
 log = structlog.get_logger("stable_audio_serve.api")
@@ -68,8 +68,9 @@ class ObserveMiddleware:
                 status = status if is_answered(scope) else _CLIENT_GONE_STATUS
                 raise
             except Exception as error:
-                # A stored file could not be read to its end. The client notices that the response is too short.
-                if status and isinstance(error, StorageError):
+                # A stored file could not be read to its end, or the process stops during a stream of audio. The client
+                # notices that the response is too short.
+                if status and isinstance(error, StorageError | StoppingError):
                     note(scope, error=error.message)
                     return
                 log.exception("request failed")

@@ -11,8 +11,10 @@ import pydantic_core
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter, ValidationError
 
+from stable_audio_serve.api.fields import Prompt
 from stable_audio_serve.api.native.schemas import (
     MAX_LORAS,
+    MAX_VARIATIONS,
     Controls,
     GenerationBody,
     LoraBody,
@@ -21,6 +23,7 @@ from stable_audio_serve.api.native.schemas import (
     VariationForm,
     check_sampler_kwargs,
 )
+from stable_audio_serve.api.native.sections import read_sections, section_faults
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.audio.formats import check_encoding
 from stable_audio_serve.audio.loops import BEATS_PER_BAR
@@ -30,6 +33,7 @@ from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelErro
 from stable_audio_serve.core.generation import GenerationRequest, LoopStart, Lora
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.core.sound import Encoding, Finishing, Loudness
+from stable_audio_serve.jobs.sections import total_duration_s
 
 T = TypeVar("T")
 
@@ -50,6 +54,8 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 
 
 _SAME_S = 0.001  # a duration that differs by less from that of the bars is the same
+_PROMPTS = TypeAdapter(Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=MAX_VARIATIONS)])
+_SEEDS = TypeAdapter(Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_VARIATIONS)])
 _LOUDNESS = TypeAdapter(LoudnessBody)
 _LORAS = TypeAdapter(Annotated[tuple[LoraBody, ...], Field(max_length=MAX_LORAS)])
 
@@ -122,21 +128,27 @@ def to_request(
         raise RequestValidationError([_fault("model", error.message, value=fields.model)]) from error
     faults: list[dict[str, Any]] = []
     loop, bars_s = _plan_loop(fields, faults=faults)
+    prompts, seeds = _plan_variations(fields, faults=faults)
+    batch_size = len(prompts or seeds) or fields.batch_size
+    counted = "prompts: batch_size" if prompts else "seeds: batch_size" if seeds else "batch_size"
     model_longest_s = card.max_duration_s - (LEAST_SURPLUS_S if loop else 0)
     longest_s = min(limits.max_duration_s, model_longest_s)
     duration_s = bars_s or (fields.duration if "duration" in given else min(fields.duration, longest_s))
+    sections = read_sections(fields)
+    clip_s = 0.0 if sections else duration_s  # the limits of sections are checked below
     steps = fields.steps if "steps" in given else min(card.default_steps, limits.most_steps(card.default_steps))
     limiter = f"the model {card.name}" if model_longest_s < limits.max_duration_s else "api.max_duration_s"
     faults += [
         _fault(name.partition(":")[0], f"{name} must be at most {limit:g} ({setter})", value=value)
         for name, value, limit, setter in (
-            ("duration" if bars_s is None else "bars: duration", duration_s, longest_s, limiter),
+            ("duration" if bars_s is None else "bars: duration", clip_s, longest_s, limiter),
             ("steps", steps, limits.most_steps(card.default_steps), "api.max_steps"),
-            ("batch_size", fields.batch_size, limits.max_batch_size, "api.max_batch_size"),
+            (counted, batch_size, limits.max_batch_size, "api.max_batch_size"),
             ("deadline_s", fields.deadline_s or 0, limits.max_deadline_s, "api.max_deadline_s"),
         )
         if value > limit
     ]
+    faults += section_faults(fields, card=card, limits=limits)
     sampling = _sampler_options(sampler_kwargs, card, faults=faults)
     apg_scale = fields.apg_scale if "apg_scale" in given else None
     if apg_scale and card.family == OPEN_FAMILY:
@@ -150,11 +162,13 @@ def to_request(
     if faults:
         raise RequestValidationError(faults)
     request = GenerationRequest(
-        prompt=fields.prompt,
-        duration_s=duration_s,
-        seed=resolve_seed(fields.seed),
+        prompt=prompts[0] if prompts else fields.prompt,
+        duration_s=total_duration_s(sections) if sections else duration_s,
+        seed=seeds[0] if seeds else resolve_seed(fields.seed),
         negative_prompt=fields.negative_prompt,
-        batch_size=fields.batch_size,
+        batch_size=batch_size,
+        variation_prompts=prompts,
+        variation_seeds=seeds,
         steps=steps,
         cfg_scale=fields.cfg_scale if "cfg_scale" in given else None,
         apg_scale=apg_scale,
@@ -174,6 +188,30 @@ def to_request(
 def to_encoding(fields: Controls) -> Encoding:
     """Return how a request's file is encoded. `to_request` checks that the format allows it."""
     return Encoding(fields.response_format, fields.bitrate, fields.bit_depth, fields.sample_rate)
+
+
+def _plan_variations(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the prompts and the seeds of the variations, each empty if unset. Appends errors to `faults`.
+
+    Raises RequestValidationError.
+    """
+    prompts: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    if isinstance(fields, UploadForm):
+        prompts = _parse_json(_PROMPTS, fields.prompts, field="prompts")
+        seeds = _parse_json(_SEEDS, fields.seeds, field="seeds")
+    elif isinstance(fields, GenerationBody):
+        prompts, seeds = fields.prompts, fields.seeds
+    size, source = fields.batch_size, "batch_size"
+    for name, values in (("prompts", prompts), ("seeds", seeds)):
+        if values is None:
+            continue
+        if source == "batch_size" and "batch_size" not in fields.model_fields_set:
+            size, source = len(values), name
+        elif len(values) != size:
+            message = f"{name} must have as many entries as {source}, {size}, not {len(values)}"
+            faults.append(_fault(name, message, value=None))
+    return prompts or (), tuple(resolve_seed(seed) for seed in seeds or ())
 
 
 def _plan_loop(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[LoopStart | None, float | None]:

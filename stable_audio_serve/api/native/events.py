@@ -44,7 +44,7 @@ async def stream_events(
     """Yield `progress` events after event id `after`, then one `end` event with the job's status."""
     async for change in streams.follow(jobs, job, after=after):
         for event in change.events:
-            yield _sse(_of_event(event), kind="progress", event_id=str(event.id))
+            yield _sse(_of_event(event, change.job), kind="progress", event_id=str(event.id))
         if change.job.is_over:
             status = await asyncio.to_thread(describe, change.job, jobs.artifacts, base=base)
             yield _sse(status, kind=END, event_id=END)
@@ -52,10 +52,12 @@ async def stream_events(
             yield _sse(_of_now(change), kind="progress")
 
 
-def _of_event(event: JobEvent) -> JobProgressEvent:
+def _of_event(event: JobEvent, job: Job) -> JobProgressEvent:
     return JobProgressEvent(
         stage=event.stage,
         fraction=event.fraction,
+        sections_done=event.num_sections if job.spec.sections else None,
+        sections=len(job.spec.sections) or None,
         eta_seconds=event.eta_s,
         queue_position=None,
         message=event.message,

@@ -21,6 +21,7 @@ from stable_audio_serve.api.native.events import END, EXAMPLE, LastEventId, stre
 from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names, ignored_names, warning_headers
 from stable_audio_serve.api.native.routes import MEDIA_TYPES
 from stable_audio_serve.api.native.schemas import ConflictBody, ErrorBody, ValidationErrors
+from stable_audio_serve.api.native.section_audio import follow_answer, section_answer
 from stable_audio_serve.api.native.status import JobPage, JobStatus, brief, describe, jobs_base, recipes_of
 from stable_audio_serve.api.native.submission import CONTRACT
 from stable_audio_serve.api.routing import public_route_class, route_class
@@ -49,10 +50,10 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {kind: {} for kind in MEDIA_TYPES},
         "headers": {**SOUND_HEADERS, **RECIPE_HEADER, **WARNING_HEADER},
     },
-    404: {"model": ErrorBody, "description": "No such job, or its file no longer exists."},
+    404: {"model": ErrorBody, "description": "No such job or section, or its file no longer exists."},
     409: {"model": ErrorBody, "description": "The job has no audio, or none yet."},
-    422: {"model": ValidationErrors, "description": "An unknown parameter, if the server refuses them."},
-    **error_responses(ErrorBody, 500, 503),
+    422: {"model": ValidationErrors, "description": "A parameter is wrong, or unknown if the server refuses those."},
+    **error_responses(ErrorBody, 429, 500, 503),
 }
 _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -154,14 +155,36 @@ def _build_links(service: Service) -> APIRouter:
     @links.get(
         "/jobs/{job_id:hex_id}/audio", summary="Download Job Audio", response_class=Response, responses=_AUDIO_RESPONSES
     )
-    async def download(request: Request, job_id: str) -> Response:
+    async def download(
+        request: Request,
+        job_id: str,
+        *,
+        section: Annotated[
+            int | None, Query(ge=1, description="Of a long piece: only this finished section, counted from 1.")
+        ] = None,
+        follow: Annotated[
+            bool,
+            Query(
+                description="Of a long piece: send the finished sections, then each further one when it is finished; "
+                "as MP3 if that is the job's format, otherwise as WAV of unknown length."
+            ),
+        ] = False,
+    ) -> Response:
         """Download a job's audio. No key is needed, except for a job whose id the client chose.
 
         This also works for audio in a bucket, for clients that cannot reach the bucket (`download_url` leads there).
         """
-        check_names(request, (), limits=service.settings.api)
+        check_names(request, (), limits=service.settings.api, parameters=("section", "follow"))
+        if follow and section is not None:
+            message = "follow sends all sections: leave out follow or section"
+            fault = {"type": "value_error", "loc": ("query", "follow"), "msg": message, "input": follow}
+            raise RequestValidationError([fault])
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))
         job = _require(job or await jobs.find_unguessable(CONTRACT, JobId(job_id)))
+        if section is not None:
+            return await section_answer(service, request, job=job, number=section)
+        if follow:
+            return follow_answer(service, request, job=job)
         if job.result is None:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")
         file, is_head = job.result.file, request.method == "HEAD"

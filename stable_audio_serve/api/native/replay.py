@@ -7,8 +7,9 @@ names. A replay runs like any other request. The recipe is untrusted input.
 from __future__ import annotations
 
 import codecs
+import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pydantic_core
@@ -16,14 +17,17 @@ from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.answers import RECIPE_HEADER, REPLAY
+from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.middleware.observe import note
-from stable_audio_serve.api.native.answers import audio_answer
+from stable_audio_serve.api.native.answers import audio_answer, file_stem
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import check_names
 from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
+from stable_audio_serve.api.native.status import REPLAY_OF, JobTicket, hash_recipe, job_url
+from stable_audio_serve.api.native.submission import CONTRACT
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, FinishedFile, finish, finish_window
@@ -31,10 +35,12 @@ from stable_audio_serve.audio.formats import check_encoding
 from stable_audio_serve.audio.recipe import (
     MOST_BYTES,
     MOST_REGIONS,
+    MOST_SECTIONS,
     Recipe,
     RecipeLora,
     RecipeLoudness,
     RecipeMaker,
+    RecipeSection,
     RecipeSource,
     is_exact,
 )
@@ -45,13 +51,16 @@ from stable_audio_serve.core.errors import (
     InvalidUploadError,
     UnknownModelError,
 )
-from stable_audio_serve.core.generation import GenerationResult, SourceAudio
+from stable_audio_serve.core.generation import GenerationResult, Section, SourceAudio
+from stable_audio_serve.core.ids import JobId
+from stable_audio_serve.jobs.job import JobSpec
+from stable_audio_serve.jobs.sections import find_faults, total_duration_s
 
 _PATH = "/v1/audio/replay"
 _MULTIPART = "multipart/form-data"
 _MOST_STEPS = 1000  # the highest limit of `steps` in any dialect
 _MOST_REPEATED_CHARS = 200
-_PARTS = (Recipe, RecipeLora, RecipeLoudness, RecipeMaker, RecipeSource)
+_PARTS = (Recipe, RecipeLora, RecipeLoudness, RecipeMaker, RecipeSource, RecipeSection)
 _FIELDS = {name for part in _PARTS for name in part.model_fields}
 
 
@@ -63,6 +72,7 @@ _REPLAY_HEADER: dict[str, Any] = {
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     **AUDIO_RESPONSES,
+    202: {"model": JobTicket, "description": "The recipe of a long piece: the job that recreates it."},
     200: AUDIO_RESPONSES[200]
     | {"description": "The audio file.", "headers": AUDIO_RESPONSES[200]["headers"] | RECIPE_HEADER | _REPLAY_HEADER},
 }
@@ -109,13 +119,19 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post(_PATH, response_class=Response, responses=_RESPONSES, openapi_extra=_BODY)
     async def replay(request: Request) -> Response:
-        """Recreate a clip from its recipe. The bytes are the same if the response header `X-Replay` is `exact`."""
+        """Recreate a clip from its recipe. The bytes are the same if the response header `X-Replay` is `exact`.
+
+        The recipe of a long piece is replayed by a job: the answer is 202 with the job's ticket, and when the job has
+        succeeded, `replay` in its status is `exact` or `close`.
+        """
         started_at = service.clock.monotonic()
         sent = await _read(service, request)
         check_names(request, sent.unknown, limits=service.settings.api)
         recipe = _parse(sent.text)
         card = _require_model(service, recipe)
         sources = await _find_sources(service, recipe, card=card, uploads=sent.uploads)
+        if recipe.sections:
+            return await _replay_by_job(service, request, recipe=recipe, card=card)
         generation = recipe.to_request(sources=sources, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
         try:
@@ -129,6 +145,37 @@ def build_router(service: Service) -> APIRouter:
         return response
 
     return router
+
+
+async def _replay_by_job(service: Service, request: Request, *, recipe: Recipe, card: ModelCard) -> Response:
+    """Add a job that makes a long piece again, and return its ticket. Raises the errors of `Service.add_job`."""
+    job_id = JobId(uuid.uuid4().hex)
+    base = base_url(request, service.settings.api)
+    sections = tuple(Section(one.duration, one.prompt) for one in recipe.sections or ())
+    generation = recipe.to_request(sources={}, request_id=request.state.request_id)
+    spec = JobSpec(
+        id=job_id,
+        contract=CONTRACT,
+        model=card.name,
+        mode="long-piece",
+        request=replace(generation, duration_s=total_duration_s(sections)),
+        encoding=recipe.encoding,
+        file_stem=file_stem(card.name),
+        peaks="clip" if recipe.peaks == "clip" else "limit",
+        finishing=recipe.finishing,
+        with_recipe=True,
+        file_prefix=f"{job_id}-",
+        sections=sections,
+        overlap_s=recipe.overlap or 0.0,
+        client=request.state.client,
+        wire={"base_url": base, REPLAY_OF: hash_recipe(recipe)},
+    )
+    try:
+        await service.add_job(spec, card=card, caller=request.state.caller)
+    except InvalidRequestError as error:
+        raise _fault(error.field or "recipe", error.message) from error
+    note(request.scope, job_id=job_id, model=card.name, duration_s=spec.request.duration_s)
+    return JSONResponse(JobTicket(id=job_id, status_url=job_url(base, job_id)).model_dump(), 202)
 
 
 def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | None) -> FinishedFile:
@@ -196,8 +243,9 @@ def _refuse_many_entries(sent: object) -> None:
     Pydantic would build an error for each entry, and block the event loop for seconds.
     """
     for name, part in [("recipe", sent), *(sent.items() if isinstance(sent, dict) else ())]:
-        if isinstance(part, list) and len(part) > MOST_REGIONS:
-            raise _fault(name, f"{name}: more than {MOST_REGIONS} entries")
+        most = MOST_SECTIONS if name == "sections" else MOST_REGIONS
+        if isinstance(part, list) and len(part) > most:
+            raise _fault(name, f"{name}: more than {most} entries")
         if isinstance(part, dict) and len(part) > len(_FIELDS):
             raise _fault(next(key for key in part if key not in _FIELDS), "Extra inputs are not permitted")
 
@@ -219,7 +267,8 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
     longest_s, most_steps = min(limits.max_duration_s, card.max_duration_s), limits.most_steps(card.default_steps)
     if service.settings.dialects.recipes:  # recipes may come from other dialects, which have higher limits
         longest_s, most_steps = card.max_duration_s, max(most_steps, _MOST_STEPS)
-    for name, value, most in (("duration", recipe.duration, longest_s), ("steps", recipe.steps or 0, most_steps)):
+    duration_s = 0.0 if recipe.sections else recipe.duration  # the limits of sections are checked below
+    for name, value, most in (("duration", duration_s, longest_s), ("steps", recipe.steps or 0, most_steps)):
         if value > most:
             raise _fault(name, f"{name} must be at most {most:g}")
     try:
@@ -228,6 +277,12 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
         raise _fault(error.field or "response_format", error.message) from error
     if recipe.sampler is not None and recipe.sampler not in card.samplers:
         raise _fault("sampler", f"sampler must be one of {', '.join(card.samplers)} for the model {card.name}")
+    sections = [Section(one.duration, one.prompt) for one in recipe.sections or ()]
+    if sections:
+        faults = find_faults(sections, overlap_s=recipe.overlap or 0.0, card=card, limits=limits)
+        if faults:
+            field = str(faults[0].field)
+            raise _fault("overlap" if field == "overlap_s" else field, faults[0].message)
     try:
         recipe.finishing.check(duration_s=recipe.duration, is_loop=recipe.loop is not None)
     except InvalidRequestError as error:
@@ -257,4 +312,5 @@ async def _find_sources(
 
 
 def _fault(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message, "input": None}])
+    place = tuple(int(part) if part.isdecimal() else part for part in field.split("."))
+    return RequestValidationError([{"type": "value_error", "loc": ("body", *place), "msg": message, "input": None}])

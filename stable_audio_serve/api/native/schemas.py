@@ -9,7 +9,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stable_audio_serve.api.fields import (
     PEAKS_DESCRIPTION,
@@ -20,6 +20,7 @@ from stable_audio_serve.api.fields import (
     SampleBits,
     SampleRate,
 )
+from stable_audio_serve.audio.recipe import MOST_SECTIONS
 from stable_audio_serve.core.generation import EditSchedule, Keep, Priority, Stacking
 from stable_audio_serve.core.sound import AudioFormat, Peaks
 
@@ -67,6 +68,7 @@ def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+MAX_VARIATIONS = 99  # the highest value of the setting `max_batch_size`
 MAX_LORAS = 64  # the highest value of the setting `max_loras`
 
 _Time = Annotated[Finite, Field(ge=0, le=1)]
@@ -109,7 +111,9 @@ class Controls(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-    prompt: Prompt = Field(description="Description of the sound.", examples=["warm analog pad, slow attack"])
+    prompt: Prompt = Field(
+        description="Description of the sound. Not required with `prompts`.", examples=["warm analog pad, slow attack"]
+    )
     model: str = Field(
         "",
         description="Canonical name or alias, with adapters as in `medium:vinyl+bells`; unset = the default model.",
@@ -152,6 +156,16 @@ class Controls(BaseModel):
     fade_out_s: Finite | None = Field(None, ge=0, description="Extension: linear fade at the end, seconds.")
     manifest: bool = Field(False, description="Extension: add manifest.json to the ZIP of several variations.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_prompt(cls, values: Any) -> Any:
+        """Set a missing prompt if there are `prompts`, which replace it."""
+        if not isinstance(values, dict) or values.get("prompt") not in (None, ""):
+            return values
+        prompts = values.get("prompts")
+        is_unset = prompts.strip() in {"", "null"} if isinstance(prompts, str) else prompts is None
+        return values if is_unset else {**values, "prompt": "-"}
+
 
 class GenerationBody(Controls):
     """Text to audio."""
@@ -165,6 +179,18 @@ class GenerationBody(Controls):
         description="Used: sampler_type, scale_phi, cfg_norm_threshold; by Stable Audio Open also sigma_min, "
         "sigma_max, rho. Others are ignored.",
         examples=[{"sampler_type": "euler", "scale_phi": 0.5}],
+    )
+    prompts: tuple[Prompt, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_VARIATIONS,
+        description="Extension: a prompt for each variation, in place of `prompt`; `batch_size` follows from it.",
+    )
+    seeds: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_VARIATIONS,
+        description="Extension: a seed for each variation, in place of `seed`; -1 = random.",
     )
     loras: tuple[LoraBody, ...] = Field(
         (),
@@ -201,6 +227,8 @@ class UploadForm(Controls):
     loras: str = Field(
         "", description="Extension: a JSON list as text, as in generations.", examples=['[{"name": "vinyl"}]']
     )
+    prompts: str = Field("", description="Extension: a JSON list as text, as in generations.", examples=['["a", "b"]'])
+    seeds: str = Field("", description="Extension: a JSON list as text, as in generations.", examples=["[7, 11]"])
     loudness: str = Field(
         "", description="Extension: a JSON object as text, as in generations.", examples=['{"target_lufs": -14}']
     )
@@ -252,8 +280,31 @@ class JobControls(BaseModel):
     )
 
 
+class SectionBody(BaseModel):
+    """One section of a long piece."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Prompt | None = Field(None, description="Description of the sound; unset = the prompt of the job.")
+    duration: Finite = Field(gt=0, description="Length, seconds; with `overlap_s` at most the model's maximum.")
+
+
 class JobBody(JobControls, GenerationBody):
     """Text to audio, as a job."""
+
+    sections: tuple[SectionBody, ...] | None = Field(
+        None,
+        max_length=MOST_SECTIONS,
+        description="Extension: sections of a piece that may be longer than the model's maximum, one after the other. "
+        "`duration` is then the sum of their durations.",
+        examples=[[{"duration": 30}, {"prompt": "the rain stops", "duration": 20}]],
+    )
+    overlap_s: Finite | None = Field(
+        None,
+        gt=0,
+        description="Extension, with sections: how much audio each section continues, seconds; at most half the "
+        "model's maximum; unset = 12, or that half if it is less.",
+    )
 
 
 class JobVariationForm(JobControls, VariationForm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime
 from operator import not_
 from typing import Any, Literal
@@ -13,12 +14,14 @@ from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.native.ignored import cut_prompts
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
 from stable_audio_serve.audio.finish import clip_dict
-from stable_audio_serve.audio.recipe import Recipe, write_recipes
+from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, Mode, State
+from stable_audio_serve.jobs.recipes import recipes_of as job_recipes
 
 _MOST_LISTED_CHARS = 4096
+REPLAY_OF = "replay_of"  # the hash of the recipe that a job replays, in `JobSpec.wire`
 
 _TICKET: dict[str, Any] = {
     "id": "68e48e7af36c4d829e3797a0b3e7687c",
@@ -54,6 +57,10 @@ _STATUS: dict[str, Any] = {
 }
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class JobTicket(BaseModel):
     """An accepted job."""
 
@@ -74,6 +81,10 @@ class JobProgress(BaseModel):
 
     stage: str = Field(description="`queued`, `started`, the current step of the work, or `done`.")
     fraction: float = Field(description="Share of the work that is done, 0 to 1.")
+    sections_done: int | None = Field(
+        None, exclude_if=_is_none, description="Number of finished sections; only of a long piece."
+    )
+    sections: int | None = Field(None, exclude_if=_is_none, description="Number of sections; only of a long piece.")
     eta_seconds: float | None = Field(description="Last predicted time until the job ends, seconds.")
     queue_position: int | None = Field(
         description="Number of jobs before it, or, once a runner has it, of rows in the engine; 0 = next."
@@ -125,6 +136,11 @@ class JobStatus(BaseModel):
     recipes: tuple[Recipe, ...] | None = Field(
         description="Recipe of each variation of a job that succeeded. Lists and webhooks leave recipes out if their "
         f"prompts have more than {_MOST_LISTED_CHARS} characters in total."
+    )
+    replay: Literal["exact", "close"] | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="Only of a job that recreated a long piece: exact = same bytes as the original.",
     )
     warnings: list[str] = Field(
         description="Parts of the request without effect, for example the end of a long prompt."
@@ -187,7 +203,8 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
         clips=[JobClip(**clip_dict(clip)) for clip in result.file.clips] if result else None,
         device=made_on.device if made_on else None,
         dtype=made_on.dtype if made_on else None,
-        recipes=recipes_of(job),
+        recipes=(recipes := recipes_of(job)),
+        replay=_compare(job, recipes),
         warnings=cut_prompts(made_on),
     )
 
@@ -207,16 +224,22 @@ def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
     made_on = result.file.made_on if result else None
     if result is None or made_on is None or not spec.with_recipe:
         return None
-    return write_recipes(
-        spec.request,
-        sources=spec.sources,
-        model=spec.model,
-        seeds=result.seeds,
-        made_on=made_on,
-        encoding=spec.encoding,
-        peaks=spec.peaks,
-        finishing=spec.finishing,
-    )
+    return job_recipes(spec, seeds=result.seeds, made_on=made_on, different=result.different)
+
+
+def hash_recipe(recipe: Recipe) -> str:
+    """Return the SHA-256 of a recipe. Recipes with the same hash describe the same bytes, if made in strict mode."""
+    return hashlib.sha256(recipe.to_json().encode()).hexdigest()
+
+
+def _compare(job: Job, recipes: tuple[Recipe, ...] | None) -> Literal["exact", "close"] | None:
+    """Return whether a job's file has the same bytes as the file whose recipe it replayed, None if it was no replay."""
+    original = job.spec.wire.get(REPLAY_OF)
+    if original is None or not recipes:
+        return None
+    recipe = recipes[0]
+    is_strict = recipe.made_on.mode == "strict" and recipe.checkpoint is not None
+    return "exact" if is_strict and hash_recipe(recipe) == original else "close"
 
 
 def _audio_url(base: str, spec: JobSpec, *, result: JobResult) -> str:
@@ -232,6 +255,8 @@ def progress_of(job: Job, *, position: int | None) -> JobProgress:
     return JobProgress(
         stage=job.stage,
         fraction=job.fraction,
+        sections_done=job.num_sections if job.spec.sections else None,
+        sections=len(job.spec.sections) or None,
         eta_seconds=job.eta_s,
         queue_position=job.engine_position if position is None else position,
     )

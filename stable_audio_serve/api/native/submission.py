@@ -33,6 +33,7 @@ from stable_audio_serve.api.native.schemas import (
     JobVariationForm,
     ValidationErrors,
 )
+from stable_audio_serve.api.native.sections import read_sections
 from stable_audio_serve.api.native.status import JobTicket, job_url, jobs_base
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
@@ -41,6 +42,7 @@ from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
+from stable_audio_serve.jobs.sections import choose_overlap
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
 CONTRACT: Literal["sa3"] = "sa3"
@@ -87,7 +89,7 @@ def build_router(service: Service) -> APIRouter:
         """Submit a job that generates audio from a text prompt."""
         card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
         return await submit(
-            request, response, fields=body, card=card, generation=generation, mode="text-to-audio", key=idempotency_key
+            request, response, fields=body, card=card, generation=generation, mode=_mode_of(body), key=idempotency_key
         )
 
     @router.put("/{job_id:job_id}", summary="Submit Generation As", status_code=202, responses=_RESPONSES)
@@ -95,7 +97,7 @@ def build_router(service: Service) -> APIRouter:
         """Submit a job that generates audio from a text prompt, with an id chosen by the client."""
         card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
         return await submit(
-            request, response, fields=body, card=card, generation=generation, mode="text-to-audio", job_id=JobId(job_id)
+            request, response, fields=body, card=card, generation=generation, mode=_mode_of(body), job_id=JobId(job_id)
         )
 
     @router.post("/variations", summary="Submit Variation", status_code=202, responses=_UPLOAD_RESPONSES)
@@ -136,6 +138,10 @@ def build_router(service: Service) -> APIRouter:
     return router
 
 
+def _mode_of(body: JobBody) -> Mode:
+    return "long-piece" if body.sections else "text-to-audio"
+
+
 class _Submission:
     """The steps that are the same for all submissions, once their fields are converted."""
 
@@ -164,6 +170,8 @@ class _Submission:
         upload = await self._keep_upload(fields, card, padding_s=generation.duration_padding_s, mode=mode)
         base = jobs_base(request, limits=settings.api)
         is_chosen, job_id = job_id is not None, job_id or JobId(uuid.uuid4().hex)
+        sections, peaks = read_sections(fields), fields.peaks or settings.audio.peaks
+        overlap_s = fields.overlap_s if isinstance(fields, JobBody) else None
         spec = JobSpec(
             id=job_id,
             contract=CONTRACT,
@@ -172,12 +180,15 @@ class _Submission:
             request=generation,
             encoding=to_encoding(fields),
             file_stem=file_stem(card.name),
-            peaks=fields.peaks or settings.audio.peaks,
+            # A section is final before the peak of the whole is known, so a long piece cannot be scaled by it.
+            peaks="limit" if sections and peaks == "scale" else peaks,
             finishing=finishing,
             with_manifest=fields.manifest,
             with_recipe=True,
             file_prefix=f"{job_id}-",
             upload=upload,
+            sections=sections,
+            overlap_s=choose_overlap(overlap_s, card=card, limits=settings.api) if sections else 0.0,
             webhook_url=fields.webhook_url,
             client=request.state.client,
             id_is_chosen=is_chosen,

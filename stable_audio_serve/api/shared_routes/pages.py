@@ -19,7 +19,7 @@ from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from stable_audio_serve import __version__
 from stable_audio_serve.api.description import error_responses
@@ -28,7 +28,7 @@ from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody
 from stable_audio_serve.api.routing import public_route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.api.shared_routes import info
+from stable_audio_serve.api.shared_routes import info, llms
 from stable_audio_serve.api.shared_routes.server import NAME
 
 TAG = "Pages"
@@ -62,6 +62,7 @@ _CARD_PATHS = {
     "docs": "/docs",
     "redoc": "/redoc",
     "openapi": "/openapi.json",
+    "llms": "/llms.txt",
     "models": "/v1/models",
     "health": "/health",
     "ready": "/ready",
@@ -173,7 +174,7 @@ def build_router(service: Service) -> APIRouter:
     return router
 
 
-def build_api_router() -> APIRouter:
+def build_api_router(service: Service) -> APIRouter:
     """Return the routes of the API description and its pages. They need no key."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
 
@@ -182,6 +183,17 @@ def build_api_router() -> APIRouter:
         """Return the OpenAPI description of this server."""
         document: dict[str, Any] = request.app.openapi()
         return document
+
+    @router.get(
+        "/llms.txt",
+        summary="Describe the API to language models",
+        response_class=PlainTextResponse,
+        responses=error_responses(ErrorBody, 500),
+    )
+    async def text(request: Request) -> str:
+        """Return a short description of the models and operations as Markdown."""
+        base = base_url(request, service.settings.api)
+        return llms.describe(request.app.openapi(), service.backend.catalog, base=base)
 
     @router.get("/docs", summary="Try the API out", response_class=HTMLResponse, responses=_API_RESPONSES)
     async def swagger(request: Request) -> Response:

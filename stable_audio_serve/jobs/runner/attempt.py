@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal
 
 import structlog
 
@@ -19,6 +18,7 @@ from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.errors import (
     ModelUnavailableError,
     OverloadedError,
+    QuotaError,
     StableAudioError,
     StorageError,
     UnknownModelError,
@@ -30,13 +30,13 @@ from stable_audio_serve.jobs.job import Job, JobError, JobResult
 from stable_audio_serve.jobs.runner.capacity import Capacity
 from stable_audio_serve.jobs.runner.execution import JobExecutor
 from stable_audio_serve.jobs.runner.heartbeat import LeaseId, lease_id
+from stable_audio_serve.jobs.runner.long_pieces import LeaseLostError
+from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.runner_jobs import Report
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-P = ParamSpec("P")
-T = TypeVar("T")
 StopReason = Literal["cancelled", "lost", "closing"]
 
 
@@ -82,6 +82,7 @@ class Attempt:
         self.job = job
         self.lease = lease_id(job)
         self._context = context
+        self._calls = PatientCalls(retry_s=context.pauses.store_retry_s)
         self._stop_reason: StopReason | None = None
         self._work = asyncio.create_task(context.executor.execute(job, self._report))
         self.task = asyncio.create_task(self._run())
@@ -115,6 +116,11 @@ class Attempt:
         error = self._work.exception()
         if error is None:
             return await self._succeed(self._work.result())
+        if isinstance(error, LeaseLostError):
+            return None
+        if isinstance(error, QuotaError):  # a section of a long piece waits for the next minute of the client's key
+            delay_s = error.retry_after_s or self._context.pauses.last_retry_s
+            return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts - 1)
         if isinstance(error, OverloadedError):
             return await self._requeue_refused(error)
         if isinstance(error, ModelUnavailableError | StorageError | UnknownModelError):
@@ -132,13 +138,13 @@ class Attempt:
         if self._stop_reason == "lost":
             return None
         if self._stop_reason == "cancelled":
-            return await self._repeat_until_available(self._context.store.runners.stop, self.job)
+            return await self._calls.call(self._context.store.runners.stop, self.job)
         if self._stop_reason == "closing":
             return await self._requeue("the runner stops", delay_s=0.0, attempts=self.job.attempts - 1)
         return await self._retry_or_give_up(ModelUnavailableError("the generation was interrupted"))
 
     async def _succeed(self, result: JobResult) -> Job | None:
-        ended = await self._repeat_until_available(self._context.store.runners.succeed, self.job, result)
+        ended = await self._calls.call(self._context.store.runners.succeed, self.job, result)
         if ended is None:
             ended = await self._find_own_success(result)
         if ended is not None:
@@ -151,7 +157,7 @@ class Attempt:
         This happens if an earlier write succeeded, but the database's answer was lost. Otherwise the lease is lost: the
         method deletes the result's file and returns None.
         """
-        now = await self._repeat_until_available(self._context.store.clients.get, self.job.spec.ref)
+        now = await self._calls.call(self._context.store.clients.get, self.job.spec.ref)
         if now is not None and now.result is not None and now.result.file.key == result.file.key:
             return now
         with suppress(StorageError):  # then the sweeper deletes the file later
@@ -159,9 +165,7 @@ class Attempt:
         return None
 
     async def _fail(self, error: JobError, *, is_dead_letter: bool = False) -> Job | None:
-        return await self._repeat_until_available(
-            self._context.store.runners.fail, self.job, error, is_dead_letter=is_dead_letter
-        )
+        return await self._calls.call(self._context.store.runners.fail, self.job, error, is_dead_letter=is_dead_letter)
 
     async def _retry_or_give_up(self, error: StableAudioError) -> Job | None:
         """Requeue the job with a random delay. If this was its last attempt, let it fail with `error` instead.
@@ -188,20 +192,7 @@ class Attempt:
         message = f"put back: {reason}"
         log.info("job put back", reason=message, delay_s=round(delay_s, 1))
         requeue = self._context.store.runners.requeue
-        return await self._repeat_until_available(
-            requeue, self.job, delay_s=delay_s, attempts=attempts, message=message
-        )
-
-    async def _repeat_until_available(self, change: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Call `change` with these arguments, again and again until the database answers. Return the result.
-
-        If the database is down for too long, the job's lease has expired by then, and the change has no effect.
-        """
-        while True:
-            try:
-                return await asyncio.to_thread(change, *args, **options)
-            except StorageError:
-                await asyncio.sleep(self._context.pauses.store_retry_s)
+        return await self._calls.call(requeue, self.job, delay_s=delay_s, attempts=attempts, message=message)
 
     def _report(self, report: Report) -> None:
         capacity = self._context.capacity

@@ -42,6 +42,7 @@ class _RunningJob:
     model: str
     priority: Priority
     size: WorkSize
+    at_once: WorkSize  # how much of the work is in an engine at a time
     done: float = 0.0  # how much of the job is done, 0..1
     is_working: bool = False  # whether an engine has begun to work on the job
 
@@ -97,9 +98,14 @@ class Capacity:
         if model in self._closed_until:
             self._closed_until[model] = max(self._closed_until[model], self._clock.monotonic() + for_s)
 
-    def begin(self, key: Hashable, *, model: str, priority: Priority, size: WorkSize) -> None:
-        """Count a job as running, from its lease on."""
-        self._running[key] = _RunningJob(model, priority, size)
+    def begin(
+        self, key: Hashable, *, model: str, priority: Priority, size: WorkSize, at_once: WorkSize | None = None
+    ) -> None:
+        """Count a job as running, from its lease on.
+
+        `at_once` is how much of its work is in an engine at a time: the largest section of a long piece. None = all.
+        """
+        self._running[key] = _RunningJob(model, priority, size, at_once or size)
 
     def advance(self, key: Hashable, *, done: float) -> None:
         """Record how much of a job an engine has done, 0..1."""
@@ -116,10 +122,13 @@ class Capacity:
         If the job waits in an engine, the time includes the jobs that may run before it.
         """
         job = self._running[key]
-        if job.is_working:
-            return self._predict_s(job.model, [job], num_replicas=1)
+        own_s = self._predict_s(job.model, [job], num_replicas=1, is_whole=True)
+        if job.is_working or own_s is None:
+            return own_s
         ahead = [other for other in self._of(job.model) if job.priority in (other.priority, "batch")]
-        return self._predict_s(job.model, ahead, num_replicas=self._replicas.get(job.model, 1))
+        num_replicas = self._replicas.get(job.model, 1)
+        first_s = self._predict_s(job.model, ahead, num_replicas=num_replicas) or 0.0
+        return first_s + own_s - (self._predict_s(job.model, [job], num_replicas=1) or 0.0)
 
     def _has_room(self, model: str, priority: Priority) -> bool:
         if self._closed_until[model] > self._clock.monotonic():
@@ -130,12 +139,18 @@ class Capacity:
             return len(jobs) < _JOBS_WITHOUT_PRICES * self._replicas[model]
         return not jobs or backlog_s < min(_AHEAD_S[priority], _AHEAD_SHARE * self._target_wait_s.get(model, inf))
 
-    def _predict_s(self, model: str, jobs: Collection[_RunningJob], *, num_replicas: int) -> float | None:
-        """Return the predicted seconds until `jobs` are done, or None if the model's prices are unknown."""
+    def _predict_s(
+        self, model: str, jobs: Collection[_RunningJob], *, num_replicas: int, is_whole: bool = False
+    ) -> float | None:
+        """Return the predicted seconds until the work of `jobs` that is in the engines now, or all of it, is done.
+
+        Returns None if the model's prices are unknown.
+        """
         prices = self._prices(model)
         if prices is None:
             return None
-        return sum(prices.of(job.size) * (1.0 - job.done) for job in jobs) / 1000.0 / num_replicas
+        sizes = ((job.size if is_whole else job.at_once, job.done) for job in jobs)
+        return sum(prices.of(size) * (1.0 - done) for size, done in sizes) / 1000.0 / num_replicas
 
     def _of(self, model: str) -> list[_RunningJob]:
         return [job for job in self._running.values() if job.model == model]

@@ -15,7 +15,7 @@ from functools import partial
 from typing import IO
 
 from stable_audio_serve.artifacts.keys import artifact_key
-from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
+from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, finish
 from stable_audio_serve.audio.workers import AudioWorkers
@@ -24,12 +24,15 @@ from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import DamagedFileError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
+from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.runner.capacity import StorageGate
-from stable_audio_serve.jobs.store.runner_jobs import Report
+from stable_audio_serve.jobs.runner.long_pieces import LongPieces
+from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.runner_jobs import GENERATED, Report
 
-_GENERATED = 0.95  # a job's progress when its audio is generated, but not stored yet
 _LEAST_START_S = 0.001
 
 
@@ -41,11 +44,16 @@ class JobExecutor:
         backend: Backend,
         artifacts: ArtifactStore,
         *,
+        store: JobStore,
+        calls: PatientCalls,
         limits: ApiSettings,
         gate: StorageGate,
         clock: Clock | None = None,
     ) -> None:
-        """`gate` is called for every file that was stored, and for every file that could not be stored or read."""
+        """`gate` is called for every file that was stored, and for every file that could not be stored or read.
+
+        `calls` calls the job store.
+        """
         self._backend = backend
         self._artifacts = artifacts
         self._gate = gate
@@ -53,6 +61,9 @@ class JobExecutor:
         self._clock = clock or SystemClock()
         self._source_bytes = ByteBudget(workers.MAX_SOURCE_BYTES)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
+        self._pieces = LongPieces(
+            backend, artifacts, store=store, audio=self._audio, put=self.put, calls=calls, clock=self._clock
+        )
 
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
         """Run the job, store its audio file, and return the result. Progress is passed to `report`.
@@ -64,27 +75,31 @@ class JobExecutor:
         def on_progress(progress: Progress) -> None:
             # "done" only means that the engine has finished. The file is not stored yet.
             if progress.stage != "done":
-                fraction = progress.fraction * _GENERATED
+                fraction = progress.fraction * GENERATED
                 report(Report(job, progress.stage, fraction, engine_position=progress.queue_position))
 
         if not job.is_readable:
             raise StorageError("the job was written by another version of this server, which can run it")
         # Raises UnknownModelError. This server may lack the model, if another server accepted the job.
         self._backend.catalog.find(spec.model)
+        if spec.sections:
+            result = await self._pieces.make(job, report, limited=self._limited)
+            failpoint("after_upload")
+            return result
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
             request = self._limited(await self._with_source(spec), job)
             started_at = self._clock.monotonic()
-            result = await self._backend.generate(spec.model, request, on_progress=on_progress)
+            generated = await self._backend.generate(spec.model, request, on_progress=on_progress)
             inference_s = self._clock.monotonic() - started_at
             del request  # frees the memory of the source audio
-        report(Report(job, "storing", _GENERATED))
-        stored, sample_rate_hz = await self._store(job, result)
+        report(Report(job, "storing", GENERATED))
+        stored, sample_rate_hz = await self._store(job, generated)
         failpoint("after_upload")
         return JobResult(
             file=stored,
             file_id=secrets.token_hex(16),
             sample_rate_hz=sample_rate_hz,
-            seeds=result.seeds,
+            seeds=generated.seeds,
             inference_s=inference_s,
         )
 
@@ -106,17 +121,25 @@ class JobExecutor:
         finished = await self._audio.run_encoding(partial(finish, result, order))
         file = finished.file
         suffix = f".{spec.encoding.file_format}" if len(result.audio) == 1 else "-batch.zip"
-        name = spec.file_stem + suffix
+        stored = await self.put(
+            job, file.chunks, name=spec.file_stem + suffix, media_type=file.media_type, num_bytes=file.num_bytes
+        )
+        return replace(stored, clips=finished.clips, made_on=result.made_on), finished.sample_rate_hz
+
+    async def put(
+        self, job: Job, chunks: Chunks, *, name: str, media_type: str, num_bytes: int, key: ArtifactKey | None = None
+    ) -> StoredFile:
+        """Store a file of a job, and tell the gate. `key` defaults to that of the job's output. Raises StorageError."""
+        spec = job.spec
         fence = job.lease.fence if job.lease else 1
-        key = artifact_key(spec.id, name, fence=fence, id_is_chosen=spec.id_is_chosen)
-        file_name = spec.file_prefix + name
+        key = key or artifact_key(spec.id, name, fence=fence, id_is_chosen=spec.id_is_chosen)
         try:
-            stored = await self._artifacts.put(key, file.chunks, media_type=file.media_type, file_name=file_name)
+            stored = await self._artifacts.put(key, chunks, media_type=media_type, file_name=spec.file_prefix + name)
         except StorageError as error:
-            self._gate.note_refused(error, num_bytes=file.num_bytes)
+            self._gate.note_refused(error, num_bytes=num_bytes)
             raise
         self._gate.note_stored()
-        return replace(stored, clips=finished.clips, made_on=result.made_on), finished.sample_rate_hz
+        return stored
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
         """Return the request with the job's time limits.

@@ -31,7 +31,9 @@ from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, Runn
 from stable_audio_serve.jobs.runner.capacity import Capacity, StorageGate
 from stable_audio_serve.jobs.runner.execution import JobExecutor
 from stable_audio_serve.jobs.runner.heartbeat import LeaseHeartbeat, LeaseId, lease_id
+from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
+from stable_audio_serve.jobs.sections import sizes_of
 from stable_audio_serve.jobs.store.health import Refusals
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.runner_jobs import Outlook
@@ -96,7 +98,15 @@ class JobRunner:
         self._context = AttemptContext(
             store=store,
             artifacts=artifacts,
-            executor=JobExecutor(backend, artifacts, limits=settings.api, gate=self._gate, clock=clock),
+            executor=JobExecutor(
+                backend,
+                artifacts,
+                store=store,
+                calls=PatientCalls(retry_s=pauses.store_retry_s),
+                limits=settings.api,
+                gate=self._gate,
+                clock=clock,
+            ),
             capacity=self._capacity,
             settings=self._settings,
             pauses=pauses,
@@ -271,10 +281,16 @@ class JobRunner:
     def _begin(self, job: Job) -> None:
         lease = lease_id(job)
         try:
-            size = WorkSize.of(job.spec.request, model=self._backend.catalog.find(job.spec.model))
+            sizes = sizes_of(job.spec, model=self._backend.catalog.find(job.spec.model))
         except UnknownModelError:  # then the attempt fails with the same error
-            size = WorkSize()
-        self._capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, size=size)
+            sizes = [WorkSize()]
+        self._capacity.begin(
+            lease,
+            model=job.spec.model,
+            priority=job.spec.request.priority,
+            size=WorkSize.sum(sizes),
+            at_once=max(sizes, key=lambda size: size.evaluated_s),
+        )
         self._attempts[lease] = attempt = Attempt(job, self._context)
         attempt.task.add_done_callback(partial(self._end, lease))
 

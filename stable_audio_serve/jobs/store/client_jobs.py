@@ -14,6 +14,7 @@ from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.pricing import WorkSize
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State, host_of
+from stable_audio_serve.jobs.sections import sizes_of
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.admission import find_no_room, find_same
 from stable_audio_serve.jobs.store.database import Database
@@ -200,7 +201,7 @@ class ClientJobs:
 
 def _size_of(spec: JobSpec, catalog: ModelCatalog | None) -> WorkSize:
     card = catalog.find(spec.model) if catalog is not None else ModelCard(spec.model, family="")
-    return WorkSize.of(spec.request, model=card)
+    return WorkSize.sum(sizes_of(spec, model=card))
 
 
 def _insert_job(database: Database) -> sa.Executable:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, create_model
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.sound import AudioFormat, Encoding
-from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec
+from stable_audio_serve.jobs.job import FinishedSection, JobError, JobResult, JobSpec
 from stable_audio_serve.jobs.store.tables import storable
 
 
@@ -41,9 +41,10 @@ _Spec = create_model("Stored", __base__=_model_of(JobSpec, request=_Request), fi
 _RESULT = TypeAdapter(JobResult)
 _ERROR = TypeAdapter(JobError)
 _FILE = TypeAdapter(StoredFile)
+_SECTION = TypeAdapter(FinishedSection)
 
 
-def dump(value: JobSpec | JobResult | JobError | StoredFile) -> str:
+def dump(value: JobSpec | JobResult | JobError | StoredFile | FinishedSection) -> str:
     """Return `value` as JSON text. U+FFFD replaces lone surrogates, which UTF-8 cannot encode."""
     stored: Any = value
     if isinstance(value, JobSpec):
@@ -83,3 +84,8 @@ def load_error(text: str) -> JobError:
 def load_file(text: str) -> StoredFile:
     """Parse the JSON text that describes a stored file. Raises ValueError."""
     return _FILE.validate_json(text)
+
+
+def load_section(text: str) -> FinishedSection:
+    """Parse the JSON text that describes a finished section. Raises ValueError."""
+    return _SECTION.validate_json(text)

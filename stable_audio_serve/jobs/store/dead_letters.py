@@ -18,7 +18,7 @@ from stable_audio_serve.jobs.job import Job, JobEvent, JobRef
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.retention import unreferenced
 from stable_audio_serve.jobs.store.rows import is_job, to_event, to_job
-from stable_audio_serve.jobs.store.tables import EVENTS, IS_DEAD, JOBS
+from stable_audio_serve.jobs.store.tables import EVENTS, IS_DEAD, JOBS, SECTIONS
 from stable_audio_serve.jobs.store.transitions import Transitions, requeued
 
 _RETRIED = "tried again by an operator"
@@ -92,13 +92,14 @@ class DeadLetters:
     def delete(self, numbers: Collection[int]) -> tuple[Sequence[int], Sequence[ArtifactKey]]:
         """Delete the dead letters with these numbers, if they exist.
 
-        Returns the numbers of the deleted dead letters, and the keys of their uploads that no other job refers to. The
-        caller should delete these files.
+        Returns the numbers of the deleted dead letters, and the keys of their uploads and finished sections that no
+        other job refers to. The caller should delete these files.
         """
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)
+            sections = connection.execute(sa.select(SECTIONS.c.key).where(SECTIONS.c.job.in_(found))).scalars().all()
             delete = sa.delete(JOBS).where(_jobs.seq.in_(found)).returning(_jobs.upload_key)
-            keys = [key for key in connection.execute(delete).scalars() if key is not None]
+            keys = [key for key in (*connection.execute(delete).scalars(), *sections) if key is not None]
             return found, unreferenced(connection, list(dict.fromkeys(keys)))
 
     def _lock(self, connection: sa.Connection, numbers: Collection[int]) -> Sequence[int]:

@@ -15,9 +15,11 @@ from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.dead_letters import DeadLetters
 from stable_audio_serve.jobs.store.files import PublishedFiles
+from stable_audio_serve.jobs.store.key_uses import KeyUses
 from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs
 from stable_audio_serve.jobs.store.retention import Retention
 from stable_audio_serve.jobs.store.runner_jobs import RunnerJobs
+from stable_audio_serve.jobs.store.sections import Sections
 from stable_audio_serve.jobs.store.tables import IDENTITY
 from stable_audio_serve.jobs.store.uploads import Uploads
 from stable_audio_serve.jobs.store.waiting import WaitingWork
@@ -46,6 +48,8 @@ class JobStore:
         self.dead_letters = DeadLetters(database)
         self.retention = Retention(database)
         self.files = PublishedFiles(database)
+        self.sections = Sections(database)
+        self.key_uses = KeyUses(database)
         self.uploads = Uploads(database, max_bytes=storage.max_bytes_per_key, life_s=limits.retention_s)
         self.waiting = WaitingWork(database)
 

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.tables import FILES, JOBS
+from stable_audio_serve.jobs.store.tables import FILES, JOBS, SECTIONS
 
 _BATCH = 500  # most parameters of one SQL statement
 
@@ -51,9 +51,12 @@ def _delete_some(
     old_files = sa.select(FILES.c.id).where(FILES.c.created_at <= before).order_by(FILES.c.created_at)
     # The rows are locked before they are deleted, and locked rows are skipped: an operator may just retry one of them.
     jobs = connection.execute(old_jobs.limit(limit).with_for_update(skip_locked=True)).scalars().all()
+    sections = sa.select(SECTIONS.c.key).where(SECTIONS.c.job.in_(jobs))
+    section_keys = connection.execute(sections).scalars().all()
     delete_jobs = sa.delete(JOBS).where(_jobs.seq.in_(jobs)).returning(_jobs.upload_key, _jobs.result_key)
     keys = [key for row in connection.execute(delete_jobs) for key in row if key is not None]
     connection.execute(sa.delete(FILES).where(FILES.c.key.in_(keys)))
+    keys += section_keys
     files = connection.execute(old_files.limit(limit).with_for_update(skip_locked=True)).scalars().all()
     delete_files = sa.delete(FILES).where(FILES.c.id.in_(files)).returning(FILES.c.key)
     keys += connection.execute(delete_files).scalars().all()
@@ -61,7 +64,7 @@ def _delete_some(
 
 
 def unreferenced(connection: sa.Connection, keys: list[ArtifactKey]) -> list[ArtifactKey]:
-    """Return the elements of `keys` to which no job and no published file refers.
+    """Return the elements of `keys` to which no job, no finished section and no published file refers.
 
     An ended job does not need its upload any more, except a dead letter, which an operator may retry.
     """
@@ -72,6 +75,7 @@ def unreferenced(connection: sa.Connection, keys: list[ArtifactKey]) -> list[Art
             (_jobs.upload_key, sa.or_(_jobs.completed_at.is_(None), _jobs.is_dead_letter)),
             (_jobs.result_key,),
             (FILES.c.key,),
+            (SECTIONS.c.key,),
         ):
             referenced.update(connection.execute(sa.select(column).where(column.in_(some), *conditions)).scalars())
     return [key for key in keys if key not in referenced]

@@ -48,6 +48,7 @@ def to_job(row: sa.Row[Any]) -> Job:
         fraction=row.fraction,
         eta_s=row.eta_s,
         engine_position=row.engine_position,
+        num_sections=row.num_sections,
         lease=None if row.owner is None else Lease(row.owner, row.fence),
         is_dead_letter=row.is_dead_letter,
         result=_read(codec.load_result, row.result),
@@ -89,7 +90,7 @@ def to_event(row: sa.Row[Any], number: int) -> JobEvent:
     The row's own id is not used, because it counts the events of all jobs, and clients must not know their number.
     """
     at = datetime.fromtimestamp(row.at, UTC)
-    return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message)
+    return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message, row.num_sections)
 
 
 def _to_time(seconds: float | None) -> datetime | None:

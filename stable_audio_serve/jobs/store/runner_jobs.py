@@ -22,6 +22,8 @@ from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions, requeued
 from stable_audio_serve.jobs.store.turns import Turns
 
+GENERATED = 0.95  # a job's progress when its audio is generated, but not stored yet
+
 _LATE = JobError("start_timeout", "the job could not be started in the time its client allowed")
 _EXHAUSTED = JobError("unavailable", "the server was interrupted too often during this job")
 _LEASE_LOCK = 0x53415503  # number of a PostgreSQL advisory lock, which no other lock in the database has
@@ -174,7 +176,9 @@ class RunnerJobs:
         """
         start_within_s = None if attempts else job.spec.start_within_s
         start_before = None if start_within_s is None else job.created_at.timestamp() + start_within_s
-        values = requeued() | {"attempts": attempts, "start_before": start_before}
+        # A long piece with finished sections has started in time.
+        start_before_if_new = sa.case((_jobs.num_sections == 0, sa.cast(start_before, sa.Double)))
+        values = requeued() | {"attempts": attempts, "start_before": start_before_if_new}
         with self._database.writing() as connection:
             cancelled = sa.select(_jobs.cancel_requested).where(is_held(job)).with_for_update()
             if connection.execute(cancelled).scalar():

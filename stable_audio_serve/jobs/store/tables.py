@@ -71,6 +71,7 @@ JOBS = sa.Table(
     sa.Column("fraction", sa.Double, nullable=False, server_default="0"),
     sa.Column("eta_s", sa.Double),
     sa.Column("engine_position", sa.Integer),
+    sa.Column("num_sections", sa.Integer, nullable=False, server_default="0"),  # finished ones, of a long piece
     sa.Column("result", _Text),
     sa.Column("error", _Text),
     sa.Column("idempotency_key", _Text),
@@ -101,8 +102,20 @@ EVENTS = sa.Table(
     sa.Column("fraction", sa.Double, nullable=False),
     sa.Column("eta_s", sa.Double),
     sa.Column("message", _Text),
+    sa.Column("num_sections", sa.Integer, nullable=False, server_default="0"),
     sa.Index("events_of_job", "job", "id"),
     sqlite_autoincrement=True,
+)
+
+# The finished sections of long pieces. A section's number counts from 1.
+SECTIONS = sa.Table(
+    "job_sections",
+    METADATA,
+    sa.Column("job", _Number, sa.ForeignKey("jobs.seq", ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("key", _Text, nullable=False),
+    sa.Column("section", _Text, nullable=False),
+    sa.Index("job_sections_by_key", "key"),
 )
 
 # When each client's last job started, by model and priority (see `turns`). All starts of jobs of a priority are

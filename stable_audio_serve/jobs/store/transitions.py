@@ -21,6 +21,9 @@ CANCELLED = JobError("cancelled", "the job was cancelled")
 
 _jobs = JOBS.c
 
+# A job that starts again keeps the progress of its finished sections.
+_KEPT_FRACTION = sa.case((_jobs.num_sections > 0, _jobs.fraction), else_=0.0)
+
 
 class Transitions:
     """Changes the states of jobs in one database."""
@@ -65,10 +68,8 @@ class Transitions:
 
     def add_events(self, connection: sa.Connection, rows: Iterable[sa.Row[Any]], *, message: str | None) -> None:
         """Add an event with `message` to the job in each of these rows."""
-        events = [
-            {"job": row.seq, "stage": row.stage, "fraction": row.fraction, "eta_s": row.eta_s, "message": message}
-            for row in rows
-        ]
+        names = ("stage", "fraction", "eta_s", "num_sections")
+        events = [{"job": row.seq, "message": message} | {name: row._mapping[name] for name in names} for row in rows]
         connection.execute(self._insert_events, events)
 
     def started(self, owner: str, *, lease_s: float) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class Transitions:
             "started_at": now,
             "start_before": None,
             "stage": "started",
-            "fraction": 0.0,
+            "fraction": _KEPT_FRACTION,
             "eta_s": None,
             "engine_position": None,
         }
@@ -113,6 +114,6 @@ def requeued() -> dict[str, Any]:
         "started_at": None,
         "eta_s": None,
         "stage": "queued",
-        "fraction": 0.0,
+        "fraction": _KEPT_FRACTION,
         "engine_position": None,
     }

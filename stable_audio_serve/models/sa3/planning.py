@@ -37,7 +37,7 @@ def plan_rows(
     shift: TimestepShift,
     frames: int | None,
 ) -> tuple[RowPlan, ...]:
-    """Returns one plan per variation. The plans differ only in their seed.
+    """Returns one plan per variation. The plans differ only in their seed and their prompt.
 
     `decode_rule` defines the windows for decoding, unless the request or the config selects the reference's windows or
     a single window. `shift` is the model's timestep shift. `frames` overrides the number of latent frames; the duration
@@ -64,18 +64,16 @@ def plan_rows(
         if rule is None
         else audible_windows(length.frames, num_audible=math.ceil(length.output_samples / spec.hop), rule=rule)
     )
-    numbers = {"seconds_start": 0.0, "seconds_total": request.duration_s}
-    for conditioner in config.frame_conditioners.values():
-        numbers |= conditioner.read_numbers(request.prompt)
+    seconds = {"seconds_start": 0.0, "seconds_total": request.duration_s}
     return tuple(
         RowPlan(
             seed=seed,
             frames=length.frames,
             valid_frames=length.valid_frames,
             output_samples=length.output_samples,
-            prompt=request.prompt,
+            prompt=prompt,
             negative_prompt=negative,
-            numbers=numbers,
+            numbers=seconds | _read_numbers(prompt, config),
             sampler=sampler,
             guidance=guidance,
             init_source=init,
@@ -84,8 +82,16 @@ def plan_rows(
             decode_windows=decode_windows,
             decode_rule=rule,
         )
-        for seed in request.seeds
+        for prompt, seed in zip(request.prompts, request.seeds, strict=True)
     )
+
+
+def _read_numbers(prompt: str, config: Sa3Config) -> dict[str, float]:
+    """Returns the numbers that conditioners read from a prompt."""
+    numbers: dict[str, float] = {}
+    for conditioner in config.frame_conditioners.values():
+        numbers |= conditioner.read_numbers(prompt)
+    return numbers
 
 
 def _plan_length(request: GenerationRequest, config: Sa3Config, *, spec: ModelSpec, frames: int | None) -> RowLength:

@@ -58,7 +58,7 @@ def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
 def plan_rows(
     request: GenerationRequest, *, spec: ModelSpec, halos: Halos | None, shift: TimestepShift, frames: int | None
 ) -> tuple[RowPlan, ...]:
-    """Returns one plan per variation. The plans differ only in their seed.
+    """Returns one plan per variation. The plans differ only in their seed and their prompt.
 
     If `halos` is None, audio is encoded and decoded as a single window. `shift` is the model's timestep shift. `frames`
     overrides the number of latent frames; the duration is then not limited. Raises InvalidRequestError naming the
@@ -97,7 +97,7 @@ def plan_rows(
             frames=frames,
             valid_frames=frames,
             output_samples=output_samples,
-            prompt=request.prompt,
+            prompt=prompt,
             negative_prompt=request.negative_prompt if guided and (request.negative_prompt or "").strip() else None,
             numbers=numbers,
             negative_numbers=negative_numbers,
@@ -109,7 +109,7 @@ def plan_rows(
             decode_windows=decode_windows,
             decode_rule=decode_rule,
         )
-        for seed in request.seeds
+        for prompt, seed in zip(request.prompts, request.seeds, strict=True)
     )
 
 

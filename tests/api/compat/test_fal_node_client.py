@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.api.compat.backends import PromptBackend
-from tests.api.compat.client_scripts import check_output, run_script
+from tests.api.compat.client_scripts import ONE_SECOND, check_output, run_script
 from tests.api.compat.serving import serve_app
 from tests.packages import install_npm
 
@@ -77,6 +77,15 @@ def test_uploaded_files_are_unchanged(results: dict[str, Any]) -> None:
     check_output(results["upload"]["withBlob"], results["base"])
 
 
+def test_endpoints_of_stable_audio_3(results: dict[str, Any]) -> None:
+    made = results["stableAudio3"]
+    for name in ("text", "variation"):
+        file = made[name]["audio"]
+        assert file["url"].startswith(f"{results['base']}/files/")
+        assert (file["content_type"], file["file_size"], made[name]["seed"]) == ("audio/wav", ONE_SECOND, 5)
+    assert (made["invalid"]["name"], made["invalid"]["status"]) == ("ValidationError", 422)
+
+
 def test_start_timeout_is_reported_as_the_users(results: dict[str, Any]) -> None:
     late = results["startTimeout"]
     assert (late["status"], late["isUserTimeout"], late["body"]["error_type"]) == (504, True, "request_timeout")
@@ -107,7 +116,7 @@ def test_client_does_not_retry_refusals(results: dict[str, Any]) -> None:
     assert {status: count for status, count in results["refusals"].items() if status != 499} == {
         400: 1,
         404: 1,
-        422: 3,
+        422: 4,
         500: 1,
         504: 1,
     }

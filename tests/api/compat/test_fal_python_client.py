@@ -14,8 +14,9 @@ import pytest_asyncio
 import trustme
 
 from tests.api.compat.backends import PromptBackend
-from tests.api.compat.client_scripts import check_output, run_script
+from tests.api.compat.client_scripts import ONE_SECOND, check_output, run_script
 from tests.api.compat.serving import serve_app
+from tests.audio_files import make_audio_file
 
 SCRIPT = Path(__file__).parent / "clients" / "fal_python.py"
 pytestmark = pytest.mark.server
@@ -38,7 +39,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest_asyncio.fixture(
     scope="module", loop_scope="module", params=["environment", pytest.param("formats", marks=pytest.mark.slow)]
 )
-async def results(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> AsyncIterator[dict[str, Any]]:
+async def results(
+    request: pytest.FixtureRequest, certificate: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[dict[str, Any]]:
     """Run the client once and return its results.
 
     The client uses TLS and is configured by environment variables, or it uses HTTP and is configured by URL formats.
@@ -56,7 +59,9 @@ async def results(request: pytest.FixtureRequest, certificate: dict[str, Path]) 
                 "FAL_QUEUE_RUN_HOST": f"{address}/queue",
             }
         base = f"{'https' if is_tls else 'http'}://{address}"
-        command = (sys.executable, str(SCRIPT), request.param, base)
+        source = tmp_path_factory.mktemp("source") / "source.wav"
+        source.write_bytes(make_audio_file(duration_s=1))
+        command = (sys.executable, str(SCRIPT), request.param, base, str(source))
         yield await run_script(*command, environment=environment) | {"base": base, "refusals": refusals}
 
 
@@ -73,6 +78,23 @@ def test_submit_status_events_and_result(results: dict[str, Any]) -> None:
     assert submit["error"] is None
     check_output(submit["result"], results["base"])
     assert submit["again"] == submit["result"]
+
+
+def test_endpoints_of_stable_audio_3_and_25(results: dict[str, Any]) -> None:
+    made = results["stable_audio_3"]
+    for name in ("text", "variation"):
+        file = made[name]["audio"]
+        assert file["url"].startswith(f"{results['base']}/files/")
+        assert (file["content_type"], file["file_size"], made[name]["prompt"]) == ("audio/wav", ONE_SECOND, "quick")
+    assert made["text"]["seed"] == 5
+    assert made["longer"]["audio"]["content_type"] == "audio/mpeg"
+    assert made["inline"].keys() == {"audio", "seed"}
+    assert made["inline"]["audio"]["url"].startswith("data:audio/wav;base64,")
+    assert (made["invalid"]["status"], made["unserved"]["status"]) == (422, 404)
+    assert [entry["loc"] for entry in made["invalid"]["detail"]] == [
+        ["body", "mask_start_seconds"],
+        ["body", "mask_end_seconds"],
+    ]
 
 
 def test_subscribe_follows_the_request_and_returns_audio(results: dict[str, Any]) -> None:
@@ -127,8 +149,8 @@ def test_client_does_not_retry_refusals(results: dict[str, Any]) -> None:
     """The server sends each refusal once. Only 499 may occur more often, because the client polls."""
     assert {status: count for status, count in results["refusals"].items() if status != 499} == {
         400: 1,
-        404: 3,
-        422: 3,
+        404: 4,
+        422: 4,
         500: 1,
         504: 1,
     }

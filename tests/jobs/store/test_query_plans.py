@@ -103,6 +103,7 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "succeed": lambda store: (lambda job: store.runners.succeed(job, result_of(job)))(lease(store)),
     "fail": lambda store: store.runners.fail(lease(store), ERROR, is_dead_letter=True),
     "requeue": lambda store: store.runners.requeue(lease(store), delay_s=1, attempts=1, message="x"),
+    "sections": lambda store: store.sections.find(ref("x")),
     "expire": lambda store: store.runners.expire(),
     "waiting work": lambda store: store.waiting.by_model(),
     "outlook": lambda store: store.runners.outlook("busy"),

@@ -55,6 +55,10 @@ RELEASED = {
         "2b23c6fb50b54ded6591a766cf35947b65660df986608d86893f7b6afe1cd01d",
         "2b23c6fb50b54ded6591a766cf35947b65660df986608d86893f7b6afe1cd01d",
     ),
+    "0007_sections": (
+        "29b9007ffe24670fe8d402160177b5d68757e8c393907ff60c4bac66a2654627",
+        "1504419b34d91d991f11e77e46b667ca43c7d81afa6ff759ff17983b49f6245b",
+    ),
 }
 
 # A statement that removes something but breaks no older server: without this table, the older server enforces the

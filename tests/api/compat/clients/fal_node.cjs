@@ -58,6 +58,20 @@ async function upload() {
   return { small: await check(small), large: await check(large), withBlob: withBlob.data };
 }
 
+async function stableAudio3() {
+  const wav = Buffer.alloc(44 + 2 * 8000);
+  wav.write("RIFF", 0), wav.writeUInt32LE(36 + 16000, 4), wav.write("WAVEfmt ", 8), wav.writeUInt32LE(16, 16);
+  wav.writeUInt16LE(1, 20), wav.writeUInt16LE(1, 22), wav.writeUInt32LE(8000, 24), wav.writeUInt32LE(16000, 28);
+  wav.writeUInt16LE(2, 32), wav.writeUInt16LE(16, 34), wav.write("data", 36), wav.writeUInt32LE(16000, 40);
+  const input = { prompt: "quick", duration: 1, output_format: "wav", seed: 5 };
+  const audio_url = new Blob([wav], { type: "audio/wav" });
+  return {
+    text: (await fal.run("fal-ai/stable-audio-3/medium/text-to-audio", { input })).data,
+    variation: (await fal.subscribe("fal-ai/stable-audio-3/small/sfx/audio-to-audio", { input: { ...input, audio_url } })).data,
+    invalid: await failure(() => fal.run("fal-ai/stable-audio-3/medium/text-to-audio", { input: { ...input, duration: 0 } })),
+  };
+}
+
 async function failure(call) {
   try {
     await call();
@@ -92,6 +106,7 @@ async function main() {
     cancel: await cancel(),
     upload: await upload(),
     startTimeout: await startTimeout(),
+    stableAudio3: await stableAudio3(),
     errors: {
       steps: await failure(() => fal.run(APP, { input: { prompt: "x", steps: 1 } })),
       queued: await failure(() => fal.subscribe(APP, { input: { prompt: "x", steps: 1001 } })),

@@ -1,6 +1,6 @@
 """Call a server with the unmodified Python client of fal and print the results as JSON.
 
-Usage: fal_python.py environment|formats <base URL>. `environment` configures the client with FAL_RUN_HOST,
+Usage: fal_python.py environment|formats <base URL> <audio file>. `environment` configures the client with FAL_RUN_HOST,
 FAL_QUEUE_RUN_HOST and SSL_CERT_FILE only. `formats` replaces the client's URL formats, which also allows plain HTTP.
 """
 
@@ -98,6 +98,26 @@ def upload() -> Any:
     return {url.rpartition("/")[2]: httpx.get(url).content == data for url in (whole, fallback, parts)}
 
 
+def stable_audio_3(source: str) -> Any:
+    """Make a clip, upload `source`, a file, and edit it with several endpoints."""
+    given = {"prompt": "quick", "duration": 1, "output_format": "wav"}
+    url = fal_client.upload_file(source)
+    edit = {"prompt": "quick", "audio_url": url}
+    return {
+        "text": fal_client.run("fal-ai/stable-audio-3/small/sfx/text-to-audio", {**given, "seed": 5}),
+        "variation": fal_client.subscribe("fal-ai/stable-audio-3/small/sfx/audio-to-audio", {**given, **edit}),
+        "longer": fal_client.subscribe(
+            "fal-ai/stable-audio-3/medium/audio-outpainting", {**edit, "extend_seconds_after": 1}
+        ),
+        "inline": fal_client.run(
+            "fal-ai/stable-audio-25/audio-to-audio",
+            {"prompt": "quick", "audio_url": fal_client.encode_file(source), "sync_mode": True},
+        ),
+        "invalid": failure(lambda: fal_client.submit("fal-ai/stable-audio-3/medium/audio-inpainting", edit)),
+        "unserved": failure(lambda: fal_client.submit("fal-ai/stable-audio-3/medium/base/text-to-audio", given)),
+    }
+
+
 def failure(call: Callable[[], Any]) -> Any:
     try:
         call()
@@ -136,13 +156,13 @@ def stream_status() -> Any:
         return type(error).__name__
 
 
-def main(way: str, base: str) -> None:
+def main(way: str, base: str, source: str) -> None:
     internals.REST_URL = internals.CDN_URL = base  # no environment variable sets these URLs
     if way == "formats":
         internals.RUN_URL_FORMAT = f"{base}/"
         internals.QUEUE_URL_FORMAT = f"{base}/queue/"
     calls = (run, submit, subscribe, subscribe_async, cancel, client_timeout, start_timeout, upload, errors)
-    print(json.dumps({call.__name__: call() for call in calls}))
+    print(json.dumps({call.__name__: call() for call in calls} | {"stable_audio_3": stable_audio_3(source)}))
 
 
 if __name__ == "__main__":

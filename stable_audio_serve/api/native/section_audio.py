@@ -1,0 +1,135 @@
+"""The audio of a long piece while it is made: one finished section, or a stream that grows with the piece."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from stable_audio_serve.api.answers import attachment, sound_headers
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.audio.formats import media_type
+from stable_audio_serve.audio.writer import AudioWriter, StreamFile
+from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
+from stable_audio_serve.jobs.job import FinishedSection, Job
+from stable_audio_serve.jobs.sections import num_final_samples, read_section
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_CHUNK_BYTES = 1_048_576
+_MP3_KBPS = 192
+
+
+async def section_answer(service: Service, request: Request, *, job: Job, number: int) -> Response:
+    """Return one finished section, in the format of the job. Raises HTTPException 404 while it is not finished.
+
+    The sections one after the other are the whole piece. Each begins and ends 30 ms early, because the next section
+    changes the last 30 ms.
+    """
+    _require_sections(job)
+    num_sections = len(job.spec.sections)
+    if number > num_sections:
+        raise HTTPException(404, f"section: the job has {num_sections} sections, 1 to {num_sections}")
+    found = await service.jobs.sections(job.spec.ref, after=number - 1)
+    if not found or found[0].number != number:
+        raise HTTPException(404, f"section {number} is not finished: the job is {job.state}, {job.num_sections} are")
+    section, encoding = found[0], job.spec.encoding
+    stop = num_final_samples(section, is_last=number == num_sections)
+    copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  # `_send` closes it
+    try:
+        rate_hz = section.sample_rate_hz
+        writer = AudioWriter(copy, rate_hz, encoding=encoding)
+        async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
+            async for block in blocks:
+                await service.encode(partial(writer.write, block))
+        await service.encode(writer.close)
+    except BaseException:
+        copy.close()
+        raise
+    kind = media_type(encoding.file_format)
+    name = f"{job.spec.file_prefix}{job.spec.file_stem}-{number}.{encoding.file_format}"
+    headers = {
+        **attachment(name),
+        **sound_headers(section.file.clips, section.file.made_on),
+        "Content-Length": str(copy.seek(0, 2)),
+    }
+    if request.method == "HEAD":
+        copy.close()
+        return Response(headers=headers, media_type=kind)
+    return StreamingResponse(_send(copy), headers=headers, media_type=kind)
+
+
+def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
+    """Return the piece as a stream: the finished sections, then each further section when it is finished.
+
+    The stream is an MP3 file if the job's format is MP3, otherwise a WAV file of unknown length. Raises
+    OverloadedError and QuotaError if too many streams are open.
+    """
+    _require_sections(job)
+    is_mp3 = job.spec.encoding.file_format is AudioFormat.MP3
+    # A constant bit rate, from which players estimate the length.
+    encoding = Encoding(AudioFormat.MP3, job.spec.encoding.bitrate_kbps or _MP3_KBPS) if is_mp3 else PLAIN_WAV
+    kind = media_type(encoding.file_format)
+    headers = attachment(f"{job.spec.file_prefix}{job.spec.file_stem}.{encoding.file_format}")
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type=kind)
+    return service.streams.open_audio(
+        _follow(service, job, encoding=encoding),
+        caller=request.state.caller,
+        headers=headers,
+        media_type=kind,
+    )
+
+
+def _require_sections(job: Job) -> None:
+    if not job.spec.sections:
+        raise HTTPException(409, "the job has no sections: only long pieces have")
+
+
+async def _follow(service: Service, job: Job, *, encoding: Encoding) -> AsyncGenerator[bytes]:
+    """Yield the file of a piece while it grows. The last 30 ms wait for the next section, whose join changes them."""
+    artifacts, last = service.jobs.artifacts, len(job.spec.sections)
+    file = StreamFile()
+    writer: AudioWriter | None = None
+    newest: FinishedSection | None = None
+    async with aclosing(service.streams.follow_sections(service.jobs, job)) as sections:
+        async for section in sections:
+            newest = section
+            writer = writer or AudioWriter(file, section.sample_rate_hz, encoding=encoding, is_growing=True)
+            stop = num_final_samples(section, is_last=section.number == last)
+            async for data in _encoded(service, read_section(artifacts, section, stop=stop), writer=writer, file=file):
+                yield data
+    if newest is None or writer is None:
+        return
+    if newest.number < last:  # the job failed or was cancelled
+        end = read_section(artifacts, newest, start=num_final_samples(newest, is_last=False), stop=newest.num_samples)
+        async for data in _encoded(service, end, writer=writer, file=file):
+            yield data
+    await service.encode(writer.close)
+    yield file.take()
+
+
+async def _encoded(
+    service: Service, blocks: AsyncGenerator[npt.NDArray[np.float32]], *, writer: AudioWriter, file: StreamFile
+) -> AsyncGenerator[bytes]:
+    """Yield what `writer` writes to `file` for these blocks."""
+    async with aclosing(blocks):
+        async for block in blocks:
+            await service.encode(partial(writer.write, block))
+            if data := file.take():
+                yield data
+
+
+async def _send(file: BinaryIO) -> AsyncIterator[bytes]:
+    with file:
+        file.seek(0)
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk

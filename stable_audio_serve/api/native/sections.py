@@ -1,0 +1,62 @@
+"""Read the sections of a long piece from a job's fields, and check them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from stable_audio_serve.api.native.schemas import Controls, JobBody
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.generation import Section
+from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.jobs.sections import choose_overlap, find_faults, total_duration_s
+
+
+def read_sections(fields: Controls) -> tuple[Section, ...]:
+    """Return the sections that a job's fields have, or () if they have none."""
+    given = fields.sections if isinstance(fields, JobBody) else None
+    return tuple(Section(one.duration, one.prompt) for one in given or ())
+
+
+def section_faults(fields: Controls, *, card: ModelCard, limits: ApiSettings) -> list[dict[str, Any]]:
+    """Return an error entry for each field that is wrong or contradicts the sections."""
+    if not isinstance(fields, JobBody):
+        return []
+    sections = read_sections(fields)
+    if fields.sections == ():
+        return [_fault("sections", message="sections must have at least one entry, or be unset", value=[])]
+    if not sections:
+        unused = fields.overlap_s is not None
+        return [_fault("overlap_s", message="overlap_s needs sections", value=fields.overlap_s)] if unused else []
+    total_s = total_duration_s(sections)
+    has_other_length = "duration" in fields.model_fields_set and not math.isclose(fields.duration, total_s)
+    contradicting = (
+        ("duration", fields.duration, has_other_length, f"{total_s:g}"),
+        ("batch_size", fields.batch_size, fields.batch_size > 1, "1"),
+        ("loop", fields.loop, bool(fields.loop), "false"),
+        ("peaks", fields.peaks, fields.peaks == "scale", "limit or clip"),
+    )
+    faults = [
+        _fault(name, message=f"{name} must be {allowed} or unset with sections", value=value)
+        for name, value, is_wrong, allowed in contradicting
+        if is_wrong
+    ]
+    overlap_s = choose_overlap(fields.overlap_s, card=card, limits=limits)
+    for error in find_faults(sections, overlap_s=overlap_s, card=card, limits=limits):
+        place = tuple(int(part) if part.isdecimal() else part for part in str(error.field).split("."))
+        faults.append(_fault(*place, message=error.message, value=_value_at(fields, place)))
+    return faults
+
+
+def _value_at(fields: JobBody, place: tuple[str | int, ...]) -> Any:
+    """Return the sent value at a place such as ("sections", 2, "duration"), None for the list of all sections."""
+    match place:
+        case ("sections", int(index), "duration"):
+            return (fields.sections or ())[index].duration
+        case ("overlap_s",):
+            return fields.overlap_s
+    return None
+
+
+def _fault(*place: str | int, message: str, value: object) -> dict[str, Any]:
+    return {"type": "value_error", "loc": ("body", *place), "msg": message, "input": value}

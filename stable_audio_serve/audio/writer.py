@@ -1,0 +1,281 @@
+"""Encode audio that arrives in blocks, so that a long piece is never in memory as a whole.
+
+The files are those of `audio.encode`, with these exceptions: resampled audio may differ in its last bits, Vorbis gets
+its bit rate from the first block, and MP3 files with a low bit rate lack the frame that says where their audio begins.
+The methods need much CPU time: call them from worker threads, one at a time.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from stable_audio_serve.audio.compress import (
+    AAC_CONTAINERS,
+    AAC_KBPS,
+    BLOCK,
+    OPUS_RATE_HZ,
+    OPUS_TAIL_S,
+    SUBTYPES,
+    find_options,
+    rewrite_ogg,
+)
+from stable_audio_serve.audio.embedded_text import make_wav_chunk
+from stable_audio_serve.audio.encode import little_endian, to_pcm16, to_pcm32, wav_header
+from stable_audio_serve.audio.formats import file_rate
+from stable_audio_serve.core.sound import AudioFormat, BitDepth, Encoding
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+class Writable(Protocol):
+    """A file object that libsndfile can write to."""
+
+    def write(self, data: bytes, /) -> int: ...
+    def read(self, num_bytes: int = -1, /) -> bytes: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def tell(self) -> int: ...
+
+
+class _Encoder(Protocol):
+    def write(self, block: npt.NDArray[np.float32]) -> None: ...
+    def close(self) -> None: ...
+
+
+class AudioWriter:
+    """Writes one audio file block by block."""
+
+    def __init__(
+        self,
+        file: Writable,
+        sample_rate_hz: int,
+        *,
+        encoding: Encoding,
+        text: str | None = None,
+        is_growing: bool = False,
+    ) -> None:
+        """Write to `file`, which must be empty and seekable. It stays open.
+
+        If the file is read while it grows, the header of a WAV file says that its length is unknown. `text` is embedded
+        in the file, see `encode_audio`.
+        """
+        self._file = file
+        self._rate_hz = sample_rate_hz
+        self._file_rate_hz = file_rate(encoding, sample_rate_hz)
+        self._encoding = encoding
+        self._text = text
+        self._is_growing = is_growing
+        self._resampler: _Resampler | None = None
+        self._encoder: _Encoder | None = None
+
+    def write(self, block: npt.NDArray[np.float32]) -> None:
+        """Encode the next samples (C, S) float32 in -1..1. Raises OSError, RuntimeError if the file has no room."""
+        if self._encoding.file_format in (AudioFormat.ULAW, AudioFormat.ALAW):
+            block = block.mean(axis=0, keepdims=True, dtype=np.float32)
+        if self._rate_hz != self._file_rate_hz:
+            self._resampler = self._resampler or _Resampler(self._rate_hz, self._file_rate_hz, channels=len(block))
+            block = self._resampler.resample(block)
+        self._put(block)
+
+    def close(self) -> None:
+        """Complete the file. Further calls do nothing. Raises the same errors as `write`."""
+        if self._resampler is not None:
+            self._put(self._resampler.finish())
+        encoder, self._encoder, self._resampler = self._encoder, None, None
+        if encoder is not None:
+            encoder.close()
+
+    def _put(self, block: npt.NDArray[np.float32]) -> None:
+        if block.shape[1]:
+            self._encoder = self._encoder or self._open(block)
+            self._encoder.write(block)
+
+    def _open(self, block: npt.NDArray[np.float32]) -> _Encoder:
+        """Begin the file. `block` are its first samples."""
+        encoding, rate_hz, file_format = self._encoding, self._file_rate_hz, self._encoding.file_format
+        if file_format is AudioFormat.WAV:
+            depth = encoding.bit_depth or 16
+            return _WavEncoder(
+                self._file, rate_hz, channels=len(block), bit_depth=depth, text=self._text, is_growing=self._is_growing
+            )
+        if file_format is AudioFormat.PCM:
+            return _RawEncoder(self._file)
+        if file_format in AAC_CONTAINERS:
+            return _AacEncoder(self._file, rate_hz, channels=len(block), encoding=encoding)
+        return _SoundFileEncoder(self._file, rate_hz, encoding=encoding, first=block, text=self._text)
+
+
+class _Resampler:
+    def __init__(self, from_hz: int, to_hz: int, *, channels: int) -> None:
+        import soxr
+
+        self._stream = soxr.ResampleStream(from_hz, to_hz, channels, dtype="float32")
+        self._rest = np.empty((0, channels), np.float32)
+
+    def resample(self, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return self._next(np.ascontiguousarray(np.clip(block.T, -1.0, 1.0)))
+
+    def finish(self) -> npt.NDArray[np.float32]:
+        return self._next(self._rest, last=True)
+
+    def _next(self, samples: npt.NDArray[np.float32], *, last: bool = False) -> npt.NDArray[np.float32]:
+        resampled: npt.NDArray[np.float32] = self._stream.resample_chunk(samples, last=last)
+        return np.clip(resampled, -1.0, 1.0).T
+
+
+def _to_integers(block: npt.NDArray[np.float32], bit_depth: BitDepth) -> npt.NDArray[np.int16] | npt.NDArray[np.int32]:
+    return to_pcm32(block) if bit_depth == 24 else to_pcm16(block)
+
+
+class _WavEncoder:
+    def __init__(
+        self,
+        file: Writable,
+        sample_rate_hz: int,
+        *,
+        channels: int,
+        bit_depth: BitDepth,
+        text: str | None,
+        is_growing: bool,
+    ) -> None:
+        self._file = file
+        self._depth = bit_depth
+        self._frame_bytes = channels * (4 if bit_depth == "float" else bit_depth // 8)
+        self._frames = 0
+        self._text = text
+        self._is_growing = is_growing
+        self._make_header = partial(wav_header, sample_rate_hz, channels=channels, bit_depth=bit_depth)
+        file.write(self._make_header(frames=None))
+
+    def write(self, block: npt.NDArray[np.float32]) -> None:
+        self._frames += block.shape[1]
+        is_float = self._depth == "float"
+        samples = np.ascontiguousarray(block.T) if is_float else _to_integers(block, self._depth)
+        self._file.write(bytes(little_endian(samples)))
+
+    def close(self) -> None:
+        end = bytes(self._frames * self._frame_bytes % 2) + (make_wav_chunk(self._text) if self._text else b"")
+        self._file.write(end)
+        if not self._is_growing:
+            self._file.seek(0)
+            self._file.write(self._make_header(frames=self._frames, num_more=len(end)))
+
+
+class _RawEncoder:
+    def __init__(self, file: Writable) -> None:
+        self._file = file
+
+    def write(self, block: npt.NDArray[np.float32]) -> None:
+        self._file.write(bytes(little_endian(to_pcm16(block))))
+
+    def close(self) -> None:
+        """Do nothing: the file has no header."""
+
+
+class _SoundFileEncoder:
+    def __init__(
+        self,
+        file: Writable,
+        sample_rate_hz: int,
+        *,
+        encoding: Encoding,
+        first: npt.NDArray[np.float32],
+        text: str | None,
+    ) -> None:
+        import soundfile
+
+        self._file, self._encoding, self._channels = file, encoding, len(first)
+        file_format = encoding.file_format
+        depth = "PCM_24" if encoding.bit_depth == 24 else "PCM_16"
+        container, subtype = ("FLAC", depth) if file_format is AudioFormat.FLAC else SUBTYPES[file_format]
+        options = find_options(
+            np.clip(first.T, -1.0, 1.0), sample_rate_hz, file_format=file_format, bitrate_kbps=encoding.bitrate_kbps
+        )
+        self._tail = round(OPUS_TAIL_S * sample_rate_hz) if file_format is AudioFormat.OPUS else 0
+        self._trim = self._tail * OPUS_RATE_HZ // sample_rate_hz
+        self._sound = soundfile.SoundFile(
+            file, "w", sample_rate_hz, len(first), format=container, subtype=subtype, **options
+        )
+        if text is not None:
+            self._sound.comment = text
+
+    def write(self, block: npt.NDArray[np.float32]) -> None:
+        if self._encoding.file_format is AudioFormat.FLAC:
+            self._put(_to_integers(block, self._encoding.bit_depth or 16))
+        else:
+            self._put(np.clip(block.T, -1.0, 1.0))
+
+    def close(self) -> None:
+        if self._tail:
+            self._put(np.zeros((self._tail, self._channels), np.float32))
+        self._sound.close()
+        if self._encoding.file_format in (AudioFormat.OGG, AudioFormat.OPUS):
+            rewrite_ogg(self._file, trim_samples=self._trim)
+
+    def _put(self, samples: npt.NDArray[Any]) -> None:
+        for start in range(0, len(samples), BLOCK):
+            self._sound.write(samples[start : start + BLOCK])
+
+
+class _AacEncoder:
+    def __init__(self, file: Writable, sample_rate_hz: int, *, channels: int, encoding: Encoding) -> None:
+        import av
+
+        self._rate_hz, self._num_samples = sample_rate_hz, 0
+        self._layout = "mono" if channels == 1 else "stereo"
+        name = AAC_CONTAINERS[encoding.file_format]
+        self._container: Any = av.open(file, "w", format=name, options={"fflags": "+bitexact"})
+        self._track: Any = self._container.add_stream("aac", rate=sample_rate_hz, layout=self._layout)
+        self._track.bit_rate = (encoding.bitrate_kbps or AAC_KBPS) * 1000
+        self._track.codec_context.flags |= av.codec.context.Flags.bitexact
+
+    def write(self, block: npt.NDArray[np.float32]) -> None:
+        import av
+
+        planes = np.ascontiguousarray(np.clip(block, -1.0, 1.0))
+        frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=self._layout)
+        frame.sample_rate, frame.pts = self._rate_hz, self._num_samples
+        self._num_samples += block.shape[1]
+        self._container.mux(self._track.encode(frame))
+
+    def close(self) -> None:
+        self._container.mux(self._track.encode(None))
+        self._container.close()
+
+
+class StreamFile:
+    """A file object whose content is sent while it is written. Changes of what was already taken are lost.
+
+    libsndfile changes the beginning of an MP3 file once at the end, to store the length, which players can do without.
+    """
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+        self._end = self._position = 0
+
+    def take(self) -> bytes:
+        """Return the bytes that were written since the last call."""
+        taken = bytes(self._pending)
+        self._pending.clear()
+        return taken
+
+    def write(self, data: bytes, /) -> int:
+        num_known = min(max(self._end - self._position, 0), len(data))
+        self._pending += data[num_known:]
+        self._position += len(data)
+        self._end = max(self._end, self._position)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._position = offset + (0, self._position, self._end)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, num_bytes: int = -1, /) -> bytes:
+        """Return nothing: what was taken cannot be read."""
+        return b""

@@ -1,0 +1,332 @@
+"""Make a long piece: one section after the other, each stored before the next one begins, then the whole file.
+
+A runner that takes over the job continues after the last stored section. Every section continues stored audio, so the
+piece has the same bytes even if its runner changed. Only a few blocks of the finished piece are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar, cast
+
+from stable_audio_serve.artifacts.keys import section_key
+from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
+from stable_audio_serve.audio.encode import EncodedFile
+from stable_audio_serve.audio.finish import text_of
+from stable_audio_serve.audio.formats import file_rate, media_type
+from stable_audio_serve.audio.loudness import ClipMeter, describe_clip
+from stable_audio_serve.audio.peaks import treat_peaks
+from stable_audio_serve.audio.section_files import encode_section, join_section
+from stable_audio_serve.audio.workers import AudioWorkers
+from stable_audio_serve.audio.writer import AudioWriter
+from stable_audio_serve.core.backend import Backend
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.errors import GenerationError, StorageError, StorageFullError
+from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
+from stable_audio_serve.core.ids import ArtifactKey
+from stable_audio_serve.core.sound import ClipFacts, Peaks
+from stable_audio_serve.jobs.job import FinishedSection, Job, JobResult
+from stable_audio_serve.jobs.recipes import common_maker, find_different, recipes_of
+from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
+from stable_audio_serve.jobs.sections import (
+    SectionPlan,
+    make_request,
+    num_final_samples,
+    plan_sections,
+    read_end,
+    read_section,
+)
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.key_uses import Use
+from stable_audio_serve.jobs.store.runner_jobs import GENERATED, Report
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+T = TypeVar("T")
+
+_CHUNK_BYTES = 1_048_576
+
+
+class LeaseLostError(Exception):
+    """The job's lease was lost, so this runner must not change the job any more."""
+
+
+class PutFile(Protocol):
+    """Stores a file of a job, see `JobExecutor.put`."""
+
+    def __call__(
+        self,
+        job: Job,
+        chunks: Chunks,
+        *,
+        name: str,
+        media_type: str,
+        num_bytes: int,
+        key: ArtifactKey | None = None,
+    ) -> Awaitable[StoredFile]: ...
+
+
+class LongPieces:
+    """Makes the long pieces of one runner."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        artifacts: ArtifactStore,
+        *,
+        store: JobStore,
+        audio: AudioWorkers,
+        put: PutFile,
+        calls: PatientCalls,
+        clock: Clock,
+    ) -> None:
+        self._backend = backend
+        self._artifacts = artifacts
+        self._store = store
+        self._audio = audio
+        self._put = put
+        self._calls = calls
+        self._clock = clock
+
+    async def make(
+        self,
+        job: Job,
+        report: Callable[[Report], None],
+        *,
+        limited: Callable[[GenerationRequest, Job], GenerationRequest],
+    ) -> JobResult:
+        """Make the sections that are not finished yet, store the file of the piece, and return the result.
+
+        `limited` sets the time limits of a request. Raises LeaseLostError, QuotaError if the client's key has no room
+        for the next section now, and the errors of `JobExecutor.execute`.
+        """
+        spec = job.spec
+        card = self._backend.catalog.find(spec.model)
+        plans = plan_sections(spec, card)
+        finished = await self._calls.call(self._store.sections.find, spec.ref)
+        for plan in plans[len(finished) :]:
+            async with self._charged(job, plan, rate_hz=card.sample_rate_hz):
+                request = limited(await self._request(job, plan, card=card, finished=finished), job)
+                if plan.number > 1:  # the job has started already
+                    request = replace(request, start_within_s=None)
+                section = await self._make_section(
+                    job, plans, plan=plan, finished=finished, request=request, report=report
+                )
+            finished.append(section)
+        report(Report(job, "storing", GENERATED))
+        return await self._assemble(job, finished)
+
+    @asynccontextmanager
+    async def _charged(self, job: Job, plan: SectionPlan, *, rate_hz: int) -> AsyncIterator[None]:
+        """Count a section's audio for the client's key, unless the block raises an error. Raises QuotaError."""
+        limits = job.spec.limits
+        if limits.audio_seconds_per_minute is None:
+            yield
+            return
+        audio_s = (plan.stop - plan.start) / rate_hz
+        use = Use(id=secrets.token_hex(8), client=job.spec.client, limits=limits, audio_s=audio_s, has_place=False)
+        if (refusal := await self._calls.call(self._store.key_uses.admit, use)) is not None:
+            raise refusal
+        try:
+            yield
+        except Exception:
+            with suppress(StorageError):  # then the audio counts, although it was not made
+                await asyncio.to_thread(self._store.key_uses.end, use, counts=False)
+            raise
+
+    async def _request(
+        self, job: Job, plan: SectionPlan, *, card: ModelCard, finished: Sequence[FinishedSection]
+    ) -> GenerationRequest:
+        before = None
+        if plan.context:
+            samples = await read_end(self._artifacts, finished, num_samples=plan.context)
+            before = SourceAudio(samples, card.sample_rate_hz)
+        return make_request(job.spec, plan, card=card, before=before)
+
+    async def _make_section(
+        self,
+        job: Job,
+        plans: Sequence[SectionPlan],
+        *,
+        plan: SectionPlan,
+        finished: Sequence[FinishedSection],
+        request: GenerationRequest,
+        report: Callable[[Report], None],
+    ) -> FinishedSection:
+        """Generate a section, store its file, and add it to the job. Raises LeaseLostError."""
+        work = sum(each.num_generated for each in plans)
+        done = sum(each.num_generated for each in plans[: plan.number - 1])
+
+        def fraction(own: float) -> float:
+            return GENERATED * (done + own * plan.num_generated) / work
+
+        def on_progress(progress: Progress) -> None:
+            if progress.stage != "done":
+                position = progress.queue_position
+                report(Report(job, progress.stage, fraction(progress.fraction), engine_position=position))
+
+        started_at = self._clock.monotonic()
+        result = await self._backend.generate(job.spec.model, request, on_progress=on_progress)
+        inference_s = self._clock.monotonic() - started_at
+        finish = partial(
+            _finish_section,
+            result,
+            before=request.inpaint_audio,
+            plan=plan,
+            loudness_lufs=_find_loudness(plans, plan, finished=finished),
+            peaks=job.spec.peaks,
+        )
+        file, num_samples, facts = await self._audio.run_encoding(finish)
+        stored = await self._put(
+            job,
+            file.chunks,
+            name=f"{job.spec.file_stem}-{plan.number}.wav",
+            media_type=file.media_type,
+            num_bytes=file.num_bytes,
+            key=section_key(),
+        )
+        failpoint("after_section")
+        stored = replace(stored, clips=(facts,), made_on=result.made_on)
+        section = FinishedSection(plan.number, stored, num_samples, result.sample_rate_hz, inference_s)
+        if await self._calls.call(self._store.sections.add, job, section, fraction=fraction(1.0)) is None:
+            with suppress(StorageError):  # then the sweeper deletes the file later
+                await self._artifacts.delete(stored.key)
+            raise LeaseLostError
+        return section
+
+    async def _assemble(self, job: Job, sections: Sequence[FinishedSection]) -> JobResult:
+        """Write the whole piece to a temporary file, and store it."""
+        spec, file_format = job.spec, job.spec.encoding.file_format
+        made_on, different = common_maker(sections), find_different(sections)
+        recipes = recipes_of(spec, seeds=spec.request.seeds, made_on=made_on, different=different)
+        with tempfile.TemporaryFile() as temporary:
+            file = cast(BinaryIO, temporary)
+            writer = AudioWriter(
+                file,
+                sections[0].sample_rate_hz,
+                encoding=spec.encoding,
+                text=text_of(recipes[0], file_format=file_format) if spec.with_recipe else None,
+            )
+            piece = _Piece(writer, sample_rate_hz=sections[0].sample_rate_hz)
+            try:
+                for section in sections:
+                    stop = num_final_samples(section, is_last=section is sections[-1])
+                    async with aclosing(read_section(self._artifacts, section, stop=stop)) as blocks:
+                        async for block in blocks:
+                            await _to_end(self._audio.run_encoding(partial(piece.add, block)))
+                facts = await _to_end(self._audio.run_encoding(partial(piece.finish, seed=spec.request.seed)))
+            finally:
+                await _to_end(self._audio.run_encoding(piece.close))
+            stored = await self._put(
+                job,
+                partial(_read_chunks, file),
+                name=f"{spec.file_stem}.{file_format}",
+                media_type=media_type(file_format),
+                num_bytes=file.seek(0, 2),
+            )
+        return JobResult(
+            file=replace(stored, clips=(facts,), made_on=made_on),
+            file_id=secrets.token_hex(16),
+            sample_rate_hz=file_rate(spec.encoding, sections[0].sample_rate_hz),
+            seeds=spec.request.seeds,
+            inference_s=sum(section.inference_s for section in sections),
+            different=different,
+        )
+
+
+class _Piece:
+    """The file of a whole piece, written and measured block by block. Call the methods one at a time, from threads."""
+
+    def __init__(self, writer: AudioWriter, *, sample_rate_hz: int) -> None:
+        self._writer = writer
+        self._meter = ClipMeter(sample_rate_hz)
+
+    def add(self, block: npt.NDArray[np.float32]) -> None:
+        """Write and measure the next samples (C, S). Raises StorageFullError."""
+        self._meter.add(block)
+        with _needing_room():
+            self._writer.write(block)
+
+    def finish(self, *, seed: int) -> ClipFacts:
+        """Complete the file, and return the measurements of the piece. Raises StorageFullError."""
+        with _needing_room():
+            self._writer.close()
+        return self._meter.describe(seed=seed)
+
+    def close(self) -> None:
+        """Stop writing, if `finish` was not called."""
+        with suppress(OSError, RuntimeError):  # the file is not used
+            self._writer.close()
+
+
+@contextmanager
+def _needing_room() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # libsndfile's errors are RuntimeErrors
+        raise StorageFullError("there is no room for temporary files") from error
+
+
+def _finish_section(
+    result: GenerationResult,
+    *,
+    before: SourceAudio | None,
+    plan: SectionPlan,
+    loudness_lufs: float | None,
+    peaks: Peaks,
+) -> tuple[EncodedFile, int, ClipFacts]:
+    """Return a section's file, its number of samples and its measurements. Raises GenerationError."""
+    rate_hz, audio = result.sample_rate_hz, result.audio[0]
+    if audio.shape[1] != plan.num_generated:
+        raise GenerationError(f"section {plan.number} has another length than expected")
+    num_own = plan.stop - plan.start
+    if before is None:
+        own = treat_peaks(audio[:, :num_own], rate_hz, peaks=peaks)
+    else:
+        span = result.generated[0][-1] if result.generated else None
+        own = join_section(
+            audio,
+            rate_hz,
+            before=before.samples,
+            num_own=num_own,
+            span=span,
+            loudness_lufs=loudness_lufs,
+            peaks=peaks,
+        )
+    return encode_section(own, rate_hz), own.shape[1], describe_clip(own, rate_hz, seed=plan.seed)
+
+
+def _find_loudness(
+    plans: Sequence[SectionPlan], plan: SectionPlan, *, finished: Sequence[FinishedSection]
+) -> float | None:
+    """Return the loudness of the first of the sections that have the prompt of `plan` and lead to it, None if none."""
+    first = plan.number
+    while first > 1 and plans[first - 2].prompt == plan.prompt:
+        first -= 1
+    clips = finished[first - 1].file.clips if first < plan.number else ()
+    return clips[0].loudness_lufs if clips else None
+
+
+async def _to_end(work: Awaitable[T]) -> T:
+    """Return the result of `work`, which runs on a thread. If the caller is cancelled, first wait until it ends."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+def _read_chunks(file: BinaryIO) -> Iterator[bytes]:
+    file.seek(0)
+    return iter(lambda: file.read(_CHUNK_BYTES), b"")

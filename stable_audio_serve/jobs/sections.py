@@ -1,0 +1,188 @@
+"""Long pieces: check and plan their sections, and read the audio of finished sections.
+
+A section continues the last `overlap_s` seconds of the audio before it, and is joined to it as edits are: with a linear
+crossfade in the last 30 ms of that audio. So a finished section is final, except for its last 30 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.audio.section_files import SectionDecoder, join_samples
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import InvalidRequestError, StorageError
+from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, Section, SourceAudio
+from stable_audio_serve.core.pricing import Defaults, WorkSize
+from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.jobs.job import FinishedSection, JobSpec
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+LEAST_SECTION_S = 1.0  # much longer than the crossfade of 30 ms
+LEAST_OVERLAP_S = 0.1
+_USUAL_OVERLAP_S = 12.0
+_MORE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SectionPlan:
+    """What one section needs. All lengths are in samples.
+
+    The section is [start, stop) of the piece. It continues the `context` samples before `start`. The model generates
+    `more` samples after it, which are cut off, because models let the end of a clip fade or swell.
+    """
+
+    number: int  # from 1
+    start: int
+    stop: int
+    context: int
+    more: int
+    seed: int
+    prompt: str
+
+    @property
+    def num_generated(self) -> int:
+        """The length of the model's output: the context, the section, and what is cut off."""
+        return self.context + self.stop - self.start + self.more
+
+
+def longest_s(card: ModelCard, limits: ApiSettings) -> float:
+    """Return the longest clip that a model may generate, seconds. A section and its overlap may be as long."""
+    return min(card.max_duration_s, limits.max_duration_s)
+
+
+def choose_overlap(overlap_s: float | None, *, card: ModelCard, limits: ApiSettings) -> float:
+    """Return the overlap of sections: `overlap_s`, or if that is None, 12 s or half the longest clip of the model."""
+    return min(_USUAL_OVERLAP_S, longest_s(card, limits) / 2) if overlap_s is None else overlap_s
+
+
+def find_faults(
+    sections: Sequence[Section], *, overlap_s: float, card: ModelCard, limits: ApiSettings
+) -> list[InvalidRequestError]:
+    """Return an error for each value that a long piece must not have.
+
+    The errors' fields are `overlap_s`, `sections` and `sections.2.duration`, where 2 is the index of the section.
+    """
+    most_s = longest_s(card, limits)
+    name = f"the model {card.name}" if card.max_duration_s <= limits.max_duration_s else "api.max_duration_s"
+    faults = []
+    if not LEAST_OVERLAP_S <= overlap_s <= most_s / 2:
+        allowed = f"{LEAST_OVERLAP_S:g}..{most_s / 2:g}"
+        message = f"overlap_s must be from {LEAST_OVERLAP_S:g} to {most_s / 2:g}, half the longest clip of {name}"
+        faults.append(InvalidRequestError(message, field="overlap_s", allowed=allowed))
+    most_own_s = most_s - overlap_s
+    for index, section in enumerate(sections):
+        field = f"sections.{index}.duration"
+        if not LEAST_SECTION_S <= section.duration_s <= most_own_s:
+            message = (
+                f"{field} must be from {LEAST_SECTION_S:g} to {most_own_s:g}: duration and overlap_s ({overlap_s:g}) "
+                f"must be at most {most_s:g} together ({name})"
+            )
+            faults.append(InvalidRequestError(message, field=field, allowed=f"{LEAST_SECTION_S:g}..{most_own_s:g}"))
+    total_s = total_duration_s(sections)
+    if total_s > limits.max_long_s:
+        message = f"sections must last at most {limits.max_long_s:g} s together (api.max_long_s), not {total_s:g}"
+        faults.append(InvalidRequestError(message, field="sections", allowed=f"0..{limits.max_long_s:g}"))
+    return faults
+
+
+def total_duration_s(sections: Sequence[Section]) -> float:
+    """Return the length of a long piece, seconds."""
+    return sum(section.duration_s for section in sections)
+
+
+def plan_sections(spec: JobSpec, card: ModelCard) -> list[SectionPlan]:
+    """Return the plan of each section of a long piece."""
+    rate_hz = card.sample_rate_hz
+    most, overlap = int(card.max_duration_s * rate_hz), round(spec.overlap_s * rate_hz)
+    plans: list[SectionPlan] = []
+    start, end_s = 0, 0.0
+    for index, section in enumerate(spec.sections):
+        end_s += section.duration_s
+        stop = int(end_s * rate_hz)
+        room = max(most - (stop - start), 0)
+        context = min(overlap, start, room)
+        is_last = index == len(spec.sections) - 1
+        plans.append(
+            SectionPlan(
+                number=index + 1,
+                start=start,
+                stop=stop,
+                context=context,
+                more=0 if is_last else min(round(_MORE_S * rate_hz), room - context),
+                seed=(spec.request.seed + index) % SEED_LIMIT,
+                prompt=spec.request.prompt if section.prompt is None else section.prompt,
+            )
+        )
+        start = stop
+    return plans
+
+
+def make_request(spec: JobSpec, plan: SectionPlan, *, card: ModelCard, before: SourceAudio | None) -> GenerationRequest:
+    """Return the request that generates a section. `before` are the `plan.context` samples before it, None if none."""
+    rate_hz = card.sample_rate_hz
+    # Half a sample more, because engines round down.
+    duration_s = min((plan.num_generated + 0.5) / rate_hz, card.max_duration_s)
+    request = replace(spec.request, prompt=plan.prompt, seed=plan.seed, batch_size=1, duration_s=duration_s)
+    if before is None:
+        return request
+    region = (plan.context / rate_hz, duration_s)
+    return replace(request, inpaint_audio=before, inpaint_regions_s=(region,), keep="source")
+
+
+def sizes_of(spec: JobSpec, *, model: Defaults) -> list[WorkSize]:
+    """Return the sizes of the requests of a job, which run one after the other: one for each section."""
+    if not spec.sections:
+        return [WorkSize.of(spec.request, model=model)]
+    return [
+        WorkSize.of(replace(spec.request, duration_s=section.duration_s + spec.overlap_s * bool(index)), model=model)
+        for index, section in enumerate(spec.sections)
+    ]
+
+
+def num_final_samples(section: FinishedSection, *, is_last: bool) -> int:
+    """Return how many samples of the section's file are heard: all but those that the next section's join replaces."""
+    return section.num_samples - (0 if is_last else join_samples(section.sample_rate_hz))
+
+
+async def read_section(
+    artifacts: ArtifactStore, section: FinishedSection, *, stop: int, start: int = 0
+) -> AsyncGenerator[npt.NDArray[np.float32]]:
+    """Yield the samples [start, stop) of a section's file in blocks (C, S) float32. Reads and verifies the whole file.
+
+    Raises StorageError.
+    """
+    decoder, position = SectionDecoder(), 0
+    try:
+        async with aclosing(artifacts.read(section.file)) as chunks:
+            async for chunk in chunks:
+                block = decoder.decode(chunk)
+                own = block[:, max(start - position, 0) : max(stop - position, 0)]
+                position += block.shape[1]
+                if own.shape[1]:
+                    yield own
+    except FileNotFoundError as error:
+        raise StorageError(f"the file of section {section.number} is gone") from error
+
+
+async def read_end(
+    artifacts: ArtifactStore, sections: Sequence[FinishedSection], *, num_samples: int
+) -> npt.NDArray[np.float32]:
+    """Return the last `num_samples` samples (C, S) float32 of the audio of `sections`. Raises StorageError."""
+    parts: list[npt.NDArray[np.float32]] = []
+    missing = num_samples
+    for section in reversed(sections):
+        stop = num_final_samples(section, is_last=section is sections[-1])
+        start = max(stop - missing, 0)
+        parts[:0] = [block async for block in read_section(artifacts, section, start=start, stop=stop)]
+        missing -= stop - start
+        if not missing:
+            break
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,52 @@
+"""The finished sections of long pieces. Their audio is in files of the artifact store.
+
+The methods block, so call them from worker threads. Every method raises StorageError.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from stable_audio_serve.jobs.job import FinishedSection, Job, JobRef
+from stable_audio_serve.jobs.store import codec
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.rows import is_held, is_job
+from stable_audio_serve.jobs.store.tables import JOBS, SECTIONS
+from stable_audio_serve.jobs.store.transitions import Transitions
+
+_jobs = JOBS.c
+
+
+class Sections:
+    """The finished sections in one job database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._transitions = Transitions(database)
+
+    def find(self, ref: JobRef, *, after: int = 0) -> list[FinishedSection]:
+        """Return the finished sections of a job with numbers above `after`, in order."""
+        query = sa.select(SECTIONS.c.section).join(JOBS, _jobs.seq == SECTIONS.c.job).where(is_job(ref))
+        in_order = query.where(SECTIONS.c.number > after).order_by(SECTIONS.c.number)
+        with self._database.reading() as connection:
+            return [codec.load_section(text) for text in connection.execute(in_order).scalars()]
+
+    def add(self, job: Job, section: FinishedSection, *, fraction: float) -> Job | None:
+        """Add a finished section, and set the job's progress, in one transaction. The caller has stored the file.
+
+        Returns the changed job, or None if its lease is lost. If a call is repeated because the database's answer was
+        lost, the section is added once.
+        """
+        seq = sa.select(_jobs.seq).where(is_held(job)).with_for_update()
+        row = {"number": section.number, "key": section.file.key, "section": codec.dump(section)}
+        message = f"section {section.number} of {len(job.spec.sections)} is finished"
+        with self._database.writing() as connection:
+            number = connection.execute(seq).scalar()
+            if number is None:
+                return None
+            insert = self._database.insert(SECTIONS).values(row | {"job": number}).on_conflict_do_nothing()
+            is_new = connection.execute(insert.returning(SECTIONS.c.number)).first() is not None
+            progress = {"num_sections": section.number, "fraction": fraction}
+            return self._transitions.change(
+                connection, _jobs.seq == number, message=message if is_new else None, **progress
+            )

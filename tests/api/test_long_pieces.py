@@ -1,0 +1,104 @@
+"""Jobs with sections over HTTP: checks, ids, keys and the audio routes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from stable_audio_serve.api.streams import StreamLimits
+from stable_audio_serve.core.keys import hash_key
+from tests.api.compat.serving import make_client
+
+BODY = {"prompt": "rain", "seed": 3}
+ID = "0123456789abcdef0123456789abcd"
+
+# The demo of the test backend makes at most 5 s, small-sfx 120 s.
+WRONG: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = [
+    ({"sections": []}, [("sections",)]),
+    ({"sections": [{"prompt": "x"}]}, [("sections", 0, "duration")]),
+    (
+        {"sections": [{"duration": 4}, {"duration": 0.5}, {"duration": 109}]},
+        [("sections", 1, "duration"), ("sections", 2, "duration")],
+    ),
+    ({"model": "demo", "sections": [{"duration": 2}, {"duration": 3}]}, [("sections", 1, "duration")]),
+    ({"sections": [{"duration": 4, "prompt": " "}]}, [("sections", 0, "prompt")]),
+    ({"sections": [{"duration": 100}] * 19}, [("sections",)]),
+    ({"sections": [{"duration": 4}], "overlap_s": 61}, [("overlap_s",)]),
+    ({"sections": [{"duration": 4}], "overlap_s": 0.01}, [("overlap_s",)]),
+    ({"overlap_s": 2}, [("overlap_s",)]),
+    ({"sections": [{"duration": 4}], "duration": 5}, [("duration",)]),
+    ({"sections": [{"duration": 4}], "batch_size": 2, "peaks": "scale"}, [("batch_size",), ("peaks",)]),
+    ({"sections": [{"duration": 4}], "loop": True}, [("loop",)]),
+    ({"duration": 1800}, [("duration",)]),
+]
+
+
+@pytest.mark.parametrize(("fields", "places"), WRONG)
+async def test_wrong_fields_are_named(
+    client: httpx.AsyncClient, fields: dict[str, Any], places: list[tuple[Any, ...]]
+) -> None:
+    for method, path in (("POST", "/jobs"), ("PUT", f"/jobs/{ID}77")):
+        reply = await client.request(method, path, json=BODY | fields)
+        assert reply.status_code == 422
+        assert [tuple(fault["loc"]) for fault in reply.json()["detail"]] == [("body", *place) for place in places]
+    assert (await client.get(f"/jobs/{ID}77")).status_code == 404
+
+
+async def test_same_request_with_an_id_returns_the_same_piece(client: httpx.AsyncClient) -> None:
+    body = BODY | {"sections": [{"duration": 20}, {"prompt": "thunder", "duration": 100}], "duration": 120}
+    first = await client.put(f"/jobs/{ID}78", json=body)
+    assert first.status_code == 202
+    again = await client.put(f"/jobs/{ID}78", json=body)
+    assert (again.json(), again.headers["idempotent-replayed"]) == (first.json(), "true")
+    other = body | {"sections": [{"duration": 20}, {"prompt": "wind", "duration": 100}]}
+    assert (await client.put(f"/jobs/{ID}78", json=other)).status_code == 409
+    status = (await client.get(f"/jobs/{ID}78")).json()
+    assert (status["mode"], status["duration"]) == ("long-piece", 120)
+    assert (status["progress"]["sections_done"], status["progress"]["sections"]) == (0, 2)
+
+
+async def test_job_without_sections_has_none(client: httpx.AsyncClient) -> None:
+    ticket = (await client.post("/jobs", json=BODY)).json()
+    assert "sections" not in (await client.get(ticket["status_url"])).json()["progress"]
+    for query in ("section=1", "follow=1"):
+        assert (await client.get(f"{ticket['status_url']}/audio?{query}")).status_code == 409
+    for query in ("section=0", "section=x", "section=1&follow=1"):
+        assert (await client.get(f"{ticket['status_url']}/audio?{query}")).status_code == 422
+
+
+async def test_unfinished_section_is_not_found(client: httpx.AsyncClient) -> None:
+    ticket = (await client.post("/jobs", json=BODY | {"sections": [{"duration": 4}]})).json()
+    reply = await client.get(f"{ticket['status_url']}/audio?section=1")
+    assert (reply.status_code, reply.json()["detail"]) == (404, "section 1 is not finished: the job is queued, 0 are")
+
+
+async def test_pieces_of_keys(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"alice:{hash_key('alice')} audio-seconds-per-minute=10\nbob:{hash_key('bob')}\n")
+    limits = StreamLimits(max_open_per_client=0)
+    async with make_client(api={"key_file": str(tmp_path / "keys")}, stream_limits=limits) as (client, backend):
+        alice, bob = ({"Authorization": f"Bearer {name}"} for name in ("alice", "bob"))
+        body = BODY | {"sections": [{"duration": 6}] * 5}
+        too_long = body | {"sections": [{"duration": 6}, {"duration": 11}]}
+        assert (await client.post("/jobs", json=too_long, headers=alice)).status_code == 403
+        path = f"/jobs/{ID}79"
+        assert (await client.put(path, json=body, headers=alice)).status_code == 202  # 30 s, three minutes' worth
+
+        status: dict[str, Any] = {}
+        while not status or status["status"] == "running" or not status["progress"]["sections_done"]:
+            await asyncio.sleep(0.02)
+            status = (await client.get(path, headers=alice)).json()
+        assert (status["status"], status["progress"]["sections_done"], status["attempts"]) == ("queued", 1, 0)
+        assert (await client.get(f"{path}/audio?section=1", headers=alice)).status_code == 200
+        for query in ("section=1", "follow=1"):
+            assert (await client.get(f"{path}/audio?{query}", headers=bob)).status_code == 404
+            assert (await client.get(f"{path}/audio?{query}")).status_code == 404
+        assert (await client.get(f"{path}/audio?follow=1", headers=alice)).status_code == 429
+        refused = await client.post("/v1/audio/generations", json=BODY | {"duration": 5}, headers=alice)
+        assert refused.status_code == 429  # the section counts
+        assert len(backend.requests) == 1
+        assert (await client.delete(path, headers=alice)).status_code == 200
+        assert (await client.get(f"{path}/audio?section=1", headers=alice)).status_code == 200

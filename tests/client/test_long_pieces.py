@@ -1,0 +1,115 @@
+"""Long pieces through the client: submission, sections, the stream while a piece is made, and replays."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import struct
+import time
+from collections.abc import Callable
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from stable_audio_serve.client import JobProgress
+from stable_audio_serve.core import errors
+from tests.client.conftest import IN_ONE_LOOP, Caller, Served
+
+pytestmark = [pytest.mark.server, IN_ONE_LOOP]
+
+SECTIONS = [{"duration": 1.0}, {"prompt": "thunder", "duration": 1.5}, {"duration": 1.0}]
+HEADER_BYTES = 44
+
+
+def samples(data: bytes) -> np.ndarray:
+    audio, rate_hz = soundfile.read(io.BytesIO(data), dtype="int16")
+    assert rate_hz == 44100
+    return np.asarray(audio)
+
+
+async def test_piece_and_its_sections_have_the_same_samples(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    progress: list[JobProgress] = []
+    job = await call("jobs.submit", "rain", seed=5, sections=SECTIONS, overlap_s=0.5)
+    assert (job.duration_s, job.mode, job.progress.num_sections) == (3.5, "long-piece", 3)
+    job = await call("jobs.wait", job.id, on_progress=progress.append)
+    assert [request.prompt for _, request in served.backend.requests] == ["rain", "thunder", "rain"]
+    assert progress[-1].num_sections == 3
+    assert job.progress.sections_done == 3
+    whole = samples((await call("jobs.fetch", job)).content)
+    assert len(whole) == int(3.5 * 44100)
+    parts = [samples(await call("jobs.section", job.id, number)) for number in (1, 2, 3)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    streamed = b"".join(await call("jobs.audio_chunks", job.id))
+    assert struct.unpack_from("<I", streamed, 40) == (0xFFFFFFFF,)
+    np.testing.assert_array_equal(np.frombuffer(streamed, "<i2", offset=HEADER_BYTES).reshape(-1, 2), whole)
+    with pytest.raises(errors.NotFoundError, match="1 to 3"):
+        await call("jobs.section", job.id, 4)
+
+
+async def test_first_section_is_sent_within_a_second(served: Served) -> None:
+    served.backend.delay_s = 0.9
+    async with httpx.AsyncClient(base_url=served.url, timeout=60) as http:
+        body = {"prompt": "rain", "sections": [{"duration": 2.0}] * 3, "response_format": "flac"}
+        path = (await http.post("/jobs", json=body)).json()["status_url"]
+
+        async def first_finished_at() -> float:
+            while (await http.get(path)).json()["progress"]["sections_done"] < 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            return time.monotonic()
+
+        finishing = asyncio.create_task(first_finished_at())
+        async with http.stream("GET", f"{path}/audio", params={"follow": "1"}) as reply:
+            assert (reply.status_code, reply.headers["content-type"]) == (200, "audio/wav")
+            received = [(time.monotonic(), len(chunk)) async for chunk in reply.aiter_bytes()]
+        finished_at = await finishing
+        assert received[0][0] < finished_at + 1.0
+        first_bytes = sum(size for at, size in received if at < finished_at + 0.8)
+        assert HEADER_BYTES + 4 * 1.9 * 44100 < first_bytes < HEADER_BYTES + 4 * 2.0 * 44100
+        assert sum(size for _, size in received) == HEADER_BYTES + 4 * 6 * 44100
+        assert received[-1][0] - received[0][0] > 1.0
+
+
+async def test_stream_of_a_cancelled_piece_ends_with_its_last_section(
+    served: Served, connect: Callable[..., Caller]
+) -> None:
+    call = connect(served.url)
+    served.backend.delay_s = 0.4
+    job = await call("jobs.submit", "rain", sections=[{"duration": 1.0}] * 9, response_format="mp3")
+
+    async def cancel() -> None:
+        while (await call("jobs.get", job.id)).progress.sections_done < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await call("jobs.cancel", job.id)
+
+    cancelling = asyncio.create_task(cancel())
+    async with httpx.AsyncClient(base_url=served.url, timeout=60) as http:
+        reply = await http.get(f"/jobs/{job.id}/audio", params={"follow": "1"})
+    await cancelling
+    ended = await call("jobs.get", job.id)
+    assert ended.status == "cancelled"
+    assert reply.headers["content-type"] == "audio/mpeg"
+    audio, _ = soundfile.read(io.BytesIO(reply.content))
+    assert len(audio) == pytest.approx(44100 * ended.progress.sections_done, abs=3000)
+    assert len(samples_of_mp3(await call("jobs.section", job.id, 1))) == pytest.approx(44100, abs=4000)
+    with pytest.raises(errors.NotFoundError, match="section 9 is not finished"):
+        await call("jobs.section", job.id, 9)
+
+
+def samples_of_mp3(data: bytes) -> np.ndarray:
+    audio, _ = soundfile.read(io.BytesIO(data))
+    return np.asarray(audio)
+
+
+async def test_replay_of_a_piece_has_the_same_bytes(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    job = await call("jobs.submit", "rain", seed=5, sections=SECTIONS, overlap_s=0.5)
+    result = await call("jobs.fetch", await call("jobs.wait", job.id))
+    recipe = result.clips[0].recipe
+    assert [section["duration"] for section in recipe["sections"]] == [1.0, 1.5, 1.0]
+    for origin in (recipe, result.content):
+        again = await call("replay", origin)
+        assert again.content == result.content
+        assert again.replay == "close"  # the test backend does not say how it makes audio
