@@ -1,34 +1,6 @@
-// WAV files: writes them, and reads files that are too long to decode at once or that are still growing.
+// Reads WAV files that are too long to decode at once or that are still growing.
 
 import { audioContext } from "./audio.js";
-
-// Returns a 16-bit WAV file. Chromium decodes with the same two scales, so that samples survive a round trip.
-export function wavBlob(buffer) {
-  const { numberOfChannels: channels, sampleRate, length } = buffer;
-  const bytes = new DataView(new ArrayBuffer(44 + length * channels * 2));
-  const text = (at, value) => [...value].forEach((char, index) => bytes.setUint8(at + index, char.charCodeAt(0)));
-  text(0, "RIFF");
-  bytes.setUint32(4, bytes.byteLength - 8, true);
-  text(8, "WAVEfmt ");
-  bytes.setUint32(16, 16, true);
-  bytes.setUint16(20, 1, true);
-  bytes.setUint16(22, channels, true);
-  bytes.setUint32(24, sampleRate, true);
-  bytes.setUint32(28, sampleRate * channels * 2, true);
-  bytes.setUint16(32, channels * 2, true);
-  bytes.setUint16(34, 16, true);
-  text(36, "data");
-  bytes.setUint32(40, length * channels * 2, true);
-  const data = Array.from({ length: channels }, (_, channel) => buffer.getChannelData(channel));
-  for (let frame = 0, at = 44; frame < length; frame++) {
-    for (const samples of data) {
-      const value = Math.max(-1, Math.min(1, samples[frame]));
-      bytes.setInt16(at, Math.round(value * (value < 0 ? 32768 : 32767)), true);
-      at += 2;
-    }
-  }
-  return new Blob([bytes.buffer], { type: "audio/wav" });
-}
 
 const LEAST_READ_BYTES = 1 << 18;
 

@@ -11,10 +11,10 @@ export function formatTime(seconds, step = 0.01) {
 const KINDS = { generate: "clip", vary: "variation", inpaint: "region" };
 
 // Returns the kind of an order's clip in one or two words.
-export function kindOf({ kind, fields, isLonger }) {
+export function kindOf({ kind, fields }) {
   if (fields.sections) return "long piece";
   if (fields.loop) return "loop";
-  if (isLonger) return "extended";
+  if (fields.extend_before_s || fields.extend_after_s) return "extended";
   return KINDS[kind];
 }
 
