@@ -147,7 +147,7 @@ export class Stage {
     Object.assign(this, { buffer, player });
     this.describe(clip);
     element("ab").setAttribute("aria-pressed", "false");
-    this.setSnap(tempoOf(clip.order));
+    this.setSnap(buffer && tempoOf(clip.order));
     this.setLoop(isLoop(clip.order) || this.wantsLoop);
   }
 

@@ -1,8 +1,10 @@
 // Reads WAV files that are too long to decode at once or that are still growing.
 
+import { pause } from "./api.js";
 import { audioContext } from "./audio.js";
 
-const LEAST_READ_BYTES = 1 << 18;
+const LEAST_READ_BYTES = 1 << 18; // stored at once, unless the stream pauses
+const QUIET_MS = 200;
 
 // A WAV file that arrives in pieces. Its samples can be read while the rest is still missing.
 export class GrowingWav {
@@ -30,9 +32,14 @@ export class GrowingWav {
     let rest = new Uint8Array();
     let at = 0; // of `rest` in the file
     const reader = stream.getReader();
+    let reading = reader.read();
     for (;;) {
-      const { done, value } = await reader.read();
+      const arrived = await (rest.length ? Promise.race([reading, pause(QUIET_MS)]) : reading);
       if (isStale()) return reader.cancel();
+      if (!arrived && this.format) rest = this.take(rest, onSamples);
+      if (!arrived) continue;
+      const { done, value } = arrived;
+      if (!done) reading = reader.read();
       if (value) {
         rest = joined(rest, value);
         const cut = Math.min(rest.length, Math.max(0, skipped - at));
