@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 # The limiter lowers the loudness, so the gain is raised until the target is reached, but not by more than this: the
 # limiter would distort a clip whose peaks are far above its loudness.
-_MOST_EXTRA_GAIN_DB = 12.0
+MOST_EXTRA_GAIN_DB = 12.0
 _MOST_PASSES = 8
-_CLOSE_LU = 0.05
+CLOSE_LU = 0.05
 
 
 def to_loudness(
@@ -43,8 +43,8 @@ def to_loudness(
         limited = cut_repeated(limited, around) if is_loop else limited
         reached = measure_loudness(limited, sample_rate_hz)
         missing_db = 0.0 if reached is None else loudness.target_lufs - reached
-        next_db = min(gain_db + missing_db, first_db + _MOST_EXTRA_GAIN_DB)
-        if abs(missing_db) <= _CLOSE_LU or next_db - gain_db < _CLOSE_LU:
+        next_db = min(gain_db + missing_db, first_db + MOST_EXTRA_GAIN_DB)
+        if abs(missing_db) <= CLOSE_LU or next_db - gain_db < CLOSE_LU:
             break
         gain_db = next_db
     # The changing gain may have raised the signal between two samples a little.

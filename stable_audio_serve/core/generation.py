@@ -42,6 +42,10 @@ class SourceAudio:
         """Length in seconds."""
         return self.samples.shape[1] / self.sample_rate_hz
 
+    def resampled_length(self, *, to_hz: int) -> int:
+        """Return the number of samples that the audio has at another sample rate (see `audio.prepare`)."""
+        return -(-self.samples.shape[1] * to_hz // self.sample_rate_hz)
+
     def to_mono(self) -> SourceAudio:
         """Return the audio with one channel, the mean of all channels."""
         return replace(self, samples=self.samples.mean(axis=0, keepdims=True), is_mixed=True)

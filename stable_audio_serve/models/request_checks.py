@@ -37,5 +37,8 @@ def check_request(request: GenerationRequest) -> None:
     ):
         if value is not None and not math.isfinite(value):
             raise InvalidRequestError(f"{field} must be a finite number", field=field)
+    if request.source_start_s and not 0 <= request.source_start_s < request.duration_s:
+        message = "the source must begin in the clip"
+        raise InvalidRequestError(message, field="extend_before_s", allowed=f"0..{request.duration_s:g}")
     if request.duration_padding_s is not None and request.duration_padding_s < 0:
         raise InvalidRequestError("duration_padding_sec must not be negative", field="duration_padding_sec")

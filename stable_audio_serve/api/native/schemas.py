@@ -249,18 +249,31 @@ class VariationForm(UploadForm):
 
 
 class InpaintForm(UploadForm):
-    """Regenerate regions of the source and keep the rest. A region past the source's end extends the source."""
+    """Regenerate regions of the source, or extend it, and keep the rest. A region past its end extends it too."""
 
     inpaint_start_seconds: str | None = Field(
         None,
-        description="Required. Starts of the regions, seconds: a number, or a list as [2,12] or 2,12.",
+        description="Starts of the regions, seconds: a number, or a list as [2,12] or 2,12. Required unless the source "
+        "is extended; then the times are those of the source as uploaded.",
         examples=["4", "[2,12]"],
     )
     inpaint_end_seconds: str | None = Field(
-        None, description="Required. Ends of the regions, seconds; as many as starts.", examples=["6", "[4,15]"]
+        None, description="Ends of the regions, seconds; as many as starts.", examples=["6", "[4,15]"]
     )
     inpaint_mask_start_seconds: str | None = Field(None, description="Alias of inpaint_start_seconds.")
     inpaint_mask_end_seconds: str | None = Field(None, description="Alias of inpaint_end_seconds.")
+    extend_before_s: Finite | None = Field(None, ge=0, description="Extension: new audio before the source, seconds.")
+    extend_after_s: Finite | None = Field(
+        None,
+        ge=0,
+        description="Extension: new audio after the source, seconds. `duration` follows from it and must be unset.",
+    )
+    init_noise_level: Finite | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Extension: strength; regions start from the source, low keeps more of it. Unset = 1, from noise.",
+    )
     keep: Keep = Field(
         "source",
         description="Extension: audio outside the regions. source = the source's own samples, with crossfades of 30 "

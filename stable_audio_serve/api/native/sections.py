@@ -33,6 +33,8 @@ def section_faults(fields: Controls, *, card: ModelCard, limits: ApiSettings) ->
     contradicting = (
         ("duration", fields.duration, has_other_length, f"{total_s:g}"),
         ("batch_size", fields.batch_size, fields.batch_size > 1, "1"),
+        ("prompts", fields.prompts, bool(fields.prompts), "empty"),
+        ("seeds", fields.seeds, bool(fields.seeds), "empty"),
         ("loop", fields.loop, bool(fields.loop), "false"),
         ("peaks", fields.peaks, fields.peaks == "scale", "limit or clip"),
     )

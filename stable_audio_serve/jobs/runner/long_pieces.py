@@ -23,6 +23,7 @@ from stable_audio_serve.audio.formats import file_rate, media_type
 from stable_audio_serve.audio.loudness import ClipMeter, describe_clip
 from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.audio.section_files import encode_section, join_section
+from stable_audio_serve.audio.stream_level import LoudnessSearch, PieceFinisher
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.audio.writer import AudioWriter
 from stable_audio_serve.core.backend import Backend
@@ -33,7 +34,7 @@ from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.sound import ClipFacts, Peaks
-from stable_audio_serve.jobs.job import FinishedSection, Job, JobResult
+from stable_audio_serve.jobs.job import FinishedSection, Job, JobResult, JobSpec
 from stable_audio_serve.jobs.recipes import common_maker, find_different, recipes_of
 from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.sections import (
@@ -217,16 +218,10 @@ class LongPieces:
                 encoding=spec.encoding,
                 text=text_of(recipes[0], file_format=file_format) if spec.with_recipe else None,
             )
-            piece = _Piece(writer, sample_rate_hz=sections[0].sample_rate_hz)
             try:
-                for section in sections:
-                    stop = num_final_samples(section, is_last=section is sections[-1])
-                    async with aclosing(read_section(self._artifacts, section, stop=stop)) as blocks:
-                        async for block in blocks:
-                            await _to_end(self._audio.run_encoding(partial(piece.add, block)))
-                facts = await _to_end(self._audio.run_encoding(partial(piece.finish, seed=spec.request.seed)))
+                facts = await self._write(spec, sections, writer=writer)
             finally:
-                await _to_end(self._audio.run_encoding(piece.close))
+                await _to_end(self._audio.run_encoding(partial(_close, writer)))
             stored = await self._put(
                 job,
                 partial(_read_chunks, file),
@@ -243,30 +238,51 @@ class LongPieces:
             different=different,
         )
 
+    async def _write(self, spec: JobSpec, sections: Sequence[FinishedSection], *, writer: AudioWriter) -> ClipFacts:
+        """Write the finished audio of a piece, and return its measurements. Raises StorageError."""
+        rate_hz, finishing = sections[0].sample_rate_hz, spec.finishing
+        search = None
+        if finishing.loudness is not None:
+            search = LoudnessSearch(rate_hz, loudness=finishing.loudness)
+            while search.needs_pass:
+                await self._each_block(sections, search.add)
+                await _to_end(self._audio.run_encoding(search.end_pass))
+        num_samples = sum(num_final_samples(each, is_last=each is sections[-1]) for each in sections)
+        finisher = PieceFinisher(rate_hz, finishing=finishing, num_samples=num_samples, search=search)
+        meter = ClipMeter(rate_hz)
 
-class _Piece:
-    """The file of a whole piece, written and measured block by block. Call the methods one at a time, from threads."""
+        def write(block: npt.NDArray[np.float32]) -> None:
+            if block.shape[1]:
+                meter.add(block)
+                with _needing_room():
+                    writer.write(block)
 
-    def __init__(self, writer: AudioWriter, *, sample_rate_hz: int) -> None:
-        self._writer = writer
-        self._meter = ClipMeter(sample_rate_hz)
+        def end() -> ClipFacts:
+            if (rest := finisher.end()) is not None:
+                write(rest)
+            with _needing_room():
+                writer.close()
+            facts = meter.describe(seed=spec.request.seed)
+            return facts if search is None else replace(facts, true_peak_dbtp=finisher.true_peak_dbtp)
 
-    def add(self, block: npt.NDArray[np.float32]) -> None:
-        """Write and measure the next samples (C, S). Raises StorageFullError."""
-        self._meter.add(block)
-        with _needing_room():
-            self._writer.write(block)
+        await self._each_block(sections, lambda block: write(finisher.add(block)))
+        return await _to_end(self._audio.run_encoding(end))
 
-    def finish(self, *, seed: int) -> ClipFacts:
-        """Complete the file, and return the measurements of the piece. Raises StorageFullError."""
-        with _needing_room():
-            self._writer.close()
-        return self._meter.describe(seed=seed)
+    async def _each_block(
+        self, sections: Sequence[FinishedSection], use: Callable[[npt.NDArray[np.float32]], None]
+    ) -> None:
+        """Call `use` on a thread with each block of a piece, (C, S) float32."""
+        for section in sections:
+            stop = num_final_samples(section, is_last=section is sections[-1])
+            async with aclosing(read_section(self._artifacts, section, stop=stop)) as blocks:
+                async for block in blocks:
+                    await _to_end(self._audio.run_encoding(partial(use, block)))
 
-    def close(self) -> None:
-        """Stop writing, if `finish` was not called."""
-        with suppress(OSError, RuntimeError):  # the file is not used
-            self._writer.close()
+
+def _close(writer: AudioWriter) -> None:
+    """Stop writing, if the file was not completed."""
+    with suppress(OSError, RuntimeError):  # the file is not used
+        writer.close()
 
 
 @contextmanager

@@ -54,8 +54,13 @@ def plan_rows(
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     negative = request.negative_prompt if guided and (request.negative_prompt or "").strip() else None
     rule = decode_rule if config.chunked and request.chunked_decode is None else None
-    init = _plan_source(request.init_audio, config, length=length) if request.init_audio else None
-    inpaint = _plan_source(request.inpaint_audio, config, length=length) if request.inpaint_audio else None
+    start = int(request.source_start_s * spec.card.sample_rate_hz)
+    inpaint = _plan_source(request.inpaint_audio, config, length=length, start=start) if request.inpaint_audio else None
+    init = (
+        _plan_source(request.init_audio, config, length=length, start=start, is_repeated=inpaint is not None)
+        if request.init_audio
+        else None
+    )
     if inpaint is not None and not config.edits:
         raise InvalidRequestError("this model cannot inpaint", field="audio")
     keep_mask = plan_keep_mask(request, frames=length.frames, hop=spec.hop, sample_rate_hz=spec.card.sample_rate_hz)
@@ -130,14 +135,21 @@ def _plan_sampler(
     return build_plan(sampler, sigmas, guidance=guidance, has_source=has_source), guidance
 
 
-def _plan_source(audio: SourceAudio, config: Sa3Config, *, length: RowLength) -> SourcePlan:
-    """Returns source audio at the model's sample rate and channels, cut or padded to the row's length."""
+def _plan_source(
+    audio: SourceAudio, config: Sa3Config, *, length: RowLength, start: int, is_repeated: bool = False
+) -> SourcePlan:
+    """Returns source audio at the model's sample rate and channels, cut or padded to the row's length.
+
+    It begins at the sample `start`. If `is_repeated`, it is repeated before and after, not padded with silence.
+    """
     rule = config.lengths
     samples = prepare_source(
         audio,
         sample_rate_hz=rule.sample_rate_hz,
         channels=config.channels,
         num_samples=length.frames * rule.hop,
+        start=start,
+        is_repeated=is_repeated,
     )
     return SourcePlan(samples=samples, windows=_windows(length.frames, chunked=config.chunked))
 

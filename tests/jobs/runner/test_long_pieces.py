@@ -20,6 +20,7 @@ from stable_audio_serve.core.generation import GenerationRequest, Section
 from stable_audio_serve.core.ids import ArtifactKey, ClientId
 from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.core.sound import Finishing, Loudness
 from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
 from stable_audio_serve.jobs.store.tables import JOBS
@@ -59,6 +60,21 @@ async def test_sections_become_one_file(workshop: Workshop) -> None:
     np.testing.assert_allclose(whole, np.concatenate([first[:-JOIN], second[:-JOIN], third]), atol=1 / 32768)
     (clip,) = job.result.file.clips
     assert (clip.seed, clip.peak) == (7, pytest.approx(0.5, abs=1e-3))
+
+
+async def test_loudness_and_fades_are_those_of_the_whole(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    finishing = Finishing(Loudness(-20.0), fade_in_s=0.5, fade_out_s=1.0)
+    job = await workshop.finished(await workshop.queue.submit(make_long(1.0, 4.0, 3.0, finishing=finishing)))
+    assert job.result is not None, job.error
+    (clip,) = job.result.file.clips
+    assert clip.loudness_lufs == pytest.approx(-20.0, abs=0.5)  # before the fades it is -20
+    assert clip.true_peak_dbtp is not None
+    whole = await audio_of(workshop, job.result.file)
+    assert len(whole) == 8 * RATE_HZ
+    middle = np.abs(whole[RATE_HZ : 6 * RATE_HZ]).max()
+    for quiet in (whole[: RATE_HZ // 10], whole[-RATE_HZ // 10 :]):
+        assert np.abs(quiet).max() < 0.25 * middle
 
 
 async def test_each_section_continues_the_stored_end_of_the_one_before(workshop: Workshop) -> None:

@@ -1,0 +1,190 @@
+"""Bring audio that arrives in blocks to a target loudness, and fade its ends, as `audio.level` does with a clip."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stable_audio_serve.audio.keep import fade_ramp
+from stable_audio_serve.audio.level import CLOSE_LU, MOST_EXTRA_GAIN_DB, to_gain
+from stable_audio_serve.audio.loudness import ClipMeter
+from stable_audio_serve.audio.peaks import LIMITED_AROUND_S, limit
+from stable_audio_serve.audio.true_peak import envelope
+from stable_audio_serve.core.sound import Finishing, Loudness
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_BLOCK = 16  # the limiter's gain has a point at each multiple of this many samples
+_LIMITED_S = 5.0  # is limited at once
+_REACH = 32  # more samples than a value between two samples depends on, on each side
+
+
+class TruePeakMeter:
+    """Measures the true peak of audio that arrives in blocks."""
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+        self._waiting: npt.NDArray[np.float32] | None = None
+        self._num_before = 0  # samples at the start of `_waiting` that have been measured
+
+    def add(self, block: npt.NDArray[np.float32]) -> None:
+        """Measure the next samples (C, S)."""
+        waiting = block if self._waiting is None else np.concatenate([self._waiting, block], axis=1)
+        stop = waiting.shape[1] - _REACH  # the values before depend only on samples that have arrived
+        if stop > self._num_before:
+            self._peak = max(self._peak, float(envelope(waiting)[self._num_before : stop].max()))
+            kept = min(_REACH, stop)
+            waiting, self._num_before = waiting[:, stop - kept :].copy(), kept
+        self._waiting = waiting
+
+    def finish(self) -> float:
+        """Return the true peak, 1 = full scale. Call this once, after the last block."""
+        if self._waiting is None or not self._waiting.shape[1]:
+            return self._peak
+        return max(self._peak, float(envelope(self._waiting)[self._num_before :].max(initial=0.0)))
+
+
+class LoudnessSearch:
+    """Finds the gain with which a piece has its target loudness. Each pass over the piece improves the gain.
+
+    Use it as `while search.needs_pass: for each block: search.add(block); search.end_pass()`.
+    """
+
+    def __init__(self, sample_rate_hz: int, *, loudness: Loudness, most_passes: int = 4) -> None:
+        self._rate_hz = sample_rate_hz
+        self._loudness = loudness
+        self._passes_left = most_passes
+        self._first_db: float | None = None
+        self.gain_db: float | None = None  # None: the piece is silent or was not measured yet
+        self.factor = 1.0  # of the limited audio, so that its true peak is not too high
+        self._begin_pass()
+
+    @property
+    def needs_pass(self) -> bool:
+        return self._passes_left > 0
+
+    def add(self, block: npt.NDArray[np.float32]) -> None:
+        """Measure the next samples (C, S) of the piece with the present gain."""
+        self._measure(block if self._limiter is None else self._limiter.add(block))
+
+    def end_pass(self) -> None:
+        """Choose the gain of the next pass, or the final one."""
+        if self._limiter is not None:
+            self._measure(self._limiter.finish())
+        reached = self._meter.describe(seed=0).loudness_lufs
+        missing_db = 0.0 if reached is None else self._loudness.target_lufs - reached
+        self._passes_left -= 1
+        if self.gain_db is None:
+            self.gain_db = self._first_db = None if reached is None else missing_db
+            self._passes_left = 0 if reached is None else self._passes_left
+        else:
+            self.factor = min(1.0, to_gain(self._loudness.true_peak_dbtp) / max(self._peak.finish(), 1e-9))
+            next_db = min(self.gain_db + missing_db, (self._first_db or 0.0) + MOST_EXTRA_GAIN_DB)
+            is_done = abs(missing_db) <= CLOSE_LU or next_db - self.gain_db < CLOSE_LU or not self._passes_left
+            self._passes_left = 0 if is_done else self._passes_left
+            self.gain_db = self.gain_db if is_done else next_db
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._meter, self._peak = ClipMeter(self._rate_hz), TruePeakMeter()
+        self._limiter = None if self.gain_db is None else _Limiter(self._rate_hz, self._loudness, gain_db=self.gain_db)
+
+    def _measure(self, block: npt.NDArray[np.float32]) -> None:
+        if block.shape[1]:
+            self._meter.add(block)
+            self._peak.add(block)
+
+
+class PieceFinisher:
+    """Applies the found gain, the limiter and the fades to the blocks of a piece."""
+
+    def __init__(
+        self,
+        sample_rate_hz: int,
+        *,
+        finishing: Finishing,
+        num_samples: int,
+        search: LoudnessSearch | None,
+    ) -> None:
+        """`search` has found the gain for the target loudness; None = there is no target."""
+        self._limiter: _Limiter | None = None
+        self._factor = 1.0
+        if search is not None and search.gain_db is not None and finishing.loudness is not None:
+            self._limiter = _Limiter(sample_rate_hz, finishing.loudness, gain_db=search.gain_db)
+            self._factor = search.factor
+        self._position = 0
+        self._num_samples = num_samples
+        self._num_in, self._num_out = (
+            min(round(fade_s * sample_rate_hz), num_samples) for fade_s in (finishing.fade_in_s, finishing.fade_out_s)
+        )
+        self._peak = TruePeakMeter()
+
+    @property
+    def true_peak_dbtp(self) -> float | None:
+        """The true peak of all finished samples in dBTP, None if all are 0."""
+        peak = self._peak.finish()
+        return 20 * float(np.log10(peak)) if peak else None
+
+    def add(self, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the next finished samples (C, S), fewer or more than those in `block`."""
+        return self._finish(block if self._limiter is None else self._limiter.add(block))
+
+    def end(self) -> npt.NDArray[np.float32] | None:
+        """Return the last finished samples, None if there are no more."""
+        return None if self._limiter is None else self._finish(self._limiter.finish())
+
+    def _finish(self, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        start, stop = self._position, self._position + block.shape[1]
+        self._position = stop
+        if self._factor != 1.0:
+            block = block * np.float32(self._factor)
+        out_start = self._num_samples - self._num_out
+        if start < self._num_in or stop > out_start:
+            block = block.copy()
+            if start < self._num_in:
+                ramp = fade_ramp(self._num_in)[start:stop]
+                block[:, : len(ramp)] *= ramp
+            if stop > out_start:
+                first = max(out_start - start, 0)
+                ramp = fade_ramp(self._num_out)[::-1][start + first - out_start :][: stop - start - first]
+                block[:, first:] *= ramp
+        if self._limiter is not None:
+            self._peak.add(block)
+        return block
+
+
+class _Limiter:
+    """The limiter of `peaks.limit` for audio in blocks: each part is limited with a second of audio around it."""
+
+    def __init__(self, sample_rate_hz: int, loudness: Loudness, *, gain_db: float) -> None:
+        self._rate_hz = sample_rate_hz
+        self._gain = np.float32(to_gain(gain_db))
+        self._ceiling = to_gain(loudness.true_peak_dbtp)
+        self._around = -(-round(LIMITED_AROUND_S * sample_rate_hz) // _BLOCK) * _BLOCK
+        self._length = -(-round(_LIMITED_S * sample_rate_hz) // _BLOCK) * _BLOCK
+        self._waiting: npt.NDArray[np.float32] | None = None
+        self._num_before = 0  # samples at the start of `_waiting` that have been returned
+
+    def add(self, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the samples whose gain is known now."""
+        block = block * self._gain
+        waiting = block if self._waiting is None else np.concatenate([self._waiting, block], axis=1)
+        parts = [np.empty((len(block), 0), np.float32)]
+        while waiting.shape[1] - self._num_before >= self._length + self._around:
+            stop = self._num_before + self._length
+            parts.append(self._limit(waiting[:, : stop + self._around])[:, self._num_before : stop])
+            kept = min(self._around, stop)
+            waiting, self._num_before = waiting[:, stop - kept :], kept
+        self._waiting = waiting.copy()
+        return np.concatenate(parts, axis=1)
+
+    def finish(self) -> npt.NDArray[np.float32]:
+        """Return the remaining samples."""
+        if self._waiting is None:
+            return np.empty((1, 0), np.float32)
+        return self._limit(self._waiting)[:, self._num_before :]
+
+    def _limit(self, audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return limit(audio, self._rate_hz, ceiling=self._ceiling, levels=envelope(audio))
