@@ -132,6 +132,7 @@ def build_router(service: Service) -> APIRouter:
         check_edit(form, generation)
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
+        note(request.scope, duration_s=generation.duration_s)
         return await submit(
             request,
             response,
