@@ -197,6 +197,7 @@ _RECIPE = json.dumps(
     }
 )
 _SOURCES = {"init_audio", "init_noise_level", "inpaint_audio", "inpaint_regions", "keep", "sampler", "samples"}
+_SOURCES |= {"extend_before_s", "loudness", "fade_in_s", "fade_out_s"}
 _DROPPED = {
     "finetune_checkpoint",
     "sampler_type",  # depends on the model
@@ -206,6 +207,9 @@ _DROPPED = {
     "webhook_url",  # only public addresses are accepted
     *("bitrate", "bit_depth", "sample_rate"),  # depend on the format
     "bpm",  # needs loop and bars
+    *("prompts", "seeds"),  # as many as variations
+    *("extend_before_s", "extend_after_s"),  # set the duration
+    *("loudness", "fade_in_s", "fade_out_s"),  # depend on the duration, and on loop
     *("composition_plan", "finetune_id", "store_for_inpainting"),  # must be unset in music with a prompt
 }
 _AT_MOST = {
