@@ -131,11 +131,11 @@ class ToyModel:
                 ] = 0
         return tuple(
             RowPlan(
-                seed=request.seed + index,
+                seed=seed,
                 frames=length,
                 valid_frames=valid,
                 output_samples=int(request.duration_s * spec.card.sample_rate_hz),
-                prompt=request.prompt,
+                prompt=prompt,
                 negative_prompt=request.negative_prompt if guided else None,
                 numbers={"seconds_total": request.duration_s},
                 sampler=sampler,
@@ -146,7 +146,7 @@ class ToyModel:
                 decode_windows=make_windows(length),
                 decode_rule=WindowRule(_HALO),
             )
-            for index in range(request.batch_size)
+            for prompt, seed in zip(request.prompts, request.seeds, strict=True)
         )
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:

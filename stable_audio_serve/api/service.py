@@ -24,6 +24,7 @@ from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams, StreamLimits
+from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, FinishedFile, finish
@@ -34,6 +35,7 @@ from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import (
+    UNAVAILABLE,
     ConflictError,
     DeadlineExceededError,
     ForbiddenError,
@@ -42,6 +44,7 @@ from stable_audio_serve.core.errors import (
     InvalidUploadError,
     OverloadedError,
     QuotaError,
+    StoppingError,
     UnknownModelError,
     UploadTooLargeError,
 )
@@ -49,7 +52,7 @@ from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, Ge
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
-from stable_audio_serve.jobs.job import JobSpec, JobUpload
+from stable_audio_serve.jobs.job import JobError, JobSpec, JobUpload
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store.client_jobs import Added
@@ -151,13 +154,20 @@ class Service:
             raise GenerationError(f"{path.name} cannot be read: {error}") from error
 
     async def keep_upload(
-        self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, role: Role
+        self,
+        upload: UploadFile,
+        card: ModelCard,
+        *,
+        padding_s: float | None,
+        role: Role,
+        source: SourceAudio | None = None,
     ) -> JobUpload:
         """Check that a model can use an uploaded file, then store it unchanged for a new job.
 
-        Raises InvalidUploadError, UploadTooLargeError, StorageError.
+        `source` is the result of `decode` for this file, if it was called. Raises InvalidUploadError,
+        UploadTooLargeError, StorageError.
         """
-        source = await self.decode(upload, card, padding_s=padding_s)
+        source = source or await self.decode(upload, card, padding_s=padding_s)
         return await self.store_upload(upload, source, max_s=_usable_s(card, padding_s), role=role)
 
     async def store_upload(self, upload: UploadFile, source: SourceAudio, *, max_s: float, role: Role) -> JobUpload:
@@ -232,6 +242,25 @@ class Service:
         except (QuotaError, ForbiddenError, ConflictError, InvalidRequestError):
             await self.jobs.drop(spec)
             raise
+
+    async def run_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> StoredFile:
+        """Add a job like `add_job`, wait for its end and return its file. If the wait is cancelled, so is the job.
+
+        Raises GenerationError or DeadlineExceededError if the job fails, and StoppingError if this process stops first.
+        """
+        job = (await self.add_job(spec, card=card, caller=caller)).job
+        try:
+            async for change in self.streams.follow(self.jobs, job):
+                job = change.job
+        finally:
+            if not job.is_over:
+                await self.jobs.cancel(job.spec.ref)
+        if job.result is not None:
+            return job.result.file
+        if not job.is_over:
+            raise StoppingError(UNAVAILABLE)
+        failed = job.error or JobError(job.state, "the generation was cancelled")
+        raise (DeadlineExceededError if failed.code == DeadlineExceededError.kind else GenerationError)(failed.message)
 
     async def _generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
         budget_s = request.deadline_s or min(_BUDGET_S, self.settings.api.max_deadline_s)

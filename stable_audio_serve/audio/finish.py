@@ -207,7 +207,7 @@ def _make_manifest(
 ) -> EncodedFile:
     content = {
         "model": result.model,
-        "prompt": request.prompt,
+        "prompt": list(request.prompts) if request.variation_prompts else request.prompt,
         "negative_prompt": request.negative_prompt,
         "duration": request.duration_s,
         "steps": request.steps,

@@ -2,7 +2,7 @@
 
 A linear crossfade joins generated audio and source. The crossfade is inside the region and lasts 30 ms, or less if the
 region is too short. A region that extends the source past its end is an exception: it fades in over the last 30 ms of
-the source.
+the source. Audio before the source fades out over the first 30 ms of the source.
 """
 
 from __future__ import annotations
@@ -35,31 +35,38 @@ class Span:
 
 
 def plan_spans(
-    regions_s: Sequence[tuple[float, float]], *, num_source: int, num_samples: int, sample_rate_hz: int
+    regions_s: Sequence[tuple[float, float]],
+    *,
+    num_source: int,
+    num_samples: int,
+    sample_rate_hz: int,
+    source_start: int = 0,
 ) -> tuple[Span, ...]:
     """Return the spans of an edit that come from the model, in order.
 
-    These are the regions `regions_s`, [start, end) in seconds, and everything after the end of the source. The edit has
-    `num_samples` samples, and the source has `num_source` samples.
+    These are the regions `regions_s`, [start, end) in seconds, and everything before the start and after the end of the
+    source. The edit has `num_samples` samples, and the source has `num_source` samples, the first at `source_start`.
     """
-    fade, source_end = round(FADE_S * sample_rate_hz), min(num_source, num_samples)
+    fade, source_end = round(FADE_S * sample_rate_hz), min(source_start + num_source, num_samples)
     starts = [int(start_s * sample_rate_hz) for start_s, _ in regions_s]
     stops = [int(end_s * sample_rate_hz) for _, end_s in regions_s]
     regions = [(start, stop if stop < source_end else num_samples) for start, stop in zip(starts, stops, strict=True)]
-    spans = _merge([*regions, (source_end, num_samples)])
+    merged = _merge([(0, source_start), *regions, (source_end, num_samples)])
+    spans = [_fade_inside(*span, fade=fade, source_end=source_end) for span in merged]
     if not spans:
         return ()
-    *inner, (start, stop) = spans
+    first_stop = spans[0].stop
+    if source_start and first_stop < source_start + fade:
+        stop = min(source_start + fade, spans[1].start if len(spans) > 1 else source_end)
+        spans[0] = Span(0, stop, fade_out=stop - source_start)
     is_continued = any(
         is_continuation(*region, source_end=source_end, sample_rate_hz=sample_rate_hz) for region in regions
     )
-    ends_before = inner[-1][1] if inner else 0
-    if is_continued and start > source_end - fade:
-        start = max(source_end - fade, ends_before)
-        last = Span(start, stop, fade_in=source_end - start)
-    else:
-        last = _fade_inside(start, stop, fade=fade, source_end=source_end)
-    return (*(_fade_inside(*span, fade=fade, source_end=source_end) for span in inner), last)
+    start, stop = merged[-1]
+    if is_continued and start >= source_start and start > source_end - fade:
+        start = max(source_end - fade, spans[-2].stop if len(spans) > 1 else source_start)
+        spans[-1] = Span(start, stop, fade_in=source_end - start)
+    return tuple(spans)
 
 
 def is_continuation(start: int, stop: int, *, source_end: int, sample_rate_hz: int) -> bool:

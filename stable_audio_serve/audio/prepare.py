@@ -23,13 +23,27 @@ _ROLLOFF = 0.99
 _TILE_PHASES = 64
 
 
-def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, num_samples: int) -> Tensor:
-    """Return `audio` as (channels, num_samples) float32 on the CPU, resampled, then cropped or padded with zeros."""
+def prepare_source(
+    audio: SourceAudio,
+    *,
+    sample_rate_hz: int,
+    channels: int,
+    num_samples: int,
+    start: int = 0,
+    is_repeated: bool = False,
+) -> Tensor:
+    """Return `audio` as (channels, num_samples) float32 on the CPU: resampled, beginning at the sample `start`.
+
+    The rest is cropped or filled with zeros, or with repetitions of the audio if `is_repeated`.
+    """
     # Copy read-only arrays, about which torch would warn. Arrays that come from another process are read-only.
     samples = torch.from_numpy(np.require(audio.samples, np.float32, ["C", "W"]))
     samples = fix_channels(samples, channels)
-    samples = resample(samples, audio.sample_rate_hz, to_hz=sample_rate_hz, max_samples=num_samples)
-    return functional.pad(samples[:, :num_samples], (0, max(0, num_samples - samples.shape[-1])))
+    room = num_samples - start
+    samples = resample(samples, audio.sample_rate_hz, to_hz=sample_rate_hz, max_samples=room)[:, :room]
+    if is_repeated:
+        return samples[:, (torch.arange(num_samples) - start) % samples.shape[-1]]
+    return functional.pad(samples, (start, room - samples.shape[-1]))
 
 
 def fix_channels(samples: Tensor, channels: int) -> Tensor:

@@ -29,7 +29,7 @@ from stable_audio_serve.core.generation import (
 from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, AudioFormat, BitDepth, Encoding, Finishing, Loudness, Peaks
 
 MOST_BYTES = 1_048_576  # size of the longest recipe as text
-MOST_REGIONS = 100
+MOST_REGIONS = 102  # 100 that a client names, and what extends the source before and after it
 MOST_SECTIONS = 1000
 _LONG = ("prompt", "negative_prompt", "inpaint_regions", "sections")
 
@@ -178,6 +178,7 @@ class Recipe(_Part):
     inpaint_regions: Annotated[tuple[_Region, ...], Field(strict=False, max_length=MOST_REGIONS)] | None = _unset(
         "[start, end) of each region, seconds."
     )
+    extend_before_s: _Seconds | None = _unset("Where this source begins in the clip, seconds; unset = 0.")
     keep: Keep | None = _unset("Audio outside the regions: source or model; unset = model.")
     loras: Annotated[tuple[RecipeLora, ...], Field(strict=False, max_length=64)] | None = _unset("Adapters, in order.")
     lora_stacking: Stacking | None = _unset("How the adapters combine.")
@@ -209,12 +210,14 @@ class Recipe(_Part):
                 raise ValueError(f"{name} and {setting} belong together")
         if any(start >= end for start, end in self.inpaint_regions or ()):
             raise ValueError("inpaint_regions: each must start before its end")
+        if self.inpaint_audio is None and (self.keep is not None or self.extend_before_s is not None):
+            raise ValueError("keep and extend_before_s belong to inpaint_audio")
+        if self.extend_before_s is not None and self.extend_before_s >= self.duration:
+            raise ValueError("extend_before_s must be less than the duration")
         if (self.sections is None) != (self.overlap is None):
             raise ValueError("sections and overlap belong together")
         if self.sections and (self.hashes or self.loop is not None or self.peaks not in ("limit", "clip")):
             raise ValueError("sections have no source audio and no loop, and their peaks are limit or clip")
-        if self.keep is not None and self.inpaint_audio is None:
-            raise ValueError("keep belongs to inpaint_audio")
         if self.loop is not None and self.inpaint_audio is not None:
             raise ValueError("loop does not belong to inpaint_audio")
         is_full = self.peaks == "full"
@@ -276,6 +279,7 @@ class Recipe(_Part):
             edit_schedule=self.edit_schedule,
             inpaint_audio=sources[self.inpaint_audio.sha256] if self.inpaint_audio else None,
             inpaint_regions_s=self.inpaint_regions or (),
+            source_start_s=self.extend_before_s or 0.0,
             keep=self.keep or "model",
             loras=tuple(one.to_lora() for one in self.loras or ()),
             lora_stacking=self.lora_stacking,
@@ -310,7 +314,7 @@ def write_recipes(
     finishing: Finishing = AS_IS,
     samples: int | None = None,
 ) -> tuple[Recipe, ...]:
-    """Return the recipe of each variation of a request. The recipes differ only in the seed."""
+    """Return the recipe of each variation of a request. The recipes differ only in the seed and the prompt."""
     provenance = made_on.provenance
     init, inpaint = sources.get("init"), sources.get("inpaint")
     loras = provenance.loras if provenance else request.loras
@@ -343,6 +347,7 @@ def write_recipes(
         inpaint_regions=tuple((float(start), float(end)) for start, end in request.inpaint_regions_s)
         if inpaint
         else None,
+        extend_before_s=float(request.source_start_s) or None if inpaint else None,
         keep=request.keep if inpaint else None,
         loras=tuple(map(RecipeLora.of, loras)) or None,
         lora_stacking=(provenance or request).lora_stacking if loras else None,
@@ -357,7 +362,8 @@ def write_recipes(
         fade_out_s=float(finishing.fade_out_s) or None,
         made_on=write_maker(made_on, codecs=_codecs_of(encoding, sources)),
     )
-    return (first, *(first.model_copy(update={"seed": seed}) for seed in seeds[1:]))
+    own = zip(request.prompts, seeds, strict=True)
+    return tuple(first.model_copy(update={"prompt": prompt, "seed": seed}) for prompt, seed in own)
 
 
 def add_sections(

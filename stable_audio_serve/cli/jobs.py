@@ -78,9 +78,11 @@ def submit(
         fields = {**options.controls, "init_noise_level": noise, "keep": keep, "webhook_url": webhook}
         fields |= {"loop": loop or None, "bpm": bpm, "bars": bars}
         fields |= parse_sections(sections, overlap_s=overlap)
+        prompt = read_prompt(prompt)
+        fields["prompts"] = options.prompts_after(prompt)
         request = makers.SoundRequest(
             "generate" if audio is None else "inpaint" if spans else "vary",
-            read_prompt(prompt),
+            prompt,
             audio=None if audio is None else read_audio(audio),
             regions=spans,
             controls={name: value for name, value in fields.items() if value is not None},

@@ -40,6 +40,8 @@ OPTIONS: Mapping[str, str] = {
     "duration": "--duration",
     "steps": "--steps",
     "seed": "--seed",
+    "seeds": "--seed",
+    "prompts": "--prompt",
     "cfg_scale": "--cfg-scale",
     "sampler_kwargs.sampler_type": "--sampler",
     "sampler_kwargs": "--sampler",

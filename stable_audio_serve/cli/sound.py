@@ -38,11 +38,11 @@ _Regions = Annotated[
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
     *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
-    *("priority", "loras", "lora_stacking"),
+    *("prompts", "priority", "loras", "lora_stacking"),
 )
 _UNTIL = {"duration": "--until", "inpaint_end_seconds": "--until", "inpaint_start_seconds": "--from"}
 _LOOP_HAS_NOT = (
-    *("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority"),
+    *("model", "prompts", "duration", "sampler", "negative_prompt", "variations", "format", "priority"),
     *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
     *("loras", "lora_stacking"),
 )
@@ -143,6 +143,8 @@ def loop(
 
     Uses the server's model for loops (setting `dialects.model`).
     """
+    if options.seed and len(options.seed) > 1:
+        raise typer.BadParameter("a loop has one seed", param_hint="--seed")
     more = {"bars": None if bars is None else int(bars), "loop_type": kind, "style_strength": strength}
     _make("loop", prompt, audio=audio, more=more, options=options)
 
@@ -208,7 +210,7 @@ def _make(
         check_outputs(options.out, as_json=options.as_json)
         prompt = read_prompt(prompt)
         source = read_audio(audio) if isinstance(audio, str) else audio
-        fields = {**options.controls, **(more or {})}
+        fields = {**options.controls, **(more or {}), "prompts": options.prompts_after(prompt)}
         controls = {name: value for name, value in fields.items() if value is not None}
     _carry_out(
         SoundRequest(kind, prompt, audio=source, regions=regions or (), controls=controls), options=options, names=names

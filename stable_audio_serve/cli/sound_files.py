@@ -105,7 +105,7 @@ def save(result: Result, out: str, *, prompt: str) -> list[Path]:
 
     `out` is a folder if such a folder exists or `out` ends with a slash. Files in a folder are named after the prompt
     and the seed, and never replace existing files. If `out` is a file `clip.wav` and there are several variations, the
-    files are named `clip-<seed>.wav`. Raises OSError, ValueError.
+    files are named `clip-<seed>.wav`, or `clip-1.wav`, ... if some have the same seed. Raises OSError, ValueError.
     """
     if out == STDIN:
         if len(result.clips) > 1:
@@ -116,10 +116,18 @@ def save(result: Result, out: str, *, prompt: str) -> list[Path]:
     path = Path(out)
     if path.is_dir() or out.endswith(("/", "\\")):
         path.mkdir(parents=True, exist_ok=True)
-        return [_save_new(clip, path, stem=f"{slug(prompt)}-{clip.seed}") for clip in result.clips]
+        prompts = (str((clip.recipe or {}).get("prompt", prompt)) for clip in result.clips)
+        return [
+            _save_new(clip, path, stem=f"{slug(own)}-{clip.seed}")
+            for clip, own in zip(result.clips, prompts, strict=True)
+        ]
     if len(result.clips) == 1:
         return [result.save(path)]
-    return [clip.save(path.with_stem(f"{path.stem}-{clip.seed}")) for clip in result.clips]
+    seeds = [clip.seed for clip in result.clips]
+    numbers = seeds if len(set(seeds)) == len(seeds) else range(1, len(seeds) + 1)
+    return [
+        clip.save(path.with_stem(f"{path.stem}-{number}")) for clip, number in zip(result.clips, numbers, strict=True)
+    ]
 
 
 def report(result: Result, files: list[Path], *, as_json: bool) -> None:

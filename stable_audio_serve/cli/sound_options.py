@@ -51,7 +51,14 @@ class SoundOptions:
     model: Annotated[str | None, typer.Option("--model", "-m", help="Name of a served model.")] = None
     duration: Annotated[float | None, typer.Option("--duration", "-d", help="Length, seconds.")] = None
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
-    seed: Annotated[int | None, typer.Option("--seed", "-s", help="The same seed gives the same audio.")] = None
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", "-s", help="The same seed gives the same audio; repeated: one for each variation."),
+    ] = None
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="PROMPT", help="Prompt of one more variation; may be repeated."),
+    ] = None
     cfg_scale: Annotated[
         float | None, typer.Option("--cfg-scale", help="Guidance: how closely the audio follows the prompt.")
     ] = None
@@ -105,7 +112,8 @@ class SoundOptions:
             "model": self.model,
             "duration": self.duration,
             "steps": self.steps,
-            "seed": self.seed,
+            "seed": self.seed[0] if self.seed and len(self.seed) == 1 else None,
+            "seeds": self.seed if self.seed and len(self.seed) > 1 else None,
             "cfg_scale": self.cfg_scale,
             "sampler_kwargs": {"sampler_type": self.sampler} if self.sampler else None,
             "negative_prompt": self.negative_prompt,
@@ -121,6 +129,10 @@ class SoundOptions:
             "loras": [_parse_lora(text) for text in self.loras] if self.loras else None,
             "lora_stacking": self.lora_stacking,
         }
+
+    def prompts_after(self, prompt: str) -> list[str] | None:
+        """Return `prompt` and the prompts of the other variations, None if all variations have the same prompt."""
+        return [prompt, *self.prompts] if self.prompts else None
 
     @property
     def _loudness(self) -> dict[str, float] | None:

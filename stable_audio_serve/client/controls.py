@@ -45,6 +45,8 @@ class Controls(TypedDict, total=False):
     cfg_scale: Annotated[float | None, "Guidance: how closely the audio follows the prompt."]
     batch_size: Annotated[int | None, "Number of variations; seeds count up from `seed`."]
     seed: Annotated[int | None, "The same seed gives the same audio; -1 = random."]
+    prompts: Annotated[Sequence[str] | None, "A prompt for each variation, in place of `prompt`."]
+    seeds: Annotated[Sequence[int] | None, "A seed for each variation, in place of `seed`."]
     chunked_decode: Annotated[bool | None, "Decode in windows."]
     apg_scale: Annotated[float | None, "Adaptive projected guidance; 0 = plain guidance."]
     duration_padding_sec: Annotated[float | None, "Audio that is generated after the clip and cut off, seconds."]

@@ -42,6 +42,10 @@ class SourceAudio:
         """Length in seconds."""
         return self.samples.shape[1] / self.sample_rate_hz
 
+    def resampled_length(self, *, to_hz: int) -> int:
+        """Return the number of samples that the audio has at another sample rate (see `audio.prepare`)."""
+        return -(-self.samples.shape[1] * to_hz // self.sample_rate_hz)
+
     def to_mono(self) -> SourceAudio:
         """Return the audio with one channel, the mean of all channels."""
         return replace(self, samples=self.samples.mean(axis=0, keepdims=True), is_mixed=True)
@@ -94,7 +98,10 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...).
+    """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...) and their prompt.
+
+    If `variation_prompts` or `variation_seeds` are set, they have a value for each variation, and `prompt` or `seed` is
+    the first one.
 
     A field that is None has the model's default, except three fields. `conditioned_total_s` defaults to the end of the
     clip, `start_s + duration_s`. `negative_start_s` and `negative_total_s` default to `start_s` and
@@ -113,6 +120,8 @@ class GenerationRequest:
     negative_start_s: float | None = None
     negative_total_s: float | None = None
     batch_size: int = 1
+    variation_prompts: tuple[str, ...] = ()
+    variation_seeds: tuple[int, ...] = ()
     steps: int | None = None
     cfg_scale: float | None = None
     sampler: str | None = None
@@ -145,8 +154,14 @@ class GenerationRequest:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each variation. A request for a single variation with one of these seeds gives the same audio."""
-        return tuple((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
+        """The seed of each variation. A request for one variation with its seed and its prompt gives the same audio."""
+        counted = ((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
+        return self.variation_seeds or tuple(counted)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt of each variation."""
+        return self.variation_prompts or (self.prompt,) * self.batch_size
 
 
 Stage = Literal["queued", "encoding", "denoising", "decoding", "done"]

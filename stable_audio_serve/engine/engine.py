@@ -18,7 +18,6 @@ from typing import get_args
 import torch
 
 from stable_audio_serve.audio.keep import keep_source, plan_spans
-from stable_audio_serve.audio.prepare import resampled_length
 from stable_audio_serve.audio.seams import close_loop, loop_samples, with_surplus
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import UNAVAILABLE, ConfigError, ModelUnavailableError, OverloadedError
@@ -251,7 +250,7 @@ class Engine:
             state = await self._accept(planned, on_progress, frames=frames)
             try:
                 result = await state.reply.future
-                prompts = state.shared.prompts
+                prompts = state.shared.prompts.values()
                 provenance = complete_provenance(self._provenance, request, spec=self.spec, prompts=prompts)
                 result = replace(result, device=replace(self._device.use(), dtype=self.dtype), provenance=provenance)
                 if request.loop is not None:
@@ -401,7 +400,8 @@ def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: 
         return result
     spans = plan_spans(
         request.inpaint_regions_s,
-        num_source=resampled_length(given.samples.shape[1], given.sample_rate_hz, to_hz=result.sample_rate_hz),
+        num_source=given.resampled_length(to_hz=result.sample_rate_hz),
+        source_start=int(request.source_start_s * result.sample_rate_hz),
         num_samples=plan.output_samples,
         sample_rate_hz=result.sample_rate_hz,
     )

@@ -4,6 +4,7 @@ is saved in the recipe of each clip.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -16,7 +17,7 @@ from stable_audio_serve.core.generation import GenerationRequest, Loaded, Mode, 
 from stable_audio_serve.core.processor import has_matrix_bfloat16, is_amd
 from stable_audio_serve.engine.calls.request_state import Prompts
 from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.models.protocol import ModelSpec
+from stable_audio_serve.models.protocol import ModelSpec, TextEmbedding
 from stable_audio_serve.models.sa3.planning import DEFAULT_APG_SCALE
 
 
@@ -55,10 +56,10 @@ def describe_engine(
 
 
 def complete_provenance(
-    provenance: Provenance, request: GenerationRequest, *, spec: ModelSpec, prompts: Prompts | None
+    provenance: Provenance, request: GenerationRequest, *, spec: ModelSpec, prompts: Collection[Prompts]
 ) -> Provenance:
     """Add the parameters of one request, with the model's defaults for those not set, and the number of characters of
-    each prompt that the model reads. Returns the result.
+    each prompt that the model reads, the fewest of all variations. Returns the result.
     """
     card = spec.card
     edits_by_time = request.init_audio is not None and card.objective != "v"
@@ -73,11 +74,17 @@ def complete_provenance(
         apg_scale=apg_scale if request.apg_scale is None else request.apg_scale,
         duration_padding_s=padding_s if request.duration_padding_s is None else request.duration_padding_s,
         edit_schedule=request.edit_schedule or (card.default_edit_schedule if edits_by_time else None),
-        prompt_chars=prompts.prompt.chars_read if prompts else None,
-        negative_prompt_chars=prompts.negative.chars_read if prompts and prompts.negative else None,
+        prompt_chars=_fewest(own.prompt for own in prompts),
+        negative_prompt_chars=_fewest(own.negative for own in prompts),
         loras=tuple(replace(lora, source="") for lora in request.loras),
         lora_stacking=(request.lora_stacking or "chained") if request.loras else None,
     )
+
+
+def _fewest(embeddings: Iterable[TextEmbedding | None]) -> int | None:
+    """Return the fewest characters that the model reads of a text which it does not read to its end, or None."""
+    read = (embedding.chars_read for embedding in embeddings if embedding is not None)
+    return min((chars for chars in read if chars is not None), default=None)
 
 
 def require_checkpoint(request: GenerationRequest, *, spec: ModelSpec, loaded: Loaded) -> None:

@@ -15,7 +15,7 @@ from stable_audio_serve.core.ids import NO_CLIENT, ClientId, JobId
 from stable_audio_serve.core.keys import NO_LIMITS, KeyLimits
 from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, Encoding, Finishing, Peaks
 
-Contract = Literal["sa3", "aiml", "fal", "stability"]
+Contract = Literal["sa3", "aiml", "fal", "stability", "elevenlabs"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 # Servers of earlier versions cannot parse the mode long-piece. So their runners leave such jobs to other runners.
 Mode = Literal["text-to-audio", "audio-to-audio", "inpainting", "long-piece"]
@@ -40,6 +40,7 @@ class JobUpload:
     role: Role
     max_s: float  # how many seconds are decoded: no more than the model can use
     decoded_bytes: int = 0  # how much memory the decoded samples take
+    is_start: bool = False  # whether regions to inpaint also start from this audio, as variations do
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,11 @@ class JobSpec:
 
     @property
     def sources(self) -> dict[Role, RecipeSource]:
-        """The checksum of the source audio under its role, for the recipe. Empty if there is no source audio."""
-        return {self.upload.role: RecipeSource(sha256=self.upload.file.sha256)} if self.upload else {}
+        """The checksum of the source audio under its roles, for the recipe. Empty if there is no source audio."""
+        if self.upload is None:
+            return {}
+        roles: tuple[Role, ...] = ("init", "inpaint") if self.upload.is_start else (self.upload.role,)
+        return dict.fromkeys(roles, RecipeSource(sha256=self.upload.file.sha256))
 
     @property
     def ref(self) -> JobRef:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.audio.keep import is_continuation
-from stable_audio_serve.audio.prepare import resampled_length
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 
@@ -16,7 +15,8 @@ from stable_audio_serve.core.generation import GenerationRequest
 def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_rate_hz: int) -> Tensor | None:
     """Returns a mask (frames,) float32: 1 where the source's latent is kept, 0 where a latent is generated.
 
-    A frame is kept if its first sample is outside every inpainting region and before the clip's end. Without regions
+    A frame is kept if its first sample is outside every inpainting region, not before the source and before the clip's
+    end. Without regions
     nothing is kept, as in the references. Returns None for a request without source audio to inpaint. `hop` is the
     number of samples per frame. Raises InvalidRequestError naming the field.
 
@@ -32,8 +32,9 @@ def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_
         return torch.zeros(frames)
     first_samples = torch.arange(frames) * hop
     source = request.inpaint_audio
-    source_end = resampled_length(source.samples.shape[1], source.sample_rate_hz, to_hz=sample_rate_hz)
-    keep = first_samples < int(request.duration_s * sample_rate_hz)
+    source_start = int(request.source_start_s * sample_rate_hz)
+    source_end = source_start + source.resampled_length(to_hz=sample_rate_hz)
+    keep = (first_samples >= source_start) & (first_samples < int(request.duration_s * sample_rate_hz))
     for start_s, end_s in request.inpaint_regions_s:
         if not (math.isfinite(start_s) and math.isfinite(end_s) and 0 <= start_s < end_s):
             raise InvalidRequestError(f"inpaint region {start_s}..{end_s} must have 0 <= start < end", field=field)

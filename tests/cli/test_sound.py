@@ -134,6 +134,40 @@ async def test_options_choose_the_encoding_of_files(shell: Shell) -> None:
     assert b"--format" in refused
 
 
+async def test_finishing_and_loop_options_reach_the_server(shell: Shell) -> None:
+    printed = await shell.run(
+        *(
+            "generate",
+            "rain 120 bpm",
+            "--loop",
+            "--bpm",
+            "120",
+            "--bars",
+            "1",
+            "--loudness",
+            "-20",
+            "--true-peak",
+            "-3",
+        ),
+        *("-s", "5", "-o", "a.wav", "--json"),
+    )
+    assert (shell.backend.last.loop, shell.backend.last.duration_s) == ("bars", 2.0)
+    (clip,) = json.loads(printed)["clips"]
+    assert clip["loudness"] == pytest.approx(-20, abs=0.2)
+    assert clip["true_peak"] < -15
+    await shell.run("generate", "rain", "-d", "1", "--fade-in", "0.5", "--fade-out", "0.25", "-o", "b.wav")
+    recipe = read_recipe(await shell.read("b.wav"))
+    assert (recipe["fade_in_s"], recipe["fade_out_s"]) == (0.5, 0.25)
+
+
+async def test_prompts_and_seeds_may_be_repeated(shell: Shell) -> None:
+    await shell.run("generate", "rain", "--prompt", "wind", "-s", "8", "-s", "8", "-d", "0.5")
+    assert (shell.backend.last.prompts, shell.backend.last.seeds) == (("rain", "wind"), (8, 8))
+    assert await shell.files() == ["rain-8.wav", "wind-8.wav"]
+    await shell.run("generate", "rain", "-s", "8", "-s", "8", "-d", "0.5", "-o", "same.wav")
+    assert {"same-1.wav", "same-2.wav"} <= set(await shell.files())
+
+
 async def test_commands_read_and_write_pipes(shell: Shell) -> None:
     """A prompt can come from standard input, and audio can go through standard output into another command."""
     take = await shell.run("generate", "-", "-d", "1", "-o", "-", stdin=b"rain\n")

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from stable_audio_serve.api.native import schemas
-from stable_audio_serve.api.native.routes import TIME_FIELDS
+from stable_audio_serve.api.native.edits import TIME_FIELDS
 from stable_audio_serve.client import AsyncClient, Client
 from stable_audio_serve.client.controls import (
     EditControls,

@@ -157,6 +157,25 @@ async def test_variations_equal_single_requests_with_their_seeds(noisy_source_en
         np.testing.assert_array_equal(together.audio[index], single.audio[0])
 
 
+@pytest.mark.parametrize("prompt_cache_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+async def test_variations_equal_single_requests_with_their_prompts(prompt_cache_bytes: int, cfg_scale: float) -> None:
+    fields = {"duration_s": 0.6, "cfg_scale": cfg_scale, "negative_prompt": "hum"}
+    prompts, seeds = ("rain", "a much longer prompt about wind", "rain", ""), (7, 7, 2**63 - 1, 0)
+    several = make_request(
+        prompt=prompts[0], seed=7, batch_size=4, variation_prompts=prompts, variation_seeds=seeds, **fields
+    )
+    async with Engine(ToyModel(), make_options("strict", prompt_cache_bytes=prompt_cache_bytes)) as engine:
+        together = await engine.generate(several)
+        singles = [
+            await engine.generate(make_request(prompt=prompt, seed=seed, **fields))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+    assert together.seeds == seeds
+    for index, single in enumerate(singles):
+        np.testing.assert_array_equal(together.audio[index], single.audio[0])
+
+
 async def test_fixed_slots_change_no_byte() -> None:
     """If each call has a fixed number of rows, the other rows in the call, even dummy rows, change no byte."""
     policy = FixedSlots(slots=4, grid=16)

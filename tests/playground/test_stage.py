@@ -297,3 +297,24 @@ def test_volume_is_kept(page: Page) -> None:
         "const [done] = arguments; import('./playground/audio.js').then(({ output }) => done(output().gain.value))"
     )
     assert gain == 0.25
+
+
+@pytest.mark.slow
+def test_zoomed_view_is_scrolled_by_touch_on_its_ruler(phone: Page) -> None:
+    phone.fill(prompt="rain", duration=2, steps=2).make_clip()
+    for _ in range(4):
+        phone.click("zoom-in")
+    phone.run("document.getElementById('stage').scrollIntoView({behavior: 'instant'})")
+    view = place_of(phone, "#wave")
+
+    def swipe(height: float) -> float:
+        phone.run("document.getElementById('wave').scrollLeft = 200")
+        for kind, x in (("touchStart", 250), ("touchMove", 200), ("touchMove", 100), ("touchEnd", None)):
+            points = [] if x is None else [{"x": view["left"] + x, "y": view["top"] + height}]
+            phone.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        return float(phone.run("return document.getElementById('wave').scrollLeft"))
+
+    assert swipe(12) == 350
+    assert not phone["region-tools"].is_displayed()
+    assert swipe(100) == 200
+    phone.until(lambda: phone["region-tools"].is_displayed())

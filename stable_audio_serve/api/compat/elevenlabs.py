@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
-from starlette.exceptions import HTTPException
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -23,52 +24,48 @@ from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import ExpectedError, Refusals
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Output, Service, resolve_seed
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.audio.formats import SAMPLE_RATES_HZ, media_type
 from stable_audio_serve.audio.seams import LEAST_SURPLUS_S, as_loop
 from stable_audio_serve.core.catalog import SA3_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError, UnknownModelError
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, Section
+from stable_audio_serve.core.ids import JobId
+from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.core.sound import AudioFormat, Encoding
+from stable_audio_serve.jobs.job import JobSpec
+from stable_audio_serve.jobs.sections import choose_overlap, find_faults, longest_s
 
 TAG = "ElevenLabs"
 
 _SOUND_MODELS = ("eleven_text_to_sound_v2", "eleven_text_to_sound_v3")
 _MUSIC_MODELS = ("music_v1", "music_v2", "music_v2_5")
 _SOUND_S = (0.5, 30.0)
-_UNSET_SOUND_S, _UNSET_MUSIC_S = 5.0, 30.0
-_MUSIC_MS = (3000, 600_000)
-_SECTION_MS = (3000, 120_000)
-_GUIDANCE = 6.0  # guidance is 1 + this times prompt_influence
+_UNSET_SOUND_S, _UNSET_MUSIC_MS = 5.0, 30_000
 # A length in a text: "10 second", "2 s". Without a space, "80s" may be a decade, so only short lengths count.
 _LENGTH = re.compile(r"(?<![\w.])(\d{1,4}(?:\.\d{1,3})?)(?:[\s-]*(sec|secs|seconds?)|\s*s)\b", re.IGNORECASE)
 
-_MP3 = ("22050_32", "24000_48", *(f"44100_{kbps}" for kbps in (32, 64, 96, 128, 192)))
 _FORMATS = (
-    *(f"mp3_{name}" for name in _MP3),
+    *("mp3_22050_32", "mp3_24000_48", *(f"mp3_44100_{kbps}" for kbps in (32, 64, 96, 128, 192))),
     *(f"opus_48000_{kbps}" for kbps in (32, 64, 96, 128, 192)),
     *(f"{name}_{rate_hz}" for name in ("pcm", "wav") for rate_hz in SAMPLE_RATES_HZ),
-    "ulaw_8000",
-    "alaw_8000",
+    *("ulaw_8000", "alaw_8000"),
 )
 _MUSIC_FORMATS = ("auto", *_FORMATS, *(f"mp3_48000_{kbps}" for kbps in (128, 192, 240, 320)))
 SoundFormat = StrEnum("SoundFormat", {name.upper(): name for name in _FORMATS})  # type: ignore[misc]
 MusicFormat = StrEnum("MusicFormat", {name.upper(): name for name in _MUSIC_FORMATS})  # type: ignore[misc]
 _DEFAULT_FORMAT = "mp3_44100_128"
-_AUTO = {"music_v2": "mp3_48000_192", "music_v2_5": "mp3_48000_192"}  # of other models the default
+_AUTO = dict.fromkeys(_MUSIC_MODELS[1:], "mp3_48000_192")  # of other models the default
 
-_ROWS = {
-    "unauthorized": (401, "invalid_api_key"),
-    "forbidden": (403, "missing_permissions"),
-    "upload_too_large": (413, "request_too_large"),
-    "overloaded": (429, "too_many_concurrent_requests"),
-    "quota": (429, "too_many_concurrent_requests"),
-    "cancelled": (503, "unavailable"),
-    "unavailable": (503, "unavailable"),
-    "storage": (503, "unavailable"),
-    "deadline_exceeded": (504, "timeout"),
-    "storage_full": (507, "storage_full"),
+_STATUS = {
+    **{"unauthorized": 401, "forbidden": 403, "upload_too_large": 413, "overloaded": 429, "quota": 429},
+    **{"cancelled": 503, "unavailable": 503, "storage": 503, "deadline_exceeded": 504, "storage_full": 507},
 }
+_WORDS = {401: "invalid_api_key", 403: "missing_permissions", 429: "too_many_concurrent_requests"}
+_LOCAL_STYLES = AliasChoices("positive_local_styles", "positive_styles")
+_Styles = Annotated[tuple[str, ...], Field(max_length=50)]
 
 
 class _Body(BaseModel):
@@ -80,15 +77,10 @@ class _Body(BaseModel):
 class SoundBody(_Body):
     """A sound effect."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a door slams", "duration_seconds": 2}]})
-
-    text: Prompt = Field(description="Description of the sound.")
+    text: Prompt = Field(description="Description of the sound.", examples=["a door slams"])
     loop: StrictBool | None = Field(None, description="Whether the sound repeats without a seam; null = false.")
     duration_seconds: Finite | None = Field(
-        None,
-        ge=_SOUND_S[0],
-        le=_SOUND_S[1],
-        description="Length, at most the model's longest clip; null = the length that the text names, or 5.",
+        None, ge=_SOUND_S[0], le=_SOUND_S[1], description="Length; null = the length that the text names, or 5."
     )
     prompt_influence: Finite | None = Field(
         None, ge=0, le=1, description="Guidance of base models, 1 + 6 times this; distilled ones have none; null = 0.3."
@@ -96,34 +88,36 @@ class SoundBody(_Body):
     model_id: str | None = Field(None, description=f"{', '.join(_SOUND_MODELS)}, or a model of this server.")
 
 
-class Section(_Body):
-    """A part of a composition plan."""
+class PlanSection(_Body):
+    """A part of a composition plan. Lyrics are ignored."""
 
     section_name: str = Field("", max_length=100)
-    positive_local_styles: tuple[str, ...] = Field((), max_length=50)
-    negative_local_styles: tuple[str, ...] = Field((), max_length=50)
-    duration_ms: int = Field(ge=_SECTION_MS[0], le=_SECTION_MS[1])
-    lines: tuple[str, ...] = Field((), max_length=30, description="Lyrics, which these models do not sing.")
+    positive_local_styles: _Styles = Field((), validation_alias=_LOCAL_STYLES)
+    duration_ms: int = Field(ge=3000, le=120_000)
 
 
 class Plan(_Body):
-    """A composition plan: styles of the whole piece, and its sections."""
+    """A composition plan: styles of the whole piece, and its sections. `music_v2` calls sections chunks."""
 
-    positive_global_styles: tuple[str, ...] = Field((), max_length=50)
-    negative_global_styles: tuple[str, ...] = Field((), max_length=50)
-    sections: tuple[Section, ...] = Field(min_length=1, max_length=30)
+    positive_global_styles: _Styles = ()
+    negative_global_styles: _Styles = ()
+    sections: tuple[PlanSection, ...] = Field(
+        min_length=1, max_length=30, validation_alias=AliasChoices("sections", "chunks")
+    )
+
+    def parts(self) -> Iterator[tuple[str, float]]:
+        """Yield the prompt and the seconds of each section."""
+        for section in self.sections:
+            styles = dict.fromkeys((*self.positive_global_styles, *section.positive_local_styles))
+            yield ", ".join(styles) or section.section_name or "music", section.duration_ms / 1000
 
 
 class MusicBody(_Body):
     """A piece of music, from a prompt or a composition plan."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "slow piano", "music_length_ms": 10_000}]})
-
     prompt: Prompt | None = Field(None, description="Description of the music, unless there is a plan.")
     composition_plan: Plan | None = None
-    music_length_ms: int | None = Field(
-        None, ge=_MUSIC_MS[0], le=_MUSIC_MS[1], description="Length, only with a prompt; null = 30,000."
-    )
+    music_length_ms: int | None = Field(None, ge=3000, le=600_000, description="Only with a prompt; null = 30,000.")
     model_id: str | None = Field(None, description=f"{', '.join(_MUSIC_MODELS)}, or a model of this server.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Null = random; the header x-seed has it.")
     force_instrumental: StrictBool | None = Field(None, description="Accepted: models do not sing.")
@@ -138,21 +132,18 @@ _USER: Mapping[str, Any] = {
     "subscription": {
         **{"tier": "self-hosted", "status": "active", "currency": "usd", "character_count": 0},
         **{"character_limit": 1_000_000, "max_credit_limit_extension": "unlimited"},
-        **dict.fromkeys(("can_extend_character_limit", "allowed_to_extend_character_limit"), False),
-        **dict.fromkeys(("can_use_instant_voice_cloning", "can_use_professional_voice_cloning"), False),
-        **dict.fromkeys(("voice_slots_used", "professional_voice_slots_used", "voice_limit"), 0),
-        **dict.fromkeys(("professional_voice_slots_used_in_workspace", "professional_voice_limit"), 0),
-        **{"voice_add_edit_counter": 0, "can_extend_voice_limit": False},
-        "current_overage": {"amount": "0", "currency": "usd"},
+        **dict.fromkeys((f"can_extend_{what}_limit" for what in ("character", "voice")), False),
+        **dict.fromkeys((f"can_use_{kind}_voice_cloning" for kind in ("instant", "professional")), False),
+        **dict.fromkeys((f"{who}voice_{what}" for who in ("", "professional_") for what in ("slots_used", "limit")), 0),
+        **{"professional_voice_slots_used_in_workspace": 0, "voice_add_edit_counter": 0},
+        **{"allowed_to_extend_character_limit": False, "current_overage": {"amount": "0", "currency": "usd"}},
     },
     **dict.fromkeys(("is_new_user", "can_use_delayed_payment_methods"), False),
     **dict.fromkeys(("is_onboarding_completed", "is_onboarding_checklist_completed"), True),
     **{"created_at": 0, "seat_type": "workspace_member"},
 }
 _MODEL: Mapping[str, Any] = {
-    **dict.fromkeys(("can_be_finetuned", "can_do_text_to_speech", "can_do_voice_conversion", "can_use_style"), False),
-    **dict.fromkeys(("can_use_speaker_boost", "serves_pro_voices", "requires_alpha_access"), False),
-    **{"token_cost_factor": 0.0, "maximum_text_length_per_request": 100_000, "concurrency_group": "standard"},
+    **dict.fromkeys(("can_do_text_to_speech", "can_do_voice_conversion", "can_be_finetuned"), False),
     "languages": [{"language_id": "en", "name": "English"}],
 }
 
@@ -163,20 +154,7 @@ class ElevenLabsError(BaseModel):
     detail: dict[str, str]
 
 
-class InvalidField(BaseModel):
-    """One invalid field; `loc` ends in its name."""
-
-    loc: list[str | int]
-    msg: str
-    type: str
-
-
-class InvalidFields(BaseModel):
-    """422: one entry for each invalid field."""
-
-    detail: list[InvalidField]
-
-
+_Faults = dict[str, list[dict[str, Any]]]  # `detail`: `loc`, `msg` and `type` of each invalid field
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _AUDIO: dict[int | str, dict[str, Any]] = {
     200: {
@@ -184,7 +162,7 @@ _AUDIO: dict[int | str, dict[str, Any]] = {
         "content": {media_type(AudioFormat(name)): _BINARY for name in ("mp3", "opus", "pcm", "wav", "ulaw", "alaw")},
         "headers": SOUND_HEADERS,
     },
-    422: {"model": InvalidFields, "description": "A field is missing, of the wrong type or out of range."},
+    422: {"model": _Faults, "description": "A field is missing, of the wrong type or out of range."},
     **error_responses(ElevenLabsError, 401, 408, 413, 429, 500, 503, 504),
 }
 _Logging = Annotated[bool, Query(description="Accepted: prompts are not logged either way.")]
@@ -193,9 +171,9 @@ _FormatField = Query(description="Format, sample rate, and bit rate in kbit/s.")
 
 def build_router(service: Service) -> APIRouter:
     """Return the dialect's routes, except the list of models, whose path other dialects have too."""
-    router = APIRouter(tags=[TAG])
-    making = APIRouter(route_class=route_class(render_error, scopes=("generate",)), strict_content_type=False)
-    looking = APIRouter(route_class=route_class(render_error, scopes=()))
+    router = APIRouter(
+        route_class=route_class(render_error, scopes=("generate",)), tags=[TAG], strict_content_type=False
+    )
     default = _choose(service.backend.catalog, service.settings.dialects.elevenlabs_model)
 
     async def run(request: Request, generation: GenerationRequest, *, card: ModelCard, name: str) -> Output:
@@ -210,13 +188,33 @@ def build_router(service: Service) -> APIRouter:
         note(request.scope, num_bytes=output.file.num_bytes)
         return output
 
-    async def compose(request: Request, body: MusicBody, *, name: str) -> Output:
+    async def compose(request: Request, body: MusicBody, *, name: str) -> tuple[StreamingResponse, int]:
+        """Return the response with a piece, without its length, and the length in bytes."""
         card = _resolve(service.backend.catalog, body.model_id, default=default, names=_MUSIC_MODELS)
-        generation = _to_music(body, card, request_id=request.state.request_id)
+        generation, sections = _to_music(body, card, limits=service.settings.api, request_id=request.state.request_id)
         name = _AUTO.get(body.model_id or "", _DEFAULT_FORMAT) if name == "auto" else name
-        return await run(request, generation, card=card, name=name)
+        if not sections:
+            output = await run(request, generation, card=card, name=name)
+            file: EncodedFile | StoredFile = output.file
+            headers, content = sound_headers(output.clips, output.result.made_on), file_chunks(output.file)
+        else:
+            spec = JobSpec(
+                id=JobId(uuid.uuid4().hex),
+                contract="elevenlabs",
+                model=card.name,
+                mode="long-piece",
+                request=generation,
+                encoding=_encoding(name),
+                sections=sections,
+                overlap_s=choose_overlap(None, card=card, limits=service.settings.api),
+                client=request.state.client,
+            )
+            note(request.scope, model=card.name, duration_s=generation.duration_s, job_id=spec.id)
+            file = await service.run_job(spec, card=card, caller=request.state.caller)
+            headers, content = sound_headers(file.clips, file.made_on), service.jobs.read(file)
+        return StreamingResponse(content, headers=headers, media_type=file.media_type), file.num_bytes
 
-    @making.post("/v1/sound-generation", summary="Sound effect (ElevenLabs)", response_class=Response, responses=_AUDIO)
+    @router.post("/v1/sound-generation", summary="Sound effect (ElevenLabs)", response_class=Response, responses=_AUDIO)
     async def make_sound(
         request: Request,
         body: SoundBody,
@@ -228,9 +226,9 @@ def build_router(service: Service) -> APIRouter:
         card = _resolve(service.backend.catalog, body.model_id, default=default, names=_SOUND_MODELS)
         generation = _to_sound(body, card, request_id=request.state.request_id)
         output = await run(request, generation, card=card, name=output_format)
-        return encoded_answer(output.file, _headers(output))
+        return encoded_answer(output.file, sound_headers(output.clips, output.result.made_on))
 
-    @making.post("/v1/music", summary="Music (ElevenLabs)", response_class=Response, responses=_AUDIO)
+    @router.post("/v1/music", summary="Music (ElevenLabs)", response_class=Response, responses=_AUDIO)
     async def make_music(
         request: Request,
         body: MusicBody,
@@ -239,10 +237,11 @@ def build_router(service: Service) -> APIRouter:
         enable_logging: _Logging = True,
     ) -> Response:
         """Generate music from a prompt or a composition plan."""
-        output = await compose(request, body, name=output_format)
-        return encoded_answer(output.file, _headers(output))
+        response, num_bytes = await compose(request, body, name=output_format)
+        response.headers["Content-Length"] = str(num_bytes)
+        return response
 
-    @making.post("/v1/music/stream", summary="Music in pieces (ElevenLabs)", response_class=Response, responses=_AUDIO)
+    @router.post("/v1/music/stream", summary="Music in pieces (ElevenLabs)", response_class=Response, responses=_AUDIO)
     async def stream_music(
         request: Request,
         body: MusicBody,
@@ -251,26 +250,26 @@ def build_router(service: Service) -> APIRouter:
         enable_logging: _Logging = True,
     ) -> Response:
         """Generate music and send it in pieces, without a Content-Length."""
-        output = await compose(request, body, name=output_format)
-        return StreamingResponse(file_chunks(output.file), headers=_headers(output), media_type=output.file.media_type)
+        return (await compose(request, body, name=output_format))[0]
 
-    @looking.get("/v1/user", summary="User (ElevenLabs)", responses=error_responses(ElevenLabsError, 401, 503))
     async def show_user(request: Request) -> dict[str, Any]:
         """Describe the key. Clients call this to check it."""
         return {**dict.fromkeys(("user_id", "workspace_id", "first_name"), request.state.caller.key.label), **_USER}
 
-    router.include_router(making)
-    router.include_router(looking)
+    router.add_api_route(
+        "/v1/user",
+        show_user,
+        methods=["GET"],
+        summary="User (ElevenLabs)",
+        responses=error_responses(ElevenLabsError, 401, 503),
+        route_class_override=route_class(render_error, scopes=()),
+    )
     return router
 
 
 def list_models(catalog: ModelCatalog) -> list[dict[str, Any]]:
     """Return the served models in ElevenLabs' form."""
     return [{"model_id": card.name, "name": card.name, "description": card.description, **_MODEL} for card in catalog]
-
-
-def _headers(output: Output) -> dict[str, str]:
-    return sound_headers(output.clips, output.result.made_on)
 
 
 def _choose(catalog: ModelCatalog, name: str | None) -> ModelCard:
@@ -301,7 +300,7 @@ def _to_sound(body: SoundBody, card: ModelCard, *, request_id: str) -> Generatio
         prompt=body.text,
         duration_s=duration_s,
         seed=resolve_seed(-1),
-        cfg_scale=1 + _GUIDANCE * influence if card.default_cfg_scale > 1 else None,
+        cfg_scale=1 + 6 * influence if card.default_cfg_scale > 1 else None,
         request_id=request_id,
     )
     return as_loop(request, max_duration_s=card.max_duration_s) if body.loop else request
@@ -315,37 +314,41 @@ def _named_length(text: str) -> float:
     return _UNSET_SOUND_S
 
 
-def _to_music(body: MusicBody, card: ModelCard, *, request_id: str) -> GenerationRequest:
-    """Return the request for music. Raises RequestValidationError for fields that have no meaning here."""
-    if (body.prompt is None) == (body.composition_plan is None):
+def _to_music(
+    body: MusicBody, card: ModelCard, *, limits: ApiSettings, request_id: str
+) -> tuple[GenerationRequest, tuple[Section, ...]]:
+    """Return the request for music, and the sections of a piece with a plan or longer than the model's longest clip.
+
+    Raises RequestValidationError for fields that contradict each other or have no meaning here.
+    """
+    plan, field = body.composition_plan, "music_length_ms" if body.composition_plan is None else "composition_plan"
+    if (body.prompt is None) == (plan is None):
         raise _fault("prompt", "send either prompt or composition_plan")
     if body.finetune_id is not None:
         raise _fault("finetune_id", "must be null: this server has no finetunes; select a model with model_id")
     if body.store_for_inpainting:
         raise _fault("store_for_inpainting", "must be false or null: songs are not stored")
-    longest_s, plan = card.max_duration_s, body.composition_plan
-    if plan is not None:
-        field, duration_s = "composition_plan", sum(section.duration_ms for section in plan.sections) / 1000
-    elif body.music_length_ms is None:
-        field, duration_s = "music_length_ms", min(_UNSET_MUSIC_S, longest_s)
-    else:
-        field, duration_s = "music_length_ms", body.music_length_ms / 1000
-    if duration_s > longest_s:
-        raise _fault(field, f"must last at most {longest_s * 1000:.0f} ms, the longest clip of the model {card.name}")
-    return GenerationRequest(
-        prompt=body.prompt or _describe(plan),
-        duration_s=duration_s,
+    length_ms = _UNSET_MUSIC_MS if body.music_length_ms is None else body.music_length_ms
+    parts = [(body.prompt or "", length_ms / 1000)] if plan is None else list(plan.parts())
+    request = GenerationRequest(
+        prompt=parts[0][0],
+        duration_s=sum(seconds for _, seconds in parts),
         seed=resolve_seed(-1 if body.seed is None else body.seed),
+        negative_prompt=", ".join(plan.negative_global_styles) or None if plan else None,
         request_id=request_id,
     )
-
-
-def _describe(plan: Plan | None) -> str:
-    """Return a prompt with the styles of a plan and its sections."""
-    if plan is None:
-        return ""
-    styles = [*plan.positive_global_styles, *(each for part in plan.sections for each in part.positive_local_styles)]
-    return ", ".join(dict.fromkeys(styles)) or ", ".join(part.section_name for part in plan.sections)
+    if len(parts) == 1 and request.duration_s <= card.max_duration_s:
+        return request, ()
+    overlap_s = choose_overlap(None, card=card, limits=limits)
+    counts = [math.ceil(seconds / (longest_s(card, limits) - overlap_s) - 1e-9) for _, seconds in parts]
+    sections = tuple(
+        Section(seconds / count, prompt)
+        for (prompt, seconds), count in zip(parts, counts, strict=True)
+        for _ in range(count)
+    )
+    for fault in find_faults(sections, overlap_s=overlap_s, card=card, limits=limits):
+        raise _fault(field, fault.message)
+    return request, sections
 
 
 def _encoding(name: str) -> Encoding:
@@ -363,38 +366,34 @@ def _fault(field: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": f"{field}: {message}"}])
 
 
-def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[InvalidField]:
+def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
     places = [fault["loc"]]
     if fault["type"] == "json_invalid":  # then FastAPI's location ends with a character position
         places = [("body",)]
     elif fault["loc"] == ("body",) and fault["type"] == "missing":  # there is no body
         places = [("body", "text"), ("body", "prompt")]
-    return [InvalidField(loc=printable(list(at)), msg=printable(fault["msg"]), type=fault["type"]) for at in places]
+    return [{"loc": printable(at), "msg": printable(fault["msg"]), "type": fault["type"]} for at in places]
 
 
-def _find_fault(_: Request, error: StableAudioError) -> InvalidField | None:
-    if not isinstance(error, InvalidRequestError):
-        return None
-    return InvalidField(loc=["body", error.field or "text"], msg=error.message, type="value_error")
+def _find_fault(_: Request, error: StableAudioError) -> dict[str, Any] | None:
+    field = "model_id" if isinstance(error, UnknownModelError) else error.field or "text"
+    is_field = isinstance(error, InvalidRequestError)
+    return {"loc": ["body", field], "msg": error.message, "type": "value_error"} if is_field else None
 
 
-def _answer(status: int, word: str, *, message: str, headers: Mapping[str, str] | None = None) -> Response:
+def _answer(status: int, message: str, *, headers: Mapping[str, str] | None) -> Response:
+    word = _WORDS.get(status) or HTTPStatus(status).phrase.lower().replace(" ", "_")
     return JSONResponse({"detail": {"status": word, "message": message}}, status, headers=dict(headers or {}))
 
 
-def _answer_http(_: Request, error: HTTPException) -> Response:
-    word = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    return _answer(error.status_code, word, message=str(error.detail), headers=error.headers)
-
-
-_REFUSALS: Refusals[tuple[int, str], InvalidField, Response] = Refusals(
-    table=_ROWS,
-    internal=(500, "internal_error"),
+_REFUSALS: Refusals[int, dict[str, Any], Response] = Refusals(
+    table=_STATUS,
+    internal=500,
     internal_message="generation failed; request id {request_id}",
     parse_fault=_parse_fault,
     find_fault=_find_fault,
-    name_field=lambda fault: fault.loc[-1],
-    answer_fields=lambda _, faults: JSONResponse({"detail": [each.model_dump() for each in faults]}, 422),
-    answer_http=_answer_http,
-    answer_error=lambda _, error: _answer(*error.row, message=error.message, headers=error.headers),
+    name_field=lambda fault: fault["loc"][-1],
+    answer_fields=lambda _, faults: JSONResponse({"detail": faults}, 422),
+    answer_http=lambda _, error: _answer(error.status_code, str(error.detail), headers=error.headers),
+    answer_error=lambda _, refusal: _answer(refusal.row, refusal.message, headers=refusal.headers),
 )

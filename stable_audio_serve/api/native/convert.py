@@ -11,8 +11,10 @@ import pydantic_core
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter, ValidationError
 
+from stable_audio_serve.api.fields import Prompt
 from stable_audio_serve.api.native.schemas import (
     MAX_LORAS,
+    MAX_VARIATIONS,
     Controls,
     GenerationBody,
     LoraBody,
@@ -51,7 +53,9 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 }
 
 
-_SAME_S = 0.001  # a duration that differs by less from that of the bars is the same
+SAME_S = 0.001  # a duration that differs by less from that of the bars is the same
+_PROMPTS = TypeAdapter(Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=MAX_VARIATIONS)])
+_SEEDS = TypeAdapter(Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_VARIATIONS)])
 _LOUDNESS = TypeAdapter(LoudnessBody)
 _LORAS = TypeAdapter(Annotated[tuple[LoraBody, ...], Field(max_length=MAX_LORAS)])
 
@@ -72,7 +76,7 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
     try:
         return check_sampler_kwargs(values)
     except ValueError as error:
-        raise RequestValidationError([_fault("sampler_kwargs", str(error), value=values)]) from error
+        raise RequestValidationError([to_fault("sampler_kwargs", str(error), value=values)]) from error
 
 
 def parse_loras(given: str | Sequence[LoraBody]) -> tuple[Lora, ...]:
@@ -93,7 +97,7 @@ def to_finishing(fields: Controls, generation: GenerationRequest) -> Finishing:
     try:
         finishing.check(duration_s=generation.duration_s, is_loop=generation.loop is not None)
     except InvalidRequestError as error:
-        raise RequestValidationError([_fault(error.field or "", error.message, value=None)]) from error
+        raise RequestValidationError([to_fault(error.field or "", error.message, value=None)]) from error
     return finishing
 
 
@@ -121,9 +125,12 @@ def to_request(
     try:
         card = catalog.resolve(fields.model) if "model" in given else catalog.default
     except UnknownModelError as error:
-        raise RequestValidationError([_fault("model", error.message, value=fields.model)]) from error
+        raise RequestValidationError([to_fault("model", error.message, value=fields.model)]) from error
     faults: list[dict[str, Any]] = []
     loop, bars_s = _plan_loop(fields, faults=faults)
+    prompts, seeds = _plan_variations(fields, faults=faults)
+    batch_size = len(prompts or seeds) or fields.batch_size
+    counted = "prompts: batch_size" if prompts else "seeds: batch_size" if seeds else "batch_size"
     model_longest_s = card.max_duration_s - (LEAST_SURPLUS_S if loop else 0)
     longest_s = min(limits.max_duration_s, model_longest_s)
     duration_s = bars_s or (fields.duration if "duration" in given else min(fields.duration, longest_s))
@@ -132,11 +139,11 @@ def to_request(
     steps = fields.steps if "steps" in given else min(card.default_steps, limits.most_steps(card.default_steps))
     limiter = f"the model {card.name}" if model_longest_s < limits.max_duration_s else "api.max_duration_s"
     faults += [
-        _fault(name.partition(":")[0], f"{name} must be at most {limit:g} ({setter})", value=value)
+        to_fault(name.partition(":")[0], f"{name} must be at most {limit:g} ({setter})", value=value)
         for name, value, limit, setter in (
             ("duration" if bars_s is None else "bars: duration", clip_s, longest_s, limiter),
             ("steps", steps, limits.most_steps(card.default_steps), "api.max_steps"),
-            ("batch_size", fields.batch_size, limits.max_batch_size, "api.max_batch_size"),
+            (counted, batch_size, limits.max_batch_size, "api.max_batch_size"),
             ("deadline_s", fields.deadline_s or 0, limits.max_deadline_s, "api.max_deadline_s"),
         )
         if value > limit
@@ -146,20 +153,22 @@ def to_request(
     apg_scale = fields.apg_scale if "apg_scale" in given else None
     if apg_scale and card.family == OPEN_FAMILY:
         message = f"apg_scale must be 0 or unset: the model {card.name} does not support it"
-        faults.append(_fault("apg_scale", message, value=apg_scale))
+        faults.append(to_fault("apg_scale", message, value=apg_scale))
     try:
         check_encoding(to_encoding(fields))
     except InvalidRequestError as error:
         value = getattr(fields, str(error.field))
-        faults.append(_fault(str(error.field), error.message, value=value))
+        faults.append(to_fault(str(error.field), error.message, value=value))
     if faults:
         raise RequestValidationError(faults)
     request = GenerationRequest(
-        prompt=fields.prompt,
+        prompt=prompts[0] if prompts else fields.prompt,
         duration_s=total_duration_s(sections) if sections else duration_s,
-        seed=resolve_seed(fields.seed),
+        seed=seeds[0] if seeds else resolve_seed(fields.seed),
         negative_prompt=fields.negative_prompt,
-        batch_size=fields.batch_size,
+        batch_size=batch_size,
+        variation_prompts=prompts,
+        variation_seeds=seeds,
         steps=steps,
         cfg_scale=fields.cfg_scale if "cfg_scale" in given else None,
         apg_scale=apg_scale,
@@ -181,6 +190,30 @@ def to_encoding(fields: Controls) -> Encoding:
     return Encoding(fields.response_format, fields.bitrate, fields.bit_depth, fields.sample_rate)
 
 
+def _plan_variations(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the prompts and the seeds of the variations, each empty if unset. Appends errors to `faults`.
+
+    Raises RequestValidationError.
+    """
+    prompts: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    if isinstance(fields, UploadForm):
+        prompts = _parse_json(_PROMPTS, fields.prompts, field="prompts")
+        seeds = _parse_json(_SEEDS, fields.seeds, field="seeds")
+    elif isinstance(fields, GenerationBody):
+        prompts, seeds = fields.prompts, fields.seeds
+    size, source = fields.batch_size, "batch_size"
+    for name, values in (("prompts", prompts), ("seeds", seeds)):
+        if values is None:
+            continue
+        if source == "batch_size" and "batch_size" not in fields.model_fields_set:
+            size, source = len(values), name
+        elif len(values) != size:
+            message = f"{name} must have as many entries as {source}, {size}, not {len(values)}"
+            faults.append(to_fault(name, message, value=None))
+    return prompts or (), tuple(resolve_seed(seed) for seed in seeds or ())
+
+
 def _plan_loop(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[LoopStart | None, float | None]:
     """Return where the requested loop begins, and the seconds of its bars, or None. Appends errors to `faults`."""
     if not isinstance(fields, GenerationBody):
@@ -189,15 +222,15 @@ def _plan_loop(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[LoopS
     if bpm is None and bars is None:
         return "free" if fields.loop else None, None
     if not fields.loop:
-        faults.append(_fault("loop", "loop must be true with bpm and bars", value=fields.loop))
+        faults.append(to_fault("loop", "loop must be true with bpm and bars", value=fields.loop))
     if bpm is None or bars is None:
         missing, given = ("bpm", "bars") if bpm is None else ("bars", "bpm")
-        faults.append(_fault(missing, f"{missing} must be set with {given}", value=None))
+        faults.append(to_fault(missing, f"{missing} must be set with {given}", value=None))
         return "free", None
     duration_s = bars * BEATS_PER_BAR * 60 / bpm
-    if "duration" in fields.model_fields_set and abs(fields.duration - duration_s) > _SAME_S:
+    if "duration" in fields.model_fields_set and abs(fields.duration - duration_s) > SAME_S:
         message = f"duration must be unset, or {duration_s:g} as {bars} bars at {bpm:g} bpm"
-        faults.append(_fault("duration", message, value=fields.duration))
+        faults.append(to_fault("duration", message, value=fields.duration))
     return "bars", duration_s
 
 
@@ -209,7 +242,7 @@ def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCa
     """
     if form.edit_schedule is not None and card.objective == "v":
         message = f"edit_schedule must be unset: the model {card.name} does not support it"
-        raise RequestValidationError([_fault("edit_schedule", message, value=form.edit_schedule)])
+        raise RequestValidationError([to_fault("edit_schedule", message, value=form.edit_schedule)])
     level = card.noise_level(form.init_noise_level, sampler=generation.sampler)
     return replace(generation, init_noise_level=level, edit_schedule=form.edit_schedule)
 
@@ -221,7 +254,7 @@ def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[di
     sampler = values.pop("sampler_type", None)
     if sampler is not None and (not isinstance(sampler, str) or sampler.strip() not in card.samplers):
         message = f"sampler_kwargs.sampler_type must be one of {', '.join(card.samplers)} for the model {card.name}"
-        faults.append(_fault("sampler_kwargs", message, value=sampler))
+        faults.append(to_fault("sampler_kwargs", message, value=sampler))
     elif sampler is not None:
         chosen["sampler"] = sampler.strip()
     for key, (field, low, high) in _OPTIONS[card.family == OPEN_FAMILY].items():
@@ -232,9 +265,9 @@ def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[di
             chosen[field] = float(value)
         else:
             message = f"sampler_kwargs.{key} must be a number from {low:g} to {high:g}"
-            faults.append(_fault("sampler_kwargs", message, value=value))
+            faults.append(to_fault("sampler_kwargs", message, value=value))
     if chosen.get("sigma_min", 0.0) >= chosen.get("sigma_max", math.inf):
-        faults.append(_fault("sampler_kwargs", "sampler_kwargs.sigma_min must be below sigma_max", value=values))
+        faults.append(to_fault("sampler_kwargs", "sampler_kwargs.sigma_min must be below sigma_max", value=values))
     return chosen
 
 
@@ -248,5 +281,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _fault(field: str, message: str, *, value: object) -> dict[str, Any]:
+def to_fault(field: str, message: str, *, value: object) -> dict[str, Any]:
+    """Return the entry about an invalid field in the list of a RequestValidationError."""
     return {"type": "value_error", "loc": ("body", field), "msg": message, "input": value}

@@ -13,9 +13,9 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer, file_order
 from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_request, unused_options
+from stable_audio_serve.api.native.edits import check_edit, starts_from_source, to_inpainting
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names
-from stable_audio_serve.api.native.regions import parse_regions
 from stable_audio_serve.api.native.schemas import (
     Controls,
     ErrorBody,
@@ -33,7 +33,6 @@ from stable_audio_serve.core.generation import GenerationRequest
 TAG = "Stable Audio 3"
 
 _MULTIPART = Form(media_type="multipart/form-data")
-TIME_FIELDS = {name for name in InpaintForm.model_fields if name.startswith("inpaint_")}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 MEDIA_TYPES = ("audio/wav", "application/zip", *media_types())
 AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -93,14 +92,16 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post("/v1/audio/inpaint", response_class=Response, responses=AUDIO_RESPONSES)
     async def inpaint(request: Request, form: Annotated[InpaintForm, _MULTIPART]) -> Response:
-        """Regenerate regions of uploaded audio, or extend it past its end."""
+        """Regenerate regions of uploaded audio, or extend it before its start or after its end."""
         started_at = service.clock.monotonic()
         card, generation = convert(
             service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
         )
-        regions = parse_regions(form.model_dump(include=TIME_FIELDS), duration_s=generation.duration_s)
+        check_edit(form, generation)
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
-        generation = replace(generation, inpaint_audio=source, inpaint_regions_s=regions, keep=form.keep)
+        generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
+        init = source if starts_from_source(form) else None
+        generation = replace(generation, inpaint_audio=source, init_audio=init)
         return await answer(request, form, card=card, generation=generation, started_at=started_at)
 
     return router

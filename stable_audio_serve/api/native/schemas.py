@@ -9,7 +9,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stable_audio_serve.api.fields import (
     PEAKS_DESCRIPTION,
@@ -68,6 +68,7 @@ def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+MAX_VARIATIONS = 99  # the highest value of the setting `max_batch_size`
 MAX_LORAS = 64  # the highest value of the setting `max_loras`
 
 _Time = Annotated[Finite, Field(ge=0, le=1)]
@@ -110,7 +111,9 @@ class Controls(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-    prompt: Prompt = Field(description="Description of the sound.", examples=["warm analog pad, slow attack"])
+    prompt: Prompt = Field(
+        description="Description of the sound. Not required with `prompts`.", examples=["warm analog pad, slow attack"]
+    )
     model: str = Field(
         "",
         description="Canonical name or alias, with adapters as in `medium:vinyl+bells`; unset = the default model.",
@@ -153,6 +156,16 @@ class Controls(BaseModel):
     fade_out_s: Finite | None = Field(None, ge=0, description="Extension: linear fade at the end, seconds.")
     manifest: bool = Field(False, description="Extension: add manifest.json to the ZIP of several variations.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_prompt(cls, values: Any) -> Any:
+        """Set a missing prompt if there are `prompts`, which replace it."""
+        if not isinstance(values, dict) or values.get("prompt") not in (None, ""):
+            return values
+        prompts = values.get("prompts")
+        is_unset = prompts.strip() in {"", "null"} if isinstance(prompts, str) else prompts is None
+        return values if is_unset else {**values, "prompt": "-"}
+
 
 class GenerationBody(Controls):
     """Text to audio."""
@@ -166,6 +179,18 @@ class GenerationBody(Controls):
         description="Used: sampler_type, scale_phi, cfg_norm_threshold; by Stable Audio Open also sigma_min, "
         "sigma_max, rho. Others are ignored.",
         examples=[{"sampler_type": "euler", "scale_phi": 0.5}],
+    )
+    prompts: tuple[Prompt, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_VARIATIONS,
+        description="Extension: a prompt for each variation, in place of `prompt`; `batch_size` follows from it.",
+    )
+    seeds: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_VARIATIONS,
+        description="Extension: a seed for each variation, in place of `seed`; -1 = random.",
     )
     loras: tuple[LoraBody, ...] = Field(
         (),
@@ -202,6 +227,8 @@ class UploadForm(Controls):
     loras: str = Field(
         "", description="Extension: a JSON list as text, as in generations.", examples=['[{"name": "vinyl"}]']
     )
+    prompts: str = Field("", description="Extension: a JSON list as text, as in generations.", examples=['["a", "b"]'])
+    seeds: str = Field("", description="Extension: a JSON list as text, as in generations.", examples=["[7, 11]"])
     loudness: str = Field(
         "", description="Extension: a JSON object as text, as in generations.", examples=['{"target_lufs": -14}']
     )
@@ -222,18 +249,31 @@ class VariationForm(UploadForm):
 
 
 class InpaintForm(UploadForm):
-    """Regenerate regions of the source and keep the rest. A region past the source's end extends the source."""
+    """Regenerate regions of the source, or extend it, and keep the rest. A region past its end extends it too."""
 
     inpaint_start_seconds: str | None = Field(
         None,
-        description="Required. Starts of the regions, seconds: a number, or a list as [2,12] or 2,12.",
+        description="Starts of the regions, seconds: a number, or a list as [2,12] or 2,12. Required unless the source "
+        "is extended; then the times are those of the source as uploaded.",
         examples=["4", "[2,12]"],
     )
     inpaint_end_seconds: str | None = Field(
-        None, description="Required. Ends of the regions, seconds; as many as starts.", examples=["6", "[4,15]"]
+        None, description="Ends of the regions, seconds; as many as starts.", examples=["6", "[4,15]"]
     )
     inpaint_mask_start_seconds: str | None = Field(None, description="Alias of inpaint_start_seconds.")
     inpaint_mask_end_seconds: str | None = Field(None, description="Alias of inpaint_end_seconds.")
+    extend_before_s: Finite | None = Field(None, ge=0, description="Extension: new audio before the source, seconds.")
+    extend_after_s: Finite | None = Field(
+        None,
+        ge=0,
+        description="Extension: new audio after the source, seconds. `duration` follows from it and must be unset.",
+    )
+    init_noise_level: Finite | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Extension: strength; regions start from the source, low keeps more of it. Unset = 1, from noise.",
+    )
     keep: Keep = Field(
         "source",
         description="Extension: audio outside the regions. source = the source's own samples, with crossfades of 30 "

@@ -9,7 +9,7 @@ from stable_audio_serve.api.native.schemas import Controls, JobBody
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import Section
 from stable_audio_serve.core.settings import ApiSettings
-from stable_audio_serve.jobs.sections import choose_overlap, find_faults, total_duration_s
+from stable_audio_serve.jobs.pieces.sections import choose_overlap, find_faults, total_duration_s
 
 
 def read_sections(fields: Controls) -> tuple[Section, ...]:
@@ -33,6 +33,8 @@ def section_faults(fields: Controls, *, card: ModelCard, limits: ApiSettings) ->
     contradicting = (
         ("duration", fields.duration, has_other_length, f"{total_s:g}"),
         ("batch_size", fields.batch_size, fields.batch_size > 1, "1"),
+        ("prompts", fields.prompts, bool(fields.prompts), "empty"),
+        ("seeds", fields.seeds, bool(fields.seeds), "empty"),
         ("loop", fields.loop, bool(fields.loop), "false"),
         ("peaks", fields.peaks, fields.peaks == "scale", "limit or clip"),
     )

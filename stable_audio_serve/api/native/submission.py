@@ -21,10 +21,10 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import file_stem
 from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_encoding, to_finishing
+from stable_audio_serve.api.native.edits import check_edit, starts_from_source, to_inpainting
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import ignored_names
-from stable_audio_serve.api.native.regions import parse_regions
-from stable_audio_serve.api.native.routes import TIME_FIELDS, convert
+from stable_audio_serve.api.native.routes import convert
 from stable_audio_serve.api.native.schemas import (
     ConflictBody,
     ErrorBody,
@@ -39,7 +39,7 @@ from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
 from stable_audio_serve.jobs.sections import choose_overlap
@@ -125,14 +125,22 @@ def build_router(service: Service) -> APIRouter:
         form: Annotated[JobInpaintForm, _MULTIPART],
         idempotency_key: _Key = None,
     ) -> JobTicket:
-        """Submit a job that regenerates regions of uploaded audio, or extends it past its end."""
+        """Submit a job that regenerates regions of uploaded audio, or extends it before its start or after its end."""
         card, generation = convert(
             service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
         )
-        regions = parse_regions(form.model_dump(include=TIME_FIELDS), duration_s=generation.duration_s)
-        generation = replace(generation, inpaint_regions_s=regions, keep=form.keep)
+        check_edit(form, generation)
+        source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
+        generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
         return await submit(
-            request, response, fields=form, card=card, generation=generation, mode="inpainting", key=idempotency_key
+            request,
+            response,
+            fields=form,
+            card=card,
+            generation=generation,
+            mode="inpainting",
+            key=idempotency_key,
+            source=source,
         )
 
     return router
@@ -159,15 +167,18 @@ class _Submission:
         mode: Mode,
         key: str | None = None,
         job_id: JobId | None = None,
+        source: SourceAudio | None = None,
     ) -> JobTicket:
         """Store a new job, or find the job of a request that was sent before. Returns the job's ticket.
 
-        Raises RequestValidationError, and the errors of the job store.
+        `source` is the upload if it is decoded already. Raises RequestValidationError, and the errors of the job store.
         """
         settings = self._service.settings
         await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
         finishing = to_finishing(fields, generation)
-        upload = await self._keep_upload(fields, card, padding_s=generation.duration_padding_s, mode=mode)
+        upload = await self._keep_upload(
+            fields, card, padding_s=generation.duration_padding_s, mode=mode, source=source
+        )
         base = jobs_base(request, limits=settings.api)
         is_chosen, job_id = job_id is not None, job_id or JobId(uuid.uuid4().hex)
         sections, peaks = read_sections(fields), fields.peaks or settings.audio.peaks
@@ -204,12 +215,13 @@ class _Submission:
         return JobTicket(id=job_id, status_url=job_url(base, job_id), ignored=list(ignored_names(request)))
 
     async def _keep_upload(
-        self, fields: _Fields, card: ModelCard, *, padding_s: float | None, mode: Mode
+        self, fields: _Fields, card: ModelCard, *, padding_s: float | None, mode: Mode, source: SourceAudio | None
     ) -> JobUpload | None:
         if isinstance(fields, JobBody):
             return None
         role: Literal["init", "inpaint"] = "inpaint" if mode == "inpainting" else "init"
-        return await self._service.keep_upload(fields.audio, card, padding_s=padding_s, role=role)
+        upload = await self._service.keep_upload(fields.audio, card, padding_s=padding_s, role=role, source=source)
+        return replace(upload, is_start=isinstance(fields, JobInpaintForm) and starts_from_source(fields))
 
 
 async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> None:

@@ -102,7 +102,7 @@ export class Stage {
 
   // Shows a piece that is too long to decode at once. `open` opens the stream of its WAV file.
   async showLong(clip, { plays, open }) {
-    const wav = new GrowingWav();
+    const wav = new GrowingWav(clip.blob);
     let picture = null;
     this.present(clip, { player: new LongPlayer(wav, this.callbacks), buffer: null });
     const show = (made) => this.view.show({ picture: made, duration: clip.durationS, marks: ends(clip.order.fields.sections) });

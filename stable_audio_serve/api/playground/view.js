@@ -149,7 +149,8 @@ export class View {
     return (Math.round((time * this.tempo) / 60) * 60) / this.tempo;
   }
 
-  // A press on the ruler moves the playhead. Elsewhere a click does so, and a drag marks a region, moves it or its edge.
+  // A press on the ruler moves the playhead; by touch a drag there scrolls. Elsewhere a click moves the playhead, and a
+  // drag marks a region, moves it or its edge.
   press(event) {
     if (event.button || !this.duration || event.target.closest("button")) return;
     const isRuler = event.clientY - this.track.getBoundingClientRect().top < RULER || event.target === this.playhead;
@@ -157,12 +158,14 @@ export class View {
     const before = this.region;
     const edge = event.target.dataset.edge;
     const isInside = event.target === element("region");
+    const scrolled = this.node.scrollLeft;
     let isDrag = false;
     const move = (moved) => {
       const now = this.timeOf(moved);
-      if (isRuler) return this.onSeek(now);
+      if (isRuler && event.pointerType !== "touch") return this.onSeek(now);
       if (!isDrag && Math.abs(moved.clientX - event.clientX) < LEAST_DRAG) return undefined;
       isDrag = true;
+      if (isRuler) return this.node.scrollTo(scrolled + event.clientX - moved.clientX, 0);
       if (edge) return this.mark(this.snap(now), before[edge === "start" ? "end" : "start"]);
       if (!isInside) return this.mark(this.snap(began), this.snap(now));
       const start = this.snap(before.start + now - began);

@@ -34,7 +34,9 @@ const LEAST_READ_BYTES = 1 << 18;
 
 // A WAV file that arrives in pieces. Its samples can be read while the rest is still missing.
 export class GrowingWav {
-  constructor() {
+  // `file` is the whole file if there is one, so that its samples are not stored twice.
+  constructor(file = null) {
+    this.file = file;
     this.format = null; // {rateHz, channels, bits, frameBytes} once the header has arrived
     this.data = new Blob();
     this.isComplete = false;
@@ -81,11 +83,11 @@ export class GrowingWav {
 
   // Stores all complete samples. Returns the bytes after them.
   take(bytes, onSamples) {
-    const { frameBytes, size } = this.format;
+    const { at, frameBytes, size } = this.format;
     const most = Math.min(bytes.length, size - this.data.size); // chunks may follow the samples
     const taken = bytes.slice(0, most - (most % frameBytes));
     if (taken.length) {
-      this.data = new Blob([this.data, taken]);
+      this.data = this.file?.slice(at, at + this.data.size + taken.length) ?? new Blob([this.data, taken]);
       onSamples(samplesOf(taken, this.format), this.format.rateHz);
       this.changed.dispatchEvent(new Event("change"));
     }

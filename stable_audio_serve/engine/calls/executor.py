@@ -134,8 +134,7 @@ class Executor:
 
         `inpaint` are the latents (channels, frames) of a source that the row edits.
         """
-        prompts = row.request.shared.prompts
-        assert prompts is not None
+        prompts = row.request.shared.prompts[row.plan.prompt]
         with self._adapted([] if row.slot is None else [(slice(None), row.slot)]):
             return self._model.condition(
                 row.plan, prompt=prompts.prompt, negative=prompts.negative, inpaint_latents=inpaint

@@ -97,7 +97,7 @@ class RowInputs:
         failures += self._embed([row for row in rows if row.id in noises])
         failed = {row.id for row, _ in failures}
         for row in rows:
-            prompts = row.request.shared.prompts
+            prompts = row.request.shared.prompts.get(row.plan.prompt)
             if row.id in failed or prompts is None:
                 if row.id in noises:
                     noises[row.id].cancel()
@@ -143,7 +143,7 @@ class RowInputs:
 
         Returns the rows that failed.
         """
-        rows = [row for row in rows if row.request.shared.prompts is None]
+        rows = [row for row in rows if row.plan.prompt not in row.request.shared.prompts]
         prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
         known: dict[str, TextEmbedding | Exception] = {
             prompt: embedding for prompt in prompts if (embedding := self._cache.get(prompt)) is not None
@@ -171,7 +171,7 @@ class RowInputs:
                 embeddings.append(outcome)
             else:
                 prompt, *negative = embeddings
-                row.request.shared.prompts = Prompts(prompt, negative[0] if negative else None)
+                row.request.shared.prompts[row.plan.prompt] = Prompts(prompt, negative[0] if negative else None)
         return failures
 
     def _open_noise(self, row: Row, noises: dict[int, RowNoise]) -> None:

@@ -157,7 +157,7 @@ def start_timeout_error(request: GenerationRequest) -> StartTimeoutError:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The embeddings of a request's prompt and its negative prompt; `negative` is None if no evaluation uses it."""
+    """The embeddings of a prompt and the negative prompt; `negative` is None if no evaluation uses it."""
 
     prompt: TextEmbedding
     negative: TextEmbedding | None
@@ -165,19 +165,21 @@ class Prompts:
 
 @dataclass(slots=True)
 class SharedParts:
-    """Values that all variations (rows) of a request share. The first row that needs a value creates it."""
+    """Values that variations (rows) of a request share. The first row that needs a value creates it."""
 
-    prompts: Prompts | None = None
+    prompts: dict[str, Prompts] = field(default_factory=dict)  # key: the prompt
     # Key: init or inpaint. Empty if the encoder draws noise, because each row then has its own encoding.
     sources: dict[str, SourceEncoding] = field(default_factory=dict)
-    conditioning: HeldConditioning | None = None  # None also if it depends on the noise of one row
+    # Key: the prompt. Empty if the conditioning depends on the noise of one row.
+    conditioning: dict[str, HeldConditioning] = field(default_factory=dict)
     keeps_conditioning: bool = False  # if not, the conditioning is freed when none of the rows in progress needs it
 
     def release(self) -> None:
         """Let go of the conditioning, if it was kept for later rows of the request."""
-        if self.conditioning is not None and self.keeps_conditioning:
-            self.conditioning.free()
-        self.conditioning = None
+        if self.keeps_conditioning:
+            for held in self.conditioning.values():
+                held.free()
+        self.conditioning.clear()
 
 
 class RequestRow(Protocol):

@@ -259,13 +259,14 @@ class Stages:
     def _condition(self, row: Row, inpaint: Tensor | None) -> HeldConditioning:
         """Return the row's conditioning. `inpaint` are the latents (channels, frames) of a source that it edits."""
         shared, is_shared = row.request.shared, row.request.slots.is_constant
-        if is_shared and shared.conditioning is not None and not shared.conditioning.is_freed:
-            return shared.conditioning.share()
+        earlier = shared.conditioning.get(row.plan.prompt) if is_shared else None
+        if earlier is not None and not earlier.is_freed:
+            return earlier.share()
         held = self._executor.conditioning.hold(self._executor.condition(row, inpaint))
         if is_shared and (inpaint is None or not self._model.spec.noisy_source_encoder):
             # The memory plan counts rows in progress, so a request without any keeps nothing in memory of a fixed size.
             shared.keeps_conditioning = self._executor.conditioning.fixed is None
-            shared.conditioning = held.share() if shared.keeps_conditioning else held
+            shared.conditioning[row.plan.prompt] = held.share() if shared.keeps_conditioning else held
         return held
 
     def _take_latents(self, row: Row) -> None:

@@ -159,7 +159,7 @@ class JobExecutor:
         source = await self._decode(spec.upload)
         if spec.upload.role == "init":
             return replace(spec.request, init_audio=source)
-        return replace(spec.request, inpaint_audio=source)
+        return replace(spec.request, inpaint_audio=source, init_audio=source if spec.upload.is_start else None)
 
     async def _decode(self, upload: JobUpload) -> SourceAudio:
         with tempfile.TemporaryFile() as copy:

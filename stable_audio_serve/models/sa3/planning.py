@@ -37,7 +37,7 @@ def plan_rows(
     shift: TimestepShift,
     frames: int | None,
 ) -> tuple[RowPlan, ...]:
-    """Returns one plan per variation. The plans differ only in their seed.
+    """Returns one plan per variation. The plans differ only in their seed and their prompt.
 
     `decode_rule` defines the windows for decoding, unless the request or the config selects the reference's windows or
     a single window. `shift` is the model's timestep shift. `frames` overrides the number of latent frames; the duration
@@ -54,8 +54,13 @@ def plan_rows(
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     negative = request.negative_prompt if guided and (request.negative_prompt or "").strip() else None
     rule = decode_rule if config.chunked and request.chunked_decode is None else None
-    init = _plan_source(request.init_audio, config, length=length) if request.init_audio else None
-    inpaint = _plan_source(request.inpaint_audio, config, length=length) if request.inpaint_audio else None
+    start = int(request.source_start_s * spec.card.sample_rate_hz)
+    inpaint = _plan_source(request.inpaint_audio, config, length=length, start=start) if request.inpaint_audio else None
+    init = (
+        _plan_source(request.init_audio, config, length=length, start=start, is_repeated=inpaint is not None)
+        if request.init_audio
+        else None
+    )
     if inpaint is not None and not config.edits:
         raise InvalidRequestError("this model cannot inpaint", field="audio")
     keep_mask = plan_keep_mask(request, frames=length.frames, hop=spec.hop, sample_rate_hz=spec.card.sample_rate_hz)
@@ -64,18 +69,16 @@ def plan_rows(
         if rule is None
         else audible_windows(length.frames, num_audible=math.ceil(length.output_samples / spec.hop), rule=rule)
     )
-    numbers = {"seconds_start": 0.0, "seconds_total": request.duration_s}
-    for conditioner in config.frame_conditioners.values():
-        numbers |= conditioner.read_numbers(request.prompt)
+    seconds = {"seconds_start": 0.0, "seconds_total": request.duration_s}
     return tuple(
         RowPlan(
             seed=seed,
             frames=length.frames,
             valid_frames=length.valid_frames,
             output_samples=length.output_samples,
-            prompt=request.prompt,
+            prompt=prompt,
             negative_prompt=negative,
-            numbers=numbers,
+            numbers=seconds | _read_numbers(prompt, config),
             sampler=sampler,
             guidance=guidance,
             init_source=init,
@@ -84,8 +87,16 @@ def plan_rows(
             decode_windows=decode_windows,
             decode_rule=rule,
         )
-        for seed in request.seeds
+        for prompt, seed in zip(request.prompts, request.seeds, strict=True)
     )
+
+
+def _read_numbers(prompt: str, config: Sa3Config) -> dict[str, float]:
+    """Returns the numbers that conditioners read from a prompt."""
+    numbers: dict[str, float] = {}
+    for conditioner in config.frame_conditioners.values():
+        numbers |= conditioner.read_numbers(prompt)
+    return numbers
 
 
 def _plan_length(request: GenerationRequest, config: Sa3Config, *, spec: ModelSpec, frames: int | None) -> RowLength:
@@ -124,14 +135,21 @@ def _plan_sampler(
     return build_plan(sampler, sigmas, guidance=guidance, has_source=has_source), guidance
 
 
-def _plan_source(audio: SourceAudio, config: Sa3Config, *, length: RowLength) -> SourcePlan:
-    """Returns source audio at the model's sample rate and channels, cut or padded to the row's length."""
+def _plan_source(
+    audio: SourceAudio, config: Sa3Config, *, length: RowLength, start: int, is_repeated: bool = False
+) -> SourcePlan:
+    """Returns source audio at the model's sample rate and channels, cut or padded to the row's length.
+
+    It begins at the sample `start`. If `is_repeated`, it is repeated before and after, not padded with silence.
+    """
     rule = config.lengths
     samples = prepare_source(
         audio,
         sample_rate_hz=rule.sample_rate_hz,
         channels=config.channels,
         num_samples=length.frames * rule.hop,
+        start=start,
+        is_repeated=is_repeated,
     )
     return SourcePlan(samples=samples, windows=_windows(length.frames, chunked=config.chunked))
 

@@ -58,7 +58,7 @@ def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
 def plan_rows(
     request: GenerationRequest, *, spec: ModelSpec, halos: Halos | None, shift: TimestepShift, frames: int | None
 ) -> tuple[RowPlan, ...]:
-    """Returns one plan per variation. The plans differ only in their seed.
+    """Returns one plan per variation. The plans differ only in their seed and their prompt.
 
     If `halos` is None, audio is encoded and decoded as a single window. `shift` is the model's timestep shift. `frames`
     overrides the number of latent frames; the duration is then not limited. Raises InvalidRequestError naming the
@@ -80,9 +80,12 @@ def plan_rows(
     numbers, negative_numbers = _numbers(request)
     decode_rule = None if request.chunked_decode is False or halos is None else WindowRule(halos.decoder)
     encode_halo = None if halos is None else halos.encoder
+    start, edits = int(request.source_start_s * spec.card.sample_rate_hz), request.inpaint_audio is not None
     init, inpaint = (
-        None if audio is None else _plan_source(audio, spec, frames=frames, halo=encode_halo)
-        for audio in (request.init_audio, request.inpaint_audio)
+        None
+        if audio is None
+        else _plan_source(audio, spec, frames=frames, halo=encode_halo, start=start, is_repeated=is_repeated)
+        for audio, is_repeated in ((request.init_audio, edits), (request.inpaint_audio, False))
     )
     output_samples = min(output_samples, frames * spec.hop)
     num_audible = math.ceil(output_samples / spec.hop)
@@ -97,7 +100,7 @@ def plan_rows(
             frames=frames,
             valid_frames=frames,
             output_samples=output_samples,
-            prompt=request.prompt,
+            prompt=prompt,
             negative_prompt=request.negative_prompt if guided and (request.negative_prompt or "").strip() else None,
             numbers=numbers,
             negative_numbers=negative_numbers,
@@ -109,7 +112,7 @@ def plan_rows(
             decode_windows=decode_windows,
             decode_rule=decode_rule,
         )
-        for seed in request.seeds
+        for prompt, seed in zip(request.prompts, request.seeds, strict=True)
     )
 
 
@@ -219,8 +222,12 @@ def _require_share(level: float) -> float:
     return level
 
 
-def _plan_source(audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int | None) -> SourcePlan:
+def _plan_source(
+    audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int | None, start: int, is_repeated: bool
+) -> SourcePlan:
     """Returns source audio at the model's sample rate and channels, cut or padded to the generated length.
+
+    It begins at the sample `start`. If `is_repeated`, it is repeated before and after, not padded with silence.
 
     The model's longest duration may end within a latent frame. The samples of this partial frame are included, because
     they affect the latents before it.
@@ -231,6 +238,8 @@ def _plan_source(audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int 
         sample_rate_hz=spec.card.sample_rate_hz,
         channels=spec.card.channels,
         num_samples=frames * spec.hop + tail,
+        start=start,
+        is_repeated=is_repeated,
     )
     return SourcePlan(samples=samples, windows=_windows(frames, halo=halo))
 

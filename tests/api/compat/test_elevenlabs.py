@@ -282,8 +282,6 @@ async def test_the_setting_chooses_the_model(cards: tuple[ModelCard, ...], setti
 
 async def test_lengths_depend_on_the_models_longest_clip() -> None:
     async with with_models(SHORT) as (client, backend):
-        await client.post(MUSIC, json={"prompt": "x"})
-        assert backend.last.duration_s == 10
         await client.post(SOUND, json={"text": "20 seconds of rain"})
         assert backend.last.duration_s == 10
         ((field, message),) = faults(await client.post(SOUND, json={"text": "x", "duration_seconds": 10.5}))
@@ -292,6 +290,41 @@ async def test_lengths_depend_on_the_models_longest_clip() -> None:
         assert backend.last.duration_s == 9.95
         ((field, _),) = faults(await client.post(SOUND, json={"text": "x", "duration_seconds": 10, "loop": True}))
         assert field == "duration_seconds"
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("path", few([STREAM, MUSIC], number=1))
+async def test_pieces_longer_than_the_longest_clip_have_sections(path: str) -> None:
+    query = {"output_format": "ulaw_8000"}
+    async with with_models(SHORT) as (client, backend):
+        reply = await client.post(path, params=query, json={"prompt": "piano", "music_length_ms": 13_000, "seed": 7})
+        assert reply.status_code == 200, reply.text
+        assert (reply.headers["content-type"], reply.headers["x-seed"]) == ("audio/basic", "7")
+        assert len(reply.content) == 13 * 8000
+        assert ("content-length" in reply.headers) is (path == MUSIC)
+        assert [request.prompt for _, request in backend.requests] == ["piano"] * 3
+        assert all(request.duration_s <= 10 for _, request in backend.requests)
+        backend.requests.clear()
+        reply = await client.post(path, params=query, json={"composition_plan": PLAN})
+        assert len(reply.content) == 6 * 8000
+        prompts = [request.prompt for _, request in backend.requests]
+        assert prompts == ["jazz, warm, piano", "jazz, warm, saxophone"]
+        assert {request.negative_prompt for _, request in backend.requests} == {"metal"}
+        backend.requests.clear()
+        chunks = [{"text": "[Verse] la", "duration_ms": 3000, "positive_styles": [style]} for style in ("rock", "folk")]
+        reply = await client.post(path, params=query, json={"composition_plan": {"chunks": chunks}})
+        assert [request.prompt for _, request in backend.requests] == ["rock", "folk"]
+
+
+@pytest.mark.server
+async def test_long_pieces_fail_and_are_refused_like_clips() -> None:
+    async with with_models(SHORT) as (client, backend):
+        long = {"prompt": "x", "music_length_ms": 20_000}
+        backend.error = GenerationError("secret")
+        assert "secret" not in detail(await client.post(MUSIC, json=long), 500)["message"]
+    async with make_client(ToneBackend(catalog=ModelCatalog([SHORT])), api={"max_long_s": 30}) as (client, _):
+        ((field, message),) = faults(await client.post(MUSIC, json={"prompt": "x", "music_length_ms": 31_000}))
+        assert (field, "at most 30 s" in message) == ("music_length_ms", True)
 
 
 async def test_loop_asks_for_a_clip_without_a_seam(client: httpx.AsyncClient, backend: ToneBackend) -> None:
@@ -321,8 +354,8 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
     few(
         [
             (OverloadedError("full", retry_after_s=7), 429, "too_many_concurrent_requests"),
-            (ModelUnavailableError("loading", retry_after_s=7), 503, "unavailable"),
-            (GenerationError("secret"), 500, "internal_error"),
+            (ModelUnavailableError("loading", retry_after_s=7), 503, "service_unavailable"),
+            (GenerationError("secret"), 500, "internal_server_error"),
         ]
     ),
 )

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.generation import GenerationRequest, Lora, ScheduleShift, SourceAudio
+from stable_audio_serve.core.generation import GenerationRequest, Lora, MadeOn, ScheduleShift, Section, SourceAudio
+from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.core.sound import AudioFormat, Encoding, Finishing, Loudness
-from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
+from stable_audio_serve.jobs.job import FinishedSection, JobError, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.store import codec
 
 FILE = StoredFile("uploads/x", "audio/wav", "a b\u202e.wav", 12, "ab" * 32)
@@ -22,6 +23,8 @@ REQUEST = GenerationRequest(
     start_s=1.5,
     negative_prompt="",
     batch_size=3,
+    variation_prompts=("a", "b", "c"),
+    variation_seeds=(1, 2, 3),
     steps=7,
     cfg_scale=2.5,
     sampler="rk4",
@@ -62,6 +65,9 @@ SPEC = JobSpec(
     file_stem="stem",
     finishing=Finishing(Loudness(-14.0, -2.0), 0.5, 1.5),
     upload=JobUpload(FILE, "inpaint", 123.5),
+    sections=(Section(20.5), Section(30.0, "thunder")),
+    overlap_s=12.5,
+    limits=KeyLimits(60.0, 4),
     start_within_s=0.5,
     webhook_url="https://example.com/?a=b",
     wire={"base_url": "http://x", "nested": {"list": [1, 2.5, None, True]}},
@@ -86,8 +92,13 @@ def test_error_survives_exactly(error: JobError) -> None:
 
 
 def test_result_survives_exactly() -> None:
-    result = JobResult(FILE, "f" * 32, 44100, (5, 2**63 - 1), 0.123456789)
+    result = JobResult(FILE, "f" * 32, 44100, (5, 2**63 - 1), 0.123456789, ((2, MadeOn("cpu", "float32")),))
     assert codec.load_result(codec.dump(result)) == result
+
+
+def test_section_survives_exactly() -> None:
+    section = FinishedSection(3, FILE, 44100, 22050, 0.123456789)
+    assert codec.load_section(codec.dump(section)) == section
 
 
 def test_text_of_another_version_can_be_read() -> None:

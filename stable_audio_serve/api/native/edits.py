@@ -1,0 +1,97 @@
+"""Plan edits of source audio: regions to regenerate, audio that extends the source, and where regions start from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+
+from stable_audio_serve.api.native.convert import SAME_S, to_fault
+from stable_audio_serve.api.native.regions import parse_regions
+from stable_audio_serve.api.native.schemas import InpaintForm
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.core.settings import ApiSettings
+
+TIME_FIELDS = {name for name in InpaintForm.model_fields if name.startswith("inpaint_")}
+
+
+def check_edit(form: InpaintForm, generation: GenerationRequest) -> None:
+    """Check the times of an edit, as far as they do not depend on the source.
+
+    Raises InvalidRequestError, RequestValidationError.
+    """
+    times = form.model_dump(include=TIME_FIELDS)
+    if extends(form):
+        return
+    has_times = any((text or "").strip() for text in times.values())
+    if not has_times and (form.extend_before_s, form.extend_after_s) != (None, None):
+        names = [name for name in ("extend_before_s", "extend_after_s") if getattr(form, name) is not None]
+        message = "{} must be above 0, or inpaint_start_seconds and inpaint_end_seconds be set"
+        raise RequestValidationError([to_fault(name, message.format(name), value=0) for name in names])
+    parse_regions(times, duration_s=generation.duration_s)
+
+
+def extends(form: InpaintForm) -> bool:
+    """Whether a form extends its source."""
+    return bool(form.extend_before_s or form.extend_after_s)
+
+
+def starts_from_source(form: InpaintForm) -> bool:
+    """Whether the regions of a form start from the source, and not from noise alone."""
+    return form.init_noise_level is not None and form.init_noise_level < 1
+
+
+def to_inpainting(
+    generation: GenerationRequest, form: InpaintForm, *, source: SourceAudio, card: ModelCard, limits: ApiSettings
+) -> GenerationRequest:
+    """Return `generation` with the regions of an edit, in seconds of the clip. The source audio is not added.
+
+    The times of a form that extends its source are those of the source. Raises InvalidRequestError,
+    RequestValidationError.
+    """
+    if starts_from_source(form):
+        level = card.noise_level(form.init_noise_level or 0.0, sampler=generation.sampler)
+        generation = replace(generation, init_noise_level=level)
+    times = form.model_dump(include=TIME_FIELDS)
+    if not extends(form):
+        regions = parse_regions(times, duration_s=generation.duration_s)
+        return replace(generation, inpaint_regions_s=regions, keep=form.keep)
+    rate_hz = card.sample_rate_hz
+    num_before, num_after = (int((extra_s or 0) * rate_hz) for extra_s in (form.extend_before_s, form.extend_after_s))
+    end = num_before + source.resampled_length(to_hz=rate_hz)
+    before_s, end_s, duration_s = (_seconds(count, rate_hz) for count in (num_before, end, end + num_after))
+    _check_duration(form, duration_s, longest_s=min(card.max_duration_s, limits.max_duration_s))
+    regions = ()
+    if any((text or "").strip() for text in times.values()):
+        regions = parse_regions(times, duration_s=duration_s - before_s)
+    shifted = tuple((start_s + before_s, stop_s + before_s) for start_s, stop_s in regions)
+    added = tuple(region for region in ((0.0, before_s), (end_s, duration_s)) if region[0] < region[1])
+    return replace(
+        generation,
+        duration_s=duration_s,
+        inpaint_regions_s=(*added[: num_before > 0], *shifted, *added[num_before > 0 :]),
+        source_start_s=before_s,
+        keep=form.keep,
+    )
+
+
+def _check_duration(form: InpaintForm, duration_s: float, *, longest_s: float) -> None:
+    faults: list[dict[str, Any]] = []
+    if duration_s > longest_s:
+        message = f"the extended source lasts {duration_s:g} s, and must last at most {longest_s:g} s"
+        given = [name for name in ("extend_before_s", "extend_after_s") if getattr(form, name)]
+        faults = [to_fault(name, f"{name}: {message}", value=getattr(form, name)) for name in given]
+    elif "duration" in form.model_fields_set and abs(form.duration - duration_s) > SAME_S:
+        message = f"duration must be unset, or {duration_s:g} as the extended source"
+        faults = [to_fault("duration", message, value=form.duration)]
+    if faults:
+        raise RequestValidationError(faults)
+
+
+def _seconds(num_samples: int, rate_hz: int) -> float:
+    """Return the smallest number of seconds that `int(seconds * rate_hz)` converts to `num_samples`, or nearly so."""
+    seconds = num_samples / rate_hz
+    return seconds if int(seconds * rate_hz) == num_samples else math.nextafter(seconds, math.inf)
