@@ -72,7 +72,7 @@ def _main(folder: Path, pipe: Connection) -> None:
 
 
 class NoiseBackend:
-    """Makes noise at once. The requests of a long piece are no longer than a clip, so engines need no more memory."""
+    """Makes noise at once. A long piece's requests are no longer than a clip, so an engine needs no more memory."""
 
     catalog = ModelCatalog([ModelCard("demo", "stable-audio-3", max_duration_s=48.0)])
 

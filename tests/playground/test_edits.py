@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from pathlib import Path
+from typing import Any
 
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
@@ -31,21 +32,41 @@ def test_dragged_region_is_regenerated(page: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "length", "region"),
-    [(2, 3, 3, [2, 3]), (-0.5, 0.25, 2.5, [0, 0.75]), (-0.5, 0, 2.5, [0, 0.53])],
-    ids=["past the end", "before the start and inside", "before the start"],
+    ("start", "end", "length", "expected"),
+    [
+        (2, 3, 3, {"extend_after_s": 1}),
+        (1.5, 2.5, 2.5, {"extend_after_s": 0.5, "regions": [[1.5, 2]]}),
+        (-0.5, 0.25, 2.5, {"extend_before_s": 0.5, "regions": [[0, 0.25]]}),
+        (-0.5, 0, 2.5, {"extend_before_s": 0.5}),
+    ],
+    ids=["past the end", "inside and past the end", "before the start and inside", "before the start"],
 )
 @pytest.mark.slow
-def test_clip_is_extended(start: float, end: float, *, length: float, region: list[float], page: Page) -> None:
+def test_clip_is_extended(start: float, end: float, *, length: float, expected: dict[str, Any], page: Page) -> None:
     page.fill(prompt="rain", duration=2, steps=2).make_clip()
     page.click("mark-region")
     page.fill(**{"region-start": start})
     page["region-start"].send_keys(Keys.TAB)
     page.fill(**{"region-end": end})
     page["region-end"].send_keys(Keys.TAB)
-    clip = page.make_clip("regenerate")
-    assert clip["order"]["regions"] == [region]
-    assert clip["bytes"] == length * 44100 * 4
+    assert page["regenerate"].text == "Extend"
+    order = page.make_clip("regenerate")["order"]
+    made = {**order["fields"], "regions": order.get("regions")}
+    names = ("extend_before_s", "extend_after_s", "regions")
+    assert {name: made[name] for name in names if made.get(name)} == expected
+    assert page.clips[-1]["bytes"] == length * 44100 * 4
+    page.click("load-settings")
+    assert page["source-name"].text.startswith("No source.")
+
+
+@pytest.mark.slow
+def test_strength_of_a_region_is_sent(page: Page) -> None:
+    page.fill(prompt="rain", duration=2, steps=4).make_clip()
+    page.click("mark-region")
+    page.run("arguments[0].value = 0.5", page["region-strength"])
+    assert page.make_clip("regenerate")["order"]["fields"]["init_noise_level"] == 0.5
+    page.click("extend-after")
+    assert not page["region-strength"].is_displayed()
 
 
 @pytest.mark.slow
@@ -69,10 +90,9 @@ def test_dragging_past_an_end_extends_the_clip(page: Page) -> None:
     drag(2.2, 2.8)
     page.until(lambda: "past the end of the clip" in page["region-line"].text)
     assert (field("region-start"), field("region-end")) == (2, pytest.approx(2.8, abs=0.1))
-    first = page.make_clip("regenerate")
-    ((start_s, end_s),) = first["order"]["regions"]
-    assert start_s == 2
-    assert end_s == first["order"]["fields"]["duration"] == pytest.approx(2.8, abs=0.1)
+    fields = page.make_clip("regenerate")["order"]["fields"]
+    assert "duration" not in fields
+    assert fields["extend_after_s"] == pytest.approx(0.8, abs=0.1)
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationResult, Section, SourceAudio
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec
-from stable_audio_serve.jobs.sections import find_faults, total_duration_s
+from stable_audio_serve.jobs.pieces.sections import find_faults, total_duration_s
 
 _PATH = "/v1/audio/replay"
 _MULTIPART = "multipart/form-data"

@@ -30,17 +30,6 @@ export async function decode(blob, rateHz) {
   return offline.decodeAudioData(await blob.arrayBuffer());
 }
 
-// Returns the clip with silence before and after it, in seconds.
-export function padded(buffer, beforeS, afterS) {
-  const before = Math.round(beforeS * buffer.sampleRate);
-  const length = before + buffer.length + Math.round(afterS * buffer.sampleRate);
-  const result = new AudioBuffer({ numberOfChannels: buffer.numberOfChannels, length, sampleRate: buffer.sampleRate });
-  for (let channel = 0; channel < buffer.numberOfChannels; channel++) {
-    result.getChannelData(channel).set(buffer.getChannelData(channel), before);
-  }
-  return result;
-}
-
 export async function sha256(bytes) {
   const digest = await crypto.subtle.digest("SHA-256", bytes);
   return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");

@@ -261,10 +261,10 @@ export class Form {
     if (fields.loop) set("key", words?.[2]);
     if (fields.sections) this.sections.fill(fields.sections);
     if (fields.duration) set("duration", fields.duration);
-    if (fields.init_noise_level !== undefined) set("init_noise_level", fields.init_noise_level);
+    if (order.kind === "vary") set("init_noise_level", fields.init_noise_level);
     this.lockSeed(true);
     this.showStrength();
-    const { source = null, parent = null } = order.regions ? {} : order;
+    const { source = null, parent = null } = order.kind === "inpaint" ? {} : order;
     this.setSource(source, { parent });
   }
 

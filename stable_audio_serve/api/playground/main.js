@@ -1,7 +1,7 @@
 // The actions of the page.
 
 import { ApiError, key, setKey } from "./api.js";
-import { audioContext, decode, padded, sha256 } from "./audio.js";
+import { audioContext, decode, sha256 } from "./audio.js";
 import { Clips } from "./clips.js";
 import { defined, Form, randomSeed } from "./form.js";
 import { Jobs } from "./jobs.js";
@@ -10,7 +10,6 @@ import { lengthOf } from "./sections.js";
 import { ServerPanel } from "./server_panel.js";
 import { Stage } from "./stage.js";
 import * as store from "./store.js";
-import { wavBlob } from "./wav.js";
 import { fileName, titleOf } from "./words.js";
 
 const element = (id) => document.getElementById(id);
@@ -91,18 +90,16 @@ async function useFile(file) {
   else form.showFaults([{ field: "audio", message: "This browser cannot decode the file. The server may be able to." }]);
 }
 
-const CROSSFADE_S = 0.03; // of the server, inside a region; not applied before the start of a clip
-
-// Regenerates the region: inside the clip, past its end, or before its start, which shifts the clip.
+// Regenerates the region inside the clip, and extends the clip by what is before its start or past its end.
 async function regenerate() {
   form.clearFaults();
-  const { shown, buffer } = stage;
+  const { shown, duration } = stage;
   const { region } = stage.view;
   const { fields } = shown.order;
-  const before = Math.max(0, -region.start);
-  const after = Math.max(0, region.end - buffer.duration);
-  const source = wavFile(shown, before ? wavBlob(padded(buffer, before, 0)) : shown.blob);
-  const duration = round(before + buffer.duration + after);
+  const before = round(Math.max(0, -region.start));
+  const after = round(Math.max(0, region.end - duration));
+  const inside = [round(Math.max(0, region.start)), round(Math.min(duration, region.end))];
+  const isLonger = before > 0 || after > 0;
   const settings = defined({
     prompt: element("prompt").value || fields.prompt,
     model: shown.model,
@@ -111,17 +108,18 @@ async function regenerate() {
     sampler_kwargs: fields.sampler_kwargs,
     loras: fields.loras,
     negative_prompt: fields.negative_prompt,
-    duration,
+    duration: isLonger ? undefined : duration,
+    extend_before_s: before || undefined,
+    extend_after_s: after || undefined,
+    init_noise_level: stage.strength ?? undefined,
     seed: form.locked ? fields.seed : randomSeed(),
   });
-  const end = before ? Math.max(region.end, CROSSFADE_S) : region.end;
-  const times = [round(Math.max(0, region.start + before)), Math.min(duration, round(end + before))];
-  const isLonger = before > 0 || after > 0;
-  await run([{ kind: "inpaint", fields: settings, source, regions: [times], isLonger, parent: asParent(shown) }]);
+  const regions = inside[0] < inside[1] ? { regions: [inside] } : {};
+  await run([{ kind: "inpaint", fields: settings, source: wavFile(shown), ...regions, parent: asParent(shown) }]);
 }
 
 const round = (seconds) => Math.round(seconds * 1000) / 1000;
-const wavFile = (clip, blob) => new File([blob], `${fileName(clip)}.wav`, { type: "audio/wav" });
+const wavFile = (clip) => new File([clip.blob], `${fileName(clip)}.wav`, { type: "audio/wav" });
 const asParent = (clip) => ({ id: clip.id, title: titleOf(clip) });
 
 // ---- files ----
@@ -203,7 +201,7 @@ const on = (id, event, act) => element(id).addEventListener(event, () => attempt
 on("download", "click", download);
 on("repeat", "click", repeatAndCompare);
 on("regenerate", "click", regenerate);
-on("use-source", "click", () => form.setSource(wavFile(stage.shown, stage.shown.blob), { parent: asParent(stage.shown) }));
+on("use-source", "click", () => form.setSource(wavFile(stage.shown), { parent: asParent(stage.shown) }));
 on("load-settings", "click", () => form.fill(stage.shown.order));
 on("open-key", "click", () => askKey());
 for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => attempt(() => copy(button.dataset.copy)));

@@ -19,6 +19,9 @@ export const FORMATS = [
   { name: "Opus", extension: "opus", fields: { response_format: "opus" } },
 ];
 
+// Whether an order makes a clip longer.
+export const isExtended = ({ fields }) => Boolean(fields.extend_before_s || fields.extend_after_s);
+
 const wire = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
 
 function body(order, more = {}) {
@@ -108,7 +111,7 @@ export function asPython({ order }) {
   const given = [...first, ...regions, ...more].join(", ");
   const made = order.fields.sections
     ? [`    job = client.jobs.wait(client.jobs.submit(${given}).id)`, '    client.jobs.download(job, "clip.wav")']
-    : [`    clip = client.${order.kind}(${given})`, '    clip.save("clip.wav")'];
+    : [`    clip = client.${isExtended(order) ? "extend" : order.kind}(${given})`, '    clip.save("clip.wav")'];
   return [
     "from stable_audio_serve.client import Client",
     "",

@@ -147,7 +147,7 @@ export class Stage {
     Object.assign(this, { buffer, player });
     this.describe(clip);
     element("ab").setAttribute("aria-pressed", "false");
-    this.setSnap(tempoOf(clip.order));
+    this.setSnap(buffer && tempoOf(clip.order));
     this.setLoop(isLoop(clip.order) || this.wantsLoop);
   }
 
@@ -190,11 +190,21 @@ export class Stage {
     const isShown = Boolean(region && this.shown);
     element("region-tools").hidden = !isShown;
     if (!isShown) return;
-    const where = region.end > this.duration + 0.01 ? "past the end of the clip" : region.start < -0.01 ? "before the start of the clip" : "of the clip";
+    const isAfter = region.end > this.duration + 0.01;
+    const isBefore = region.start < -0.01;
+    const where = isAfter ? "past the end of the clip" : isBefore ? "before the start of the clip" : "of the clip";
     element("region-line").textContent = `${(region.end - region.start).toFixed(2)} s ${where}`;
     element("region-start").value = region.start.toFixed(2);
     element("region-end").value = region.end.toFixed(2);
+    element("region-strength-box").hidden = isAfter || isBefore;
+    element("regenerate").textContent = isAfter || isBefore ? "Extend" : "Regenerate";
     element("regenerate").disabled = region.end - region.start < CLICK_S;
+  }
+
+  // Strength of a region inside the clip: how far it may differ from what is there. Null if it starts from noise.
+  get strength() {
+    const strength = element("region-strength").valueAsNumber;
+    return element("region-strength-box").hidden || strength === 1 ? null : strength;
   }
 
   // Moves an edge of the region. An edge that passes the other takes it along.

@@ -1,36 +1,10 @@
-// WAV files: writes them, and reads files that are too long to decode at once or that are still growing.
+// Reads WAV files that are too long to decode at once or that are still growing.
 
+import { pause } from "./api.js";
 import { audioContext } from "./audio.js";
 
-// Returns a 16-bit WAV file. Chromium decodes with the same two scales, so that samples survive a round trip.
-export function wavBlob(buffer) {
-  const { numberOfChannels: channels, sampleRate, length } = buffer;
-  const bytes = new DataView(new ArrayBuffer(44 + length * channels * 2));
-  const text = (at, value) => [...value].forEach((char, index) => bytes.setUint8(at + index, char.charCodeAt(0)));
-  text(0, "RIFF");
-  bytes.setUint32(4, bytes.byteLength - 8, true);
-  text(8, "WAVEfmt ");
-  bytes.setUint32(16, 16, true);
-  bytes.setUint16(20, 1, true);
-  bytes.setUint16(22, channels, true);
-  bytes.setUint32(24, sampleRate, true);
-  bytes.setUint32(28, sampleRate * channels * 2, true);
-  bytes.setUint16(32, channels * 2, true);
-  bytes.setUint16(34, 16, true);
-  text(36, "data");
-  bytes.setUint32(40, length * channels * 2, true);
-  const data = Array.from({ length: channels }, (_, channel) => buffer.getChannelData(channel));
-  for (let frame = 0, at = 44; frame < length; frame++) {
-    for (const samples of data) {
-      const value = Math.max(-1, Math.min(1, samples[frame]));
-      bytes.setInt16(at, Math.round(value * (value < 0 ? 32768 : 32767)), true);
-      at += 2;
-    }
-  }
-  return new Blob([bytes.buffer], { type: "audio/wav" });
-}
-
-const LEAST_READ_BYTES = 1 << 18;
+const LEAST_READ_BYTES = 1 << 18; // stored at once, unless the stream pauses
+const QUIET_MS = 200;
 
 // A WAV file that arrives in pieces. Its samples can be read while the rest is still missing.
 export class GrowingWav {
@@ -58,9 +32,14 @@ export class GrowingWav {
     let rest = new Uint8Array();
     let at = 0; // of `rest` in the file
     const reader = stream.getReader();
+    let reading = reader.read();
     for (;;) {
-      const { done, value } = await reader.read();
+      const arrived = await (rest.length ? Promise.race([reading, pause(QUIET_MS)]) : reading);
       if (isStale()) return reader.cancel();
+      if (!arrived && this.format) rest = this.take(rest, onSamples);
+      if (!arrived) continue;
+      const { done, value } = arrived;
+      if (!done) reading = reader.read();
       if (value) {
         rest = joined(rest, value);
         const cut = Math.min(rest.length, Math.max(0, skipped - at));

@@ -1,5 +1,7 @@
 // Texts about times and clips that several parts of the page show.
 
+import { isExtended } from "./orders.js";
+
 // Returns a time as 0:04.25. `step` is the distance of neighbouring labels in seconds: 0:04 for whole seconds.
 export function formatTime(seconds, step = 0.01) {
   const digits = Math.max(0, Math.min(2, Math.ceil(-Math.log10(step))));
@@ -11,10 +13,11 @@ export function formatTime(seconds, step = 0.01) {
 const KINDS = { generate: "clip", vary: "variation", inpaint: "region" };
 
 // Returns the kind of an order's clip in one or two words.
-export function kindOf({ kind, fields, isLonger }) {
+export function kindOf(order) {
+  const { kind, fields } = order;
   if (fields.sections) return "long piece";
   if (fields.loop) return "loop";
-  if (isLonger) return "extended";
+  if (isExtended(order)) return "extended";
   return KINDS[kind];
 }
 

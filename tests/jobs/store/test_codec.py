@@ -44,6 +44,7 @@ REQUEST = GenerationRequest(
     init_noise_level=0.4,
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
     keep="model",
+    source_start_s=2.5,
     loop="bars",
     loras=(Lora("vinyl", -0.5, (0.2, 0.8), "s3://bucket/vinyl.safetensors", "d" * 64, has_conditioners=True),),
     lora_stacking="summed",
