@@ -96,9 +96,8 @@ def grow(client: Client, arguments: argparse.Namespace) -> None:
     with closing(GrowingWav(arguments.out, params)) as wav:
         wav.add(samples, context_s=arguments.context)
         while wav.length_s < arguments.until:
-            source_s = len(wav.end) / wav.count(1)
             source = write(wav.end, params)
-            piece, made = read(client.extend(source, prompt, source_s=source_s, until_s=source_s + more_s).content)
+            piece, made = read(client.extend(source, prompt, extend_after_s=more_s).content)
             if made[:3] != params[:3]:
                 raise ValueError(
                     f"--clip must have the format of the model: {made.nchannels} channels at {made.framerate} Hz"

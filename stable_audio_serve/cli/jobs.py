@@ -13,11 +13,14 @@ import typer
 from stable_audio_serve.cli.messages import ExitCode, fail, plain_errors
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
 from stable_audio_serve.cli.sound_options import (
-    STRENGTH_HELP,
+    After,
     Bars,
+    Before,
     Bpm,
     Keep,
     Loop,
+    MoreRegions,
+    Noise,
     Overlap,
     Prompt,
     Sections,
@@ -42,12 +45,11 @@ _Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of jobs, as `
 def submit(
     prompt: Prompt,
     *,
-    audio: Annotated[str | None, typer.Option(help="Source audio of a variation; - is standard input.")] = None,
-    noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help=f"With --audio: {STRENGTH_HELP}")] = None,
-    regions: Annotated[
-        list[str] | None,
-        typer.Option("--region", "-r", metavar="START:END", help="With --audio: part to regenerate, seconds."),
-    ] = None,
+    audio: Annotated[str | None, typer.Option(help="Source audio; - is standard input.")] = None,
+    noise: Noise = None,
+    regions: MoreRegions = None,
+    before: Before = None,
+    after: After = None,
     keep: Keep = None,
     loop: Loop = False,
     bpm: Bpm = None,
@@ -66,22 +68,22 @@ def submit(
 
     with plain_errors(), open_client(options.url, options.key_file) as client:
         check_inputs(prompt, audio)
-        if audio is None and (regions or noise is not None):
-            raise ValueError("--region and --noise need --audio")
-        if keep and not regions:
-            raise ValueError("--keep needs --region")
-        if regions and noise is not None:
-            raise ValueError("--noise is for variations: it has no effect with --region")
+        is_edit = bool(regions or before or after)
+        if audio is None and (is_edit or noise is not None):
+            raise ValueError("--region, --before, --after and --noise need --audio")
+        if keep and not is_edit:
+            raise ValueError("--keep needs --region, --before or --after")
         spans = [parse_region(region) for region in regions or ()]
         if audio is not None and (loop or bpm is not None or bars is not None or sections):
             raise ValueError("--loop, --bpm, --bars and --section are for prompts without --audio")
         fields = {**options.controls, "init_noise_level": noise, "keep": keep, "webhook_url": webhook}
         fields |= {"loop": loop or None, "bpm": bpm, "bars": bars}
+        fields |= {"extend_before_s": before or None, "extend_after_s": after or None}
         fields |= parse_sections(sections, overlap_s=overlap)
         prompt = read_prompt(prompt)
         fields["prompts"] = options.prompts_after(prompt)
         request = makers.SoundRequest(
-            "generate" if audio is None else "inpaint" if spans else "vary",
+            "generate" if audio is None else "inpaint" if is_edit else "vary",
             prompt,
             audio=None if audio is None else read_audio(audio),
             regions=spans,

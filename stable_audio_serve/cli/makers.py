@@ -52,7 +52,7 @@ class SoundRequest:
         if self.kind == "replay":
             return [self.recipe], {"sources": self.sources}
         if self.kind == "inpaint":
-            more["regions"] = self.regions
+            more["regions"] = self.regions or None
         return ([self.prompt] if self.audio is None else [self.audio, self.prompt]), more
 
 

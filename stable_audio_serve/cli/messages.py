@@ -63,6 +63,8 @@ OPTIONS: Mapping[str, str] = {
     "lora_name": "NAME",
     "lora_path": "PATH",
     "init_noise_level": "--noise",
+    "extend_before_s": "--before",
+    "extend_after_s": "--after",
     "inpaint_start_seconds": "the start of --region",
     "inpaint_end_seconds": "the end of --region",
     "keep": "--keep",

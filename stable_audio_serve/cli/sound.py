@@ -6,7 +6,6 @@ Large modules are imported only when a command runs, so that the program starts 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -14,13 +13,17 @@ import typer
 from stable_audio_serve.cli.messages import plain_errors
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
 from stable_audio_serve.cli.sound_options import (
-    STRENGTH_HELP,
+    After,
     Bars,
+    Before,
     Bpm,
     Keep,
     Loop,
+    MoreRegions,
+    Noise,
     Overlap,
     Prompt,
+    Regions,
     Sections,
     SoundOptions,
     Source,
@@ -32,15 +35,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_Regions = Annotated[
-    list[str], typer.Option("--region", "-r", metavar="START:END", help="Part to regenerate, seconds; may be repeated.")
-]
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
     *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
     *("prompts", "priority", "loras", "lora_stacking"),
 )
-_UNTIL = {"duration": "--until", "inpaint_end_seconds": "--until", "inpaint_start_seconds": "--from"}
 _LOOP_HAS_NOT = (
     *("model", "prompts", "duration", "sampler", "negative_prompt", "variations", "format", "priority"),
     *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
@@ -74,7 +73,7 @@ def variation(
     audio: Source,
     prompt: Prompt,
     *,
-    noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help=STRENGTH_HELP)] = None,
+    noise: Noise = None,
     options: SoundOptions,
 ) -> None:
     """Make a variation of audio."""
@@ -83,47 +82,47 @@ def variation(
 
 @app.command()
 @with_options()
-def inpaint(audio: Source, prompt: Prompt, *, regions: _Regions, keep: Keep = None, options: SoundOptions) -> None:
+def inpaint(
+    audio: Source,
+    prompt: Prompt,
+    *,
+    regions: Regions,
+    noise: Noise = None,
+    keep: Keep = None,
+    options: SoundOptions,
+) -> None:
     """Regenerate parts of a clip.
 
     Samples outside the regions stay unchanged. Crossfades of 30 ms inside each region join the new audio to
     the source.
     """
-    from stable_audio_serve.cli.sound_files import parse_region
-
-    with plain_errors():
-        spans = [parse_region(region) for region in regions]
-    _make("inpaint", prompt, audio=audio, regions=spans, more={"keep": keep}, options=options)
+    _make(
+        "inpaint", prompt, audio=audio, regions=regions, more={"init_noise_level": noise, "keep": keep}, options=options
+    )
 
 
-@app.command("continue")
+@app.command()
 @with_options(without=["duration"])
-def continue_audio(
+def extend(
     audio: Source,
     prompt: Prompt,
     *,
-    until: Annotated[float, typer.Option("--until", "-u", help="Length of the result, seconds.")],
-    start: Annotated[
-        float | None, typer.Option("--from", help="Seconds of the source to keep; default: all of it.")
-    ] = None,
+    before: Before = None,
+    after: After = None,
+    regions: MoreRegions = None,
+    noise: Noise = None,
     keep: Keep = None,
     options: SoundOptions,
 ) -> None:
-    """Extend audio past its end.
+    """Extend audio before its start, after its end, or both.
 
-    The source's samples stay unchanged, except for a crossfade in the last 30 ms.
+    The source's samples stay unchanged, except for crossfades in 30 ms at each extended end.
     """
-    from stable_audio_serve.cli.sound_files import check_inputs, length_s, read_audio
-
     with plain_errors():
-        check_inputs(prompt, audio)
-        content = read_audio(audio)
-        kept_s = length_s(content) if start is None else start
-        if until <= kept_s:
-            what = "the source" if start is None else "--from"
-            raise ValueError(f"--until {until:g} is not longer than {what} ({kept_s:g} s)")
-    more = {"duration": until, "keep": keep}
-    _make("inpaint", prompt, audio=content, regions=[(kept_s, until)], more=more, options=options, names=_UNTIL)
+        if not (before or after):
+            raise ValueError("set --before or --after to the seconds of new audio")
+    more = {"extend_before_s": before, "extend_after_s": after, "init_noise_level": noise, "keep": keep}
+    _make("inpaint", prompt, audio=audio, regions=regions, more=more, options=options)
 
 
 @app.command()
@@ -197,33 +196,31 @@ def _make(
     prompt: str,
     *,
     options: SoundOptions,
-    audio: str | bytes | None = None,
-    regions: list[tuple[float, float]] | None = None,
+    audio: str | None = None,
+    regions: list[str] | None = None,
     more: dict[str, Any] | None = None,
-    names: Mapping[str, str] | None = None,
 ) -> None:
     from stable_audio_serve.cli.makers import SoundRequest
-    from stable_audio_serve.cli.sound_files import check_inputs, check_outputs, read_audio, read_prompt
+    from stable_audio_serve.cli.sound_files import check_inputs, check_outputs, parse_region, read_audio, read_prompt
 
     with plain_errors():
+        spans = [parse_region(region) for region in regions or ()]
         check_inputs(prompt, audio)
         check_outputs(options.out, as_json=options.as_json)
         prompt = read_prompt(prompt)
-        source = read_audio(audio) if isinstance(audio, str) else audio
+        source = None if audio is None else read_audio(audio)
         fields = {**options.controls, **(more or {}), "prompts": options.prompts_after(prompt)}
         controls = {name: value for name, value in fields.items() if value is not None}
-    _carry_out(
-        SoundRequest(kind, prompt, audio=source, regions=regions or (), controls=controls), options=options, names=names
-    )
+    _carry_out(SoundRequest(kind, prompt, audio=source, regions=spans, controls=controls), options=options)
 
 
-def _carry_out(request: SoundRequest, *, options: SoundOptions, names: Mapping[str, str] | None = None) -> None:
-    """Generate the audio of a request and write its files. `names` is passed to `plain_errors`."""
+def _carry_out(request: SoundRequest, *, options: SoundOptions) -> None:
+    """Generate the audio of a request and write its files."""
     from stable_audio_serve.cli.makers import make_by_server, make_here
     from stable_audio_serve.cli.sound_files import check_outputs, report, save
     from stable_audio_serve.cli.tables import progress_line
 
-    with plain_errors(names):
+    with plain_errors():
         check_outputs(options.out, as_json=options.as_json)
         with progress_line(quiet=options.quiet) as show:
             if options.local:

@@ -61,16 +61,6 @@ def read_recipe(content: bytes) -> dict[str, Any]:
     return recipe
 
 
-def length_s(content: bytes) -> float:
-    """Return the length of an audio file in seconds. Raises ValueError."""
-    import soundfile
-
-    try:
-        return float(soundfile.info(io.BytesIO(content)).duration)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"the audio cannot be read: {error}; set --from to the seconds to keep") from error
-
-
 def parse_region(text: str) -> tuple[float, float]:
     """Parse START:END. Returns [start, end) in seconds. Raises ValueError."""
     start, _, end = text.partition(":")

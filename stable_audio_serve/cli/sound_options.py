@@ -41,7 +41,12 @@ Overlap = Annotated[
     float | None, typer.Option("--overlap", min=0.0, help="With --section: audio that each section continues, seconds.")
 ]
 
-STRENGTH_HELP = "Strength, 0 to 1; low keeps more of the source."
+Noise = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Strength, 0 to 1; low keeps more of the source.")]
+_REGION = typer.Option("--region", "-r", metavar="START:END", help="Part to regenerate, seconds; may be repeated.")
+Regions = Annotated[list[str], _REGION]
+MoreRegions = Annotated[list[str] | None, _REGION]
+Before = Annotated[float | None, typer.Option(min=0.0, help="New audio before the source, seconds.")]
+After = Annotated[float | None, typer.Option(min=0.0, help="New audio after the source, seconds.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,15 +85,15 @@ class Client:
 
     @accepts(InpaintControls, without=("duration",))
     def extend(
-        self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[InpaintControls]
+        self, audio: Audio, prompt: str, *, regions: Regions | None = None, **controls: Unpack[InpaintControls]
     ) -> Result:
-        """Extend audio past its end, from its length `source_s` to the length `until_s`, both in seconds.
+        """Extend audio by `extend_before_s` before its start and by `extend_after_s` after its end.
 
-        The source's samples stay unchanged, except for its last 30 ms, which fade into the new audio. Raises OSError if
-        the source file cannot be read.
+        The source's samples stay unchanged, except for 30 ms at an extended end, which fade into the new audio. The
+        times of `regions` to regenerate, as in `inpaint`, are those of the source. Raises OSError if the source file
+        cannot be read.
         """
-        fields, regions = {**controls, "duration": until_s}, [(source_s, until_s)]
-        return self.send(calls.make("inpaint", prompt, controls=fields, audio=audio, regions=regions))
+        return self.send(calls.make("inpaint", prompt, controls=controls, audio=audio, regions=regions))
 
     @accepts(LoopControls)
     def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Result:
@@ -171,13 +171,13 @@ class Jobs:
         audio: Audio,
         prompt: str,
         *,
-        regions: Regions,
+        regions: Regions | None = None,
         idempotency_key: str | None = None,
         **controls: Unpack[JobInpaintControls],
     ) -> Job:
-        """Submit a job that regenerates regions of `audio`. Raises OSError if the source file cannot be read.
+        """Submit a job that regenerates regions of `audio`, or extends it as `Client.extend` does.
 
-        `regions` has the start and end of each region in seconds.
+        `regions` has the start and end of each region in seconds. Raises OSError if the source file cannot be read.
         """
         return self._submit(
             calls.submit("inpaint", prompt, controls=controls, audio=audio, regions=regions, key=idempotency_key)
@@ -290,12 +290,9 @@ class AsyncClient:
 
     @accepts(InpaintControls, without=("duration",))
     async def extend(
-        self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[InpaintControls]
+        self, audio: Audio, prompt: str, *, regions: Regions | None = None, **controls: Unpack[InpaintControls]
     ) -> Result:
-        fields = {**controls, "duration": until_s}
-        return await self.send(
-            calls.make("inpaint", prompt, controls=fields, audio=audio, regions=[(source_s, until_s)])
-        )
+        return await self.send(calls.make("inpaint", prompt, controls=controls, audio=audio, regions=regions))
 
     @accepts(LoopControls)
     async def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Result:
@@ -342,7 +339,7 @@ class AsyncJobs:
         audio: Audio,
         prompt: str,
         *,
-        regions: Regions,
+        regions: Regions | None = None,
         idempotency_key: str | None = None,
         **controls: Unpack[JobInpaintControls],
     ) -> Job:

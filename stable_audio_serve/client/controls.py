@@ -92,8 +92,11 @@ class EditControls(Controls, total=False):
 
 
 class InpaintControls(Controls, total=False):
-    """Optional fields of a request that regenerates regions of source audio."""
+    """Optional fields of a request that regenerates regions of source audio, or extends it."""
 
+    extend_before_s: Annotated[float | None, "New audio before the source, seconds."]
+    extend_after_s: Annotated[float | None, "New audio after the source, seconds."]
+    init_noise_level: Annotated[float | None, "Strength, 0 to 1: regions start from the source. By default from noise."]
     keep: Annotated[
         Literal["source", "model"] | None,
         "Outside the regions: the source's own samples (default) or the model's.",

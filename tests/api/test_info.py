@@ -120,6 +120,7 @@ async def test_openapi_page_describes_every_public_route(client: httpx.AsyncClie
         "/favicon.ico",
         "/playground/{path}",
         *("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt"),
+        *("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt"),
     }
     for path, operations in document["paths"].items():
         for operation in operations.values():

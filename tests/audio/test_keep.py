@@ -57,6 +57,29 @@ def test_a_continuation_fades_within_its_source(regions_s: Regions, spans: list[
     assert plan(*regions_s, samples=5000) == tuple(spans)
 
 
+@pytest.mark.parametrize(
+    ("regions_s", "spans"),
+    [
+        ([], [Span(0, 1030, 0, FADE)]),
+        ([(0.0, 1.0)], [Span(0, 1030, 0, FADE)]),
+        ([(0.0, 1.0), (4.0, 5.0)], [Span(0, 1030, 0, FADE), Span(3970, 5000, FADE)]),
+        ([(0.0, 1.0), (1.01, 2.0)], [Span(0, 1010, 0, 10), Span(1010, 2000, FADE, FADE)]),
+        ([(0.0, 1.0), (1.0, 2.0)], [Span(0, 2000, 0, FADE)]),
+        ([(0.0, 1.0), (2.0, 4.0), (4.0, 5.0)], [Span(0, 1030, 0, FADE), Span(2000, 5000, FADE)]),
+        ([(0.0, 5.0)], [Span(0, 5000)]),
+    ],
+)
+def test_audio_before_a_source_fades_out_within_it(regions_s: Regions, spans: list[Span]) -> None:
+    num_samples = 5000 if any(end > 4 for _, end in regions_s) else 4000
+    planned = plan_spans(regions_s, num_source=3000, num_samples=num_samples, sample_rate_hz=RATE_HZ, source_start=1000)
+    assert planned == tuple(spans)
+
+
+def test_extensions_of_a_very_short_source_share_it() -> None:
+    spans = plan_spans([(0, 1), (1.04, 2)], num_source=40, num_samples=2000, sample_rate_hz=RATE_HZ, source_start=1000)
+    assert spans == (Span(0, 1030, 0, FADE), Span(1030, 2000, 10))
+
+
 def test_a_short_source_is_kept_completely_unless_continued() -> None:
     assert plan((1.0, 2.0), samples=5000) == (Span(1000, 2000, FADE, FADE), Span(3000, 5000, FADE))
     assert plan((4.0, 5.0), samples=5000) == (Span(3000, 5000, FADE),)

@@ -98,7 +98,7 @@ def test_adapters_are_sent_in_their_order(server: Server, command: list[str]) ->
     [
         (["variation", "a.wav", "rain"], "/jobs/variations"),
         (["inpaint", "a.wav", "rain", "-r", "0:1"], "/jobs/inpaint"),
-        (["continue", "a.wav", "rain", "--until", "2", "--from", "1"], "/jobs/inpaint"),
+        (["extend", "a.wav", "rain", "--after", "2"], "/jobs/inpaint"),
         (["jobs", "submit", "rain", "--audio", "a.wav"], "/jobs/variations"),
     ],
 )

@@ -178,10 +178,15 @@ async def test_commands_read_and_write_pipes(shell: Shell) -> None:
     await shell.run("inpaint", "hail.wav", "hail", "-d", "1", "-r", "0.25:0.5", "-r", "0.75:1")
     assert shell.backend.last.inpaint_regions_s == ((0.25, 0.5), (0.75, 1.0))
     assert shell.backend.last.keep == "source"
-    await shell.run("continue", "hail.wav", "hail", "--until", "2.5", "--keep", "model", "-o", "long.wav")
+    await shell.run("inpaint", "hail.wav", "hail", "-d", "1", "-r", "0.25:0.5", "--noise", "0.4")
+    assert shell.backend.last.init_noise_level == 0.4
+    await shell.run("extend", "hail.wav", "hail", "--after", "1.5", "--keep", "model", "-o", "long.wav")
     assert shell.backend.last.inpaint_regions_s == ((1.0, 2.5),)
     assert shell.backend.last.keep == "model"
     assert frames(await shell.read("long.wav")) == RATE_HZ * 5 // 2
+    await shell.run("extend", "hail.wav", "hail", "--before", "2", "--after", "3", "-r", "0.5:0.75", "--noise", "0.5")
+    assert shell.backend.last.inpaint_regions_s == ((0.0, 2.0), (2.5, 2.75), (3.0, 6.0))
+    assert (shell.backend.last.source_start_s, shell.backend.last.init_noise_level) == (2.0, 0.5)
     await shell.run("loop", "techno 120bpm", "--bars", "2", "--audio", "hail.wav", "-o", "loop.wav")
     assert frames(await shell.read("loop.wav")) == 4 * RATE_HZ
 
@@ -229,7 +234,7 @@ FAILURES = [
     (["variation", "missing.wav", "rain"], 2, "missing.wav: file not found"),
     (["inpaint", "-", "rain", "-r", "later"], 2, "START:END"),
     (["variation", "-", "-"], 2, "standard input"),
-    (["continue", "-", "-", "--until", "2"], 2, "standard input"),
+    (["extend", "-", "-", "--after", "2"], 2, "standard input"),
     (["jobs", "submit", "-", "--audio", "-"], 2, "standard input"),
     (["generate", "rain", "-o", "-", "--json"], 2, "standard output"),
     (["loop", "techno"], 2, "BPM"),

@@ -90,10 +90,7 @@ def test_every_control_maps_to_an_option() -> None:
         (["replay", "."], "error: .: is a directory\n"),
         (["generate", "rain", "--key-file", "nope"], "error: --key-file: nope: file not found\n"),
         (["inpaint", "nope.wav", "rain", "-r", "3:2"], "error: --region 3:2: the start must be before the end\n"),
-        (
-            ["jobs", "submit", "rain", "--audio", "nope.wav", "-r", "1:2", "--noise", "0.5"],
-            "error: --noise is for variations: it has no effect with --region\n",
-        ),
+        (["jobs", "submit", "rain", "--after", "2"], "error: --region, --before, --after and --noise need --audio\n"),
     ],
 )
 def test_mistakes_are_reported_plainly(arguments: list[str], expected: str) -> None:
@@ -101,12 +98,9 @@ def test_mistakes_are_reported_plainly(arguments: list[str], expected: str) -> N
     assert (result.exit_code, result.stderr) == (2, expected)
 
 
-def test_continue_refuses_a_length_below_the_source(tmp_path: Path) -> None:
-    from tests.audio_files import make_audio_file
-
-    (tmp_path / "x.wav").write_bytes(make_audio_file(duration_s=3.0))
-    result = CliRunner().invoke(app, ["continue", "x.wav", "rain", "--until", "2"])
-    assert (result.exit_code, result.stderr) == (2, "error: --until 2 is not longer than the source (3 s)\n")
+def test_extend_needs_a_length() -> None:
+    result = CliRunner().invoke(app, ["extend", "x.wav", "rain"])
+    assert (result.exit_code, result.stderr) == (2, "error: set --before or --after to the seconds of new audio\n")
 
 
 def test_system_errors_are_described_in_words() -> None:

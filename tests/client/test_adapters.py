@@ -73,7 +73,7 @@ METHODS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "generate": (["rain"], {}),
     "vary": ([SOURCE, "rain"], {}),
     "inpaint": ([SOURCE, "rain"], {"regions": REGIONS}),
-    "extend": ([SOURCE, "rain"], {"source_s": 1.0, "until_s": 2.0}),
+    "extend": ([SOURCE, "rain"], {"extend_after_s": 1.0}),
     "jobs.submit": (["rain"], {}),
     "jobs.submit_variation": ([SOURCE, "rain"], {}),
     "jobs.submit_inpaint": ([SOURCE, "rain"], {"regions": REGIONS}),

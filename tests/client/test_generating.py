@@ -115,10 +115,10 @@ async def test_a_source_may_be_bytes_a_path_a_file_or_a_clip(
     assert served.backend.last.inpaint_regions_s == ((0.25, 0.5), (0.75, 1.0))
     assert served.backend.last.keep == "source"
     euler = {"sampler_type": "euler"}
-    await call("extend", source(), "rain", source_s=1.0, until_s=2.5, sampler_kwargs=euler, keep="model")
+    await call("extend", source(), "rain", extend_before_s=0.5, extend_after_s=1.5, sampler_kwargs=euler, keep="model")
     assert served.backend.last.keep == "model"
-    assert served.backend.last.inpaint_regions_s == ((1.0, 2.5),)
-    assert (served.backend.last.duration_s, served.backend.last.sampler) == (2.5, "euler")
+    assert served.backend.last.inpaint_regions_s == ((0.0, 0.5), (1.5, 3.0))
+    assert (served.backend.last.duration_s, served.backend.last.sampler) == (3.0, "euler")
 
 
 async def test_models_are_listed(served: Served, connect: Callable[..., Caller]) -> None:

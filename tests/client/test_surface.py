@@ -60,8 +60,7 @@ def test_methods_have_real_parameters_with_docs(kind: type, name: str) -> None:
     assert fields <= set(parameters)
     assert all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     assert all(f"    {field}: " in (inspect.getdoc(method) or "") for field in fields)
-    needed = {"regions": [(0, 1)], "source_s": 1.0, "until_s": 2.0}
-    given = {each: value for each, value in needed.items() if each in parameters}
+    given = {"regions": [(0, 1)]} if "regions" in parameters else {}
     words = ["rain"] if "audio" not in parameters or name == "loop" else [b"RIFF", "rain"]
     with pytest.raises(TypeError, match=r"\w+\(\) got an unexpected keyword argument 'nonsense'"):
         method(*words, **given, nonsense=1)

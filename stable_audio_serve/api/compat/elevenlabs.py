@@ -36,7 +36,7 @@ from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.jobs.job import JobSpec
-from stable_audio_serve.jobs.sections import choose_overlap, find_faults, longest_s
+from stable_audio_serve.jobs.pieces.sections import choose_overlap, find_faults, longest_s
 
 TAG = "ElevenLabs"
 

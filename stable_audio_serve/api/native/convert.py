@@ -33,7 +33,7 @@ from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelErro
 from stable_audio_serve.core.generation import GenerationRequest, LoopStart, Lora
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.core.sound import Encoding, Finishing, Loudness
-from stable_audio_serve.jobs.sections import total_duration_s
+from stable_audio_serve.jobs.pieces.sections import total_duration_s
 
 T = TypeVar("T")
 

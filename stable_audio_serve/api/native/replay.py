@@ -54,7 +54,7 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationResult, Section, SourceAudio
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec
-from stable_audio_serve.jobs.sections import find_faults, total_duration_s
+from stable_audio_serve.jobs.pieces.sections import find_faults, total_duration_s
 
 _PATH = "/v1/audio/replay"
 _MULTIPART = "multipart/form-data"
@@ -278,11 +278,10 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
     if recipe.sampler is not None and recipe.sampler not in card.samplers:
         raise _fault("sampler", f"sampler must be one of {', '.join(card.samplers)} for the model {card.name}")
     sections = [Section(one.duration, one.prompt) for one in recipe.sections or ()]
-    if sections:
-        faults = find_faults(sections, overlap_s=recipe.overlap or 0.0, card=card, limits=limits)
-        if faults:
-            field = str(faults[0].field)
-            raise _fault("overlap" if field == "overlap_s" else field, faults[0].message)
+    overlap_s = recipe.overlap or 0.0
+    for fault in find_faults(sections, overlap_s=overlap_s, card=card, limits=limits) if sections else ():
+        name, *place = str(fault.field).split(".")
+        raise _fault("overlap" if name == "overlap_s" else ".".join([name, *place]), fault.message)
     try:
         recipe.finishing.check(duration_s=recipe.duration, is_loop=recipe.loop is not None)
     except InvalidRequestError as error:
@@ -312,5 +311,4 @@ async def _find_sources(
 
 
 def _fault(field: str, message: str) -> RequestValidationError:
-    place = tuple(int(part) if part.isdecimal() else part for part in field.split("."))
-    return RequestValidationError([{"type": "value_error", "loc": ("body", *place), "msg": message, "input": None}])
+    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message, "input": None}])

@@ -100,6 +100,7 @@ def build_router(service: Service) -> APIRouter:
         check_edit(form, generation)
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
+        note(request.scope, duration_s=generation.duration_s)
         init = source if starts_from_source(form) else None
         generation = replace(generation, inpaint_audio=source, init_audio=init)
         return await answer(request, form, card=card, generation=generation, started_at=started_at)

@@ -18,7 +18,7 @@ from stable_audio_serve.audio.formats import media_type
 from stable_audio_serve.audio.writer import AudioWriter, StreamFile
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 from stable_audio_serve.jobs.job import FinishedSection, Job
-from stable_audio_serve.jobs.sections import num_final_samples, read_section
+from stable_audio_serve.jobs.pieces.sections import num_final_samples, read_section
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from stable_audio_serve.api.native.schemas import Controls, JobBody
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import Section
 from stable_audio_serve.core.settings import ApiSettings
-from stable_audio_serve.jobs.sections import choose_overlap, find_faults, total_duration_s
+from stable_audio_serve.jobs.pieces.sections import choose_overlap, find_faults, total_duration_s
 
 
 def read_sections(fields: Controls) -> tuple[Section, ...]:

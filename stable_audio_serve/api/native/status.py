@@ -18,7 +18,7 @@ from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, Mode, State
-from stable_audio_serve.jobs.recipes import recipes_of as job_recipes
+from stable_audio_serve.jobs.pieces.recipes import recipes_of as job_recipes
 
 _MOST_LISTED_CHARS = 4096
 REPLAY_OF = "replay_of"  # the hash of the recipe that a job replays, in `JobSpec.wire`

@@ -42,7 +42,7 @@ from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
-from stable_audio_serve.jobs.sections import choose_overlap
+from stable_audio_serve.jobs.pieces.sections import choose_overlap
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
 CONTRACT: Literal["sa3"] = "sa3"
@@ -132,6 +132,7 @@ def build_router(service: Service) -> APIRouter:
         check_edit(form, generation)
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
+        note(request.scope, duration_s=generation.duration_s)
         return await submit(
             request,
             response,

@@ -35,9 +35,8 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.sound import ClipFacts, Peaks
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobResult, JobSpec
-from stable_audio_serve.jobs.recipes import common_maker, find_different, recipes_of
-from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
-from stable_audio_serve.jobs.sections import (
+from stable_audio_serve.jobs.pieces.recipes import common_maker, find_different, recipes_of
+from stable_audio_serve.jobs.pieces.sections import (
     SectionPlan,
     make_request,
     num_final_samples,
@@ -45,6 +44,7 @@ from stable_audio_serve.jobs.sections import (
     read_end,
     read_section,
 )
+from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.key_uses import Use
 from stable_audio_serve.jobs.store.runner_jobs import GENERATED, Report

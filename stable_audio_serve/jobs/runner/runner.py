@@ -27,13 +27,13 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.pricing import Prices, WorkSize
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.job import Job, State
+from stable_audio_serve.jobs.pieces.sections import sizes_of
 from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, RunnerPauses, record_end
 from stable_audio_serve.jobs.runner.capacity import Capacity, StorageGate
 from stable_audio_serve.jobs.runner.execution import JobExecutor
 from stable_audio_serve.jobs.runner.heartbeat import LeaseHeartbeat, LeaseId, lease_id
 from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
-from stable_audio_serve.jobs.sections import sizes_of
 from stable_audio_serve.jobs.store.health import Refusals
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.runner_jobs import Outlook

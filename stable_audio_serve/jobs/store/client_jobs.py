@@ -14,7 +14,7 @@ from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.pricing import WorkSize
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State, host_of
-from stable_audio_serve.jobs.sections import sizes_of
+from stable_audio_serve.jobs.pieces.sections import sizes_of
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.admission import find_no_room, find_same
 from stable_audio_serve.jobs.store.database import Database
