@@ -197,6 +197,7 @@ _RECIPE = json.dumps(
     }
 )
 _SOURCES = {"init_audio", "init_noise_level", "inpaint_audio", "inpaint_regions", "keep", "sampler", "samples"}
+_SOURCES |= {"extend_before_s"}
 _DROPPED = {
     "finetune_checkpoint",
     "sampler_type",  # depends on the model
@@ -206,6 +207,8 @@ _DROPPED = {
     "webhook_url",  # only public addresses are accepted
     *("bitrate", "bit_depth", "sample_rate"),  # depend on the format
     "bpm",  # needs loop and bars
+    *("prompts", "seeds", "sections", "overlap_s"),  # depend on each other, and on the number of variations
+    *("extend_before_s", "extend_after_s"),  # in place of regions
     *("composition_plan", "finetune_id", "store_for_inpainting"),  # must be unset in music with a prompt
 }
 _AT_MOST = {
