@@ -99,6 +99,7 @@ class Known:
                 "ticket": upload["upload_url"].split("/")[-1],
                 "file_id": file_id,
                 "file_name": file_name,
+                "endpoint_id": "fal-ai/stable-audio",
             }
         )
 
@@ -106,6 +107,8 @@ class Known:
 def make_meaningful(case: schemathesis.Case, known: Known) -> None:
     """Change a request that fits the schema so that it also meets rules that no schema can express."""
     (case.query or {}).pop("fal_webhook", None)
+    if case.query and case.query.get("follow"):
+        case.query.pop("section", None)
     for parameters in (case.path_parameters, case.query):
         for name in parameters or ():
             if name in known.ids and not _wants_other_ids(case):
@@ -197,7 +200,7 @@ _RECIPE = json.dumps(
     }
 )
 _SOURCES = {"init_audio", "init_noise_level", "inpaint_audio", "inpaint_regions", "keep", "sampler", "samples"}
-_SOURCES |= {"extend_before_s"}
+_SOURCES |= {"extend_before_s", "sections", "overlap"}
 _DROPPED = {
     "finetune_checkpoint",
     "sampler_type",  # depends on the model
@@ -209,6 +212,7 @@ _DROPPED = {
     "bpm",  # needs loop and bars
     *("prompts", "seeds", "sections", "overlap_s"),  # depend on each other, and on the number of variations
     *("extend_before_s", "extend_after_s"),  # in place of regions
+    *("fade_in_s", "fade_out_s"),  # at most the clip
     *("composition_plan", "finetune_id", "store_for_inpainting"),  # must be unset in music with a prompt
 }
 _AT_MOST = {
