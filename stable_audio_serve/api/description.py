@@ -11,6 +11,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from stable_audio_serve.core.sound import AudioFormat
+
 _AUTOMATIC = "HTTPValidationError"
 _ERRORS = {
     401: "Keys are configured, and the request has no valid one.",
@@ -66,7 +68,8 @@ def _correct(document: dict[str, Any]) -> None:
                     for field in _resolve(content["schema"], schemas).get("properties", {}).values():
                         _drop_null(field)
             operation["security"] = [{}, *({name: []} for name in _SECURITY_SCHEMES)] if "401" in responses else []
-    for name in (_AUTOMATIC, "ValidationError"):
+    # FastAPI also describes the type of fields that describe themselves, see `fields.ResponseFormat`.
+    for name in (_AUTOMATIC, "ValidationError", AudioFormat.__name__):
         schemas.pop(name, None)
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
 

@@ -10,8 +10,9 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from stable_audio_serve.audio.formats import available_formats
 from stable_audio_serve.core.generation import (
     SEED_LIMIT,
     EditSchedule,
@@ -40,6 +41,7 @@ def _to_int(value: object) -> object:
 
 
 _WHOLE = BeforeValidator(_to_int)
+_FORMATS = WithJsonSchema({"type": "string", "enum": [str(name) for name in available_formats()]})
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ShortText = Annotated[str, Field(min_length=1, max_length=200)]
 _Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
@@ -188,7 +190,7 @@ class Recipe(_Part):
     overlap: Annotated[float, Field(gt=0, le=1e6)] | None = _unset(
         "Audio that each section continues, seconds; only with sections."
     )
-    response_format: Annotated[AudioFormat, Field(strict=False)] = Field(description="File format.")
+    response_format: Annotated[AudioFormat, Field(strict=False), _FORMATS] = Field(description="File format.")
     bitrate: Annotated[int, Field(ge=8, le=320), _WHOLE] | None = _unset("kbit/s; unset = the format's default.")
     bit_depth: Annotated[BitDepth, _WHOLE] | None = _unset("Bits of a sample; unset = 16.")
     sample_rate: Annotated[int, Field(ge=8000, le=48_000), _WHOLE] | None = _unset("Hertz; unset = the model's.")

@@ -99,6 +99,7 @@ class Known:
                 "ticket": upload["upload_url"].split("/")[-1],
                 "file_id": file_id,
                 "file_name": file_name,
+                "endpoint_id": "fal-ai/stable-audio",
             }
         )
 
@@ -106,6 +107,8 @@ class Known:
 def make_meaningful(case: schemathesis.Case, known: Known) -> None:
     """Change a request that fits the schema so that it also meets rules that no schema can express."""
     (case.query or {}).pop("fal_webhook", None)
+    if case.query and case.query.get("follow"):
+        case.query.pop("section", None)
     for parameters in (case.path_parameters, case.query):
         for name in parameters or ():
             if name in known.ids and not _wants_other_ids(case):
@@ -197,7 +200,7 @@ _RECIPE = json.dumps(
     }
 )
 _SOURCES = {"init_audio", "init_noise_level", "inpaint_audio", "inpaint_regions", "keep", "sampler", "samples"}
-_SOURCES |= {"extend_before_s", "loudness", "fade_in_s", "fade_out_s"}
+_SOURCES |= {"extend_before_s", "sections", "overlap", "loudness", "fade_in_s", "fade_out_s"}
 _DROPPED = {
     "finetune_checkpoint",
     "sampler_type",  # depends on the model
@@ -207,9 +210,9 @@ _DROPPED = {
     "webhook_url",  # only public addresses are accepted
     *("bitrate", "bit_depth", "sample_rate"),  # depend on the format
     "bpm",  # needs loop and bars
-    *("prompts", "seeds"),  # as many as variations
-    *("extend_before_s", "extend_after_s"),  # set the duration
-    *("loudness", "fade_in_s", "fade_out_s"),  # depend on the duration, and on loop
+    *("prompts", "seeds", "sections", "overlap_s"),  # depend on each other, and on the number of variations
+    *("extend_before_s", "extend_after_s"),  # in place of regions
+    *("loudness", "fade_in_s", "fade_out_s"),  # depend on the length of the clip
     *("composition_plan", "finetune_id", "store_for_inpainting"),  # must be unset in music with a prompt
 }
 _AT_MOST = {

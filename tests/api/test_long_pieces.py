@@ -33,6 +33,7 @@ WRONG: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = [
     ({"sections": [{"duration": 4}], "duration": 5}, [("duration",)]),
     ({"sections": [{"duration": 4}], "batch_size": 2, "peaks": "scale"}, [("batch_size",), ("peaks",)]),
     ({"sections": [{"duration": 4}], "loop": True}, [("loop",)]),
+    ({"sections": [{"duration": 4}], "prompts": ["a"], "seeds": [1]}, [("prompts",), ("seeds",)]),
     ({"duration": 1800}, [("duration",)]),
 ]
 

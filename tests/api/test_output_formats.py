@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from importlib.util import find_spec
 from typing import Any
 
 import httpx
@@ -138,3 +139,14 @@ async def test_variations_in_an_archive_have_the_format(client: httpx.AsyncClien
         data = archive.read(name)
         assert soundfile.info(io.BytesIO(data)).samplerate == 24_000
         assert len(data) * 8 / 1000 == pytest.approx(64, rel=0.15)
+
+
+async def test_schema_lacks_formats_that_are_not_installed(client: httpx.AsyncClient) -> None:
+    if find_spec("av"):
+        pytest.skip("PyAV is installed")
+    document = (await client.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    for name in ("GenerationBody", "VariationForm", "JobBody", "Recipe"):
+        listed = schemas[name]["properties"]["response_format"]["enum"]
+        assert listed == ["wav", "flac", "mp3", "ogg", "opus", "pcm", "ulaw", "alaw"]
+    assert "m4a" not in json.dumps(document)

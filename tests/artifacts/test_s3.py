@@ -61,7 +61,7 @@ async def test_without_a_prefix_keys_are_at_the_top(object_storage: ObjectStorag
     object_storage.client.put_object(Bucket=bucket, Key="holiday.jpg", Body=b"")
     object_storage.client.create_multipart_upload(Bucket=bucket, Key="uploads/holiday.jpg")
     assert store.bucket_key(file) == file.key
-    assert [[item.key for item in store.list_folder(name).objects] for name in FOLDERS] == [[KEY], [upload.key], []]
+    assert [[item.key for item in store.list_folder(name).objects] for name in FOLDERS] == [[KEY], [upload.key], [], []]
     assert store.sweep_unfinished(before=time.time() + 60) == 0
     assert store.claim("me") is not None
     assert await read(store, file) == b"x"

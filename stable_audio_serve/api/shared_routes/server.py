@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat import elevenlabs
 from stable_audio_serve.api.compat.vllm_omni.errors import render_error as render_openai_error
@@ -77,10 +77,10 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
         render = elevenlabs.render_error if is_elevenlabs(request) else render_openai_error
         return render(request, error)
 
-    async def list_models(request: Request) -> info.ModelList | list[dict[str, Any]]:
+    async def list_models(request: Request) -> info.ModelList | Response:
         """List the served models. A request with the header `xi-api-key` gets ElevenLabs' list."""
         if is_elevenlabs(request):
-            return elevenlabs.list_models(service.backend.catalog)
+            return JSONResponse(elevenlabs.list_models(service.backend.catalog))
         owner = "vllm" if dialect == "vllm" else NAME
         return info.describe_models(service, owned_by=owner, created_at=created_at)
 
@@ -88,6 +88,7 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
         "/v1/models",
         list_models,
         methods=["GET"],
+        response_model=info.ModelList,
         responses=error_responses(ErrorBody, 401, 500),
         route_class_override=route_class(render_list_error, scopes=()),
     )

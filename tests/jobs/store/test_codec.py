@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.generation import GenerationRequest, Lora, ScheduleShift, SourceAudio
+from stable_audio_serve.core.generation import GenerationRequest, Lora, MadeOn, ScheduleShift, Section, SourceAudio
+from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.core.sound import AudioFormat, Encoding, Finishing, Loudness
-from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
+from stable_audio_serve.jobs.job import FinishedSection, JobError, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.store import codec
 
 FILE = StoredFile("uploads/x", "audio/wav", "a b\u202e.wav", 12, "ab" * 32)
@@ -43,6 +44,7 @@ REQUEST = GenerationRequest(
     init_noise_level=0.4,
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
     keep="model",
+    source_start_s=2.5,
     loop="bars",
     loras=(Lora("vinyl", -0.5, (0.2, 0.8), "s3://bucket/vinyl.safetensors", "d" * 64, has_conditioners=True),),
     lora_stacking="summed",
@@ -64,6 +66,9 @@ SPEC = JobSpec(
     file_stem="stem",
     finishing=Finishing(Loudness(-14.0, -2.0), 0.5, 1.5),
     upload=JobUpload(FILE, "inpaint", 123.5),
+    sections=(Section(20.5), Section(30.0, "thunder")),
+    overlap_s=12.5,
+    limits=KeyLimits(60.0, 4),
     start_within_s=0.5,
     webhook_url="https://example.com/?a=b",
     wire={"base_url": "http://x", "nested": {"list": [1, 2.5, None, True]}},
@@ -88,8 +93,13 @@ def test_error_survives_exactly(error: JobError) -> None:
 
 
 def test_result_survives_exactly() -> None:
-    result = JobResult(FILE, "f" * 32, 44100, (5, 2**63 - 1), 0.123456789)
+    result = JobResult(FILE, "f" * 32, 44100, (5, 2**63 - 1), 0.123456789, ((2, MadeOn("cpu", "float32")),))
     assert codec.load_result(codec.dump(result)) == result
+
+
+def test_section_survives_exactly() -> None:
+    section = FinishedSection(3, FILE, 44100, 22050, 0.123456789)
+    assert codec.load_section(codec.dump(section)) == section
 
 
 def test_text_of_another_version_can_be_read() -> None:

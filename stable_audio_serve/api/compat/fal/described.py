@@ -17,7 +17,10 @@ from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.routing import public_route_class
 from stable_audio_serve.api.service import Service
 
-_RESPONSES: dict[int | str, dict[str, Any]] = {404: {"model": FalError, "description": "There is no such endpoint."}}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    404: {"model": FalError, "description": "There is no such endpoint."},
+    422: {"model": FalError, "description": "The parameter is missing."},
+}
 _SCHEMAS = "#/components/schemas/"
 
 
