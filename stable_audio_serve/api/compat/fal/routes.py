@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Query, Request
+from fastapi import APIRouter, Body, Depends, Path, Query, Request
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -98,6 +98,7 @@ _UNKNOWN_RESPONSE: dict[int | str, dict[str, Any]] = {
 }
 _MODES: Mapping[Role, Mode] = {"init": "audio-to-audio", "inpaint": "inpainting"}
 _Webhook = Annotated[str | None, Query(description="URL called when a queued request ends.")]
+_App = Annotated[str, Path(description="Application: `stable-audio`, `stable-audio-3` or `stable-audio-25`.")]
 _Logs = Annotated[bool, Query(description="Include the log.")]
 
 
@@ -108,14 +109,13 @@ def build_router(service: Service) -> APIRouter:
         kind = route_class(render_error, scopes=scopes, takes_files_in_json=takes_files_in_json)
         return APIRouter(route_class=kind, strict_content_type=False, **options)
 
-    hosts = new_router(())
+    hosts, requests = new_router(()), new_router(("jobs",))
+    _add_requests(requests, service)
     for prefix, summary in _HOSTS.items():
         for add, takes_files in ((_add_submission, False), (_add_endpoints, True)):
             add(own := new_router(_scopes_of_submission, takes_files_in_json=takes_files), service, summary=summary)
             hosts.include_router(own, prefix=prefix)
-        for app in (APP, endpoints.SA3_APP, endpoints.SA25_APP):
-            _add_requests(requests := new_router(("jobs",)), service, app=app)
-            hosts.include_router(requests, prefix=prefix, include_in_schema=(prefix, app) == ("/queue", APP))
+        hosts.include_router(requests, prefix=prefix, include_in_schema=prefix == "/queue")
     hosts.include_router(build_announcing_router(service))
     router = new_router((), tags=[TAG])
     router.include_router(build_description_router(service))
@@ -173,7 +173,7 @@ def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None
         request: Request,
         request_id: Annotated[str, Depends(_new_request_id)],
         *,
-        app: str,
+        app: _App,
         endpoint: str,
         body: Annotated[dict[str, Any], Body(description="The endpoint's input, see its own description.")],
         fal_webhook: _Webhook = None,
@@ -259,11 +259,11 @@ async def _submit(request: Request, service: Service, *, order: _Order) -> Outpu
     return make_ticket(job, links, position=await service.jobs.position(job))
 
 
-def _add_requests(router: APIRouter, service: Service, *, app: str) -> None:
+def _add_requests(router: APIRouter, service: Service) -> None:
     limits, jobs = service.settings.api, service.jobs
-    path = f"/{app}/requests/{{request_id}}"
+    path = f"/{OWNER}/{{app:fal_app}}/requests/{{request_id}}"
 
-    async def find(request: Request, response: Response, *, request_id: str) -> Job:
+    async def find(request: Request, response: Response, *, app: _App, request_id: str) -> Job:
         job = await jobs.get(_ref(request, request_id))
         if job is None:
             raise HTTPException(404, f"no request {request_id[:100]!r}")
@@ -303,14 +303,17 @@ def _add_requests(router: APIRouter, service: Service, *, app: str) -> None:
         stored, wire = job.result.file, job.spec.wire
         url = file_url(base_url(request, limits), job.result)
         if wire.get("sync_mode"):
-            url = data_uri(b"".join([chunk async for chunk in jobs.read(stored)]), stored.media_type)
+            try:
+                url = data_uri(b"".join([chunk async for chunk in jobs.read(stored)]), stored.media_type)
+            except FileNotFoundError as error:
+                raise HTTPException(404, "the file no longer exists") from error
         output = describe_output(
             File.of(stored, url=url), wire, seed=job.result.seeds[0], prompt=job.spec.request.prompt
         )
         return JSONResponse(output.model_dump(), headers=headers)
 
     @router.put(f"{path}/cancel", status_code=202, responses=_CANCEL_RESPONSES)
-    async def cancel(request: Request, request_id: str, *, response: Response) -> CancelReply:
+    async def cancel(request: Request, response: Response, *, app: _App, request_id: str) -> CancelReply:
         """Cancel a request that has not ended."""
         outcome, _ = await jobs.cancel(_ref(request, request_id))
         response.status_code, reply = CANCEL_REPLIES[outcome]

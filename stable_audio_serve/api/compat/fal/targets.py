@@ -15,9 +15,9 @@ from stable_audio_serve.core.settings import ApiSettings
 
 
 class AppConvertor(StringConvertor):
-    """`{name:fal_app}` in routes matches the name of an application whose endpoints are in `endpoints`."""
+    """`{name:fal_app}` in routes matches the name of an application."""
 
-    regex = "stable-audio-(?:3|25)"
+    regex = "stable-audio(?:-3|-25)?"
 
 
 class EndpointConvertor(PathConvertor):
