@@ -124,7 +124,7 @@ def submissions(client: httpx.AsyncClient) -> dict[str, Any]:
         "fal status": lambda: client.get(f"{FAL}/requests/{ID}00/status"),
         "aiml": lambda: client.post(AIML, json={"model": "stable-audio", "prompt": "x"}),
         "stability": lambda: client.post(STABILITY, data={"prompt": "x"}),
-        "stability result": lambda: client.get(f"/v2beta/audio/results/{ID}"),
+        "stability status": lambda: client.get(f"/v2beta/audio/results/{ID}"),
         "aiml status": lambda: client.get(AIML, params={"generation_id": ID}),
     }
 

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request
 from sse_starlette import EventSourceResponse
@@ -85,7 +85,7 @@ _RESULT_RESPONSES: dict[int | str, dict[str, Any]] = {
 _CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {
     **error_responses(FalError, 401, 500, 503),
     400: {"model": CancelReply, "description": "The request has already ended."},
-    404: {"model": CancelReply, "description": "No such request."},
+    404: {"model": CancelReply | FalError, "description": "No such request."},
 }
 _PROXY_RESPONSES: dict[int | str, dict[str, Any]] = {
     **error_responses(FalError, 401),
@@ -98,7 +98,7 @@ _UNKNOWN_RESPONSE: dict[int | str, dict[str, Any]] = {
 }
 _MODES: Mapping[Role, Mode] = {"init": "audio-to-audio", "inpaint": "inpainting"}
 _Webhook = Annotated[str | None, Query(description="URL called when a queued request ends.")]
-_App = Annotated[str, Path(description="Application: `stable-audio`, `stable-audio-3` or `stable-audio-25`.")]
+_App = Annotated[Literal["stable-audio", "stable-audio-3", "stable-audio-25"], Path(description="Application.")]
 _Logs = Annotated[bool, Query(description="Include the log.")]
 
 
@@ -173,7 +173,7 @@ def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None
         request: Request,
         request_id: Annotated[str, Depends(_new_request_id)],
         *,
-        app: _App,
+        app: Literal["stable-audio-3", "stable-audio-25"],
         endpoint: str,
         body: Annotated[dict[str, Any], Body(description="The endpoint's input, see its own description.")],
         fal_webhook: _Webhook = None,
