@@ -153,6 +153,15 @@ class GenerationRequest:
     client: str = ""  # the client that sent the request, so that clients share the queue fairly; "" = unknown
 
     @property
+    def starts_from_its_source(self) -> bool:
+        """Whether regions start from the file that is edited. Then audio beyond the file starts from repetitions of it.
+
+        Silence, with which the original code extends other `init_audio`, would make that audio quiet.
+        """
+        init, edited = self.init_audio, self.inpaint_audio
+        return init is not None and edited is not None and bool(init.sha256) and init.sha256 == edited.sha256
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The seed of each variation. A request for one variation with its seed and its prompt gives the same audio."""
         counted = ((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))

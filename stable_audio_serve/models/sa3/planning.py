@@ -57,7 +57,7 @@ def plan_rows(
     start = int(request.source_start_s * spec.card.sample_rate_hz)
     inpaint = _plan_source(request.inpaint_audio, config, length=length, start=start) if request.inpaint_audio else None
     init = (
-        _plan_source(request.init_audio, config, length=length, start=start, is_repeated=inpaint is not None)
+        _plan_source(request.init_audio, config, length=length, start=start, is_repeated=request.starts_from_its_source)
         if request.init_audio
         else None
     )

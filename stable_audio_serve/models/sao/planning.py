@@ -80,12 +80,12 @@ def plan_rows(
     numbers, negative_numbers = _numbers(request)
     decode_rule = None if request.chunked_decode is False or halos is None else WindowRule(halos.decoder)
     encode_halo = None if halos is None else halos.encoder
-    start, edits = int(request.source_start_s * spec.card.sample_rate_hz), request.inpaint_audio is not None
+    start = int(request.source_start_s * spec.card.sample_rate_hz)
     init, inpaint = (
         None
         if audio is None
         else _plan_source(audio, spec, frames=frames, halo=encode_halo, start=start, is_repeated=is_repeated)
-        for audio, is_repeated in ((request.init_audio, edits), (request.inpaint_audio, False))
+        for audio, is_repeated in ((request.init_audio, request.starts_from_its_source), (request.inpaint_audio, False))
     )
     output_samples = min(output_samples, frames * spec.hop)
     num_audible = math.ceil(output_samples / spec.hop)
