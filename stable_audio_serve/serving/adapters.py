@@ -113,7 +113,7 @@ class Library:
         if len(loras) > settings.max_loras:
             raise _refuse(f"at most {settings.max_loras} adapters are allowed", allowed=f"{settings.max_loras}")
         found = [(lora, self._find(model.name, lora.name)) for lora in loras]
-        resolved = tuple(_resolve(lora, card) for lora, card in found)
+        resolved = tuple(_resolve(replace(lora, name=card.name), card) for lora, card in found)
         rank = sum(card.rank for lora, card in found if lora.strength)
         if rank > settings.max_lora_rank:
             allowed = f"up to {settings.max_lora_rank}"
@@ -121,8 +121,10 @@ class Library:
         return resolved
 
     def _find(self, model: str, name: str) -> AdapterCard:
+        """Return the adapter with a name, or with an S3 URL or a repository of the hub that it was loaded from."""
         known = self._cards.get(model, {})
-        card = known.get(name)
+        by_source = (card for card in known.values() if card.source == name and is_remote(name))
+        card = known.get(name) or next(by_source, None)
         if card is None:
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:20]
             names = ", ".join(near) or "none"

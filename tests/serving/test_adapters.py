@@ -224,6 +224,9 @@ async def test_downloads_do_not_delay_the_start(tmp_path: Path) -> None:
     assert library.resolve(MEDIUM, [Lora("vinyl")])
     await refreshing
     assert names(library) == ["slow", "vinyl"]
+    (by_source,) = library.resolve(MEDIUM, [Lora("lab/slow")])
+    assert (by_source.name, by_source.source) == ("slow", "lab/slow")
+    assert "has no adapter" in refusal(library, Lora(str(tmp_path / "f" / "vinyl.safetensors")))
     assert "no repository lab/gone" in refusal(library, Lora("gone"))
     before = list(asked)
     await library.refresh()
