@@ -135,6 +135,7 @@ def test_low_mp3_bit_rates_keep_length_and_position(kbps: int, rate_hz: int | No
     assert middle == pytest.approx(1 + 2000 / RATE_HZ, abs=0.002)
 
 
+@pytest.mark.slow
 def test_long_vorbis_files_have_the_bit_rate() -> None:
     data = encode("ogg", make_music(45.0), bitrate_kbps=160)
     assert len(data) * 8 / 45_000 == pytest.approx(160, rel=0.08)
