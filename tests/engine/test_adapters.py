@@ -183,7 +183,8 @@ async def test_requests_with_other_adapters_change_nothing(tmp_path: Path, mode:
             assert_alike(found, await generate(request))
 
 
-@pytest.mark.parametrize("kind", [slow("text"), slow("guided"), "inpaint"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "guided", "inpaint"])
 async def test_captured_steps_use_the_adapters_of_their_rows(tmp_path: Path, kind: str) -> None:
     """Graphs that were captured with two adapters are replayed for two others, which take their places in memory."""
     model, device, metrics = loaded("tiny-s"), RecordedDevice(), GraphCounts()
