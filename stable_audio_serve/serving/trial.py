@@ -170,9 +170,11 @@ class Trial:
 
     async def _judge(self, engine: Engine, weights: str, *, source: Source, pinned: str | None) -> ModelQuality:
         setup = Setup(self._model.name, weights, **precisions(self._settings, self._model, device=engine.device))
-        is_adaptable = engine.spec.card.takes_adapters
-        read = partial(_configured_adapters, self._settings, self._model)
-        adapters, unreadable = await asyncio.to_thread(read) if is_adaptable else ([], {})
+        adapters: list[Lora] = []
+        unreadable: dict[str, str] = {}
+        if engine.spec.card.takes_adapters and self._model.loras:
+            read = partial(_configured_adapters, self._settings, self._model)
+            adapters, unreadable = await asyncio.to_thread(read)
         passed = await self._gate.judge(
             engine.spec.card, engine.generate, setup=setup, source=source, pinned=pinned, adapters=adapters
         )
