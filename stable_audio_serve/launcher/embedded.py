@@ -106,23 +106,29 @@ def start_errors(what: str) -> Iterator[None]:
         raise StartError(f"{what} did not start: {reason[:_REASON_CHARS]}; {start_advice(load_per_core())}") from error
 
 
-def _stop(late_exit_code: int) -> None:
-    """Stop Ray Serve, then Ray.
+@contextmanager
+def exiting_after(timeout_s: float, *, exit_code: int) -> Iterator[None]:
+    """Exit this process with `exit_code` if the context takes longer than `timeout_s`.
 
-    If that takes longer than `_STOP_TIMEOUT_S`, this process exits with `late_exit_code`. The guard process (`guard`)
-    then kills the processes of Ray.
+    The guard process (`guard`) then kills the processes of Ray.
     """
-    watchdog = threading.Timer(_STOP_TIMEOUT_S, os._exit, args=(late_exit_code,))
+    watchdog = threading.Timer(timeout_s, os._exit, args=(exit_code,))
     watchdog.daemon = True
     watchdog.start()
+    yield
+    watchdog.cancel()  # not after an error: the interpreter's own exit may hang, too
+
+
+def _stop(late_exit_code: int) -> None:
+    """Stop Ray Serve, then Ray, or exit this process after `_STOP_TIMEOUT_S`."""
     import ray
 
-    if ray.is_initialized():
-        _stop_serve()
-        # A thread of Ray Serve may still call Ray after its stop, and would log an error.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        ray.shutdown()
-    watchdog.cancel()
+    with exiting_after(_STOP_TIMEOUT_S, exit_code=late_exit_code):
+        if ray.is_initialized():
+            _stop_serve()
+            # A thread of Ray Serve may still call Ray after its stop, and would log an error.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            ray.shutdown()
 
 
 def _stop_serve() -> None:

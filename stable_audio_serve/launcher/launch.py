@@ -25,7 +25,13 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import explain_default, load_settings
 from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.launcher import environment
-from stable_audio_serve.launcher.embedded import apply_environment, embedded_ray, private_directory, start_errors
+from stable_audio_serve.launcher.embedded import (
+    apply_environment,
+    embedded_ray,
+    exiting_after,
+    private_directory,
+    start_errors,
+)
 from stable_audio_serve.launcher.precision import bfloat16_hint
 from stable_audio_serve.launcher.signals import StopSignals
 from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
@@ -41,6 +47,8 @@ Report = Callable[[str], None]
 _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 5.0
 _STILL_LOADING_EVERY_S = 15.0
+# How long the drain may take beyond `drain_s`: its last calls to Ray Serve have timeouts of their own, 8 s in all.
+_DRAIN_MARGIN_S = 15.0
 _PROXY_FAULT = re.compile(r"HAProxy crashed during startup: error: (.+)")
 _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
 
@@ -233,12 +241,17 @@ def _health(url: str, plan: Plan) -> Mapping[str, Any]:
 
 
 def _drain(application: str, settings: Settings, *, report: Report) -> None:
-    """Refuse new requests, and wait up to `settings.drain_s` for the requests in progress."""
+    """Refuse new requests, and wait up to `settings.drain_s` for the requests in progress.
+
+    Some calls of Ray Serve wait for its controller without a timeout. If the controller does not answer, this process
+    exits `_DRAIN_MARGIN_S` later.
+    """
     from stable_audio_serve.serving.draining import drain
 
     if settings.drain_s:
         host = _reachable(settings.metrics.host)
-        drain(application, within_s=settings.drain_s, statistics_host=host, report=report)
+        with exiting_after(settings.drain_s + _DRAIN_MARGIN_S, exit_code=0):
+            drain(application, within_s=settings.drain_s, statistics_host=host, report=report)
 
 
 def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:

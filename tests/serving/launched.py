@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class LaunchedServer:
 
     @contextmanager
     def suspended(self, title: str) -> Iterator[None]:
-        """Within this context, suspend (SIGSTOP) the processes whose command line contains `title`."""
+        """Within this context, suspend (SIGSTOP) the processes whose command line contains `title`. They may end."""
         pids = self.pids(title)
         assert pids
         for pid in pids:
@@ -143,7 +143,8 @@ class LaunchedServer:
             yield
         finally:
             for pid in pids:
-                os.kill(pid, signal.SIGCONT)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def ray(self) -> tuple[str, str]:
         """Return the address and the secret token of the server's Ray."""

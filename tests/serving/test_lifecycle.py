@@ -212,6 +212,14 @@ def test_killed_processes_and_ctrl_c_leave_no_traceback(server: LaunchedServer) 
     check_log(server, since=0)
 
 
+def test_stop_ends_although_ray_serves_controller_is_frozen(tmp_path: Path) -> None:
+    launched = LaunchedServer(write_config(tmp_path, make_args(drain_s=1.0))).wait_until_ready()
+    with launched.suspended("ray::ServeController"):
+        launched.stop()
+    assert launched.process.returncode == 0
+    wait_until(lambda: launched.leftovers() == [])
+
+
 def test_config_fault_stops_startup_by_name(tmp_path: Path) -> None:
     """An example, with a real process. Other faults of the configuration are in `tests/cli/test_serving.py`."""
     config = write_config(tmp_path, make_args(), htpp_options={})
