@@ -20,10 +20,10 @@ from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.callers import find_caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
-from stable_audio_serve.api.middleware.limits import accept_file_in_json, accept_form, drop_body
+from stable_audio_serve.api.middleware.limits import accept_file_in_json, accept_form
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
-from stable_audio_serve.core.errors import QuotaError, UnauthorizedError
+from stable_audio_serve.core.errors import UnauthorizedError
 from stable_audio_serve.core.keys import ANYBODY, Scope
 
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
@@ -110,11 +110,7 @@ def route_class(
             accept_file_in_json(request.scope)
         if request.method == "POST" and _GENERATING_SCOPES.intersection(needed) and _has_form(request):
             limiter: KeyLimiter = request.app.state.limiter
-            try:
-                await limiter.require_room(key, takes_place="generate" in needed)
-            except QuotaError:
-                await drop_body(request.scope)
-                raise
+            await limiter.require_room(key, takes_place="generate" in needed)
 
     return _dialect_route(render, admit)
 

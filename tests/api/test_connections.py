@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.middleware.limits import ClientTimes, LimitsMiddleware
 from stable_audio_serve.audio import workers
+from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.audio_files import make_audio_file, pcm_of
 from tests.backends import ToneBackend
@@ -230,17 +231,45 @@ async def test_client_that_stops_reading_does_not_hold_its_response() -> None:
         writer.close()
 
 
-async def test_early_response_closes_the_connection() -> None:
+@pytest.mark.parametrize("length", ["Content-Length: 100000", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(("request_line", "status"), [("GET /health", b"200"), ("POST /nowhere", b"404")])
+async def test_early_response_closes_the_connection(length: str, request_line: str, status: bytes) -> None:
     async with serve(ToneBackend()) as port:
-        for length in ("Content-Length: 100000", "Transfer-Encoding: chunked"):
-            for method, path, status in (("GET", "/health", b"200"), ("POST", "/nowhere", b"404")):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode())
-                async with asyncio.timeout(PATIENCE_S):
-                    answer = await reader.read()  # the server closes although the body is incomplete
-                assert answer.startswith(b"HTTP/1.1 " + status), (method, path, length)
-                assert b"\r\nconnection: close\r\n" in answer.lower(), (method, path, length)
-                writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{request_line} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode())
+        async with asyncio.timeout(PATIENCE_S):
+            answer = await reader.read()  # the server closes although the body is incomplete
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        assert b"\r\nconnection: close\r\n" in answer.lower()
+        writer.close()
+
+
+async def test_body_sent_after_its_headers_does_not_lose_a_refusal() -> None:
+    """Clients such as httpx send headers and body separately. The server could refuse the headers and close."""
+    async with serve(ToneBackend(), key_hashes=[hash_key("right")]) as port:
+        body = json.dumps({"prompt": "x" * 100_000}).encode()
+        reader, writer = await open_connection(port, b"", length=len(body))
+        await asyncio.sleep(0.2)
+        for _ in range(2):  # the connection stays usable
+            writer.write(body)
+            await writer.drain()
+            await asyncio.sleep(0.1)
+            async with asyncio.timeout(PATIENCE_S):
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 401 ")
+                assert b"connection: close" not in head.lower()
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                assert "detail" in json.loads(await reader.readexactly(length))
+            writer.write(f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+        writer.close()
+
+
+async def test_client_that_awaits_permission_is_refused_at_once() -> None:
+    async with serve(ToneBackend(), key_hashes=[hash_key("right")]) as port:
+        reader, writer = await open_connection(port, b"", headers="Expect: 100-continue\r\n", length=1000)
+        async with asyncio.timeout(PATIENCE_S):
+            assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
+        writer.close()
 
 
 async def test_too_large_form_fields_are_413() -> None:

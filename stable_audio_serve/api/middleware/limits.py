@@ -24,9 +24,9 @@ MAX_FIELDS_BYTES = 1_048_576  # largest JSON body; also the largest total of a f
 MAX_FILE_IN_JSON_BYTES = 33_554_432  # the largest data URI in a JSON body
 _CLOSE = {"Connection": "close"}
 _BUSY = {"Connection": "close", "Retry-After": "5"}
-_MAX_DRAIN_S = 10.0
+_MAX_DROP_S = 10.0
 _MAX_DROPPED_BYTES = 16_777_216
-_MAX_DRAIN_IDLE_S = 1.0
+_MAX_DROP_IDLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,15 +101,6 @@ def accept_file_in_json(scope: Scope) -> None:
     scope["state"]["connection"].accept_file_in_json()
 
 
-async def drop_body(scope: Scope) -> None:
-    """Read and drop part of the body of a refused request, because many clients read no response while they send.
-
-    Does nothing if the client waits for permission to send the body (header `Expect`).
-    """
-    if not any(name == b"expect" for name, _ in scope["headers"]):
-        await scope["state"]["connection"].drop_body()
-
-
 def is_answered(scope: Scope) -> bool:
     """Whether the whole response was sent."""
     connection = scope["state"].get("connection")
@@ -155,6 +146,7 @@ class _BodyLimit:
     max_bytes: int
     declared_bytes: int  # Content-Length, 0 without one
     is_there: bool
+    waits_for_permission: bool  # the client sends the body only after status 100 (header Expect)
     refusal: str
 
 
@@ -164,7 +156,7 @@ def _body_limit(scope: Scope) -> _BodyLimit:
     declared_bytes = int(declared) if declared.isdigit() else 0
     refusal = f"body: larger than {MAX_FIELDS_BYTES} bytes"
     is_there = declared_bytes > 0 or b"transfer-encoding" in headers
-    return _BodyLimit(MAX_FIELDS_BYTES, declared_bytes, is_there, refusal)
+    return _BodyLimit(MAX_FIELDS_BYTES, declared_bytes, is_there, b"expect" in headers, refusal)
 
 
 class _Connection:
@@ -192,6 +184,7 @@ class _Connection:
         self._grace_s = times.grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
         self._is_counted = False
+        self._is_given_up = False  # whether the rest of the body is not needed
         self._unsent_bytes = math.inf  # bytes of the response that are not sent yet; inf if its length is unknown
         self.is_answered = False
         self._gone = asyncio.Event()
@@ -215,9 +208,6 @@ class _Connection:
         limit = min(MAX_FILE_IN_JSON_BYTES, self._limits.max_upload_bytes) + MAX_FIELDS_BYTES
         self._body = replace(self._body, max_bytes=limit, refusal=f"body: larger than {limit} bytes; upload the file")
 
-    async def drop_body(self) -> None:
-        await self._drain({"more_body": self._body.is_there}, max_bytes=_MAX_DROPPED_BYTES)
-
     async def receive(self) -> Message:
         """Return the next part of the body. After the end of the body, wait until the client disconnects.
 
@@ -234,11 +224,11 @@ class _Connection:
         self._received_bytes += num_bytes
         self._held.num_bytes += num_bytes
         if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
-            await self._drain(message, max_bytes=2 * self._body.max_bytes)
+            await self._drop_rest(message, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
         # The limit on the total size applies only if other requests also have bodies.
         if self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:
-            await self._drain(message, max_bytes=2 * self._body.max_bytes)
+            await self._drop_rest(message, max_bytes=2 * self._body.max_bytes)
             reason = "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
             raise HTTPException(503, reason, headers=_BUSY)
         if not message.get("more_body", False):
@@ -249,13 +239,13 @@ class _Connection:
     async def send(self, message: Message) -> None:
         """Send a part of the response. Raises ClientGoneError when the client reads too slowly.
 
-        A response that begins before the whole request body was read closes the connection, because the rest of the
-        body stays unread.
+        If the response begins before the body was read, the body is read and dropped first. If that takes too long,
+        the response closes the connection.
         """
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             self._unsent_bytes = float(headers.get("Content-Length", math.inf))
-            if self._body.is_there and self._watcher is None:
+            if self._body.is_there and self._watcher is None and not await self._drop_body():
                 headers["Connection"] = "close"
         else:
             self._unsent_bytes -= len(message.get("body", b""))
@@ -287,6 +277,7 @@ class _Connection:
         try:
             return await self._wait(min(left_s, max_wait_s))
         except TimeoutError as error:
+            self._is_given_up = True
             reason = (
                 f"did not arrive within {self._times.total_s:g} s"
                 if left_s < max_wait_s
@@ -296,7 +287,7 @@ class _Connection:
 
     async def _take_slot(self) -> None:
         if self._held.num_slow >= self._times.max_slow:
-            await self._drain({"more_body": True}, max_bytes=2 * self._body.max_bytes)
+            await self._drop_rest({"more_body": True}, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(503, "body: too many slow uploads are in progress; retry later", headers=_BUSY)
         self._count(True)
 
@@ -318,21 +309,33 @@ class _Connection:
             self._held.num_slow += 1 if is_receiving else -1
         self._is_counted = is_receiving
 
-    async def _drain(self, message: Message, *, max_bytes: int) -> None:
-        """Read and drop the rest of the body, because many clients read no response while they send.
+    async def _drop_body(self) -> bool:
+        """Drop the body before a response that does not depend on it. Returns whether the body is complete.
 
-        Stops after `max_bytes`, or when the client pauses.
+        Many clients read no response while they send. If the server closed the connection instead, the rest of the body
+        would reset it, and the response could be lost.
         """
-        deadline_at = asyncio.get_running_loop().time() + _MAX_DRAIN_S
+        if self._is_given_up or (self._body.waits_for_permission and not self._received_bytes):
+            return False
+        return await self._drop_rest({"more_body": True}, max_bytes=_MAX_DROPPED_BYTES)
+
+    async def _drop_rest(self, message: Message, *, max_bytes: int) -> bool:
+        """Read and drop the rest of the body. Stops after `max_bytes`, or when the client pauses.
+
+        Returns whether the body is complete.
+        """
+        self._is_given_up = True
+        deadline_at = asyncio.get_running_loop().time() + _MAX_DROP_S
         dropped_bytes = 0
         while message.get("more_body", False) and dropped_bytes < max_bytes:
             left_s = deadline_at - asyncio.get_running_loop().time()
             try:
-                async with asyncio.timeout(min(_MAX_DRAIN_IDLE_S, left_s)):
+                async with asyncio.timeout(min(_MAX_DROP_IDLE_S, left_s)):
                     message = await self._receive()
             except TimeoutError:
-                return
+                return False
             dropped_bytes += len(message.get("body", b""))
+        return message["type"] == "http.request" and not message.get("more_body", False)
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
