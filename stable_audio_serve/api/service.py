@@ -110,7 +110,7 @@ class Service:
         self.clock = clock or SystemClock()
         self.readiness = Readiness()
         self.keys = ApiKeys(KeyRing(settings.api, metrics=self.metrics, clock=self.clock))
-        self.draining = Draining(self.readiness)
+        self.draining = Draining(self.readiness, self.clock)
         self.streams = EventStreams(self.draining, metrics=self.metrics, limits=stream_limits)
         self.limiter = KeyLimiter(self.jobs.store.database, metrics=self.metrics, clock=self.clock)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})

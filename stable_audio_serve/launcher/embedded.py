@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -107,12 +107,17 @@ def start_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def exiting_after(timeout_s: float, *, exit_code: int) -> Iterator[None]:
-    """Exit this process with `exit_code` if the context takes longer than `timeout_s`.
+def exiting_after(timeout_s: float, *, exit_code: int, report: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Call `report` and exit this process with `exit_code` if the context takes longer than `timeout_s`.
 
     The guard process (`guard`) then kills the processes of Ray.
     """
-    watchdog = threading.Timer(timeout_s, os._exit, args=(exit_code,))
+
+    def exit_now() -> None:
+        report()
+        os._exit(exit_code)
+
+    watchdog = threading.Timer(timeout_s, exit_now)
     watchdog.daemon = True
     watchdog.start()
     yield

@@ -250,7 +250,11 @@ def _drain(application: str, settings: Settings, *, report: Report) -> None:
 
     if settings.drain_s:
         host = _reachable(settings.metrics.host)
-        with exiting_after(settings.drain_s + _DRAIN_MARGIN_S, exit_code=0):
+
+        def give_up() -> None:
+            report("Ray Serve's controller does not answer: exiting without it")
+
+        with exiting_after(settings.drain_s + _DRAIN_MARGIN_S, exit_code=0, report=give_up):
             drain(application, within_s=settings.drain_s, statistics_host=host, report=report)
 
 

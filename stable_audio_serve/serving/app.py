@@ -120,9 +120,12 @@ class Ingress:
         return app
 
     async def drain(self) -> int:
-        """Refuse new requests from now on, because the server is stopping. Returns the number of requests in flight."""
+        """Refuse new requests from now on, because the server is stopping.
+
+        Returns the number of requests in flight, or 1 if there are none but the server may not exit yet.
+        """
         self._draining.stop()
-        return self._draining.num_in_flight
+        return self._draining.num_in_flight or int(not self._draining.may_exit)
 
     async def drain_progress(self) -> DrainProgress:
         """Return whether this replica is draining, and how many requests it still has to finish."""

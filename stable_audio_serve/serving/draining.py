@@ -34,7 +34,7 @@ _CALL_TIMEOUT_S = 2.0
 
 
 def drain(application: str, *, within_s: float, statistics_host: str, report: Callable[[str], None]) -> None:
-    """Refuse new requests and put jobs back into the queue, then wait up to `within_s` until no request is in flight.
+    """Refuse new requests and put jobs back into the queue, then wait up to `within_s` until the ingress may exit.
 
     `statistics_host` is the address of HAProxy's statistics page, if HAProxy runs. `report` receives progress messages.
     """
@@ -68,18 +68,16 @@ def _drain(
     # A proxy's `is_drained` is about the requests that it received before this call.
     for proxy in proxies:
         proxy.update_draining.remote(True)
-    has_reported = False
+    num_in_flight = sum(_broadcast(ingress))
+    if num_in_flight:
+        report(f"finishing {num_in_flight} requests within {within_s:g} s (a second signal stops at once) ...")
     while True:
-        num_in_flight = sum(_broadcast(ingress))
         _broadcast(runner)
-        if not num_in_flight and not _num_in_haproxy(statistics_host) and _are_drained(proxies):
+        if not sum(_broadcast(ingress)) and not _num_in_haproxy(statistics_host) and _are_drained(proxies):
             return
         if time.monotonic() >= deadline_at:
             report(f"cutting off what is still in flight after {within_s:g} s")
             return
-        if num_in_flight and not has_reported:
-            has_reported = True
-            report(f"finishing {num_in_flight} requests within {within_s:g} s (a second signal stops at once) ...")
         time.sleep(_POLL_S)
 
 

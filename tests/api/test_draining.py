@@ -11,9 +11,12 @@ import pytest
 from fastapi import FastAPI
 
 from stable_audio_serve.api.middleware.draining import Draining
+from stable_audio_serve.api.middleware.readiness import Readiness
+from stable_audio_serve.core.errors import StoppingError
 from tests.api.compat.serving import make_app
 from tests.api.test_jobs import submit
 from tests.backends import ToneBackend
+from tests.factories import FakeClock
 from tests.patience import PATIENCE_S, until
 
 GENERATE = "/v1/audio/generations"
@@ -68,6 +71,23 @@ async def test_new_requests_are_refused_and_running_ones_finish() -> None:
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         assert answer.content.startswith(b"RIFF")
         assert draining.num_in_flight == 0
+
+
+def test_stop_waits_only_if_new_requests_still_arrive() -> None:
+    """A load balancer that still sends requests needs a few seconds to see that /ready fails."""
+    clock = FakeClock()
+    quiet, used = Draining(Readiness(), clock), Draining(Readiness(), clock)
+    assert not quiet.may_exit
+    quiet.stop()
+    used.stop()
+    assert quiet.may_exit
+    with pytest.raises(StoppingError):
+        used.admit({"method": "POST"})
+    clock.now += 4
+    assert not used.may_exit
+    used.stop()  # the launcher repeats its call
+    clock.now += 2
+    assert used.may_exit
 
 
 @pytest.mark.parametrize("dialect", ["native", "fal"])

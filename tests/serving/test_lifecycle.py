@@ -217,6 +217,7 @@ def test_stop_ends_although_ray_serves_controller_is_frozen(tmp_path: Path) -> N
     with launched.suspended("ray::ServeController"):
         launched.stop()
     assert launched.process.returncode == 0
+    assert "does not answer: exiting" in launched.output
     wait_until(lambda: launched.leftovers() == [])
 
 

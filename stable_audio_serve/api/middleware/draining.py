@@ -13,12 +13,17 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.middleware.readiness import Readiness
+from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import StoppingError
 
 _CAUSE = "draining"
 _STOPPING = "the server is stopping"
 _DRAINING = "an operator is draining this server; send new work to another server"
 _RETRY_AFTER_S = 5.0
+# A load balancer sends requests until its checks have found /ready failing twice, about 3 s. A stopping server that
+# gets such requests refuses them for this long, so that the balancer can send them to another server. If it exited at
+# once, the connection would break, and the balancer could not know whether the request was executed.
+_NOTICE_S = 5.0
 _READING = frozenset({"GET", "HEAD"})
 
 
@@ -28,13 +33,16 @@ class Draining:
     Each application has one instance and uses it on its event loop only. `leave` and `stop` cannot be undone.
     """
 
-    def __init__(self, readiness: Readiness) -> None:
+    def __init__(self, readiness: Readiness, clock: Clock) -> None:
         self._readiness = readiness
+        self._clock = clock
         self._leaving = asyncio.Event()
         self._is_replaced = False
         self._refusal: str | None = None  # the reason why new work is refused, None if it is accepted
         self._in_flight: set[object] = set()
         self._at_drain: frozenset[object] | None = None  # requests in flight when `drain` was called
+        self._stopped_at: float | None = None
+        self._has_refused = False  # whether a request was refused since `stop`
 
     @property
     def num_in_flight(self) -> int:
@@ -45,6 +53,13 @@ class Draining:
     def num_left(self) -> int:
         """The number of requests in flight that arrived before `drain` was called. The drain waits for them."""
         return len(self._in_flight & (self._at_drain or set()))
+
+    @property
+    def may_exit(self) -> bool:
+        """Whether `stop` was called, nothing is in flight, and no load balancer needs more time to notice the stop."""
+        if self._stopped_at is None or self._in_flight:
+            return False
+        return not self._has_refused or self._clock.monotonic() - self._stopped_at >= _NOTICE_S
 
     @property
     def is_leaving(self) -> bool:
@@ -71,6 +86,8 @@ class Draining:
 
     def stop(self) -> None:
         """End the event streams and refuse all new requests, because the server stops."""
+        if self._stopped_at is None:
+            self._stopped_at = self._clock.monotonic()
         self._refuse(_STOPPING)
         self.leave()
 
@@ -93,6 +110,7 @@ class Draining:
         """Count a request as in flight. Raises StoppingError to refuse it. Not called for health probes."""
         refusal = self._refusal
         if refusal == _STOPPING or (refusal is not None and scope["method"] not in _READING):
+            self._has_refused = self._stopped_at is not None
             raise StoppingError(refusal, retry_after_s=_RETRY_AFTER_S)
         if "in_flight_token" in scope:  # `begin` may have added the token already; then this has no effect
             self._in_flight.add(scope["in_flight_token"])
