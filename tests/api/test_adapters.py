@@ -96,6 +96,13 @@ async def test_adapters_reach_the_model_with_hash_and_source(site: Site) -> None
     assert site.backend.last.lora_stacking == "summed"
 
 
+async def test_null_stands_for_an_unset_adapter_field(site: Site) -> None:
+    assert (await site.generate(model="medium", loras=None, lora_stacking=None)).status_code == 200
+    assert site.used == []
+    assert (await site.generate(model="medium", loras=[{"name": "vinyl", "interval": None}])).status_code == 200
+    assert site.used == [("vinyl", 1.0, (0.0, 1.0), site.hashes["vinyl"])]
+
+
 @pytest.mark.parametrize("route", ["variations", "inpaint"])
 async def test_forms_take_adapters_as_json_text(site: Site, route: str) -> None:
     times = {"inpaint_start_seconds": "0", "inpaint_end_seconds": "0.05"} if route == "inpaint" else {}
@@ -194,6 +201,7 @@ async def test_malformed_adapters_are_refused(site: Site, loras: Any) -> None:
     reply = await site.generate(model="medium", loras=loras)
     assert reply.status_code == 422
     assert all(fault["loc"][:2] == ["body", "loras"] for fault in reply.json()["detail"])
+    assert "tuple" not in reply.text  # a word of Python
     reply = await site.generate(model="medium", lora_stacking="mixed")
     assert reply.status_code == 422
     assert "'chained' or 'summed'" in reply.text

@@ -54,10 +54,10 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 
 
 SAME_S = 0.001  # a duration that differs by less from that of the bars is the same
-_PROMPTS = TypeAdapter(Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=MAX_VARIATIONS)])
-_SEEDS = TypeAdapter(Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_VARIATIONS)])
+_PROMPTS = TypeAdapter(Annotated[list[Prompt], Field(min_length=1, max_length=MAX_VARIATIONS)])
+_SEEDS = TypeAdapter(Annotated[list[int], Field(min_length=1, max_length=MAX_VARIATIONS)])
 _LOUDNESS = TypeAdapter(LoudnessBody)
-_LORAS = TypeAdapter(Annotated[tuple[LoraBody, ...], Field(max_length=MAX_LORAS)])
+_LORAS = TypeAdapter(Annotated[list[LoraBody], Field(max_length=MAX_LORAS)])
 
 
 def parse_sampler_kwargs(text: str) -> dict[str, Any]:
@@ -79,11 +79,16 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
         raise RequestValidationError([to_fault("sampler_kwargs", str(error), value=values)]) from error
 
 
-def parse_loras(given: str | Sequence[LoraBody]) -> tuple[Lora, ...]:
+def parse_loras(given: str | Sequence[LoraBody] | None) -> tuple[Lora, ...]:
     """Return the adapters that a request names. In a form they are JSON text. Raises RequestValidationError."""
     if isinstance(given, str):
-        given = _parse_json(_LORAS, given, field="loras") or ()
-    return tuple(Lora(one.name, one.strength, one.interval) for one in given)
+        given = _parse_json(_LORAS, given, field="loras")
+    return tuple(Lora(one.name, one.strength, _interval(one)) for one in given or ())
+
+
+def _interval(lora: LoraBody) -> tuple[float, float]:
+    low, high = lora.interval or (0.0, 1.0)
+    return low, high
 
 
 def to_finishing(fields: Controls, generation: GenerationRequest) -> Finishing:
@@ -195,8 +200,8 @@ def _plan_variations(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple
 
     Raises RequestValidationError.
     """
-    prompts: tuple[str, ...] | None = None
-    seeds: tuple[int, ...] | None = None
+    prompts: list[str] | None = None
+    seeds: list[int] | None = None
     if isinstance(fields, UploadForm):
         prompts = _parse_json(_PROMPTS, fields.prompts, field="prompts")
         seeds = _parse_json(_SEEDS, fields.seeds, field="seeds")
@@ -211,7 +216,7 @@ def _plan_variations(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple
         elif len(values) != size:
             message = f"{name} must have as many entries as {source}, {size}, not {len(values)}"
             faults.append(to_fault(name, message, value=None))
-    return prompts or (), tuple(resolve_seed(seed) for seed in seeds or ())
+    return tuple(prompts or ()), tuple(resolve_seed(seed) for seed in seeds or ())
 
 
 def _plan_loop(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[LoopStart | None, float | None]:

@@ -81,14 +81,14 @@ class LoraBody(BaseModel):
 
     name: str = Field(min_length=1, max_length=100, description="Name of an adapter of the model.")
     strength: Finite = Field(1.0, ge=-2, le=2, description="0 = off; not below 0 for DoRA types.")
-    interval: tuple[_Time, _Time] = Field(
-        (0.0, 1.0), description="Denoising times at which it applies: 1 is the start from noise, 0 the end."
+    interval: Annotated[list[_Time], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="Denoising times at which it applies: 1 is the start from noise, 0 the end; unset = [0, 1]."
     )
 
     @field_validator("interval")
     @classmethod
-    def _check_order(cls, interval: tuple[float, float]) -> tuple[float, float]:
-        if interval[0] > interval[1]:
+    def _check_order(cls, interval: list[float] | None) -> list[float] | None:
+        if interval and interval[0] > interval[1]:
             raise ValueError("the first number must not be above the second")
         return interval
 
@@ -180,20 +180,20 @@ class GenerationBody(Controls):
         "sigma_max, rho. Others are ignored.",
         examples=[{"sampler_type": "euler", "scale_phi": 0.5}],
     )
-    prompts: tuple[Prompt, ...] | None = Field(
+    prompts: list[Prompt] | None = Field(
         None,
         min_length=1,
         max_length=MAX_VARIATIONS,
         description="Extension: a prompt for each variation, in place of `prompt`; `batch_size` follows from it.",
     )
-    seeds: tuple[int, ...] | None = Field(
+    seeds: list[int] | None = Field(
         None,
         min_length=1,
         max_length=MAX_VARIATIONS,
         description="Extension: a seed for each variation, in place of `seed`; -1 = random.",
     )
-    loras: tuple[LoraBody, ...] = Field(
-        (),
+    loras: list[LoraBody] | None = Field(
+        None,
         max_length=MAX_LORAS,
         description="Extension: adapters (LoRA) of the model, in this order; GET /v1/models lists them.",
     )
@@ -305,7 +305,7 @@ class SectionBody(BaseModel):
 class JobBody(JobControls, GenerationBody):
     """Text to audio, as a job."""
 
-    sections: tuple[SectionBody, ...] | None = Field(
+    sections: list[SectionBody] | None = Field(
         None,
         max_length=MOST_SECTIONS,
         description="Extension: sections of a piece that may be longer than the model's maximum, one after the other. "

@@ -23,7 +23,7 @@ def section_faults(fields: Controls, *, card: ModelCard, limits: ApiSettings) ->
     if not isinstance(fields, JobBody):
         return []
     sections = read_sections(fields)
-    if fields.sections == ():
+    if fields.sections == []:
         return [_fault("sections", message="sections must have at least one entry, or be unset", value=[])]
     if not sections:
         unused = fields.overlap_s is not None
