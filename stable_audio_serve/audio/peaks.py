@@ -121,7 +121,7 @@ def limit_spans(
 
 def find_peak(audio: npt.NDArray[np.float32]) -> float:
     """Return the largest absolute sample, 0 if there are no samples."""
-    return float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
+    return abs(float(max(audio.max(initial=0.0), -audio.min(initial=0.0))))  # not -0
 
 
 def _needed_reduction(levels: npt.NDArray[np.float32], ceiling: float) -> npt.NDArray[np.float64]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.keep import fade_ramp
 from stable_audio_serve.audio.level import CLOSE_LU, MOST_EXTRA_GAIN_DB, to_gain
 from stable_audio_serve.audio.loudness import ClipMeter
 from stable_audio_serve.audio.peaks import LIMITED_AROUND_S, limit
@@ -140,19 +139,20 @@ class PieceFinisher:
         self._position = stop
         if self._factor != 1.0:
             block = block * np.float32(self._factor)
-        out_start = self._num_samples - self._num_out
-        if start < self._num_in or stop > out_start:
-            block = block.copy()
-            if start < self._num_in:
-                ramp = fade_ramp(self._num_in)[start:stop]
-                block[:, : len(ramp)] *= ramp
-            if stop > out_start:
-                first = max(out_start - start, 0)
-                ramp = fade_ramp(self._num_out)[::-1][start + first - out_start :][: stop - start - first]
-                block[:, first:] *= ramp
+        if start < self._num_in or stop > self._num_samples - self._num_out:
+            block = block * self._fades(start, stop)
         if self._limiter is not None:
             self._peak.add(block)
         return block
+
+    def _fades(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return the gain of the samples [start, stop) in both fades, as (S,). Whole fades might not fit in memory."""
+        elapsed, gain = np.arange(start, stop) + 0.5, np.ones(stop - start)
+        if self._num_in:
+            gain *= np.minimum(elapsed / self._num_in, 1.0)
+        if self._num_out:
+            gain *= np.minimum((self._num_samples - elapsed) / self._num_out, 1.0)
+        return gain.astype(np.float32)
 
 
 class _Limiter:

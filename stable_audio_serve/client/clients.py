@@ -229,7 +229,7 @@ class Jobs:
         """Yield the audio file of a long piece while it is made: the finished sections, then each further one.
 
         The file is MP3 if that is the job's format, otherwise WAV of unknown length. It ends early if the job fails or
-        is cancelled. A lost connection raises UnreachableError.
+        is cancelled. If the connection is lost, the client connects again and goes on after the last received byte.
         """
         return iterate(self._operations.audio_chunks(job_id))
 

@@ -154,10 +154,26 @@ class Operations:
         return replace(await self.fetch(job), replay=job.sent.get("replay"))
 
     async def audio_chunks(self, job_id: str) -> AsyncGenerator[bytes]:
-        """Yield the audio file of a long piece while it is made."""
-        async with self._open(job_id, "audio", params={"follow": "1"}) as response:
-            async for chunk in self._network.chunks(response):
-                yield chunk
+        """Yield the audio file of a long piece while it is made.
+
+        If the stream breaks, opens it again. It then begins with the same bytes, which are skipped.
+        """
+        num_yielded, attempts = 0, Attempts(self._retries)
+        while True:
+            position = 0
+            try:
+                async with self._open(job_id, "audio", params={"follow": "1"}) as response:
+                    async for chunk in self._network.chunks(response):
+                        new, position = chunk[max(num_yielded - position, 0) :], position + len(chunk)
+                        if new:
+                            num_yielded, attempts = position, Attempts(self._retries)
+                            yield new
+                return
+            except httpx.TransportError as error:
+                failure: StableAudioError = read_lost_connection(error)
+            except StableAudioError as error:
+                failure = error
+            await self._network.sleep(attempts.pause_s(failure))
 
     async def section(self, job_id: str, number: int) -> bytes:
         """Download one finished section of a long piece."""

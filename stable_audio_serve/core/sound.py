@@ -50,6 +50,7 @@ PLAIN_WAV = Encoding()  # 16 bits at the model's sample rate
 
 
 LEAST_MEASURED_S = 0.4  # the loudness of a shorter clip is undefined
+_NEGLIGIBLE_S = 1e-6  # less than a sample; sums of times have rounding errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Finishing:
         for name, fade_s in (("fade_in_s", self.fade_in_s), ("fade_out_s", self.fade_out_s)):
             if fade_s and is_loop:
                 raise InvalidRequestError(f"{name} must be 0 for a loop", field=name, allowed="0")
-        if self.fade_in_s + self.fade_out_s > duration_s:
+        if self.fade_in_s + self.fade_out_s > duration_s + _NEGLIGIBLE_S:
             name = "fade_in_s" if self.fade_in_s > duration_s else "fade_out_s"
             message = f"{name}: the fades must not be longer than the clip, {duration_s:g} s, together"
             raise InvalidRequestError(message, field=name, allowed=f"at most {duration_s:g}")

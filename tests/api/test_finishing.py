@@ -109,6 +109,14 @@ async def test_bad_finishing_is_refused_by_name(
     assert not backend.requests
 
 
+@pytest.mark.parametrize(("fade_in_s", "fade_out_s", "duration"), [(0.1, 0.2, 0.3), (0.54, 1.26, 1.8), (0, 1, 1)])
+async def test_fades_may_be_as_long_as_the_clip(
+    client: httpx.AsyncClient, fade_in_s: float, fade_out_s: float, duration: float
+) -> None:
+    fades = {"fade_in_s": fade_in_s, "fade_out_s": fade_out_s, "duration": duration}
+    assert (await post(client, URL, {**BASE, **fades})).status_code == 200
+
+
 @pytest.mark.parametrize("name", ["fade_in_s", "fade_out_s"])
 async def test_fades_of_a_loop_are_refused(client: httpx.AsyncClient, name: str) -> None:
     reply = await post(client, URL, {**BASE, "loop": True, name: 0.1})

@@ -62,6 +62,22 @@ async def test_same_request_with_an_id_returns_the_same_piece(client: httpx.Asyn
     assert (status["progress"]["sections_done"], status["progress"]["sections"]) == (0, 2)
 
 
+async def test_durations_are_added_up_without_rounding_errors(client: httpx.AsyncClient) -> None:
+    for durations, total_s in (([7.2] * 250, 1800), ([1.4] * 3, 4.2)):
+        body = BODY | {"sections": [{"duration": duration} for duration in durations]}
+        reply = await client.post("/jobs", json=body)
+        assert reply.status_code == 202, reply.text
+        assert (await client.get(reply.json()["status_url"])).json()["duration"] == total_s
+
+
+async def test_piece_that_ended_without_a_section_has_no_audio(client: httpx.AsyncClient) -> None:
+    path = (await client.post("/jobs", json=BODY | {"sections": [{"duration": 4}]})).json()["status_url"]
+    await client.delete(path)
+    for query in ("", "?follow=1"):
+        reply = await client.get(f"{path}/audio{query}")
+        assert (reply.status_code, reply.json()["detail"]) == (409, "the job has no audio: it is cancelled")
+
+
 async def test_job_without_sections_has_none(client: httpx.AsyncClient) -> None:
     ticket = (await client.post("/jobs", json=BODY)).json()
     assert "sections" not in (await client.get(ticket["status_url"])).json()["progress"]

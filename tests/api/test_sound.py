@@ -95,6 +95,8 @@ async def test_loudness_is_reported_where_defined(client: httpx.AsyncClient, bac
     backend.level = 0.0003
     silent = await client.post(URL, json=BODY)
     assert (facts(silent)["silent"], facts(silent)["loudness"]) == ([True], [None])
+    backend.level = 0.0
+    assert (await client.post(URL, json=BODY)).headers["x-audio-peak"] == "0.0"
 
 
 async def test_each_variation_is_described(client: httpx.AsyncClient, backend: ToneBackend) -> None:

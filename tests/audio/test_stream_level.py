@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -27,6 +29,16 @@ def make_audio(duration_s: float = 20.0) -> npt.NDArray[np.float32]:
 
 def blocks_of(audio: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
     return [audio[:, start : start + BLOCK] for start in range(0, audio.shape[1], BLOCK)]
+
+
+def test_long_fades_take_little_memory() -> None:
+    finishing, block = Finishing(fade_in_s=600.0, fade_out_s=600.0), np.ones((2, RATE_HZ), np.float32)
+    finisher = PieceFinisher(RATE_HZ, finishing=finishing, num_samples=1200 * RATE_HZ, search=None)
+    tracemalloc.start()
+    finisher.add(block)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 10 * block.nbytes
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,15 @@ IN_ONE_LOOP = pytest.mark.asyncio(loop_scope="module")  # a module's tests share
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def _server() -> AsyncIterator[tuple[FastAPI, Served]]:
+async def server() -> AsyncIterator[tuple[FastAPI, Served]]:
     async with make_app(stream_limits=POLLS) as (app, backend), listening(app, lifespan="off") as port:
         yield app, Served(f"http://127.0.0.1:{port}", backend)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def served(_server: tuple[FastAPI, Served]) -> Served:
+async def served(server: tuple[FastAPI, Served]) -> Served:
     """Reset the backend of the server that the module's tests share, and delete its jobs. Returns the server."""
-    app, served = _server
+    app, served = server
     with app.state.jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
     vars(served.backend).update(vars(ToneBackend()))

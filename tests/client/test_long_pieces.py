@@ -12,8 +12,9 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+from fastapi import FastAPI
 
-from stable_audio_serve.client import JobProgress
+from stable_audio_serve.client import JobProgress, Retries
 from stable_audio_serve.core import errors
 from tests.client.conftest import IN_ONE_LOOP, Caller, Served
 
@@ -70,6 +71,24 @@ async def test_first_section_is_sent_within_a_second(served: Served) -> None:
         assert HEADER_BYTES + 4 * 1.9 * 44100 < first_bytes < HEADER_BYTES + 4 * 2.0 * 44100
         assert sum(size for _, size in received) == HEADER_BYTES + 4 * 6 * 44100
         assert received[-1][0] - received[0][0] > 1.0
+
+
+async def test_stream_goes_on_after_the_server_process_was_replaced(
+    server: tuple[FastAPI, Served], served: Served, connect: Callable[..., Caller]
+) -> None:
+    call, draining = connect(served.url, retries=Retries(most=50, first_pause_s=0.02)), server[0].state.draining
+    served.backend.delay_s = 0.2
+    job = await call("jobs.submit", "rain", seed=5, sections=[{"duration": 1.0}] * 4)
+    following = asyncio.create_task(call("jobs.audio_chunks", job.id))
+    while (await call("jobs.get", job.id)).progress.sections_done < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    draining.drain()
+    while draining.num_left:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    draining.resume()
+    streamed = b"".join(await following)
+    whole = samples((await call("jobs.fetch", await call("jobs.wait", job.id))).content)
+    np.testing.assert_array_equal(np.frombuffer(streamed, "<i2", offset=HEADER_BYTES).reshape(-1, 2), whole)
 
 
 async def test_stream_of_a_cancelled_piece_ends_with_its_last_section(

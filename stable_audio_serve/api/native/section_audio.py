@@ -71,9 +71,11 @@ def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
     """Return the piece as a stream: the finished sections, then each further section when it is finished.
 
     The stream is an MP3 file if the job's format is MP3, otherwise a WAV file of unknown length. Raises
-    OverloadedError and QuotaError if too many streams are open.
+    OverloadedError and QuotaError if too many streams are open, HTTPException 409 if the job ended without a section.
     """
     _require_sections(job)
+    if job.is_over and not job.num_sections:
+        raise HTTPException(409, f"the job has no audio: it is {job.state}")
     is_mp3 = job.spec.encoding.file_format is AudioFormat.MP3
     # A constant bit rate, from which players estimate the length.
     encoding = Encoding(AudioFormat.MP3, job.spec.encoding.bitrate_kbps or _MP3_KBPS) if is_mp3 else PLAIN_WAV

@@ -6,6 +6,7 @@ crossfade in the last 30 ms of that audio. So a finished section is final, excep
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -95,7 +96,7 @@ def find_faults(
 
 def total_duration_s(sections: Sequence[Section]) -> float:
     """Return the length of a long piece, seconds."""
-    return sum(section.duration_s for section in sections)
+    return round(math.fsum(section.duration_s for section in sections), 9)  # without the rounding errors of sums
 
 
 def plan_sections(spec: JobSpec, card: ModelCard) -> list[SectionPlan]:
@@ -103,10 +104,9 @@ def plan_sections(spec: JobSpec, card: ModelCard) -> list[SectionPlan]:
     rate_hz = card.sample_rate_hz
     most, overlap = int(card.max_duration_s * rate_hz), round(spec.overlap_s * rate_hz)
     plans: list[SectionPlan] = []
-    start, end_s = 0, 0.0
+    start = 0
     for index, section in enumerate(spec.sections):
-        end_s += section.duration_s
-        stop = int(end_s * rate_hz)
+        stop = int(total_duration_s(spec.sections[: index + 1]) * rate_hz)
         room = max(most - (stop - start), 0)
         context = min(overlap, start, room)
         is_last = index == len(spec.sections) - 1

@@ -62,6 +62,13 @@ async def test_sections_become_one_file(workshop: Workshop) -> None:
     assert (clip.seed, clip.peak) == (7, pytest.approx(0.5, abs=1e-3))
 
 
+async def test_durations_are_added_up_without_rounding_errors(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_long(1.4, 1.4, 1.4)))
+    assert job.result is not None
+    assert len(await audio_of(workshop, job.result.file)) == int(4.2 * RATE_HZ)
+
+
 async def test_loudness_and_fades_are_those_of_the_whole(workshop: Workshop) -> None:
     await workshop.start_runner()
     finishing = Finishing(Loudness(-20.0), fade_in_s=0.5, fade_out_s=1.0)
