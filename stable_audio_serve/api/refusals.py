@@ -51,6 +51,11 @@ def field_and_message(_: Request, fault: Mapping[str, Any]) -> list[tuple[str, s
     return [(str(printable(names[1] if len(names) > 1 else "body")), str(printable(fault["msg"])))]
 
 
+def _in_words_of_clients(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Replace FastAPI's message for text in place of a file, which names Python classes."""
+    return {**entry, "msg": "must be an uploaded file"} if "UploadFile" in entry["msg"] else entry
+
+
 def _no_fault(_: Request, __: StableAudioError) -> None:
     return None
 
@@ -77,7 +82,8 @@ class Refusals(Generic[Row, Fault, Answer]):
     def answer(self, request: Request, error: ExpectedError) -> Answer:
         """Return the dialect's response to an expected error, and add the refusal to the request's log line."""
         if isinstance(error, RequestValidationError):
-            faults = [fault for entry in error.errors()[:MAX_FAULTS] for fault in self.parse_fault(request, entry)]
+            entries = map(_in_words_of_clients, error.errors()[:MAX_FAULTS])
+            faults = [fault for entry in entries for fault in self.parse_fault(request, entry)]
             return self._refuse_fields(request, faults)
         if isinstance(error, HTTPException):
             note(request.scope, refusal=str(error.status_code))

@@ -125,13 +125,22 @@ class Service:
         await self.jobs.close()
 
     async def decode(
-        self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, field: str = "audio"
+        self,
+        upload: UploadFile,
+        card: ModelCard,
+        *,
+        padding_s: float | None,
+        allowed_s: tuple[float, float] | None = None,
+        field: str = "audio",
     ) -> SourceAudio:
-        """Decode as much of an uploaded file as the model can use. Raises InvalidUploadError, UploadTooLargeError."""
+        """Decode as much of an uploaded file as the model can use. Raises InvalidUploadError, UploadTooLargeError.
+
+        `allowed_s` is the shortest and the longest duration that the whole file may have, in seconds.
+        """
         self._check_size(upload, field=field)
         max_s = _usable_s(card, padding_s)
         with self._measured("upload_decode_ms"):
-            return await self._audio.decode(upload.file, max_s=max_s, field=field)
+            return await self._audio.decode(upload.file, max_s=max_s, allowed_s=allowed_s, field=field)
 
     async def read_text(self, upload: UploadFile, *, field: str) -> str | None:
         """Return the text embedded in an uploaded file, see `embedded_text.extract`. Raises the errors of `decode`."""

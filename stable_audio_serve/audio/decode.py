@@ -52,12 +52,15 @@ class AudioDecoder:
         self._idle: queue.LifoQueue[DecodeProcess | None] = queue.LifoQueue()
         self._idle.put(None)
 
-    def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
+    def decode(
+        self, file: IO[bytes], *, max_s: float, allowed_s: tuple[float, float] | None = None, field: str = "audio"
+    ) -> SourceAudio:
         """Return the first `max_s` seconds of `file`, mono or stereo, not resampled. `file` needs a file descriptor.
 
-        Raises InvalidUploadError that names `field`. Raises OverloadedError if no decoding process can be started.
+        `allowed_s` is the shortest and the longest duration that the whole file may have, in seconds. Raises
+        InvalidUploadError that names `field`. Raises OverloadedError if no decoding process can be started.
         """
-        answer, payload = self._ask(file, self._limits | {"max_s": max_s}, field=field)
+        answer, payload = self._ask(file, self._limits | {"max_s": max_s, "allowed_s": allowed_s}, field=field)
         interleaved = payload.view(np.float32).reshape(answer["frames"], answer["channels"])
         return SourceAudio(np.ascontiguousarray(interleaved.T), answer["rate_hz"])
 

@@ -56,12 +56,17 @@ def sniff(head: bytes) -> None:
 
 
 def read(
-    descriptor: int, *, max_s: float, max_values: int, own_rates_hz: Collection[int]
+    descriptor: int,
+    *,
+    max_s: float,
+    max_values: int,
+    own_rates_hz: Collection[int],
+    allowed_s: tuple[float, float] | None = None,
 ) -> tuple[npt.NDArray[np.float32], int]:
     """Return the first `max_s` seconds as (samples, channels) float32, mono or stereo, and the rate in Hz.
 
     `own_rates_hz` are the served models' sample rates. They are always accepted, so that every generated file can be
-    used as input. Raises Refused.
+    used as input. `allowed_s` is the shortest and the longest duration of a file in seconds. Raises Refused.
     """
     import soundfile
 
@@ -72,6 +77,9 @@ def read(
             if file.samplerate not in own_rates_hz:
                 check_rate(file.samplerate)
             check_header(file.format, channels=file.channels, frames=file.frames)
+            duration_s = file.frames / file.samplerate
+            if allowed_s is not None and not allowed_s[0] <= duration_s <= allowed_s[1]:
+                raise Refused(f"must last from {allowed_s[0]:g} to {allowed_s[1]:g} seconds, not {duration_s:.2f}")
             limit = int(max_s * file.samplerate) + 1
             longest = max_values // min(file.channels, 2)
             if min(limit, file.frames) > longest:

@@ -32,9 +32,11 @@ class AudioWorkers:
         self._decode_threads = ThreadPoolExecutor(1, thread_name_prefix="audio-decode")
         self._encode_threads = ThreadPoolExecutor(2, thread_name_prefix="audio-encode", initializer=_yield_to_others)
 
-    async def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
+    async def decode(
+        self, file: IO[bytes], *, max_s: float, allowed_s: tuple[float, float] | None = None, field: str = "audio"
+    ) -> SourceAudio:
         """Return the first `max_s` seconds of an open file, with the file's hash. `AudioDecoder.decode` has details."""
-        return await self.run_decoding(lambda: self._decode(file, max_s=max_s, field=field))
+        return await self.run_decoding(lambda: self._decode(file, max_s=max_s, allowed_s=allowed_s, field=field))
 
     async def read_text(self, file: IO[bytes], *, field: str) -> str | None:
         """Return the text embedded in an open file, see `AudioDecoder.read_text`."""
@@ -45,12 +47,14 @@ class AudioWorkers:
 
         def decode() -> SourceAudio:
             with path.open("rb") as file:
-                return self._decode(file, max_s=max_s, field="audio")
+                return self._decode(file, max_s=max_s, allowed_s=None, field="audio")
 
         return await self.run_decoding(decode)
 
-    def _decode(self, file: IO[bytes], *, max_s: float, field: str) -> SourceAudio:
-        audio = self._decoder.decode(file, max_s=max_s, field=field)
+    def _decode(
+        self, file: IO[bytes], *, max_s: float, allowed_s: tuple[float, float] | None, field: str
+    ) -> SourceAudio:
+        audio = self._decoder.decode(file, max_s=max_s, allowed_s=allowed_s, field=field)
         return replace(audio, sha256=hash_file(file))
 
     async def run_decoding(self, function: Callable[[], T]) -> T:

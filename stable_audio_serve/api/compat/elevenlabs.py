@@ -254,7 +254,8 @@ def build_router(service: Service) -> APIRouter:
 
     async def show_user(request: Request) -> dict[str, Any]:
         """Describe the key. Clients call this to check it."""
-        return {**dict.fromkeys(("user_id", "workspace_id", "first_name"), request.state.caller.key.label), **_USER}
+        name = request.state.caller.key.label or "anybody"
+        return {**dict.fromkeys(("user_id", "workspace_id", "first_name"), name), **_USER}
 
     router.add_api_route(
         "/v1/user",

@@ -36,7 +36,7 @@ from stable_audio_serve.jobs.job import JobError, JobRef, JobSpec
 
 TAG = "Stability"
 
-_LEAST_SOURCE_S = 6.0  # of source audio for Stable Audio 3
+_SOURCE_S = (6.0, 380.0)  # length of source audio for Stable Audio 3
 _CREDITS = 1_000_000.0  # the balance of a key without a limit
 _LARGEST_SEED = 4_294_967_294
 
@@ -185,9 +185,7 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
     async def submit(request: Request, form: TextForm) -> StabilityTicket:
         card, source, upload = _resolve_model(service, form, version=_V3), None, None
         if isinstance(form, _SourceForm):
-            source = await service.decode(form.audio, card, padding_s=None)
-            if source.duration_s < _LEAST_SOURCE_S:
-                raise _fault("audio", f"must last at least {_LEAST_SOURCE_S:g} seconds, not {source.duration_s:.2f}")
+            source = await service.decode(form.audio, card, padding_s=None, allowed_s=_SOURCE_S)
         generation = _to_request(form, card, version=_V3, source=source, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s)
         if isinstance(form, _SourceForm) and source is not None:
@@ -283,7 +281,7 @@ def _add_user(router: APIRouter, service: Service) -> None:
     @router.get("/v1/user/account", summary="Account (Stability)", responses=responses)
     async def show_account(request: Request) -> dict[str, Any]:
         """Describe the key. Clients call this to check it."""
-        name = request.state.caller.key.label
+        name = request.state.caller.key.label or "anybody"
         organization = {"id": name, "name": "stable-audio-serve", "is_default": True}
         return {"id": name, "email": f"{name}@localhost", "organizations": [organization], "profile_picture": None}
 
