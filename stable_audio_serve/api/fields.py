@@ -34,6 +34,11 @@ def _to_format(value: object) -> object:
         raise PydanticCustomError("enum", "{message}", {"message": error.message}) from error
 
 
+def _to_kbps(value: object) -> object:
+    """Return a bit rate in kbit/s without its unit "k", as in fal's API and in ffmpeg's options."""
+    return value[:-1] if isinstance(value, str) and value[:-1].isdecimal() and value[-1] in "kK" else value
+
+
 def _to_whole(value: object) -> object:
     """Convert the text of a form field to a number, because `Literal` only accepts numbers."""
     return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
@@ -44,6 +49,6 @@ ResponseFormat = Annotated[
     BeforeValidator(_to_format),
     WithJsonSchema({"type": "string", "enum": [str(name) for name in available_formats()]}),
 ]
-Bitrate = Annotated[int, Field(ge=BITRATES_KBPS[0], le=BITRATES_KBPS[1])]
+Bitrate = Annotated[int, Field(ge=BITRATES_KBPS[0], le=BITRATES_KBPS[1]), BeforeValidator(_to_kbps)]
 SampleBits = Annotated[BitDepth, BeforeValidator(_to_whole)]
 SampleRate = Annotated[int, Field(json_schema_extra={"enum": list(SAMPLE_RATES_HZ)})]

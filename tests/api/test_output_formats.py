@@ -45,7 +45,8 @@ REFUSED = [
     ({"response_format": "mp4"}, "response_format", "wav, flac, mp3, ogg, opus, pcm, ulaw, alaw"),
     ({"response_format": "mp3", "bitrate": 7}, "bitrate", "8"),
     ({"response_format": "mp3", "bitrate": 321}, "bitrate", "320"),
-    ({"response_format": "mp3", "bitrate": "192k"}, "bitrate", "integer"),
+    ({"response_format": "mp3", "bitrate": "k"}, "bitrate", "integer"),
+    ({"response_format": "mp3", "bitrate": "321k"}, "bitrate", "320"),
     ({"response_format": "mp3", "bitrate": 320, "sample_rate": 22_050}, "bitrate", "from 8 to 160"),
     ({"response_format": "wav", "bitrate": 128}, "bitrate", "only mp3, ogg or opus"),
     ({"response_format": "mp3", "bit_depth": 24}, "bit_depth", "unset for mp3"),
@@ -88,6 +89,11 @@ async def test_formats_are_returned(
     assert samples == pytest.approx(rate_hz, abs=1)
     recipe = json.loads(reply.headers["x-recipe"])
     assert {field: recipe[field] for field in fields} == fields
+
+
+async def test_bit_rates_may_have_their_unit(client: httpx.AsyncClient) -> None:
+    reply = await client.post(URL, json=BODY | {"response_format": "mp3", "bitrate": "192k"})
+    assert json.loads(reply.headers["x-recipe"])["bitrate"] == 192
 
 
 @pytest.mark.parametrize(("fields", "field", "message"), REFUSED)

@@ -136,7 +136,7 @@ class Controls(BaseModel):
         "have no header.",
     )
     bitrate: Bitrate | None = Field(
-        None, description="Extension: kbit/s, only of lossy formats; unset = the format's default."
+        None, description="Extension: kbit/s, only of lossy formats, 192 or '192k'; unset = the format's default."
     )
     bit_depth: SampleBits | None = Field(
         None, description="Extension: bits of a sample: of wav 16, 24 or float, of flac 16 or 24; unset = 16."
