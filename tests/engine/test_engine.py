@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -157,6 +158,30 @@ async def test_200_concurrent_requests_each_get_their_audio() -> None:
         assert engine.backlog_ms == 0.0
     assert [result.seeds for result in results] == [(i,) for i in range(200)]
     assert len({result.audio[0].tobytes() for result in results}) == 200
+
+
+@pytest.mark.parametrize("ending", ["finished", "cancelled"])
+async def test_audio_is_freed_without_a_collection_of_cycles(ending: str) -> None:
+    """Otherwise the audio of a hundred requests may wait for Python's next collection."""
+    gate = Gate(at=2)
+    async with make_engine(gate) as engine:
+        source = make_audio(1.0)
+        kept = [weakref.ref(source.samples)]
+        gc.collect()
+        gc.disable()
+        try:
+            task = asyncio.create_task(engine.generate(make_request(steps=3, init_audio=source, init_noise_level=0.5)))
+            del source
+            await gate.reached()
+            if ending == "cancelled":
+                task.cancel()
+            gate.open()
+            if ending == "finished":
+                kept.append(weakref.ref((await task).audio[0]))
+            del task
+            await until(lambda: all(audio() is None for audio in kept))
+        finally:
+            gc.enable()
 
 
 async def test_prompts_are_encoded_once() -> None:
