@@ -10,12 +10,12 @@ from itertools import product
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from stable_audio_serve.api.compat.hosted import WholeNumber, check_whole
-from stable_audio_serve.api.fields import Finite, Prompt, ResponseFormat
+from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.audio.formats import BITRATES_KBPS, available_formats
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
@@ -33,7 +33,7 @@ _OPERATIONS: Mapping[str, Operation] = {
     "audio-inpainting": "inpaint",
     "audio-outpainting": "outpaint",
 }
-_FORMATS = [name for name in available_formats() if name not in ("pcm", "ulaw", "alaw")]
+_FORMATS = tuple(name for name in ("mp3", "wav", "flac", "ogg", "opus", "m4a", "aac") if name in available_formats())
 
 # The fields of each endpoint's input, in fal's order.
 _COMMON_OF_3 = "num_inference_steps guidance_scale seed enable_prompt_expansion enable_safety_checker sync_mode"
@@ -54,12 +54,6 @@ _NAMES_OF_25: Mapping[Operation, str] = {
 def _check_number(value: object) -> object:
     if isinstance(value, bool | str | bytes):
         raise PydanticCustomError("float_type", "Input should be a valid number")
-    return value
-
-
-def _check_format(value: object) -> object:
-    if isinstance(value, str) and value in ("pcm", "ulaw", "alaw"):
-        raise PydanticCustomError("enum", "Input should be one of {names}", {"names": ", ".join(_FORMATS)})
     return value
 
 
@@ -127,13 +121,10 @@ class Endpoint:
             "num_inference_steps": (whole, Field(self.steps, ge=steps[0], le=steps[1], description="Denoising steps.")),
             "guidance_scale": (Number, Field(self.cfg_scale, ge=0 if is_3 else 1, le=25, description="Guidance.")),
             "seed": (whole | None, Field(None, description="Null = random.")),
-            "enable_prompt_expansion": (bool, Field(False, description="Must be false.")),
-            "enable_safety_checker": (bool, Field(True, description="Has no effect.")),
-            "sync_mode": (bool, Field(False, description="Return the file as a data URI.")),
-            "output_format": (
-                Annotated[ResponseFormat, BeforeValidator(_check_format)],
-                Field(AudioFormat.MP3, json_schema_extra={"enum": list(_FORMATS)}),
-            ),
+            "enable_prompt_expansion": (StrictBool, Field(False, description="Must be false.")),
+            "enable_safety_checker": (StrictBool, Field(True, description="Has no effect.")),
+            "sync_mode": (StrictBool, Field(False, description="Return the file as a data URI.")),
+            "output_format": (Literal.__getitem__(_FORMATS), Field("mp3", description="Format of the file.")),
             "bitrate": (str, Field("192k", description="8k to 320k; not used by wav and flac.")),
             "audio_url": (str, Field(min_length=1, description="Public URL, file of this server, or data URI.")),
             "init_noise_level": (Number, Field(0.9, ge=0, **share)),
@@ -190,11 +181,11 @@ ENDPOINTS: Mapping[str, Endpoint] = _table()
 
 def to_encoding(given: Input) -> Encoding:
     """Return how the file is encoded. Raises RequestValidationError."""
-    file_format = given.values.get("output_format", AudioFormat.WAV)
+    file_format = AudioFormat(given.values.get("output_format", "wav"))
     if file_format in (AudioFormat.WAV, AudioFormat.FLAC):
         return replace(PLAIN_WAV, file_format=file_format)
     text, (low, high) = given.values["bitrate"], BITRATES_KBPS
-    kbps = int(found[1]) if (found := re.fullmatch(r"(\d{1,3})k", text)) else 0
+    kbps = int(found[1]) if (found := re.fullmatch(r"([0-9]{1,3})k", text)) else 0
     if not low <= kbps <= high:
         raise _fault("bitrate", f"Input should be from '{low}k' to '{high}k'", value=text)
     return Encoding(file_format, bitrate_kbps=kbps)
