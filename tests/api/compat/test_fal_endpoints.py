@@ -45,7 +45,8 @@ def read_table() -> dict[str, list[Row]]:
     return found
 
 
-TABLE = {name: rows for name, rows in read_table().items() if name != "fal-ai/stable-audio"}
+ALL = read_table()
+TABLE = {name: rows for name, rows in ALL.items() if name != "fal-ai/stable-audio"}
 
 
 def body_for(endpoint: str) -> dict[str, Any]:
@@ -92,21 +93,48 @@ def fault(reply: httpx.Response) -> dict[str, Any]:
     return entry
 
 
-@pytest.mark.parametrize("endpoint", few(TABLE, number=6))
+@pytest.mark.parametrize("endpoint", few(ALL, number=6))
 async def test_the_description_has_the_fields_of_the_table(client: httpx.AsyncClient, endpoint: str) -> None:
     document = (await client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": endpoint})).json()
-    operation = document["paths"][f"/{endpoint}"]["post"]
-    parts = {"in": operation["requestBody"], "out": operation["responses"]["200"]}
+    assert document["servers"] == [{"url": "http://localhost/queue"}]
+    result = document["paths"][f"/{endpoint}/requests/{{request_id}}"]["get"]["responses"]["200"]
+    parts = {"in": document["paths"][f"/{endpoint}"]["post"]["requestBody"], "out": result}
     for direction, part in parts.items():
         name = part["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         schema = document["components"]["schemas"][name]
         rows = sorted(
-            (row for row in TABLE[endpoint] if row["direction"] == direction), key=lambda row: int(row["order"])
+            (row for row in ALL[endpoint] if row["direction"] == direction), key=lambda row: int(row["order"])
         )
         assert [row["field"] for row in rows] == list(schema["properties"]) == schema["x-fal-order-properties"]
         assert {row["field"] for row in rows if row["required"]} == set(schema.get("required", ()))
         for row in rows:
-            check_field(schema["properties"][row["field"]], row)
+            is_length = (endpoint, row["field"]) == ("fal-ai/stable-audio", "seconds_total")  # 0 is refused here
+            check_field(schema["properties"][row["field"]], {**row, "minimum": "1"} if is_length else row)
+
+
+async def test_the_description_s_paths_are_answered(client: httpx.AsyncClient, runner: JobRunner) -> None:
+    endpoint = f"{SMALL}/text-to-audio"
+    document = (await client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": endpoint})).json()
+    paths, base = document["paths"], document["servers"][0]["url"]
+    request_id = ""
+    for path, method, statuses in (
+        (f"/{endpoint}", "post", ["200"]),
+        (f"/{endpoint}/requests/{{request_id}}/status", "get", ["200", "202"]),
+        (f"/{endpoint}/requests/{{request_id}}", "get", ["200"]),
+        (f"/{endpoint}/requests/{{request_id}}/cancel", "put", ["202"]),
+    ):
+        operation = paths.pop(path)[method]
+        assert sorted(operation["responses"]) == statuses
+        url = base + path.format(request_id=request_id)
+        reply = await (
+            finished(client, url) if method == "get" else client.request(method, url, json=body_for(endpoint))
+        )
+        request_id = request_id or reply.json()["request_id"]
+        if method != "put":
+            assert str(reply.status_code) in statuses, reply.text
+        else:
+            assert (reply.status_code, reply.json()["status"]) == (400, "ALREADY_COMPLETED")
+    assert not paths
 
 
 def check_field(field: dict[str, Any], row: Row) -> None:
@@ -382,11 +410,16 @@ async def test_adapters_are_taken_by_the_endpoints_for_them(client: httpx.AsyncC
 
 
 async def test_each_endpoint_is_explained_for_language_models(client: httpx.AsyncClient) -> None:
-    for endpoint in ("fal-ai/stable-audio", *TABLE):
+    for endpoint in ALL:
         reply = await client.get(f"/models/{endpoint}/llms.txt")
         assert (reply.status_code, reply.headers["content-type"]) == (200, "text/plain; charset=utf-8")
         assert reply.text.startswith(f"# {endpoint}\n\n> POST http://localhost/{endpoint}\n\n## Input\n\n")
         assert "- `prompt` (string, required" in reply.text
+        assert "- `url` (string, required)" in reply.text
+        if endpoint in TABLE:
+            assert "- `seed` (integer or null, default null)" in reply.text
+        if "3/" in endpoint:
+            assert '(string, default "mp3", one of mp3, wav, flac, ogg, opus' in reply.text
 
 
 async def test_a_large_data_uri_is_accepted_and_a_huge_one_refused(client: httpx.AsyncClient) -> None:

@@ -65,7 +65,7 @@ _Seconds = Annotated[
 Number = Annotated[Finite, BeforeValidator(_check_number)]
 
 
-class _Adapter(BaseModel):
+class Adapter(BaseModel):
     """One adapter of an endpoint `.../lora`."""
 
     path: str = Field(min_length=1, max_length=300, description="Name of an adapter of the model.")
@@ -135,7 +135,7 @@ class Endpoint:
             "mask_end_seconds": (Number, Field(ge=0, le=longest_s, description="End of the region.")),
             "extend_seconds_before": (Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add before.")),
             "extend_seconds_after": (Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add after.")),
-            "loras": (tuple[_Adapter, ...], Field((), max_length=64, description="Adapters (LoRA), in this order.")),
+            "loras": (tuple[Adapter, ...], Field((), max_length=64, description="Adapters (LoRA), in this order.")),
         }
 
     def parse(self, body: Mapping[str, Any]) -> Input:

@@ -22,6 +22,7 @@ from stable_audio_serve.api.compat.fal.run import FILE_STEM, data_uri, describe_
 from stable_audio_serve.api.compat.fal.source import FIELD, opened_source
 from stable_audio_serve.api.compat.fal.storage_routes import build_announcing_router, build_receiving_router
 from stable_audio_serve.api.compat.fal.stream import stream_status
+from stable_audio_serve.api.compat.fal.targets import WatchedConvertor
 from stable_audio_serve.api.compat.fal.wire import (
     APP,
     OWNER,
@@ -98,7 +99,7 @@ _UNKNOWN_RESPONSE: dict[int | str, dict[str, Any]] = {
 }
 _MODES: Mapping[Role, Mode] = {"init": "audio-to-audio", "inpaint": "inpainting"}
 _Webhook = Annotated[str | None, Query(description="URL called when a queued request ends.")]
-_App = Annotated[Literal["stable-audio", "stable-audio-3", "stable-audio-25"], Path(description="Application.")]
+_App = Annotated[str, Path(description="Application, such as `stable-audio-3`.", pattern=f"^{WatchedConvertor.regex}$")]
 _Logs = Annotated[bool, Query(description="Include the log.")]
 
 
@@ -261,7 +262,7 @@ async def _submit(request: Request, service: Service, *, order: _Order) -> Outpu
 
 def _add_requests(router: APIRouter, service: Service) -> None:
     limits, jobs = service.settings.api, service.jobs
-    path = f"/{OWNER}/{{app:fal_app}}/requests/{{request_id}}"
+    path = f"/{OWNER}/{{app:fal_watched}}/requests/{{request_id}}"
 
     async def find(request: Request, response: Response, *, app: _App, request_id: str) -> Job:
         job = await jobs.get(_ref(request, request_id))

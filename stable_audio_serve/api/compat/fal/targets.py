@@ -15,9 +15,15 @@ from stable_audio_serve.core.settings import ApiSettings
 
 
 class AppConvertor(StringConvertor):
-    """`{name:fal_app}` in routes matches the name of an application."""
+    """`{name:fal_app}` in routes matches an application, the first part of an endpoint's id after `fal-ai/`."""
 
     regex = "stable-audio(?:-3|-25)?"
+
+
+class WatchedConvertor(StringConvertor):
+    """`{name:fal_watched}` in routes matches what stands before `/requests`: an application, or an endpoint's id."""
+
+    regex = f"{AppConvertor.regex}(?:/[a-z0-9-]+)*"
 
 
 class EndpointConvertor(PathConvertor):
@@ -27,6 +33,7 @@ class EndpointConvertor(PathConvertor):
 
 
 register_url_convertor("fal_app", AppConvertor())
+register_url_convertor("fal_watched", WatchedConvertor())
 register_url_convertor("fal_endpoint", EndpointConvertor())
 
 
