@@ -20,7 +20,7 @@ from stable_audio_serve.audio.formats import available_formats
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.models.registry import BUILT_IN
-from tests.api.compat.serving import make_client
+from tests.api.compat.serving import make_app, make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.parameters import few
@@ -390,6 +390,19 @@ async def test_queued_requests_have_links_of_their_application(
         assert output.keys() == {row["field"] for row in TABLE[endpoint] if row["direction"] == "out"}
         assert output["seed"] == backend.last.seed == 3
         assert (await client.get(output["audio"]["url"])).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "query"),
+    [({"x-fal-queue-priority": "first"}, ""), ({"x-fal-request-timeout": "0"}, ""), ({}, "?fal_webhook=x")],
+)
+async def test_refused_submissions_store_no_source(headers: dict[str, str], query: str) -> None:
+    async with make_app(run_jobs=False) as (app, _):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            body = body_for(f"{SMALL}/audio-to-audio")
+            reply = await client.post(f"/queue/{SMALL}/audio-to-audio{query}", json=body, headers=headers)
+        assert reply.status_code == 422
+        assert not list(await asyncio.to_thread(Path(app.state.output_dir, "uploads").glob, "*"))
 
 
 async def test_queued_outputs_can_be_data_uris(client: httpx.AsyncClient, runner: JobRunner) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stable_audio_serve.api.compat.hosted import (
-    DEFAULT_STEPS,
-    MAX_S,
-    START_DESCRIPTION,
-    ClipInput,
-    WholeNumber,
-)
+from stable_audio_serve.api.compat.hosted import DEFAULT_STEPS, MAX_S, START_DESCRIPTION, ClipInput, WholeNumber
+from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.artifacts.store import StoredFile
+
+Responses = dict[int | str, dict[str, Any]]
 
 OWNER = "fal-ai"
 APP = f"{OWNER}/stable-audio"
+SA3_APP, SA25_APP = f"{APP}-3", f"{APP}-25"
 
 REQUEST_ID = "X-Fal-Request-Id"
 ERROR_TYPE = "X-Fal-Error-Type"
@@ -146,3 +145,9 @@ class FalError(BaseModel):
 
     detail: str | list[dict[str, Any]]
     error_type: str | None = Field(None, exclude_if=_is_none)
+
+
+def errors(*statuses: int, own: Mapping[int, str]) -> Responses:
+    """Return the `responses` of a route: errors with these statuses, and those of `own` with their description."""
+    described = {status: {"model": FalError, "description": text} for status, text in own.items()}
+    return {**error_responses(FalError, *statuses), **described}
