@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from stable_audio_serve.api.compat.fal.answers import data_uri, describe_result, describe_status, stream_status
 from stable_audio_serve.api.compat.fal.described import build_description_router
 from stable_audio_serve.api.compat.fal.endpoints import ENDPOINTS, to_encoding, to_request
-from stable_audio_serve.api.compat.fal.errors import failure_of, render_error
+from stable_audio_serve.api.compat.fal.errors import failure_of, render_error, render_failure
 from stable_audio_serve.api.compat.fal.source import FIELD, opened_source
 from stable_audio_serve.api.compat.fal.storage_routes import build_announcing_router, build_receiving_router
 from stable_audio_serve.api.compat.fal.submissions import Order, Submission, submit
@@ -268,17 +268,15 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         """Return the output of a finished request, or the error of a failed one."""
         if not job.is_over:
             raise HTTPException(400, "Request is still in progress")
-        headers = {REQUEST_ID: job.spec.id}
         if job.result is None:
-            failure = failure_of(job)
-            return JSONResponse(failure.body, failure.status, headers={**headers, **failure.headers})
+            return render_failure(request, failure_of(job))
         url, stored = file_url(base_url(request, limits), job.result), job.result.file
         if job.spec.wire.get("sync_mode"):
             try:
                 url = data_uri(b"".join([chunk async for chunk in jobs.read(stored)]), stored.media_type)
             except FileNotFoundError as error:
                 raise HTTPException(404, "the file no longer exists") from error
-        return JSONResponse(describe_result(job, job.result, url=url).model_dump(), headers=headers)
+        return JSONResponse(describe_result(job, job.result, url=url).model_dump(), headers={REQUEST_ID: job.spec.id})
 
     @router.put(f"{path}/cancel", status_code=202, responses=_CANCEL_RESPONSES)
     async def cancel(request: Request, response: Response, *, app: _App, request_id: str) -> CancelReply:
