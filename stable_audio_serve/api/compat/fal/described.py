@@ -21,22 +21,19 @@ from stable_audio_serve.api.compat.fal.wire import (
     AudioOutput,
     CancelReply,
     Completed,
-    FalError,
     File,
     InProgress,
     PromptedOutput,
     Queued,
     SeededOutput,
     Ticket,
+    errors,
 )
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.routing import public_route_class
 from stable_audio_serve.api.service import Service
 
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    404: {"model": FalError, "description": "There is no such endpoint."},
-    422: {"model": FalError, "description": "The parameter is missing."},
-}
+_RESPONSES = errors(own={404: "There is no such endpoint.", 422: "The parameter is missing."})
 _SCHEMAS = "#/components/schemas/"
 
 
@@ -67,7 +64,8 @@ def build_description_router(service: Service) -> APIRouter:
     async def explain(request: Request, endpoint_id: str) -> str:
         """Return a description of one endpoint as Markdown."""
         given, output = _models(endpoint_id)
-        schemas, parts = _schemas(given, output), {"Input": given, "Output": output, "File": File}
+        parts: dict[str, type[BaseModel]] = {"Input": given, "Output": output, "File": File}
+        schemas = _schemas(*parts.values())
         lists = [_list(title, schemas[model.__name__]) for title, model in parts.items()]
         url = f"{base_url(request, service.settings.api)}/{endpoint_id}"
         return "\n\n".join([f"# {endpoint_id}", f"> POST {url}", *lists]) + "\n"

@@ -185,7 +185,7 @@ def to_request(
     )
     match endpoint.operation:
         case "audio-to-audio":
-            share = values.get("init_noise_level", values.get("strength"))
+            share = values["init_noise_level" if endpoint.model else "strength"]
             return replace(request, init_audio=source, init_noise_level=card.noise_level(share, sampler=None))
         case "audio-inpainting" | "inpaint":
             start, end = (f"mask_{name}{'_seconds' if endpoint.model else ''}" for name in ("start", "end"))

@@ -17,7 +17,7 @@ from stable_audio_serve.api.compat.fal.described import build_description_router
 from stable_audio_serve.api.compat.fal.endpoints import ENDPOINTS, to_encoding, to_request
 from stable_audio_serve.api.compat.fal.errors import failure_of, render_error, render_failure
 from stable_audio_serve.api.compat.fal.source import FIELD, opened_source
-from stable_audio_serve.api.compat.fal.storage_routes import build_announcing_router, build_receiving_router
+from stable_audio_serve.api.compat.fal.storage_routes import build_storage_routers
 from stable_audio_serve.api.compat.fal.submissions import Order, Submission, submit
 from stable_audio_serve.api.compat.fal.targets import (
     TARGET_PARAMETER,
@@ -28,6 +28,7 @@ from stable_audio_serve.api.compat.fal.targets import (
 )
 from stable_audio_serve.api.compat.fal.wire import (
     APP,
+    INVALID,
     OWNER,
     REQUEST_ID,
     AudioInput,
@@ -38,7 +39,6 @@ from stable_audio_serve.api.compat.fal.wire import (
     Output,
     PromptedOutput,
     Queued,
-    Responses,
     SeededOutput,
     Status,
     Ticket,
@@ -60,38 +60,21 @@ TAG = "fal"
 
 _HOSTS = {"": "Submit Or Run (fal)", "/queue": "Submit (fal)", "/run": "Run (fal)"}
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
-_INVALID = "A field is missing, of the wrong type or out of range."
-_SUBMIT_RESPONSES = errors(
-    *(401, 408, 413, 500, 503, 507),
-    own={
-        422: _INVALID,
-        429: "The queue is full, or this caller has reached a limit; Retry-After is the time to wait.",
-        504: "The request did not start within X-Fal-Request-Timeout.",
-    },
-)
+_BUSY = "The queue is full, or this caller has reached a limit; Retry-After is the time to wait."
+_LATE = "The request did not start within X-Fal-Request-Timeout."
+_SUBMIT_RESPONSES = errors(401, 408, 413, 500, 503, 507, own={422: INVALID, 429: _BUSY, 504: _LATE})
 _ENDPOINT_RESPONSES = _SUBMIT_RESPONSES | errors(own={404: "There is no such endpoint, or its model is not served."})
-_WATCH_RESPONSES = errors(401, 500, 503, own={404: "No such request.", 422: _INVALID})
-_RESULT_RESPONSES = _WATCH_RESPONSES | errors(
-    own={
-        400: "The request is still in progress.",
-        499: "The request was cancelled.",
-        500: "The request failed.",
-        504: "The request did not start in time.",
-    }
-)
-_CANCEL_RESPONSES: Responses = {
-    **errors(401, 500, 503, own={}),
+_WATCH_RESPONSES = errors(401, 500, 503, own={404: "No such request.", 422: INVALID})
+_FAILURES = {499: "The request was cancelled.", 500: "The request failed.", 504: "The request did not start in time."}
+_RESULT_RESPONSES = _WATCH_RESPONSES | errors(own={400: "The request is still in progress.", **_FAILURES})
+_CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **errors(401, 500, 503),
     400: {"model": CancelReply, "description": "The request has already ended."},
     404: {"model": CancelReply | FalError, "description": "No such request."},
 }
-_PROXY_RESPONSES: Responses = {
-    **errors(
-        401,
-        own={
-            400: "The header is missing, or the target route's own error.",
-            412: "The header does not name a host of fal.",
-        },
-    ),
+_PROXY_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **errors(401, own={412: "The header does not name a host of fal."}),
+    400: {"model": FalError, "description": "The header is missing, or the target route's own error."},
     "default": {"description": "The target route's own response."},
 }
 _CANCEL_REPLIES: dict[CancelOutcome, tuple[int, CancelReply]] = {
@@ -124,10 +107,11 @@ def build_router(service: Service) -> APIRouter:
             add(own := new_router(_scopes_of_submission, takes_files_in_json=takes_files), service, summary=summary)
             hosts.include_router(own, prefix=prefix)
         hosts.include_router(requests, prefix=prefix, include_in_schema=prefix == "/queue")
-    hosts.include_router(build_announcing_router(service))
+    announcing, receiving = build_storage_routers(service)
+    hosts.include_router(announcing)
     router = new_router((), tags=[TAG])
     router.include_router(build_description_router(service))
-    router.include_router(build_receiving_router(service))
+    router.include_router(receiving)
     router.include_router(hosts)
 
     async def proxy(request: Request) -> Response:

@@ -84,7 +84,7 @@ async def _queue(request: Request, service: Service, *, order: Order, submission
         id=JobId(request_id),
         contract="fal",
         model=order.card.name,
-        mode=_MODES[order.upload and order.upload.role],
+        mode=_MODES[order.upload.role if order.upload else None],
         request=generation,
         encoding=order.encoding,
         file_stem=_FILE_STEM,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from stable_audio_serve.api.compat.hosted import DEFAULT_STEPS, MAX_S, START_DESCRIPTION, ClipInput, WholeNumber
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.artifacts.store import StoredFile
-
-Responses = dict[int | str, dict[str, Any]]
 
 OWNER = "fal-ai"
 APP = f"{OWNER}/stable-audio"
@@ -84,14 +82,6 @@ class Links(BaseModel):
     cancel_url: str
 
 
-class Ticket(Links):
-    """Response to a submission."""
-
-    status: Literal["IN_QUEUE"] = "IN_QUEUE"
-    gateway_request_id: str
-    queue_position: int
-
-
 class LogEntry(BaseModel):
     """One line of a request's log."""
 
@@ -112,6 +102,12 @@ class Queued(Links):
 
     status: Literal["IN_QUEUE"] = "IN_QUEUE"
     queue_position: int
+
+
+class Ticket(Queued):
+    """Response to a submission."""
+
+    gateway_request_id: str
 
 
 class InProgress(Links):
@@ -147,7 +143,7 @@ class FalError(BaseModel):
     error_type: str | None = Field(None, exclude_if=_is_none)
 
 
-def errors(*statuses: int, own: Mapping[int, str]) -> Responses:
-    """Return the `responses` of a route: errors with these statuses, and those of `own` with their description."""
-    described = {status: {"model": FalError, "description": text} for status, text in own.items()}
-    return {**error_responses(FalError, *statuses), **described}
+INVALID = "A field is missing, of the wrong type or out of range."
+
+# Returns the `responses` of a route for these statuses.
+errors = partial(error_responses, FalError)
