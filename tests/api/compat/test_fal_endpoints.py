@@ -326,6 +326,7 @@ async def test_edits_reach_the_model(client: httpx.AsyncClient, backend: ToneBac
         ("audio-inpainting", {"mask_start_seconds": 1, "mask_end_seconds": 1}, "mask_start_seconds"),
         ("audio-inpainting", {"mask_start_seconds": 2, "mask_end_seconds": 100}, "mask_start_seconds"),
         ("audio-outpainting", {"extend_seconds_before": 0, "extend_seconds_after": 0}, "extend_seconds_after"),
+        ("audio-outpainting", {"extend_seconds_after": 1e-20}, "extend_seconds_after"),
         ("audio-outpainting", {"extend_seconds_before": 119, "extend_seconds_after": 1}, "extend_seconds_before"),
         ("audio-outpainting", {"extend_seconds_after": 119}, "extend_seconds_after"),
     ],

@@ -210,7 +210,7 @@ def _duration_s(endpoint: Endpoint, given: BaseModel, *, card: ModelCard, source
     longest_s = min(endpoint.longest_s, card.max_duration_s)
     name, length_s = _length(endpoint, given, source_s=source.duration_s if source else 0.0)
     if length_s > longest_s and name in given.model_fields_set:
-        message = f"Input should be at most {longest_s:g} with the source, the longest clip of the model {card.name}"
+        message = f"The clip should have at most {longest_s:g} seconds, the longest clip of the model {card.name}"
         raise _fault(name, message, value=getattr(given, name), le=longest_s)
     return float(min(length_s, longest_s))
 
@@ -220,9 +220,10 @@ def _length(endpoint: Endpoint, given: BaseModel, *, source_s: float) -> tuple[s
     values = dict(given)
     if endpoint.operation == "audio-outpainting":
         before_s, after_s = values["extend_seconds_before"], values["extend_seconds_after"]
-        if before_s == after_s == 0:
-            raise _fault("extend_seconds_after", "Input should be above 0, or extend_seconds_before should be", value=0)
-        return f"extend_seconds_{'before' if before_s > after_s else 'after'}", before_s + source_s + after_s
+        name, length_s = f"extend_seconds_{'before' if before_s > after_s else 'after'}", before_s + source_s + after_s
+        if length_s == source_s:
+            raise _fault(name, "Input should be above 0, or the other extension should be", value=after_s)
+        return name, length_s
     name = next((name for name in ("duration", "seconds_total", "total_seconds") if name in values), "")
     is_default = name not in given.model_fields_set
     if values.get(name) is None or (endpoint.operation == "inpaint" and is_default):
