@@ -6,6 +6,8 @@ parameters and form fields are nullable, and API keys are missing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI
@@ -35,12 +37,15 @@ _SECURITY_SCHEMES = {
 }
 
 
-def error_responses(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(
+    model: type[BaseModel], *statuses: int, own: Mapping[int, str] = MappingProxyType({})
+) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a FastAPI route for these error statuses, and for 403, which all routes can return.
 
-    `model` is the Pydantic model of the dialect's error responses.
+    `model` is the Pydantic model of the dialect's error responses. `own` has statuses with their own description.
     """
-    return {status: {"model": model, "description": _ERRORS[status]} for status in sorted({403, *statuses})}
+    described = {status: _ERRORS[status] for status in sorted({403, *statuses})} | dict(own)
+    return {status: {"model": model, "description": text} for status, text in described.items()}
 
 
 class DescribedAPI(FastAPI):

@@ -16,10 +16,11 @@ import httpx
 import pytest
 import soundfile
 
+from stable_audio_serve.audio.formats import available_formats
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.models.registry import BUILT_IN
-from tests.api.compat.serving import make_client
+from tests.api.compat.serving import make_app, make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.parameters import few
@@ -44,7 +45,8 @@ def read_table() -> dict[str, list[Row]]:
     return found
 
 
-TABLE = {name: rows for name, rows in read_table().items() if name != "fal-ai/stable-audio"}
+ALL = read_table()
+TABLE = {name: rows for name, rows in ALL.items() if name != "fal-ai/stable-audio"}
 
 
 def body_for(endpoint: str) -> dict[str, Any]:
@@ -91,21 +93,48 @@ def fault(reply: httpx.Response) -> dict[str, Any]:
     return entry
 
 
-@pytest.mark.parametrize("endpoint", few(TABLE, number=6))
+@pytest.mark.parametrize("endpoint", few(ALL, number=6))
 async def test_the_description_has_the_fields_of_the_table(client: httpx.AsyncClient, endpoint: str) -> None:
     document = (await client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": endpoint})).json()
-    operation = document["paths"][f"/{endpoint}"]["post"]
-    parts = {"in": operation["requestBody"], "out": operation["responses"]["200"]}
+    assert document["servers"] == [{"url": "http://localhost/queue"}]
+    result = document["paths"][f"/{endpoint}/requests/{{request_id}}"]["get"]["responses"]["200"]
+    parts = {"in": document["paths"][f"/{endpoint}"]["post"]["requestBody"], "out": result}
     for direction, part in parts.items():
         name = part["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         schema = document["components"]["schemas"][name]
         rows = sorted(
-            (row for row in TABLE[endpoint] if row["direction"] == direction), key=lambda row: int(row["order"])
+            (row for row in ALL[endpoint] if row["direction"] == direction), key=lambda row: int(row["order"])
         )
         assert [row["field"] for row in rows] == list(schema["properties"]) == schema["x-fal-order-properties"]
         assert {row["field"] for row in rows if row["required"]} == set(schema.get("required", ()))
         for row in rows:
-            check_field(schema["properties"][row["field"]], row)
+            is_length = (endpoint, row["field"]) == ("fal-ai/stable-audio", "seconds_total")  # 0 is refused here
+            check_field(schema["properties"][row["field"]], {**row, "minimum": "1"} if is_length else row)
+
+
+async def test_the_description_s_paths_are_answered(client: httpx.AsyncClient, runner: JobRunner) -> None:
+    endpoint = f"{SMALL}/text-to-audio"
+    document = (await client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": endpoint})).json()
+    paths, base = document["paths"], document["servers"][0]["url"]
+    request_id = ""
+    for path, method, statuses in (
+        (f"/{endpoint}", "post", ["200"]),
+        (f"/{endpoint}/requests/{{request_id}}/status", "get", ["200", "202"]),
+        (f"/{endpoint}/requests/{{request_id}}", "get", ["200"]),
+        (f"/{endpoint}/requests/{{request_id}}/cancel", "put", ["202"]),
+    ):
+        operation = paths.pop(path)[method]
+        assert sorted(operation["responses"]) == statuses
+        url = base + path.format(request_id=request_id)
+        reply = await (
+            finished(client, url) if method == "get" else client.request(method, url, json=body_for(endpoint))
+        )
+        request_id = request_id or reply.json()["request_id"]
+        if method != "put":
+            assert str(reply.status_code) in statuses, reply.text
+        else:
+            assert (reply.status_code, reply.json()["status"]) == (400, "ALREADY_COMPLETED")
+    assert not paths
 
 
 def check_field(field: dict[str, Any], row: Row) -> None:
@@ -119,8 +148,8 @@ def check_field(field: dict[str, Any], row: Row) -> None:
         default = {"true": True, "false": False}.get(row["default"], row["default"].strip('"'))
         assert field["default"] == (default if row["type"] in ("string", "boolean") else number(row["default"]))
     if row["enum"]:
-        missing = set(row["enum"].split()) - set(field["enum"])
-        assert missing <= {"m4a", "aac"}  # these need an optional package
+        # m4a and aac need an optional package
+        assert field["enum"] == [name for name in row["enum"].split() if name in available_formats()]
 
 
 @pytest.mark.parametrize("endpoint", few(TABLE, number=6))
@@ -146,7 +175,7 @@ async def test_defaults_reach_the_model(endpoint: str) -> None:
 
 @pytest.mark.parametrize("endpoint", few(TABLE, number=4))
 async def test_bounds_and_wrong_values_of_each_field(endpoint: str) -> None:
-    wrong = {"string": 5, "integer": 2.5, "integer|null": 2.5, "number": "x", "boolean": "maybe"}
+    wrong = {"string": 5, "integer": 2.5, "integer|null": 2.5, "number": "x", "boolean": "true"}
     async with serve_all() as (client, backend):
         backend.delay_s = 0.0
         for row in (row for row in TABLE[endpoint] if row["direction"] == "in"):
@@ -165,7 +194,7 @@ async def test_bounds_and_wrong_values_of_each_field(endpoint: str) -> None:
                         (["body", name], True),
                         (["body", name], False),
                     )
-        for value in ("192", "7k", "321k", "x", ""):
+        for value in ("192", "7k", "321k", "１９２k", "x", ""):
             if any(row["field"] == "bitrate" for row in TABLE[endpoint]):
                 assert fault(await post(client, endpoint, bitrate=value))["loc"] == ["body", "bitrate"]
 
@@ -255,7 +284,13 @@ async def test_output_formats(client: httpx.AsyncClient, name: str) -> None:
 async def test_bit_rates_are_ignored_by_formats_without(client: httpx.AsyncClient) -> None:
     reply = await post(client, f"{SMALL}/text-to-audio", duration=1, output_format="wav", bitrate="any")
     assert reply.status_code == 200
-    assert fault(await post(client, f"{SMALL}/text-to-audio", output_format="pcm"))["loc"] == ["body", "output_format"]
+
+
+@pytest.mark.parametrize("name", ["pcm", "MP3", "m4a" if "m4a" not in available_formats() else "x", "", None, 5])
+async def test_other_formats_are_refused_by_the_field_s_name(client: httpx.AsyncClient, name: object) -> None:
+    entry = fault(await post(client, f"{SMALL}/text-to-audio", output_format=name))
+    assert entry["loc"] == ["body", "output_format"]
+    assert entry["msg"].startswith("Input should be 'mp3', 'wav', 'flac', 'ogg'")
 
 
 async def test_seeds_are_reported_and_random_without(client: httpx.AsyncClient, backend: ToneBackend) -> None:
@@ -291,6 +326,7 @@ async def test_edits_reach_the_model(client: httpx.AsyncClient, backend: ToneBac
         ("audio-inpainting", {"mask_start_seconds": 1, "mask_end_seconds": 1}, "mask_start_seconds"),
         ("audio-inpainting", {"mask_start_seconds": 2, "mask_end_seconds": 100}, "mask_start_seconds"),
         ("audio-outpainting", {"extend_seconds_before": 0, "extend_seconds_after": 0}, "extend_seconds_after"),
+        ("audio-outpainting", {"extend_seconds_after": 1e-20}, "extend_seconds_after"),
         ("audio-outpainting", {"extend_seconds_before": 119, "extend_seconds_after": 1}, "extend_seconds_before"),
         ("audio-outpainting", {"extend_seconds_after": 119}, "extend_seconds_after"),
     ],
@@ -357,6 +393,19 @@ async def test_queued_requests_have_links_of_their_application(
         assert (await client.get(output["audio"]["url"])).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "query"),
+    [({"x-fal-queue-priority": "first"}, ""), ({"x-fal-request-timeout": "0"}, ""), ({}, "?fal_webhook=x")],
+)
+async def test_refused_submissions_store_no_source(headers: dict[str, str], query: str) -> None:
+    async with make_app(run_jobs=False) as (app, _):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            body = body_for(f"{SMALL}/audio-to-audio")
+            reply = await client.post(f"/queue/{SMALL}/audio-to-audio{query}", json=body, headers=headers)
+        assert reply.status_code == 422
+        assert not list(await asyncio.to_thread(Path(app.state.output_dir, "uploads").glob, "*"))
+
+
 async def test_queued_outputs_can_be_data_uris(client: httpx.AsyncClient, runner: JobRunner) -> None:
     ticket = (await post(client, f"{SMALL}/text-to-audio", prefix="/queue", duration=1, sync_mode=True)).json()
     reply = await finished(client, ticket["response_url"])
@@ -375,11 +424,16 @@ async def test_adapters_are_taken_by_the_endpoints_for_them(client: httpx.AsyncC
 
 
 async def test_each_endpoint_is_explained_for_language_models(client: httpx.AsyncClient) -> None:
-    for endpoint in ("fal-ai/stable-audio", *TABLE):
+    for endpoint in ALL:
         reply = await client.get(f"/models/{endpoint}/llms.txt")
         assert (reply.status_code, reply.headers["content-type"]) == (200, "text/plain; charset=utf-8")
         assert reply.text.startswith(f"# {endpoint}\n\n> POST http://localhost/{endpoint}\n\n## Input\n\n")
         assert "- `prompt` (string, required" in reply.text
+        assert "- `url` (string, required)" in reply.text
+        if endpoint in TABLE:
+            assert "- `seed` (integer or null, default null)" in reply.text
+        if "3/" in endpoint:
+            assert '(string, default "mp3", one of mp3, wav, flac, ogg, opus' in reply.text
 
 
 async def test_a_large_data_uri_is_accepted_and_a_huge_one_refused(client: httpx.AsyncClient) -> None:

@@ -194,6 +194,7 @@ FAILURES: list[tuple[Exception, int, str]] = [
     (DeadlineExceededError("the time budget ran out"), 500, "generation_timeout"),
     (ModelUnavailableError("the model is away", retry_after_s=0.01), 500, "unavailable"),
     (InvalidRequestError("steps: too many for this model", field="steps"), 422, "bad_request"),
+    (InvalidRequestError("this model cannot inpaint", field="audio"), 422, "bad_request"),
 ]
 
 
@@ -212,7 +213,9 @@ async def test_failure_keeps_its_status_and_body() -> None:
             assert reply.headers["x-fal-retryable"] in ("false", "true")
             assert "secret" not in body["error"] + reply.text
             if status == 422:
-                assert reply.json()["detail"][0]["loc"] == ["body", "steps"]
+                assert isinstance(error, InvalidRequestError)
+                name = "audio_url" if error.field == "audio" else error.field
+                assert reply.json()["detail"][0]["loc"] == ["body", name]
             else:
                 assert reply.json() == {"detail": body["error"], "error_type": error_type}
                 assert reply.headers["x-fal-error-type"] == error_type

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from stable_audio_serve.api.compat.fal.endpoints import ENDPOINTS
 from stable_audio_serve.api.compat.fal.errors import render_error
-from stable_audio_serve.api.compat.fal.wire import APP, AudioInput, AudioOutput, FalError, PromptedOutput, SeededOutput
+from stable_audio_serve.api.compat.fal.wire import (
+    APP,
+    AudioInput,
+    AudioOutput,
+    CancelReply,
+    Completed,
+    File,
+    InProgress,
+    PromptedOutput,
+    Queued,
+    SeededOutput,
+    Ticket,
+    errors,
+)
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.routing import public_route_class
 from stable_audio_serve.api.service import Service
 
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    404: {"model": FalError, "description": "There is no such endpoint."},
-    422: {"model": FalError, "description": "The parameter is missing."},
-}
+_RESPONSES = errors(own={404: "There is no such endpoint.", 422: "The parameter is missing."})
 _SCHEMAS = "#/components/schemas/"
 
 
@@ -33,21 +46,12 @@ def build_description_router(service: Service) -> APIRouter:
         request: Request, endpoint_id: Annotated[str, Query(description=f"For example `{APP}`.")]
     ) -> dict[str, Any]:
         """Return the OpenAPI document of one endpoint."""
-        schemas: dict[str, Any] = {}
-        names = []
-        for model in _models(endpoint_id):
-            schema = model.model_json_schema(ref_template=_SCHEMAS + "{model}", mode="validation")
-            schemas |= schema.pop("$defs", {})
-            schema["x-fal-order-properties"] = list(schema["properties"])
-            names.append(schema["title"])
-            schemas[names[-1]] = schema
-        given, output = ({"content": {"application/json": {"schema": {"$ref": _SCHEMAS + name}}}} for name in names)
-        answer = {"200": {"description": "The output, or from the queue a ticket.", **output}}
+        given, output = _models(endpoint_id)
         return {
             "openapi": "3.1.0",
             "info": {"title": f"Queue OpenAPI for {endpoint_id}", "version": "1.0.0"},
-            "components": {"schemas": schemas},
-            "paths": {f"/{endpoint_id}": {"post": {"requestBody": {"required": True, **given}, "responses": answer}}},
+            "components": {"schemas": _schemas(given, output, Ticket, Queued, InProgress, Completed, CancelReply)},
+            "paths": _paths(endpoint_id, given=given, output=output),
             "servers": [{"url": f"{base_url(request, service.settings.api)}/queue"}],
         }
 
@@ -60,8 +64,11 @@ def build_description_router(service: Service) -> APIRouter:
     async def explain(request: Request, endpoint_id: str) -> str:
         """Return a description of one endpoint as Markdown."""
         given, output = _models(endpoint_id)
+        parts: dict[str, type[BaseModel]] = {"Input": given, "Output": output, "File": File}
+        schemas = _schemas(*parts.values())
+        lists = [_list(title, schemas[model.__name__]) for title, model in parts.items()]
         url = f"{base_url(request, service.settings.api)}/{endpoint_id}"
-        return f"# {endpoint_id}\n\n> POST {url}\n\n## Input\n\n{_list(given)}\n\n## Output\n\n{_list(output)}\n"
+        return "\n\n".join([f"# {endpoint_id}", f"> POST {url}", *lists]) + "\n"
 
     return router
 
@@ -76,12 +83,48 @@ def _models(endpoint_id: str) -> tuple[type[BaseModel], type[BaseModel]]:
     return endpoint.schema, PromptedOutput if endpoint.model else SeededOutput
 
 
-def _list(model: type[BaseModel]) -> str:
-    schema = model.model_json_schema()
-    required = set(schema.get("required", ()))
-    lines = []
+def _schemas(*models: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    _, found = models_json_schema([(model, "validation") for model in models], ref_template=f"{_SCHEMAS}{{model}}")
+    schemas: dict[str, dict[str, Any]] = found["$defs"]
+    for schema in schemas.values():
+        schema["properties"].pop("peaks", None)  # an extension of this server, which fal's own documents lack
+        schema["x-fal-order-properties"] = list(schema["properties"])
+    return schemas
+
+
+def _paths(endpoint_id: str, *, given: type[BaseModel], output: type[BaseModel]) -> dict[str, Any]:
+    path = f"/{endpoint_id}"
+    request = f"{path}/requests/{{request_id}}"
+    parameter = {"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    submission = {
+        "requestBody": {"required": True, **_content(given)},
+        "responses": {"200": _answer("Queued.", Ticket)},
+    }
+    watched = {"200": _answer("Ended.", Completed), "202": _answer("Queued or running.", Queued, InProgress)}
+    cancelled = {"202": _answer("To be cancelled.", CancelReply)}
+    return {
+        path: {"post": submission},
+        f"{request}/status": {"get": {"parameters": [parameter], "responses": watched}},
+        request: {"get": {"parameters": [parameter], "responses": {"200": _answer("The output.", output)}}},
+        f"{request}/cancel": {"put": {"parameters": [parameter], "responses": cancelled}},
+    }
+
+
+def _answer(description: str, *models: type[BaseModel]) -> dict[str, Any]:
+    return {"description": description, **_content(*models)}
+
+
+def _content(*models: type[BaseModel]) -> dict[str, Any]:
+    first, *others = ({"$ref": _SCHEMAS + model.__name__} for model in models)
+    return {"content": {"application/json": {"schema": {"anyOf": [first, *others]} if others else first}}}
+
+
+def _list(title: str, schema: Mapping[str, Any]) -> str:
+    required, lines = set(schema.get("required", ())), []
     for name, field in schema["properties"].items():
-        facts = [field.get("type", ""), "required" if name in required else f"default {field.get('default')!r}"]
-        facts += [f"{word} {field[key]}" for key, word in (("minimum", "from"), ("maximum", "to")) if key in field]
-        lines.append(f"- `{name}` ({', '.join(filter(None, facts))}): {field.get('description', '')}".rstrip(": "))
-    return "\n".join(lines)
+        kinds = [each.get("type") or each["$ref"].removeprefix(_SCHEMAS) for each in field.get("anyOf", [field])]
+        facts = [" or ".join(kinds), "required" if name in required else f"default {json.dumps(field['default'])}"]
+        facts += [f"{word} {field[key]:g}" for key, word in (("minimum", "from"), ("maximum", "to")) if key in field]
+        facts += [f"one of {', '.join(field['enum'])}"] if "enum" in field else []
+        lines.append(f"- `{name}` ({', '.join(facts)}): {field.get('description', '')}".rstrip(": "))
+    return f"## {title}\n\n" + "\n".join(lines)

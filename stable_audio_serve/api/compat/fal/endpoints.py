@@ -10,12 +10,12 @@ from itertools import product
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, create_model
 from starlette.exceptions import HTTPException
 
+from stable_audio_serve.api.compat.fal.wire import SA3_APP, SA25_APP
 from stable_audio_serve.api.compat.hosted import WholeNumber, check_whole
-from stable_audio_serve.api.fields import Finite, Prompt, ResponseFormat
+from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.audio.formats import BITRATES_KBPS, available_formats
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
@@ -24,66 +24,36 @@ from stable_audio_serve.core.generation import GenerationRequest, Lora, SourceAu
 from stable_audio_serve.core.settings import DialectSettings
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 
-SA3_APP, SA25_APP = "fal-ai/stable-audio-3", "fal-ai/stable-audio-25"
-Operation = Literal["text-to-audio", "audio-to-audio", "inpaint", "outpaint"]
+_FORMATS = tuple(name for name in ("mp3", "wav", "flac", "ogg", "opus", "m4a", "aac") if name in available_formats())
 
-_OPERATIONS: Mapping[str, Operation] = {
-    "text-to-audio": "text-to-audio",
-    "audio-to-audio": "audio-to-audio",
-    "audio-inpainting": "inpaint",
-    "audio-outpainting": "outpaint",
-}
-_FORMATS = [name for name in available_formats() if name not in ("pcm", "ulaw", "alaw")]
-
-# The fields of each endpoint's input, in fal's order.
+# The fields of each operation's input, in fal's order.
 _COMMON_OF_3 = "num_inference_steps guidance_scale seed enable_prompt_expansion enable_safety_checker sync_mode"
 _COMMON_OF_3 += " output_format bitrate prompt"
-_NAMES_OF_3: Mapping[Operation, str] = {
+_NAMES_OF_3 = {
     "text-to-audio": f"negative_prompt duration {_COMMON_OF_3}",
     "audio-to-audio": f"negative_prompt duration {_COMMON_OF_3} audio_url init_noise_level",
-    "inpaint": f"negative_prompt {_COMMON_OF_3} audio_url mask_start_seconds mask_end_seconds",
-    "outpaint": f"negative_prompt {_COMMON_OF_3} audio_url extend_seconds_before extend_seconds_after",
+    "audio-inpainting": f"negative_prompt {_COMMON_OF_3} audio_url mask_start_seconds mask_end_seconds",
+    "audio-outpainting": f"negative_prompt {_COMMON_OF_3} audio_url extend_seconds_before extend_seconds_after",
 }
-_NAMES_OF_25: Mapping[Operation, str] = {
+_NAMES_OF_25 = {
     "text-to-audio": "prompt seconds_total num_inference_steps guidance_scale sync_mode seed",
     "audio-to-audio": "prompt audio_url strength num_inference_steps total_seconds guidance_scale sync_mode seed",
     "inpaint": "prompt audio_url seconds_total guidance_scale mask_start mask_end num_inference_steps sync_mode seed",
 }
 
-
-def _check_number(value: object) -> object:
-    if isinstance(value, bool | str | bytes):
-        raise PydanticCustomError("float_type", "Input should be a valid number")
-    return value
-
-
-def _check_format(value: object) -> object:
-    if isinstance(value, str) and value in ("pcm", "ulaw", "alaw"):
-        raise PydanticCustomError("enum", "Input should be one of {names}", {"names": ", ".join(_FORMATS)})
-    return value
-
-
-_Seconds = Annotated[
+_Seconds = Annotated[  # the range stands before the validator, where it gets into the schema
     int,
     Field(ge=1, le=190, description="Length, seconds; at most the model's longest clip."),
     BeforeValidator(check_whole),
 ]
-Number = Annotated[Finite, BeforeValidator(_check_number)]
+_Number = Annotated[Finite, Field(strict=True)]
 
 
-class _Adapter(BaseModel):
+class Adapter(BaseModel):
     """One adapter of an endpoint `.../lora`."""
 
     path: str = Field(min_length=1, max_length=300, description="Name of an adapter of the model.")
-    scale: Number = Field(1.0, description="Strength; 0 = off.")
-
-
-@dataclass(frozen=True)
-class Input:
-    """A checked input: the value of each field, and the names of those that the client sent."""
-
-    values: Mapping[str, Any]
-    sent: frozenset[str]
+    scale: _Number = Field(1.0, description="Strength; 0 = off.")
 
 
 @dataclass(frozen=True)
@@ -91,7 +61,7 @@ class Endpoint:
     """One endpoint. `model` is its key in `dialects.fal_models`, "" = the default model of the dialects."""
 
     id: str
-    operation: Operation
+    operation: str
     model: str = ""
     longest_s: float = 190.0
     steps: int = 8
@@ -121,40 +91,36 @@ class Endpoint:
         return {
             "prompt": (Prompt, Field(description="Description of the sound.")),
             "negative_prompt": (str, Field("", max_length=100_000, description="What to avoid.")),
-            "duration": (Number, Field(30.0, ge=1, le=longest_s, description="Length, seconds.")),
+            "duration": (_Number, Field(30.0, ge=1, le=longest_s, description="Length, seconds.")),
             "seconds_total": (_Seconds if self.operation == "text-to-audio" else _Seconds | None, 190),
             "total_seconds": (_Seconds | None, None),
             "num_inference_steps": (whole, Field(self.steps, ge=steps[0], le=steps[1], description="Denoising steps.")),
-            "guidance_scale": (Number, Field(self.cfg_scale, ge=0 if is_3 else 1, le=25, description="Guidance.")),
+            "guidance_scale": (_Number, Field(self.cfg_scale, ge=0 if is_3 else 1, le=25, description="Guidance.")),
             "seed": (whole | None, Field(None, description="Null = random.")),
-            "enable_prompt_expansion": (bool, Field(False, description="Must be false.")),
-            "enable_safety_checker": (bool, Field(True, description="Has no effect.")),
-            "sync_mode": (bool, Field(False, description="Return the file as a data URI.")),
-            "output_format": (
-                Annotated[ResponseFormat, BeforeValidator(_check_format)],
-                Field(AudioFormat.MP3, json_schema_extra={"enum": list(_FORMATS)}),
-            ),
+            "enable_prompt_expansion": (StrictBool, Field(False, description="Must be false.")),
+            "enable_safety_checker": (StrictBool, Field(True, description="Has no effect.")),
+            "sync_mode": (StrictBool, Field(False, description="Return the file as a data URI.")),
+            "output_format": (Literal.__getitem__(_FORMATS), Field("mp3", description="Format of the file.")),
             "bitrate": (str, Field("192k", description="8k to 320k; not used by wav and flac.")),
             "audio_url": (str, Field(min_length=1, description="Public URL, file of this server, or data URI.")),
-            "init_noise_level": (Number, Field(0.9, ge=0, **share)),
-            "strength": (Number, Field(0.8, ge=0.01, **share)),
+            "init_noise_level": (_Number, Field(0.9, ge=0, **share)),
+            "strength": (_Number, Field(0.8, ge=0.01, **share)),
             "mask_start": (whole, Field(30, ge=0, le=190, description="Start of the region, seconds.")),
             "mask_end": (whole, Field(190, ge=0, le=190, description="End of the region, seconds.")),
-            "mask_start_seconds": (Number, Field(ge=0, le=longest_s, description="Start of the region.")),
-            "mask_end_seconds": (Number, Field(ge=0, le=longest_s, description="End of the region.")),
-            "extend_seconds_before": (Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add before.")),
-            "extend_seconds_after": (Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add after.")),
-            "loras": (tuple[_Adapter, ...], Field((), max_length=64, description="Adapters (LoRA), in this order.")),
+            "mask_start_seconds": (_Number, Field(ge=0, le=longest_s, description="Start of the region.")),
+            "mask_end_seconds": (_Number, Field(ge=0, le=longest_s, description="End of the region.")),
+            "extend_seconds_before": (_Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add before.")),
+            "extend_seconds_after": (_Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add after.")),
+            "loras": (tuple[Adapter, ...], Field((), max_length=64, description="Adapters (LoRA), in this order.")),
         }
 
-    def parse(self, body: Mapping[str, Any]) -> Input:
-        """Return the checked input. Raises RequestValidationError."""
+    def parse(self, body: Mapping[str, Any]) -> BaseModel:
+        """Return the checked input, an instance of `schema`. Raises RequestValidationError."""
         try:
-            checked = self.schema.model_validate(body)
+            return self.schema.model_validate(body)
         except ValidationError as error:
             faults = error.errors(include_url=False)
             raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from error
-        return Input(checked.model_dump(), frozenset(checked.model_fields_set))
 
     def choose_model(self, catalog: ModelCatalog, settings: DialectSettings) -> ModelCard:
         """Return the model that answers. Raises HTTPException 404 if it is not served."""
@@ -170,11 +136,9 @@ class Endpoint:
 
 def _table() -> dict[str, Endpoint]:
     found = [Endpoint(f"{SA25_APP}/{operation}", operation) for operation in _NAMES_OF_25]
-    for checkpoint, base, (name, operation) in product(
-        ("medium", "small/music", "small/sfx"), ("", "/base"), _OPERATIONS.items()
-    ):
+    for checkpoint, base, operation in product(("medium", "small/music", "small/sfx"), ("", "/base"), _NAMES_OF_3):
         endpoint = Endpoint(
-            f"{SA3_APP}/{checkpoint}{base}/{name}",
+            f"{SA3_APP}/{checkpoint}{base}/{operation}",
             operation,
             model=f"stable-audio-3/{checkpoint}{base}",
             longest_s=380.0 if checkpoint == "medium" else 120.0,
@@ -188,78 +152,83 @@ def _table() -> dict[str, Endpoint]:
 ENDPOINTS: Mapping[str, Endpoint] = _table()
 
 
-def to_encoding(given: Input) -> Encoding:
+def to_encoding(given: BaseModel) -> Encoding:
     """Return how the file is encoded. Raises RequestValidationError."""
-    file_format = given.values.get("output_format", AudioFormat.WAV)
+    values = dict(given)
+    file_format = AudioFormat(values.get("output_format", "wav"))
     if file_format in (AudioFormat.WAV, AudioFormat.FLAC):
         return replace(PLAIN_WAV, file_format=file_format)
-    text, (low, high) = given.values["bitrate"], BITRATES_KBPS
-    kbps = int(found[1]) if (found := re.fullmatch(r"(\d{1,3})k", text)) else 0
+    text, (low, high) = values["bitrate"], BITRATES_KBPS
+    kbps = int(found[1]) if (found := re.fullmatch(r"([0-9]{1,3})k", text)) else 0
     if not low <= kbps <= high:
         raise _fault("bitrate", f"Input should be from '{low}k' to '{high}k'", value=text)
     return Encoding(file_format, bitrate_kbps=kbps)
 
 
 def to_request(
-    endpoint: Endpoint, given: Input, *, card: ModelCard, source: SourceAudio | None, request_id: str
+    endpoint: Endpoint, given: BaseModel, *, card: ModelCard, source: SourceAudio | None, request_id: str
 ) -> GenerationRequest:
     """Return the request, with its source audio. Raises RequestValidationError."""
-    values = given.values
+    values = dict(given)
     if values.get("enable_prompt_expansion"):
         raise _fault("enable_prompt_expansion", "true is not supported by this server", value=True)
+    duration_s = _duration_s(endpoint, given, card=card, source=source)
     request = GenerationRequest(
         prompt=values["prompt"],
-        duration_s=_duration_s(endpoint, given, card=card, source=source),
+        duration_s=duration_s,
         seed=resolve_seed(-1 if values["seed"] is None else values["seed"]),
         negative_prompt=values.get("negative_prompt") or None,
         steps=values["num_inference_steps"],
         cfg_scale=values["guidance_scale"],
-        loras=tuple(Lora(one["path"], one["scale"]) for one in values.get("loras", ())),
+        loras=tuple(Lora(one.path, one.scale) for one in values.get("loras", ())),
         request_id=request_id,
     )
-    duration_s = request.duration_s
-    if endpoint.operation == "text-to-audio":
-        return request
-    if endpoint.operation == "audio-to-audio":
-        level = values.get("init_noise_level", values.get("strength"))
-        return replace(request, init_audio=source, init_noise_level=card.noise_level(level, sampler=None))
-    if endpoint.operation == "inpaint":
-        start, end = (f"mask_{name}{'_seconds' if endpoint.model else ''}" for name in ("start", "end"))
-        region = values[start], min(values[end], duration_s)
-        if region[0] >= region[1]:
-            message = f"Input should be less than {end} and than the length of the clip, {duration_s:g}"
-            raise _fault(start, message, value=values[start])
-        return replace(request, inpaint_audio=source, inpaint_regions_s=(region,))
-    before_s, after_s = values["extend_seconds_before"], values["extend_seconds_after"]
-    added = (0.0, before_s), (duration_s - after_s, duration_s)
-    regions = tuple(region for region in added if region[0] < region[1])
-    return replace(request, inpaint_audio=source, source_start_s=before_s, inpaint_regions_s=regions)
+    match endpoint.operation:
+        case "audio-to-audio":
+            share = values["init_noise_level" if endpoint.model else "strength"]
+            return replace(request, init_audio=source, init_noise_level=card.noise_level(share, sampler=None))
+        case "audio-inpainting" | "inpaint":
+            start, end = (f"mask_{name}{'_seconds' if endpoint.model else ''}" for name in ("start", "end"))
+            region = values[start], min(values[end], duration_s)
+            if region[0] >= region[1]:
+                message = f"Input should be less than {end} and than the length of the clip, {duration_s:g}"
+                raise _fault(start, message, value=values[start])
+            return replace(request, inpaint_audio=source, inpaint_regions_s=(region,))
+        case "audio-outpainting":
+            before_s, after_s = values["extend_seconds_before"], values["extend_seconds_after"]
+            added = (0.0, before_s), (duration_s - after_s, duration_s)
+            regions = tuple(region for region in added if region[0] < region[1])
+            return replace(request, inpaint_audio=source, source_start_s=before_s, inpaint_regions_s=regions)
+    return request
 
 
-def _duration_s(endpoint: Endpoint, given: Input, *, card: ModelCard, source: SourceAudio | None) -> float:
-    """Return the length of the clip. Raises RequestValidationError if the input asks for more than the model can do."""
-    longest_s, values = min(endpoint.longest_s, card.max_duration_s), given.values
-    source_s = longest_s if source is None else source.duration_s
-    if endpoint.operation == "outpaint":
+def _duration_s(endpoint: Endpoint, given: BaseModel, *, card: ModelCard, source: SourceAudio | None) -> float:
+    """Return the length of the clip. Lengths that the client did not send shrink to the model's longest clip.
+
+    Raises RequestValidationError for a longer one that the client sent.
+    """
+    longest_s = min(endpoint.longest_s, card.max_duration_s)
+    name, length_s = _length(endpoint, given, source_s=source.duration_s if source else 0.0)
+    if length_s > longest_s and name in given.model_fields_set:
+        message = f"The clip should have at most {longest_s:g} seconds, the longest clip of the model {card.name}"
+        raise _fault(name, message, value=getattr(given, name), le=longest_s)
+    return float(min(length_s, longest_s))
+
+
+def _length(endpoint: Endpoint, given: BaseModel, *, source_s: float) -> tuple[str, float]:
+    """Return the field that sets the length of the clip, "" = none, and the length, seconds."""
+    values = dict(given)
+    if endpoint.operation == "audio-outpainting":
         before_s, after_s = values["extend_seconds_before"], values["extend_seconds_after"]
-        name = "extend_seconds_before" if before_s > after_s else "extend_seconds_after"
-        asked_s = before_s + source_s + after_s
-        if asked_s == source_s:
-            raise _fault(name, "Input should be above 0, or extend_seconds_before should be", value=after_s)
-    else:
-        name = next((name for name in ("duration", "seconds_total", "total_seconds") if name in values), "")
-        asked_s = values[name] if name in given.sent and values[name] is not None else 0.0
-        if not asked_s:
-            default_s = (
-                source_s if endpoint.operation == "inpaint" or not name or values[name] is None else values[name]
-            )
-            return float(min(default_s, longest_s))
-    if asked_s > longest_s:
-        message = (
-            f"Input should be at most {longest_s:g} seconds with the source: the longest clip of the model {card.name}"
-        )
-        raise _fault(name, message, value=values[name], le=longest_s)
-    return float(asked_s)
+        name, length_s = f"extend_seconds_{'before' if before_s > after_s else 'after'}", before_s + source_s + after_s
+        if length_s == source_s:
+            raise _fault(name, "Input should be above 0, or the other extension should be", value=after_s)
+        return name, length_s
+    name = next((name for name in ("duration", "seconds_total", "total_seconds") if name in values), "")
+    is_default = name not in given.model_fields_set
+    if values.get(name) is None or (endpoint.operation == "inpaint" and is_default):
+        return "", source_s
+    return name, values[name]
 
 
 def _fault(name: str, message: str, *, value: object, **context: object) -> RequestValidationError:

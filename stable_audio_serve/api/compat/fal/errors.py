@@ -8,7 +8,7 @@ error. Start timeouts do not follow this rule: their status is 504, but a header
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -21,36 +21,27 @@ from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import InvalidRequestError, InvalidUploadError, StableAudioError
 from stable_audio_serve.jobs.job import Job
 
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """The response to one kind of error.
-
-    If a queued request failed with this error, its result has the status `stored_status`, if set, instead of `status`.
-    """
-
-    status: int
-    error_type: str
-    is_retryable: bool = False
-    stored_status: int | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-_INTERNAL = _Kind(500, "internal_error")
+_INTERNAL = (500, "internal_error")
 _INTERNAL_MESSAGE = "Internal error: the request could not be completed"
+_CANCELLED = (499, "client_cancelled")
+_START_TIMEOUT = (504, "request_timeout")
+# Status and error type of each kind of error.
 _KINDS = {
-    "upload_too_large": _Kind(413, "bad_request"),
-    "unauthorized": _Kind(401, "unauthorized"),
-    "forbidden": _Kind(403, "forbidden"),
-    "cancelled": _Kind(499, "client_cancelled"),
-    "start_timeout": _Kind(504, "request_timeout", headers={TIMEOUT_TYPE: "user"}),
-    "deadline_exceeded": _Kind(500, "generation_timeout"),
-    "overloaded": _Kind(429, "overloaded", is_retryable=True, stored_status=500),
-    "quota": _Kind(429, "quota", is_retryable=True, stored_status=500),
-    "unavailable": _Kind(503, "unavailable", is_retryable=True, stored_status=500),
-    "storage": _Kind(503, "storage", is_retryable=True, stored_status=500),
-    "storage_full": _Kind(507, "storage_full", stored_status=500),
+    "upload_too_large": (413, "bad_request"),
+    "unauthorized": (401, "unauthorized"),
+    "forbidden": (403, "forbidden"),
+    "cancelled": _CANCELLED,
+    "start_timeout": _START_TIMEOUT,
+    "deadline_exceeded": (500, "generation_timeout"),
+    "overloaded": (429, "overloaded"),
+    "quota": (429, "quota"),
+    "unavailable": (503, "unavailable"),
+    "storage": (503, "storage"),
+    "storage_full": (507, "storage_full"),
 }
+_RETRYABLE = (429, 503)
+_TEMPORARY = (*_RETRYABLE, 507)  # statuses that the stored error of a queued request never has; it has 500 instead
+_FIELDS = {"audio": "audio_url"}  # the names of our fields that differ here
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +58,7 @@ class Failure:
 def failure_of(job: Job) -> Failure:
     """Return the error to report for a failed or cancelled job, on the result route and in webhooks."""
     if job.state == "cancelled":
-        return _failure(_KINDS["cancelled"], "Request was cancelled", is_stored=True)
+        return _failure(_CANCELLED, "Request was cancelled", is_stored=True)
     if job.error is None:
         return _failure(_INTERNAL, _INTERNAL_MESSAGE, is_stored=True)
     if job.error.code in (InvalidRequestError.kind, InvalidUploadError.kind):
@@ -80,12 +71,21 @@ def render_error(request: Request, error: ExpectedError) -> Response:
     return _REFUSALS.answer(request, error)
 
 
-def _failure(kind: _Kind, message: str, *, is_stored: bool) -> Failure:
-    status = kind.stored_status if is_stored and kind.stored_status else kind.status
-    message = _INTERNAL_MESSAGE if kind is _INTERNAL else message
-    headers = {ERROR_TYPE: kind.error_type, RETRYABLE: str(kind.is_retryable).lower(), **kind.headers}
-    body = {"detail": message, "error_type": kind.error_type}
-    return Failure(status, body, headers, message, kind.error_type)
+def render_failure(request: Request, failure: Failure, *, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the response to a failed request, with the id of the request if it has one."""
+    request_id = getattr(request.state, "fal_request_id", None)
+    own = {REQUEST_ID: request_id} if request_id else {}
+    return JSONResponse(failure.body, failure.status, headers={**own, **(headers or {}), **failure.headers})
+
+
+def _failure(kind: tuple[int, str], message: str, *, is_stored: bool) -> Failure:
+    status, error_type = kind
+    message = _INTERNAL_MESSAGE if kind == _INTERNAL else message
+    headers = {ERROR_TYPE: error_type, RETRYABLE: str(status in _RETRYABLE).lower()}
+    if kind == _START_TIMEOUT:
+        headers[TIMEOUT_TYPE] = "user"
+    body = {"detail": message, "error_type": error_type}
+    return Failure(500 if is_stored and status in _TEMPORARY else status, body, headers, message, error_type)
 
 
 def _invalid(entries: Sequence[dict[str, Any]]) -> Failure:
@@ -110,8 +110,8 @@ def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, A
 
 
 def _fault(message: str, field_name: str | None) -> dict[str, Any]:
-    part = "query" if field_name == "fal_webhook" else "body"
-    return {"loc": [part, field_name or "prompt"], "msg": message, "type": "value_error", "input": None}
+    part, name = "query" if field_name == "fal_webhook" else "body", field_name or "prompt"
+    return {"loc": [part, _FIELDS.get(name, name)], "msg": message, "type": "value_error", "input": None}
 
 
 def _find_fault(_: Request, error: StableAudioError) -> dict[str, Any] | None:
@@ -120,27 +120,20 @@ def _find_fault(_: Request, error: StableAudioError) -> dict[str, Any] | None:
 
 
 def _answer_fields(request: Request, faults: Sequence[dict[str, Any]]) -> Response:
-    failure = _invalid(faults)
-    return JSONResponse(failure.body, failure.status, headers=_request_header(request) | dict(failure.headers))
+    return render_failure(request, _invalid(faults))
 
 
 def _answer_http(request: Request, error: HTTPException) -> Response:
-    headers = _request_header(request) | dict(error.headers or {})
-    return JSONResponse({"detail": error.detail}, error.status_code, headers=headers)
+    failure = Failure(error.status_code, {"detail": error.detail}, error.headers or {}, error.detail, "")
+    return render_failure(request, failure)
 
 
-def _answer_error(request: Request, refusal: Refusal[_Kind]) -> Response:
+def _answer_error(request: Request, refusal: Refusal[tuple[int, str]]) -> Response:
     failure = _failure(refusal.row, refusal.message, is_stored=False)
-    headers = {**_request_header(request), **refusal.headers, **failure.headers}
-    return JSONResponse(failure.body, failure.status, headers=headers)
+    return render_failure(request, failure, headers=refusal.headers)
 
 
-def _request_header(request: Request) -> dict[str, str]:
-    request_id = getattr(request.state, "fal_request_id", None)
-    return {REQUEST_ID: request_id} if request_id else {}
-
-
-_REFUSALS: Refusals[_Kind, dict[str, Any], Response] = Refusals(
+_REFUSALS: Refusals[tuple[int, str], dict[str, Any], Response] = Refusals(
     table=_KINDS,
     internal=_INTERNAL,
     internal_message=_INTERNAL_MESSAGE,

@@ -87,22 +87,22 @@ class Tickets:
         signer = await self._signer()
         return signer.sign(base64_encode(_TICKET.dump_json(ticket))).decode()
 
-    async def read(self, text: str) -> Ticket:
+    async def read(self, ticket: str) -> Ticket:
         """Verify the ticket in a URL and return it.
 
         Raises HTTPException 403 if the ticket is invalid or expired, or its API key was removed. Raises
         KeysUnavailableError while API keys cannot be checked. Raises StorageError.
         """
-        if len(text) > _MAX_TICKET:
+        if len(ticket) > _MAX_TICKET:
             raise _unknown_ticket()
         signer = await self._signer()
         try:
-            ticket = _TICKET.validate_json(base64_decode(signer.unsign(text, max_age=_TICKET_LIFE_S)))
+            found = _TICKET.validate_json(base64_decode(signer.unsign(ticket, max_age=_TICKET_LIFE_S)))
         except (BadData, ValueError) as error:  # ValidationError is a ValueError
             raise _unknown_ticket() from error
-        self._require_key(ticket)
-        clean = _clean_ticket(ticket.file_id, ticket.file_name, media_type=ticket.media_type)
-        return replace(clean, client=ticket.client, key=ticket.key)
+        self._require_key(found)
+        clean = _clean_ticket(found.file_id, found.file_name, media_type=found.media_type)
+        return replace(clean, client=found.client, key=found.key)
 
     def _require_key(self, ticket: Ticket) -> None:
         if self._ring.health.state == "unread":
@@ -139,7 +139,7 @@ class Storage:
         async with _received(request) as body:
             existing = await self._jobs.find_file(ticket.file_id)
             if existing is not None:
-                if await asyncio.to_thread(_digest, body) != existing.sha256:
+                if (await asyncio.to_thread(hashlib.file_digest, body, "sha256")).hexdigest() != existing.sha256:
                     raise HTTPException(400, "upload: a different file was uploaded to this URL already")
                 return existing  # the client lost the response and sends the same file again
             async with self._counted(ticket, ticket.file_id, num_bytes=_size(body)):
@@ -228,7 +228,7 @@ def _wrong_etag(number: int | str) -> HTTPException:
 
 
 @asynccontextmanager
-async def _received(request: Request) -> AsyncIterator[IO[bytes]]:
+async def _received(request: Request) -> AsyncIterator[tempfile.SpooledTemporaryFile[bytes]]:
     """Receive a request's body into a temporary file, kept in memory while it is small."""
     accept_file_body(request.scope)
     with tempfile.SpooledTemporaryFile(max_size=_CHUNK_BYTES) as file:
@@ -247,13 +247,6 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes]:
     file.seek(0)
     while chunk := file.read(_CHUNK_BYTES):
         yield chunk
-
-
-def _digest(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(file):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _clean_ticket(file_id: str, file_name: str | None, *, media_type: str | None) -> Ticket:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Path
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,11 +13,11 @@ from starlette.responses import Response
 
 from stable_audio_serve.api.compat.fal.errors import render_error
 from stable_audio_serve.api.compat.fal.storage import MAX_PARTS, Storage, Ticket, Tickets
-from stable_audio_serve.api.compat.fal.wire import FalError
-from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.compat.fal.wire import INVALID, errors
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.settings import ApiSettings
 
 _TOKEN_LIFE = timedelta(hours=1)
 _RAW_BODY = {
@@ -26,17 +26,15 @@ _RAW_BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **error_responses(FalError, 408, 413, 500, 503, 507),
-    422: {"model": FalError, "description": "A field is missing, of the wrong type or out of range."},
-}
-_KEY_RESPONSES = {**_RESPONSES, **error_responses(FalError, 401)}
-_UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **_RESPONSES,
-    400: {"model": FalError, "description": "A different file exists already, or a part is missing."},
-    404: {"model": FalError, "description": "Unknown URL."},
-    403: {"model": FalError, "description": "The upload URL is invalid or expired, or its key was removed."},
-}
+_RESPONSES = errors(408, 413, 500, 503, 507, own={422: INVALID})
+_KEY_RESPONSES = _RESPONSES | errors(401)
+_UPLOAD_RESPONSES = _RESPONSES | errors(
+    own={
+        400: "A different file exists already, or a part is missing.",
+        403: "The upload URL is invalid or expired, or its key was removed.",
+        404: "Unknown URL.",
+    }
+)
 
 
 class TicketConvertor(StringConvertor):
@@ -103,9 +101,16 @@ class Parts(BaseModel):
     parts: list[Part] = Field(min_length=1, max_length=MAX_PARTS)
 
 
-def build_announcing_router(service: Service) -> APIRouter:
-    """Return the routes that need a key: tokens, announcements, and uploads in one request."""
-    limits, tickets, storage = service.settings.api, *_parts_of(service)
+def build_storage_routers(service: Service) -> tuple[APIRouter, APIRouter]:
+    """Return the routes that need an API key, and those whose URLs contain the signed ticket of an announcement."""
+    limits, tickets = service.settings.api, Tickets(service.jobs, service.keys.ring)
+    storage = Storage(service.jobs, max_bytes=limits.max_upload_bytes)
+    return _announcing_router(service, tickets, storage=storage), _receiving_router(limits, tickets, storage=storage)
+
+
+def _announcing_router(service: Service, tickets: Tickets, *, storage: Storage) -> APIRouter:
+    """Return the routes for tokens, announcements, and uploads in one request."""
+    limits = service.settings.api
     router = APIRouter(route_class=route_class(render_error, scopes=("generate", "jobs")), strict_content_type=False)
 
     @router.post("/storage/auth/token", responses=_KEY_RESPONSES)
@@ -143,16 +148,11 @@ def build_announcing_router(service: Service) -> APIRouter:
     return router
 
 
-def build_receiving_router(service: Service) -> APIRouter:
-    """Return the upload routes that need no API key. Their URLs contain the signed ticket of an announcement."""
-    limits, tickets, storage = service.settings.api, *_parts_of(service)
+def _receiving_router(limits: ApiSettings, tickets: Tickets, *, storage: Storage) -> APIRouter:
     router = APIRouter(route_class=public_route_class(render_error), strict_content_type=False)
 
-    async def read_ticket(ticket: str) -> Ticket:
-        return await tickets.read(ticket)
-
     @router.put("/storage/upload/{ticket:fal_ticket}", openapi_extra=_RAW_BODY, responses=_UPLOAD_RESPONSES)
-    async def receive(request: Request, announced: Ticket = Depends(read_ticket)) -> Uploaded:
+    async def receive(request: Request, announced: Ticket = Depends(tickets.read)) -> Uploaded:
         """Store an announced file. The body is its content."""
         await storage.receive(request, announced)
         return Uploaded(access_url=announced.url(base_url(request, limits)))
@@ -164,7 +164,7 @@ def build_receiving_router(service: Service) -> APIRouter:
             f"{path}/{{number}}", openapi_extra=_RAW_BODY, responses=_UPLOAD_RESPONSES, include_in_schema=not index
         )
         async def receive_part(
-            request: Request, response: Response, *, number: _Number, announced: Ticket = Depends(read_ticket)
+            request: Request, response: Response, *, number: _Number, announced: Ticket = Depends(tickets.read)
         ) -> Part:
             """Store one part of an announced file."""
             etag = await storage.receive_part(request, announced, number=number)
@@ -172,14 +172,9 @@ def build_receiving_router(service: Service) -> APIRouter:
             return Part(partNumber=number, etag=etag)
 
         @router.post(f"{path}/complete", responses=_UPLOAD_RESPONSES, include_in_schema=not index)
-        async def complete(request: Request, body: Parts, *, announced: Ticket = Depends(read_ticket)) -> Uploaded:
+        async def complete(request: Request, body: Parts, *, announced: Ticket = Depends(tickets.read)) -> Uploaded:
             """Join the parts into the file."""
             await storage.join(announced, {part.partNumber: part.etag for part in body.parts})
             return Uploaded(access_url=announced.url(base_url(request, limits)))
 
     return router
-
-
-def _parts_of(service: Service) -> tuple[Tickets, Storage]:
-    limits = service.settings.api
-    return Tickets(service.jobs, service.keys.ring), Storage(service.jobs, max_bytes=limits.max_upload_bytes)

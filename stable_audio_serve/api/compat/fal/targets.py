@@ -1,23 +1,51 @@
-"""Determine from a request's path and headers which of fal's hosts the client means, and build the links for it."""
+"""Determine from a request's path and headers which of fal's hosts the client means, and build the links for it.
+
+fal's JavaScript client can send every call to one URL, the proxy route, and name the intended fal URL in a header.
+Nothing is sent to fal: this server's own routes answer the calls to fal's three hosts.
+"""
 
 from __future__ import annotations
 
-import math
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from urllib.parse import unquote, urlsplit
 
-from fastapi.exceptions import RequestValidationError
 from starlette.convertors import PathConvertor, StringConvertor, register_url_convertor
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stable_audio_serve.api.compat.fal.wire import OWNER, Links
 from stable_audio_serve.api.links import base_url
-from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
+
+TARGET_HEADER = "x-fal-target-url"
+
+# For each host of fal: the path prefix of this server's routes that answer calls to that host.
+_PREFIXES: Mapping[str, str] = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": ""}
+
+# The description of the header in OpenAPI.
+TARGET_PARAMETER = {
+    "name": TARGET_HEADER,
+    "in": "header",
+    "required": True,
+    "description": "Intended fal URL, for example https://fal.run/fal-ai/stable-audio. This server responds itself.",
+    "schema": {"type": "string", "pattern": f"^https?://({'|'.join(map(re.escape, _PREFIXES))})/[!-~]*$"},
+}
 
 
 class AppConvertor(StringConvertor):
-    """`{name:fal_app}` in routes matches the name of an application."""
+    """`{name:fal_app}` in routes matches an application, the first part of an endpoint's id after `fal-ai/`."""
 
     regex = "stable-audio(?:-3|-25)?"
+
+
+class WatchedConvertor(StringConvertor):
+    """`{name:fal_watched}` in routes matches what stands before `/requests`: an application, or an endpoint's id."""
+
+    regex = f"{AppConvertor.regex}(?:/[a-z0-9-]+)*"
 
 
 class EndpointConvertor(PathConvertor):
@@ -27,6 +55,7 @@ class EndpointConvertor(PathConvertor):
 
 
 register_url_convertor("fal_app", AppConvertor())
+register_url_convertor("fal_watched", WatchedConvertor())
 register_url_convertor("fal_endpoint", EndpointConvertor())
 
 
@@ -52,28 +81,36 @@ def links_of(request: Request, request_id: str, *, limits: ApiSettings) -> Links
     return Links(request_id=request_id, response_url=url, status_url=f"{url}/status", cancel_url=f"{url}/cancel")
 
 
-def start_within_s(request: Request) -> float | None:
-    """Return the requested start timeout in seconds, or None. Raises RequestValidationError."""
-    text = request.headers.get("x-fal-request-timeout")
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise _header_fault("x-fal-request-timeout", text, message="Header should be a number of seconds above 0")
-    return seconds
+class Dispatched(Response):
+    """Sends the response of another route of this server unchanged. The response may be a stream."""
+
+    def __init__(self, app: ASGIApp, *, path: str, query: bytes) -> None:
+        super().__init__()
+        self._app, self._path, self._query = app, path, query
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
+        root_path = scope.get("root_path", "")
+        path = root_path + self._path
+        target = {"path": path, "raw_path": path.encode(), "query_string": self._query}
+        await self._app({**scope, **target}, receive, send)
 
 
-def priority(request: Request) -> Priority:
-    """Return the requested priority. Raises RequestValidationError."""
-    match text := request.headers.get("x-fal-queue-priority", "normal"):
-        case "normal":
-            return "interactive"
-        case "low":
-            return "batch"
-    raise _header_fault("x-fal-queue-priority", text, message="Header should be 'normal' or 'low'")
+def dispatch(request: Request, app: ASGIApp) -> Response:
+    """Return the response of this server's route for the fal URL in the request's header.
+
+    Raises HTTPException 400 if the header is missing, and 412 for a host other than fal's.
+    """
+    target = request.headers.get(TARGET_HEADER)
+    if target is None:
+        raise HTTPException(400, f"{TARGET_HEADER}: set this header to the fal URL of the call")
+    prefix = None
+    with suppress(ValueError):  # an invalid URL is refused below, like an unknown host
+        url = urlsplit(target)
+        if url.scheme in ("http", "https"):
+            prefix = _PREFIXES.get(url.netloc.lower())
+    if prefix is None:
+        raise HTTPException(412, f"{TARGET_HEADER}: must be a URL of one of the hosts {', '.join(_PREFIXES)}")
+    return Dispatched(app, path=prefix + unquote(url.path), query=url.query.encode())
 
 
 def _split(request: Request) -> tuple[str, str]:
@@ -81,7 +118,3 @@ def _split(request: Request) -> tuple[str, str]:
     path: str = request.scope["path"]
     prefix, _, rest = path.removeprefix(request.scope.get("root_path", "")).partition(f"/{OWNER}/")
     return prefix, f"{OWNER}/{rest.partition('/')[0]}"
-
-
-def _header_fault(name: str, value: str, *, message: str) -> RequestValidationError:
-    return RequestValidationError([{"type": "value_error", "loc": ("header", name), "msg": message, "input": value}])

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stable_audio_serve.api.compat.hosted import (
-    DEFAULT_STEPS,
-    MAX_S,
-    START_DESCRIPTION,
-    ClipInput,
-    WholeNumber,
-)
+from stable_audio_serve.api.compat.hosted import DEFAULT_STEPS, MAX_S, START_DESCRIPTION, ClipInput, WholeNumber
+from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.artifacts.store import StoredFile
 
 OWNER = "fal-ai"
 APP = f"{OWNER}/stable-audio"
+SA3_APP, SA25_APP = f"{APP}-3", f"{APP}-25"
 
 REQUEST_ID = "X-Fal-Request-Id"
 ERROR_TYPE = "X-Fal-Error-Type"
@@ -85,14 +82,6 @@ class Links(BaseModel):
     cancel_url: str
 
 
-class Ticket(Links):
-    """Response to a submission."""
-
-    status: Literal["IN_QUEUE"] = "IN_QUEUE"
-    gateway_request_id: str
-    queue_position: int
-
-
 class LogEntry(BaseModel):
     """One line of a request's log."""
 
@@ -113,6 +102,12 @@ class Queued(Links):
 
     status: Literal["IN_QUEUE"] = "IN_QUEUE"
     queue_position: int
+
+
+class Ticket(Queued):
+    """Response to a submission."""
+
+    gateway_request_id: str
 
 
 class InProgress(Links):
@@ -146,3 +141,9 @@ class FalError(BaseModel):
 
     detail: str | list[dict[str, Any]]
     error_type: str | None = Field(None, exclude_if=_is_none)
+
+
+INVALID = "A field is missing, of the wrong type or out of range."
+
+# Returns the `responses` of a route for these statuses.
+errors = partial(error_responses, FalError)
