@@ -248,8 +248,8 @@ class EngineLoop:
         for row in request.rows:
             if row.id in self._rows:
                 self._drop(self._rows[row.id])
-        # Rows and their request refer to each other. Without this, Python would keep the audio until its next collection
-        # of cycles, which may be a hundred requests later.
+        # Rows and their request refer to each other. Without this, Python would keep the audio until its next
+        # collection of cycles, which may be a hundred requests later.
         request.rows.clear()
         request.shared.release()
         request.slots.release()
