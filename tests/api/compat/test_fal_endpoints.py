@@ -317,7 +317,9 @@ async def test_edits_reach_the_model(client: httpx.AsyncClient, backend: ToneBac
     assert (await post(client, "fal-ai/stable-audio-25/audio-to-audio")).status_code == 200
     assert (backend.last.duration_s, backend.last.init_noise_level) == (SOURCE_S, 0.8)
     assert (await post(client, "fal-ai/stable-audio-25/inpaint", mask_end=2)).status_code == 200
-    assert backend.last.inpaint_regions_s == ((1, 2),)
+    assert (backend.last.duration_s, backend.last.inpaint_regions_s) == (120, ((1, 2),))  # the default, 190, cut
+    assert (await post(client, "fal-ai/stable-audio-25/inpaint", seconds_total=None, mask_end=2)).status_code == 200
+    assert backend.last.duration_s == SOURCE_S
 
 
 @pytest.mark.parametrize(

@@ -225,10 +225,7 @@ def _length(endpoint: Endpoint, given: BaseModel, *, source_s: float) -> tuple[s
             raise _fault(name, "Input should be above 0, or the other extension should be", value=after_s)
         return name, length_s
     name = next((name for name in ("duration", "seconds_total", "total_seconds") if name in values), "")
-    is_default = name not in given.model_fields_set
-    if values.get(name) is None or (endpoint.operation == "inpaint" and is_default):
-        return "", source_s
-    return name, values[name]
+    return ("", source_s) if values.get(name) is None else (name, values[name])
 
 
 def _fault(name: str, message: str, *, value: object, **context: object) -> RequestValidationError:
