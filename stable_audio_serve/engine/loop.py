@@ -209,7 +209,6 @@ class EngineLoop:
         self._drop(row)
         if len(request.audio) < len(request.rows):
             return
-        self._end(request, outcome="finished")
         timings = request.clock.timings()
         result = GenerationResult(
             audio=tuple(request.audio[index] for index in range(len(request.rows))),
@@ -219,6 +218,7 @@ class EngineLoop:
             timings=timings,
         )
         steps = request.progress(None).steps_total
+        self._end(request, outcome="finished")
         request.reply.report(Progress("done", 1.0, steps, steps))
         request.reply.resolve(result)
         self._metrics.observe("engine_queue_ms", timings.queue_ms)
@@ -248,6 +248,7 @@ class EngineLoop:
         for row in request.rows:
             if row.id in self._rows:
                 self._drop(self._rows[row.id])
+        request.rows.clear()  # rows refer to the request; in a cycle its audio would wait for the garbage collector
         request.shared.release()
         request.slots.release()
         self._admission.release(request.id, is_done=outcome == "finished")

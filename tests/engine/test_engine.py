@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -157,6 +158,25 @@ async def test_200_concurrent_requests_each_get_their_audio() -> None:
         assert engine.backlog_ms == 0.0
     assert [result.seeds for result in results] == [(i,) for i in range(200)]
     assert len({result.audio[0].tobytes() for result in results}) == 200
+
+
+@pytest.mark.parametrize("is_edit", [False, True])
+async def test_audio_is_freed_with_its_result_without_the_garbage_collector(is_edit: bool) -> None:
+    """Replicas have many objects, so the collector runs rarely, and long pieces would fill the memory."""
+    source = make_audio(duration_s=1.0) if is_edit else None
+    request = make_request(
+        duration_s=2.0, batch_size=2, inpaint_audio=source, inpaint_regions_s=((1.0, 2.0),) * is_edit
+    )
+    async with make_engine() as engine:
+        gc.collect()
+        gc.disable()
+        try:
+            result = await engine.generate(request)
+            freed = [weakref.ref(audio) for audio in (*result.audio, *([source.samples] if source else ()))]
+            del result, request, source
+            await until(lambda: all(audio() is None for audio in freed))
+        finally:
+            gc.enable()
 
 
 async def test_prompts_are_encoded_once() -> None:
