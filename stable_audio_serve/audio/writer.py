@@ -7,6 +7,8 @@ The methods need much CPU time: call them from worker threads, one at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +27,7 @@ from stable_audio_serve.audio.compress import (
 from stable_audio_serve.audio.embedded_text import make_wav_chunk
 from stable_audio_serve.audio.encode import little_endian, to_pcm16, to_pcm32, wav_header
 from stable_audio_serve.audio.formats import file_rate
+from stable_audio_serve.core.errors import StorageFullError
 from stable_audio_serve.core.sound import AudioFormat, BitDepth, Encoding
 
 if TYPE_CHECKING:
@@ -72,21 +75,26 @@ class AudioWriter:
         self._encoder: _Encoder | None = None
 
     def write(self, block: npt.NDArray[np.float32]) -> None:
-        """Encode the next samples (C, S) float32 in -1..1. Raises OSError, RuntimeError if the file has no room."""
+        """Encode the next samples (C, S) float32 in -1..1. Raises StorageFullError if the file has no room."""
         if self._encoding.file_format in (AudioFormat.ULAW, AudioFormat.ALAW):
             block = block.mean(axis=0, keepdims=True, dtype=np.float32)
         if self._rate_hz != self._file_rate_hz:
             self._resampler = self._resampler or _Resampler(self._rate_hz, self._file_rate_hz, channels=len(block))
             block = self._resampler.resample(block)
-        self._put(block)
+        with _needing_room():
+            self._put(block)
 
     def close(self) -> None:
-        """Complete the file. Further calls do nothing. Raises the same errors as `write`."""
-        if self._resampler is not None:
-            self._put(self._resampler.finish())
-        encoder, self._encoder, self._resampler = self._encoder, None, None
-        if encoder is not None:
-            encoder.close()
+        """Complete the file. Further calls do nothing. Raises StorageFullError."""
+        rest = None if self._resampler is None else self._resampler.finish()
+        self._resampler = None
+        with _needing_room():
+            if rest is not None:
+                self._put(rest)
+            encoder, self._encoder = self._encoder, None
+            if encoder is not None:
+                encoder.close()
+                self._file.seek(0, 2)  # writes what a buffered file still holds
 
     def _put(self, block: npt.NDArray[np.float32]) -> None:
         if block.shape[1]:
@@ -106,6 +114,14 @@ class AudioWriter:
         if file_format in AAC_CONTAINERS:
             return _AacEncoder(self._file, rate_hz, channels=len(block), encoding=encoding)
         return _SoundFileEncoder(self._file, rate_hz, encoding=encoding, first=block, text=self._text)
+
+
+@contextmanager
+def _needing_room() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, AssertionError) as error:  # the last two are raised by soundfile
+        raise StorageFullError("there is no room for temporary files") from error
 
 
 class _Resampler:

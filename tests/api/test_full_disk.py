@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Collection
 from contextlib import closing, suppress
@@ -163,3 +164,36 @@ def test_fill_leaves_no_space_on_the_disk(tiny_disk: Path) -> None:
     with pytest.raises(OSError, match="No space") as caught:
         os.posix_fallocate(os.open(tiny_disk / "more", os.O_CREAT | os.O_WRONLY), 0, 1)
     assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored from cffi callback")
+@pytest.mark.parametrize("response_format", ["wav", "flac"])
+async def test_section_needs_room_for_a_temporary_file(
+    tiny_disk: Path, monkeypatch: pytest.MonkeyPatch, response_format: str
+) -> None:
+    async with make_hasty_client() as (client, _):
+        job = await submit(client, duration=2, sections=[{"duration": 2}], response_format=response_format)
+        await wait(client, job)
+        make_room = fill(tiny_disk)
+        monkeypatch.setattr(tempfile, "tempdir", str(tiny_disk))
+        path = f"{job['status_url']}/audio?section=1"
+        reply = await client.get(path)
+        assert (reply.status_code, reply.json()["detail"]) == (507, "there is no room for temporary files")
+        make_room()
+        assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored from cffi callback")
+@pytest.mark.parametrize("response_format", ["wav", "flac"])
+async def test_long_piece_names_missing_room_for_temporary_files(
+    tiny_disk: Path, monkeypatch: pytest.MonkeyPatch, response_format: str
+) -> None:
+    async with make_hasty_client(jobs={"max_attempts": 2}) as (client, _):
+        make_room = fill(tiny_disk)
+        monkeypatch.setattr(tempfile, "tempdir", str(tiny_disk))
+        job = await submit(client, duration=2, sections=[{"duration": 2}], response_format=response_format)
+        failed = await wait(client, job)
+        assert (failed["status"], failed["error"]) == ("failed", "there is no room for temporary files")
+        make_room()
+        again = await submit(client, duration=1, sections=[{"duration": 1}])
+        assert (await wait(client, again))["status"] == "succeeded"

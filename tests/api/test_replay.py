@@ -26,6 +26,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small import windowed_model
 from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.cli.sound_files import read_recipe
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.serving.engines import load_named_engine
 from stable_audio_serve.serving.local import LocalBackend
@@ -57,15 +58,17 @@ async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterato
     )
     plan = plan_deployments(settings)
     engines = {model.name: load_named_engine(settings, model) for model in settings.models}
-    async with (
-        LocalBackend(plan.catalog, engines) as backend,
-        httpx.AsyncClient(
-            transport=httpx.ASGITransport(create_app(backend, settings)), base_url="http://localhost"
-        ) as client,
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(windowed_model, "WINDOW_S", 3.0)
-            yield client
+    async with LocalBackend(plan.catalog, engines) as backend:
+        jobs = open_queue(settings)
+        runner = JobRunner(jobs.store, jobs.artifacts, backend=backend, settings=settings)
+        await runner.start()
+        jobs.wake = runner.wake
+        app = create_app(backend, settings, jobs=jobs)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(windowed_model, "WINDOW_S", 3.0)
+                yield client
+        await runner.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -91,6 +94,20 @@ async def test_text_to_audio_is_recreated_exactly(real: httpx.AsyncClient) -> No
     assert (again.status_code, again.headers["x-replay"]) == (200, "exact")
     assert again.content == original.content
     assert again.headers["x-recipe"] == original.headers["x-recipe"]
+
+
+@in_module_loop
+async def test_long_piece_is_recreated_exactly(real: httpx.AsyncClient) -> None:
+    sections = [{"duration": 1}, {"duration": 1.5, "prompt": "hail"}, {"duration": 1}]
+    finishing = {"loudness": {"target_lufs": -20}, "fade_in_s": 0.5, "response_format": "flac", "steps": 2}
+    original = await wait(real, await submit(real, duration=3.5, sections=sections, overlap_s=0.5, **finishing))
+    (recipe,) = original["recipes"]
+    ticket = await real.post(REPLAY, json=recipe)
+    assert ticket.status_code == 202, ticket.text
+    again = await wait(real, ticket.json())
+    assert (again["replay"], again["recipes"]) == ("exact", [recipe])
+    first, second = [(await real.get(job["download_url"])).content for job in (original, again)]
+    assert first == second
 
 
 @in_module_loop

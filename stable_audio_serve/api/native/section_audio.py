@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -29,10 +29,10 @@ _MP3_KBPS = 192
 
 
 async def section_answer(service: Service, request: Request, *, job: Job, number: int) -> Response:
-    """Return one finished section, in the format of the job. Raises HTTPException 404 while it is not finished.
+    """Return one finished section, in the format of the job.
 
     The sections one after the other are the whole piece. Each begins and ends 30 ms early, because the next section
-    changes the last 30 ms.
+    changes the last 30 ms. Raises HTTPException 404 while the section is not finished, and StorageError.
     """
     _require_sections(job)
     num_sections = len(job.spec.sections)
@@ -52,7 +52,8 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
                 await service.encode(partial(writer.write, block))
         await service.encode(writer.close)
     except BaseException:
-        copy.close()
+        with suppress(OSError):  # on a full disk there is no room for what is still in the file's buffer
+            copy.close()
         raise
     kind = media_type(encoding.file_format)
     name = f"{job.spec.file_prefix}{job.spec.file_stem}-{number}.{encoding.file_format}"

@@ -210,8 +210,7 @@ class LongPieces:
         spec, file_format = job.spec, job.spec.encoding.file_format
         made_on, different = common_maker(sections), find_different(sections)
         recipes = recipes_of(spec, seeds=spec.request.seeds, made_on=made_on, different=different)
-        with tempfile.TemporaryFile() as temporary:
-            file = cast(BinaryIO, temporary)
+        with _temporary_file() as file:
             writer = AudioWriter(
                 file,
                 sections[0].sample_rate_hz,
@@ -254,14 +253,12 @@ class LongPieces:
         def write(block: npt.NDArray[np.float32]) -> None:
             if block.shape[1]:
                 meter.add(block)
-                with _needing_room():
-                    writer.write(block)
+                writer.write(block)
 
         def end() -> ClipFacts:
             if (rest := finisher.end()) is not None:
                 write(rest)
-            with _needing_room():
-                writer.close()
+            writer.close()
             facts = meter.describe(seed=spec.request.seed)
             return facts if search is None else replace(facts, true_peak_dbtp=finisher.true_peak_dbtp)
 
@@ -281,16 +278,18 @@ class LongPieces:
 
 def _close(writer: AudioWriter) -> None:
     """Stop writing, if the file was not completed."""
-    with suppress(OSError, RuntimeError):  # the file is not used
+    with suppress(StorageFullError):  # the file is not used
         writer.close()
 
 
 @contextmanager
-def _needing_room() -> Iterator[None]:
+def _temporary_file() -> Iterator[BinaryIO]:
+    file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
     try:
-        yield
-    except (OSError, RuntimeError) as error:  # libsndfile's errors are RuntimeErrors
-        raise StorageFullError("there is no room for temporary files") from error
+        yield file
+    finally:
+        with suppress(OSError):  # on a full disk there is no room for what is still in the file's buffer
+            file.close()
 
 
 def _finish_section(
