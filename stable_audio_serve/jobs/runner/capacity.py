@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from types import MappingProxyType
 
@@ -185,6 +186,7 @@ class StorageGate:
         self._needed_bytes = 0
         self._last_was_stored = True  # False after a refusal, until a file is stored
         self._probing: asyncio.Task[None] | None = None
+        self._recording: asyncio.Task[None] | None = None  # the last call that recorded a refusal in the database
 
     def admits(self, num_running: int) -> bool:
         """Return True if another job may start while `num_running` jobs are running."""
@@ -209,6 +211,8 @@ class StorageGate:
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
+            if self._recording is not None:
+                await asyncio.gather(self._recording, return_exceptions=True)
             await self._withdraw()
 
     async def _probe_until_accepted(self, error: StorageError) -> None:
@@ -224,8 +228,9 @@ class StorageGate:
             pause_s = self._pause_s * random.uniform(0.5, 1.0)
             self._pause_s = min(2 * self._pause_s, self._last_probe_s)
             with suppress(StorageError):  # the database may be full too; health checks find that themselves
-                health = health_of(refused)
-                await asyncio.to_thread(self._refusals.record, self._owner, health, for_s=pause_s + _GRACE_S)
+                record = partial(self._refusals.record, self._owner, health_of(refused), for_s=pause_s + _GRACE_S)
+                self._recording = asyncio.create_task(asyncio.to_thread(record))
+                await asyncio.shield(self._recording)  # the thread cannot be cancelled; `close` waits for it
             await asyncio.sleep(pause_s)
             refused = await self._probe()
         log.warning("job starts are resumed: the artifact store accepts files")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,15 +127,27 @@ async def test_unreadable_uploads_cost_few_attempts(
     await workshop.queue.close()
 
 
-async def test_stopping_runner_withdraws_its_refusal(separate_folders: Workshop) -> None:
-    metrics = RecordedMetrics()
-    runner = await separate_folders.start_runner(metrics=metrics)
+async def test_stopping_runner_withdraws_its_refusal(
+    separate_folders: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, is_recording, is_recorded = Refusals.record, threading.Event(), threading.Event()
+
+    def record_late(*args: Any, **kwargs: Any) -> None:
+        is_recording.set()
+        time.sleep(0.1)  # the stop begins before the database has the record
+        record(*args, **kwargs)
+        is_recorded.set()
+
+    runner = await separate_folders.start_runner()
     await separate_folders.finished(await separate_folders.queue.submit(make_spec()))
     refusals = Refusals(separate_folders.queue.store.database)
     with folder_away(separate_folders):
         await separate_folders.queue.submit(make_spec())
         await until(lambda: len(refusals.current()) == 1)
+        monkeypatch.setattr(Refusals, "record", record_late)
+        await until(is_recording.is_set)
         await runner.close()
+        await until(is_recorded.is_set)
         assert refusals.current() == []
 
 
