@@ -68,6 +68,8 @@ OPTIONS: Mapping[str, str] = {
     "inpaint_start_seconds": "the start of --region",
     "inpaint_end_seconds": "the end of --region",
     "keep": "--keep",
+    "sections": "--section",
+    "overlap_s": "--overlap",
     "webhook_url": "--webhook",
     "loop": "--loop",
     "bpm": "--bpm",
@@ -83,6 +85,7 @@ _PHRASES = (
     ("String should have at least 1 character", "must not be empty"),
     ("String should have", "must have"),
 )
+_OF_SECTION = re.compile(r"\bsections\.(\d+)\.(duration|prompt)\b")
 # Matches names of API fields in a message: the first word of a sentence, or any word with an underscore.
 _NAME = re.compile(
     r"(?:(?<=^)|(?<=; )|(?<=: ))[a-z_.]+(?=:| must | is )|(?<![\w.])[a-z]+(?:_[a-z]+)+(?:\.[a-z_]+)?(?!\w)"
@@ -127,6 +130,8 @@ def in_options(message: str, names: Mapping[str, str] | None = None) -> str:
     """Return a message of the API with field names replaced by options, from `names` or else from `OPTIONS`."""
     for phrase, ours in _PHRASES:
         message = message.replace(phrase, ours)
+    parts = {"duration": "length", "prompt": "prompt"}
+    message = _OF_SECTION.sub(lambda found: f"the {parts[found[2]]} of --section {int(found[1]) + 1}", message)
     known = {**OPTIONS, **(names or {})}
     message = _NAME.sub(lambda found: known.get(found[0], found[0]), message)
     message = re.sub(r"(^|; )([^:;]+: )\2", r"\1\2", message)

@@ -18,6 +18,7 @@ import httpx
 from stable_audio_serve.client import answers
 from stable_audio_serve.client.answers import Adapter, Clip, Job, JobPage, Model, Result
 from stable_audio_serve.client.controls import Lora
+from stable_audio_serve.core.errors import InvalidRequestError
 
 # Source audio: a file's path, its content, an opened file, or a clip from an earlier result.
 Audio = bytes | str | Path | BinaryIO | Clip
@@ -211,6 +212,11 @@ def _body(
     if regions is not None:
         fields["inpaint_start_seconds"] = [start_s for start_s, _ in regions]
         fields["inpaint_end_seconds"] = [end_s for _, end_s in regions]
+    for name, value in fields.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise InvalidRequestError(f"{name} must be finite", field=name) from error
     if audio is None:
         return {"json": fields}
     form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}

@@ -146,6 +146,12 @@ def _read_detail(detail: Any) -> tuple[str, str | None]:
     if not isinstance(detail, list):
         return str(detail or ""), None
     faults = [fault for fault in detail if isinstance(fault, dict)]
-    names = [str(fault.get("loc", [""])[-1]) for fault in faults]
+    names = [_name_at(fault.get("loc", [""])) for fault in faults]
     texts = [f"{name}: {fault.get('msg')}" for name, fault in zip(names, faults, strict=True)]
     return "; ".join(texts), names[0] if names else None
+
+
+def _name_at(place: list[str | int]) -> str:
+    """Return the name of the field at a place in a request, such as `steps` or `sections.2.duration`."""
+    start = place.index("sections") if "sections" in place else -1
+    return ".".join(map(str, place[start:]))

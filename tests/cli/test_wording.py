@@ -68,6 +68,11 @@ def test_help_fits_80_columns(path: tuple[str, ...]) -> None:
             "strength: Input should be less than or equal to 2",
             "the strength of --lora must be less than or equal to 2",
         ),
+        (
+            "sections.1.duration: sections.1.duration must be from 1 to 3: with overlap_s (2) at most 5",
+            "the length of --section 2 must be from 1 to 3: with --overlap (2) at most 5",
+        ),
+        ("sections.0.prompt: String should have at least 1 character", "the prompt of --section 1 must not be empty"),
         ("the model is not ready, the prompt is fine", "the model is not ready, the prompt is fine"),
     ],
 )
@@ -90,6 +95,8 @@ def test_every_control_maps_to_an_option() -> None:
         (["replay", "."], "error: .: is a directory\n"),
         (["generate", "rain", "--key-file", "nope"], "error: --key-file: nope: file not found\n"),
         (["inpaint", "nope.wav", "rain", "-r", "3:2"], "error: --region 3:2: the start must be before the end\n"),
+        (["generate", "rain", "--loudness", "nan"], "error: --loudness must be finite\n"),
+        (["generate", "rain", "--section", "inf"], "error: --section must be finite\n"),
         (["jobs", "submit", "rain", "--after", "2"], "error: --region, --before, --after and --noise need --audio\n"),
     ],
 )
