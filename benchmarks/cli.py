@@ -50,6 +50,7 @@ CASES: Mapping[str, str] = {
     "cold-start": "model device threads rounds",
     "memory": "model device mode threads full",
     "threads": "model rounds",
+    "adapters": "model mode threads rounds",
     "ggml": "model threads rounds binary weights",
     "edits": "device threads rounds",
     "simulate": "full",

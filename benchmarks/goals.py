@@ -126,6 +126,9 @@ P22; medium-mixed p95, simulated; simulate; mixes.medium-mixed.packed.p95_over_l
 P22; medium-mixed p95 of 8 steps, simulated; simulate; mixes.medium-mixed.packed.p95_8_over_lock_ratio; <= 0.1
 P22; medium-mixed p95 of 100 steps, simulated; simulate; mixes.medium-mixed.packed.p95_100_over_lock_ratio; <= 1.5
 P23; two threads over one: throughput; threads; speedup.2; >= 1.67
+L1; throughput with an adapter per request over plain; adapters; throughput_ratio; >= 0.8
+L2; new strength of a loaded adapter (ms); adapters; new_strength_ms; <= 50
+L2; first load of an adapter of rank 16 (s); adapters; first_load_s; <= 1
 P25; small-mixed p95 by predicted work over Serve's router; routing; p95_over_serve_ratio; <= 0.8
 """
 

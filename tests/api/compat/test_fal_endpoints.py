@@ -380,7 +380,7 @@ async def test_sources_are_downloaded_from_allowed_hosts_only() -> None:
         assert "not public" in fault(await post(client, f"{SMALL}/audio-to-audio", audio_url="http://10.0.0.1/"))["msg"]
 
 
-@pytest.mark.parametrize("prefix", ["/queue", "/fal/queue"])
+@pytest.mark.parametrize("prefix", ["/queue", pytest.param("/fal/queue", marks=pytest.mark.slow)])
 async def test_queued_requests_have_links_of_their_application(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, prefix: str
 ) -> None:

@@ -1,0 +1,115 @@
+"""Measures adapters (LoRA) of rank 16 with a model of an official size and random weights.
+
+How much throughput do they cost eight requests in a batch? How long are the first load and a new strength?
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.figures import worst
+from benchmarks.load import send_in_flight
+from benchmarks.models import write_adapters
+from benchmarks.settings import CaseSettings
+from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.generation import GenerationRequest, Lora
+from stable_audio_serve.core.metrics import NullMetrics
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.adapters import Adapters
+from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel
+from stable_audio_serve.models.sa3.random_weights import build_random_model
+
+_MODEL = "small-music"
+_COUNT = 8
+_STRENGTHS = (0.25, 0.5, 0.75)
+_REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=4.0, steps=4, seed=0)
+
+
+async def run_adapters(settings: CaseSettings) -> dict[str, Any]:
+    """Send eight plain requests at once (A), then eight with an adapter each (B), in each round.
+
+    The adapters of B are in memory. The worst round counts.
+    """
+    model = build_random_model(settings.model or _MODEL, device="cpu", dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        loras = write_adapters(model, Path(folder), count=_COUNT)
+        waits = await _wait_times(model, loras, rounds=settings.rounds)
+        plain = [replace(_REQUEST, seed=seed) for seed in range(_COUNT)]
+        sides = {
+            "plain": plain,
+            "adapters": [replace(request, loras=(lora,)) for request, lora in zip(plain, loras, strict=True)],
+        }
+        options = EngineOptions(
+            mode=settings.mode,  # type: ignore[arg-type]
+            torch_threads=settings.threads,
+            warmup_budget_s=0.0,
+            max_queue_s=math.inf,
+        )
+        async with Engine(model, options) as engine:
+            for request in sides["adapters"]:  # loads the adapters
+                await engine.generate(replace(request, duration_s=0.5, steps=1))
+            rounds: list[dict[str, float]] = []
+            for _ in range(settings.rounds):
+                times = {
+                    name: (await send_in_flight(engine.generate, requests, num_in_flight=_COUNT))[-1]
+                    for name, requests in sides.items()
+                }
+                rounds.append({name: _COUNT / seconds for name, seconds in times.items()})
+    return {
+        "model": {"device": "cpu", "weights": "random", **asdict(model.spec)},
+        "rounds": rounds,
+        **worst("throughput_ratio", [one["adapters"] / one["plain"] for one in rounds], larger_is_better=True),
+        **waits,
+    }
+
+
+async def _wait_times(model: DiffusionModel, loras: Sequence[Lora], *, rounds: int) -> dict[str, float]:
+    """Returns how long a request waits for the first load of an adapter, and for a new strength of a loaded one.
+
+    Each is the best of several, because other programs can only add time. The first adapter is not counted: its load
+    also prepares the model.
+    """
+    assert isinstance(model, AdaptableModel)
+    options = EngineOptions()
+    adapters = Adapters(
+        model,
+        max_bytes=options.lora_cache_bytes,
+        max_rank=options.max_lora_rank,
+        fetch=Path,
+        clock=SystemClock(),
+        metrics=NullMetrics(),
+    )
+    evaluations = model.plan(_REQUEST)[0].sampler.evaluations
+
+    async def wait_s(lora: Lora) -> float:
+        started_at = time.perf_counter()
+        held = await adapters.acquire(replace(_REQUEST, loras=(lora,)), evaluations)
+        waited_s = time.perf_counter() - started_at
+        held.release()
+        return waited_s
+
+    first, *others = loras
+    await wait_s(first)
+    loads = [await wait_s(lora) for lora in others[: rounds + 1]]
+    strengths = [await wait_s(replace(first, strength=strength)) for strength in _STRENGTHS]
+    adapters.close()
+    return {"first_load_s": min(loads), "new_strength_ms": 1000.0 * min(strengths)}
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """Returns a table with one row."""
+    return [
+        {
+            "throughput with adapters": results["throughput_ratio"],
+            "first load (s)": results["first_load_s"],
+            "new strength (ms)": results["new_strength_ms"],
+        }
+    ]
