@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def write_adapters(model: DiffusionModel, folder: Path, *, count: int) -> list[L
                 tensors[f"{key}.lora_B"] = torch.randn(out, _RANK, generator=random) / _RANK**0.5
         path = folder / f"random-{number}.safetensors"
         save_file(tensors, path)
-        loras.append(Lora(path.stem, source=str(path)))
+        loras.append(Lora(path.stem, source=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
     return loras
 
 
