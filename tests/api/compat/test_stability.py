@@ -276,11 +276,12 @@ def with_keys(folder: Path) -> AbstractAsyncContextManager[tuple[httpx.AsyncClie
     return make_client(api={"key_file": str(folder / "keys")})
 
 
-async def test_keys_are_sent_with_or_without_bearer(tmp_path: Path) -> None:
+async def test_keys_are_sent_in_three_headers_or_without_bearer(tmp_path: Path) -> None:
     async with with_keys(tmp_path) as (client, _):
-        for header in ("first", "Bearer first", "Key first", " first "):
-            assert (await post(client, TEXT, duration=1, headers={"Authorization": header})).status_code == 202
-            assert (await client.get("/v1/user/account", headers={"Authorization": header})).status_code == 200
+        sent = [{"Authorization": value} for value in ("first", "Bearer first", "Key first", " first ")]
+        for header in (*sent, {"xi-api-key": "first"}, {"Authorization": "", "xi-api-key": "first"}):
+            assert (await post(client, TEXT, duration=1, headers=header)).status_code == 202
+            assert (await client.get("/v1/user/account", headers=header)).status_code == 200
         for header in ({}, {"Authorization": "wrong"}, {"Authorization": "Basic first"}):
             for reply in (
                 await post(client, TEXT, headers=header),
