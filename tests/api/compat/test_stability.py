@@ -28,6 +28,7 @@ TEXT_2, VARY_2, INPAINT_2 = (path.replace("stable-audio/", "stable-audio-2/") fo
 RESULTS = "/v2beta/audio/results"
 PROMPT = "warm arpeggios on an analog synthesizer"
 SOURCE = make_audio_file(duration_s=7, rate_hz=8000, channels=1)
+WAV = {"output_format": "wav"}  # for long clips, because MP3 takes seconds
 NOTHING = {"none": ""}  # as clients send it to requests, so that a form without files is multipart
 
 
@@ -111,10 +112,10 @@ async def test_other_accept_headers_get_bytes(client: httpx.AsyncClient, accept:
 @pytest.mark.parametrize(
     ("path", "fields", "expected"),
     [
-        (TEXT, {}, (120, 8, 1.0)),  # 120 s is the longest clip of the model
-        (TEXT, {"model": "stable-audio-3", "negative_prompt": "noise", "x": "y"}, (120, 8, 1.0)),
+        (TEXT, WAV, (120, 8, 1.0)),  # 120 s is the longest clip of the model
+        (TEXT, {"duration": 1, "model": "stable-audio-3", "negative_prompt": "noise", "x": "y"}, (1, 8, 1.0)),
         (TEXT, {"duration": 1, "steps": 4, "cfg_scale": 25}, (1, 4, 25.0)),
-        (TEXT, {"duration": 120, "steps": 8, "cfg_scale": 1}, (120, 8, 1.0)),
+        (TEXT, {"duration": 120, "steps": 8, "cfg_scale": 1, **WAV}, (120, 8, 1.0)),
         (TEXT, {"duration": "1.5"}, (1.5, 8, 1.0)),
         (TEXT_2, {"duration": 1}, (1, 8, 1.0)),
         (TEXT_2, {"duration": 1, "model": "stable-audio-2.5", "steps": 4}, (1, 4, 1.0)),
@@ -173,8 +174,26 @@ async def test_wrong_values_are_400_by_name(
     assert fault.startswith(f"{field}: ")
 
 
-async def test_too_long_clips_name_the_bounds_of_the_model(client: httpx.AsyncClient) -> None:
-    assert faults(await post(client, TEXT, duration=200)) == ["duration: must be from 1 to 120 for the model small-sfx"]
+@pytest.mark.parametrize(
+    ("path", "fields", "bounds"),
+    [
+        *(
+            (path, {"duration": value}, "1 to 120 for the model small-sfx")
+            for path in (TEXT, TEXT_2)
+            for value in (0.5, 200, 381)
+        ),
+        *((TEXT, {"model": "medium", "duration": value}, "1 to 380 for the model medium") for value in (0.5, 381)),
+        *((TEXT_2, {"model": "medium", "duration": value}, "1 to 190 for the model medium") for value in (0.5, 381)),
+        *((path, {"steps": value}, "4 to 8") for path in (TEXT, TEXT_2) for value in (3, 9, 101)),
+        *((TEXT_2, {"model": "stable-audio-2", "steps": value}, "30 to 100") for value in (3, 29, 101)),
+        *((path, {"strength": 1.1}, bounds) for path, bounds in ((VARY, "0 to 1"), (VARY_2, "0.01 to 1"))),
+        (VARY_2, {"strength": -0.1}, "0.01 to 1"),
+    ],
+)
+async def test_refusals_name_the_bounds_that_apply(
+    client: httpx.AsyncClient, path: str, fields: dict[str, Any], bounds: str
+) -> None:
+    assert faults(await post(client, path, **fields)) == [f"{[*fields][-1]}: must be from {bounds}"]
 
 
 @pytest.mark.parametrize(
