@@ -181,6 +181,7 @@ MUSIC_REFUSED = [
     ({"prompt": None, "composition_plan": {"sections": [{"duration_ms": 2999}]}}, "duration_ms"),
     ({"prompt": None, "composition_plan": {"sections": [{"duration_ms": 120_001}]}}, "duration_ms"),
     ({"prompt": None, "composition_plan": {"sections": [{}]}}, "duration_ms"),
+    ({"prompt": None, "composition_plan": PLAN | {"positive_global_styles": ["x" * 1001]}}, 0),
     ({"music_length_ms": 2999}, "music_length_ms"),
     ({"music_length_ms": 600_001}, "music_length_ms"),
     ({"music_length_ms": 3000.5}, "music_length_ms"),
@@ -235,6 +236,15 @@ async def test_stream_has_the_same_bytes_without_a_length(client: httpx.AsyncCli
     assert int(whole.headers["content-length"]) == len(whole.content)
     assert streamed.content == whole.content
     assert streamed.headers["x-seed"] == "5"
+
+
+async def test_blank_styles_are_left_out_of_the_prompt(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    for name, styles, prompt in (("A", ["", " soft "], "soft"), (" A ", [" "], "A"), (" ", [], "music")):
+        section = {"section_name": name, "positive_local_styles": styles, "duration_ms": 3000}
+        plan = {"positive_global_styles": [" "], "negative_global_styles": ["", "loud"], "sections": [section]}
+        reply = await client.post(MUSIC, params={"output_format": "ulaw_8000"}, json={"composition_plan": plan})
+        assert reply.status_code == 200, reply.text
+        assert (backend.last.prompt, backend.last.negative_prompt) == (prompt, "loud")
 
 
 def with_models(
@@ -337,11 +347,13 @@ async def test_loop_asks_for_a_clip_without_a_seam(client: httpx.AsyncClient, ba
 
 @pytest.mark.parametrize("path", [SOUND, MUSIC])
 async def test_bodies_that_are_not_json_are_refused(client: httpx.AsyncClient, path: str) -> None:
-    required = "text" if path == SOUND else "prompt"
+    required = [["body", "text"]] if path == SOUND else [["body", "prompt"]]
     for content in (b"{", b"[]", b'"x"', b"\xff"):
         assert faults(await client.post(path, content=content, headers={"content-type": "application/json"}))
-    assert required in [name for name, _ in faults(await client.post(path))]
-    assert faults(await client.post(path, json={}))[0][0] == required
+    for options in ({}, {"json": {}}):
+        reply = await client.post(path, **options)
+        assert faults(reply)
+        assert [fault["loc"] for fault in reply.json()["detail"]] == required
 
 
 async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
