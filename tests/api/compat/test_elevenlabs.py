@@ -30,6 +30,7 @@ MEDIA_TYPES = {
     **{"mp3": "audio/mpeg", "opus": "audio/ogg", "pcm": "audio/pcm", "wav": "audio/wav"},
     **{"ulaw": "audio/basic", "alaw": "audio/x-alaw-basic"},
 }
+QUICK = {"output_format": "pcm_44100"}  # for tests of other things, because MP3 takes most of their time
 PLAN = {
     "positive_global_styles": ["jazz", "warm"],
     "negative_global_styles": ["metal"],
@@ -212,7 +213,7 @@ async def test_wrong_values_are_refused_by_name(
 @pytest.mark.parametrize("path", [SOUND, MUSIC, STREAM])
 async def test_enable_logging_is_accepted(client: httpx.AsyncClient, path: str) -> None:
     for value in ("true", "false"):
-        reply = await client.post(path, params={"enable_logging": value}, json=BODIES[path] | {"unknown": 1})
+        reply = await client.post(path, params=QUICK | {"enable_logging": value}, json=BODIES[path] | {"unknown": 1})
         assert reply.status_code == 200, reply.text
     assert faults(await client.post(path, params={"enable_logging": "x"}, json=BODIES[path]))[0][0] == "enable_logging"
 
@@ -262,10 +263,10 @@ OPEN = ModelCard("open", "stable-audio-open", max_duration_s=47)
 async def test_prompt_influence_is_the_guidance_of_base_models() -> None:
     async with with_models(SFX, BASE) as (client, backend):
         for influence, guidance in (({}, 2.8), (None, 2.8), (0, 1.0), (0.3, 2.8), (0.5, 4.0), (1, 7.0)):
-            body = {"text": "x"} | ({} if influence == {} else {"prompt_influence": influence})
-            await client.post(SOUND, json=body | {"model_id": "medium-base"})
+            body = BODIES[SOUND] | ({} if influence == {} else {"prompt_influence": influence})
+            await client.post(SOUND, params=QUICK, json=body | {"model_id": "medium-base"})
             assert backend.last.cfg_scale == pytest.approx(guidance)
-            await client.post(SOUND, json=body)
+            await client.post(SOUND, params=QUICK, json=body)
             assert backend.last.cfg_scale is None
 
 
@@ -284,19 +285,19 @@ async def test_the_setting_chooses_the_model(cards: tuple[ModelCard, ...], setti
     async with with_models(*cards, **({"elevenlabs_model": setting} if setting else {})) as (client, backend):
         for path, names in ((SOUND, ("eleven_text_to_sound_v2", "eleven_text_to_sound_v3")), (MUSIC, ("music_v1",))):
             for name in (None, *names):
-                reply = await client.post(path, json=BODIES[path] | {"model_id": name})
+                reply = await client.post(path, params=QUICK, json=BODIES[path] | {"model_id": name})
                 assert (reply.status_code, backend.requests[-1][0]) == (200, expected)
-        await client.post(SOUND, json=BODIES[SOUND] | {"model_id": cards[0].name})
+        await client.post(SOUND, params=QUICK, json=BODIES[SOUND] | {"model_id": cards[0].name})
         assert backend.requests[-1][0] == cards[0].name
 
 
 async def test_lengths_depend_on_the_models_longest_clip() -> None:
     async with with_models(SHORT) as (client, backend):
-        await client.post(SOUND, json={"text": "20 seconds of rain"})
+        await client.post(SOUND, params=QUICK, json={"text": "20 seconds of rain"})
         assert backend.last.duration_s == 10
         ((field, message),) = faults(await client.post(SOUND, json={"text": "x", "duration_seconds": 10.5}))
         assert (field, "to 10 for the model short" in message) == ("duration_seconds", True)
-        await client.post(SOUND, json={"text": "20 seconds of rain", "loop": True})
+        await client.post(SOUND, params=QUICK, json={"text": "20 seconds of rain", "loop": True})
         assert backend.last.duration_s == 9.95
         ((field, _),) = faults(await client.post(SOUND, json={"text": "x", "duration_seconds": 10, "loop": True}))
         assert field == "duration_seconds"
@@ -387,7 +388,7 @@ async def test_keys_are_accepted_in_three_headers() -> None:
     async with make_client(api={"key_hashes": [hash_key("key-1")]}) as (client, _):
         for headers in ({"xi-api-key": "key-1"}, {"Authorization": "Bearer key-1"}, {"Authorization": "Key key-1"}):
             for path, body in (*BODIES.items(), ("/v1/audio/generations", {"prompt": "x", "duration": 1})):
-                assert (await client.post(path, json=body, headers=headers)).status_code == 200
+                assert (await client.post(path, params=QUICK, json=body, headers=headers)).status_code == 200
             assert (await client.get("/v1/user", headers=headers)).status_code == 200
         for headers in ({}, {"xi-api-key": "key-2"}, {"xi-api-key": ""}, {"xi-api-key": "x" * 5000}):
             for path, body in BODIES.items():
