@@ -35,6 +35,7 @@ from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.jobs.job import JobError, JobRef, JobSpec
 
 TAG = "Stability"
+EXPOSED_HEADERS = ("Finish-Reason", "Seed")
 
 _SOURCE_S = (6.0, 380.0)  # length of source audio for Stable Audio 3
 _CREDITS = 1_000_000.0  # the balance of a key without a limit
