@@ -98,7 +98,7 @@ def create_app(
             Middleware(
                 OriginsMiddleware,
                 origins=origins,
-                exposed_headers=(*EXPOSED_HEADERS, *fal.EXPOSED_HEADERS),
+                exposed_headers=(*EXPOSED_HEADERS, *fal.EXPOSED_HEADERS, *stability.EXPOSED_HEADERS),
             ),
             Middleware(DrainingMiddleware, draining=service.draining),
             Middleware(ObserveMiddleware, metrics=metrics),

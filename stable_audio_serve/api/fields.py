@@ -26,10 +26,8 @@ Prompt = Annotated[
 
 
 def _to_format(value: object) -> object:
-    if not isinstance(value, str):
-        return value
     try:
-        return require_format(value)
+        return require_format(str(value))
     except InvalidRequestError as error:
         raise PydanticCustomError("enum", "{message}", {"message": error.message}) from error
 

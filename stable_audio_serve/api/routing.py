@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 import pydantic_core
@@ -12,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
@@ -71,14 +73,40 @@ class BoundedRequest(Request):
             raise json.JSONDecodeError(str(error), "", 0) from error
 
     async def _get_form(self, **_: Any) -> FormData:
-        if _has_form(self):
-            accept_form(self.scope)
+        limits: dict[str, int] = {"max_files": _MAX_FILES, "max_fields": _MAX_FIELDS, "max_part_size": _MAX_FIELD_BYTES}
         try:
-            return await super()._get_form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
+            if _has_form(self):
+                accept_form(self.scope)
+            if self._form is None and _content_type(self).startswith("multipart/form-data"):
+                async with aclosing(self.stream()) as stream:
+                    self._form = await _WholeFormParser(self.headers, stream, **limits).parse()
+            return await super()._get_form(**limits)
+        except MultiPartException as error:
+            raise HTTPException(400, f"body: {error.message}") from error
         except HTTPException as error:
             if error.status_code != 400:
                 raise
             raise HTTPException(400, f"body: {error.detail}") from error
+
+
+class _WholeFormParser(MultiPartParser):
+    """Refuses a form without its end. Otherwise the field at which it was cut off would silently be left out."""
+
+    _is_cut_off = False
+
+    def on_part_begin(self) -> None:
+        self._is_cut_off = True
+        super().on_part_begin()
+
+    def on_end(self) -> None:
+        self._is_cut_off = False
+
+    async def parse(self) -> FormData:
+        form = await super().parse()
+        if self._is_cut_off:
+            await form.close()
+            raise MultiPartException("the form is incomplete: its closing boundary is missing")
+        return form
 
 
 def route_class(
@@ -116,7 +144,11 @@ def route_class(
 
 
 def _has_form(request: Request) -> bool:
-    return request.headers.get("content-type", "").lower().startswith("multipart/")
+    return _content_type(request).startswith("multipart/")
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").lower()
 
 
 def operator_route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:

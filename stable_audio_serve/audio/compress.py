@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stable_audio_serve.audio.formats import mp3_level
+from stable_audio_serve.audio.formats import mp3_factor, mp3_level
 from stable_audio_serve.core.sound import AudioFormat
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def compress(
     container, subtype = SUBTYPES[file_format]
     options = find_options(samples, sample_rate_hz, file_format=file_format, bitrate_kbps=bitrate_kbps)
     tail = round(OPUS_TAIL_S * sample_rate_hz) if file_format is AudioFormat.OPUS else 0
+    samples = at_level(samples, file_format=file_format, bitrate_kbps=bitrate_kbps)
     stream = _write(samples, sample_rate_hz, container=container, subtype=subtype, text=text, tail=tail, **options)
     if container == "OGG":
         rewrite_ogg(stream, trim_samples=tail * OPUS_RATE_HZ // sample_rate_hz)
@@ -98,6 +99,15 @@ def find_options(
             case AudioFormat.OGG:
                 return {"compression_level": _find_vorbis_level(samples, sample_rate_hz, bitrate_kbps=bitrate_kbps)}
     return {}
+
+
+def at_level(
+    samples: npt.NDArray[np.float32], *, file_format: AudioFormat, bitrate_kbps: int | None
+) -> npt.NDArray[np.float32]:
+    """Return samples for libsndfile, for which the file has the level of `samples`. They may exceed -1..1."""
+    if file_format is not AudioFormat.MP3 or bitrate_kbps is None:
+        return samples
+    return samples / np.float32(mp3_factor(bitrate_kbps))
 
 
 def _write(

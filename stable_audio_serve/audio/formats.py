@@ -22,6 +22,8 @@ _FROM_KBPS = {
     AudioFormat.MP3: {48_000: 32, 44_100: 32, 32_000: 32, 24_000: 24, 22_050: 24, 16_000: 16, 8000: 8},
     AudioFormat.OGG: {48_000: 64, 44_100: 64, 32_000: 64, 24_000: 48, 22_050: 48, 16_000: 40, 8000: 0},
 }
+# kbit/s -> factor in LAME 3.100, for the nearest bit rate (of two, the lower one). Below 160 it stays the same.
+_MP3_FACTORS = {160: 0.95, 192: 0.97, 224: 0.98, 256: 1.0}
 _NAMES = {"bitrate_kbps": "bitrate", "bit_depth": "bit_depth", "sample_rate_hz": "sample_rate"}
 _INSTALL = "pip install 'stable-audio-serve[aac]'"
 
@@ -129,6 +131,11 @@ def mp3_level(bitrate_kbps: int, sample_rate_hz: int) -> float:
     """Return libsndfile's compression level, from 0 to below 1, for a constant bit rate of an MP3 file."""
     low, high = _mp3_bitrates(sample_rate_hz)
     return min(max((high - bitrate_kbps) / (high - low), 0.0), 0.9999)  # libsndfile refuses 1
+
+
+def mp3_factor(bitrate_kbps: int) -> float:
+    """Return the factor by which LAME makes the audio of an MP3 file with a constant bit rate quieter."""
+    return _MP3_FACTORS[min(_MP3_FACTORS, key=lambda kbps: abs(kbps - bitrate_kbps))]
 
 
 def _bitrates(encoding: Encoding) -> tuple[int, int]:

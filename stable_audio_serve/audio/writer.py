@@ -21,6 +21,7 @@ from stable_audio_serve.audio.compress import (
     OPUS_RATE_HZ,
     OPUS_TAIL_S,
     SUBTYPES,
+    at_level,
     find_options,
     rewrite_ogg,
 )
@@ -222,7 +223,9 @@ class _SoundFileEncoder:
         if self._encoding.file_format is AudioFormat.FLAC:
             self._put(_to_integers(block, self._encoding.bit_depth or 16))
         else:
-            self._put(np.clip(block.T, -1.0, 1.0))
+            encoding = self._encoding
+            samples = np.clip(block.T, -1.0, 1.0)
+            self._put(at_level(samples, file_format=encoding.file_format, bitrate_kbps=encoding.bitrate_kbps))
 
     def close(self) -> None:
         if self._tail:

@@ -370,3 +370,4 @@ async def test_allowed_origins_can_read_headers_of_errors(client: httpx.AsyncCli
         exposed = {name.strip().lower() for name in reply.headers["access-control-expose-headers"].split(",")}
         assert {"x-model", "x-sample-rate", "x-output-count", "x-seed", "x-seeds", "server-timing"} <= exposed
         assert {"x-request-id", "x-audio-peak", "x-audio-loudness", "x-audio-silent"} <= exposed
+        assert {"seed", "finish-reason"} <= exposed  # of Stability's answers

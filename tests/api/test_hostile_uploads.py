@@ -112,3 +112,18 @@ async def test_too_long_form_field_is_an_error(client: httpx.AsyncClient) -> Non
     reply = await client.post(VARIATIONS, data={"prompt": "x" * 600_000}, files={"audio": WAV})
     assert reply.status_code == 400
     assert reply.json()["detail"].startswith("body: ")
+
+
+@pytest.mark.parametrize("path", [VARIATIONS, "/v2beta/audio/stable-audio-2/text-to-audio"])
+@pytest.mark.parametrize("end", ["", "\r\n--B", '\r\n--B\r\nContent-Disposition: form-data; name="steps"\r\n\r\n5'])
+async def test_a_form_that_is_cut_off_is_refused(
+    client: httpx.AsyncClient, backend: ToneBackend, path: str, end: str
+) -> None:
+    part = '--B\r\nContent-Disposition: form-data; name="{}"\r\n\r\n{}'
+    file = b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n' + WAV
+    body = b"\r\n".join([file, part.format("prompt", "x").encode(), part.format("duration", 1).encode()])
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    reply = await client.post(path, content=body + end.encode(), headers=headers)
+    assert (reply.status_code, "body: the form is incomplete" in reply.text) == (400, True), reply.text
+    assert backend.requests == []
+    assert (await client.post(path, content=body + b"\r\n--B--\r\n", headers=headers)).status_code == 200

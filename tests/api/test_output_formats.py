@@ -42,7 +42,10 @@ ACCEPTED = [
 REFUSED = [
     ({"response_format": "m4a"}, "response_format", "pip install 'stable-audio-serve[aac]'"),
     ({"response_format": "aac"}, "response_format", "pip install 'stable-audio-serve[aac]'"),
-    ({"response_format": "mp4"}, "response_format", "wav, flac, mp3, ogg, opus, pcm, ulaw, alaw"),
+    *(
+        ({"response_format": name}, "response_format", "one of wav, flac, mp3, ogg, opus, pcm, ulaw, alaw")
+        for name in ("mp4", "", 5, None)
+    ),
     ({"response_format": "mp3", "bitrate": 7}, "bitrate", "8"),
     ({"response_format": "mp3", "bitrate": 321}, "bitrate", "320"),
     ({"response_format": "mp3", "bitrate": "k"}, "bitrate", "integer"),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.exceptions import RequestValidationError
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -64,8 +64,8 @@ _STATUS = {
     **{"cancelled": 503, "unavailable": 503, "storage": 503, "deadline_exceeded": 504, "storage_full": 507},
 }
 _WORDS = {401: "invalid_api_key", 403: "missing_permissions", 429: "too_many_concurrent_requests"}
-_LOCAL_STYLES = AliasChoices("positive_local_styles", "positive_styles")
-_Styles = Annotated[tuple[str, ...], Field(max_length=50)]
+_Style = Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000)]
+_Styles = Annotated[tuple[_Style, ...], Field(max_length=50)]
 
 
 class _Body(BaseModel):
@@ -91,8 +91,10 @@ class SoundBody(_Body):
 class PlanSection(_Body):
     """A part of a composition plan. Lyrics are ignored."""
 
-    section_name: str = Field("", max_length=100)
-    positive_local_styles: _Styles = Field((), validation_alias=_LOCAL_STYLES)
+    section_name: _Style = Field("", max_length=100)
+    positive_local_styles: _Styles = Field(
+        (), validation_alias=AliasChoices("positive_local_styles", "positive_styles")
+    )
     duration_ms: int = Field(ge=3000, le=120_000)
 
 
@@ -109,7 +111,7 @@ class Plan(_Body):
         """Yield the prompt and the seconds of each section."""
         for section in self.sections:
             styles = dict.fromkeys((*self.positive_global_styles, *section.positive_local_styles))
-            yield ", ".join(styles) or section.section_name or "music", section.duration_ms / 1000
+            yield ", ".join(filter(None, styles)) or section.section_name or "music", section.duration_ms / 1000
 
 
 class MusicBody(_Body):
@@ -291,10 +293,8 @@ def _resolve(catalog: ModelCatalog, name: str | None, *, default: ModelCard, nam
 
 def _to_sound(body: SoundBody, card: ModelCard, *, request_id: str) -> GenerationRequest:
     longest_s = min(_SOUND_S[1], card.max_duration_s - (LEAST_SURPLUS_S if body.loop else 0))
-    duration_s = body.duration_seconds
-    if duration_s is None:
-        duration_s = min(_named_length(body.text), longest_s)
-    elif duration_s > longest_s:
+    duration_s = min(_named_length(body.text), longest_s) if body.duration_seconds is None else body.duration_seconds
+    if duration_s > longest_s:
         raise _fault("duration_seconds", f"must be from {_SOUND_S[0]:g} to {longest_s:g} for the model {card.name}")
     influence = 0.3 if body.prompt_influence is None else body.prompt_influence
     request = GenerationRequest(
@@ -335,7 +335,7 @@ def _to_music(
         prompt=parts[0][0],
         duration_s=sum(seconds for _, seconds in parts),
         seed=resolve_seed(-1 if body.seed is None else body.seed),
-        negative_prompt=", ".join(plan.negative_global_styles) or None if plan else None,
+        negative_prompt=", ".join(filter(None, plan.negative_global_styles)) or None if plan else None,
         request_id=request_id,
     )
     if len(parts) == 1 and request.duration_s <= card.max_duration_s:
@@ -367,13 +367,13 @@ def _fault(field: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": f"{field}: {message}"}])
 
 
-def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
-    places = [fault["loc"]]
+def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
+    place = fault["loc"]
     if fault["type"] == "json_invalid":  # then FastAPI's location ends with a character position
-        places = [("body",)]
-    elif fault["loc"] == ("body",) and fault["type"] == "missing":  # there is no body
-        places = [("body", "text"), ("body", "prompt")]
-    return [{"loc": printable(at), "msg": printable(fault["msg"]), "type": fault["type"]} for at in places]
+        place = ("body",)
+    elif place == ("body",) and fault["type"] == "missing":  # there is no body
+        place = ("body", "text" if request.url.path.endswith("sound-generation") else "prompt")
+    return [{"loc": printable(place), "msg": printable(fault["msg"]), "type": fault["type"]}]
 
 
 def _find_fault(_: Request, error: StableAudioError) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.jobs.job import JobError, JobRef, JobSpec
 
 TAG = "Stability"
+EXPOSED_HEADERS = ("Finish-Reason", "Seed")
 
 _SOURCE_S = (6.0, 380.0)  # length of source audio for Stable Audio 3
 _CREDITS = 1_000_000.0  # the balance of a key without a limit
@@ -76,6 +77,12 @@ _V25 = _Version(("stable-audio-2.5", "stable-audio-2"), 190.0, (4, 8), 8, 1.0, 0
 _V2 = replace(_V25, steps=(30, 100), default_steps=50, default_cfg_scale=7.0, lowest_strength=0.0)
 
 
+# The widest ranges of all versions. `_to_request` checks the range that applies, so that a refusal names it.
+_Duration = Annotated[Finite, Field(json_schema_extra={"minimum": 1, "maximum": 380})]
+_Steps = Annotated[int, Field(json_schema_extra={"minimum": 4, "maximum": 100})]
+_Strength = Annotated[Finite, Field(json_schema_extra={"minimum": 0, "maximum": 1})]
+
+
 class TextForm(BaseModel):
     """Fields of every generation."""
 
@@ -85,11 +92,11 @@ class TextForm(BaseModel):
         description="Description of the sound.", json_schema_extra={"pattern": NOT_BLANK}
     )
     model: str | None = Field(None, description="The API's model name, or a model of this server.")
-    duration: Finite | None = Field(
-        None, ge=1, le=380, description="Length, seconds; unset = that of the source, or 190; at most the model's."
+    duration: _Duration | None = Field(
+        None, description="Length, seconds; unset = that of the source, or 190; at most the model's."
     )
     seed: int = Field(0, ge=0, le=_LARGEST_SEED, description="0 = random.")
-    steps: int | None = Field(None, ge=4, le=100, description="Denoising steps; unset = 8, or 50 for stable-audio-2.")
+    steps: _Steps | None = Field(None, description="Denoising steps; unset = 8, or 50 for stable-audio-2.")
     cfg_scale: Finite | None = Field(
         None, ge=1, le=25, description="Guidance; unset = 1, or 7 for stable-audio-2; not used by all models."
     )
@@ -107,7 +114,7 @@ class _SourceForm(TextForm):
 class AudioForm(_SourceForm):
     """A variation of source audio."""
 
-    strength: Finite = Field(1.0, ge=0, le=1, description="Low keeps more of the source; at 1 it has no influence.")
+    strength: _Strength = Field(1.0, description="Low keeps more of the source; at 1 it has no influence.")
 
 
 class RegionForm(_SourceForm):
@@ -312,23 +319,18 @@ def _to_request(
     longest_s = min(version.longest_s, card.max_duration_s)
     unset_s = 190.0 if source is None else source.duration_s
     duration_s = min(unset_s, longest_s) if form.duration is None else form.duration
-    if duration_s > longest_s:
-        raise _fault("duration", f"must be from 1 to {longest_s:g} for the model {card.name}")
-    low, high = version.steps
-    steps = version.default_steps if form.steps is None else form.steps
-    if not low <= steps <= high:
-        raise _fault("steps", f"must be from {low} to {high}")
+    _check("duration", form.duration, low=1, high=longest_s, where=f" for the model {card.name}")
+    _check("steps", form.steps, low=version.steps[0], high=version.steps[1])
     request = GenerationRequest(
         prompt=form.prompt,
         duration_s=duration_s,
         seed=form.seed or secrets.randbelow(_LARGEST_SEED) + 1,
-        steps=steps,
+        steps=version.default_steps if form.steps is None else form.steps,
         cfg_scale=version.default_cfg_scale if form.cfg_scale is None else form.cfg_scale,
         request_id=request_id,
     )
     if isinstance(form, AudioForm):
-        if form.strength < version.lowest_strength:
-            raise _fault("strength", f"must be from {version.lowest_strength:g} to 1")
+        _check("strength", form.strength, low=version.lowest_strength, high=1)
         level = card.noise_level(form.strength, sampler=None)
         return replace(request, init_audio=source, init_noise_level=level)
     if isinstance(form, RegionForm):
@@ -366,6 +368,11 @@ def _audio(request: Request, content: AsyncIterator[bytes], *, file: EncodedFile
 def render_error(request: Request, error: ExpectedError) -> Response:
     """Return the response to an expected error."""
     return _REFUSALS.answer(request, error)
+
+
+def _check(field: str, value: float | None, *, low: float, high: float, where: str = "") -> None:
+    if value is not None and not low <= value <= high:
+        raise _fault(field, f"must be from {low:g} to {high:g}{where}")
 
 
 def _fault(field: str, message: str) -> RequestValidationError:

@@ -33,7 +33,8 @@ class ApiKeys:
         if key is None and self.ring.health.state == "unread":
             raise KeysUnavailableError("the key file cannot be read; retry later", retry_after_s=_RETRY_S)
         if key is None:
-            raise UnauthorizedError("Authorization: send a valid API key, as `Bearer <key>` or `Key <key>`")
+            forms = f"as `Bearer <key>` or `Key <key>`, or in the header {ELEVENLABS_HEADER}"
+            raise UnauthorizedError(f"Authorization: send a valid API key, {forms}")
         if scopes and not key.may(scopes):
             needed = " or ".join(scopes)
             if key is ANYBODY:
@@ -49,7 +50,7 @@ class ApiKeys:
         if self.ring.is_open:
             return ANYBODY
         header = request.headers.get("authorization", "").strip()
-        if takes_bare_key and " " not in header:
+        if takes_bare_key and header and " " not in header:
             header = f"Bearer {header}"
         scheme, _, sent = header.partition(" ")
         if scheme.lower() not in _SCHEMES:
