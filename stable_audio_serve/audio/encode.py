@@ -138,15 +138,10 @@ def encode_audio(
     Opus not longer than `MOST_OPUS_TEXT_CHARS`.
     """
     file_format, rate_hz = encoding.file_format, file_rate(encoding, sample_rate_hz)
-    if file_format in (AudioFormat.ULAW, AudioFormat.ALAW):
-        audio = audio.mean(axis=0, keepdims=True, dtype=np.float32)
-    if rate_hz != sample_rate_hz:
-        audio = repeat_around(audio, sample_rate_hz // _AROUND_PARTS) if is_loop else audio
-        audio = _resample(audio, sample_rate_hz, rate_hz=rate_hz)
-        audio = cut_repeated(audio, rate_hz // _AROUND_PARTS) if is_loop else audio
+    audio = as_in_file(audio, sample_rate_hz, encoding=encoding, is_loop=is_loop)
     match file_format:
         case AudioFormat.WAV if encoding.bit_depth == "float":
-            return encode_wav(np.ascontiguousarray(audio.T), rate_hz, text=text)
+            return encode_wav(np.ascontiguousarray(np.clip(audio.T, -1.0, 1.0)), rate_hz, text=text)
         case AudioFormat.WAV | AudioFormat.FLAC:
             pcm = to_pcm32(audio) if encoding.bit_depth == 24 else to_pcm16(audio)
             if file_format is AudioFormat.WAV:
@@ -159,12 +154,20 @@ def encode_audio(
     return EncodedFile(media_type(file_format), (data,))
 
 
-def _resample(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, rate_hz: int) -> npt.NDArray[np.float32]:
-    """Return `audio` (C, S) float32 in -1..1 at another sample rate."""
+def as_in_file(
+    audio: npt.NDArray[np.float32], sample_rate_hz: int, *, encoding: Encoding, is_loop: bool = False
+) -> npt.NDArray[np.float32]:
+    """Return `audio` (C, S) float32 of any level with the channels and the rate of the file, `formats.file_rate`."""
+    if encoding.file_format in (AudioFormat.ULAW, AudioFormat.ALAW):
+        audio = audio.mean(axis=0, keepdims=True, dtype=np.float32)
+    rate_hz = file_rate(encoding, sample_rate_hz)
+    if rate_hz == sample_rate_hz:
+        return audio
     import soxr
 
-    samples = soxr.resample(np.clip(audio.T, -1.0, 1.0), sample_rate_hz, rate_hz)
-    return np.clip(samples, -1.0, 1.0).T
+    audio = repeat_around(audio, sample_rate_hz // _AROUND_PARTS) if is_loop else audio
+    audio = soxr.resample(audio.T, sample_rate_hz, rate_hz).T
+    return cut_repeated(audio, rate_hz // _AROUND_PARTS) if is_loop else audio
 
 
 def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:

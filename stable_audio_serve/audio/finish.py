@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from stable_audio_serve.audio.encode import (
     MOST_OPUS_TEXT_CHARS,
     EncodedFile,
+    as_in_file,
     encode_audio,
     encode_wav,
     make_zip,
@@ -106,10 +108,16 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
 
     The files in the archive are named `<stem>-01.<format>`, `<stem>-02.<format>`, and so on.
     """
+    encoding, rate_hz = order.encoding, result.sample_rate_hz
+    file_rate_hz = file_rate(encoding, rate_hz)
+    if order.finishing.loudness is not None:  # measured in the file, because resampling changes loudness and true peak
+        in_file = partial(as_in_file, sample_rate_hz=rate_hz, encoding=encoding, is_loop=result.is_loop)
+        result = replace(result, audio=tuple(map(in_file, result.audio)), generated=None)
+        rate_hz = file_rate_hz
     finished = [
         finish_clip(
             audio,
-            result.sample_rate_hz,
+            rate_hz,
             seed=seed,
             peaks=order.peaks,
             finishing=order.finishing,
@@ -122,7 +130,6 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     ]
     clips = tuple(facts for _, facts in finished)
     recipes = _recipes_of(result, order)
-    encoding, rate_hz = order.encoding, result.sample_rate_hz
     files = [
         encode_audio(
             audio,
@@ -133,7 +140,6 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
         )
         for (audio, _), recipe in zip_longest(finished, recipes)
     ]
-    file_rate_hz = file_rate(encoding, rate_hz)
     if len(files) == 1:
         return FinishedFile(files[0], file_rate_hz, clips, recipes)
     names = [f"{order.stem}-{number:02d}.{encoding.file_format}" for number in range(1, len(files) + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 import soundfile
 import soxr
 
-from stable_audio_serve.audio.finish import finish_clip
+from stable_audio_serve.audio.finish import FileOrder, finish_clip
+from stable_audio_serve.audio.finish import finish as finish_file
 from stable_audio_serve.audio.true_peak import measure_true_peak
-from stable_audio_serve.core.generation import GeneratedSpan
-from stable_audio_serve.core.sound import Finishing, Loudness
+from stable_audio_serve.core.generation import DeviceUse, GeneratedSpan, GenerationResult, StageTimings
+from stable_audio_serve.core.sound import AudioFormat, Encoding, Finishing, Loudness
 from tests.parameters import some
 
 RATE_HZ = 44_100
@@ -81,6 +83,23 @@ def test_loudness_and_true_peak_are_reached(kind: str, target_lufs: float, true_
     if target_lufs > -70:
         assert loudness == pytest.approx(target_lufs, abs=0.2)
         assert facts.loudness_lufs == pytest.approx(loudness, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "rate_hz"), [(AudioFormat.WAV, 8000), (AudioFormat.WAV, 22_050), (AudioFormat.ULAW, 8000)]
+)
+def test_loudness_is_that_of_the_file(file_format: AudioFormat, rate_hz: int) -> None:
+    finishing = Finishing(Loudness(-20.0, -3.0))
+    order = FileOrder("limit", encoding=Encoding(file_format, sample_rate_hz=rate_hz), finishing=finishing)
+    result = GenerationResult((2 * make_clip("noise"),), RATE_HZ, "any", (0,), StageTimings(), DeviceUse())
+    finished = finish_file(result, order)
+    raw = {"samplerate": rate_hz, "channels": 1, "subtype": "ULAW", "format": "RAW"}
+    options = raw if file_format is AudioFormat.ULAW else {}
+    samples, _ = soundfile.read(io.BytesIO(finished.file.to_bytes()), always_2d=True, **options)
+    loudness, peak = measure(samples.T.astype(np.float32), rate_hz)
+    assert loudness == pytest.approx(-20.0, abs=0.2)
+    assert peak <= -2.7
+    assert finished.clips[0].loudness_lufs == pytest.approx(loudness, abs=0.1)
 
 
 @pytest.mark.skipif(FFMPEG is None, reason="ffmpeg is not installed")
