@@ -52,7 +52,7 @@ from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, Ge
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
-from stable_audio_serve.jobs.job import JobError, JobSpec, JobUpload
+from stable_audio_serve.jobs.job import Job, JobError, JobSpec, JobUpload
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store.client_jobs import Added
@@ -264,6 +264,11 @@ class Service:
         finally:
             if not job.is_over:
                 await self.jobs.cancel(job.spec.ref)
+        return self.require_file(job)
+
+    @staticmethod
+    def require_file(job: Job) -> StoredFile:
+        """Return the file of an ended job. Raises the errors of `run_job`."""
         if job.result is not None:
             return job.result.file
         if not job.is_over:

@@ -16,13 +16,14 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, Str
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from stable_audio_serve.api.answers import SOUND_HEADERS, encoded_answer, file_chunks, sound_headers
+from stable_audio_serve.api.answers import SOUND_HEADERS, chain, encoded_answer, file_chunks, sound_headers
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import ExpectedError, Refusals
 from stable_audio_serve.api.routing import route_class
+from stable_audio_serve.api.section_audio import can_grow, make_piece
 from stable_audio_serve.api.service import Output, Service, resolve_seed
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.encode import EncodedFile
@@ -190,11 +191,37 @@ def build_router(service: Service) -> APIRouter:
         note(request.scope, num_bytes=output.file.num_bytes)
         return output
 
-    async def compose(request: Request, body: MusicBody, *, name: str) -> tuple[StreamingResponse, int]:
-        """Return the response with a piece, without its length, and the length in bytes."""
+    @router.post("/v1/sound-generation", summary="Sound effect (ElevenLabs)", response_class=Response, responses=_AUDIO)
+    async def make_sound(
+        request: Request,
+        body: SoundBody,
+        *,
+        output_format: Annotated[SoundFormat, _FormatField] = SoundFormat(_DEFAULT_FORMAT),
+        enable_logging: _Logging = True,
+    ) -> Response:
+        """Generate a sound effect from a text."""
+        card = _resolve(service.backend.catalog, body.model_id, default=default, names=_SOUND_MODELS)
+        generation = _to_sound(body, card, request_id=request.state.request_id)
+        output = await run(request, generation, card=card, name=output_format)
+        return encoded_answer(output.file, sound_headers(output.clips, output.result.made_on))
+
+    @router.post("/v1/music", summary="Music (ElevenLabs)", response_class=Response, responses=_AUDIO)
+    @router.post("/v1/music/stream", summary="Music in pieces (ElevenLabs)", response_class=Response, responses=_AUDIO)
+    async def make_music(
+        request: Request,
+        body: MusicBody,
+        *,
+        output_format: Annotated[MusicFormat, _FormatField] = MusicFormat(_DEFAULT_FORMAT),
+        enable_logging: _Logging = True,
+    ) -> Response:
+        """Generate music from a prompt or a composition plan. `/stream` sends it without a Content-Length.
+
+        The stream of a piece with sections begins when the first one is finished, except in Opus.
+        """
         card = _resolve(service.backend.catalog, body.model_id, default=default, names=_MUSIC_MODELS)
         generation, sections = _to_music(body, card, limits=service.settings.api, request_id=request.state.request_id)
-        name = _AUTO.get(body.model_id or "", _DEFAULT_FORMAT) if name == "auto" else name
+        name = _AUTO.get(body.model_id or "", _DEFAULT_FORMAT) if output_format == "auto" else str(output_format)
+        is_stream = request.url.path.endswith("/stream")
         if not sections:
             output = await run(request, generation, card=card, name=name)
             file: EncodedFile | StoredFile = output.file
@@ -212,47 +239,14 @@ def build_router(service: Service) -> APIRouter:
                 client=request.state.client,
             )
             note(request.scope, model=card.name, duration_s=generation.duration_s, job_id=spec.id)
+            if is_stream and can_grow(file_format := spec.encoding.file_format):
+                chunks = make_piece(service, spec, card=card, caller=request.state.caller)
+                first, headers = await anext(chunks), {"X-Seed": str(generation.seed)}
+                return StreamingResponse(chain(first, chunks), headers=headers, media_type=media_type(file_format))
             file = await service.run_job(spec, card=card, caller=request.state.caller)
             headers, content = sound_headers(file.clips, file.made_on), service.jobs.read(file)
-        return StreamingResponse(content, headers=headers, media_type=file.media_type), file.num_bytes
-
-    @router.post("/v1/sound-generation", summary="Sound effect (ElevenLabs)", response_class=Response, responses=_AUDIO)
-    async def make_sound(
-        request: Request,
-        body: SoundBody,
-        *,
-        output_format: Annotated[SoundFormat, _FormatField] = SoundFormat(_DEFAULT_FORMAT),
-        enable_logging: _Logging = True,
-    ) -> Response:
-        """Generate a sound effect from a text."""
-        card = _resolve(service.backend.catalog, body.model_id, default=default, names=_SOUND_MODELS)
-        generation = _to_sound(body, card, request_id=request.state.request_id)
-        output = await run(request, generation, card=card, name=output_format)
-        return encoded_answer(output.file, sound_headers(output.clips, output.result.made_on))
-
-    @router.post("/v1/music", summary="Music (ElevenLabs)", response_class=Response, responses=_AUDIO)
-    async def make_music(
-        request: Request,
-        body: MusicBody,
-        *,
-        output_format: Annotated[MusicFormat, _FormatField] = MusicFormat(_DEFAULT_FORMAT),
-        enable_logging: _Logging = True,
-    ) -> Response:
-        """Generate music from a prompt or a composition plan."""
-        response, num_bytes = await compose(request, body, name=output_format)
-        response.headers["Content-Length"] = str(num_bytes)
-        return response
-
-    @router.post("/v1/music/stream", summary="Music in pieces (ElevenLabs)", response_class=Response, responses=_AUDIO)
-    async def stream_music(
-        request: Request,
-        body: MusicBody,
-        *,
-        output_format: Annotated[MusicFormat, _FormatField] = MusicFormat(_DEFAULT_FORMAT),
-        enable_logging: _Logging = True,
-    ) -> Response:
-        """Generate music and send it in pieces, without a Content-Length."""
-        return (await compose(request, body, name=output_format))[0]
+        headers |= {} if is_stream else {"Content-Length": str(file.num_bytes)}
+        return StreamingResponse(content, headers=headers, media_type=file.media_type)
 
     async def show_user(request: Request) -> dict[str, Any]:
         """Describe the key. Clients call this to check it."""

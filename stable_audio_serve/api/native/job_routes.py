@@ -21,10 +21,10 @@ from stable_audio_serve.api.native.events import END, EXAMPLE, LastEventId, stre
 from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names, ignored_names, warning_headers
 from stable_audio_serve.api.native.routes import MEDIA_TYPES
 from stable_audio_serve.api.native.schemas import ConflictBody, ErrorBody, ValidationErrors
-from stable_audio_serve.api.native.section_audio import follow_answer, section_answer
 from stable_audio_serve.api.native.status import JobPage, JobStatus, brief, describe, jobs_base, recipes_of
 from stable_audio_serve.api.native.submission import CONTRACT
 from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.section_audio import follow_answer, section_answer
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError
 from stable_audio_serve.core.ids import JobId

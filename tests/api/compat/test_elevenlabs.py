@@ -13,10 +13,12 @@ import soundfile
 
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.keys import hash_key
 from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
 from tests.parameters import few, some
+from tests.patience import PATIENCE_S, until
 
 SOUND, MUSIC, STREAM = "/v1/sound-generation", "/v1/music", "/v1/music/stream"
 BODIES = {SOUND: {"text": "a dog", "duration_seconds": 1}, MUSIC: {"prompt": "piano", "music_length_ms": 3000}}
@@ -98,7 +100,7 @@ async def test_formats_have_their_rate_and_bit_rate(client: httpx.AsyncClient, n
     spectrum = np.abs(np.fft.rfft(samples[:, 0]))
     assert spectrum[:4000].argmax() == pytest.approx(100 + int(reply.headers["x-seed"]) % 1000, abs=1)
     if kbps:
-        assert len(content) * 8 / 1000 == pytest.approx(int(kbps[0]), rel=0.2)
+        assert len(content) * 8 / 1000 == pytest.approx(int(kbps[0]), rel=0.3)  # Opus: up to 0.28 more in 1 s
 
 
 @pytest.mark.parametrize(
@@ -325,6 +327,47 @@ async def test_pieces_longer_than_the_longest_clip_have_sections(path: str) -> N
         chunks = [{"text": "[Verse] la", "duration_ms": 3000, "positive_styles": [style]} for style in ("rock", "folk")]
         reply = await client.post(path, params=query, json={"composition_plan": {"chunks": chunks}})
         assert [request.prompt for _, request in backend.requests] == ["rock", "folk"]
+
+
+class PausingBackend(ToneBackend):
+    """Makes the first clip at once. The others wait for `released`."""
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        if len(self.requests) == 1:
+            self.released.clear()
+        return await super().generate(model, request, on_progress=on_progress)
+
+
+@pytest.mark.server
+async def test_stream_begins_with_the_first_section() -> None:
+    backend = PausingBackend(catalog=ModelCatalog([SHORT]))
+    request = {"params": {"output_format": "pcm_8000"}, "json": {"prompt": "x", "music_length_ms": 12_000}}
+    async with (
+        serve_app(backend) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
+    ):
+        whole = b""
+        async with client.stream("POST", STREAM, **request) as reply:
+            async for chunk in reply.aiter_bytes():
+                whole += chunk
+                backend.released.set()
+        assert len(whole) == 12 * 8000 * 4
+        backend.requests.clear()
+        async with client.stream("POST", STREAM, **request) as reply:
+            chunks = reply.aiter_bytes()
+            await anext(chunks)
+            backend.error = GenerationError("broken")
+            backend.released.set()
+            with pytest.raises(httpx.RemoteProtocolError):
+                async for _ in chunks:
+                    pass
+        backend.requests.clear()
+        backend.error = None
+        async with client.stream("POST", STREAM, **request) as reply:
+            await anext(reply.aiter_bytes())
+        await until(lambda: backend.num_cancelled == 1)
 
 
 @pytest.mark.server

@@ -8,16 +8,19 @@ from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from anyio import CancelScope
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from stable_audio_serve.api.answers import attachment, sound_headers
+from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.formats import media_type
 from stable_audio_serve.audio.writer import AudioWriter, StreamFile
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
-from stable_audio_serve.jobs.job import FinishedSection, Job
+from stable_audio_serve.jobs.job import FinishedSection, Job, JobSpec
 from stable_audio_serve.jobs.pieces.sections import num_final_samples, read_section
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _CHUNK_BYTES = 1_048_576
+_GROWING = (AudioFormat.MP3, AudioFormat.WAV, AudioFormat.PCM, AudioFormat.ULAW, AudioFormat.ALAW)
 _MP3_KBPS = 192
 
 
@@ -90,6 +94,27 @@ def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
         headers=headers,
         media_type=kind,
     )
+
+
+async def make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller: Caller) -> AsyncGenerator[bytes]:
+    """Add the job of a long piece, and yield its file while it grows. If the iterator is closed early, the job ends.
+
+    Raises the errors of `Service.run_job`. The format must be one that can grow, see `can_grow`.
+    """
+    job = (await service.add_job(spec, card=card, caller=caller)).job
+    try:
+        async with aclosing(_follow(service, job, encoding=spec.encoding)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        service.require_file(await service.jobs.get(spec.ref) or job)
+    finally:
+        with CancelScope(shield=True):  # the response's scope is cancelled when the client has left
+            await service.jobs.cancel(spec.ref)
+
+
+def can_grow(file_format: AudioFormat) -> bool:
+    """Whether a file can be sent before its end is known."""
+    return file_format in _GROWING
 
 
 def _require_sections(job: Job) -> None:
