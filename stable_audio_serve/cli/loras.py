@@ -36,7 +36,8 @@ def list_loras(*, as_json: JsonOption = False, url: UrlOption = None, key_file: 
 def load(
     name: _Name,
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Absolute path on the server, S3 URL, or repository of the hub.")
+        str,
+        typer.Argument(metavar="PATH", help="Absolute path on the server, https or S3 URL, or repository of the hub."),
     ],
     *,
     model: _Model = None,

@@ -77,8 +77,8 @@ class LoraSettings(Section):
     """One adapter of a model."""
 
     path: FileName = Field(
-        description="Its safetensors file: a path, s3://bucket/key, or a repository of the hub, with or without a file "
-        "in it.",
+        description="Its safetensors file: a path, an https URL, s3://bucket/key, or a repository of the hub, with or "
+        "without a file in it.",
     )
     conditioner: bool = Field(
         False, description="Whether it also changes the embedding of the duration, if the file has tensors for that."

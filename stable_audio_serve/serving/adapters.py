@@ -121,7 +121,7 @@ class Library:
         return resolved
 
     def _find(self, model: str, name: str) -> AdapterCard:
-        """Return the adapter with a name, or with an S3 URL or a repository of the hub that it was loaded from."""
+        """Return the adapter with a name, or with a URL or a repository of the hub that it was loaded from."""
         known = self._cards.get(model, {})
         by_source = (card for card in known.values() if card.source == name and is_remote(name))
         card = known.get(name) or next(by_source, None)

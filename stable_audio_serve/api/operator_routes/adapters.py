@@ -40,7 +40,7 @@ class LoadAdapter(BaseModel):
     lora_path: str = Field(
         min_length=1,
         max_length=2048,
-        description="File on the server's machines, S3 URL, or owner/repository of the hub with or without a file.",
+        description="File on the server's machines, https or S3 URL, or owner/repository of the hub, also with a file.",
         examples=["/adapters/vinyl.safetensors"],
     )
     model: str | None = Field(None, description="Extension: the model; unset = the default model.")

@@ -146,7 +146,7 @@ class Adapter(BaseModel):
 
     index: int
     name: str
-    path: str = Field(description="Name of its file, S3 URL, or repository.")
+    path: str = Field(description="Name of its file, URL, or repository.")
 
 
 class AdapterList(BaseModel):

@@ -1,7 +1,7 @@
-"""Finds the file of an adapter: a path, an object in an S3 bucket, or a file in a repository of the Hugging Face hub.
+"""Finds the file of an adapter: a path, a URL, an S3 object, or a file in a repository of the Hugging Face hub.
 
-Downloads are kept in a cache: objects of S3 in a private folder, files of the hub in the cache of huggingface_hub. Does
-not import torch, boto3 or huggingface_hub until a source needs them.
+Downloads are kept in a cache: files of the hub in the cache of huggingface_hub, others in a private folder. Does not
+import torch, boto3, httpx or huggingface_hub until a source needs them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +25,13 @@ from stable_audio_serve.models.adapters.header import MAX_FILE_BYTES, SUFFIX
 CACHE = Path("~/.cache/stable-audio-serve/adapters")
 
 _S3 = "s3://"
+_HTTPS = "https://"
+# Without a user or a query, which may be secret: clients see where an adapter is from.
+_URL = re.compile(r"https://[\w.-]{1,253}(?::[0-9]{1,5})?/[\w./%+~-]*\.safetensors", re.ASCII)
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 _REPOSITORY = re.compile(rf"({_NAME}/{_NAME})(?:@([\w.-]{{1,100}}))?(?:/(.+\.safetensors))?")
 _REQUEST_TIMEOUT_S = 10.0
+_URL_TIMEOUT_S = 300.0
 _CHUNK_BYTES = 2**20
 
 _lock = threading.Lock()  # so that several requests for the same object download it once
@@ -34,7 +39,7 @@ _lock = threading.Lock()  # so that several requests for the same object downloa
 
 def is_remote(source: str) -> bool:
     """Whether a source is not a path on this machine."""
-    return source.startswith(_S3) or _repository(source) is not None
+    return source.startswith((_S3, _HTTPS)) or _repository(source) is not None
 
 
 def file_name(source: str) -> str:
@@ -50,16 +55,19 @@ def fetch_adapter(
     cache: Path | None = None,
     max_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
-    """Returns the file of a source: a path, `s3://bucket/key`, `owner/repository` or `owner/repository/file`.
+    """Returns the file of a source: a path, a URL, `s3://bucket/key`, `owner/repository` or `owner/repository/file`.
 
     `@` and a branch, tag or commit may follow the name of a repository. A repository without a file must have exactly
     one safetensors file. A path is returned as it is, whether it exists or not. `token` is for the hub, `open_s3`
-    returns a boto3 client. Downloads only what is not in the cache or has changed. Raises InvalidRequestError if the
-    file cannot be downloaded or is larger than `max_bytes`.
+    returns a boto3 client. Downloads only what is not in the cache or has changed; the file of a URL never changes.
+    Raises InvalidRequestError if the file cannot be downloaded or is larger than `max_bytes`.
     """
     if source.startswith(_S3):
         with _refusing(source):
             return _fetch_object(source, open_s3=open_s3, cache=(cache or CACHE).expanduser(), max_bytes=max_bytes)
+    if source.startswith(_HTTPS):
+        with _refusing(source):
+            return _fetch_url(source, cache=(cache or CACHE).expanduser(), max_bytes=max_bytes)
     repository = _repository(source)
     if repository is None:
         return Path(source)
@@ -122,6 +130,32 @@ def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path
         return path
     except (BotoCoreError, ClientError) as error:
         raise _FetchError(f"cannot be downloaded: {error}") from error
+
+
+def _fetch_url(url: str, *, cache: Path, max_bytes: int) -> Path:
+    if not _URL.fullmatch(url):
+        raise _FetchError(f"must be https://HOST/PATH{SUFFIX}, without a user and a query")
+    import httpx
+
+    path = cache / hashlib.sha256(url.encode()).hexdigest()[:32] / url.rpartition("/")[2]
+    try:
+        with _lock:
+            if not path.exists():
+                with httpx.stream("GET", url, follow_redirects=True, timeout=_REQUEST_TIMEOUT_S) as reply:
+                    if reply.status_code != 200:
+                        raise _FetchError(f"the server answers with status {reply.status_code}")
+                    _write(path, _in_time(reply.iter_raw(_CHUNK_BYTES)), max_bytes=max_bytes)
+        return path
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _FetchError(f"cannot be downloaded: {error}") from error
+
+
+def _in_time(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    deadline = time.monotonic() + _URL_TIMEOUT_S
+    for chunk in chunks:
+        if time.monotonic() > deadline:
+            raise _FetchError(f"the download takes more than {_URL_TIMEOUT_S:g} s")
+        yield chunk
 
 
 def _write(path: Path, chunks: Iterator[bytes], *, max_bytes: int) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ssl
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from stable_audio_serve.artifacts.s3_client import make_client
 from stable_audio_serve.core.errors import InvalidRequestError
@@ -71,6 +76,42 @@ def test_unusable_objects_are_refused(object_storage: ObjectStorage, tmp_path: P
     for source in (f"s3://{bucket}", f"s3://{bucket}/", "s3:///x.safetensors", f"s3://{bucket}/x.ckpt"):
         assert "must be s3://BUCKET/KEY.safetensors" in refusal(source, **options)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Yields the URL of a web server with TLS that serves the folder `site`."""
+    (tmp_path / "site").mkdir()
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "site"))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"https://localhost:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_files_of_urls_are_downloaded_once(site: str, tmp_path: Path) -> None:
+    source, cache = f"{site}/v1.0/vinyl.safetensors", tmp_path / "cache"
+    assert "answers with status 404" in refusal(source, cache=cache)
+    (tmp_path / "site" / "v1.0").mkdir()
+    sha256 = write_file(tmp_path / "site" / "v1.0" / "vinyl.safetensors")
+    assert "larger than 99 bytes" in refusal(source, cache=cache, max_bytes=99)
+    path = fetch_adapter(source, cache=cache)
+    assert (is_remote(source), path.name) == (True, "vinyl.safetensors")
+    assert inspect_file(path, name="vinyl").sha256 == sha256
+    (tmp_path / "site" / "v1.0" / "vinyl.safetensors").unlink()
+    assert fetch_adapter(source, cache=cache) == path
+    for bad in ("https://", "https://a/b.ckpt", "https://u:p@a/b.safetensors", "https://a/b.safetensors?token=x"):
+        assert "must be https://HOST/PATH.safetensors" in refusal(bad, cache=cache)
+    assert "cannot be downloaded" in refusal("https://localhost:99999/b.safetensors", cache=cache)
+    assert [found for found in cache.rglob("*") if found.is_file()] == [path]
 
 
 @pytest.mark.server
