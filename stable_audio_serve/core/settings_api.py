@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -130,6 +130,17 @@ class MetricsSettings(Section):
     )
 
 
+# A checkpoint of Stable Audio 3 in the ids of fal's endpoints.
+FalCheckpoint = Literal[
+    "stable-audio-3/medium",
+    "stable-audio-3/medium/base",
+    "stable-audio-3/small/music",
+    "stable-audio-3/small/music/base",
+    "stable-audio-3/small/sfx",
+    "stable-audio-3/small/sfx/base",
+]
+
+
 class DialectSettings(Section):
     """The foreign dialects: HTTP APIs of other servers that this server offers too."""
 
@@ -141,7 +152,7 @@ class DialectSettings(Section):
     stability_model: ModelName | None = Field(
         None, description="Model behind Stability's API; unset = the first served Stable Audio 3 model."
     )
-    fal_models: dict[str, ModelName] = Field(
+    fal_models: dict[FalCheckpoint, ModelName] = Field(
         default_factory=dict,
         description="Models behind fal's Stable Audio 3 endpoints, such as `stable-audio-3/small/sfx/base: my-model`; "
         "unset = the model of that name.",

@@ -154,7 +154,9 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
     """Raise ConfigError if the settings name a model that `catalog` does not have. The message names the setting."""
     named: list[tuple[tuple[str, ...], str | None]] = [(("default_model",), settings.default_model)]
     named += [(("preload_models",), name) for name in settings.preload_models or ()]
-    named.append((("dialects", "model"), settings.dialects.model))
+    dialects = settings.dialects
+    named += [(("dialects", key), getattr(dialects, key)) for key in ("model", "stability_model", "elevenlabs_model")]
+    named += [(("dialects", "fal_models", key), name) for key, name in dialects.fal_models.items()]
     for path, name in named:
         try:
             if name:

@@ -200,8 +200,12 @@ def test_an_unknown_model_name_stops_startup() -> None:
         check_model_names(Settings(default_model="huge"), catalog)
     with pytest.raises(ConfigError, match=r"STABLE_AUDIO_PRELOAD_MODELS.*'huge'"):
         check_model_names(Settings(preload_models=("small-sfx", "huge")), catalog)
-    with pytest.raises(ConfigError, match=r"^dialects\.model: unknown model 'huge'"):
-        check_model_names(Settings.model_validate({"dialects": {"model": "huge"}}), catalog)
+    for key in ("model", "stability_model", "elevenlabs_model"):
+        with pytest.raises(ConfigError, match=rf"^dialects\.{key}: unknown model 'huge'"):
+            check_model_names(Settings.model_validate({"dialects": {key: "huge"}}), catalog)
+    settings = Settings.model_validate({"dialects": {"fal_models": {"stable-audio-3/medium": "huge"}}})
+    with pytest.raises(ConfigError, match=r"^dialects\.fal_models\.stable-audio-3/medium: unknown model 'huge'"):
+        check_model_names(settings, catalog)
 
 
 def test_the_default_model_is_preloaded_by_default() -> None:

@@ -62,6 +62,12 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path: Path, args: dict[str, An
         ),
         ({"models": [{"path": "x"}]}, "models.0.name: Field required"),
         (
+            {"dialects": {"fal_models": {"stable-audio-3/large": "x"}}},
+            "dialects.fal_models.stable-audio-3/large.[key]: Input should be 'stable-audio-3/medium', "
+            "'stable-audio-3/medium/base', 'stable-audio-3/small/music', 'stable-audio-3/small/music/base', "
+            "'stable-audio-3/small/sfx' or 'stable-audio-3/small/sfx/base' (got 'stable-audio-3/large')",
+        ),
+        (
             {"ingress": {"replicas": 0}, "jobs": {"runners": "two"}},
             "ingress.replicas: Input should be greater than or equal to 1 (got 0); "
             "jobs.runners: Input should be a valid integer, unable to parse string as an integer (got 'two')",

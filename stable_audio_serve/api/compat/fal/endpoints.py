@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, create_model
 from starlette.exceptions import HTTPException
 
-from stable_audio_serve.api.compat.fal.wire import SA3_APP, SA25_APP
+from stable_audio_serve.api.compat.fal.wire import OWNER, SA25_APP
 from stable_audio_serve.api.compat.hosted import WholeNumber, check_whole
 from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.api.service import resolve_seed
@@ -21,7 +21,7 @@ from stable_audio_serve.audio.formats import BITRATES_KBPS, available_formats
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest, Lora, SourceAudio
-from stable_audio_serve.core.settings import DialectSettings
+from stable_audio_serve.core.settings import DialectSettings, FalCheckpoint
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 
 _FORMATS = tuple(name for name in ("mp3", "wav", "flac", "ogg", "opus", "m4a", "aac") if name in available_formats())
@@ -58,11 +58,11 @@ class Adapter(BaseModel):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One endpoint. `model` is its key in `dialects.fal_models`, "" = the default model of the dialects."""
+    """One endpoint. `model` is its key in `dialects.fal_models`; None: the default model of the dialects."""
 
     id: str
     operation: str
-    model: str = ""
+    model: FalCheckpoint | None = None
     longest_s: float = 190.0
     steps: int = 8
     cfg_scale: float = 1.0
@@ -136,14 +136,15 @@ class Endpoint:
 
 def _table() -> dict[str, Endpoint]:
     found = [Endpoint(f"{SA25_APP}/{operation}", operation) for operation in _NAMES_OF_25]
-    for checkpoint, base, operation in product(("medium", "small/music", "small/sfx"), ("", "/base"), _NAMES_OF_3):
+    for checkpoint, operation in product(get_args(FalCheckpoint), _NAMES_OF_3):
+        is_base = checkpoint.endswith("/base")
         endpoint = Endpoint(
-            f"{SA3_APP}/{checkpoint}{base}/{operation}",
+            f"{OWNER}/{checkpoint}/{operation}",
             operation,
-            model=f"stable-audio-3/{checkpoint}{base}",
-            longest_s=380.0 if checkpoint == "medium" else 120.0,
-            steps=50 if base else 8,
-            cfg_scale=7.0 if base else 1.0,
+            model=checkpoint,
+            longest_s=380.0 if "/medium" in checkpoint else 120.0,
+            steps=50 if is_base else 8,
+            cfg_scale=7.0 if is_base else 1.0,
         )
         found += [endpoint, replace(endpoint, id=f"{endpoint.id}/lora", takes_adapters=True)]
     return {endpoint.id: endpoint for endpoint in found}
