@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import json
-import zlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pytest
-from itsdangerous import TimestampSigner, URLSafeTimedSerializer
+from itsdangerous import URLSafeTimedSerializer
 
-from stable_audio_serve.api.compat.fal.storage import make_signer
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
-from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store import uploads
 from tests.api.compat.serving import make_client, serve_app
 from tests.patience import PATIENCE_S
@@ -204,21 +198,6 @@ async def test_announced_urls_need_no_key(client: httpx.AsyncClient) -> None:
         await check_file(client, reply.json()["access_url"])
 
 
-SHAPES: list[Any] = [
-    *(5, None, True, "abc", [], {}, [1, "a", "b"], [True, True, True], ["0" * 32, "a/b"], {"a": 1, "b": 2, "c": 3}),
-    *(
-        {"file_id": "0" * 32, "file_name": name, "media_type": kind}
-        for name, kind in ((5, "a/b"), ("a", 5), (["x"], "a/b"))
-    ),
-    *({"file_id": name, "file_name": "a", "media_type": "a/b"} for name in (1, "", "0" * 31, "0" * 32 + "\n", "../x")),
-]
-DEEP = b"[" * 10_000
-BYTES = [
-    *(b"", b"!!!!", b"{{{", b"\xff", b".AAAA", b"1e999", b"9" * 500),
-    *(DEEP[:500], DEEP, zlib.compress(DEEP), b"." + DEEP),
-]
-
-
 async def upload_everywhere(client: httpx.AsyncClient, ticket: str) -> list[httpx.Response]:
     """Send an upload with this ticket to every upload route that takes a ticket. Returns the responses."""
     parts = {"parts": [{"partNumber": 1, "etag": f"{'a' * 64}-1"}]}
@@ -232,45 +211,17 @@ async def upload_everywhere(client: httpx.AsyncClient, ticket: str) -> list[http
     return replies
 
 
-@pytest.fixture
-def own_signer(client: httpx.AsyncClient, jobs: JobQueue) -> tuple[httpx.AsyncClient, TimestampSigner]:
-    """Returns a client of a server, and a signer with the server's secret."""
-    return client, make_signer(jobs.store.secret())
-
-
-async def test_signed_text_that_is_not_a_ticket_is_refused(
-    own_signer: tuple[httpx.AsyncClient, TimestampSigner],
-) -> None:
-    client, signer = own_signer
-    for text in [*(json.dumps(shape).encode() for shape in SHAPES), *BYTES]:
-        ticket = signer.sign(base64.urlsafe_b64encode(text).rstrip(b"=")).decode()
-        assert {reply.status_code for reply in await upload_everywhere(client, ticket)} == {403}, text[:80]
-        ticket = quote(signer.sign(text), safe="")  # without base64
-        assert {reply.status_code for reply in await upload_everywhere(client, ticket)} <= {403, 404}, text[:80]
-
-
-async def test_too_long_url_is_refused_even_if_signed(
-    own_signer: tuple[httpx.AsyncClient, TimestampSigner],
-) -> None:
-    client, signer = own_signer
-    place = await announce(client, file_name="x" * 300, content_type=f"{'a' * 60}/{'b' * 60}; {'c' * 60}")
-    ticket = place["upload_url"].rpartition("/")[2]
-    assert len(ticket) < 1000
-    assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
-    text = base64.urlsafe_b64decode(ticket.partition(".")[0] + "==")
-    for spaces, status in ((0, 200), (600, 403)):  # JSON stays valid with trailing spaces, but the URL becomes too long
-        signed = signer.sign(base64.urlsafe_b64encode(text + b" " * spaces).rstrip(b"=")).decode()
-        assert (await client.put(f"/storage/upload/{signed}", content=DATA)).status_code == status
+async def test_damaged_tickets_are_refused(client: httpx.AsyncClient) -> None:
+    ticket = (await announce(client))["upload_url"].rpartition("/")[2]
+    payload, _, rest = ticket.partition(".")
+    for damaged in (f"{payload}x.{rest}", f".{ticket}", ticket[:-1], f"{payload}.", "!.!", "%FF.x", f"{'x' * 9000}.x"):
+        assert {reply.status_code for reply in await upload_everywhere(client, damaged)} <= {403, 404}, damaged[:80]
 
 
 async def test_without_keys_urls_of_other_servers_are_refused(client: httpx.AsyncClient) -> None:
-    names = ["0" * 32, "take.wav", "audio/wav"]
-    body = json.dumps(dict(zip(("file_id", "file_name", "media_type"), names, strict=True))).encode()
-    forged = [URLSafeTimedSerializer("", salt="fal-upload").dumps(names)]
-    forged += [
-        signer.sign(base64.urlsafe_b64encode(body).rstrip(b"=")).decode()
-        for signer in (make_signer(""), TimestampSigner("", salt="fal-upload", digest_method=hashlib.sha256))
-    ]
+    ticket = {"file_id": "0" * 32, "file_name": "take.wav", "media_type": "audio/wav"}
+    options = {"salt": "fal-upload", "signer_kwargs": {"digest_method": hashlib.sha256}}
+    forged = [URLSafeTimedSerializer("", **options).dumps(ticket)]
     async with make_client() as (other, _):
         for ticket in [*forged, httpx.URL((await announce(other))["upload_url"]).path.rpartition("/")[2]]:
             assert {reply.status_code for reply in await upload_everywhere(client, ticket)} == {403}
