@@ -350,8 +350,9 @@ def test_loops_are_looped_and_clips_as_the_user_chose(page: Page) -> None:
     page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
     assert not is_looped()
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
-    page.fill(prompt="drums", bpm=240, bars=1).make_clip()
+    clip = page.fill(prompt="drums at 240 BPM", bpm=240, bars=1).make_clip()
     assert is_looped()
+    assert clip["order"]["fields"]["prompt"] == "drums at 240 BPM"
     page.browser.find_elements(By.CSS_SELECTOR, "#clips .what")[1].click()
     page.until(lambda: page["clip-name"].text == "rain")
     assert not is_looped()

@@ -23,8 +23,8 @@ def test_error_is_shown_at_its_field(page: Page) -> None:
     assert page["steps"].get_attribute("aria-invalid") == "true"
     assert "at most" in page.field_errors()["duration"]
     assert page.run("return document.activeElement.id") == "duration"
-    assert page.fill(steps=2, duration=0.5).make_clip()
-    assert page.field_errors() == {}
+    assert set(page.fill(duration=0.5).field_errors()) == {"steps"}
+    assert page.fill(steps=2).make_clip()
     page.messages()  # clears the console, in which the browser has logged the refused requests
 
 

@@ -57,6 +57,8 @@ window.fetch = async (url, options) => {
 
 
 def test_sections_are_added_removed_and_sent(page: Page) -> None:
+    page.run("document.querySelector('input[value=piece]').click()")
+    assert page["sections-total"].text == "0:40.0 in all"
     choose_piece(page, ("", 2), ("the rain stops", 1.5), ("birds", 3))
     names = [each.accessible_name for each in page.browser.find_elements(By.CSS_SELECTOR, "#sections input")]
     assert names[:2] == ["Prompt of section 1", "Length of section 1, seconds"]

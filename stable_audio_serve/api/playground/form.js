@@ -46,6 +46,7 @@ export class Form {
       event.preventDefault(); // or in a field of one line the form is submitted twice
       this.node.requestSubmit();
     });
+    this.node.addEventListener("input", ({ target }) => this.clearFaults(target.closest("[data-field]")));
     element("model").addEventListener("change", () => this.showModel());
     for (const kind of this.node.elements.kind) kind.addEventListener("change", () => this.showKind());
     element("init_noise_level").addEventListener("input", () => this.showStrength());
@@ -140,7 +141,7 @@ export class Form {
       const upper = Math.min(max ?? Infinity, most[box.dataset.field] ?? Infinity);
       if (upper < Infinity) input.max = upper;
       const range = box.querySelector(".range");
-      if (range) range.textContent = input.max ? `${input.min || 0} to ${shown(input.max)}` : "";
+      if (range && input.max) range.textContent = `${input.min || 0} to ${shown(input.max)}`;
     }
     if (text) box.title = text;
   }
@@ -227,7 +228,8 @@ export class Form {
     if (this.kind === "piece") return { kind: "generate", fields: defined({ ...shared, sections: this.sections.value }) };
     if (this.kind === "loop") {
       const key = element("key").value;
-      const prompt = `${shared.prompt} ${number("bpm")}bpm${key ? ` in ${key}` : ""}`;
+      const tempo = /\d\s*bpm\b/i.test(shared.prompt) ? "" : ` ${number("bpm")}bpm`;
+      const prompt = `${shared.prompt}${tempo}${key ? ` in ${key}` : ""}`;
       return { kind: "generate", fields: defined({ ...shared, prompt, loop: true, bpm: number("bpm"), bars: Number(element("bars").value) }) };
     }
     const fields = defined({ ...shared, duration: number("duration") });
@@ -272,9 +274,11 @@ export class Form {
     return document.querySelector(`[data-field="${name}"]`);
   }
 
-  clearFaults() {
-    for (const note of document.querySelectorAll("[data-field] .error")) note.remove();
-    for (const input of document.querySelectorAll("[aria-invalid]")) {
+  // Removes the errors of all fields or of one.
+  clearFaults(box = this.node) {
+    if (!box) return;
+    for (const note of box.querySelectorAll("[data-field] > .error")) note.remove();
+    for (const input of box.querySelectorAll("[aria-invalid]")) {
       input.removeAttribute("aria-invalid");
       input.removeAttribute("aria-describedby");
     }
