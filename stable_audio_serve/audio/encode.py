@@ -19,7 +19,7 @@ import numpy as np
 from stable_audio_serve.audio.compress import compress, compress_flac
 from stable_audio_serve.audio.embedded_text import make_wav_chunk
 from stable_audio_serve.audio.formats import file_rate, media_type
-from stable_audio_serve.audio.seams import cut_repeated, repeat_around
+from stable_audio_serve.audio.seams import cut_repeated, loop_samples, repeat_around
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, BitDepth, Encoding
 
 if TYPE_CHECKING:
@@ -128,17 +128,17 @@ def encode_audio(
     *,
     encoding: Encoding = PLAIN_WAV,
     text: str | None = None,
-    is_loop: bool = False,
+    loop_s: float | None = None,
 ) -> EncodedFile:
     """Encode `audio` (C, S) float32 in -1..1 as a file. `formats.check_encoding` accepts `encoding`.
 
-    Audio at another rate than that of the file (`formats.file_rate`) is resampled; a loop (`is_loop`) still repeats
-    without a seam then. G.711 files are mono, and contain the mean of the channels. `text` is embedded in the file
-    (`embedded_text.extract` reads it), which needs one of `formats.TEXT_FORMATS`. The text must not be empty, and for
-    Opus not longer than `MOST_OPUS_TEXT_CHARS`.
+    Audio at another rate than that of the file (`formats.file_rate`) is resampled; a loop of `loop_s` seconds still
+    repeats without a seam then. G.711 files are mono, and contain the mean of the channels. `text` is embedded in the
+    file (`embedded_text.extract` reads it), which needs one of `formats.TEXT_FORMATS`. The text must not be empty, and
+    for Opus not longer than `MOST_OPUS_TEXT_CHARS`.
     """
     file_format, rate_hz = encoding.file_format, file_rate(encoding, sample_rate_hz)
-    audio = as_in_file(audio, sample_rate_hz, encoding=encoding, is_loop=is_loop)
+    audio = as_in_file(audio, sample_rate_hz, encoding=encoding, loop_s=loop_s)
     match file_format:
         case AudioFormat.WAV if encoding.bit_depth == "float":
             return encode_wav(np.ascontiguousarray(np.clip(audio.T, -1.0, 1.0)), rate_hz, text=text)
@@ -155,7 +155,7 @@ def encode_audio(
 
 
 def as_in_file(
-    audio: npt.NDArray[np.float32], sample_rate_hz: int, *, encoding: Encoding, is_loop: bool = False
+    audio: npt.NDArray[np.float32], sample_rate_hz: int, *, encoding: Encoding, loop_s: float | None = None
 ) -> npt.NDArray[np.float32]:
     """Return `audio` (C, S) float32 of any level with the channels and the rate of the file, `formats.file_rate`."""
     if encoding.file_format in (AudioFormat.ULAW, AudioFormat.ALAW):
@@ -165,9 +165,11 @@ def as_in_file(
         return audio
     import soxr
 
-    audio = repeat_around(audio, sample_rate_hz // _AROUND_PARTS) if is_loop else audio
-    audio = soxr.resample(audio.T, sample_rate_hz, rate_hz).T
-    return cut_repeated(audio, rate_hz // _AROUND_PARTS) if is_loop else audio
+    if loop_s is None:
+        return soxr.resample(audio.T, sample_rate_hz, rate_hz).T
+    repeated = repeat_around(audio, sample_rate_hz // _AROUND_PARTS)
+    repeated = soxr.resample(repeated.T, sample_rate_hz, rate_hz).T
+    return cut_repeated(repeated, rate_hz // _AROUND_PARTS, length=loop_samples(loop_s, rate_hz))
 
 
 def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:

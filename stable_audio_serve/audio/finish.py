@@ -111,7 +111,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     encoding, rate_hz = order.encoding, result.sample_rate_hz
     file_rate_hz = file_rate(encoding, rate_hz)
     if order.finishing.loudness is not None:  # measured in the file, because resampling changes loudness and true peak
-        in_file = partial(as_in_file, sample_rate_hz=rate_hz, encoding=encoding, is_loop=result.is_loop)
+        in_file = partial(as_in_file, sample_rate_hz=rate_hz, encoding=encoding, loop_s=result.loop_s)
         result = replace(result, audio=tuple(map(in_file, result.audio)), generated=None)
         rate_hz = file_rate_hz
     finished = [
@@ -122,7 +122,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
             peaks=order.peaks,
             finishing=order.finishing,
             generated=generated,
-            is_loop=result.is_loop,
+            is_loop=result.loop_s is not None,
         )
         for audio, seed, generated in zip(
             result.audio, result.seeds, result.generated or repeat(None, len(result.audio)), strict=True
@@ -136,7 +136,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
             rate_hz,
             encoding=encoding,
             text=text_of(recipe, file_format=encoding.file_format),
-            is_loop=result.is_loop,
+            loop_s=result.loop_s,
         )
         for (audio, _), recipe in zip_longest(finished, recipes)
     ]

@@ -78,12 +78,15 @@ def repeat_around(audio: npt.NDArray[np.float32], num_samples: int) -> npt.NDArr
     return np.pad(audio, ((0, 0), (num_samples, num_samples)), mode="wrap")
 
 
-def cut_repeated(audio: npt.NDArray[np.float32], num_samples: int) -> npt.NDArray[np.float32]:
+def cut_repeated(
+    audio: npt.NDArray[np.float32], num_samples: int, *, length: int | None = None
+) -> npt.NDArray[np.float32]:
     """Return the loop (C, S) of `repeat_around`, after an effect that changed the repetitions in nearly the same way.
 
-    A linear crossfade with the repetition after the loop removes the rest of the difference at the seam.
+    A linear crossfade with the repetition after the loop removes the rest of the difference at the seam. `length` is
+    that of the loop in samples, where rounding at another sample rate may have changed it by one.
     """
-    end = audio.shape[1] - num_samples
+    end = audio.shape[1] - num_samples if length is None else num_samples + length
     after = audio[:, end : end + min(num_samples, (end - num_samples) // 2)]
     return _join(audio[:, num_samples:end], after, correlation=1.0)
 

@@ -314,7 +314,7 @@ class GenerationResult:
     device: DeviceUse = field(default_factory=DeviceUse)
     provenance: Provenance | None = None
     generated: tuple[tuple[GeneratedSpan, ...], ...] | None = None
-    is_loop: bool = False  # whether the audio repeats without a seam
+    loop_s: float | None = None  # exact length of audio that repeats without a seam, seconds; None = it does not repeat
 
     @property
     def made_on(self) -> MadeOn:

@@ -387,7 +387,7 @@ def _close_loops(result: GenerationResult, request: GenerationRequest, *, loop: 
     rate_hz = result.sample_rate_hz
     num_samples = loop_samples(request.duration_s, rate_hz)
     close = partial(close_loop, num_samples=num_samples, sample_rate_hz=rate_hz, loop=loop)
-    return replace(result, audio=tuple(map(close, result.audio)), is_loop=True)
+    return replace(result, audio=tuple(map(close, result.audio)), loop_s=request.duration_s)
 
 
 def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: RowPlan) -> GenerationResult:

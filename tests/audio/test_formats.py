@@ -155,11 +155,20 @@ def test_loops_at_other_rates_repeat_without_a_seam(rate_hz: int) -> None:
     period = np.arange(RATE_HZ // 2) / RATE_HZ
     loop = np.stack([0.5 * np.sin(2 * np.pi * 440 * period + phase) for phase in (0.5, 2.0)]).astype(np.float32)
     encoding = Encoding(AudioFormat.WAV, bit_depth="float", sample_rate_hz=rate_hz)
-    read, _ = decode(encode_audio(loop, RATE_HZ, encoding=encoding, is_loop=True).to_bytes())
+    read, _ = decode(encode_audio(loop, RATE_HZ, encoding=encoding, loop_s=0.5).to_bytes())
     assert read.shape[1] == rate_hz // 2
     t = np.arange(rate_hz // 2) / rate_hz
     expected = np.stack([0.5 * np.sin(2 * np.pi * 440 * t + phase) for phase in (0.5, 2.0)])
     assert np.abs(read - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 22_050, 48_000])
+def test_loops_have_their_exact_length_at_other_rates(rate_hz: int) -> None:
+    for bpm in range(90, 130):
+        loop_s = 4 * 60 / bpm
+        loop = np.zeros((1, int(loop_s * RATE_HZ + 1e-6)), np.float32)
+        data = encode_audio(loop, RATE_HZ, encoding=Encoding(AudioFormat.PCM, sample_rate_hz=rate_hz), loop_s=loop_s)
+        assert data.num_bytes // 2 == int(loop_s * rate_hz + 1e-6), bpm
 
 
 @pytest.mark.parametrize(
