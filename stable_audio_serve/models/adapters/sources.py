@@ -141,13 +141,20 @@ def _fetch_url(url: str, *, cache: Path, max_bytes: int) -> Path:
     try:
         with _lock:
             if not path.exists():
-                with httpx.stream("GET", url, follow_redirects=True, timeout=_REQUEST_TIMEOUT_S) as reply:
+                hooks: dict[str, list[Any]] = {"request": [_require_tls]}  # also called for each redirect
+                client = httpx.Client(follow_redirects=True, timeout=_REQUEST_TIMEOUT_S, event_hooks=hooks)
+                with client, client.stream("GET", url) as reply:
                     if reply.status_code != 200:
                         raise _FetchError(f"the server answers with status {reply.status_code}")
                     _write(path, _in_time(reply.iter_raw(_CHUNK_BYTES)), max_bytes=max_bytes)
         return path
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _FetchError(f"cannot be downloaded: {error}") from error
+
+
+def _require_tls(request: Any) -> None:
+    if request.url.scheme != "https":
+        raise _FetchError("it redirects to a URL that is not https")
 
 
 def _in_time(chunks: Iterator[bytes]) -> Iterator[bytes]:

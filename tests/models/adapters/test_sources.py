@@ -78,6 +78,17 @@ def test_unusable_objects_are_refused(object_storage: ObjectStorage, tmp_path: P
     assert not (tmp_path / "cache").exists()
 
 
+class Site(SimpleHTTPRequestHandler):
+    """Serves files, and redirects `/moved/...`."""
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/moved"):
+            return super().do_GET()
+        self.send_response(302)
+        self.send_header("Location", "http://127.0.0.1:1/x" if "insecure" in self.path else "/v1.0/vinyl.safetensors")
+        return self.end_headers()
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Yields the URL of a web server with TLS that serves the folder `site`."""
@@ -87,7 +98,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "site"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=tmp_path / "site"))
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -106,12 +117,15 @@ def test_files_of_urls_are_downloaded_once(site: str, tmp_path: Path) -> None:
     path = fetch_adapter(source, cache=cache)
     assert (is_remote(source), path.name) == (True, "vinyl.safetensors")
     assert inspect_file(path, name="vinyl").sha256 == sha256
-    (tmp_path / "site" / "v1.0" / "vinyl.safetensors").unlink()
-    assert fetch_adapter(source, cache=cache) == path
     for bad in ("https://", "https://a/b.ckpt", "https://u:p@a/b.safetensors", "https://a/b.safetensors?token=x"):
         assert "must be https://HOST/PATH.safetensors" in refusal(bad, cache=cache)
+    moved = fetch_adapter(f"{site}/moved/a.safetensors", cache=cache)
+    assert inspect_file(moved, name="a").sha256 == sha256
+    assert "redirects to a URL that is not https" in refusal(f"{site}/moved/insecure.safetensors", cache=cache)
     assert "cannot be downloaded" in refusal("https://localhost:99999/b.safetensors", cache=cache)
-    assert [found for found in cache.rglob("*") if found.is_file()] == [path]
+    (tmp_path / "site" / "v1.0" / "vinyl.safetensors").unlink()
+    assert fetch_adapter(source, cache=cache) == path
+    assert {found for found in cache.rglob("*") if found.is_file()} == {path, moved}
 
 
 @pytest.mark.server
