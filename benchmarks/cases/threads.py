@@ -1,7 +1,7 @@
 """Compares the speed of a model on one CPU thread and on several threads, one clip at a time. The model has an official
 size and random weights.
 
-The audio must have the same bytes with any number of threads; otherwise, the comparison fails.
+On AMD processors the audio has the same bytes with any number of threads, on others the last bits may differ.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.compare import LARGEST_DIFFERENCE
 from benchmarks.load import Audio
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
@@ -28,7 +29,8 @@ _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=1
 async def run_threads(settings: CaseSettings) -> dict[str, Any]:
     """Generate clips with each number of threads in alternation, `settings.rounds` clips each.
 
-    The best time counts, because other programs can only add time. Raises RuntimeError if the audio differs.
+    The best time counts, because other programs can only add time. Raises RuntimeError if the audio differs by
+    more than rounding.
     """
     model = build_random_model(settings.model or _MODEL, device="cpu", dtype=torch.float32)
     seconds: dict[int, list[float]] = {count: [] for count in _COUNTS}
@@ -40,13 +42,15 @@ async def run_threads(settings: CaseSettings) -> dict[str, Any]:
                 started_at = time.perf_counter()
                 audio.append((await engine.generate(_REQUEST)).audio[0])
                 seconds[count].append(time.perf_counter() - started_at)
-    if not all(np.array_equal(audio[0], other) for other in audio[1:]):
-        raise RuntimeError("the audio differs between the numbers of threads: the comparison is void")
+    difference = max(float(np.abs(audio[0] - other).max()) for other in audio[1:])
+    if difference > LARGEST_DIFFERENCE:
+        raise RuntimeError(f"the audio of different numbers of threads differs by {difference:.2g}: no fair comparison")
     work_s = {count: min(taken) / _REQUEST.duration_s for count, taken in seconds.items()}
     return {
         "model": {"device": "cpu", "weights": "random", **asdict(model.spec)},
         "clip_s": _REQUEST.duration_s,
         "steps": model.spec.card.default_steps,
+        "largest_difference": difference,
         "seconds": {str(count): taken for count, taken in seconds.items()},
         "work_s_per_audio_s": {str(count): value for count, value in work_s.items()},
         "speedup": {str(count): work_s[1] / value for count, value in work_s.items()},
