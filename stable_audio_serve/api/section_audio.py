@@ -101,15 +101,16 @@ async def make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller
 
     Raises the errors of `Service.run_job`. The format must be one that can grow, see `can_grow`.
     """
-    job = (await service.add_job(spec, card=card, caller=caller)).job
-    try:
-        async with aclosing(_follow(service, job, encoding=spec.encoding)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-        service.require_file(await service.jobs.get(spec.ref) or job)
-    finally:
-        with CancelScope(shield=True):  # the response's scope is cancelled when the client has left
-            await service.jobs.cancel(spec.ref)
+    with service.streams.counted(caller):
+        job = (await service.add_job(spec, card=card, caller=caller)).job
+        try:
+            async with aclosing(_follow(service, job, encoding=spec.encoding)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            service.require_file(await service.jobs.get(spec.ref) or job)
+        finally:
+            with CancelScope(shield=True):  # the response's scope is cancelled when the client has left
+                await service.jobs.cancel(spec.ref)
 
 
 def can_grow(file_format: AudioFormat) -> bool:

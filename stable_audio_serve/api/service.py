@@ -256,14 +256,16 @@ class Service:
         """Add a job like `add_job`, wait for its end and return its file. If the wait is cancelled, so is the job.
 
         Raises GenerationError or DeadlineExceededError if the job fails, and StoppingError if this process stops first.
+        Also raises the errors of `EventStreams.counted`.
         """
-        job = (await self.add_job(spec, card=card, caller=caller)).job
-        try:
-            async for change in self.streams.follow(self.jobs, job):
-                job = change.job
-        finally:
-            if not job.is_over:
-                await self.jobs.cancel(job.spec.ref)
+        with self.streams.counted(caller):
+            job = (await self.add_job(spec, card=card, caller=caller)).job
+            try:
+                async for change in self.streams.follow(self.jobs, job):
+                    job = change.job
+            finally:
+                if not job.is_over:
+                    await self.jobs.cancel(job.spec.ref)
         return self.require_file(job)
 
     @staticmethod

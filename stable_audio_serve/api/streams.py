@@ -146,12 +146,19 @@ class EventStreams:
         self._require_room(caller)
         return _AudioStream(chunks, counted=partial(self._counted, caller.name), headers=headers, media_type=media_type)
 
+    @contextmanager
+    def counted(self, caller: Caller) -> Iterator[None]:
+        """Count a request that waits for a job as a stream while the block runs. Raises the errors of `open`."""
+        self._require_room(caller)
+        with self._counted(caller.name):
+            yield
+
     def _require_room(self, caller: Caller) -> None:
         if self._open_by_client[caller.name] >= self._limits.max_open_per_client:
-            message = "this client has too many open event streams"
+            message = "this client has too many open streams"
             raise QuotaError(message, retry_after_s=_BUSY_RETRY_S)
         if self._open.value >= self._limits.max_open:
-            message = "too many event streams are open"
+            message = "too many streams are open"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
 
     @contextmanager

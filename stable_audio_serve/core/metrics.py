@@ -39,7 +39,11 @@ _HTTP = (
     Metric("http_request_ms", "histogram", "Duration of a whole request, milliseconds.", ("route",)),
     Metric("http_requests_in_progress", "gauge", "Requests in progress, streams included."),
     Metric("refusals", "counter", "Refused requests, by kind of error or HTTP status.", ("reason",)),
-    Metric("event_streams_open", "gauge", "Open streams of job events."),
+    Metric(
+        "event_streams_open",
+        "gauge",
+        "Open streams of job events and growing audio, and requests that wait for a long piece.",
+    ),
     Metric(
         "key_file_broken",
         "gauge",

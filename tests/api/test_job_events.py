@@ -179,7 +179,7 @@ async def test_closing_a_stream_frees_its_slot() -> None:
                 for url in (f"/jobs/{ticket['id']}/events", f"{fal['status_url']}/stream"):
                     reply = await client.get(url)
                     assert reply.status_code in (429, 503), reply.text
-                    assert "too many event streams" in reply.json()["detail"]
+                    assert "too many streams" in reply.json()["detail"]
                     assert int(reply.headers["retry-after"]) > 0
                     assert reply.headers["content-type"] == "application/json"
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
@@ -376,6 +377,12 @@ async def test_long_pieces_fail_and_are_refused_like_clips() -> None:
         long = {"prompt": "x", "music_length_ms": 20_000}
         backend.error = GenerationError("secret")
         assert "secret" not in detail(await client.post(MUSIC, json=long), 500)["message"]
+    limits = StreamLimits(max_open_per_client=0)
+    async with make_client(ToneBackend(catalog=ModelCatalog([SHORT])), stream_limits=limits) as (client, _):
+        for path in (MUSIC, STREAM):
+            reply = await client.post(path, json=long)
+            assert detail(reply, 429)["status"] == "too_many_concurrent_requests"
+            assert int(reply.headers["retry-after"]) > 0
     async with make_client(ToneBackend(catalog=ModelCatalog([SHORT])), api={"max_long_s": 30}) as (client, _):
         ((field, message),) = faults(await client.post(MUSIC, json={"prompt": "x", "music_length_ms": 31_000}))
         assert (field, "at most 30 s" in message) == ("music_length_ms", True)
