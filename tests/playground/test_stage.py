@@ -246,6 +246,12 @@ def test_region_covers_the_spectrogram_and_the_room_is_labelled(page: Page) -> N
     assert region["top"] < canvas["top"] + 30
     page.click("extend-after")
     assert region_of(page) == (2, 3)
+    assert (
+        page.run(
+            "const { scrollWidth, clientWidth } = document.getElementById('wave'); return scrollWidth - clientWidth"
+        )
+        == 0
+    )
     page.click("extend-before")
     assert region_of(page) == (-1, 0)
     assert page.make_clip("regenerate")["bytes"] == 3 * 44100 * 4
