@@ -66,6 +66,12 @@ def test_shown_bounds_are_valid_input(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_a_long_seed_is_visible_as_a_whole(page: Page) -> None:
+    page.fill(seed=2**32 - 1)
+    assert page.run("return arguments[0].scrollWidth <= arguments[0].clientWidth", page["seed"])
+
+
+@pytest.mark.slow
 def test_page_handles_prompts_of_100000_characters(page: Page) -> None:
     page.fill(duration=0.5, steps=2)
     page.run("for (const id of ['prompt', 'negative_prompt']) document.getElementById(id).value = '雨'.repeat(100_000)")
