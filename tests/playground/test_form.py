@@ -60,6 +60,18 @@ def test_loudness_and_fades_are_sent_and_restored(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_strengths_are_shown(page: Page) -> None:
+    page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
+    page.click("use-source")
+    page.click("mark-region")
+    for name, first, second in (("init_noise_level", "0.9", "0.89"), ("region-strength", "1", "0.95")):
+        shown = page.browser.find_element(By.CSS_SELECTOR, f"output[for={name}]")
+        assert shown.text == first
+        page[name].send_keys(Keys.ARROW_LEFT)
+        assert shown.text == second
+
+
+@pytest.mark.slow
 def test_shown_bounds_are_valid_input(page: Page) -> None:
     shown = page.browser.find_element(By.CSS_SELECTOR, "[data-field=duration] .range").text
     assert re.fullmatch(r"0 to \d+(\.\d\d?)?", shown)

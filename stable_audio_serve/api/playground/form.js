@@ -140,7 +140,7 @@ export class Form {
       if (min !== undefined) input.min = min;
       const upper = Math.min(max ?? Infinity, most[box.dataset.field] ?? Infinity);
       if (upper < Infinity) input.max = upper;
-      const range = box.querySelector(".range");
+      const range = box.querySelector("span.range");
       if (range && input.max) range.textContent = `${input.min || 0} to ${shown(input.max)}`;
     }
     if (text) box.title = text;
