@@ -26,6 +26,12 @@ const element = (id) => document.getElementById(id);
 // Rounds a bound down, so that the shown value is valid input.
 const shown = (most) => Math.floor(most * 100) / 100;
 
+// Says which numbers a field takes.
+function requirement({ min, max, step }) {
+  const range = max ? `from ${min} to ${shown(max)}` : `of at least ${min}`;
+  return `Enter a ${step === "1" ? "whole number" : "number"} ${range}.`;
+}
+
 export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
 export class Form {
@@ -183,19 +189,12 @@ export class Form {
     });
   }
 
-  // Returns errors in values that the server does not receive as fields: text in a number field, the number of
-  // variations, and a missing tempo.
+  // Returns errors that need no server: a missing prompt, and numbers that a field does not take.
   faults() {
-    const shown = [...this.node.querySelectorAll("[data-field]:not([hidden])")];
-    const found = [];
-    for (const box of shown) {
-      const inputs = [...box.querySelectorAll("input[type=number]")];
-      const isMissing = inputs.some(({ required, value }) => required && !value);
-      if (isMissing || inputs.some(({ validity }) => validity.badInput)) found.push({ field: box.dataset.field, message: "Enter a number." });
-    }
-    const { validity, min, max } = element("batch_size");
-    if (!this.field("batch_size").hidden && !validity.valid && !validity.badInput) {
-      found.push({ field: "batch_size", message: `Enter a whole number from ${min} to ${max}.` });
+    const found = element("prompt").value.trim() ? [] : [{ field: "prompt", message: "Enter a prompt." }];
+    for (const box of this.node.querySelectorAll("[data-field]:not([hidden])")) {
+      const input = box.querySelector("input[type=number]:invalid");
+      if (input) found.push({ field: box.dataset.field, message: requirement(input), input });
     }
     return found;
   }
@@ -289,7 +288,7 @@ export class Form {
   showFaults(faults) {
     this.clearFaults();
     const elsewhere = [];
-    for (const { field, message } of faults) {
+    for (const { field, message, input: wrong } of faults) {
       const box = field && /^\w+$/.test(field) ? this.field(field) : null;
       if (!box || box.hidden) {
         elsewhere.push(message);
@@ -299,7 +298,7 @@ export class Form {
       box.append(note);
       const folded = box.closest("details");
       if (folded) folded.open = true;
-      const input = box.querySelector("input, select, textarea");
+      const input = wrong ?? box.querySelector("input, select, textarea");
       input?.setAttribute("aria-invalid", "true");
       input?.setAttribute("aria-describedby", note.id);
     }
