@@ -125,7 +125,7 @@ def test_key_is_requested_and_stored_for_the_tab_only(page: Page, tmp_path: Path
         locked.until(lambda: locked.browser.find_elements(By.CSS_SELECTOR, "#model option"))
         assert locked.fill(prompt="rain", duration=0.5, steps=2).make_clip()["bytes"] == 22050 * 4
         locked.fill(duration=4).click("generate")
-        locked.until(lambda: "more than this key may have in a minute" in locked["form-error"].text)
+        locked.until(lambda: "more than this key may have in a minute" in locked["jobs"].text)
         assert not locked["key-dialog"].is_displayed()
         assert locked.run("return Object.values(sessionStorage)") == [key]
         assert key not in locked.run("return JSON.stringify(localStorage)")

@@ -273,6 +273,12 @@ export class Form {
     return document.querySelector(`[data-field="${name}"]`);
   }
 
+  // Whether the form shows this field.
+  has(name) {
+    const box = /^\w+$/.test(name ?? "") ? this.field(name) : null;
+    return Boolean(box && !box.hidden);
+  }
+
   // Removes the errors of all fields or of one.
   clearFaults(box = this.node) {
     if (!box) return;
@@ -289,11 +295,11 @@ export class Form {
     this.clearFaults();
     const elsewhere = [];
     for (const { field, message, input: wrong } of faults) {
-      const box = field && /^\w+$/.test(field) ? this.field(field) : null;
-      if (!box || box.hidden) {
+      if (!this.has(field)) {
         elsewhere.push(message);
         continue;
       }
+      const box = this.field(field);
       const note = Object.assign(document.createElement("p"), { className: "error", id: `error-${field}`, textContent: message });
       box.append(note);
       const folded = box.closest("details");
@@ -304,6 +310,7 @@ export class Form {
     }
     element("form-error").textContent = elsewhere.join(" ");
     element("form-error").hidden = !elsewhere.length;
+    if (elsewhere.length) element("form-error").scrollIntoView({ block: "nearest" });
     document.querySelector("[aria-invalid]")?.focus();
   }
 }
