@@ -16,28 +16,38 @@ pytestmark = pytest.mark.server
 
 
 def test_error_is_shown_at_its_field(page: Page) -> None:
-    page.fill(prompt="rain", steps=1000, duration=99)
+    page.fill(prompt="rain", steps=2, duration=0, seed=2**70)
     page.click("generate")
     page.until(page.field_errors)
-    assert set(page.field_errors()) == {"steps", "duration"}
-    assert page["steps"].get_attribute("aria-invalid") == "true"
-    assert "at most" in page.field_errors()["duration"]
+    assert set(page.field_errors()) == {"seed", "duration"}
+    assert page["seed"].get_attribute("aria-invalid") == "true"
+    assert "greater than 0" in page.field_errors()["duration"]
     assert page.run("return document.activeElement.id") == "duration"
-    assert set(page.fill(duration=0.5).field_errors()) == {"steps"}
-    assert page.fill(steps=2).make_clip()
+    assert set(page.fill(duration=0.5).field_errors()) == {"seed"}
+    assert page.fill(seed=2).make_clip()
     page.messages()  # clears the console, in which the browser has logged the refused requests
 
 
 @pytest.mark.slow
 def test_invalid_input_is_shown_without_a_request(page: Page) -> None:
-    page.fill(prompt="rain", steps=2, duration=0.5, batch_size=99).click("generate")
+    page.fill(prompt=" ", steps="1e", duration=99, batch_size=99, target_lufs=-90, fade_in_s=-1).click("generate")
     page.until(page.field_errors)
-    assert page.field_errors() == {"batch_size": "Enter a whole number from 1 to 4."}
-    page.fill(batch_size=1, steps="1e").click("generate")
-    page.until(lambda: page.field_errors() == {"steps": "Enter a number."})
+    assert page.field_errors() == {
+        "prompt": "Enter a prompt.",
+        "steps": "Enter a whole number from 1 to 50.",
+        "duration": "Enter a number from 0 to 48.48.",
+        "batch_size": "Enter a whole number from 1 to 4.",
+        "loudness": "Enter a number from -70 to -5.",
+        "fade_in_s": "Enter a number of at least 0.",
+    }
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
-    page.fill(steps=2, bpm="").click("generate")
-    page.until(lambda: page.field_errors() == {"bpm": "Enter a number."})
+    page.fill(prompt="rain", steps=2, batch_size=1, target_lufs="", fade_in_s="", bpm="").click("generate")
+    page.until(lambda: page.field_errors() == {"bpm": "Enter a number from 1 to 1000."})
+    page.browser.find_element(By.CSS_SELECTOR, "input[value=piece]").click()
+    page.run("document.querySelector('#sections li:last-child .duration').value = ''")
+    page.click("generate")
+    page.until(lambda: page.field_errors() == {"sections": "Enter a number of at least 1."})
+    assert page.run("return document.activeElement.ariaLabel") == "Length of section 2, seconds"
     assert not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li, #clips li")
 
 
@@ -56,13 +66,30 @@ def test_loudness_and_fades_are_sent_and_restored(page: Page) -> None:
     assert {name: float(page[name].get_attribute("value") or "nan") for name in values} == values
     page.fill(target_lufs=-2).click("generate")
     page.until(lambda: "loudness" in page.field_errors())
-    page.messages()  # clears the console, in which the browser has logged the refused request
+
+
+@pytest.mark.slow
+def test_strengths_are_shown(page: Page) -> None:
+    page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
+    page.click("use-source")
+    page.click("mark-region")
+    for name, first, second in (("init_noise_level", "0.9", "0.89"), ("region-strength", "1", "0.95")):
+        shown = page.browser.find_element(By.CSS_SELECTOR, f"output[for={name}]")
+        assert shown.text == first
+        page[name].send_keys(Keys.ARROW_LEFT)
+        assert shown.text == second
 
 
 @pytest.mark.slow
 def test_shown_bounds_are_valid_input(page: Page) -> None:
     shown = page.browser.find_element(By.CSS_SELECTOR, "[data-field=duration] .range").text
     assert re.fullmatch(r"0 to \d+(\.\d\d?)?", shown)
+
+
+@pytest.mark.slow
+def test_a_long_seed_is_visible_as_a_whole(page: Page) -> None:
+    page.fill(seed=2**32 - 1)
+    assert page.run("return arguments[0].scrollWidth <= arguments[0].clientWidth", page["seed"])
 
 
 @pytest.mark.slow
@@ -98,7 +125,7 @@ def test_key_is_requested_and_stored_for_the_tab_only(page: Page, tmp_path: Path
         locked.until(lambda: locked.browser.find_elements(By.CSS_SELECTOR, "#model option"))
         assert locked.fill(prompt="rain", duration=0.5, steps=2).make_clip()["bytes"] == 22050 * 4
         locked.fill(duration=4).click("generate")
-        locked.until(lambda: "more than this key may have in a minute" in locked["form-error"].text)
+        locked.until(lambda: "more than this key may have in a minute" in locked["jobs"].text)
         assert not locked["key-dialog"].is_displayed()
         assert locked.run("return Object.values(sessionStorage)") == [key]
         assert key not in locked.run("return JSON.stringify(localStorage)")

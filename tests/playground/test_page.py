@@ -50,6 +50,10 @@ def test_page_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
         """
         assert page.run(script) == []
         assert page.accessibility_problems() == []
+        page.make_clip("regenerate")
+        row = page.browser.find_element(By.CSS_SELECTOR, "#clips small")
+        assert "from rain, seed" in row.text
+        assert page.run("return arguments[0].scrollWidth <= arguments[0].clientWidth", row)
     finally:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

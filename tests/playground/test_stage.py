@@ -164,6 +164,35 @@ def test_order_can_be_cancelled_while_the_server_is_away(page: Page) -> None:
     assert num_sent >= 1
 
 
+FULL = """
+const real = window.fetch;
+window.fetch = async (url, options) => {
+  if (!String(url).endsWith("/jobs") || window.isBack) return real(url, options);
+  const headers = { "Retry-After": "7" };
+  return new Response(JSON.stringify({ detail: "The server is full." }), { status: 429, headers });
+};
+"""
+
+
+@pytest.mark.slow
+def test_refused_order_stays_in_sight_of_a_phone_until_repeated(phone: Page) -> None:
+    phone.run(FULL)
+    phone.fill(prompt="rain", duration=0.5, steps=2).click("generate")
+    phone.until(lambda: "The server is full. Try again in 7 s." in phone["jobs"].text)
+
+    def is_in_sight() -> bool:
+        row = place_of(phone, "#jobs .failed")
+        return row["top"] >= 0 and row["bottom"] <= phone.run("return innerHeight")
+
+    phone.until(is_in_sight)
+    phone.run("window.isBack = true")
+    phone.browser.find_element(By.CSS_SELECTOR, "[aria-label='Try again rain']").click()
+    phone.until(lambda: phone.clips)
+    phone.open()
+    assert not phone.browser.find_elements(By.CSS_SELECTOR, "#jobs li")
+    assert len(phone.clips) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_failed_job_stays_with_its_reason_and_is_repeated(scheme: str, page: Page) -> None:
@@ -246,6 +275,12 @@ def test_region_covers_the_spectrogram_and_the_room_is_labelled(page: Page) -> N
     assert region["top"] < canvas["top"] + 30
     page.click("extend-after")
     assert region_of(page) == (2, 3)
+    assert (
+        page.run(
+            "const { scrollWidth, clientWidth } = document.getElementById('wave'); return scrollWidth - clientWidth"
+        )
+        == 0
+    )
     page.click("extend-before")
     assert region_of(page) == (-1, 0)
     assert page.make_clip("regenerate")["bytes"] == 3 * 44100 * 4

@@ -26,6 +26,12 @@ const element = (id) => document.getElementById(id);
 // Rounds a bound down, so that the shown value is valid input.
 const shown = (most) => Math.floor(most * 100) / 100;
 
+// Says which numbers a field takes.
+function requirement({ min, max, step }) {
+  const range = max ? `from ${min} to ${shown(max)}` : `of at least ${min}`;
+  return `Enter a ${step === "1" ? "whole number" : "number"} ${range}.`;
+}
+
 export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
 export class Form {
@@ -140,7 +146,7 @@ export class Form {
       if (min !== undefined) input.min = min;
       const upper = Math.min(max ?? Infinity, most[box.dataset.field] ?? Infinity);
       if (upper < Infinity) input.max = upper;
-      const range = box.querySelector(".range");
+      const range = box.querySelector("span.range");
       if (range && input.max) range.textContent = `${input.min || 0} to ${shown(input.max)}`;
     }
     if (text) box.title = text;
@@ -183,19 +189,12 @@ export class Form {
     });
   }
 
-  // Returns errors in values that the server does not receive as fields: text in a number field, the number of
-  // variations, and a missing tempo.
+  // Returns errors that need no server: a missing prompt, and numbers that a field does not take.
   faults() {
-    const shown = [...this.node.querySelectorAll("[data-field]:not([hidden])")];
-    const found = [];
-    for (const box of shown) {
-      const inputs = [...box.querySelectorAll("input[type=number]")];
-      const isMissing = inputs.some(({ required, value }) => required && !value);
-      if (isMissing || inputs.some(({ validity }) => validity.badInput)) found.push({ field: box.dataset.field, message: "Enter a number." });
-    }
-    const { validity, min, max } = element("batch_size");
-    if (!this.field("batch_size").hidden && !validity.valid && !validity.badInput) {
-      found.push({ field: "batch_size", message: `Enter a whole number from ${min} to ${max}.` });
+    const found = element("prompt").value.trim() ? [] : [{ field: "prompt", message: "Enter a prompt." }];
+    for (const box of this.node.querySelectorAll("[data-field]:not([hidden])")) {
+      const input = box.querySelector("input[type=number]:invalid");
+      if (input) found.push({ field: box.dataset.field, message: requirement(input), input });
     }
     return found;
   }
@@ -274,6 +273,12 @@ export class Form {
     return document.querySelector(`[data-field="${name}"]`);
   }
 
+  // Whether the form shows this field.
+  has(name) {
+    const box = /^\w+$/.test(name ?? "") ? this.field(name) : null;
+    return Boolean(box && !box.hidden);
+  }
+
   // Removes the errors of all fields or of one.
   clearFaults(box = this.node) {
     if (!box) return;
@@ -289,22 +294,23 @@ export class Form {
   showFaults(faults) {
     this.clearFaults();
     const elsewhere = [];
-    for (const { field, message } of faults) {
-      const box = field && /^\w+$/.test(field) ? this.field(field) : null;
-      if (!box || box.hidden) {
+    for (const { field, message, input: wrong } of faults) {
+      if (!this.has(field)) {
         elsewhere.push(message);
         continue;
       }
+      const box = this.field(field);
       const note = Object.assign(document.createElement("p"), { className: "error", id: `error-${field}`, textContent: message });
       box.append(note);
       const folded = box.closest("details");
       if (folded) folded.open = true;
-      const input = box.querySelector("input, select, textarea");
+      const input = wrong ?? box.querySelector("input, select, textarea");
       input?.setAttribute("aria-invalid", "true");
       input?.setAttribute("aria-describedby", note.id);
     }
     element("form-error").textContent = elsewhere.join(" ");
     element("form-error").hidden = !elsewhere.length;
+    if (elsewhere.length) element("form-error").scrollIntoView({ block: "nearest" });
     document.querySelector("[aria-invalid]")?.focus();
   }
 }

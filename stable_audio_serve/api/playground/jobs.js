@@ -11,7 +11,8 @@ const element = (id) => document.getElementById(id);
 export class Jobs {
   // Calls `onClip({id, order, blob, status, facts, seconds})` for each success, `onGrowing(job, {isAsked, isNew})` when the
   // first section of a long piece is finished and when the user asks to listen to it, and `onRefusal(error)` if the
-  // server does not accept an order. `isNew` is false after a reload of the page. Later failures are shown in the job's row.
+  // server does not accept an order. `isNew` is false after a reload of the page. The job's row shows later failures, and
+  // refusals for which `onRefusal` returns false.
   constructor({ onClip, onGrowing, onRefusal }) {
     Object.assign(this, { onClip, onGrowing, onRefusal });
     this.followed = new Set();
@@ -71,17 +72,14 @@ export class Jobs {
     return call(`jobs/${job.acceptedAs}`, { method: "DELETE" });
   }
 
-  // Ends the row of a refused job. A job that failed later keeps its row, with the reason and a button to try again.
+  // Ends the row of a job that is refused for its fields or key. Others keep it, with the reason and a button to try again.
   async fail(job, { error, row }) {
     const isOver = error.name === "AbortError" || error.isFinal || isFinal(error);
     if (isOver) await store.remove("jobs", job.id);
     if (error.name === "AbortError") return row.remove();
-    if (error.status === 401 || !job.acceptedAs) {
-      row.remove();
-      return this.onRefusal(error);
-    }
+    if ((error.status === 401 || !job.acceptedAs) && this.onRefusal(error)) return row.remove();
     const retry = () => (isOver ? this.start(job.order) : this.follow(job));
-    return row.fail(error.status === 404 ? "The server no longer has this job." : error.message, { retry, onDismiss: () => store.remove("jobs", job.id) });
+    return row.fail(error.status === 404 && job.acceptedAs ? "The server no longer has this job." : error.message, { retry, onDismiss: () => store.remove("jobs", job.id) });
   }
 
   async finish(job, { status, began }) {

@@ -18,7 +18,7 @@ const MOST_DECODED_BYTES = 50e6; // larger sources are sent without decoding the
 const stage = new Stage({ longestOf: (model) => form.longestOf(model), onError: fail });
 const form = new Form({ onSubmit: () => attempt(generate), onSourceFile: useFile });
 const clips = new Clips({ onShow: (clip) => attempt(() => select(clip)), onDelete: (clip) => stage.forget(clip), onFile: save, onError: fail });
-const jobs = new Jobs({ onClip: addClip, onGrowing: (job, how) => attempt(() => listen(job, how)), onRefusal: fail });
+const jobs = new Jobs({ onClip: addClip, onGrowing: (job, how) => attempt(() => listen(job, how)), onRefusal: refuse });
 const panel = new ServerPanel({ onBack: () => form.isLoaded || connect() });
 const say = (message) => stage.say(message);
 
@@ -33,10 +33,16 @@ async function attempt(act) {
 function fail(error) {
   if (error instanceof ApiError) {
     if (error.status === 401) return askKey(error.message);
-    const wait = error.retryAfterS ? ` Try again in ${error.retryAfterS} s.` : "";
-    return form.showFaults(error.faults.map((fault, index) => (index ? fault : { ...fault, message: fault.message + wait })));
+    return form.showFaults(error.faults);
   }
   form.showFaults([{ field: null, message: error.message }]);
+}
+
+// Shows a refusal that is about the key or a field of the form. Returns whether it is.
+function refuse(error) {
+  const isAboutForm = error.status === 401 || Boolean(error.faults?.some(({ field }) => form.has(field)));
+  if (isAboutForm) fail(error);
+  return isAboutForm;
 }
 
 // ---- generating ----

@@ -51,6 +51,7 @@ export class Stage {
     on("mark-region", "click", () => this.view.mark(this.view.snap(this.duration * 0.25), this.view.snap(this.duration * 0.75)));
     on("region-start", "change", () => this.moveEdge({ start: element("region-start").valueAsNumber }));
     on("region-end", "change", () => this.moveEdge({ end: element("region-end").valueAsNumber }));
+    on("region-strength", "input", () => (element("region-strength-box").querySelector("output").value = element("region-strength").value));
     on("volume", "input", () => this.setVolume(element("volume").valueAsNumber));
     element("volume").value = preference("volume", "1");
     setVolume(element("volume").valueAsNumber);
