@@ -14,6 +14,7 @@ from selenium.webdriver.common.by import By
 
 from tests.patience import PATIENCE_S
 from tests.playground.conftest import Page
+from tests.playground.test_stage import WORKING
 
 pytestmark = pytest.mark.server
 
@@ -230,6 +231,32 @@ def test_tabs_share_the_list_of_clips(page: Page) -> None:
     page.until(lambda: len(page.browser.find_elements(By.CSS_SELECTOR, "#clips li")) == 1)
     page.browser.close()
     page.browser.switch_to.window(first)
+
+
+@pytest.mark.slow
+def test_tab_shows_its_clip_if_another_tab_has_stored_it(page: Page) -> None:
+    page.run(WORKING)
+    page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
+    page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#jobs progress[value]"))
+    first = page.browser.current_window_handle
+    page.browser.switch_to.new_window("tab")
+    page.open().until(lambda: page.clips)
+    page.browser.close()
+    page.browser.switch_to.window(first)
+    page.run("window.release()")
+    page.until(lambda: page["clip-name"].text == "rain")
+    page.until(lambda: page.status_text.startswith("Generated in"))
+    assert len(page.clips) == 1
+
+
+@pytest.mark.slow
+def test_message_about_a_clip_ends_with_its_display(page: Page) -> None:
+    page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
+    page.fill(prompt="rain").make_clip()
+    page.until(lambda: page.status_text.startswith("Generated in"))
+    page.run("document.querySelector('#clips li:last-child .what').click()")
+    page.until(lambda: page["clip-name"].text == "a snare")
+    assert page.status_text == ""
 
 
 @pytest.mark.slow

@@ -86,6 +86,23 @@ def test_interrupted_download_is_fetched_after_a_reload(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_lost_connection_to_a_job_is_shown_and_restored(page: Page) -> None:
+    page.run(
+        """
+        const real = window.fetch;
+        window.fetch = async (url, options) =>
+          /jobs.[0-9a-f]{32}/.test(String(url)) && !window.isBack
+            ? Response.json({ detail: "the server cannot answer now" }, { status: 503 })
+            : real(url, options);
+        """
+    )
+    page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
+    page.until(lambda: "Connection lost. Retrying." in page["jobs"].text)
+    page.run("window.isBack = true")
+    page.until(lambda: page.clips)
+
+
+@pytest.mark.slow
 def test_job_with_a_lost_response_is_found_after_a_reload(page: Page, served: str) -> None:
     page.run(
         """

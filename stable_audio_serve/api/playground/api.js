@@ -76,7 +76,7 @@ const LEAST_BETWEEN_POLLS_MS = 250; // over all jobs
 let numStreams = 0;
 let nextPollMs = 0;
 
-// Yields a job's events as {kind, data}: "progress", "away" while the server is unreachable, and finally "end". A lost
+// Yields a job's events as {kind, data}: "progress", "away" after a lost connection, and finally "end". A lost
 // stream resumes after its last event. Every fourth attempt polls the status instead, for networks that block streams.
 // Jobs beyond the first MOST_STREAMS are always polled.
 export async function* jobEvents(id) {
@@ -106,7 +106,7 @@ export async function* jobEvents(id) {
       }
     } catch (error) {
       if (isRefusal(error)) throw error;
-      yield { kind: "away", data: { message: error instanceof ApiError ? error.message : "The connection was lost." } };
+      yield { kind: "away" };
     } finally {
       if (!isPolled) numStreams -= 1;
     }

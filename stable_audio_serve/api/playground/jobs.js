@@ -35,10 +35,10 @@ export class Jobs {
     const waiting = new AbortController();
     const row = new Row(job.order, () => this.cancel(job, waiting));
     try {
-      if (!job.acceptedAs) await this.submit(job, { signal: waiting.signal, onAway: () => row.say("The server is unreachable. Sent when it is back.") });
+      if (!job.acceptedAs) await this.submit(job, { signal: waiting.signal, onAway: () => row.say("Server unreachable. Sent when it is back.") });
       for await (const { kind, data } of jobEvents(job.acceptedAs)) {
         if (kind === "progress") this.showProgress(job, { row, progress: data, isNew: began !== null });
-        if (kind === "away") row.say(`${data.message} Retrying.`);
+        if (kind === "away") row.say("Connection lost. Retrying.");
         if (kind === "end") await this.finish(job, { status: data, began });
       }
       await store.remove("jobs", job.id);

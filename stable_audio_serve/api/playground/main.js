@@ -64,12 +64,12 @@ async function run(orders) {
 }
 
 async function addClip({ id, order, blob, status, facts, seconds }) {
-  if (clips.byId.has(id)) return; // another tab has added it
   const rateHz = status.sample_rate;
-  const clip = { id, at: Date.now(), order, blob, rateHz, model: status.model, facts, seconds };
   const { sections } = order.fields;
-  clip.durationS = sections ? lengthOf(sections) : status.duration ?? (await decode(blob, rateHz)).duration;
-  const isKept = clips.add(clip);
+  const durationS = sections ? lengthOf(sections) : status.duration ?? (await decode(blob, rateHz)).duration;
+  const added = clips.byId.get(id); // by another tab
+  const clip = added ?? { id, at: Date.now(), order, blob, rateHz, model: status.model, facts, seconds, durationS };
+  const isKept = added ? true : clips.add(clip);
   await select(clip, { plays: Boolean(seconds) && element("autoplay").checked });
   const warnings = (status.warnings ?? []).map((warning) => ` ${warning}.`);
   say((seconds ? `Generated in ${seconds.toFixed(2)} s.` : "Generated.") + warnings.join(""));
@@ -79,6 +79,7 @@ async function addClip({ id, order, blob, status, facts, seconds }) {
 // Shows a long piece while it is made. Unless the user asks for it, it does not interrupt what plays.
 async function listen(job, { isAsked, isNew }) {
   if (!isAsked && stage.player?.isPlaying) return;
+  clips.mark(job);
   await stage.showGrowing(job, { plays: isAsked || (isNew && element("autoplay").checked) });
 }
 

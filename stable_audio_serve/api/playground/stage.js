@@ -146,6 +146,7 @@ export class Stage {
     this.player?.stop();
     if (this.shown && this.shown.id !== clip.id) this.other = this.shown.isGrowing ? null : this.shown;
     Object.assign(this, { buffer, player });
+    this.say("");
     this.describe(clip);
     element("ab").setAttribute("aria-pressed", "false");
     this.setSnap(buffer && tempoOf(clip.order));
