@@ -11,6 +11,7 @@ import httpx
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from tests.patience import PATIENCE_S
 from tests.playground.conftest import Page
@@ -247,6 +248,23 @@ def test_tab_shows_its_clip_if_another_tab_has_stored_it(page: Page) -> None:
     page.until(lambda: page["clip-name"].text == "rain")
     page.until(lambda: page.status_text.startswith("Generated in"))
     assert len(page.clips) == 1
+
+
+@pytest.mark.slow
+def test_keyboard_focus_goes_on_to_the_next_clip_after_a_deletion(page: Page) -> None:
+    for prompt in ("hail", "rain", "snow"):
+        page.fill(prompt=prompt, duration=0.5, steps=2).make_clip()
+
+    def focused() -> str:
+        name: str = page.run("return document.activeElement.ariaLabel ?? document.activeElement.tagName")
+        return name.split(",")[0]
+
+    page.browser.find_elements(By.CSS_SELECTOR, "#clips .delete")[1].send_keys(Keys.ENTER)
+    page.until(lambda: focused() == "Delete hail")
+    page.browser.switch_to.active_element.send_keys(Keys.ENTER)
+    page.until(lambda: focused() == "Delete snow")
+    page.browser.find_element(By.CSS_SELECTOR, "#clips .delete").click()  # by mouse, so that Space plays
+    page.until(lambda: focused() == "BODY")
 
 
 @pytest.mark.slow

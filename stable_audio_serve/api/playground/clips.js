@@ -89,7 +89,7 @@ export class Clips {
     this.showTools();
     const isFiltered = element("only-favourites").ariaPressed === "true";
     const listed = [...this.byId.values()].filter((clip) => clip.isFavourite || !isFiltered);
-    element("clips").replaceChildren(...listed.reverse().map((clip) => this.row(clip)));
+    replaceRows(element("clips"), listed.reverse().map((clip) => this.row(clip)));
   }
 
   // Shows the buttons above the list that are of use.
@@ -130,6 +130,17 @@ export class Clips {
     row.addEventListener("dragstart", ({ dataTransfer }) => giveFile(dataTransfer, clip));
     return row;
   }
+}
+
+// Replaces all rows. A keyboard's focus stays on its clip, or goes to the next one if the clip is gone.
+function replaceRows(list, rows) {
+  const focused = list.querySelector(":focus-visible");
+  const before = focused?.parentElement;
+  const at = [...list.children].indexOf(before);
+  list.replaceChildren(...rows);
+  if (!focused || !rows.length) return;
+  const row = rows.find(({ dataset }) => dataset.clip === before.dataset.clip) ?? rows[Math.min(at, rows.length - 1)];
+  row.children[[...before.children].indexOf(focused)].focus();
 }
 
 // Describes a clip in a line, such as "loop · 0:04.0 · seed 7 · from rain, seed 3".
