@@ -156,7 +156,8 @@ def test_screenshots_for_the_documentation(name: str, scheme: str, *, width: int
             page.fill(prompt=prompt, duration=4, steps=8, seed=seed).make_clip()
         page.click("mark-region")
         page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#server-models td"))
-        page.run("scrollTo(0, 0)")
+        top = "#stage" if name == "phone" else "header"
+        page.run("document.querySelector(arguments[0]).scrollIntoView({ behavior: 'instant' })", top)
         page.run("document.activeElement.blur()")
         shot = Image.open(io.BytesIO(page.browser.get_screenshot_as_png())).convert("RGB").quantize(128)
     finally:
