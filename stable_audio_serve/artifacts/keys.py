@@ -22,7 +22,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _HEX = "[0-9a-f]{32}"
 _UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _OURS = re.compile(
-    rf"({_HEX}|{_UUID}(-stable-audio)?)-[A-Za-z0-9._-]{{1,150}}|uploads/{_HEX}(-[0-9]{{1,6}})?|(files|sections|{QUALITY_FOLDER})/{_HEX}"
+    rf"({_HEX}|{_UUID}(-stable-audio)?)-[A-Za-z0-9._-]{{1,150}}|uploads/{_HEX}|(files|sections|{QUALITY_FOLDER})/{_HEX}"
 )
 
 
@@ -39,11 +39,6 @@ def artifact_key(job_id: JobId, file_name: str, *, fence: int, id_is_chosen: boo
 def upload_key() -> ArtifactKey:
     """Return a new key for a job's source file."""
     return ArtifactKey(f"uploads/{secrets.token_hex(16)}")
-
-
-def part_key(upload_id: str, number: int) -> ArtifactKey:
-    """Return the key of one part of a multi-part upload; `upload_id` has 32 hexadecimal digits."""
-    return ArtifactKey(f"uploads/{upload_id}-{number}")
 
 
 def file_key() -> ArtifactKey:

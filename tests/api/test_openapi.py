@@ -30,8 +30,6 @@ ALIASES = {
             *((f"/{x}",) * 2 for x in ("status", "status/stream", "cancel")),
         )
     },
-    "/files/{file_id}/{file_name}/multipart/{ticket}/{number}": "/storage/upload/{ticket}/{number}",
-    "/files/{file_id}/{file_name}/multipart/{ticket}/complete": "/storage/upload/{ticket}/complete",
 }
 
 

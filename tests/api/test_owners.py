@@ -37,10 +37,7 @@ OPEN = {
     *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
     *(("GET", path) for path in ("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt")),
     *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt")),
-    *(("PUT", f"/storage/upload/{{ticket}}{rest}") for rest in ("", "/{number}")),
-    ("POST", "/storage/upload/{ticket}/complete"),
-    ("PUT", "/files/{file_id}/{file_name}/multipart/{ticket}/{number}"),
-    ("POST", "/files/{file_id}/{file_name}/multipart/{ticket}/complete"),
+    ("PUT", "/storage/upload/{ticket}"),
 }
 # This route needs a key only if the client chose the job's id.
 AUDIO = "/jobs/{job_id}/audio"

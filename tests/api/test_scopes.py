@@ -35,10 +35,9 @@ OPEN |= {
     "/redoc",
     "/docs/assets/{file_name}",
 }
-OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
+OPEN |= {"/storage/upload/{ticket}"}
 ADMIN = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
-STORAGE = {"/storage/auth/token", "/storage/upload/initiate", "/storage/upload/initiate-multipart"}
-STORAGE |= {"/files/upload", "/files/upload/multipart"}
+STORAGE = {"/storage/auth/token", "/storage/upload/initiate", "/files/upload"}
 GENERATE = {"/generate", "/generate/loop", "/generate/style-transfer", "/generate/loop-with-riff"}
 GENERATE |= {f"/v1/audio/{what}" for what in ("generations", "variations", "inpaint", "generate", "replay")}
 GENERATE |= {"/fal-ai/stable-audio", "/run/fal-ai/stable-audio"}

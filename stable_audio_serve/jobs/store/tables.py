@@ -149,7 +149,7 @@ UPLOADS = sa.Table(
     "uploads",
     METADATA,
     sa.Column("name", _Text, primary_key=True),
-    sa.Column("ticket", _Text, nullable=False),  # the upload that the file belongs to, which the client announced
+    sa.Column("ticket", _Text, nullable=False),  # not used: revisions remove no columns, so that older servers work
     sa.Column("client", _Text, nullable=False),
     sa.Column("num_bytes", sa.BigInteger, nullable=False),
     sa.Column("expires_at", sa.Double, nullable=False),

@@ -73,7 +73,6 @@ def test_request_can_be_cancelled(results: dict[str, Any]) -> None:
 
 def test_uploaded_files_are_unchanged(results: dict[str, Any]) -> None:
     assert results["upload"]["small"] == [200, "audio/wav", 5000]
-    assert results["upload"]["large"] == [200, "audio/wav", 91 * 1024 * 1024]
     check_output(results["upload"]["withBlob"], results["base"])
 
 

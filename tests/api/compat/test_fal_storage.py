@@ -15,7 +15,6 @@ from itsdangerous import URLSafeTimedSerializer
 
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
-from stable_audio_serve.jobs.store import uploads
 from tests.api.compat.serving import make_client, serve_app
 from tests.patience import PATIENCE_S
 
@@ -27,9 +26,9 @@ KEYS = {"api": {"key_hashes": [hashlib.sha256(KEY.encode()).hexdigest()]}}
 AUTHORIZED = {"authorization": f"Key {KEY}"}
 
 
-async def announce(client: httpx.AsyncClient, kind: str = "initiate", **body: Any) -> dict[str, str]:
+async def announce(client: httpx.AsyncClient, **body: Any) -> dict[str, str]:
     named = {"file_name": "take.wav", "content_type": "audio/wav"} | body
-    reply = await client.post(f"/storage/upload/{kind}?storage_type=fal-cdn-v3", json=named, headers=AUTHORIZED)
+    reply = await client.post("/storage/upload/initiate?storage_type=fal-cdn-v3", json=named, headers=AUTHORIZED)
     assert reply.status_code == 200, reply.text
     assert reply.json().keys() == {"upload_url", "file_url"}
     return reply.json()
@@ -77,55 +76,10 @@ async def test_repeated_upload_is_accepted_and_a_different_one_refused(client: h
     await check_file(client, place["file_url"])
 
 
-@pytest.mark.parametrize("is_javascript", [False, True])
-async def test_multipart_upload_is_joined(client: httpx.AsyncClient, is_javascript: bool) -> None:
-    if is_javascript:
-        place = await announce(client, "initiate-multipart")
-        url, parts_url = place["file_url"], place["upload_url"]
-    else:
-        headers = {"content-type": "audio/wav", "x-fal-file-name": "take.wav"}
-        begun = (await client.post("/files/upload/multipart", headers=headers)).json()
-        url, parts_url = begun["access_url"], f"{begun['access_url']}/multipart/{begun['uploadId']}"
-    parts = []
-    for number in (2, 1, 3):  # parts may arrive in any order
-        chunk = DATA[(number - 1) * 4000 : number * 4000]
-        reply = await client.put(f"{parts_url}/{number}", content=chunk)
-        assert reply.json()["partNumber"] == number
-        assert reply.json()["etag"] in reply.headers["etag"]
-        parts.append({"partNumber": number, "etag": reply.headers["etag"]})
-    for _ in range(2):
-        reply = await client.post(f"{parts_url}/complete", json={"parts": parts})
-        assert reply.status_code == 200, reply.text
-    await check_file(client, url)
-
-
-async def test_missing_or_wrong_parts_are_400(client: httpx.AsyncClient) -> None:
-    place = await announce(client, "initiate-multipart")
-    etag = (await client.put(f"{place['upload_url']}/1", content=DATA)).headers["etag"]
-    for parts in ([{"partNumber": 2, "etag": etag}], [{"partNumber": 1, "etag": "0" * 64}]):
-        reply = await client.post(f"{place['upload_url']}/complete", json={"parts": parts})
-        assert (reply.status_code, reply.json()["detail"][:6]) == (400, "parts:")
-    assert (await client.get(place["file_url"])).status_code == 404
-
-
-@pytest.mark.parametrize("parts", [[], [{"partNumber": 0, "etag": "x"}], [{"partNumber": 1}], "x", None])
-async def test_invalid_list_of_parts_is_422(client: httpx.AsyncClient, parts: Any) -> None:
-    place = await announce(client, "initiate-multipart")
-    reply = await client.post(f"{place['upload_url']}/complete", json={"parts": parts})
-    assert (reply.status_code, "parts" in reply.json()["detail"][0]["loc"]) == (422, True)
-
-
-@pytest.mark.parametrize("path", ["/storage/upload/initiate", "/fal/storage/upload/initiate-multipart"])
+@pytest.mark.parametrize("path", ["/storage/upload/initiate", "/fal/storage/upload/initiate"])
 async def test_announcement_without_a_body_is_an_error(client: httpx.AsyncClient, path: str) -> None:
     reply = await client.post(path)
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["body"])
-
-
-@pytest.mark.parametrize("number", ["0", "10001", "x", "-1"])
-async def test_part_number_out_of_range_is_422(client: httpx.AsyncClient, number: str) -> None:
-    place = await announce(client, "initiate-multipart")
-    reply = await client.put(f"{place['upload_url']}/{number}", content=DATA)
-    assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["path", "number"])
 
 
 @pytest.mark.parametrize(
@@ -155,8 +109,7 @@ async def test_file_names_and_types_are_sanitized(
 
 @pytest.mark.parametrize("ticket", ["x", "a.b.c", "W10.aaaa.bbbb", "x" * 5000])
 async def test_unknown_upload_url_is_refused(client: httpx.AsyncClient, ticket: str) -> None:
-    for path in (f"/storage/upload/{ticket}", f"/storage/upload/{ticket}/1", f"/files/a/b/multipart/{ticket}/1"):
-        assert (await client.put(path, content=DATA)).status_code in (403, 404, 405)
+    assert (await client.put(f"/storage/upload/{ticket}", content=DATA)).status_code in (403, 404, 405)
 
 
 async def test_upload_above_the_limit_is_413_while_it_arrives() -> None:
@@ -169,25 +122,17 @@ async def test_upload_above_the_limit_is_413_while_it_arrives() -> None:
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         place = await announce(client)
-        parts = await announce(client, "initiate-multipart")
         assert (await client.put(place["upload_url"], content=bytes(200_001))).status_code == 413
-        assert (await client.put(f"{parts['upload_url']}/1", content=bytes(200_001))).status_code == 413
         assert (await client.put(place["upload_url"], content=bytes(200_000))).status_code == 200
         reply = await client.post("/files/upload", content=stream())
         assert (reply.status_code, "200000 bytes" in reply.json()["detail"]) == (413, True)
-        for number in (1, 2):
-            await client.put(f"{parts['upload_url']}/{number}", content=bytes(100_001))
-        etag = f"{hashlib.sha256(bytes(100_001)).hexdigest()}-100001"
-        listed = {"parts": [{"partNumber": number, "etag": etag} for number in (1, 2)]}
-        reply = await client.post(f"{parts['upload_url']}/complete", json=listed)
-        assert (reply.status_code, "parts" in reply.json()["detail"]) == (413, True)
 
 
 async def test_announced_urls_need_no_key(client: httpx.AsyncClient) -> None:
     other = httpx.URL((await announce(client))["upload_url"]).path  # signed by another server
     async with make_client(**KEYS) as (client, _):
         assert (await client.put(other, content=DATA)).status_code == 403
-        for path in ("/storage/auth/token", "/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):
+        for path in ("/storage/auth/token", "/storage/upload/initiate", "/files/upload"):
             assert (await client.post(path, json={})).status_code == 401
         place = await announce(client)
         assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
@@ -200,15 +145,7 @@ async def test_announced_urls_need_no_key(client: httpx.AsyncClient) -> None:
 
 async def upload_everywhere(client: httpx.AsyncClient, ticket: str) -> list[httpx.Response]:
     """Send an upload with this ticket to every upload route that takes a ticket. Returns the responses."""
-    parts = {"parts": [{"partNumber": 1, "etag": f"{'a' * 64}-1"}]}
-    replies = []
-    for prefix in ("", "/fal"):
-        for path in (f"{prefix}/storage/upload/{ticket}", f"{prefix}/files/x/y/multipart/{ticket}"):
-            if "storage" in path:
-                replies.append(await client.put(path, content=DATA))
-            replies.append(await client.put(f"{path}/1", content=DATA))
-            replies.append(await client.post(f"{path}/complete", json=parts))
-    return replies
+    return [await client.put(f"{prefix}/storage/upload/{ticket}", content=DATA) for prefix in ("", "/fal")]
 
 
 async def test_damaged_tickets_are_refused(client: httpx.AsyncClient) -> None:
@@ -282,20 +219,6 @@ async def test_client_cannot_exceed_its_storage_limit() -> None:
         assert refused.status_code == 507
         other = await client.post("/files/upload", content=DATA, headers={"authorization": "Key other"})
         assert other.status_code == 200
-
-
-async def test_parts_count_once_while_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "MAX_TICKET_BYTES", 3 * len(DATA))
-    async with make_client(**_room_for(4.5)) as (client, _):
-        url = (await announce(client, "initiate-multipart"))["upload_url"]
-        replies = [await client.put(f"{url}/{number}", content=DATA) for number in (1, 2, 3, 3, 4)]
-        assert [reply.status_code for reply in replies] == [200, 200, 200, 200, 507]
-        assert "per upload" in replies[-1].json()["detail"]
-        parts = [{"partNumber": number, "etag": replies[number - 1].headers["etag"]} for number in (1, 2, 3)]
-        for _ in range(2):
-            assert (await client.post(f"{url}/complete", json={"parts": parts})).status_code == 200
-        for status in (200, 507):
-            assert (await client.put((await announce(client))["upload_url"], content=DATA)).status_code == status
 
 
 async def test_expired_files_no_longer_count() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stable_audio_serve.artifacts.keys import artifact_key, file_key, part_key
+from stable_audio_serve.artifacts.keys import artifact_key, file_key, upload_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
@@ -186,7 +186,7 @@ async def test_old_jobs_and_publications_are_deleted_with_their_files(place: Pla
 async def test_orphans_are_deleted_after_a_day(place: Place) -> None:
     job = await place.make_job()
     await place.finish(job)
-    orphans = [artifact_key(job.spec.id, "a.wav", fence=2), part_key("7" * 32, 3), file_key()]
+    orphans = [artifact_key(job.spec.id, "a.wav", fence=2), upload_key(), file_key()]
     for key in orphans:
         await place.put(key)
     place.late_s = 25 * HOUR

@@ -17,11 +17,11 @@ from stable_audio_serve.api.compat.fal.described import build_description_router
 from stable_audio_serve.api.compat.fal.endpoints import ENDPOINTS, to_encoding, to_request
 from stable_audio_serve.api.compat.fal.errors import failure_of, render_error, render_failure
 from stable_audio_serve.api.compat.fal.source import FIELD, opened_source
-from stable_audio_serve.api.compat.fal.storage_routes import build_storage_routers
+from stable_audio_serve.api.compat.fal.storage import build_storage_routers
 from stable_audio_serve.api.compat.fal.submissions import Order, Submission, submit
 from stable_audio_serve.api.compat.fal.targets import (
     TARGET_PARAMETER,
-    WatchedConvertor,
+    WATCHED,
     dispatch,
     links_of,
     means_queue,
@@ -89,7 +89,7 @@ _Timeout = Annotated[
     float | None, Header(gt=0, allow_inf_nan=False, alias="x-fal-request-timeout", include_in_schema=False)
 ]
 _Priority = Annotated[Literal["normal", "low"], Header(alias="x-fal-queue-priority", include_in_schema=False)]
-_App = Annotated[str, Path(description="Application, such as `stable-audio-3`.", pattern=f"^{WatchedConvertor.regex}$")]
+_App = Annotated[str, Path(description="Application, such as `stable-audio-3`.", pattern=f"^{WATCHED}$")]
 _Logs = Annotated[bool, Query(description="Include the log.")]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
-from base64 import b64decode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import IO
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import DataHandler, Request
 
 from starlette.datastructures import UploadFile
 
@@ -18,9 +17,6 @@ from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, download
 
 FIELD = "audio_url"
-
-_DATA = re.compile(r"data:[^,]{0,200}?(;base64)?,", re.IGNORECASE)
-_OWN_PATH = re.compile(r"/files/([0-9a-f]{32})/[^/]+")
 
 
 @asynccontextmanager
@@ -49,26 +45,17 @@ async def opened_source(url: str, service: Service, *, base: str) -> AsyncIterat
 
 
 def _decode(url: str) -> bytes:
-    found = _DATA.match(url)
-    if found is None:
-        raise _unusable("is not a valid data URI")
-    content = url[found.end() :]
-    if not found[1]:
-        return unquote_to_bytes(content)
     try:
-        return b64decode(unquote_to_bytes(content), validate=True)
+        return DataHandler().data_open(Request(url)).read()
     except ValueError as error:
-        raise _unusable("is not valid base64") from error
+        raise _unusable("is not a valid data URI") from error
 
 
 def _own_file(url: str, *, base: str) -> str | None:
     """Return the id of a file in this server's storage, None for other URLs."""
-    try:
-        parts, own = urlsplit(url), urlsplit(base)
-    except ValueError:
-        return None
-    found = _OWN_PATH.fullmatch(parts.path.removeprefix(own.path))
-    return found[1] if found and parts.netloc == own.netloc else None
+    own = re.escape(base.partition("://")[2])
+    found = re.fullmatch(rf"https?://{own}/files/([0-9a-f]{{32}})/[^/]+", url)
+    return found[1] if found else None
 
 
 async def _copy_own(service: Service, file_id: str, *, into: IO[bytes]) -> None:

@@ -1,46 +1,99 @@
-"""fal's storage: clients upload files, whole or in parts, and download them from links that need no key.
+"""fal's storage for clients in Python and JavaScript: they upload files, and download them from links without a key.
 
-A client first announces an upload, and then sends the file to a URL that needs no key. The URL contains a signed
-ticket, so any replica of the HTTP server can receive the file, also one that did not handle the announcement.
+A client sends a file at once, or first announces it and then sends it to a URL that needs no key. The URL contains a
+signed ticket, so any replica of the HTTP server can receive the file, also one that did not handle the announcement.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from hashlib import file_digest, sha256
-from typing import IO
+from typing import IO, Annotated
 
+from fastapi import APIRouter, Depends, Header
 from itsdangerous import BadData, URLSafeTimedSerializer
+from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from stable_audio_serve.api.answers import audio_type
-from stable_audio_serve.api.links import published_url
+from stable_audio_serve.api.compat.fal.errors import render_error
+from stable_audio_serve.api.compat.fal.targets import register_pattern
+from stable_audio_serve.api.compat.fal.wire import INVALID, errors
+from stable_audio_serve.api.links import base_url, published_url
 from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.limits import accept_file_body
-from stable_audio_serve.artifacts.keys import part_key
-from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import DamagedFileError, KeysUnavailableError, StorageError, UploadTooLargeError
+from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.errors import KeysUnavailableError, StorageError
 from stable_audio_serve.jobs.queue import JobQueue
-
-MAX_PARTS = 10_000
 
 _TICKET_LIFE_S = 86_400
 _KEY_DIGITS = 16
 _RETRY_S = 5.0
 _CHUNK_BYTES = 1_048_576
-_ETAG = re.compile(r'"?([0-9a-f]{64})-([0-9]{1,12})"?')
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_TOKEN_LIFE = timedelta(hours=1)
+_RAW_BODY = {
+    "requestBody": {
+        "required": False,  # a file may be empty
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_RESPONSES = errors(408, 413, 500, 503, 507, own={422: INVALID})
+_KEY_RESPONSES = _RESPONSES | errors(401)
+_UPLOAD_RESPONSES = _RESPONSES | errors(
+    own={
+        400: "A different file exists already.",
+        403: "The upload URL is invalid or expired, or its key was removed.",
+        404: "Unknown URL.",
+    }
+)
+
+
+register_pattern("fal_ticket", r"[^/]+\.[^/]+")  # a signed ticket, and no other path below `/storage/upload`
+
+_Name = Annotated[str | None, Header(alias="x-fal-file-name")]
+_Type = Annotated[str | None, Header(alias="content-type", include_in_schema=False)]
+
+
+class UploadToken(BaseModel):
+    """Token for uploads: the client's own API key, which is valid for these routes too."""
+
+    token: str
+    token_type: str
+    base_url: str
+    expires_at: datetime
+
+
+class NewUpload(BaseModel):
+    """A file to be uploaded."""
+
+    file_name: str | None = Field(None, description="Name of the file; unset = upload.bin.")
+    content_type: str | None = Field(None, description="An audio type; any other type = application/octet-stream.")
+
+
+class UploadPlace(BaseModel):
+    """The URL to upload the file to, and the URL of the file after the upload."""
+
+    upload_url: str
+    file_url: str
+
+
+class Uploaded(BaseModel):
+    """URL of the file."""
+
+    access_url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +139,17 @@ class Tickets:
         Raises HTTPException 403 if the ticket is invalid or expired, or its API key was removed. Raises
         KeysUnavailableError while API keys cannot be checked. Raises StorageError.
         """
-        try:
+        with suppress(BadData):
             found = Ticket(**(await self._serializer()).loads(ticket, max_age=_TICKET_LIFE_S))
-        except BadData as error:
-            raise _unknown_ticket() from error
-        self._require_key(found)
-        return found
+            if self._has_key(found):
+                return found
+        raise HTTPException(403, "upload: the URL is invalid or expired; initiate the upload again")
 
-    def _require_key(self, ticket: Ticket) -> None:
+    def _has_key(self, ticket: Ticket) -> bool:
         if self._ring.health.state == "unread":
             raise KeysUnavailableError("the key file cannot be read; retry later", retry_after_s=_RETRY_S)
         is_known = bool(ticket.key) and any(digest.startswith(ticket.key) for digest in self._ring.keys)
-        if not (is_known or (self._ring.is_open and not ticket.key)):
-            raise _unknown_ticket()
+        return is_known or (self._ring.is_open and not ticket.key)
 
     async def _serializer(self) -> URLSafeTimedSerializer:
         if self._known is None:
@@ -107,123 +158,73 @@ class Tickets:
         return self._known
 
 
-class Storage:
-    """Receives the bytes of announced files, up to the size limit of uploads."""
+def build_storage_routers(service: Service) -> tuple[APIRouter, APIRouter]:
+    """Return the routes that need an API key, and the one whose URLs contain the signed ticket of an announcement."""
+    limits, jobs, tickets = service.settings.api, service.jobs, Tickets(service.jobs, service.keys.ring)
+    private = route_class(render_error, scopes=("generate", "jobs"))
+    announcing = APIRouter(route_class=private, strict_content_type=False)
+    receiving = APIRouter(route_class=public_route_class(render_error), strict_content_type=False)
 
-    def __init__(self, jobs: JobQueue, *, max_bytes: int) -> None:
-        self._jobs = jobs
-        self._max_bytes = max_bytes
-
-    async def receive(self, request: Request, ticket: Ticket) -> StoredFile:
-        """Store the request's body as the whole file.
-
-        Raises HTTPException 400 if a different body was already stored for this ticket.
-        """
-        async with _received(request) as body:
-            existing = await self._jobs.find_file(ticket.file_id)
-            if existing is not None:
-                if (await asyncio.to_thread(file_digest, body, "sha256")).hexdigest() != existing.sha256:
-                    raise HTTPException(400, "upload: a different file was uploaded to this URL already")
-                return existing  # the client lost the response and sends the same file again
-            async with self._counted(ticket, ticket.file_id, num_bytes=_size(body)):
-                return await self._publish(ticket, body)
-
-    async def receive_part(self, request: Request, ticket: Ticket, *, number: int) -> str:
-        """Store the request's body as one part of the file. Returns the ETag of the part."""
-        key = part_key(ticket.file_id, number)
-        async with (
-            _received(request) as body,
-            self._counted(ticket, f"{ticket.file_id}-{number}", num_bytes=_size(body)),
-        ):
-            part = await self._jobs.artifacts.put(
-                key, partial(_chunks, body), media_type=ticket.media_type, file_name=str(number)
-            )
-        return f"{part.sha256}-{part.num_bytes}"
-
-    async def join(self, ticket: Ticket, etags: Mapping[int, str]) -> StoredFile:
-        """Join the parts into one file, in order of their numbers. Raises HTTPException 400, UploadTooLargeError."""
-        existing = await self._jobs.find_file(ticket.file_id)
-        if existing is not None:
-            return existing
-        parts = [_find_part(ticket, number, etag=etags[number]) for number in sorted(etags)]
-        if sum(part.num_bytes for part in parts) > self._max_bytes:
-            limit = f"{self._max_bytes} bytes (api.max_upload_bytes)"
-            raise UploadTooLargeError(f"parts: the upload is larger than {limit}")
-        with tempfile.TemporaryFile() as joined:
-            for part in parts:
-                await self._append(joined, part)
-            names = [f"{ticket.file_id}-{number}" for number in etags]
-            async with self._counted(ticket, ticket.file_id, num_bytes=_size(joined), instead_of=names):
-                file = await self._publish(ticket, joined)
-        for part in parts:
-            await self._jobs.artifacts.delete(part.key)
-        return file
-
-    @asynccontextmanager
-    async def _counted(
-        self, ticket: Ticket, name: str, *, num_bytes: int, instead_of: Collection[str] = ()
-    ) -> AsyncIterator[None]:
-        """Count a file against the client's storage limit, then run the block, which stores the file.
-
-        The files `instead_of` no longer count. If the block raises StorageError, this file does not count either.
-        Raises UploadQuotaError.
-        """
-        uploads = self._jobs.store.uploads
-        add = partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes, ticket=ticket.file_id)
-        await asyncio.to_thread(partial(add, instead_of=instead_of))
-        try:
-            yield
-        except StorageError:
-            await asyncio.to_thread(uploads.forget, name)
-            raise
-
-    async def _append(self, joined: IO[bytes], part: StoredFile) -> None:
-        try:
-            async for chunk in self._jobs.artifacts.read(part):
-                await asyncio.to_thread(joined.write, chunk)
-        except FileNotFoundError as error:
-            raise HTTPException(400, f"parts: part {part.file_name} was not uploaded") from error
-        except DamagedFileError as error:
-            raise _wrong_etag(part.file_name) from error
-
-    async def _publish(self, ticket: Ticket, body: IO[bytes]) -> StoredFile:
-        _, file = await self._jobs.publish(
-            partial(_chunks, body), media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id
+    @announcing.post("/storage/auth/token", responses=_KEY_RESPONSES)
+    async def make_token(request: Request) -> UploadToken:
+        """Return a token for uploads."""
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        return UploadToken(
+            token=key.strip() or "none",
+            token_type=scheme or "Bearer",
+            base_url=base_url(request, limits),
+            expires_at=datetime.fromtimestamp(service.clock.time(), UTC) + _TOKEN_LIFE,
         )
-        return file
+
+    @announcing.post("/storage/upload/initiate", responses=_KEY_RESPONSES)
+    async def announce(request: Request, body: NewUpload) -> UploadPlace:
+        """Announce a file. Its bytes are PUT to `upload_url`."""
+        ticket = tickets.announce(body.file_name, body.content_type, caller=request.state.caller)
+        base, signed = base_url(request, limits), await tickets.sign(ticket)
+        return UploadPlace(upload_url=f"{base}/storage/upload/{signed}", file_url=ticket.url(base))
+
+    @announcing.post("/files/upload", openapi_extra=_RAW_BODY, responses={**_UPLOAD_RESPONSES, **_KEY_RESPONSES})
+    async def upload(request: Request, name: _Name = None, *, media_type: _Type = None) -> Uploaded:
+        """Store a file. The body is its content."""
+        ticket = tickets.announce(name, media_type, caller=request.state.caller)
+        await _store(jobs, request, ticket=ticket)
+        return Uploaded(access_url=ticket.url(base_url(request, limits)))
+
+    @receiving.put("/storage/upload/{ticket:fal_ticket}", openapi_extra=_RAW_BODY, responses=_UPLOAD_RESPONSES)
+    async def receive(request: Request, announced: Ticket = Depends(tickets.read)) -> Uploaded:
+        """Store an announced file. The body is its content."""
+        await _store(jobs, request, ticket=announced)
+        return Uploaded(access_url=announced.url(base_url(request, limits)))
+
+    return announcing, receiving
 
 
-def _find_part(ticket: Ticket, number: int, *, etag: str) -> StoredFile:
-    """Return the stored part that an ETag names. Raises HTTPException 400 for a malformed ETag."""
-    found = _ETAG.fullmatch(etag)
-    if found is None:
-        raise _wrong_etag(number)
-    key = part_key(ticket.file_id, number)
-    return StoredFile(key, ticket.media_type, str(number), num_bytes=int(found[2]), sha256=found[1])
+async def _store(jobs: JobQueue, request: Request, *, ticket: Ticket) -> None:
+    """Store the request's body as the file that the ticket announces, and count it against the client's limit.
 
-
-def _unknown_ticket() -> HTTPException:
-    return HTTPException(403, "upload: the URL is invalid or expired; initiate the upload again")
-
-
-def _wrong_etag(number: int | str) -> HTTPException:
-    return HTTPException(400, f"parts: the etag of part {number} differs from the one in the upload's response")
-
-
-@asynccontextmanager
-async def _received(request: Request) -> AsyncIterator[tempfile.SpooledTemporaryFile[bytes]]:
-    """Receive a request's body into a temporary file, kept in memory while it is small."""
+    Raises HTTPException 400 if a different file was already stored for this ticket. Raises UploadQuotaError and
+    StorageError.
+    """
     accept_file_body(request.scope)
     with tempfile.SpooledTemporaryFile(max_size=_CHUNK_BYTES) as file:
-        upload = UploadFile(file)  # type: ignore[arg-type]
+        body, num_bytes = UploadFile(file), 0  # type: ignore[arg-type]
         async for chunk in request.stream():
-            await upload.write(chunk)
-        await upload.seek(0)
-        yield file
-
-
-def _size(file: IO[bytes]) -> int:
-    return file.seek(0, os.SEEK_END)
+            await body.write(chunk)
+            num_bytes += len(chunk)
+        await body.seek(0)
+        if (existing := await jobs.find_file(ticket.file_id)) is not None:
+            if (await asyncio.to_thread(file_digest, file, "sha256")).hexdigest() != existing.sha256:
+                raise HTTPException(400, "upload: a different file was uploaded to this URL already")
+            return  # the client lost the response and sends the same file again
+        uploads = jobs.store.uploads
+        add = partial(uploads.add, ticket.file_id, client=ticket.client, num_bytes=num_bytes)
+        await asyncio.to_thread(add)
+        chunks = partial(_chunks, file)
+        try:
+            await jobs.publish(chunks, media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id)
+        except StorageError:  # the file was not stored, so it does not count
+            await asyncio.to_thread(uploads.forget, ticket.file_id)
+            raise
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:

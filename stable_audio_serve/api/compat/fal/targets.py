@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
-from starlette.convertors import PathConvertor, StringConvertor, register_url_convertor
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -36,27 +36,16 @@ TARGET_PARAMETER = {
 }
 
 
-class AppConvertor(StringConvertor):
-    """`{name:fal_app}` in routes matches an application, the first part of an endpoint's id after `fal-ai/`."""
-
-    regex = "stable-audio(?:-3|-25)?"
-
-
-class WatchedConvertor(StringConvertor):
-    """`{name:fal_watched}` in routes matches what stands before `/requests`: an application, or an endpoint's id."""
-
-    regex = f"{AppConvertor.regex}(?:/[a-z0-9-]+)*"
+def register_pattern(name: str, regex: str) -> None:
+    """Let `{parameter:name}` in routes match a regular expression."""
+    register_url_convertor(name, type(name, (StringConvertor,), {"regex": regex})())
 
 
-class EndpointConvertor(PathConvertor):
-    """`{name:fal_endpoint}` in routes matches a path that accepts submissions. Paths for streaming do not match."""
-
-    regex = "(?!(?:requests|stream|realtime)(?:/|$)).*"
-
-
-register_url_convertor("fal_app", AppConvertor())
-register_url_convertor("fal_watched", WatchedConvertor())
-register_url_convertor("fal_endpoint", EndpointConvertor())
+_APP = "stable-audio(?:-3|-25)?"  # an application: the first part of an endpoint's id after `fal-ai/`
+WATCHED = f"{_APP}(?:/[a-z0-9-]+)*"  # what stands before `/requests`: an application, or an endpoint's id
+register_pattern("fal_app", _APP)
+register_pattern("fal_watched", WATCHED)
+register_pattern("fal_endpoint", "(?!(?:requests|stream|realtime)(?:/|$)).*")  # what accepts submissions
 
 
 def means_queue(request: Request) -> bool:

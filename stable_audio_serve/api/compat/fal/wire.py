@@ -24,8 +24,7 @@ TIMEOUT_TYPE = "X-Fal-Request-Timeout-Type"
 EXPOSED_HEADERS = (REQUEST_ID, ERROR_TYPE, RETRYABLE, TIMEOUT_TYPE)
 
 
-def _is_none(value: object) -> bool:
-    return value is None
+_OPTIONAL = partial(Field, None, exclude_if=lambda value: value is None)  # absent if it has no value
 
 
 class AudioInput(ClipInput):
@@ -123,8 +122,8 @@ class Completed(Links):
     status: Literal["COMPLETED"] = "COMPLETED"
     logs: list[LogEntry] | None
     metrics: Metrics
-    error: str | None = Field(None, exclude_if=_is_none)
-    error_type: str | None = Field(None, exclude_if=_is_none)
+    error: str | None = _OPTIONAL()
+    error_type: str | None = _OPTIONAL()
 
 
 Status = Queued | InProgress | Completed
@@ -140,7 +139,7 @@ class FalError(BaseModel):
     """Any error: a sentence, or a list with one entry per invalid field."""
 
     detail: str | list[dict[str, Any]]
-    error_type: str | None = Field(None, exclude_if=_is_none)
+    error_type: str | None = _OPTIONAL()
 
 
 INVALID = "A field is missing, of the wrong type or out of range."
