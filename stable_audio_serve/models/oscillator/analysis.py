@@ -32,14 +32,21 @@ _MAX_SHARPENING = 3.0
 _LEAKAGE = 0.02  # share of a tone's level that leaks into the 20 bins on each side, because of the window
 _HANN_NOISE_BINS = 1.5  # equivalent noise bandwidth of a Hann window
 _QUIETEST_BAND = 3e-4
+_FRAMES_AT_ONCE = 256  # the spectra of a whole window of the encoder would take 150 MB
 
 
 def analyse(audio: Tensor) -> Tensor:
     """Returns the frames (222, ceil(samples / 512)) float32 of stereo audio (2, samples) float32."""
     num_frames = -(-audio.shape[1] // FRAME_SAMPLES)
     audio = F.pad(audio, (0, num_frames * FRAME_SAMPLES - audio.shape[1]))
-    long, middle = _spectrum(audio, _LONG, num_frames=num_frames), _spectrum(audio, _MIDDLE, num_frames=num_frames)
-    sharpening = _sharpening(audio, num_frames)
+    blocks = (_blocks(audio, size, num_frames=num_frames).split(_FRAMES_AT_ONCE, dim=1) for size in (_LONG, _MIDDLE))
+    sharpening = _sharpening(audio, num_frames).split(_FRAMES_AT_ONCE)
+    return torch.cat([_analyse(*some) for some in zip(*blocks, sharpening, strict=True)], dim=1)
+
+
+def _analyse(long: Tensor, middle: Tensor, sharpening: Tensor) -> Tensor:
+    """Returns frames (222, F) of blocks of audio (2, F, samples) and gains (F, frequency regions)."""
+    long, middle = _spectrum(long), _spectrum(middle)
     low = _Peaks(long, low_hz=0.0, high_hz=_SPLIT_HZ)
     high = _Peaks(middle, low_hz=_SPLIT_HZ, high_hz=float(OSCILLATOR_HZ[-1]) * 1.01)
     tones = torch.maximum(low.on_oscillators(), high.on_oscillators())  # (frames, oscillators)
@@ -51,14 +58,15 @@ def analyse(audio: Tensor) -> Tensor:
     return torch.cat([compress(tones).T, compress(bands).T, torch.stack(balances)]).float()
 
 
-def _spectrum(audio: Tensor, size: int, *, num_frames: int) -> Tensor:
-    """Returns magnitude spectra (2 channels, frames, bins) of windows centred on the frames.
-
-    A sine of amplitude 1 has a peak of 1.
-    """
+def _blocks(audio: Tensor, size: int, *, num_frames: int) -> Tensor:
+    """Returns the blocks (2 channels, frames, samples) of audio that are centred on the frames, as a view."""
     margin = (size - FRAME_SAMPLES) // 2
-    window = torch.hann_window(size, periodic=True, device=audio.device)
-    blocks = F.pad(audio, (margin, margin)).unfold(1, size, FRAME_SAMPLES)[:, :num_frames]
+    return F.pad(audio, (margin, margin)).unfold(1, size, FRAME_SAMPLES)[:, :num_frames]
+
+
+def _spectrum(blocks: Tensor) -> Tensor:
+    """Returns magnitude spectra (2 channels, frames, bins). A sine of amplitude 1 has a peak of 1."""
+    window = torch.hann_window(blocks.shape[2], periodic=True, device=blocks.device)
     return torch.fft.rfft(blocks * window).abs() * (2.0 / window.sum())
 
 
@@ -130,7 +138,7 @@ def _sharpening(audio: Tensor, num_frames: int) -> Tensor:
 
     Multiplying by the gain moves levels that a long window has spread in time back to the frames of the onsets.
     """
-    power = _spectrum(audio, _SHORT, num_frames=num_frames).square().mean(dim=0)
+    power = _spectrum(_blocks(audio, _SHORT, num_frames=num_frames)).square().mean(dim=0)
     hertz = torch.arange(power.shape[1]) * (SAMPLE_RATE_HZ / _SHORT)
     regions = torch.bucketize(hertz, torch.tensor(_REGION_EDGES_HZ[1:-1]), right=True)
     level = power.new_zeros(len(power), 3).index_add(1, regions.to(power.device), power)

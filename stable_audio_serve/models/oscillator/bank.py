@@ -115,8 +115,10 @@ class OscillatorBank:
         gain = torch.stack([between, stereo], dim=2).reshape(2, 2 * num_frames, NUM_BANDS)
         gain = torch.nn.functional.pad(gain, (0, 0, 0, 1)) @ self._band_gain  # (2 channels, blocks, bins)
         padded = torch.nn.functional.pad(noise, (_NOISE_HOP, _NOISE_HOP))
-        blocks = padded.unfold(1, _NOISE_BLOCK, _NOISE_HOP) * self._window
-        shaped = torch.fft.irfft(torch.fft.rfft(blocks) * gain, n=_NOISE_BLOCK) * self._window
+        spectra = torch.fft.rfft(padded.unfold(1, _NOISE_BLOCK, _NOISE_HOP) * self._window)
+        spectra *= gain
+        shaped = torch.fft.irfft(spectra, n=_NOISE_BLOCK)
+        shaped *= self._window
         summed = shaped[:, 1:, :_NOISE_HOP] + shaped[:, :-1, _NOISE_HOP:]  # adjacent blocks overlap by half
         return summed.reshape(2, num_frames * FRAME_SAMPLES)
 
