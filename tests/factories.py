@@ -245,7 +245,7 @@ class ToyModel:
         samples = torch.zeros(self.spec.card.channels, frames * self.spec.hop)
         given = torch.from_numpy(audio.samples)[:, : samples.shape[1]]
         samples[:, : given.shape[1]] = given
-        return SourcePlan(samples, make_windows(frames))
+        return SourcePlan(samples, frames, make_windows(frames))
 
 
 def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP) -> tuple[WindowSpan, ...]:

@@ -111,15 +111,17 @@ class WindowRule:
 class SourcePlan:
     """Source audio prepared for the encoder: `samples` (channels, samples) float32 on the CPU, at the model's rate.
 
-    The audio is padded or cropped to the row's length. It is encoded in `windows`, which are in latent frames.
+    The audio is padded or cropped to the row's length of `frames` latent frames. It is encoded in `windows`. Latents
+    outside their kept frames are not used; the engine sets them to 0.
     """
 
     samples: Tensor
+    frames: int
     windows: tuple[WindowSpan, ...]
 
     def cut(self, span: WindowSpan, *, hop: int) -> Tensor:
-        """Returns the samples of one window, (channels, samples). The last window includes all remaining samples."""
-        stop = None if span is self.windows[-1] else span.stop * hop
+        """Returns the samples of one window, (channels, samples). The last frame includes all remaining samples."""
+        stop = None if span.stop == self.frames else span.stop * hop
         return self.samples[:, span.start * hop : stop]
 
 

@@ -30,12 +30,13 @@ from stable_audio_serve.models.protocol import (
     RowPlan,
     StepBatch,
     TextEmbedding,
+    WindowSpan,
 )
 from stable_audio_serve.models.sa3.lengths import plan_length
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.build import build_spec
 from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
-from stable_audio_serve.models.windows import whole_window
+from stable_audio_serve.models.windows import chunked_windows, whole_window
 from stable_audio_serve.sampling import GuidanceBatch, NoiseSource, ReplayDraw, ReplayNoise, SeededNoise, guide
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.verification import samplers
@@ -235,7 +236,7 @@ def draw_script(model: DiffusionModel, case: Case) -> samplers.Script:
     encoding, decoding = RowNoise(SeededNoise(0)), RowNoise(SeededNoise(0), num_rows=num_rows)
     for stage, source in (("init", plan.init_source), ("inpaint", plan.inpaint_source)):
         if source is not None:
-            for span in source.windows if isinstance(model, Sa3Model) else whole_window(plan.frames):
+            for span in _reference_windows(model, plan.frames):
                 silence = torch.zeros(model.spec.card.channels, (span.stop - span.start) * hop)
                 model.encode_audio([EncodeWindow(silence, span.start, stage, encoding)])
     for span in plan.decode_windows:
@@ -243,6 +244,12 @@ def draw_script(model: DiffusionModel, case: Case) -> samplers.Script:
         model.decode([DecodeWindow(zeros, span.start, decoding)])
     steps = samplers.sampler_script(case.requests[0].sampler or "", plan.sampler, shape=latent)
     return [ReplayDraw("initial", 0, latent), *encoding.requested, *steps, *decoding.requested]
+
+
+def _reference_windows(model: DiffusionModel, frames: int) -> tuple[WindowSpan, ...]:
+    """Returns the windows in which the reference encodes a source, including those that the denoiser does not use."""
+    is_chunked = isinstance(model, Sa3Model) and model.config.chunked
+    return chunked_windows(frames) if is_chunked else whole_window(frames)
 
 
 def replay_rows(case: Case, script: samplers.Script) -> list[NoiseSource]:

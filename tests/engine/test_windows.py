@@ -22,7 +22,7 @@ DEVICE = open_device(torch.device("cpu"), clock=SystemClock())
 def test_source_windows_join_without_seams(frames: int) -> None:
     samples = torch.arange(frames * 4.0).repeat(2, 1)
     noise = SeededNoise(0)
-    encoding = SourceEncoding(SourcePlan(samples, make_windows(frames)), stage="init", noise=noise, hop=4)
+    encoding = SourceEncoding(SourcePlan(samples, frames, make_windows(frames)), stage="init", noise=noise, hop=4)
     while encoding.lengths_left:
         windows = encoding.pending()
         assert len(windows) == 1 or sum(window.samples.shape[1] // 4 for window in windows) <= LONGEST_FRAMES

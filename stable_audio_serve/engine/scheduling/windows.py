@@ -67,14 +67,16 @@ class SourceEncoding:
         """Add the latents (channels, frames) float32 of the next window. Must be called in the order of the windows."""
         span = self._source.windows[self._num_done]
         if self._latents is None:
-            frames = max(s.keep_stop for s in self._source.windows)
-            self._latents = latents.new_zeros(latents.shape[0], frames)
+            self._latents = latents.new_zeros(latents.shape[0], self._source.frames)
         kept = latents[:, span.keep_start - span.start : span.keep_stop - span.start]
         self._latents[:, span.keep_start : span.keep_stop] = kept
         self._num_done += 1
 
     def latents(self) -> Tensor:
-        """Return all latents of the source (channels, frames) float32. Raises RuntimeError if some are missing."""
+        """Return the latents of the source (channels, frames) float32, 0 outside its windows.
+
+        Raises RuntimeError if a window is not encoded yet.
+        """
         if self._latents is None or self.lengths_left:
             raise RuntimeError("a source was read before all its windows were encoded")
         return self._latents

@@ -39,12 +39,14 @@ def analyse(audio: Tensor) -> Tensor:
     """Returns the frames (222, ceil(samples / 512)) float32 of stereo audio (2, samples) float32."""
     num_frames = -(-audio.shape[1] // FRAME_SAMPLES)
     audio = F.pad(audio, (0, num_frames * FRAME_SAMPLES - audio.shape[1]))
-    blocks = (_blocks(audio, size, num_frames=num_frames).split(_FRAMES_AT_ONCE, dim=1) for size in (_LONG, _MIDDLE))
-    sharpening = _sharpening(audio, num_frames).split(_FRAMES_AT_ONCE)
-    return torch.cat([_analyse(*some) for some in zip(*blocks, sharpening, strict=True)], dim=1)
+    long, middle = (
+        _blocks(audio, size, num_frames=num_frames).split(_FRAMES_AT_ONCE, dim=1) for size in (_LONG, _MIDDLE)
+    )
+    gains = _sharpening(audio, num_frames).split(_FRAMES_AT_ONCE)
+    return torch.cat([_analyse(*blocks, sharpening=gain) for *blocks, gain in zip(long, middle, gains, strict=True)], 1)
 
 
-def _analyse(long: Tensor, middle: Tensor, sharpening: Tensor) -> Tensor:
+def _analyse(long: Tensor, middle: Tensor, *, sharpening: Tensor) -> Tensor:
     """Returns frames (222, F) of blocks of audio (2, F, samples) and gains (F, frequency regions)."""
     long, middle = _spectrum(long), _spectrum(middle)
     low = _Peaks(long, low_hz=0.0, high_hz=_SPLIT_HZ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -64,6 +65,8 @@ def plan_rows(
     if inpaint is not None and not config.edits:
         raise InvalidRequestError("this model cannot inpaint", field="audio")
     keep_mask = plan_keep_mask(request, frames=length.frames, hop=spec.hop, sample_rate_hz=spec.card.sample_rate_hz)
+    if inpaint is not None and keep_mask is not None:
+        inpaint = _without_unused_windows(inpaint, keep_mask)
     decode_windows = (
         _windows(length.frames, chunked=bool(request.chunked_decode))
         if rule is None
@@ -151,7 +154,18 @@ def _plan_source(
         start=start,
         is_repeated=is_repeated,
     )
-    return SourcePlan(samples=samples, windows=_windows(length.frames, chunked=config.chunked))
+    windows = _windows(length.frames, chunked=config.chunked)
+    return SourcePlan(samples=samples, frames=length.frames, windows=windows)
+
+
+def _without_unused_windows(source: SourcePlan, keep_mask: Tensor) -> SourcePlan:
+    """Returns the source of an edit with only those windows that contain a kept frame, or one if no frame is kept.
+
+    The denoiser gets the latents of kept frames only, so continuing a short source to a long clip encodes the source,
+    not the silence after it.
+    """
+    used = [window for window in source.windows if keep_mask[window.keep_start : window.keep_stop].any()]
+    return replace(source, windows=tuple(used) or source.windows[:1])
 
 
 def _windows(frames: int, *, chunked: bool) -> tuple[WindowSpan, ...]:

@@ -241,7 +241,7 @@ def _plan_source(
         start=start,
         is_repeated=is_repeated,
     )
-    return SourcePlan(samples=samples, windows=_windows(frames, halo=halo))
+    return SourcePlan(samples=samples, frames=frames, windows=_windows(frames, halo=halo))
 
 
 def _windows(frames: int, *, halo: int | None) -> tuple[WindowSpan, ...]:

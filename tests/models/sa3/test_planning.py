@@ -12,6 +12,7 @@ import torch
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import ScheduleShift, SourceAudio
 from stable_audio_serve.models.protocol import RowPlan
+from stable_audio_serve.models.windows import chunked_windows
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import loaded
 from tests.models.sa3.requests import make_clip, make_request
@@ -59,7 +60,8 @@ def test_a_plan_makes_the_references_draws(name: str, case: str) -> None:
     for source in (plan.init_source, plan.inpaint_source):
         if source and model.spec.noisy_source_encoder:
             width = encoder.layers["0"].config.width
-            expected += [(span.stop - span.start, 1, width) for span in source.windows]
+            # The reference also encodes windows of silence that the denoiser does not use.
+            expected += [(span.stop - span.start, 1, width) for span in chunked_windows(plan.frames)]
     expected += [(*latents, plan.frames) for evaluation in plan.sampler.evaluations if evaluation.draws_noise]
     for span in plan.decode_windows:
         size, width = span.stop - span.start, decoder.layers["3"].config.width
@@ -76,6 +78,23 @@ def test_variations_differ_only_in_their_seed() -> None:
     assert [plan.seed for plan in plans] == [7, 8, 9]
     assert all(plan.inpaint_source is plans[0].inpaint_source for plan in plans)
     assert all(torch.equal(plan.keep_mask, plans[0].keep_mask) for plan in plans)
+
+
+def test_only_windows_with_kept_frames_are_encoded() -> None:
+    """A continuation of one second encodes the first window only. A region inside a clip keeps all windows after it."""
+    model = loaded("sharp-s")
+    longest_s = model.spec.card.max_duration_s
+    everything = one(duration_s=longest_s, init_audio=make_clip()).init_source
+    assert everything is not None
+    assert len(everything.windows) > 2
+    for region, expected in (
+        ((1.0, longest_s), everything.windows[:1]),
+        ((0.5, 1.0), everything.windows),
+        ((0.0, longest_s), everything.windows[:1]),
+    ):
+        plan = one(duration_s=longest_s, inpaint_audio=make_clip(), inpaint_regions_s=(region,))
+        assert plan.inpaint_source is not None
+        assert plan.inpaint_source.windows == expected
 
 
 def test_defaults_follow_the_objective() -> None:
