@@ -92,7 +92,7 @@ class SoundBody(_Body):
 class PlanSection(_Body):
     """A part of a composition plan. Lyrics are ignored."""
 
-    section_name: _Style = Field("", max_length=100)
+    section_name: _Style = ""
     positive_local_styles: _Styles = Field(
         (), validation_alias=AliasChoices("positive_local_styles", "positive_styles")
     )
