@@ -156,6 +156,13 @@ async def test_unknown_adapter_of_a_name_is_an_unknown_model(site: Site) -> None
         aiml = await site.client.post("/v2/generate/audio", json={"prompt": "rain", "model": model})
         assert aiml.status_code == 400
         assert aiml.json()["meta"][0]["path"] == ["model"]
+        form = {"prompt": "rain", "duration": "1", "model": model}
+        for path in ("stable-audio", "stable-audio-2"):
+            stability = await site.client.post(f"/v2beta/audio/{path}/text-to-audio", data=form, files={"none": ""})
+            assert stability.status_code == 400
+            assert stability.json()["errors"][0].startswith("model: ")
+        sound = await site.client.post("/v1/sound-generation", json={"text": "rain", "model_id": model})
+        assert sound.json()["detail"][0]["loc"] == ["body", "model_id"]
     assert "vinyl" in (await site.generate(model="medium:vinil")).text
     assert not site.backend.requests
 

@@ -46,7 +46,7 @@ _MUSIC_MODELS = ("music_v1", "music_v2", "music_v2_5")
 _SOUND_S = (0.5, 30.0)
 _UNSET_SOUND_S, _UNSET_MUSIC_MS = 5.0, 30_000
 # A length in a text: "10 second", "2 s". Without a space, "80s" may be a decade, so only short lengths count.
-_LENGTH = re.compile(r"(?<![\w.])(\d{1,4}(?:\.\d{1,3})?)(?:[\s-]*(sec|secs|seconds?)|\s*s)\b", re.IGNORECASE)
+_LENGTH = re.compile(r"(?<![\w.])(\d{1,4}(?:\.\d{1,3})?|\.\d{1,3})(?:([\s-]*sec(?:s|onds?)?|\s+s)|s)\b", re.IGNORECASE)
 
 _FORMATS = (
     *("mp3_22050_32", "mp3_24000_48", *(f"mp3_44100_{kbps}" for kbps in (32, 64, 96, 128, 192))),
@@ -92,7 +92,7 @@ class SoundBody(_Body):
 class PlanSection(_Body):
     """A part of a composition plan. Lyrics are ignored."""
 
-    section_name: _Style = Field("", max_length=100)
+    section_name: _Style = ""
     positive_local_styles: _Styles = Field(
         (), validation_alias=AliasChoices("positive_local_styles", "positive_styles")
     )

@@ -392,6 +392,7 @@ _REFUSALS: Refusals[int, tuple[str, str], Response] = Refusals(
     internal=500,
     internal_message="the generation could not be accepted; request id {request_id}",
     parse_fault=field_and_message,
+    find_fault=lambda _, error: ("model", error.message) if isinstance(error, UnknownModelError) else None,
     name_field=lambda fault: fault[0],
     answer_fields=lambda request, faults: _answer(request, 400, [": ".join(fault) for fault in faults]),
     answer_http=lambda request, error: _answer(request, error.status_code, [str(error.detail)], error.headers),

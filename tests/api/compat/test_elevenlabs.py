@@ -144,6 +144,8 @@ async def test_other_formats_are_refused_by_name(client: httpx.AsyncClient, path
         ({"text": "a 12-second riser"}, 12.0),
         ({"text": "2.5s of wind"}, 2.5),
         ({"text": "wind, 45 seconds"}, 30.0),
+        ({"text": "rain for 60 s"}, 30.0),
+        ({"text": "a .75 second click"}, 0.75),
         ({"text": "0.1 seconds of a click"}, 0.5),
         ({"text": "an 80s synth from the 1980s"}, 5.0),
         ({"text": "10 seconds of rain", "duration_seconds": 3}, 3.0),
