@@ -64,7 +64,7 @@ async def make_clip(
 async def answer(
     service: Service, output: Output, *, return_format: str, name: str, metadata: dict[str, Any]
 ) -> Response:
-    """Return a response with the file, or JSON with the file in base64 and its metadata, as `return_format` demands."""
+    """Return the file if `return_format` is `file`, otherwise JSON with the file in base64 and `metadata`."""
     if return_format == "file":
         return encoded_answer(output.file, attachment(name) | result_headers(output))
     return await base64_answer(service, output, metadata=metadata)
