@@ -50,7 +50,10 @@ async def pair(store_url: str) -> AsyncIterator[tuple[KeyLimiter, KeyLimiter]]:
 
 
 async def admit(limiter: KeyLimiter, key: ApiKey, audio_s: float = 1.0) -> float | None:
-    """Start and end a request for `audio_s` seconds. Returns None if it is admitted, or the refusal's Retry-After."""
+    """Start and end a request for `audio_s` seconds of audio.
+
+    Returns None if it is admitted, otherwise the seconds after which to retry.
+    """
     try:
         async with limiter.admitted(key, audio_s=audio_s, takes_place=True):
             return None

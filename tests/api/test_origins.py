@@ -125,7 +125,7 @@ OTHER_NAMES = [
 
 @asynccontextmanager
 async def visit(**api: Any) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """Yield a client of a server with these API settings. The client's address is the server's machine."""
+    """Yield a client of a server with these API settings. The client connects from the machine of the server."""
     async with make_app(run_jobs=False, api=api) as (app, backend), connect(app) as client:
         yield client, backend
 
