@@ -73,7 +73,7 @@ class Output:
     """The content of a response: the file and its sample rate, the measurements of its clips, the generation result,
     and the encoding time.
 
-    `recipes` has the recipe of each variation, or is empty if the response shall have no recipes.
+    `recipes` has the recipe of each variation. It is empty if the response has no recipes.
     """
 
     file: EncodedFile

@@ -44,7 +44,7 @@ class StreamLimits:
     last_poll_s: float = 2.0
     section_poll_s: float = 0.4  # poll interval for the next section of a long piece
     comment_s: float = 10.0  # interval of comments, because proxies drop silent connections after 15 s or more
-    max_polls_away: int = 30  # retries while the database is unavailable, every `last_poll_s`
+    max_polls_away: int = 30  # retries while the database is unavailable, one every `last_poll_s`
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Limits of API keys that several server processes enforce together through one database.
 
-A `KeyLimiter` with its own database connections stands for each process.
+Each process is represented by a `KeyLimiter` with its own database connections.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def make_key(words: str, name: str = "alice") -> ApiKey:
 
 @pytest.fixture
 async def pair(store_url: str) -> AsyncIterator[tuple[KeyLimiter, KeyLimiter]]:
-    """Yield two limiters with one database, as two server processes have."""
+    """Yield two limiters that share a database, like the limiters of two server processes."""
     open_database(store_url).prepare()
     pair = KeyLimiter(open_database(store_url)), KeyLimiter(open_database(store_url))
     yield pair

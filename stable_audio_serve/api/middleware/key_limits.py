@@ -49,7 +49,7 @@ _LEAVING_S = 2.0
 _CLOSING_S = 1.0
 _LONGEST_RETRY_S = 60.0
 _LEAST_AUDIO_S = 0.01  # `require_room` checks the limits for this much audio, which is less than any request generates
-_MOST_NAMED = 200  # so many keys have their own label in metrics; all other keys share the label "other"
+_MOST_NAMED = 200  # this many keys have their own label in metrics; all other keys share the label "other"
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The valid API keys: those in the settings, and those in a file that is read again when it changes.
+"""The valid API keys: the keys in the settings, and the keys in a file that is read again when it changes.
 
 A change is detected by the file's content, not by its date: Kubernetes replaces symbolic links to update a mounted
 secret, and two versions of the file may have the same date. If the file cannot be used, the previous keys stay valid,

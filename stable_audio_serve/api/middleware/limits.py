@@ -87,17 +87,17 @@ class LimitsMiddleware:
 
 
 def accept_file_body(scope: Scope) -> None:
-    """Increase the size limit of this request's body to that of an uploaded file. Call this before it is read."""
+    """Let this request's body be as large as an uploaded file may be. Call this before the body is read."""
     scope["state"]["connection"].accept_file_body()
 
 
 def accept_form(scope: Scope) -> None:
-    """Increase the size limit of this request's body to that of a form with a file. Call this before it is read."""
+    """Let this request's body be as large as a form with a file may be. Call this before the body is read."""
     scope["state"]["connection"].accept_form()
 
 
 def accept_file_in_json(scope: Scope) -> None:
-    """Increase the size limit of this request's body to that of JSON with a file. Call this before it is read."""
+    """Let this request's body be as large as JSON with a file may be. Call this before the body is read."""
     scope["state"]["connection"].accept_file_in_json()
 
 

@@ -79,7 +79,7 @@ async def base64_answer(service: Service, output: Output, *, metadata: dict[str,
 def clip_metadata(
     generation: GenerationRequest, result: GenerationResult, *, duration_s: float, generation_s: float
 ) -> dict[str, Any]:
-    """Return the metadata of a clip in the form of `/generate`, without the tempo."""
+    """Return the metadata that `/generate` returns with a clip, except the tempo."""
     return {
         "prompt": generation.prompt,
         "negative_prompt": generation.negative_prompt,
