@@ -49,9 +49,9 @@ def starts_from_source(form: InpaintForm) -> bool:
 def to_inpainting(
     generation: GenerationRequest, form: InpaintForm, *, source: SourceAudio, card: ModelCard, limits: ApiSettings
 ) -> GenerationRequest:
-    """Return `generation` with the regions of an edit, in seconds from the start of the clip. It has no source audio.
+    """Return `generation` with the regions of an edit, in seconds from the start of the clip, but without source audio.
 
-    If the form extends the source, its times count from the start of the source, and are converted. Raises
+    If the form extends the source, the form's times count from the start of the source, and are converted. Raises
     InvalidRequestError, RequestValidationError.
     """
     if starts_from_source(form):
