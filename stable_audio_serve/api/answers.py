@@ -84,9 +84,9 @@ def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
 
 
 async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipes: Sequence[Recipe] = ()) -> Response:
-    """Return a response that downloads a stored file, or only its headers for HEAD.
+    """Return the response to a download of a stored file. For a HEAD request it has only the headers.
 
-    `recipes` has the recipe of each clip in the file, for a header. Raises HTTPException 404 when the file no longer
+    A response header lists `recipes`, one for each clip in the file. Raises HTTPException 404 when the file no longer
     exists.
     """
     chunks = jobs.read(file)
@@ -121,7 +121,10 @@ def result_headers(output: Output) -> dict[str, str]:
 
 
 def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
-    """Return the header with the recipes. Long recipes are shortened, because proxies limit headers to 4 to 16 kB."""
+    """Return the header with the recipes, or {} without recipes.
+
+    Proxies limit headers to 4 to 16 kB. Long recipes are shortened. The header is left out if it is still too long.
+    """
     if not recipes:
         return {}
     text = ""
@@ -165,9 +168,9 @@ def attachment(file_name: str) -> dict[str, str]:
 
 
 def audio_type(media_type: str | None) -> str:
-    """Return the media type for downloads of a client's file: its audio type, else application/octet-stream.
+    """Return `media_type` if it is an audio type, otherwise application/octet-stream.
 
-    Downloads have the same origin as the server's own pages, so a browser must not run such a file as a script.
+    The files of clients have the same origin as the server's own pages, so a browser must not run them as scripts.
     """
     text = (media_type or "").lower()
     return text if _AUDIO.fullmatch(text) else _BYTES

@@ -73,8 +73,8 @@ def create_app(
 
     Without `jobs`, the application opens the job queue that the settings name. The application only adds jobs to the
     queue; another process runs them. Without `operations`, the operator routes describe this process only. Without
-    `adapters`, no model has any. `address_header` is the header in which a proxy sends the client's address. The proxy
-    must overwrite a value that the client sent.
+    `adapters`, no model has adapters. `address_header` is the header in which a proxy sends the client's address. The
+    proxy must overwrite a value that the client sent.
     """
     metrics = metrics or NullMetrics()
     service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_limits=stream_limits, adapters=adapters)

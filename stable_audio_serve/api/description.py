@@ -40,9 +40,9 @@ _SECURITY_SCHEMES = {
 def error_responses(
     model: type[BaseModel], *statuses: int, own: Mapping[int, str] = MappingProxyType({})
 ) -> dict[int | str, dict[str, Any]]:
-    """Return the `responses` of a FastAPI route for these error statuses, and for 403, which all routes can return.
+    """Return the `responses` of a FastAPI route for error `statuses` and for 403, which all routes can return.
 
-    `model` is the Pydantic model of the dialect's error responses. `own` has statuses with their own description.
+    `model` is the Pydantic model of the dialect's error responses. `own` maps more statuses to their descriptions.
     """
     described = {status: _ERRORS[status] for status in sorted({403, *statuses})} | dict(own)
     return {status: {"model": model, "description": text} for status, text in described.items()}
@@ -73,7 +73,7 @@ def _correct(document: dict[str, Any]) -> None:
                     for field in _resolve(content["schema"], schemas).get("properties", {}).values():
                         _drop_null(field)
             operation["security"] = [{}, *({name: []} for name in _SECURITY_SCHEMES)] if "401" in responses else []
-    # FastAPI also describes the type of fields that describe themselves, see `fields.ResponseFormat`.
+    # Fields of the type `fields.ResponseFormat` list the formats themselves, so the schema of AudioFormat is unused.
     for name in (_AUTOMATIC, "ValidationError", AudioFormat.__name__):
         schemas.pop(name, None)
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES

@@ -33,7 +33,7 @@ def _to_format(value: object) -> object:
 
 
 def _to_kbps(value: object) -> object:
-    """Return a bit rate in kbit/s without its unit "k", as in fal's API and in ffmpeg's options."""
+    """Remove the unit from a bit rate such as "192k". fal's API and ffmpeg write bit rates in this form."""
     return value[:-1] if isinstance(value, str) and value[:-1].isdecimal() and value[-1] in "kK" else value
 
 

@@ -52,7 +52,7 @@ def field_and_message(_: Request, fault: Mapping[str, Any]) -> list[tuple[str, s
 
 
 def _in_words_of_clients(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace FastAPI's message for text in place of a file, which names Python classes."""
+    """Replace FastAPI's message about text sent instead of a file, because that message names Python classes."""
     return {**entry, "msg": "must be an uploaded file"} if "UploadFile" in entry["msg"] else entry
 
 

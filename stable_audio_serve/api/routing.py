@@ -59,7 +59,7 @@ register_url_convertor("job_id", JobIdConvertor())
 
 
 class BoundedRequest(Request):
-    """A request that limits what its body may contain: the nesting and numbers of JSON, the parts of a form."""
+    """A request whose body is limited: the nesting and the numbers of JSON, the number and size of a form's parts."""
 
     async def json(self) -> Any:
         """Return the JSON body.
@@ -90,7 +90,7 @@ class BoundedRequest(Request):
 
 
 class _WholeFormParser(MultiPartParser):
-    """Refuses a form without its end. Otherwise the field at which it was cut off would silently be left out."""
+    """Refuses a form whose closing boundary is missing. Starlette would accept it without its last field."""
 
     _is_cut_off = False
 

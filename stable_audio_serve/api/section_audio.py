@@ -35,8 +35,9 @@ _MP3_KBPS = 192
 async def section_answer(service: Service, request: Request, *, job: Job, number: int) -> Response:
     """Return one finished section, in the format of the job.
 
-    The sections one after the other are the whole piece. Each begins and ends 30 ms early, because the next section
-    changes the last 30 ms. Raises HTTPException 404 while the section is not finished, and StorageError.
+    The joined responses for all sections are the whole piece. The last 30 ms of a section change when the next section
+    is joined to it, so the response for the next section begins with them. Raises HTTPException 404 while the section
+    is not finished, and StorageError.
     """
     _require_sections(job)
     num_sections = len(job.spec.sections)
@@ -73,16 +74,16 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
 
 
 def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
-    """Return the piece as a stream: the finished sections, then each further section when it is finished.
+    """Return a stream of the piece: the finished sections first, then each further section when it is finished.
 
-    The stream is an MP3 file if the job's format is MP3, otherwise a WAV file of unknown length. Raises
-    OverloadedError and QuotaError if too many streams are open, HTTPException 409 if the job ended without a section.
+    The stream is an MP3 file if the job's format is MP3, otherwise a WAV file of unknown length. Raises OverloadedError
+    or QuotaError if too many streams are open, and HTTPException 409 if the job ended before a section was finished.
     """
     _require_sections(job)
     if job.is_over and not job.num_sections:
         raise HTTPException(409, f"the job has no audio: it is {job.state}")
     is_mp3 = job.spec.encoding.file_format is AudioFormat.MP3
-    # A constant bit rate, from which players estimate the length.
+    # A constant bit rate, because players estimate the length from it.
     encoding = Encoding(AudioFormat.MP3, job.spec.encoding.bitrate_kbps or _MP3_KBPS) if is_mp3 else PLAIN_WAV
     kind = media_type(encoding.file_format)
     headers = attachment(f"{job.spec.file_prefix}{job.spec.file_stem}.{encoding.file_format}")
@@ -97,9 +98,11 @@ def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
 
 
 async def make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller: Caller) -> AsyncGenerator[bytes]:
-    """Add the job of a long piece, and yield its file while it grows. If the iterator is closed early, the job ends.
+    """Add the job of a long piece, and yield the bytes of its file while it is made.
 
-    Raises the errors of `Service.run_job`. The format must be one that can grow, see `can_grow`.
+    If the iterator is closed early, the job is cancelled.
+
+    Raises the errors of `Service.run_job`. `can_grow` must be true for the file format of `spec`.
     """
     with service.streams.counted(caller):
         job = (await service.add_job(spec, card=card, caller=caller)).job
@@ -124,7 +127,10 @@ def _require_sections(job: Job) -> None:
 
 
 async def _follow(service: Service, job: Job, *, encoding: Encoding) -> AsyncGenerator[bytes]:
-    """Yield the file of a piece while it grows. The last 30 ms wait for the next section, whose join changes them."""
+    """Yield the bytes of a piece's file while it is made.
+
+    The last 30 ms of each section are sent with the next section, because the join changes them.
+    """
     artifacts, last = service.jobs.artifacts, len(job.spec.sections)
     file = StreamFile()
     writer: AudioWriter | None = None

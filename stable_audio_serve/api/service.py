@@ -73,7 +73,7 @@ class Output:
     """The content of a response: the file and its sample rate, the measurements of its clips, the generation result,
     and the encoding time.
 
-    `recipes` has the recipe of each variation, or is empty if the response shall have no recipes.
+    `recipes` has the recipe of each variation. It is empty if the response has no recipes.
     """
 
     file: EncodedFile
@@ -100,7 +100,7 @@ class Service:
     ) -> None:
         """Without `jobs`, open the job queue of the settings. Another process runs its jobs. Raises ConfigError.
 
-        Without `adapters`, no model has any.
+        Without `adapters`, no model has adapters.
         """
         self.backend = backend
         self.settings = settings
@@ -204,10 +204,10 @@ class Service:
             return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
     def adapted(self, card: ModelCard, request: GenerationRequest) -> tuple[ModelCard, GenerationRequest]:
-        """Return the request with the files of all adapters that it and the name of its model ask for.
+        """Find the adapters that the request and its model name ask for, and return the request with their files.
 
-        The returned card asks for none, so that a second call changes nothing. Raises InvalidRequestError, whose field
-        is `loras` or `model`.
+        The returned card names no adapters, so a second call changes nothing. Raises InvalidRequestError with the field
+        `loras` or `model`.
         """
         if not card.loras and not request.loras:
             return card, request
@@ -221,11 +221,13 @@ class Service:
         return replace(card, loras=()), replace(request, loras=loras, lora_stacking=stacking)
 
     async def add_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> Added:
-        """Add a job within the limits of its API key. Its seconds of audio count when it is added, not when it runs.
+        """Add a job within the limits of its API key.
 
-        If the request was sent before, the audio does not count again, and the adapters may be gone by now. The audio
-        of a long piece counts section by section, when a runner makes them. So the whole may be more than the key may
-        have in a minute.
+        The seconds of audio count when the job is added, not when it runs.
+
+        If the request was sent before, the existing job is returned, even if an adapter has been removed since. Its
+        audio does not count again. The audio of a long piece counts section by section, when a runner makes the
+        section. So a piece may be longer than the key's limit per minute.
         """
         try:
             whole_s = audio_s = _audio_s(spec.request)

@@ -44,7 +44,7 @@ class StreamLimits:
     last_poll_s: float = 2.0
     section_poll_s: float = 0.4  # poll interval for the next section of a long piece
     comment_s: float = 10.0  # interval of comments, because proxies drop silent connections after 15 s or more
-    max_polls_away: int = 30  # retries while the database is unavailable, every `last_poll_s`
+    max_polls_away: int = 30  # retries while the database is unavailable, one every `last_poll_s`
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,11 @@ class EventStreams:
             current = await self._ask(partial(jobs.get, job.spec.ref))
 
     async def follow_sections(self, jobs: JobQueue, job: Job) -> AsyncGenerator[FinishedSection]:
-        """Yield each finished section of a long piece, at once or as soon as it is finished, until the job ends.
+        """Yield the finished sections of a long piece, then each further section when it is finished.
 
-        Raises StoppingError if this process stops or drains before, and StorageError like `follow`.
+        The iterator ends when the job ends.
+
+        Raises StoppingError if this process stops or drains before the job ends, and StorageError like `follow`.
         """
         number, ref = 0, job.spec.ref
         while True:
@@ -148,7 +150,7 @@ class EventStreams:
 
     @contextmanager
     def counted(self, caller: Caller) -> Iterator[None]:
-        """Count a request that waits for a job as a stream while the block runs. Raises the errors of `open`."""
+        """Count a request as an open stream while the block runs and waits for a job. Raises the errors of `open`."""
         self._require_room(caller)
         with self._counted(caller.name):
             yield

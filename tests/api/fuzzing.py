@@ -172,7 +172,7 @@ def is_lenient(case: schemathesis.Case) -> bool:
 
 _WAV = make_audio_file(duration_s=0.2, rate_hz=RATE_HZ)
 _LONG_WAV = make_audio_file(duration_s=6.5, rate_hz=RATE_HZ)
-# Of each number in Stability's forms: its range, and a value that suits all models and all other values.
+# Number fields of Stability's forms: lowest value, highest value, and a value that is valid with any other fields.
 _STABILITY = {"duration": (1, 380, 4), "steps": (4, 100, 8), "mask_start": (0, 380, 1), "mask_end": (0, 380, 2)}
 _STABILITY |= {"strength": (0, 1, 0.5)}
 _MEANINGFUL: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Adapters over HTTP: in requests of every dialect, jobs, recipes and lists, and their loading and unloading."""
+"""Adapters over HTTP: in requests of every dialect, in jobs, recipes and lists; how they are loaded and unloaded."""
 
 from __future__ import annotations
 

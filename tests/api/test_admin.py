@@ -60,7 +60,7 @@ async def make_admin(
 ) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
     """Yield a client that sends a key with the scope `admin`, and its application.
 
-    The headers PLAIN have another key.
+    The headers `PLAIN` have a valid key without this scope.
     """
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys"

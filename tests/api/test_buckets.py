@@ -108,7 +108,7 @@ async def test_upload_stays_in_the_bucket_until_its_job_ends(object_storage: Obj
 
 
 async def test_damaged_object_is_never_downloaded_complete(object_storage: ObjectStorage, bucket: str) -> None:
-    """The download of a short damaged object is an error. That of a long one ends early, which clients notice."""
+    """Downloading a short damaged object is an error. Downloading a long one ends early, which clients notice."""
     async with (
         serve_app(storage=storage_args(object_storage, bucket, prefix="")) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,

@@ -245,7 +245,9 @@ async def test_early_response_closes_the_connection(length: str, request_line: s
 
 
 async def test_body_sent_after_its_headers_does_not_lose_a_refusal() -> None:
-    """Clients such as httpx send headers and body separately. The server could refuse the headers and close."""
+    """Clients such as httpx send the headers and the body separately. If the server closed the connection after the
+    headers, the client could lose the response.
+    """
     async with serve(ToneBackend(), key_hashes=[hash_key("right")]) as port:
         body = json.dumps({"prompt": "x" * 100_000}).encode()
         reader, writer = await open_connection(port, b"", length=len(body))

@@ -1,4 +1,6 @@
-"""Source audio extended before its start and after its end, with regions and strength, by the real demo model."""
+"""Requests that extend source audio before its start or after its end. Some also have regions or a noise level, and
+some use the real demo model.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ BASE = {"prompt": "a tone", "duration": 1, "seed": 3}
 
 
 async def post(client: httpx.AsyncClient, url: str, fields: dict[str, Any]) -> httpx.Response:
-    """Post JSON, or to routes with source audio a form, in which objects are JSON text."""
+    """Post `fields` as JSON, or as a form with source audio, in which objects are JSON text."""
     if url in {URL, "/jobs"}:
         return await client.post(url, json=fields)
     if url.endswith("inpaint"):

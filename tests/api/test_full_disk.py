@@ -1,4 +1,4 @@
-"""Jobs and uploads without storage space, on file systems of a few MiB and with a full bucket."""
+"""Jobs and uploads while there is no storage space: on file systems of a few MiB, and with a full bucket."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.patience import PATIENCE_S, until
 pytestmark = pytest.mark.server
 
 NUM_JOBS = 12
-_AT_ONCE = 4  # a job runner computes at most so many jobs of a model at once
+_AT_ONCE = 4  # a job runner computes at most this many jobs of a model at once
 
 
 def fill(disk: Path) -> Callable[[], None]:

@@ -46,7 +46,7 @@ def known(url: str) -> Known:
 
 
 def edge_cases(operation: schemathesis.schemas.APIOperation) -> list[schemathesis.Case]:
-    """Returns about `EDGE_CASES` of the requests at the bounds of fields that Schemathesis makes, evenly selected."""
+    """Returns at most `EDGE_CASES` of the requests with a field at or just beyond its bound, evenly selected."""
     config = schema.config.generation_for(operation=operation, phase="coverage")
     cases = list(schema.iter_coverage_cases(operation, generation_modes=list(GenerationMode), generation_config=config))
     return cases[:: -(-len(cases) // EDGE_CASES)]

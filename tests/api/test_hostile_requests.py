@@ -104,7 +104,7 @@ class Route:
         return json.dumps(self.good | changes).encode()
 
     def raw(self, name: str, literal: bytes) -> bytes:
-        """Returns a JSON body in which the value of `name` is this literal text."""
+        """Returns a JSON body in which the text `literal` replaces the value of the field `name`."""
         rest = {key: value for key, value in self.good.items() if key != name}
         return json.dumps(rest).encode().removesuffix(b"}") + b', "' + name.encode() + b'": ' + literal + b"}"
 
@@ -242,9 +242,9 @@ def prompts(*literals: bytes) -> Callable[[Route], Iterator[Sent]]:
 
 
 def numbers(*literals: bytes, most: int | None = None) -> Callable[[Route], Iterator[Sent]]:
-    """Returns a function that yields requests in which one of these literals replaces one of the route's number fields.
+    """Returns a function that yields a request for each literal and each number field of the route.
 
-    Only the first `most` number fields are replaced. None: all.
+    In the request, the literal replaces the value of the field. `most` is the largest number of fields; None: all.
     """
 
     def requests(route: Route) -> Iterator[Sent]:

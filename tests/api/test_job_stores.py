@@ -109,7 +109,7 @@ async def test_odd_ids_are_unknown(store_url: str) -> None:
 def submissions(client: httpx.AsyncClient) -> dict[str, Any]:
     """Returns functions that each send one request. Each request needs the job store.
 
-    Keys: dialect and kind of request.
+    The keys name the dialect and the kind of request.
     """
     return {
         "native": lambda: client.post("/jobs", json=BODY),

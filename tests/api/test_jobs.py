@@ -78,7 +78,7 @@ async def show(client: httpx.AsyncClient, ticket: dict[str, Any]) -> dict[str, A
 
 
 async def wait(client: httpx.AsyncClient, ticket: dict[str, Any], *words: str) -> dict[str, Any]:
-    """Wait until the job has one of these statuses, by default until it ends. Returns the job."""
+    """Wait until the job's status is one of `words`, by default until the job ends. Returns the job."""
     async with asyncio.timeout(PATIENCE_S):
         while (status := await show(client, ticket))["status"] not in (words or ENDS):  # noqa: ASYNC110
             await asyncio.sleep(0.01)

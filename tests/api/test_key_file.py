@@ -141,12 +141,12 @@ async def test_hanging_disk_does_not_block_requests(tmp_path: Path, monkeypatch:
     answers = threading.Event()
     monkeypatch.setattr(key_ring, "read_key_file", lambda _: answers.wait(PATIENCE_S) and b"x")
     try:
-        assert await site.statuses("alice") == [200]  # waits half a second for the file, then uses the keys read before
+        assert await site.statuses("alice") == [200]  # waits 0.5 s for the file, then uses the previous keys
         site.clock.now += 20
         assert site.ring.health == KeyFileHealth("broken", "the file does not answer")
         before = asyncio.get_running_loop().time()
         assert {reply.status_code for reply in await asyncio.gather(*(site.ask("alice") for _ in range(50)))} == {200}
-        assert asyncio.get_running_loop().time() - before < 20  # if each of fifty requests waited 0.5 s: 25 s
+        assert asyncio.get_running_loop().time() - before < 20  # it would be 25 s if each request waited 0.5 s
     finally:
         answers.set()
 

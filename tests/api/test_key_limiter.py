@@ -1,6 +1,6 @@
 """Limits of API keys that several server processes enforce together through one database.
 
-A `KeyLimiter` with its own database connections stands for each process.
+Each process is represented by a `KeyLimiter` with its own database connections.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def make_key(words: str, name: str = "alice") -> ApiKey:
 
 @pytest.fixture
 async def pair(store_url: str) -> AsyncIterator[tuple[KeyLimiter, KeyLimiter]]:
-    """Yield two limiters with one database, as two server processes have."""
+    """Yield two limiters that share a database, like the limiters of two server processes."""
     open_database(store_url).prepare()
     pair = KeyLimiter(open_database(store_url)), KeyLimiter(open_database(store_url))
     yield pair
@@ -50,7 +50,10 @@ async def pair(store_url: str) -> AsyncIterator[tuple[KeyLimiter, KeyLimiter]]:
 
 
 async def admit(limiter: KeyLimiter, key: ApiKey, audio_s: float = 1.0) -> float | None:
-    """Start and end a request for `audio_s` seconds. Returns None if it is admitted, or the refusal's Retry-After."""
+    """Start and end a request for `audio_s` seconds of audio.
+
+    Returns None if it is admitted, otherwise the seconds after which to retry.
+    """
     try:
         async with limiter.admitted(key, audio_s=audio_s, takes_place=True):
             return None

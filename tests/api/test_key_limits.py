@@ -128,7 +128,7 @@ async def test_open_small_requests_are_charged(pair: Pair) -> None:
         for n in range(40)
     ]
     num_admitted = [reply.status_code for reply in replies].count(200)
-    # The limit is 60 s. A request may count as the model's window of 11.9 s (5 requests) or as its 2 s (30 requests).
+    # The limit of 60 s admits 5 requests if each counts as the model's window of 11.9 s, or 30 if each counts as 2 s.
     assert num_admitted in (5, 30)
     assert {reply.status_code for reply in replies[num_admitted:]} == {429}
     assert "audio-seconds-per-minute" in replies[-1].json()["error"]
@@ -169,4 +169,4 @@ async def test_synchronous_requests_work_without_the_database(pair: Pair, monkey
 
     monkeypatch.setattr(Database, "_make_ready", fail)
     statuses = [(await ask(pair[0], "sa3")).status_code for _ in range(20)]
-    assert statuses == [200] * 15 + [429] * 5  # there is one HTTP process, so its share of the limit is all 60 s
+    assert statuses == [200] * 15 + [429] * 5  # without the database, each process applies the limit of 60 s alone

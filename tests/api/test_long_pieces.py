@@ -16,7 +16,7 @@ from tests.api.compat.serving import make_client
 BODY = {"prompt": "rain", "seed": 3}
 ID = "0123456789abcdef0123456789abcd"
 
-# The demo of the test backend makes at most 5 s, small-sfx 120 s.
+# The longest clip of the test backend's models: 5 s for demo, 120 s for small-sfx.
 WRONG: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = [
     ({"sections": []}, [("sections",)]),
     ({"sections": [{"prompt": "x"}]}, [("sections", 0, "duration")]),
@@ -102,7 +102,8 @@ async def test_pieces_of_keys(tmp_path: Path) -> None:
         too_long = body | {"sections": [{"duration": 6}, {"duration": 11}]}
         assert (await client.post("/jobs", json=too_long, headers=alice)).status_code == 403
         path = f"/jobs/{ID}79"
-        assert (await client.put(path, json=body, headers=alice)).status_code == 202  # 30 s, three minutes' worth
+        # The piece has 30 s, three times the key's limit per minute.
+        assert (await client.put(path, json=body, headers=alice)).status_code == 202
 
         status: dict[str, Any] = {}
         while not status or status["status"] == "running" or not status["progress"]["sections_done"]:

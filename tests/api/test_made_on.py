@@ -1,4 +1,4 @@
-"""Every response with audio names the device that generated the audio. The other APIs' JSON has no new field."""
+"""The headers of every audio file name the device that generated the audio. The native API's JSON names it too."""
 
 from __future__ import annotations
 

@@ -62,9 +62,10 @@ async def state_of(client: httpx.AsyncClient) -> tuple[str, str]:
 
 
 async def expect_refusals(client: httpx.AsyncClient, *, at_once: int = 1, may_read: bool = False) -> None:
-    """Assert that every dialect refuses its requests for jobs. Each is sent `at_once` times concurrently.
+    """Assert that in every dialect, requests that need the job store are refused.
 
-    Concurrent requests make the server open new database connections.
+    Each request is sent `at_once` times concurrently, because concurrent requests open new database connections. With
+    `may_read`, requests that only read jobs are not sent.
     """
     for name, ask in submissions(client).items():
         if may_read and name.endswith((" list", " status", " events")):

@@ -125,7 +125,7 @@ OTHER_NAMES = [
 
 @asynccontextmanager
 async def visit(**api: Any) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """Yield a client of a server with these API settings. The client's address is the server's machine."""
+    """Yield a client of a server with these API settings. The client connects from the machine of the server."""
     async with make_app(run_jobs=False, api=api) as (app, backend), connect(app) as client:
         yield client, backend
 
@@ -215,7 +215,7 @@ async def test_refused_request_has_no_effect() -> None:
         for headers in ({"Origin": EVIL}, {"Origin": "null"}, {"Host": "evil.example"}):
             for path in (URL, "/jobs"):
                 assert (await client.post(path, json=BODY, headers=headers)).status_code == 403
-        # Browsers send such a request without asking the server first.
+        # Browsers send such a request without a preflight request.
         form = {"Origin": EVIL, "Content-Type": "text/plain"}
         assert (await client.post("/jobs", content=b'{"prompt": "x", "duration": 1}', headers=form)).status_code == 403
         assert backend.requests == []

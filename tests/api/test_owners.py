@@ -42,7 +42,7 @@ OPEN = {
 # This route needs a key only if the client chose the job's id.
 AUDIO = "/jobs/{job_id}/audio"
 
-# Path parameters that are a job id -> the API whose jobs have such ids. Then: values for all other path parameters.
+# JOB_NAMES: parameters that take a job id -> the API of the job. OTHER_NAMES: values for the other path parameters.
 JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml", "id": "stability"}
 OTHER_NAMES = {"file_id": "0" * 32, "file_name": "a.wav", "ticket": "a.b", "number": "1", "endpoint": "x"}
 OTHER_NAMES |= {"app": "stable-audio-3", "endpoint_id": "fal-ai/stable-audio"}
@@ -57,7 +57,7 @@ MISSING |= dict.fromkeys(("fal", "aiml"), "00000000-0000-4000-8000-000000000000"
 
 @dataclass(frozen=True)
 class Route:
-    """A route and how to call it. `contract` is the API of the job that the request names; None: it names no job."""
+    """A route and how to call it. `contract` is the API of the job that the request names, None if it names no job."""
 
     method: str
     path: str

@@ -345,7 +345,7 @@ async def test_recipe_may_start_with_a_byte_order_mark(client: httpx.AsyncClient
 
 
 async def test_recipe_with_many_errors_is_refused_at_the_first(client: httpx.AsyncClient) -> None:
-    """Reporting an error blocks the event loop, and a recipe of 1 MB could contain 600,000 errors."""
+    """A recipe of 1 MB could contain 600,000 errors. Reporting all of them would block the event loop."""
     (recipe,) = recipes_of(await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1}))
     keys = dict.fromkeys(map(str, range(50_000)), 1)
     for bad, field in (
@@ -465,7 +465,7 @@ async def test_hosted_dialects_have_recipes_if_configured(is_configured: bool) -
 
 
 async def test_list_of_jobs_has_no_long_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
-    """With the recipes, each job of the list could add 1 MB of prompt."""
+    """The recipes of each job could add 1 MB of prompts to the list."""
     for prompt, is_there in (("x" * 2048, True), ("x" * 2049, False)):
         job = await wait(client, await submit(client, prompt=prompt, batch_size=2))
         (listed, *_) = (await client.get("/jobs")).json()["jobs"]

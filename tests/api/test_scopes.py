@@ -79,7 +79,7 @@ def operations(app: FastAPI) -> Iterator[tuple[str, str, str]]:
 
 
 def may_use(path: str, key: str) -> bool:
-    """Whether the key named `key`, which has the scope of that name, may call the operation at `path`."""
+    """Whether `key` may call the operation at `path`. A key that is named like a scope has that scope."""
     if path in ANY | OPEN:
         return True
     if path in STORAGE:

@@ -87,7 +87,7 @@ async def test_setting_applies_to_requests_without_peaks() -> None:
 
 
 async def test_loudness_is_reported_where_defined(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    # By definition, a 997 Hz sine at full scale on one channel has -3.01 LUFS. The clip has it on two, at half scale.
+    # By definition, a 997 Hz sine at full scale on one channel has -3.01 LUFS. This clip: two channels, at half scale.
     reply = await client.post(URL, json=BODY | {"seed": 897})
     assert facts(reply)["loudness"][0] == pytest.approx(-3.01 - 6.02 + 3.01, abs=0.1)
     short = await client.post(URL, json=BODY | {"duration": 0.39})

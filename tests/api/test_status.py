@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 
 
 class FixedOperations:
-    """Admin operations of a server whose report is always the same."""
+    """Admin operations that always return the same report."""
 
     def __init__(self, report: ServerReport) -> None:
         self.server_report = report

@@ -22,7 +22,7 @@ SOURCE = {"audio": ("a.wav", make_audio_file(duration_s=0.5))}
 
 
 async def post(client: httpx.AsyncClient, url: str, fields: dict[str, Any]) -> httpx.Response:
-    """Post JSON, or to routes with source audio a form, in which lists are JSON text."""
+    """Post `fields` as JSON, or as a form with source audio, in which lists are JSON text."""
     fields = {"duration": 0.5, **fields}
     if url in {URL, "/jobs"}:
         return await client.post(url, json=fields)

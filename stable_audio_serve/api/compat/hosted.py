@@ -31,7 +31,7 @@ WholeNumber = Annotated[int, BeforeValidator(check_whole)]
 
 
 class ClipInput(BaseModel):
-    """Fields of both APIs. Each API sets its own ranges for the start and the steps."""
+    """The fields that both APIs have. Each API sets its own ranges for the start and the steps."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from stable_audio_serve.core.keys import ANYBODY, ApiKey
 
-_IPV6_BITS = 64  # addresses with the same first 64 bits are one client, because a network owns all of them
+_IPV6_BITS = 64  # IPv6 addresses with the same first 64 bits count as one client, because they belong to one network
 
 
 class Caller(NamedTuple):

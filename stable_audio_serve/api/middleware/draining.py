@@ -20,9 +20,9 @@ _CAUSE = "draining"
 _STOPPING = "the server is stopping"
 _DRAINING = "an operator is draining this server; send new work to another server"
 _RETRY_AFTER_S = 5.0
-# A load balancer sends requests until its checks have found /ready failing twice, about 3 s. A stopping server that
-# gets such requests refuses them for this long, so that the balancer can send them to another server. If it exited at
-# once, the connection would break, and the balancer could not know whether the request was executed.
+# A load balancer keeps sending requests until two of its checks of /ready have failed, which takes about 3 s. A server
+# that is stopping refuses such requests for this long, so that the balancer can send them to another server. If it
+# exited at once, the connection would break, and the balancer could not know whether the request was executed.
 _NOTICE_S = 5.0
 _READING = frozenset({"GET", "HEAD"})
 
@@ -118,7 +118,7 @@ class Draining:
     def begin(self) -> object:
         """Return a token for a new request.
 
-        The request counts as in flight from now on. If new work is refused, it counts only once `admit` accepts it.
+        The request counts as in flight at once, or if new work is refused, only when `admit` accepts it.
         """
         token = object()
         if self._refusal is None:

@@ -1,9 +1,9 @@
 """Limits of API keys: seconds of audio per minute, and concurrent requests.
 
 Servers that share a job database apply the limits together. If the key of a request has limits, one transaction admits
-the request. A second transaction follows when the request ends, if it was counted as a concurrent request (it
-had a "place") or if its audio shall not count. While the database is unavailable, each process applies the limits to
-its own requests only.
+the request. A second transaction follows at the end of a request that counted as concurrent (it had a "place"), or
+whose audio does not count after all. While the database is unavailable, each process applies the limits to its own
+requests only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LEAVING_S = 2.0
 _CLOSING_S = 1.0
 _LONGEST_RETRY_S = 60.0
 _LEAST_AUDIO_S = 0.01  # `require_room` checks the limits for this much audio, which is less than any request generates
-_MOST_NAMED = 200  # so many keys have their own label in metrics; all other keys share the label "other"
+_MOST_NAMED = 200  # this many keys have their own label in metrics; all other keys share the label "other"
 
 
 @dataclass(slots=True)
@@ -99,8 +99,8 @@ class KeyLimiter:
 
         The `audio_s` seconds of audio count for a minute. With `takes_place`, the request also counts as a concurrent
         request until the block ends. If the block raises, the audio does not count, unless the request ran out of time
-        or was cancelled. Raises QuotaError if a limit is reached, and ForbiddenError if the request needs more audio
-        than the key may have in a whole minute. The metrics count `metered_s`, by default `audio_s`.
+        or was cancelled. Raises QuotaError if a limit is reached, and ForbiddenError if `audio_s` exceeds the key's
+        limit per minute. The metrics count `metered_s`, by default `audio_s`.
         """
         admission = Admission()
         try:
@@ -136,7 +136,7 @@ class KeyLimiter:
             raise refusal
 
     def require_possible(self, key: ApiKey, *, audio_s: float) -> None:
-        """Raise ForbiddenError if the key may not have `audio_s` seconds of audio in a whole minute."""
+        """Raise ForbiddenError if `audio_s` exceeds the key's limit of seconds of audio per minute."""
         rate = key.limits.audio_seconds_per_minute
         if rate is not None and audio_s > rate:
             raise ForbiddenError(
@@ -145,7 +145,7 @@ class KeyLimiter:
             )
 
     async def audio_left_s(self, key: ApiKey) -> float | None:
-        """Return how many seconds of audio the key may still have now, None without a limit. Raises StorageError."""
+        """Return how many more seconds of audio the key may request now, None without a limit. Raises StorageError."""
         rate, use = key.limits.audio_seconds_per_minute, self._make_use(key, audio_s=0.0, takes_place=False)
         if rate is None or use is None:
             return None
@@ -162,7 +162,7 @@ class KeyLimiter:
     def _make_use(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> Use | None:
         """Return how much of the limits of `key` a request uses, or None if the key has no limits.
 
-        Raises ForbiddenError if the request needs more audio than the key may have in a minute.
+        Raises ForbiddenError if `audio_s` exceeds the key's limit per minute.
         """
         if key.limits == NO_LIMITS:
             return None

@@ -1,4 +1,4 @@
-"""The valid API keys: those in the settings, and those in a file that is read again when it changes.
+"""The valid API keys: the keys in the settings, and the keys in a file that is read again when it changes.
 
 A change is detected by the file's content, not by its date: Kubernetes replaces symbolic links to update a mounted
 secret, and two versions of the file may have the same date. If the file cannot be used, the previous keys stay valid,
@@ -34,8 +34,8 @@ KeyFileState = Literal["unset", "ok", "broken", "unread"]
 class KeyFileHealth:
     """The state of the key file.
 
-    `state` is broken if the file cannot be used now and the keys read before stay valid. It is unread if the file could
-    never be read, so that the file's keys are unknown. `reason` is a sentence that does not quote the file.
+    `state` is `broken` if the file cannot be used now; the keys that were read before stay valid. It is `unread` if the
+    file could never be read, so that its keys are unknown. `reason` is a sentence that does not quote the file.
     """
 
     state: KeyFileState = "unset"
@@ -132,5 +132,5 @@ class KeyRing:
 
 
 def _sentence(error: OSError | ValueError) -> str:
-    """Describe the error in one sentence, without the file's path, because the public route `/health` shows it."""
+    """Describe the error in one sentence, which the public route `/health` shows. It omits the file's path."""
     return f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

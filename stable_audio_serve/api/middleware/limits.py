@@ -1,4 +1,4 @@
-"""ASGI middleware that limits what one client can cost: the size of its body, and the time to send and receive.
+"""ASGI middleware that limits the size of a request body, and the time that a client takes to send and to receive.
 
 It also cancels the handler of a request whose client has disconnected. The ASGI servers do not do all of this: Ray
 Serve's proxies have no deadline for receiving a body, and not every server cancels handlers.
@@ -33,8 +33,8 @@ _MAX_DROP_IDLE_S = 1.0
 class ClientTimes:
     """How fast a client must send its request and read its response.
 
-    A process receives at most `max_slow` slow bodies at once. A body is slow if the server
-    has waited for its data for more than `grace_s` in total (randomly changed by up to 50 %).
+    A process receives at most `max_slow` slow bodies at once. A body is slow if the server has waited for its data for
+    more than `grace_s` in total. For each request, this time is randomly changed by up to 50 %.
     """
 
     rate_bytes_s: float = 4096.0  # the lowest speed of a body, averaged over `window_s`
@@ -87,17 +87,17 @@ class LimitsMiddleware:
 
 
 def accept_file_body(scope: Scope) -> None:
-    """Raise the limit for this request's body to that of an uploaded file. Call this before the body is read."""
+    """Let this request's body be as large as an uploaded file may be. Call this before the body is read."""
     scope["state"]["connection"].accept_file_body()
 
 
 def accept_form(scope: Scope) -> None:
-    """Raise the limit for this request's body to that of a form with an uploaded file. Call this before it is read."""
+    """Let this request's body be as large as a form with a file may be. Call this before the body is read."""
     scope["state"]["connection"].accept_form()
 
 
 def accept_file_in_json(scope: Scope) -> None:
-    """Raise the limit for this request's body to that of JSON with a file in it. Call this before it is read."""
+    """Let this request's body be as large as JSON with a file may be. Call this before the body is read."""
     scope["state"]["connection"].accept_file_in_json()
 
 
@@ -133,7 +133,7 @@ class _Pace:
         return self._times.window_s - self._window_s
 
     def add(self, num_bytes: int, *, waited_s: float) -> None:
-        """Count a chunk that arrived. A new window begins once this window has as many bytes as a window must have."""
+        """Count a chunk that arrived. A new window begins once this window has `rate_bytes_s * window_s` bytes."""
         self.waited_s += waited_s
         self._window_bytes += num_bytes
         self._window_s += waited_s
@@ -310,10 +310,10 @@ class _Connection:
         self._is_counted = is_receiving
 
     async def _drop_body(self) -> bool:
-        """Drop the body before a response that does not depend on it. Returns whether the body is complete.
+        """Read and drop the request body before a response that does not need it. Returns whether the body is complete.
 
-        Many clients read no response while they send. If the server closed the connection instead, the rest of the body
-        would reset it, and the response could be lost.
+        Many clients read no response while they send the body. If the server closed the connection before the body has
+        arrived, the rest of the body would reset the connection, and the response could be lost.
         """
         if self._is_given_up or (self._body.waits_for_permission and not self._received_bytes):
             return False

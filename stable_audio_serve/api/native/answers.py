@@ -18,7 +18,7 @@ from stable_audio_serve.core.sound import AudioFormat
 
 
 def file_stem(model: str) -> str:
-    """Return the base name of a model's files: `stable-audio-3-<model>`, without repeating `stable-audio-`."""
+    """Return the name of a model's files: `stable-audio-3-<model>`, or `model` if it begins with `stable-audio-`."""
     return model if model.startswith("stable-audio-") else f"stable-audio-3-{model}"
 
 

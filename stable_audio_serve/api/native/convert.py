@@ -37,9 +37,9 @@ from stable_audio_serve.jobs.pieces.sections import total_duration_s
 
 T = TypeVar("T")
 
-# The numbers that clients may send in `sampler_kwargs` for Stable Audio Open models (True) and other models (False), by
-# name: the field of `GenerationRequest`, the lowest value and the highest value. Stable Audio Open models do not
-# support a norm threshold, so only 0 is allowed.
+# The numeric options of `sampler_kwargs`, for Stable Audio Open models (True) and for other models (False). The name of
+# an option maps to the field of `GenerationRequest` that it sets, its lowest value and its highest value. Stable Audio
+# Open models do not support a norm threshold, so only 0 is allowed.
 _RESCALE = {"scale_phi": ("cfg_rescale", 0.0, 1.0)}
 _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
     False: {**_RESCALE, "cfg_norm_threshold": ("cfg_norm_threshold", 0.0, 1e6)},
@@ -53,7 +53,7 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 }
 
 
-SAME_S = 0.001  # a duration that differs by less from that of the bars is the same
+SAME_S = 0.001  # a sent `duration` may differ by this from the computed duration, seconds
 _PROMPTS = TypeAdapter(Annotated[list[Prompt], Field(min_length=1, max_length=MAX_VARIATIONS)])
 _SEEDS = TypeAdapter(Annotated[list[int], Field(min_length=1, max_length=MAX_VARIATIONS)])
 _LOUDNESS = TypeAdapter(LoudnessBody)
@@ -80,7 +80,7 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
 
 
 def parse_loras(given: str | Sequence[LoraBody] | None) -> tuple[Lora, ...]:
-    """Return the adapters that a request names. In a form they are JSON text. Raises RequestValidationError."""
+    """Return the adapters that a request names. A form sends them as JSON text. Raises RequestValidationError."""
     if isinstance(given, str):
         given = _parse_json(_LORAS, given, field="loras")
     return tuple(Lora(one.name, one.strength, _interval(one)) for one in given or ())
@@ -220,7 +220,10 @@ def _plan_variations(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple
 
 
 def _plan_loop(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[LoopStart | None, float | None]:
-    """Return where the requested loop begins, and the seconds of its bars, or None. Appends errors to `faults`."""
+    """Return where the loop begins (None without a loop), and the duration of its bars in seconds (None without bars).
+
+    Appends errors to `faults`.
+    """
     if not isinstance(fields, GenerationBody):
         return None, None
     bpm, bars = fields.bpm, fields.bars
@@ -242,8 +245,8 @@ def _plan_loop(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[LoopS
 def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCard) -> GenerationRequest:
     """Return `generation` with the noise level and schedule of a variation. The source audio is not added.
 
-    Clients send the noise level as a share from 0 to 1. It is converted to a sigma for samplers that use sigmas. Raises
-    RequestValidationError.
+    Clients send the noise level as a number from 0 to 1. For samplers that use sigmas, it is converted to a sigma.
+    Raises RequestValidationError.
     """
     if form.edit_schedule is not None and card.objective == "v":
         message = f"edit_schedule must be unset: the model {card.name} does not support it"
@@ -277,7 +280,7 @@ def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[di
 
 
 def unused_options(values: Mapping[str, Any], card: ModelCard) -> list[str]:
-    """Return the keys of `sampler_kwargs` that the model does not use. They are ignored, as in the original server."""
+    """Return the keys of `sampler_kwargs` that the model does not use. Stability AI's server ignores them too."""
     used = {"sampler_type", *_OPTIONS[card.family == OPEN_FAMILY]}
     return [key for key, value in values.items() if value is not None and key not in used]
 
@@ -287,5 +290,5 @@ def _is_number(value: object) -> bool:
 
 
 def to_fault(field: str, message: str, *, value: object) -> dict[str, Any]:
-    """Return the entry about an invalid field in the list of a RequestValidationError."""
+    """Return an entry about an invalid field, for the list of errors of a RequestValidationError."""
     return {"type": "value_error", "loc": ("body", field), "msg": message, "input": value}

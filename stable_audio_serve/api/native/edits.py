@@ -1,4 +1,4 @@
-"""Plan edits of source audio: regions to regenerate, audio that extends the source, and where regions start from."""
+"""Plan edits of source audio: regions to regenerate, audio that extends the source, and the noise level."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ TIME_FIELDS = {name for name in InpaintForm.model_fields if name.startswith("inp
 
 
 def check_edit(form: InpaintForm, generation: GenerationRequest) -> None:
-    """Check the times of an edit, as far as they do not depend on the source.
+    """Check the times of an edit before the source is decoded.
+
+    Does nothing if the edit extends the source, because `to_inpainting` checks its times.
 
     Raises InvalidRequestError, RequestValidationError.
     """
@@ -40,17 +42,17 @@ def extends(form: InpaintForm) -> bool:
 
 
 def starts_from_source(form: InpaintForm) -> bool:
-    """Whether the regions of a form start from the source, and not from noise alone."""
+    """Whether the regions are generated from the source with added noise, and not from noise alone."""
     return form.init_noise_level is not None and form.init_noise_level < 1
 
 
 def to_inpainting(
     generation: GenerationRequest, form: InpaintForm, *, source: SourceAudio, card: ModelCard, limits: ApiSettings
 ) -> GenerationRequest:
-    """Return `generation` with the regions of an edit, in seconds of the clip. The source audio is not added.
+    """Return `generation` with the regions of an edit, in seconds from the start of the clip, but without source audio.
 
-    The times of a form that extends its source are those of the source. Raises InvalidRequestError,
-    RequestValidationError.
+    If the form extends the source, the form's times count from the start of the source, and are converted. Raises
+    InvalidRequestError, RequestValidationError.
     """
     if starts_from_source(form):
         level = card.noise_level(form.init_noise_level or 0.0, sampler=generation.sampler)
@@ -92,6 +94,6 @@ def _check_duration(form: InpaintForm, duration_s: float, *, longest_s: float) -
 
 
 def _seconds(num_samples: int, rate_hz: int) -> float:
-    """Return the smallest number of seconds that `int(seconds * rate_hz)` converts to `num_samples`, or nearly so."""
+    """Return `num_samples` in seconds. `int(seconds * rate_hz)` converts the result back to `num_samples`."""
     seconds = num_samples / rate_hz
     return seconds if int(seconds * rate_hz) == num_samples else math.nextafter(seconds, math.inf)

@@ -66,7 +66,7 @@ def cut_prompts(made_on: MadeOn | None) -> list[str]:
 
 
 def warning_headers(request: Request, made_on: MadeOn | None = None) -> dict[str, str]:
-    """Return the header that names the parts of a request without effect, or {} if there are none."""
+    """Return the header that names the parts of a request that have no effect, or {} if there are no such parts."""
     names = ignored_names(request)
     sentences = [f"unknown fields are ignored: {', '.join(names)}"] if names else []
     return _header([*sentences, *cut_prompts(made_on)])

@@ -238,7 +238,7 @@ def _parse(text: str | bytes) -> Recipe:
 
 
 def _refuse_many_entries(sent: object) -> None:
-    """Raise RequestValidationError for an object with more entries than a recipe can have.
+    """Raise RequestValidationError if a list or an object has more entries than a recipe allows.
 
     Pydantic would build an error for each entry, and block the event loop for seconds.
     """
@@ -258,7 +258,10 @@ def _short(fault: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_model(service: Service, recipe: Recipe) -> ModelCard:
-    """Return the recipe's model. Raises RequestValidationError if the recipe exceeds this server's limits."""
+    """Return the recipe's model.
+
+    Raises RequestValidationError if the model is unknown, or if the recipe exceeds a limit of this server.
+    """
     try:
         card = service.backend.catalog.resolve(recipe.model)
     except UnknownModelError as error:

@@ -113,8 +113,8 @@ def convert(
 ) -> tuple[ModelCard, GenerationRequest]:
     """Return the model and the request for `fields`. The request has no source audio. Raises RequestValidationError.
 
-    Adapters are only named in the result, see `Service.adapted`. Also records which fields have no effect, so that the
-    response can name them.
+    The result has the names of adapters, but not their files, see `Service.adapted`. Also records which fields have no
+    effect, so that the response can name them.
     """
     card, generation = to_request(
         fields,

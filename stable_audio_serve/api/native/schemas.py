@@ -159,7 +159,7 @@ class Controls(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_prompt(cls, values: Any) -> Any:
-        """Set a missing prompt if there are `prompts`, which replace it."""
+        """Set a missing `prompt` to a placeholder if there are `prompts`, which replace `prompt`."""
         if not isinstance(values, dict) or values.get("prompt") not in (None, ""):
             return values
         prompts = values.get("prompts")

@@ -51,7 +51,7 @@ def section_faults(fields: Controls, *, card: ModelCard, limits: ApiSettings) ->
 
 
 def _value_at(fields: JobBody, place: tuple[str | int, ...]) -> Any:
-    """Return the sent value at a place such as ("sections", 2, "duration"), None for the list of all sections."""
+    """Return the value that the client sent at `place`, such as ("sections", 2, "duration"); None for ("sections",)."""
     match place:
         case ("sections", int(index), "duration"):
             return (fields.sections or ())[index].duration

@@ -228,12 +228,15 @@ def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
 
 
 def hash_recipe(recipe: Recipe) -> str:
-    """Return the SHA-256 of a recipe. Recipes with the same hash describe the same bytes, if made in strict mode."""
+    """Return the SHA-256 of a recipe. In strict mode, recipes with the same hash make files with the same bytes."""
     return hashlib.sha256(recipe.to_json().encode()).hexdigest()
 
 
 def _compare(job: Job, recipes: tuple[Recipe, ...] | None) -> Literal["exact", "close"] | None:
-    """Return whether a job's file has the same bytes as the file whose recipe it replayed, None if it was no replay."""
+    """Return `exact` if the job's file has the same bytes as the file whose recipe the job replayed, otherwise `close`.
+
+    Returns None if the job was no replay, or has no recipe.
+    """
     original = job.spec.wire.get(REPLAY_OF)
     if original is None or not recipes:
         return None

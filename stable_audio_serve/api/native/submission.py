@@ -172,7 +172,8 @@ class _Submission:
     ) -> JobTicket:
         """Store a new job, or find the job of a request that was sent before. Returns the job's ticket.
 
-        `source` is the upload if it is decoded already. Raises RequestValidationError, and the errors of the job store.
+        `source` is the decoded audio of the upload, or None if it is not decoded yet. Raises RequestValidationError,
+        and the errors of the job store.
         """
         settings = self._service.settings
         await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)

@@ -237,7 +237,10 @@ def _describe_adapter(adapter: AdapterCard, model: Model) -> Model:
 
 
 def describe_adapters(service: Service, status: Mapping[str, ModelStatus]) -> AdapterList:
-    """Return the adapters of the default model, or if it takes none, of the first model that does."""
+    """Return the adapters of the default model.
+
+    If the default model takes no adapters, return the adapters of the first model that takes some.
+    """
     catalog = service.backend.catalog
     model = next((card for card in (catalog.default, *catalog) if card.takes_adapters), catalog.default)
     usable = [card for card in service.adapters.cards(model.name) if card.problem is None]

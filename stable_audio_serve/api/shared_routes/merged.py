@@ -1,7 +1,7 @@
 """`POST /generate`, a path of two dialects: Stable Audio 3 and Stable Audio Open Small.
 
-The fields of a request decide which of the two dialects handles the request. An error response has the status of that
-dialect, and the fields of both dialects.
+The fields of a request decide which of the two dialects handles the request. An error response has the status that the
+chosen dialect defines, and the error fields of both dialects.
 """
 
 from __future__ import annotations

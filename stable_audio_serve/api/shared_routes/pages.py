@@ -268,7 +268,7 @@ def _root(request: Request) -> str:
 
 
 def _with_policy(page: HTMLResponse) -> HTMLResponse:
-    """Add a Content-Security-Policy to a page that allows only the scripts in it."""
+    """Return the page with a Content-Security-Policy that allows only the scripts in the page."""
     nonce = secrets.token_urlsafe(16)
     text = bytes(page.body).decode().replace("<script", f'<script nonce="{nonce}"')
     return HTMLResponse(text, headers={**_HEADERS, "Content-Security-Policy": _API_POLICY.format(nonce=nonce)})

@@ -36,8 +36,9 @@ _RETRY_AFTER_S = "5"
 def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
     """Return the routes for health and models, which are also available below the path prefix of each dialect.
 
-    `dialect` is the name of that dialect. Without one, the list of models is ElevenLabs' for a request with its key
-    header, because the clients of both APIs call the same path.
+    `dialect` is the name of the dialect, or None for the routes without a prefix. OpenAI's and ElevenLabs' clients
+    request the list of models at the same path. Without a prefix, a request with ElevenLabs' key header gets
+    ElevenLabs' list.
     """
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     created_at = int(service.clock.time())

@@ -122,7 +122,7 @@ async def serve_app(
 ) -> AsyncIterator[tuple[int, ToneBackend]]:
     """Serve an application that `make_app` builds. Yields its port and its backend.
 
-    `certificate` is the files of the certificate chain and its key; None: plain HTTP.
+    `certificate` has the paths of the certificate chain and of its key. If it is None, the server uses plain HTTP.
 
     `refusals` counts the responses with a status of 400 or above, by status.
     """

@@ -64,7 +64,7 @@ async def make_clip(
 async def answer(
     service: Service, output: Output, *, return_format: str, name: str, metadata: dict[str, Any]
 ) -> Response:
-    """Return a response with the file, or JSON with the file in base64 and its metadata, as `return_format` demands."""
+    """Return the file if `return_format` is `file`, otherwise JSON with the file in base64 and `metadata`."""
     if return_format == "file":
         return encoded_answer(output.file, attachment(name) | result_headers(output))
     return await base64_answer(service, output, metadata=metadata)
@@ -79,7 +79,7 @@ async def base64_answer(service: Service, output: Output, *, metadata: dict[str,
 def clip_metadata(
     generation: GenerationRequest, result: GenerationResult, *, duration_s: float, generation_s: float
 ) -> dict[str, Any]:
-    """Return the metadata of a clip in the form of `/generate`, without the tempo."""
+    """Return the metadata that `/generate` returns with a clip, except the tempo."""
     return {
         "prompt": generation.prompt,
         "negative_prompt": generation.negative_prompt,

@@ -41,7 +41,7 @@ class Riff:
 
 
 def find_folder(chosen: str | None) -> Path:
-    """Return the operator's folder, otherwise `riffs` in the working directory, otherwise the packaged riffs."""
+    """Return the folder `chosen`. By default, return the folder `riffs` if it exists, otherwise the packaged riffs."""
     own = Path(chosen or "riffs")
     return own if chosen or own.is_dir() else _STARTER_FOLDER
 

@@ -138,7 +138,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def build_health_router(service: Service) -> APIRouter:
-    """Return the dialect's health route. Its response differs from the health route of the other dialects."""
+    """Return the dialect's health route. The health route of the other dialects has a different response."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     model = default_model(service)
 

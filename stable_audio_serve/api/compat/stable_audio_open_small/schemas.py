@@ -108,7 +108,7 @@ ModelType = Annotated[
 
 
 class Wire(BaseModel):
-    """Base of all request models. `rules` has the message that this dialect sends if a field is invalid, by field."""
+    """Base of all request models. `rules` has the dialect's message for each field that may be invalid."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 

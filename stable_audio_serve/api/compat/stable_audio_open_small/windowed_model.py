@@ -39,7 +39,7 @@ class WindowedModel:
     def conditioned_s(self) -> float:
         """The length that the model is conditioned on: the length of the window, rounded up to whole seconds.
 
-        It does not depend on the length of the clip, as in the original server.
+        As in the original server, it does not depend on the length of the clip.
         """
         return math.ceil(self.window_s)
 

@@ -54,7 +54,7 @@ def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
 
 
 def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str) -> GenerationRequest:
-    """Return a request for the audio from 0 to the end of the span.
+    """Return a request for the audio from 0 s to the end of the span.
 
     A model that is conditioned on a start also gets the start of the span.
     """
