@@ -81,10 +81,10 @@ class SoundBody(_Body):
     text: Prompt = Field(description="Description of the sound.", examples=["a door slams"])
     loop: StrictBool | None = Field(None, description="Whether the sound repeats without a seam; null = false.")
     duration_seconds: Finite | None = Field(
-        None, ge=_SOUND_S[0], le=_SOUND_S[1], description="Length; null = the length that the text names, or 5."
+        None, ge=_SOUND_S[0], le=_SOUND_S[1], description="Seconds; null = a length that the text names, or 5."
     )
     prompt_influence: Finite | None = Field(
-        None, ge=0, le=1, description="Guidance of base models, 1 + 6 times this; distilled ones have none; null = 0.3."
+        None, ge=0, le=1, description="Guidance of base models is 1 + 6 x this; distilled ones have none; null = 0.3."
     )
     model_id: str | None = Field(None, description=f"{', '.join(_SOUND_MODELS)}, or a model of this server.")
 
@@ -122,7 +122,7 @@ class MusicBody(_Body):
     composition_plan: Plan | None = None
     music_length_ms: int | None = Field(None, ge=3000, le=600_000, description="Only with a prompt; null = 30,000.")
     model_id: str | None = Field(None, description=f"{', '.join(_MUSIC_MODELS)}, or a model of this server.")
-    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Null = random; the header x-seed has it.")
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Null = random. The header x-seed returns the seed.")
     force_instrumental: StrictBool | None = Field(None, description="Accepted: models do not sing.")
     respect_sections_durations: StrictBool | None = Field(None, description="Accepted: sections have their length.")
     sign_with_c2pa: StrictBool | None = Field(None, description="Accepted: files are not signed.")

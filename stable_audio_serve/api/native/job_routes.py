@@ -160,13 +160,13 @@ def _build_links(service: Service) -> APIRouter:
         job_id: str,
         *,
         section: Annotated[
-            int | None, Query(ge=1, description="Of a long piece: only this finished section, counted from 1.")
+            int | None, Query(ge=1, description="Long pieces only: send this finished section, counted from 1.")
         ] = None,
         follow: Annotated[
             bool,
             Query(
-                description="Of a long piece: send the finished sections, then each further one when it is finished; "
-                "as MP3 if that is the job's format, otherwise as WAV of unknown length."
+                description="Long pieces only: send the finished sections, then each later one as soon as it is "
+                "finished; as MP3 if that is the job's format, otherwise as WAV of unknown length."
             ),
         ] = False,
     ) -> Response:

@@ -80,9 +80,12 @@ class LoraBody(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(min_length=1, max_length=100, description="Name of an adapter of the model.")
-    strength: Finite = Field(1.0, ge=-2, le=2, description="0 = off; not below 0 for DoRA types.")
+    strength: Finite = Field(
+        1.0, ge=-2, le=2, description="Strength: 0 = off. Must not be negative for adapters of the DoRA types."
+    )
     interval: Annotated[list[_Time], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="Denoising times at which it applies: 1 is the start from noise, 0 the end; unset = [0, 1]."
+        None,
+        description="Denoising times in which the adapter is used, from 0 (end) to 1 (start, noise); unset = [0, 1].",
     )
 
     @field_validator("interval")
@@ -99,7 +102,7 @@ class LoudnessBody(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target_lufs: Finite = Field(ge=-70, le=-5, description="Integrated loudness (ITU-R BS.1770), LUFS.")
-    true_peak_dbtp: Finite = Field(-1.0, ge=-9, le=0, description="True peak that the limiter keeps, dBTP.")
+    true_peak_dbtp: Finite = Field(-1.0, ge=-9, le=0, description="Highest true peak, dBTP. A limiter enforces it.")
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -136,15 +139,20 @@ class Controls(BaseModel):
         "have no header.",
     )
     bitrate: Bitrate | None = Field(
-        None, description="Extension: kbit/s, only of lossy formats, 192 or '192k'; unset = the format's default."
+        None,
+        description="Extension: bit rate of a lossy format in kbit/s, as 192 or '192k'; unset = the format's default.",
     )
     bit_depth: SampleBits | None = Field(
-        None, description="Extension: bits of a sample: of wav 16, 24 or float, of flac 16 or 24; unset = 16."
+        None, description="Extension: bits per sample: 16, 24 or float for wav, 16 or 24 for flac; unset = 16."
     )
     sample_rate: SampleRate | None = Field(
-        None, description="Extension: hertz; unset = the model's, or the nearest one that the format has."
+        None,
+        description="Extension: sample rate of the file, hertz; unset = the model's rate, or the nearest one that the "
+        "format allows.",
     )
-    deadline_s: Finite | None = Field(None, gt=0, description="Extension: time budget, seconds; after it 504.")
+    deadline_s: Finite | None = Field(
+        None, gt=0, description="Extension: time limit, seconds. If it is exceeded, the answer is 504."
+    )
     priority: Priority = Field(
         "interactive", description="Extension: interactive work runs before batch work, which keeps a minimum share."
     )
@@ -198,7 +206,7 @@ class GenerationBody(Controls):
         description="Extension: adapters (LoRA) of the model, in this order; GET /v1/models lists them.",
     )
     loudness: LoudnessBody | None = Field(
-        None, description="Extension: target loudness, from 0.4 s; the limiter then keeps the true peak."
+        None, description="Extension: target loudness of the clip, which must last at least 0.4 s."
     )
     loop: bool | None = Field(None, description="Extension: make a clip that repeats without a seam.")
     bpm: Finite | None = Field(
@@ -249,12 +257,15 @@ class VariationForm(UploadForm):
 
 
 class InpaintForm(UploadForm):
-    """Regenerate regions of the source, or extend it, and keep the rest. A region past its end extends it too."""
+    """Regenerate regions of the source, or extend it, and keep the rest.
+
+    A region that ends after the source extends the clip.
+    """
 
     inpaint_start_seconds: str | None = Field(
         None,
-        description="Starts of the regions, seconds: a number, or a list as [2,12] or 2,12. Required unless the source "
-        "is extended; then the times are those of the source as uploaded.",
+        description="Starts of the regions, seconds: a number, or a list as [2,12] or 2,12. Required unless "
+        "`extend_before_s` or `extend_after_s` is set. Times count from the start of the uploaded source.",
         examples=["4", "[2,12]"],
     )
     inpaint_end_seconds: str | None = Field(

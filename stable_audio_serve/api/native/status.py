@@ -80,14 +80,15 @@ class JobProgress(BaseModel):
     """Progress of a job."""
 
     stage: str = Field(description="`queued`, `started`, the current step of the work, or `done`.")
-    fraction: float = Field(description="Share of the work that is done, 0 to 1.")
+    fraction: float = Field(description="Finished share of the work, 0 to 1.")
     sections_done: int | None = Field(
-        None, exclude_if=_is_none, description="Number of finished sections; only of a long piece."
+        None, exclude_if=_is_none, description="Number of finished sections; long pieces only."
     )
-    sections: int | None = Field(None, exclude_if=_is_none, description="Number of sections; only of a long piece.")
+    sections: int | None = Field(None, exclude_if=_is_none, description="Number of sections; long pieces only.")
     eta_seconds: float | None = Field(description="Last predicted time until the job ends, seconds.")
     queue_position: int | None = Field(
-        description="Number of jobs before it, or, once a runner has it, of rows in the engine; 0 = next."
+        description="Number of jobs before this one. Once the job has started: number of variations before it in the "
+        "engine. 0 = next."
     )
 
 
@@ -127,7 +128,7 @@ class JobStatus(BaseModel):
     storage_key: str | None
     sample_rate: int | None = Field(description="Hertz.")
     progress: JobProgress
-    attempts: int = Field(description="Number of starts.")
+    attempts: int = Field(description="How often a runner has started the job.")
     priority: Priority
     seeds: list[int] = Field(description="Seed of each variation, also if the request left it random.")
     clips: list[JobClip] | None = Field(description="The variations of a job that succeeded.")
@@ -140,7 +141,7 @@ class JobStatus(BaseModel):
     replay: Literal["exact", "close"] | None = Field(
         None,
         exclude_if=_is_none,
-        description="Only of a job that recreated a long piece: exact = same bytes as the original.",
+        description="Only if the job recreated a long piece: exact = same bytes as the original.",
     )
     warnings: list[str] = Field(
         description="Parts of the request without effect, for example the end of a long prompt."

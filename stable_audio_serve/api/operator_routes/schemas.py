@@ -37,15 +37,19 @@ class Replica(BaseModel):
     device: str | None
     dtype: str | None = Field(description="Precision of the denoiser.")
     profile: str | None = Field(
-        description="Of the engine's speed features: accelerated, or plain and the reason; then features that are off."
+        description="accelerated, or plain with the reason; then the speed features that are off."
     )
-    memory_bytes: dict[str, int] | None = Field(description="Plan of the GPU's memory by purpose; empty on a CPU.")
-    requests: int | None = Field(description="In it now, waiting or at work.")
-    backlog_s: float | None = Field(description="Predicted device time of what it has accepted, seconds.")
+    memory_bytes: dict[str, int] | None = Field(
+        description="Planned bytes of GPU memory for each purpose; empty on a CPU."
+    )
+    requests: int | None = Field(description="Number of its waiting and running requests.")
+    backlog_s: float | None = Field(description="Predicted device time of its waiting and running requests, seconds.")
     rows_per_step: float | None = Field(
-        description="Variations that shared a denoising step, mean of its last ten seconds; null without a step."
+        description="Mean number of variations per denoising step in the last ten seconds; null without a step."
     )
-    requests_per_minute: int | None = Field(description="Finished in the minute before it said so.")
+    requests_per_minute: int | None = Field(
+        description="Number of requests that it finished in the minute before its report."
+    )
     age_s: float
 
 
@@ -53,18 +57,20 @@ class ServedModel(BaseModel):
     """One model and its replicas."""
 
     stage: str = Field(description="loading, ready, failed, idle (scaled to zero) or waking (from zero).")
-    default: bool = Field(description="Of requests that name no model.")
-    kept: bool = Field(description="An operator keeps it loaded.")
+    default: bool = Field(description="Whether requests without a model name get this model.")
+    kept: bool = Field(description="Whether an operator keeps the model loaded.")
     min_replicas: int
     max_replicas: int
-    states: dict[str, int] = Field(description="Replicas by Ray Serve's words: running, starting, stopping ...")
-    backlog_s: float = Field(description="Of all its replicas, seconds.")
-    rows_per_step: float | None = Field(description="Mean of its replicas.")
+    states: dict[str, int] = Field(
+        description="Number of replicas in each of Ray Serve's states, such as running or starting."
+    )
+    backlog_s: float = Field(description="Sum over its replicas, seconds.")
+    rows_per_step: float | None = Field(description="Mean over its replicas.")
     waiting_jobs_s: float | None = Field(
-        description="Predicted device time of the jobs that wait for it in the job database, seconds; null: not known."
+        description="Predicted device time of the queued jobs for this model, seconds; null = unknown."
     )
     requests_per_minute: int = Field(
-        description="Finished in the last minute by all replicas there are, also those on CPUs; requests of jobs count."
+        description="Number of requests that its replicas finished in the last minute, those of jobs included."
     )
     replicas: list[Replica]
 
@@ -75,21 +81,25 @@ class Jobs(BaseModel):
     store: JobStoreHealth
     queued: int | None
     running: int | None
-    succeeded: int | None = Field(description="Of those that are kept, as are the next two; up to 15 s old.")
+    succeeded: int | None = Field(
+        description="Number of succeeded jobs in the database. Failed, cancelled and this number may be 15 s old."
+    )
     failed: int | None
     cancelled: int | None
-    dead_letters: int | None = Field(description="Failed by no fault of their own; an operator may retry them.")
-    waited_s: float | None = Field(description="How long the first job that waits has been due, seconds.")
-    age_s: float | None = Field(description="Seconds since they were counted.")
-    reason: str | None = Field(description="Why they are not known better.")
+    dead_letters: int | None = Field(
+        description="Jobs whose attempts all failed because of the server. An operator can retry them."
+    )
+    waited_s: float | None = Field(description="Time that the oldest queued job has waited, seconds.")
+    age_s: float | None = Field(description="Time since the jobs were counted, seconds.")
+    reason: str | None = Field(description="Why numbers are missing or old.")
 
 
 class Drain(BaseModel):
     """Whether an operator drains this server, and the work left to finish."""
 
-    state: DrainState = Field(description="no, draining, or drained: all that was begun is finished.")
-    requests: int | None = Field(description="Begun before and not finished; null: not known now.")
-    jobs: int | None = Field(description="Leased by this server's runners; null: not known now.")
+    state: DrainState = Field(description="no, draining, or drained (all accepted work is finished).")
+    requests: int | None = Field(description="Number of unfinished requests; null = unknown.")
+    jobs: int | None = Field(description="Number of jobs that this server's runners hold; null = unknown.")
 
 
 class ServerStatus(BaseModel):
@@ -99,13 +109,13 @@ class ServerStatus(BaseModel):
     version: str
     status: str = Field(description="As in /health: ok, loading, failed or draining.")
     ready: bool
-    reasons: list[str] = Field(description="Why not.")
+    reasons: list[str] = Field(description="Why the server is not healthy; empty if it is.")
     draining: Drain
-    backlog_s: float = Field(description="Predicted device time of what all replicas have accepted, seconds.")
+    backlog_s: float = Field(description="Predicted device time of the accepted requests of all replicas, seconds.")
     models: dict[str, ServedModel]
     jobs: Jobs
-    age_s: float | None = Field(description="Seconds since the replicas were counted; null: never.")
-    reason: str | None = Field(description="Why they are not known better.")
+    age_s: float | None = Field(description="Time since the replicas were counted, seconds; null = never.")
+    reason: str | None = Field(description="Why the replicas' numbers are missing or old.")
 
 
 class KeptModel(BaseModel):
@@ -128,7 +138,9 @@ class DeadLetter(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_LETTER]})
 
-    number: int = Field(description="What the other routes know it by: ids are unique per client only.")
+    number: int = Field(
+        description="Number of the dead letter in the other routes. Its `id` is unique for one client only."
+    )
     id: str
     contract: Contract
     client: str
@@ -137,7 +149,7 @@ class DeadLetter(BaseModel):
     prompt: str
     duration_s: float
     batch_size: int
-    created_at: str = Field(description="ISO 8601 with UTC offset, as the other time.")
+    created_at: str = Field(description="ISO 8601 with UTC offset, like failed_at.")
     failed_at: str | None
     attempts: int
     error: LetterError | None
@@ -162,7 +174,7 @@ class DeadLetterPage(BaseModel):
     """A page of dead letters, newest first."""
 
     dead_letters: list[DeadLetter]
-    next_cursor: int | None = Field(description="Leads to the next page; null = there are no older ones.")
+    next_cursor: int | None = Field(description="Cursor of the next page; null = this is the last page.")
 
 
 class LetterNumbers(BaseModel):
