@@ -37,7 +37,7 @@ class SnakeBeta(nn.Module):
         self._resolved = self._compute()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, samples) -> the same shape."""
+        """(batch, channels, samples) -> (batch, channels, samples)."""
         rate, amplitude = self._compute() if self._resolved is None else self._resolved
         return torch.addcmul(x, amplitude, (x * rate).sin_().square_())
 
