@@ -1,4 +1,4 @@
-"""The packaged riff files equal the output of the demo model's synthesiser, and have the key and tempo in their names."""
+"""The packaged riff files equal the output of the demo model's synthesiser. Their names state their key and tempo."""
 
 from __future__ import annotations
 

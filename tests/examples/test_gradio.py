@@ -1,4 +1,4 @@
-"""The example with a Gradio page works with a test server, in an environment that has only the example's requirements."""
+"""The example with a Gradio page works with a test server, in an environment with only the example's requirements."""
 
 from __future__ import annotations
 

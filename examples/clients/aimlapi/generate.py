@@ -1,4 +1,4 @@
-"""Calls the AIML API's model `stable-audio` with `requests`: submits a request, polls its status, downloads the clip."""
+"""Calls the AIML API's model `stable-audio` with `requests`: submits and polls a request, then downloads the clip."""
 
 from __future__ import annotations
 
