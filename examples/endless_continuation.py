@@ -38,7 +38,7 @@ def read(content: bytes) -> tuple[Samples, wave._wave_params]:
 
 
 def write(samples: Samples, params: wave._wave_params) -> bytes:
-    """Returns the bytes of a WAV file with these samples."""
+    """Returns the bytes of a WAV file with the given samples."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setparams(params)
@@ -52,9 +52,9 @@ def crossfade(old: Samples, new: Samples) -> Samples:
 
 
 class GrowingWav:
-    """A WAV file to which pieces are added; it is always valid.
+    """A WAV file to which pieces of audio are added. The file is valid at any time.
 
-    The last `FADE_S` seconds are not written yet, because they are crossfaded with the next piece.
+    The last `FADE_S` seconds of a piece are written together with the next piece, because the two are crossfaded.
     """
 
     def __init__(self, path: Path, params: wave._wave_params) -> None:
@@ -71,9 +71,9 @@ class GrowingWav:
         return self.file.tell() / self.file.getframerate() + FADE_S
 
     def add(self, piece: Samples, *, context_s: float) -> None:
-        """Append a continuation, `piece`, which must begin with the audio of `end`. The file gets that audio once.
+        """Append `piece`, which must begin with the audio of `self.end`. That audio is not written twice.
 
-        `context_s` is the length of the next `end` in seconds.
+        Then `self.end` becomes the last `context_s` seconds of the audio.
         """
         fade = self.count(FADE_S)
         start = max(0, len(self.end) - fade)

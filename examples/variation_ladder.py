@@ -25,7 +25,7 @@ def climb(client: Client, arguments: argparse.Namespace) -> None:
             result.clips[0],
             arguments.to or arguments.prompt,
             duration=arguments.duration,
-            seed=result.seed,  # the same noise for each variation, so that only the strength differs
+            seed=result.seed,  # each variation has the same noise, so that only the strength differs
             init_noise_level=strength,
         )
         print(variation.save(arguments.out / f"{strength:.2f}.wav"), flush=True)

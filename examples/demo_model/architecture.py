@@ -1,4 +1,4 @@
-"""The dimensions of the demo model, in the form of its checkpoint's `model_config.json`, and its text encoder."""
+"""The dimensions of the demo model, as the content of the checkpoint's `model_config.json`, and its text encoder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PATCH_FRAMES = 8
 LATENT_DIM = 64
 COND_DIM = 128
 MAX_SECONDS = 48.0
-# The longest training clip. The duration embedding is the same for all longer clips; the denoiser distinguishes them by
-# the timeline features of each frame.
+# The longest training clip. All longer clips have the same duration embedding. The denoiser distinguishes them by the
+# timeline features of each frame.
 LONGEST_TRAINED_S = 12.0
 HEADROOM_S = 0.4
 TEXT_FOLDER = "t5gemma"

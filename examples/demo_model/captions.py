@@ -1,4 +1,4 @@
-"""Writes captions of scenes (training sounds), in the various phrasings that people would type."""
+"""Writes captions of scenes (training sounds) in many phrasings, like prompts that people type."""
 
 from __future__ import annotations
 

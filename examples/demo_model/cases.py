@@ -38,7 +38,7 @@ class Case:
 
 
 def draw_cases(*, per_kind: int, seeds: int, seed: int, kinds: list[str] | None = None) -> list[Case]:
-    """Draw `per_kind` prompts of every kind of scene (twice as many for beats and tones), each with `seeds` seeds.
+    """Draw `per_kind` prompts of every kind of scene, twice as many for beats and tones, and `seeds` seeds per prompt.
 
     The result also has `per_kind` / 2 loops of whole beats, `per_kind` / 10 long tones and `per_kind` / 10 long beats.
     """
@@ -67,7 +67,7 @@ def draw_cases(*, per_kind: int, seeds: int, seed: int, kinds: list[str] | None 
 
 
 def _steady(rng: np.random.Generator, kind: str) -> Scene:
-    """Draw a scene that sounds the same from start to end: without a fade; tones do not decay."""
+    """Draw a scene that sounds the same from start to end, without a fade and without decaying tones."""
     scene = replace(draw_scene(rng, shares={kind: 1.0}), fade="")
     held = scene.voice in ("sine", "square", "saw", "triangle", "organ")
     return scene if held or kind != "tone" else replace(scene, voice="sine")

@@ -21,7 +21,7 @@ _TRIADS = {"major": (0, 4, 7), "minor": (0, 3, 7)}
 
 
 def check_scene(audio: Audio, scene: Scene) -> dict[str, bool]:
-    """Run all checks that apply to the scene on stereo audio. Returns, by name of a check, whether it passed."""
+    """Run all checks that apply to the scene on stereo audio. Returns for each check, by name, whether it passed."""
     results = {}
     if scene.kind in _CHECKS:
         results[_check_name(scene)] = _CHECKS[scene.kind](audio, scene)
@@ -130,14 +130,14 @@ def has_chord(audio: Audio, root: int, *, quality: str) -> bool:
 
 
 def chord_mode(audio: Audio, root: int) -> str:
-    """Returns major or minor: the stronger third over `root` decides."""
+    """Returns "major" if the major third over `root` is stronger than the minor third, else "minor"."""
     first = (69 + (root - 82) // 2) % 12
     strength = chroma(audio)
     return "major" if strength[(first + 4) % 12] > strength[(first + 3) % 12] else "minor"
 
 
 def onset_strength(audio: Audio) -> npt.NDArray[np.float64]:
-    """Returns how much the log level rises in each step of 128 samples, summed over four frequency ranges."""
+    """Returns for each step of 128 samples how much the log level rises, summed over four frequency ranges."""
     mono = _louder_channel(audio)
     blocks = np.lib.stride_tricks.sliding_window_view(np.pad(mono, (512, 512)), 1024)[::_ONSET_HOP]
     power = np.abs(np.fft.rfft(blocks * np.hanning(1024), axis=1)) ** 2
@@ -162,7 +162,7 @@ def onset_times_s(audio: Audio) -> npt.NDArray[np.float64]:
 
 
 def has_strict_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) -> bool:
-    """Whether there is one onset per beat, judged by the median time between onsets and by their number."""
+    """Whether there is one onset per beat, judged by the number of onsets and the median time between them."""
     times = onset_times_s(audio)
     if len(times) < 2:
         return False
@@ -180,7 +180,7 @@ def has_loose_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) 
 def onset_rate_bpm(audio: Audio) -> float:
     """Returns the fastest rate at which onsets repeat, from 28 to 400 per minute; 0 if they do not repeat.
 
-    The rate is that of the shortest lag whose autocorrelation peak is within 20 % of the highest peak.
+    It is the rate at the shortest lag where the autocorrelation has a peak within 20 % of its highest peak.
     """
     spread = np.exp(-0.5 * (np.arange(-24, 25) / 7.0) ** 2)  # blurs onsets by 20 ms
     strength = np.convolve(onset_strength(audio), spread, mode="same")
@@ -224,7 +224,7 @@ def is_noise(audio: Audio, colour: str) -> bool:
 
 
 def has_decayed(audio: Audio) -> bool:
-    """Whether the last third is at least 20 dB below the loudest 50 ms."""
+    """Whether the level of the last third is at least 20 dB below the level of the loudest 50 ms."""
     block = 2205
     mono = _louder_channel(audio)
     levels = [_rms(mono[i : i + block]) for i in range(0, len(mono) - block + 1, block)]
@@ -250,7 +250,7 @@ def is_faded(audio: Audio, fade: str, *, by_db: float = 8.0) -> bool:
 
 
 def has_swept(audio: Audio, scene: Scene) -> bool:
-    """Whether the strongest frequency moves at least half of the way, in octaves, to the sweep's target."""
+    """Whether the strongest frequency moves at least half of the octaves from the sweep's start to its target."""
     part = max(audio.shape[1] // 6, 2048)
     first, last = strongest_hz(audio[:, :part]), strongest_hz(audio[:, -part:])
     if first <= 0 or last <= 0:

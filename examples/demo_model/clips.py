@@ -54,9 +54,10 @@ class Batch:
 
     `latents` (B, channels, F) encode `frames` (B, 222, 8 F); `valid` (B, F) is false for padding. `tokens` and `mask`
     (B, tokens) are the captions, `seconds` (B,) the durations, `local` (B, features, F) the per-frame conditioning.
-    `unnamed` (B,) marks clips without a caption and without kept latents. Nothing but the noised latents tells the
-    denoiser what these clips are, so training does not use them at the highest noise levels. `own_tokens` and
-    `own_mask` (B, tokens) are captions of the sound itself; they differ only if a change is made to the scenes.
+    `unnamed` (B,) marks clips without a caption and without kept latents. The denoiser can recognise these clips only
+    by the noised latents, so training does not use them at the highest noise levels. `own_tokens` and `own_mask`
+    (B, tokens) are captions of what the clip sounds like. They differ from `tokens` and `mask` only if the
+    `ClipSource` has a `change`.
     """
 
     latents: Tensor
@@ -87,7 +88,7 @@ class ClipSource:
         rng: np.random.Generator,
         change: Callable[[Scene], Scene] | None = None,
     ) -> None:
-        """With `change`, a clip has the caption of a random scene, and the sound of this scene after `change`."""
+        """If `change` is given, a clip has the caption of a random scene and the sound of the changed scene."""
         self._autoencoder = autoencoder.eval()
         self._change = change
         self._config = config
@@ -95,7 +96,7 @@ class ClipSource:
         self._tokenizer = padded_tokenizer()
 
     def draw(self) -> Batch:
-        """Draw one batch, on the CPU. Its latents have mean 0 and deviation 1, because the autoencoder scales them."""
+        """Draw one batch, on the CPU. The autoencoder scales the latents to mean 0 and standard deviation 1."""
         rng, config = self._rng, self._config
         brief = rng.random() < config.brief_share
         if brief:
@@ -173,7 +174,7 @@ class ClipSource:
 
 
 def prefetched(source: ClipSource, stop: threading.Event, *, depth: int = 3) -> Iterator[Batch]:
-    """Yield batches from `source`. Another thread draws up to `depth` batches ahead until `stop` is set."""
+    """Yield batches from `source`. Until `stop` is set, another thread draws up to `depth` batches in advance."""
     batches: queue.Queue[Batch] = queue.Queue(depth)
 
     def fill() -> None:

@@ -17,7 +17,7 @@ from stable_audio_serve.models.oscillator.bank import (
 Array = npt.NDArray[np.float32]
 FRAME_S = FRAME_SAMPLES / SAMPLE_RATE_HZ
 
-# For each voice: (kind of hit, subdivisions per beat, indices of the subdivisions of a four-beat bar with this hit).
+# Voice -> (kind of hit, subdivisions per beat, which subdivisions of a four-beat bar have this hit).
 BAR_PATTERNS: dict[str, list[tuple[str, int, tuple[int, ...]]]] = {
     "metronome": [("click", 1, (0, 1, 2, 3))],
     "kick": [("kick", 1, (0, 1, 2, 3))],
@@ -55,7 +55,7 @@ def _hit(
 
 
 def _falling(length_s: float, start: float, *, end: float, amplitude: float, tau_s: float) -> tuple[Array, Array]:
-    """Returns, by frame, oscillators and amplitudes of a decaying tone that falls from oscillator `start` to `end`."""
+    """Returns the frames (tones, noise) of a decaying tone that falls from oscillator `start` to oscillator `end`."""
     tonal, noise = _hit(length_s)
     progress = np.linspace(0, 1, len(tonal))
     pitches = np.rint(start + (end - start) * np.sqrt(progress)).astype(int)

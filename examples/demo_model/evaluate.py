@@ -25,7 +25,7 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
 from stable_audio_serve.models.registry import BUILT_IN
 
-# For each check: the percentage of clips that must pass, and the percentage that should.
+# Check -> (percentage of clips that must pass, percentage of clips that should pass).
 THRESHOLDS: dict[str, tuple[float, float]] = {
     "pitch": (90, 97),
     "timbre": (80, 92),

@@ -23,7 +23,7 @@ class MixedOptimizer:
         warmup_steps: int = 40,
         decay_share: float = 0.6,
     ) -> None:
-        """`adam_only` are parts of the names of matrices that AdamW trains instead of Muon.
+        """AdamW also trains the matrices whose names contain a text in `adam_only`.
 
         The learning rates decay during the last `decay_share` of all steps.
         """

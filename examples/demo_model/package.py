@@ -1,4 +1,4 @@
-"""Writes trained networks to a checkpoint folder in the Stable Audio 3 format, in half precision, and reads them."""
+"""Writes trained networks, in half precision, to a checkpoint folder in the Stable Audio 3 format, and reads them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_checkpoint(folder: Path) -> tuple[Network, Autoencoder]:
 
 
 def _weights(network: Network, autoencoder: Autoencoder) -> dict[str, Tensor]:
-    """Returns the tensors of `model.safetensors` by key. The text encoder is not among them; it has its own files."""
+    """Returns the tensors of `model.safetensors` by key. The text encoder has its own files."""
     linear = cast("nn.Linear", network.seconds[1])
     prefix = "conditioner.conditioners"
     weights: dict[str, Tensor] = {

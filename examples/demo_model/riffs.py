@@ -24,7 +24,7 @@ _BEATS_PER_BAR = 4
 
 @dataclass(frozen=True, slots=True)
 class RiffPlan:
-    """A riff with one bar per chord. A chord is (oscillator index of its root, major or minor)."""
+    """A riff with one bar per chord. A chord is a pair: the oscillator index of its root, and "major" or "minor"."""
 
     tempo_bpm: int
     voice: str
@@ -42,7 +42,7 @@ def render_riff(plan: RiffPlan) -> npt.NDArray[np.float32]:
     """Returns the audio of a riff, mono float32 at `RATE_HZ`."""
     import soxr
 
-    rng = np.random.default_rng(0)  # an argument of render_scene, which does not use it for these scenes
+    rng = np.random.default_rng(0)  # `render_scene` requires it, but does not use it for these scenes
     bar_s = _BEATS_PER_BAR * 60 / plan.tempo_bpm
     edges = [round(bar * bar_s / FRAME_S) for bar in range(len(plan.chords) + 1)]
     frames = np.concatenate(

@@ -26,7 +26,8 @@ class Scene:
     """The description of one sound. Fields that its kind does not use are empty.
 
     `kind` is tone, chord, arpeggio, sweep, beat, hit, noise, siren, silence or hush. A hush is near silence and has an
-    empty prompt. `pitch` and `target` (the end of a sweep) are indices of oscillators: quarter tones, 440 Hz is 82.
+    empty prompt. `pitch` and `target` (the end of a sweep) are indices of oscillators. One step is a quarter tone; 82
+    is 440 Hz.
     """
 
     kind: str
@@ -39,7 +40,7 @@ class Scene:
     pan: str = ""  # left, right, left to right, right to left
     level: str = ""  # quiet, loud, or empty for the normal level
     fade: str = ""  # in or out
-    under: Scene | None = None  # a second scene, mixed with this one, at the same tempo
+    under: Scene | None = None  # a second scene, which is mixed with this scene, at the same tempo
 
 
 SHARES: dict[str, float] = {
@@ -112,7 +113,7 @@ def _draw_tone(rng: np.random.Generator) -> Scene:
 
 
 def default_pitch(voice: str) -> int:
-    """Returns the pitch that a prompt without a pitch means: E2 for the bass, 440 Hz for other voices."""
+    """Returns the pitch of a voice if the prompt states none: E2 for the bass, 440 Hz for other voices."""
     return 24 if voice == "bass" else 82
 
 
@@ -143,7 +144,7 @@ def _draw_modifiers(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def _root(rng: np.random.Generator) -> int:
-    """Draw the root of a chord. Most roots are in octave 4, the octave of prompts that name none."""
+    """Draw the root of a chord. Most roots are in octave 4, which is the default if a prompt states no octave."""
     return 64 + 2 * int(rng.integers(12)) if rng.random() < 0.65 else 40 + 2 * int(rng.integers(36))
 
 

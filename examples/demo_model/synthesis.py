@@ -1,4 +1,4 @@
-"""Renders scenes (descriptions of sounds) as frames of the oscillator bank, in NumPy, without audio as a detour.
+"""Renders scenes (descriptions of sounds) with NumPy directly as frames of the oscillator bank, not as audio.
 
 The frames from `render_scene` are the training data of the autoencoder and the denoiser.
 """
@@ -66,7 +66,7 @@ class _Canvas:
 
 
 def num_sounding_frames(duration_s: float) -> int:
-    """Returns the number of frames that cover a clip of `duration_s`. Later frames are silent."""
+    """Returns the number of frames that cover a clip of `duration_s`."""
     return math.ceil(int(duration_s * SAMPLE_RATE_HZ) / FRAME_SAMPLES)
 
 
@@ -195,7 +195,7 @@ def _draw_siren(canvas: _Canvas, scene: Scene) -> None:
 
 
 def onset_frames(tempo_bpm: float, num_frames: int, *, per_beat: int = 1) -> list[int]:
-    """Returns the frames at which beats begin, from frame 0; with `per_beat`, equal parts of beats."""
+    """Returns the frames at which beats begin, from frame 0. Each beat is divided into `per_beat` equal parts."""
     step_s = 60.0 / tempo_bpm / per_beat
     count = math.ceil(num_frames * FRAME_S / step_s)
     return [round(number * step_s / FRAME_S) for number in range(count)]

@@ -35,7 +35,7 @@ from stable_audio_serve.models.registry import BUILT_IN, DEMO_ADAPTERS
 
 DEMO = Path(BUILT_IN["demo"].folder or "")
 OCTAVE = 24  # in quarter tones
-LAYERS = ("to_cond_embed", "cross_attn")  # parts of the names of the layers that the adapter changes
+LAYERS = ("to_cond_embed", "cross_attn")  # the adapter changes linear layers whose names contain one of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def lower_octave(scene: Scene) -> Scene:
 
 
 def add_adapter(network: Network, rank: int) -> dict[str, LowRank]:
-    """Freeze the network and add an untrained adapter to its denoiser. Returns its parts by layer."""
+    """Freeze the network and add an untrained adapter to its denoiser. Returns the adapter's factors by layer."""
     network.requires_grad_(False)
     chosen = [
         (name, module)
@@ -88,9 +88,10 @@ def add_adapter(network: Network, rank: int) -> dict[str, LowRank]:
 
 
 def adapter_loss(network: Network, adapter: Mapping[str, LowRank], *, batch: Batch) -> Tensor:
-    """Returns the mean squared difference from the velocity of the model without adapter for the sound's own caption.
+    """Returns the mean squared difference between two velocities: with the adapter, and the target without it.
 
-    In contrast to the flow loss, the target has no random part, so that far fewer steps suffice.
+    The target is the velocity for the caption that describes what the clip sounds like. Unlike the target of the flow
+    loss, it has no random part, so that far fewer steps suffice.
     """
     noise = torch.randn_like(batch.latents)
     t = draw_times(len(noise))
@@ -111,7 +112,7 @@ def adapter_loss(network: Network, adapter: Mapping[str, LowRank], *, batch: Bat
 
 
 def train_adapter(config: AdapterTrainingConfig) -> dict[str, LowRank]:
-    """Train the adapter on the packaged demo model. Returns its parts by layer."""
+    """Train the adapter on the packaged demo model. Returns the adapter's factors by layer."""
     torch.manual_seed(config.seed)
     network, autoencoder = read_checkpoint(DEMO)
     adapter = add_adapter(network, config.rank)
@@ -159,9 +160,9 @@ def tone_cases(count: int, *, seed: int) -> list[Case]:
 
 
 async def evaluate(path: Path, cases: Sequence[Case]) -> tuple[int, int]:
-    """Returns how many tones are an octave lower with the adapter, and how many have their own pitch without it.
+    """Returns how many tones are an octave lower with the adapter, and how many have the prompt's pitch without it.
 
-    The two requests of a case run in the same batch.
+    The two requests of a case are sent at the same time.
     """
     lower = unchanged = 0
     adapter = Lora("octave-down", source=str(path))

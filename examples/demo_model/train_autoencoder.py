@@ -21,7 +21,7 @@ PATCH_FRAMES = 8
 LATENT_DIM = 64
 LATENT_S = 4096 / 44100
 
-# Relative frequencies of kinds of scenes. Sweeps, arpeggios and beats are frequent: they are hard to reconstruct.
+# Relative frequencies of kinds of scenes. Sweeps, arpeggios and beats are frequent, because they are hard to learn.
 _SHARES = SHARES | {"sweep": 0.26, "arpeggio": 0.10, "chord": 0.14, "beat": 0.18, "tone": 0.28, "hush": 0.01}
 
 
@@ -135,8 +135,9 @@ def _draw_spectra(rng: np.random.Generator, count: int) -> npt.NDArray[np.float3
 def reconstruction_loss(decoded: Tensor, target: Tensor) -> Tensor:
     """Returns the mean loss over patches: of levels, of levels blurred over the oscillators, and of stereo balances.
 
-    The loss of levels is (5 L1 + 50 L2) / sqrt(mean square + 0.003). The blurred levels make a small error in pitch
-    cost less than a large one. Where the target is silent, negative levels cost nothing, because they sound silent.
+    The loss of levels is (5 L1 + 50 L2) / sqrt(mean square + 0.003). Because of the blurred levels, a small error in
+    pitch costs less than a large error. Where the target is silent, negative levels cost nothing, because they are
+    silent too.
     """
     levels, wanted = decoded[:, :-2], target[:, :-2]
     error = torch.where(wanted > 0, levels - wanted, levels.clamp(min=0.0))
@@ -204,7 +205,7 @@ class AutoencoderTrainer:
 
 
 def train_autoencoder(config: AutoencoderConfig, folder: Path, *, device: str = "cpu") -> Autoencoder:
-    """Train the autoencoder, or resume from `folder/autoencoder.pt`. Returns it with standardised latents."""
+    """Train the autoencoder, or resume from `folder/autoencoder.pt`. The result has standardised latents."""
     trainer = AutoencoderTrainer(config, device=device)
     path = folder / "autoencoder.pt"
     if path.exists():
@@ -255,9 +256,9 @@ def standardise(model: Autoencoder, *, seed: int, num_clips: int = 400) -> None:
 
 
 def describe(model: Autoencoder, *, seed: int) -> str:
-    """Returns a text with two figures for each kind of scene: share of frames with the right pitch, and L1 error.
+    """Returns a text with two figures for each kind of scene: the share of frames with the right pitch, and L1 error.
 
-    The pitch of a decoded frame is right if its strongest oscillator is at most one step from the original's.
+    The pitch of a decoded frame is right if its strongest oscillator is the original frame's or adjacent to it.
     """
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device

@@ -1,5 +1,5 @@
 """Stage 2 of training the demo model: trains the denoiser and the text encoder together, on captions and latents of the
-trained autoencoder. The network classes are the server's.
+trained autoencoder. Uses the network classes of the server.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def draw_times(count: int) -> Tensor:
 
 
 def flow_loss(network: Network, batch: Batch) -> Tensor:
-    """Returns the rectified-flow loss: the mean squared error of the velocity noise - data, without padding."""
+    """Returns the rectified-flow loss without padding: the mean squared error to the velocity `noise - data`."""
     bare = torch.rand(len(batch.tokens), device=batch.tokens.device) < 0.06
     context, duration = network.context(batch.tokens, batch.mask, seconds=batch.seconds, bare=bare)
     dropped = torch.rand(len(context), 1, 1, device=context.device) < 0.1

@@ -1,8 +1,8 @@
 """The demo model's tokenizer: converts a prompt in any spelling to known words and pitches.
 
 It is a standard `tokenizer.json` (normaliser, split, word level), which transformers can load. A frequency or note name
-becomes the nearest quarter tone. Words outside the vocabulary are dropped. For a tempo, the tokenizer keeps only a word
-that there is one; a conditioner reads its value from the prompt (`TEMPO_PATTERN`).
+becomes the nearest quarter tone. Words outside the vocabulary are dropped. A tempo becomes one word without its value;
+a conditioner reads the value from the prompt (`TEMPO_PATTERN`).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
 )
 
 
-# (regular expression, word that it implies). The implied word is inserted at the beginning of the prompt.
+# (regular expression, implied word). If the expression matches, the word is inserted at the beginning of the prompt.
 _DRUMMED = "kick|snare|hat|clap|tom|cowbell|click|metronome|drums|house|arpeggio|pitch|chord|noise|alarm|siren|sweep"
 _IMPLIED: tuple[tuple[str, str], ...] = (
     (r"^(?!.*(?:chord|arpeggio))(?=.*(?:major|minor))", "chord "),
@@ -134,12 +134,12 @@ def vocabulary() -> list[str]:
 
 
 def pitch_token(index: int) -> str:
-    """Returns the token for the pitch of an oscillator (its index)."""
+    """Returns the token for the pitch of the oscillator `index`."""
     return f"pitch{index}"
 
 
 def target_token(index: int) -> str:
-    """Returns the token for the pitch of an oscillator (its index) as the end of a sweep."""
+    """Returns the token for the pitch of the oscillator `index` as the end of a sweep."""
     return f"target{index}"
 
 
@@ -186,7 +186,7 @@ def rewrites() -> list[tuple[str, str]]:
 def _pitch_rewrites(index: int) -> list[tuple[str, str]]:
     """Returns (regular expression, replacement) pairs for the spellings of a pitch.
 
-    After "to" the pitch is the end of a sweep, elsewhere the pitch or start of a sound.
+    After "to", the pitch is the end of a sweep. Elsewhere, it is the pitch of a sound or the start of a sweep.
     """
     named = _pitch_pattern(index)
     return [(rf"(?<= to ){named}", f" {target_token(index)} "), (named, f" {pitch_token(index)} ")]

@@ -1,6 +1,6 @@
 """Lists the files of a checkpoint (config, weights, text encoder, tokenizer) and checks that they are complete.
 
-Reads names and headers only and imports no torch, so that a server can check them before it starts anything.
+Reads only names and headers and does not import torch, so that a server can check the files before it starts anything.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ def find_weights(folder: Path) -> Path:
 
 
 def choose_weights(files: FileList) -> str:
-    """Returns the name of the weight file: a usual name if present, else the only file with a weight file's suffix.
+    """Returns the name of the weight file.
 
-    (Fine-tunes use arbitrary names.) Safetensors files are preferred to pickles. Raises CheckpointError if there is no
-    candidate or more than one.
+    This is a file with one of the usual names. Without one, it is the only file with the suffix of a weight file,
+    because fine-tunes use arbitrary names. Safetensors files are preferred to pickles. Raises CheckpointError if there
+    is no candidate or more than one.
     """
     for name in _USUAL_WEIGHTS:
         if name in files.names:
@@ -89,7 +90,7 @@ def choose_weights(files: FileList) -> str:
 def find_text_encoder(folder: Path) -> Path | None:
     """Returns the text encoder's folder inside a checkpoint folder; None if the encoder has a separate repository.
 
-    Raises CheckpointError naming the searched folders if the encoder should be there but is not.
+    Raises CheckpointError, which names the searched folders, if the checkpoint should contain the encoder but does not.
     """
     encoder = _encoder_folder(read_config(folder), list_folder(folder))
     return None if encoder is None else folder / encoder
@@ -103,7 +104,7 @@ def text_encoder_repository(config: ConfigReader) -> str:
 
 
 def is_open_family(config: ConfigReader) -> bool:
-    """Whether the checkpoint is of the Stable Audio Open family, which encodes prompts with T5 instead of T5Gemma."""
+    """Whether the checkpoint encodes prompts with T5 (Stable Audio Open), not with T5Gemma (Stable Audio 3)."""
     return _text_conditioner(config).text("type") == "t5"
 
 

@@ -1,5 +1,7 @@
-"""Compiles a denoiser's layers with `torch.compile`. Only the repeated block is compiled, so that all layers share one
-compilation. Also sets the folder of compiled kernels. Independent of the engine.
+"""Compiles a denoiser's layers with `torch.compile`, and sets the folder of compiled kernels.
+
+The layers are compiled one by one, not the network as a whole. They have the same code, so that all layers share one
+compilation. Independent of the engine.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 
 KERNELS = Path("~/.cache/stable-audio-serve/compiled")  # folder of compiled kernels, for reuse by later processes
-# Largest number of compilations per layer. Torch's default of 8 is too small: one row or several rows, with or without
-# text and other differences are separate variants.
+# Largest number of compilations per layer. Torch's default of 8 is too small: each combination of differences needs
+# its own compilation, such as one row or several rows, with or without text.
 _MOST_VARIANTS = 64
 
 
@@ -28,10 +30,10 @@ class CompiledModel(ForwardingModel):
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's spec, with less packing (batches of rows without padding) than the model supports.
+        """The model's spec with `is_compiled` on, `packs_segments` off and, on a CPU, `packs_rows` off.
 
-        On a CPU no rows are packed, because each combination of row lengths would need its own compilation. On CUDA,
-        `packs_segments` is off, because it is untested with compiled layers.
+        `packs_segments` is untested with compiled layers. On a CPU, packed rows would need a compilation for each
+        combination of row lengths.
         """
         spec = self._model.spec
         return replace(
@@ -40,11 +42,11 @@ class CompiledModel(ForwardingModel):
 
 
 def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: str = "inductor") -> CompiledModel:
-    """Returns the model with compiled layers. They are compiled for dynamic numbers of rows and frames.
+    """Returns the model with layers that are compiled on their first call, for any number of rows and frames.
 
-    Compiled kernels are cached in `folder` for later processes. Raises ConfigError, naming `compile`, if the machine
-    cannot compile. The same error is raised if other users can write to the folder, because this process executes the
-    files in it.
+    Compiled kernels are cached in `folder` for later processes. Raises ConfigError with the field `compile` if the
+    machine cannot compile. Also raises it if other users can write to `folder`, because this process executes the files
+    in it.
     """
     if not isinstance(model, Sa3Model | SaoModel):
         raise ConfigError("compile needs the networks of `backend: native`", field="compile")
@@ -58,7 +60,7 @@ def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: st
 
 
 def _keep_kernels(folder: Path) -> None:
-    """Make torch cache kernels in `folder`. Its default folder is in /tmp, where another user may have created it."""
+    """Make torch cache kernels in `folder`. Torch's default is a folder in /tmp, which other users can create first."""
     folder = folder.expanduser().absolute()
     try:
         make_private_folder(folder)

@@ -21,8 +21,8 @@ MAX_SAMPLES = 2**40
 class ConfigReader:
     """Reads typed values from one JSON object of a file. Getters raise CheckpointError that names an unusable key.
 
-    A getter without `default` requires the key; an explicit null counts as absent. All readers of a file share one
-    record of the keys that were read, so that `refuse_unread` can find the others.
+    A getter without `default` requires the key. A null in the file counts as absent. All readers of a file share one
+    record of the keys that were read, so that `refuse_unread` can find keys that nothing has read.
     """
 
     def __init__(self, values: Mapping[str, Any], *, path: str = "", seen: set[str] | None = None) -> None:
@@ -103,7 +103,7 @@ class ConfigReader:
         return self.section(key)._values if key in self else None
 
     def require(self, **supported: Any) -> None:
-        """Raise CheckpointError unless each key has the given value, the only supported one, or is absent."""
+        """Raise CheckpointError if a key is present with another value than the given one, the only supported value."""
         for key, value in supported.items():
             self._seen.add(self.name(key))
             if key in self and self._values[key] != value:
@@ -111,9 +111,9 @@ class ConfigReader:
                 raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} = {found} is not supported; only {only} is")
 
     def refuse_unread(self, *, inert: Collection[str]) -> None:
-        """Raise CheckpointError for the first key of this object or of an object inside it that no getter has read.
+        """Raise CheckpointError for the first key that no getter has read, in this object or in objects inside it.
 
-        Keys in `inert` have no effect on inference. They are allowed, at any depth.
+        Keys in `inert` are allowed at any depth, because they have no effect on inference.
         """
         for key, value in self._values.items():
             if value is None or key in inert:
@@ -142,7 +142,7 @@ class ConfigReader:
             raise CheckpointError(f"{CONFIG_FILE}: {self.name(unknown[0])} is not known to this model family")
 
     def unusable(self, key: str, expected: str) -> CheckpointError:
-        """Returns the error that says which value of `key` was expected and which was found."""
+        """Returns an error that states the expected and the found value of `key`."""
         found = json.dumps(self._values[key], default=str)[:80] if key in self else "nothing"
         return CheckpointError(f"{CONFIG_FILE}: {self.name(key)} must be {expected}, found {found}")
 

@@ -56,7 +56,7 @@ _REQUEST_TIMEOUT_S = 4.0  # timeout of a request to the hub that is not a downlo
 
 
 def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
-    """Returns the folder with all of the entry's files. Downloads missing files; sends no request if all are cached.
+    """Returns the folder with all of the entry's files. Downloads missing files. If all are cached, sends no request.
 
     If `token` is None, huggingface_hub uses its own token. Raises CheckpointError if the files cannot be downloaded.
     """
@@ -74,9 +74,10 @@ def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Pa
 
 
 def download_text_encoder(folder: Path, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
-    """Returns the folder of a checkpoint's text encoder: inside the checkpoint, else a download of its repository.
+    """Returns the folder of a checkpoint's text encoder.
 
-    Raises CheckpointError if the text encoder cannot be downloaded.
+    If the checkpoint does not contain the text encoder, downloads the text encoder's own repository. Raises
+    CheckpointError if it cannot be downloaded.
     """
     within = find_text_encoder(folder)
     if within is not None:
@@ -93,7 +94,7 @@ def download_text_encoder(folder: Path, *, token: str | None = None, cache_dir: 
 def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | None:
     """Returns the folder with the entry's files if the cache has all of them, else None. Sends no request.
 
-    Raises CheckpointError for damaged files and for an invalid name.
+    Raises CheckpointError if a file is damaged or the name of the repository is invalid.
     """
     folder = _snapshot(entry, cache_dir=cache_dir)
     if folder is None:
@@ -119,9 +120,10 @@ def find_local(entry: ModelEntry, *, cache_dir: Path | None = None) -> tuple[Pat
 
 
 def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> None:
-    """Raise CheckpointError unless the entry's files are available or downloadable. Downloads at most the config.
+    """Raise CheckpointError unless the entry's files are on this machine or can be downloaded.
 
-    Sends a few short requests without retries, so that a starting server reports inaccessible files within seconds.
+    Downloads at most the config. Sends a few short requests without retries, so that a starting server reports
+    inaccessible files within seconds.
     """
     if entry.folder is not None:
         check_folder(Path(entry.folder))
@@ -264,7 +266,7 @@ def _require_config(repo_id: str, names: Iterable[str]) -> None:
 
 
 def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | None) -> None:
-    """Raise an error if the token cannot read the file `name`. (Listing a gated repository's files needs no access.)"""
+    """Raise an error if the token cannot read the file `name`. Anyone can list the files of a gated repository."""
     get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_REQUEST_TIMEOUT_S)
 
 
@@ -317,7 +319,7 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
 
 
 def describe_incomplete_cache(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
-    """Returns the error message for files that are not all cached and cannot be downloaded (offline or no network)."""
+    """Returns the error message for a cache that lacks files while the hub cannot be used (offline or no network)."""
     lacking = f"{entry.repo_id} is not complete in {cache_dir or constants.HF_HUB_CACHE} and"
     if constants.is_offline_mode():
         return f"{lacking} offline mode is on: unset HF_HUB_OFFLINE to fetch it"

@@ -1,4 +1,4 @@
-"""The base class of wrappers around a model that change or observe some method calls and forward the others."""
+"""The base class of wrappers around a model. A wrapper changes or observes some methods and forwards the others."""
 
 from __future__ import annotations
 

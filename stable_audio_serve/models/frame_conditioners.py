@@ -1,7 +1,8 @@
-"""A registry of conditioners without weights that compute features of every latent frame.
+"""A registry of conditioners without weights. They compute features for every latent frame.
 
 A checkpoint's config names a conditioner by its `type`. Model families with local (per-frame) conditioning build their
-conditioners here. A module registers its type when it is imported; `models/families.py` imports all these modules.
+conditioners here. Importing a module registers the types that it defines; `models/families.py` imports all of these
+modules.
 """
 
 from __future__ import annotations

@@ -15,13 +15,12 @@ from stable_audio_serve.core.generation import GenerationRequest
 def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_rate_hz: int) -> Tensor | None:
     """Returns a mask (frames,) float32: 1 where the source's latent is kept, 0 where a latent is generated.
 
-    A frame is kept if its first sample is outside every inpainting region, not before the source and before the clip's
-    end. Without regions
-    nothing is kept, as in the references. Returns None for a request without source audio to inpaint. `hop` is the
-    number of samples per frame. Raises InvalidRequestError naming the field.
+    A frame is kept if its first sample is at or after the start of the source, before the end of the clip, and outside
+    every inpainting region. Without regions nothing is kept, as in the references. Returns None for a request without
+    source audio to inpaint. `hop` is the number of samples per frame. Raises InvalidRequestError naming the field.
 
     With `keep="source"`, a region that continues the source begins at the frame in which the source ends. The latent of
-    that frame also encodes the silence after the source. A kept latent would add up to a frame of silence to the clip.
+    that frame also encodes silence after the source. If it were kept, the clip could have up to a frame of silence.
     """
     field = "inpaint_start_seconds"
     if request.inpaint_audio is None:

@@ -1,4 +1,4 @@
-"""The base class of this project's own models of both families: converts prompts to embeddings."""
+"""The base class of the models whose networks this project implements. Converts prompts to embeddings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NativeModel:
         device: torch.device,
         decode_precision: DecodePrecision,
     ) -> None:
-        """`prompt` converts the encoder's output to embeddings and fills in the padding."""
+        """`prompt` converts the output of `text` to embeddings and sets the embeddings of padding tokens."""
         self.text = text
         self.prompt = prompt
         self._spec = spec
@@ -36,9 +36,9 @@ class NativeModel:
         self._products = decoder_products(decode_precision, device)
 
     def decode_exactly(self, is_exact: bool) -> None:
-        """Decode with float32 matrix products from now on, or again with the configured precision.
+        """If `is_exact`, decode with float32 matrix products from now on, else with the configured precision.
 
-        Has no effect on a decoder whose weights are stored in half precision.
+        Has no effect on a decoder whose weights are in half precision.
         """
         if self._decode_precision != "half":
             self._products = decoder_products("float32" if is_exact else self._decode_precision, self._device)

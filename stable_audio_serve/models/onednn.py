@@ -33,7 +33,7 @@ def use_onednn(network: nn.Module) -> None:
     """Make the linear layers of a network on a CPU use oneDNN where oneDNN is faster. Changes the layers in place.
 
     Weights, state-dict keys and hooks are unchanged. The choice between oneDNN and torch's default depends only on
-    shapes and processor, so that all replicas on a machine produce the same bytes.
+    shapes and the processor, so that all replicas on a machine produce the same bytes.
     """
     if not _is_faster():
         return
@@ -58,6 +58,6 @@ def supports_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_faster() -> bool:
-    """Whether this torch has oneDNN's linear layer and the processor is of the kind on which it was measured faster."""
+    """Whether torch has oneDNN's linear layer and the processor is an AMD one with AVX-512, where oneDNN is faster."""
     has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_product and torch.backends.cpu.get_cpu_capability() == "AVX512" and is_amd()

@@ -2,8 +2,7 @@
 
 To add a type of part, decorate its build function (config -> nn.Module) with `register_part(kind, type)`. Import its
 module in `stable_audio_serve/models/families.py`, so that the type is registered before any checkpoint is built.
-Shapes: B windows, C channels, S samples, P frame channels (the pretransform's), N frames, D latent channels, F latent
-frames.
+Encoding runs pretransform, encoder and bottleneck; decoding runs bottleneck, decoder and pretransform.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ PartBuilder = Callable[[ConfigReader], nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class WindowNoise:
-    """The noise of one window of a clip. `start` is the window's first latent frame.
+    """Draws the noise for one window of a clip. `start` is the window's first latent frame.
 
-    `stage` is decode, init or inpaint; each stage has different noise.
+    `stage` is "decode", "init" or "inpaint". Each stage has different noise.
     """
 
     source: NoiseSource
@@ -36,7 +35,7 @@ class WindowNoise:
     def draw(self, name: str, shape: tuple[int, ...], *, frame_axis: int, device: torch.device) -> Tensor:
         """Returns standard normal values of `shape` on `device`, float32.
 
-        Axis `frame_axis` counts latent frames from the window's start.
+        Index i on axis `frame_axis` is latent frame `start + i` of the clip.
         """
         return self.source.window(f"{self.stage}/{name}", self.start, shape=shape, frame_axis=frame_axis, device=device)
 
@@ -50,7 +49,7 @@ class Pretransform(Protocol):
     samples_per_frame: int
     halo_frames: int  # number of frames on each side that can influence a frame's audio
     # Whether the result of `decode` depends on `start` of the windows in `noise`. If so, `decode` is not captured as a
-    # CUDA graph: the graph would use the `start` of the capture for every window, because it is an int, not a tensor.
+    # CUDA graph: `start` is an int, not a tensor, so the graph would use its value at the capture for every window.
     is_placed: bool
 
     def encode(self, audio: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ class Pretransform(Protocol):
         ...
 
     def decode(self, frames: Tensor, noise: Noises) -> Tensor:
-        """Frames (batch, frame channels, N) -> audio (batch, channels, N * samples_per_frame).
+        """Frames (batch, frame channels, frames) -> audio (batch, channels, frames * samples_per_frame).
 
         The first frame must be the first frame of a latent, because `noise` is drawn for whole latents.
         """
@@ -75,7 +74,7 @@ class Encoder(Protocol):
     def __call__(self, frames: Tensor, noise: Noises) -> Tensor:
         """Frames (batch, frame channels, frames) -> raw latents (batch, latent channels, latent frames).
 
-        Frames are padded at the end to whole latents.
+        The encoder pads the frames at the end to whole latents.
         """
         ...
 
@@ -90,7 +89,7 @@ class Decoder(Protocol):
     def __call__(self, latents: Tensor, noise: Noises) -> Tensor:
         """Latents (batch, latent channels, latent frames) -> frames (batch, frame channels, frames).
 
-        Latents are padded at the end to a multiple of `latent_multiple`.
+        The decoder pads the latents at the end to a multiple of `latent_multiple`.
         """
         ...
 

@@ -36,9 +36,9 @@ _FIRST_WITH_TF32 = 8  # first major version of CUDA's compute capability with TF
 
 
 def resolve_decode_precision(device: torch.device, precision: str | None) -> DecodePrecision:
-    """Returns `precision`, or for None the default: tf32 on a CUDA device that supports TF32, else float32.
+    """Returns `precision`, or the default if it is None: tf32 on a CUDA device that supports TF32, else float32.
 
-    Raises ConfigError for a precision that the device does not support, or that is not faster than float32 on it.
+    Raises ConfigError if the device does not support `precision`, or if `precision` is not faster there than float32.
     """
     supported = _supported(device)
     if precision is None:
@@ -89,7 +89,7 @@ def _tf32() -> Iterator[None]:
 
 @contextmanager
 def _half(device: torch.device) -> Iterator[None]:
-    """Compute linear layers, convolutions and attention in half precision, but sums, norms and softmax in float32."""
+    """Compute linear layers, convolutions and attention in half precision; sums, norms and softmax stay in float32."""
     with SWITCH_LOCK.shared(), torch.autocast(device.type, dtype=_half_dtype(device), cache_enabled=False):
         yield
 
@@ -125,12 +125,12 @@ def store_half(decoder: nn.Module, device: torch.device) -> None:
 class SplitProducts(TorchFunctionMode):
     """Computes each float32 linear layer and convolution as the float32 sum of three cheaper bfloat16 products.
 
-    Input and weight are each split into the value rounded to bfloat16 and the remainder. Together the two parts have
-    16 significant bits. The product of the two remainders is omitted.
+    Input and weight are each split into the value rounded to bfloat16, and the remainder. In bfloat16, the two together
+    have 16 significant bits. The product of the two remainders is omitted.
     """
 
     def __init__(self, product: Product) -> None:
-        """`product` computes each of the three products. It may round input and weight to bfloat16."""
+        """`product` computes each of the three products. It may round its input and weight to bfloat16."""
         super().__init__()
         self._product = product
 

@@ -1,4 +1,4 @@
-"""The interface of a model towards the engine, and the values that they exchange. The same for all model families.
+"""The interface through which the engine uses a model, and the values that they exchange, for all model families.
 
 Shapes: B batch rows, C channels, S audio samples, F latent frames, D latent channels, T text tokens.
 """
@@ -29,7 +29,7 @@ class ModelSpec:
     max_frames: int  # largest number of latent frames that the network accepts
     default_sampler: str
     noisy_source_encoder: bool  # encoding source audio draws noise, so each row needs its own encoding
-    tail_samples: int = 0  # samples of the longest window after its last whole frame, which the encoder also reads
+    tail_samples: int = 0  # samples after the last whole frame of the longest window; the encoder reads them too
     pads_rows: bool = True  # the network masks padding; if False, a batch needs rows of equal length
     packs_rows: bool = False  # the network accepts packed batches: rows of different lengths without padding
     packs_segments: bool = False  # the network accepts, and is fast with, packed batches with row lengths on the device
@@ -44,7 +44,7 @@ class ModelSpec:
 class PromptTokens:
     """Prompts as tokens. `ids_and_mask` is (prompts, 2, tokens) int64 on the host; the mask is 1 for real tokens.
 
-    `chars_read` has, for each prompt, the number of its leading characters that the tokens cover; None: all characters.
+    `chars_read` has one entry per prompt: how many characters at its beginning the tokens cover; None: all characters.
     """
 
     ids_and_mask: Tensor
@@ -55,8 +55,8 @@ class PromptTokens:
 class TextEmbedding:
     """One encoded prompt: embeddings `tokens` (number of tokens, width) on the model's device, and their `mask`.
 
-    `mask` is true for real tokens and false for padding. `chars_read` is the number of leading characters of the prompt
-    that the tokens cover; None: all characters.
+    `mask` is true for real tokens and false for padding. `chars_read` is how many characters at the beginning of the
+    prompt the tokens cover; None: all characters.
     """
 
     prompt: str
@@ -68,12 +68,12 @@ class TextEmbedding:
     def each(
         cls, prompts: Sequence[str], tokens: Tensor, *, mask: Tensor, chars_read: Sequence[int | None]
     ) -> list[TextEmbedding]:
-        """Split tokens (rows, tokens, width) and mask (rows, tokens) into one embedding per prompt.
+        """Split a batch of `tokens` (rows, tokens, width) and `mask` (rows, tokens) into one embedding per prompt.
 
         Rows after the last prompt are ignored.
         """
         real = mask.bool()
-        # Clone: a view would keep the tensor of the whole batch in memory while one of its prompts is cached.
+        # Clone: a view would keep the tensor of the whole batch in memory as long as one of its embeddings is cached.
         return [
             cls(prompt, tokens[i].clone(), real[i].clone(), chars)
             for i, (prompt, chars) in enumerate(zip(prompts, chars_read, strict=True))
@@ -87,7 +87,9 @@ class TextEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class WindowSpan:
-    """A window: latent frames [start, stop) are processed, and the result of [keep_start, keep_stop) is used."""
+    """One window of a clip. Latent frames [start, stop) are processed; only the result of [keep_start, keep_stop) is
+    used.
+    """
 
     start: int
     stop: int
@@ -97,9 +99,9 @@ class WindowSpan:
 
 @dataclass(frozen=True, slots=True)
 class WindowRule:
-    """How a clip may be cut into windows that are decoded separately and give the same audio as the whole clip.
+    """How to cut a clip into windows so that decoding them separately gives the same audio as decoding the whole clip.
 
-    A window has `halo` additional frames on each side of the frames whose result is used. The window's first frame and
+    A window has `halo` additional frames before and after the frames whose result is used. The window's first frame and
     `halo` are multiples of `multiple`. A window may have any length.
     """
 
@@ -111,8 +113,8 @@ class WindowRule:
 class SourcePlan:
     """Source audio prepared for the encoder: `samples` (channels, samples) float32 on the CPU, at the model's rate.
 
-    The audio is padded or cropped to the row's length of `frames` latent frames. It is encoded in `windows`. Latents
-    outside their kept frames are not used; the engine sets them to 0.
+    `samples` are padded or cropped to `frames` latent frames. The encoder processes them in `windows`, which count latent
+    frames. The engine sets the latents outside the windows' kept frames to 0.
     """
 
     samples: Tensor
@@ -129,9 +131,9 @@ class SourcePlan:
 class RowPlan:
     """Everything about one variation of a request that is decided before it reaches the device.
 
-    `frames` is the number of generated latent frames, which can be longer than the clip. The first `valid_frames` of
+    `frames` is the number of latent frames to generate. It can exceed the clip's length. The first `valid_frames` of
     them take part in attention. `output_samples` is the exact length of the result. `negative_prompt` is None if no
-    step uses one. If `negative_numbers` is None, the negative prompt gets the prompt's `numbers`.
+    step uses a negative prompt. If `negative_numbers` is None, the negative prompt gets the prompt's `numbers`.
 
     `keep_mask` (frames,) float32 is 1 to keep the source's latent and 0 to generate; None without inpainting. A model
     with a mask input gets the mask in `condition`. For other models the `sampler` blends the source into every step
@@ -160,7 +162,7 @@ class RowPlan:
 class EncodeWindow:
     """One window of source audio: `samples` (channels, samples) float32, beginning at latent frame `start`.
 
-    `stage` says what the source is for: init or inpaint.
+    `stage` is the purpose of the source: "init" or "inpaint".
     """
 
     samples: Tensor
@@ -183,10 +185,10 @@ class DecodeWindow:
 
 @dataclass(frozen=True, slots=True)
 class BranchConditioning:
-    """The conditioning of one branch (conditional or unconditional) of a request, by name, constant over all steps.
+    """The conditioning of one branch (conditional or unconditional) of a request. It is the same in all steps.
 
-    Only the model interprets the names. A value in `constants` has the same shape for every request. A value in
-    `by_frame` is (channels, the row's frames). A value whose name is missing is all zeros.
+    Both mappings have tensors by name; only the model interprets the names. A tensor in `constants` has the same shape
+    for every request. A tensor in `by_frame` is (channels, the row's frames). A missing name means zeros.
     """
 
     constants: Mapping[str, Tensor]
@@ -200,10 +202,10 @@ class BranchConditioning:
 
 @dataclass(frozen=True, slots=True)
 class RowConditioning:
-    """The conditioning of a row: its conditional branch, and the branch that classifier-free guidance needs besides it.
+    """The conditioning of a row: the conditional branch and, for classifier-free guidance, the unconditional branch.
 
-    `unconditional` has the negative prompt, if there is one; None if no step uses guidance. The branches may share
-    tensors.
+    `unconditional` contains the negative prompt if the request has one. It is None if no step uses guidance. The
+    branches may share tensors.
     """
 
     conditional: BranchConditioning
@@ -214,20 +216,21 @@ class RowConditioning:
 class StepBatch:
     """The input of one denoiser call: B rows. A request with guidance has two rows, one for each branch.
 
-    A batch has one of three forms. D is the number of latent channels.
+    A batch has one of three layouts. In all of them, `x` is float32 and already scaled, and `t` is (B,) float32.
 
-    Padded: `x` (B, D, F) float32 (already scaled), `t` (B,) float32, `valid` (B, F) bool. F is at least the number of
-    frames of every row. Invalid frames are padding: they are not keys, and their output is unspecified.
+    Padded: `x` is (B, D, F) and `valid` (B, F) bool. F is at least the number of frames of every row. Invalid frames
+    are padding: they are not keys, and their output is unspecified.
 
-    Packed, for a model with `packs_rows`: `x` (1, D, N) has the `frames` of all rows one after another, N in total. The
-    first `valid_frames` of each row are valid, and `valid` is None. Adjacent rows of equal length are faster.
+    Packed, for a model with `packs_rows`: `x` (1, D, N) has the frames of all rows one after another. `frames` has the
+    number of frames of each row, N in total. `valid_frames` has how many of them, from the first, are valid; `valid` is
+    None. Adjacent rows of equal length are faster.
 
-    In these two forms, `constants` (B, ...) and `by_frame` (B, channels, F) have the conditioning of all rows, by name.
-    A name that no row has is absent.
+    In these two layouts, `constants` (B, ...) and `by_frame` (B, channels, F) have the conditioning of all rows, by
+    name. A name is absent if no row has it.
 
     With `segments`, for a model with `packs_segments`: `x` (1, D, N) and `by_frame` (1, channels, N) have the N tokens
-    of all rows, with zeros at prefix tokens. Each value in `constants` is a tensor with many entries (slots) on its
-    first axis; `slots` has, under the same name, the index of each row's entry: (B,) int32.
+    of all rows, with zeros at prefix tokens. Each tensor in `constants` has the conditioning of many requests on its
+    first axis. `slots` (B,) int32 has, under the same name, each row's index on that axis.
     """
 
     x: Tensor
@@ -265,7 +268,9 @@ def _stack(values: Sequence[Tensor | None]) -> Tensor:
 
 
 class DiffusionModel(Protocol):
-    """A loaded model. `plan` is a pure function for any thread; the engine's thread calls all other methods."""
+    """A loaded model. `plan` has no side effects and may run in any thread. Only the engine's thread calls the other
+    methods.
+    """
 
     @property
     def spec(self) -> ModelSpec: ...
@@ -278,13 +283,13 @@ class DiffusionModel(Protocol):
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan for each variation of the request.
 
-        `frames` overrides the number of latent frames, to compare a row with a reference that pads it to a batch's
-        length. Raises InvalidRequestError naming the field for a request that the model cannot serve.
+        `frames` overrides the number of latent frames. It serves to compare a row with a reference that pads the row to
+        the length of its batch. Raises InvalidRequestError naming the field if the model cannot serve the request.
         """
         ...
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns the embedding of each prompt. It does not depend on the other prompts."""
+        """Returns the embedding of each prompt. An embedding does not depend on the other prompts."""
         ...
 
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
@@ -302,17 +307,18 @@ class DiffusionModel(Protocol):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's conditioning, which is constant over all steps.
+        """Returns a row's conditioning, which is the same in all steps.
 
-        `inpaint_latents` (latent channels, frames) are the source's latents. None without inpainting, or if the sampler
+        `inpaint_latents` (latent channels, frames) are the source's latents; None without inpainting, or if the sampler
         blends the source into every step.
         """
         ...
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns the network output float32, in the shape of `batch.x`: velocity or v, as the plan's sampler expects.
+        """Returns the network's output in the shape of `batch.x`, float32.
 
-        The output of a row does not depend on the other rows.
+        It is a velocity or a v prediction, whichever the samplers of the model expect. The output of a row does not
+        depend on the other rows.
         """
         ...
 
@@ -329,7 +335,7 @@ class SwitchableDecoder(Protocol):
     """A model whose decoder can use float32 matrix products in place of the configured precision."""
 
     def decode_exactly(self, is_exact: bool) -> None:
-        """Decode with float32 products from now on, or again with the configured precision."""
+        """If `is_exact`, decode with float32 matrix products from now on, else with the configured precision."""
         ...
 
 
@@ -339,7 +345,7 @@ class AdaptableModel(Protocol):
 
     @property
     def adaptable(self) -> Mapping[str, nn.Module]:
-        """The networks that adapters can change, by the prefix of their layers' names in adapter files."""
+        """The networks that adapters can change. A key is the prefix of the network's layers in adapter files."""
         ...
 
     def runs_in_steps(self, layer: str) -> bool:

@@ -1,4 +1,4 @@
-"""The known models: the official ones by name, the packaged demo, and those that an operator adds.
+"""The known models: the official models, the packaged demo model, and models that an operator adds.
 
 Describes models and their files; loads no weights. Importing this module does not import torch, so that processes
 without models can use it.
@@ -28,7 +28,7 @@ OFFICIAL_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{TEXT_ENCODER_FOLDER}/*")
 OPERATOR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "*/*.json", "*/*.safetensors", "*/*.model")
 TEXT_ENCODER_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "spiece.model", "special_tokens*")
 
-# Default (steps, guidance scale) by training objective: distilled models (rf_denoiser) need few steps and no guidance.
+# Training objective -> default (steps, guidance scale). Distilled models (rf_denoiser) need few steps and no guidance.
 OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {
     "rf_denoiser": (8, 1.0),
     "rectified_flow": (50, 7.0),
@@ -40,9 +40,9 @@ OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {
 class ModelEntry:
     """One model that can be loaded, and its public description (`card`).
 
-    The model's files are in `folder` if set, else in the hub's repository `repo_id` at `revision`. `files` are patterns
-    of the files to download. `cap_s` limits the duration in seconds, in addition to the checkpoint's own limit; None:
-    no additional limit. `backend` selects the network implementation.
+    The model's files are in `folder` if it is set, else in the repository `repo_id` of the Hugging Face hub at
+    `revision`. `files` has name patterns of the files to download. `cap_s` limits the duration in seconds, in addition
+    to the checkpoint's own limit; None: no additional limit. `backend` selects the network implementation.
     """
 
     card: ModelCard
@@ -148,8 +148,8 @@ def resolve_entry(
     """Returns the entry that an operator configured: a built-in name, a local folder (`path`) or a repository
     (`repo_id`).
 
-    If a folder or repository is given with a built-in name, the entry has those files and the built-in description.
-    Reads no file (`describe_entry` does). Raises ConfigError for an unknown name without a folder or repository.
+    A built-in name with a folder or repository gives an entry with these files and the built-in description. Reads no
+    file (`describe_entry` does). Raises ConfigError for an unknown name without a folder or repository.
     """
     base = BUILT_IN.get(name)
     if base is None and path is None and repo_id is None:
@@ -183,9 +183,9 @@ def resolve_entry(
 def describe_entry(entry: ModelEntry) -> ModelEntry:
     """Returns the entry with family, sample rate, channels, longest duration and objective from the config.
 
-    The config is read from the entry's folder or from the local cache of the hub. If neither has one, returns the entry
-    unchanged. A built-in entry keeps its own default steps and guidance. `cap_s` stays an upper limit of the duration.
-    Raises CheckpointError for a folder without a usable config.
+    The config is read from the entry's folder. Without a folder, it is read from the local cache of the hub; if the
+    cache does not contain it, returns the entry unchanged. A built-in entry keeps its own default steps and guidance.
+    The longest duration is at most `cap_s`. Raises CheckpointError if the config is missing in the folder or unusable.
     """
     folder = _config_folder(entry)
     if folder is None:

@@ -1,4 +1,4 @@
-"""Validates a request for any family, before it is planned: valid text, finite numbers, at least one variation."""
+"""Checks what every model family requires of a request: valid text, finite numbers, at least one variation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 
 
 def check_request(request: GenerationRequest) -> None:
-    """Raise InvalidRequestError naming a field whose value no model can use."""
+    """Raise InvalidRequestError, which names the field, if no model can use one of the request's values."""
     name = "prompts" if request.variation_prompts else "prompt"
     prompts = [(name, prompt) for prompt in request.prompts]
     for field, text in (*prompts, ("negative_prompt", request.negative_prompt or "")):

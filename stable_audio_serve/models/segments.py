@@ -1,5 +1,6 @@
-"""The places of rows in a packed batch (one sequence of tokens without padding), as device tensors. A captured CUDA
-graph can therefore be replayed for rows of other lengths.
+"""Which tokens of a packed batch (one sequence of tokens without padding) belong to which row, as device tensors.
+
+Because the row lengths are in tensors, a captured CUDA graph can be replayed for rows of other lengths.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """The places of B rows in a sequence of N tokens. All integer tensors are int32.
+    """Which of N tokens belong to which of B rows. All integer tensors are int32.
 
-    Each row has a few prefix tokens, then its latent frames; an unused row has no tokens. Tokens after the last row
-    belong to no row: they have no effect, and their results are unspecified.
+    The tokens of a row are a few prefix tokens and then the row's latent frames. An unused row has no tokens. Tokens
+    after the last row belong to no row: they have no effect, and their results are unspecified.
     """
 
     offsets: Tensor  # (rows + 1,): the index of each row's first token, and the end of the last row
@@ -30,10 +31,10 @@ class Segments:
     def of(
         cls, frames: Tensor, valid_frames: Tensor, *, num_prefix: int, num_tokens: int, longest_frames: int
     ) -> Segments:
-        """Compute the places of rows with `frames` (rows,) latent frames each, one row after another.
+        """Place rows one after another. `frames` (rows,) has the number of latent frames of each row.
 
-        The first `valid_frames` (rows,) of each row are keys in attention. Rows of 0 frames are unused. All rows must
-        fit into `num_tokens` tokens.
+        The first `valid_frames` (rows,) frames of each row are keys in attention. A row with 0 frames is unused. All
+        rows must fit into `num_tokens` tokens. `longest_frames` is an upper bound of `frames`.
         """
         is_used = frames > 0
         offsets = F.pad((frames + num_prefix * is_used).cumsum(0, dtype=torch.int32), (1, 0))

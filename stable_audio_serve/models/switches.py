@@ -1,4 +1,4 @@
-"""Torch's process-wide switches that let matrix products round float32 inputs, and a lock for changing them."""
+"""Torch's process-wide switches that allow matrix products to round float32 inputs, and a lock for changing them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Switch = tuple[Any, str, object]  # (an object of torch, its attribute, the attr
 
 
 class SwitchLock:
-    """A readers-writer lock for the switches of a process: computing takes shared access, changing a switch exclusive.
+    """A readers-writer lock for the switches. Computing takes shared access; changing a switch takes exclusive access.
 
-    While a thread waits for exclusive access, no other thread gets access. The thread therefore waits only for the
+    While a thread waits for exclusive access, no other thread gets access. The waiting thread therefore waits only for
     computations that are already in progress.
     """
 
@@ -55,7 +55,7 @@ SWITCH_LOCK = SwitchLock()
 def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a model's method so that its float32 matrix products keep full precision (no TF32).
 
-    Meanwhile no other thread in the process can switch TF32 on.
+    While the method runs, no other thread of the process can switch TF32 on.
     """
 
     @functools.wraps(method)
@@ -82,8 +82,8 @@ def switched(switches: Sequence[Switch]) -> Iterator[None]:
 def tf32_products() -> list[Switch]:
     """Returns the switches that let convolutions, cuBLAS's matrix products and fused attention use TF32.
 
-    Uses the attribute `allow_tf32`, which also sets its successor `fp32_precision` (torch 2.9). If only the successor
-    is set, torch raises an error when `allow_tf32` is read.
+    They are attributes named `allow_tf32`. Setting one also sets its successor `fp32_precision` (torch 2.9). If code
+    sets only the successor, torch raises an error when `allow_tf32` is read.
     """
     return [(torch.backends.cuda.matmul, "allow_tf32", True), (torch.backends.cudnn, "allow_tf32", True)]
 

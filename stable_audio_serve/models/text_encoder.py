@@ -20,7 +20,7 @@ NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
 
 
 class TextEncoder:
-    """A tokenizer and an encoder with hidden states of size `width`. Not part of the checkpoint's own weights."""
+    """A tokenizer and an encoder with hidden states of size `width`. Not in the checkpoint's own weight file."""
 
     def __init__(self, tokenizer: Any, encoder: nn.Module, *, width: int, max_length: int) -> None:
         self.tokenizer = tokenizer
@@ -31,7 +31,7 @@ class TextEncoder:
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Returns `max_length` tokens for each prompt, truncated or padded on the right.
 
-        An empty prompt has no real token with T5Gemma, and one with T5: the end of the text.
+        With T5Gemma, an empty prompt has no real token. With T5, it has one: the end of the text.
         """
         encoded = self.tokenizer(
             list(prompts), truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
@@ -42,7 +42,7 @@ class TextEncoder:
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns the encoder's hidden states (prompts, tokens, width) float32.
 
-        Attention ignores padding; the hidden states of padding are arbitrary. The host does not wait for the device.
+        Attention ignores padding tokens, and their hidden states are arbitrary. The host does not wait for the device.
         """
         dtype = next(self.encoder.parameters()).dtype
         # The mask has 4 axes. With a mask of 2 axes, transformers would check on the host whether there is padding, and
@@ -55,9 +55,9 @@ class TextEncoder:
 
 
 def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
-    """Returns how many leading characters of each prompt the tokens cover; None: all, or unknown.
+    """Returns how many characters at the beginning of each prompt the tokens cover; None: all, or unknown.
 
-    Only tokenizers of the package `tokenizers` report this number.
+    `encoded` is the result of a tokenizer. Only tokenizers of the package `tokenizers` report the number.
     """
     if not encoded.is_fast:
         return (None,) * num_prompts
@@ -65,10 +65,10 @@ def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
 
 
 def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:
-    """Returns the tokenizer and the network of a folder, ready for inference.
+    """Returns the tokenizer and the network in a folder, ready for inference.
 
-    Raises CheckpointError if a file or weight is missing. (transformers alone would use random numbers for missing
-    weights.)
+    Raises CheckpointError if a file or weight is missing. Without this check, transformers would replace missing
+    weights with random numbers.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging

@@ -37,10 +37,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def release_pages(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Give back the memory in which tensors of `path` were read. They stay usable: the next use reads the file again.
+    """Free the memory of `tensors`, which `read_weights(path)` returned. Their next use reads the file again.
 
-    `tensors` must be results of `read_weights(path)`, not copies. Linux only; has no effect elsewhere, or if the file
-    cannot be memory-mapped.
+    `tensors` must not be copies. Works only on Linux and for files that can be memory-mapped; otherwise does nothing.
     """
     if sys.platform != "linux" or not _is_mapped(path):
         return

@@ -1,6 +1,6 @@
-"""Computes a hash that identifies a checkpoint: SHA-256 over every byte of the files that affect its sound.
+"""Computes a hash that identifies a checkpoint: SHA-256 over every byte of the files that affect the generated audio.
 
-File sizes, dates or samples of the bytes would not show that a tensor was replaced by another one of the same shape.
+File sizes, dates or samples of the bytes would not show that a tensor was replaced by another tensor of the same shape.
 Hashing runs at the speed of SHA-256 (0.5 to 2 GB/s per core).
 """
 
@@ -22,8 +22,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def hash_weights(folder: Path, text_encoder: Path) -> str:
     """Returns 64 hexadecimal digits: SHA-256 of the names and digests of config, weights and text encoder.
 
-    Large files in the hub's cache have their SHA-256 as name. Raises CheckpointError if the content of such a file does
-    not match its name, or if a file cannot be read.
+    In the hub's cache, the name of a large file is its SHA-256. Raises CheckpointError if the content of such a file
+    does not match its name, or if a file cannot be read.
     """
     whole = hashlib.sha256()
     for name, path in _files(folder, text_encoder):

@@ -11,14 +11,14 @@ from stable_audio_serve.models.config_reader import read_config
 from stable_audio_serve.models.weight_files import read_weights
 
 _DENOISER_KEYS = "model.model."  # prefix of the denoiser's keys, the same in both model families
-_UNUSED = ("decoder.", "lm_head.")  # prefixes of keys, in a whole language model's file, that are not its encoder
-_OPEN_TEXT_BYTES = 2  # bytes per weight of a T5: loaded as float16, whatever the file's dtype
+_UNUSED = ("decoder.", "lm_head.")  # keys with these texts, in the file of a language model, are not of its encoder
+_OPEN_TEXT_BYTES = 2  # bytes per weight of a T5, which is loaded as float16 from files of any dtype
 
 
 def weight_bytes(folder: Path, *, text_encoder: Path, dtype: torch.dtype) -> int:
     """Returns the memory in bytes of a checkpoint's networks and its text encoder, with the denoiser in `dtype`.
 
-    Raises CheckpointError for damaged files.
+    Raises CheckpointError if a file is damaged.
     """
     networks = sum(
         tensor.numel() * (dtype.itemsize if key.startswith(_DENOISER_KEYS) else torch.float32.itemsize)

@@ -1,6 +1,6 @@
-"""Fills modules with the tensors of a weight file. A key's prefix selects the module.
+"""Fills modules with the tensors of a weight file. The prefix of a tensor's key selects the module.
 
-Every key must fit the network; otherwise, an error names the key.
+If a key does not fit the networks, an error names the key.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
 from stable_audio_serve.models.weight_files import read_weights, release_pages
 
-# Threads that cast weights on a CPU, independent of torch's. Two take half of the time of one.
+# Number of threads that cast weights on a CPU, besides torch's threads. Two threads take half of the time of one.
 _CPU_THREADS = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_facts: Path = CPU_FACTS) -> torch.dtype:
-    """Returns `dtype` as the denoiser's dtype; for None, the default: float16 on CUDA and float32 elsewhere.
+    """Returns `dtype` as the denoiser's dtype, or the default if it is None: float16 on CUDA and float32 elsewhere.
 
-    Raises ConfigError for a dtype that the device does not support, or that is not faster on it than float32. A CPU
-    supports float32, and bfloat16 if it has native instructions for it, but not float16.
+    Raises ConfigError if the device does not support the dtype, or if the dtype is not faster there than float32. A CPU
+    supports float32. It also supports bfloat16 if it has native instructions, but never float16.
     """
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
@@ -50,9 +50,9 @@ def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_
 def require_exact_float32() -> None:
     """Turn off, for the whole process, TF32 and half-precision sums in CUDA's convolutions and matrix products.
 
-    TF32 has 10 bits of precision, too few for the bounds of this project's parity checks. cuDNN's attention is off as
-    well, in every precision: torch prefers it on Hopper and newer GPUs, where each new shape costs a plan of 0.1 to
-    0.4 s on the host and results can be wrong (pytorch issue 193893).
+    TF32 has 10 bits of precision, too few for the bounds of this project's parity checks. Also turns off cuDNN's
+    attention, in every precision. Torch prefers it on Hopper and newer GPUs, where cuDNN needs 0.1 to 0.4 s on the host
+    for each new shape and results can be wrong (pytorch issue 193893).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False
@@ -84,12 +84,12 @@ def load_weights(
     device: torch.device,
     dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> list[Tensor]:
-    """Fill `modules`, given by the prefix of their keys, from a weight file, one tensor at a time.
+    """Fill `modules` from a weight file, one tensor at a time. Returns the tensors that stay memory-mapped.
 
-    The modules may be on the meta device. Every parameter and stored buffer is copied to `device` as float32, except
-    for parameters whose key begins with a key of `dtypes`: they get its dtype. On a CPU, a tensor that needs no cast
-    stays memory-mapped; returns these tensors, for `release_pages`. Raises CheckpointError with the first key that is
-    unknown, missing or of another shape, and the number of such keys.
+    `modules` maps the prefix of a module's keys in the file to the module, which may be on the meta device. Every
+    parameter and stored buffer is copied to `device` as float32. If a parameter's key begins with a key of `dtypes`, it
+    gets that dtype instead. On a CPU, a tensor that needs no cast stays memory-mapped; `release_pages` can free it.
+    Raises CheckpointError with the first key that is unknown, missing or of another shape, and the number of such keys.
     """
     weights = read_weights(path)
     _check(modules, weights, source=path)
@@ -157,7 +157,7 @@ def _fill(
 
 
 def _empty(module: nn.Module) -> list[str]:
-    """Returns the names of tensors that are still on the meta device, because weight files do not contain them."""
+    """Returns the names of tensors that are still on the meta device because the weight file does not contain them."""
     return [
         f"{name}.{attribute}".lstrip(".")
         for name, part in module.named_modules()

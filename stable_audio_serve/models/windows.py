@@ -10,8 +10,8 @@ from stable_audio_serve.models.protocol import WindowRule, WindowSpan
 
 WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # as in the reference implementations' chunked encoding and decoding
 LONGEST_FRAMES = 512  # longest window for decoding with a WindowRule
-_REDUNDANT_SHARE = 0.05  # halo frames (decoded, but not used) per used frame in a window, at most
-WINDOW_GRID = 16  # window lengths are rounded to multiples, so that windows of different clips can share a batch
+_REDUNDANT_SHARE = 0.05  # largest number of halo frames (decoded, but not used) per used frame in a window
+WINDOW_GRID = 16  # window lengths are rounded up to multiples, so that windows of different clips can share a batch
 
 
 def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
@@ -27,8 +27,8 @@ def whole_window(frames: int) -> tuple[WindowSpan, ...]:
 def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OVERLAP_FRAMES) -> tuple[WindowSpan, ...]:
     """Returns windows of `size` frames that start every `size - overlap` frames; the last one ends at the clip's end.
 
-    The frames of a window that are kept begin half an overlap after its start, and end where those of the next window
-    begin. Kept frames cover the clip exactly once. A clip of at most `size` frames has one window.
+    The kept frames of a window begin half an overlap after its start and end where the kept frames of the next window
+    begin. Together, the kept frames cover the clip exactly once. A clip of at most `size` frames has one window.
     """
     if frames <= size:
         return whole_window(frames)
@@ -40,9 +40,9 @@ def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OV
 def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple: int = 1) -> tuple[WindowSpan, ...]:
     """Returns windows of equal length that overlap by at least `2 * halo` frames.
 
-    The joined results are exact if a frame's result depends on at most `halo` frames on each side. Uses the smallest
-    number of windows that keep at most about `kept` frames each, and makes them as short as possible. The windows'
-    length is a multiple of `multiple`.
+    The joined results are exact if a frame's result depends on at most `halo` frames before it and `halo` after it.
+    There are as few windows as possible if each keeps at most about `kept` frames, and they are as short as possible.
+    Their length is a multiple of `multiple`.
     """
     overlap = 2 * halo
     num_windows = max(math.ceil((frames - overlap) / kept), 1)
@@ -53,8 +53,8 @@ def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple:
 def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple[WindowSpan, ...]:
     """Returns windows of equal length over the first `num_audible` of `frames` frames. Later frames are not audible.
 
-    A large halo gives longer windows, so that few frames are decoded twice. Lengths of such long windows are multiples
-    of half of WINDOW_GRID, so that clips of similar length use the same CUDA graphs.
+    With a large halo, windows are longer, so that few frames are decoded twice. The lengths of these longer windows are
+    multiples of half of WINDOW_GRID, so that clips of similar length use the same CUDA graphs.
     """
     num_decoded = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
     kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
@@ -65,10 +65,10 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
 
 
 def cut_windows(frames: int, *, rule: WindowRule, longest: int = LONGEST_FRAMES) -> list[WindowSpan]:
-    """Returns windows for decoding a clip of this many frames.
+    """Returns windows for decoding a clip of `frames` latent frames.
 
-    All windows but the last have about `longest` frames. The last one may start earlier than necessary: its length is
-    then a multiple of WINDOW_GRID, so that few different lengths occur.
+    All windows but the last have about `longest` frames. The last one may start earlier than necessary, so that its
+    length is a multiple of WINDOW_GRID. Few different lengths therefore occur.
     """
     longest = max(shortest_window(rule), longest // rule.multiple * rule.multiple)
     spans: list[WindowSpan] = []
@@ -85,7 +85,7 @@ def cut_windows(frames: int, *, rule: WindowRule, longest: int = LONGEST_FRAMES)
 
 
 def shortest_window(rule: WindowRule) -> int:
-    """Returns the smallest useful window length: at least half of its frames are kept, the others are its halos."""
+    """Returns the smallest useful window length, at which half of the frames or more are kept and the rest is halo."""
     return _round_up(max(4 * rule.halo, WINDOW_GRID), multiple=rule.multiple)
 
 

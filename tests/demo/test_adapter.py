@@ -1,4 +1,4 @@
-"""The packaged adapter of the demo model makes tones sound an octave lower, and the demo model alone does not."""
+"""With the packaged adapter, the demo model plays tones an octave lower; without it, at the pitch of the prompt."""
 
 from __future__ import annotations
 

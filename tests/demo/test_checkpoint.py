@@ -1,4 +1,4 @@
-"""The packaged demo model, loaded and run as a server does, generates audio as its report describes."""
+"""The packaged demo model, run in an engine, generates audio with the expected pitch, tempo, level and length."""
 
 from __future__ import annotations
 
@@ -124,9 +124,11 @@ async def test_a_continuation_keeps_its_source_and_its_pitch(engine: Engine) -> 
     ("prompt", "most_db"), [("white noise", 1), slow("pink noise", 1), slow("a 440 Hz sine wave", 2)]
 )
 async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prompt: str, most_db: float) -> None:
-    """The level of the 0.1 s around a seam is within `most_db` of the levels of the 0.25 s before and the 0.25 s after.
+    """The level of the 0.1 s around a seam is near the levels of the 0.25 s before it and the 0.25 s after it.
 
-    The tones on the two sides may have different phases, so the linear crossfade of 30 ms may lower the level by 1 dB.
+    It is at most `most_db` below the lower of the two levels and at most `most_db` above the higher one.
+    The tones before and after the seam may have different phases. The linear crossfade of 30 ms may therefore lower the
+    level by 1 dB.
     """
     source = await make_audio(engine, prompt)
     ends = source.shape[1]

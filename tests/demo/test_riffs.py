@@ -1,4 +1,4 @@
-"""The packaged riff files are what the demo model's synthesiser makes, in the key and tempo of their names."""
+"""The packaged riff files equal the output of the demo model's synthesiser. Their names state their key and tempo."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_riff_begins_in_its_key_at_its_tempo(name: str) -> None:
     spectrum = np.abs(np.fft.rfft(note * np.hanning(len(note)), 1 << 17))
     assert np.fft.rfftfreq(1 << 17, 1 / rate_hz)[spectrum.argmax()] == pytest.approx(ROOTS_HZ[name], rel=0.01)
     assert len(audio) / rate_hz == pytest.approx(16 * 60 / RIFFS[name].tempo_bpm, abs=0.01)  # four bars
-    # At each half beat a note begins. Its first samples are louder than the samples before.
+    # A note begins at each half beat. The first samples of the note are louder than the samples before it.
     step = round(rate_hz * 30 / RIFFS[name].tempo_bpm)
     for onset in range(step, len(audio) - step, step):
         margin = rate_hz // 50

@@ -18,7 +18,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def url() -> AsyncIterator[str]:
-    """Run a server with the demo model, which also runs jobs. Yields its URL."""
+    """Run a server with the demo model and with jobs. Yields the server's URL."""
     jobs = {"webhook_secret": SECRET, "webhook_allow_hosts": ["127.0.0.1"]}
     settings = Settings.model_validate({"models": [{"name": "demo"}], "device": "cpu"})
     engines = {model.name: load_engine(settings, model) for model in settings.models}

@@ -1,4 +1,4 @@
-"""Run the programs of `examples/` as a shell does, in a temporary folder."""
+"""Run the programs of `examples/` as child processes, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EXAMPLES = ROOT / "examples"
 
 
 def _enable_ctrl_c() -> None:
-    """Make Ctrl-C work in a child process. If a shell runs the tests in the background, children ignore SIGINT."""
+    """Make Ctrl-C work in a child process. Without this, a child ignores SIGINT if the tests run in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Runs examples in `folder` with the server at `url`. Environment variables make their clips short."""
+    """Runs examples in `folder` with the server at `url`. Environment variables make the generated clips short."""
 
     folder: Path
     url: str

@@ -1,4 +1,4 @@
-"""Every program of `examples/` runs as users run it, with a server that has the demo model."""
+"""Every program of `examples/` runs to its end with a server that has the demo model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.patience import PATIENCE_S
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 module_loop = pytest.mark.asyncio(loop_scope="module")  # for tests that use the server, which runs in this event loop
 
-# Examples with clients of other systems -> the files that they write, with their duration in seconds.
+# Examples with clients of other systems -> the audio files that they write -> the duration of each file in seconds.
 CLIENTS: dict[str, dict[str, float]] = {
     "clients/aimlapi/generate.py": {"generated.wav": 1},
     "clients/aimlapi/generate.sh": {"generated.wav": 1},
@@ -37,7 +37,7 @@ CLIENTS: dict[str, dict[str, float]] = {
     "clients/vllm_omni/openai_client.py": {"waves.flac": 1},
 }
 ARGUMENTS = {"clients/vllm_omni/generate.py": ["--audio-length", "1", "--num-inference-steps", "4"]}
-# Examples that use our client. Each has a test function below.
+# Examples that use this project's client. Each has a test function below.
 OWN = {
     "batch_from_csv.py",
     "endless_continuation.py",
@@ -171,7 +171,7 @@ ARGUMENTS_TO_START = {
     "endless_continuation.py": ["rain"],
     "variation_ladder.py": ["rain"],
 }
-# `make chaos` runs this test for every program, other runs only for these, one of each kind.
+# `make chaos` runs the test of Ctrl-C for every program. Other commands run it only for these, one of each kind.
 FEW = [*ARGUMENTS_TO_START, "clients/aimlapi/generate.py", "clients/fal/queue.sh"]
 CALLING = [
     name if name in FEW else pytest.param(name, marks=pytest.mark.chaos) for name in [*ARGUMENTS_TO_START, *CLIENTS]
@@ -194,7 +194,7 @@ async def test_ctrl_c_ends_a_program_without_a_traceback(name: str, tmp_path: Pa
         async with asyncio.timeout(PATIENCE_S):
             await connected.wait()
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
-        # Python programs exit with 130. Shell scripts are ended by the signal itself.
+        # Python programs exit with 130. The signal itself ends shell scripts.
         killed = -signal.SIGINT if name.endswith(".sh") else 130
         await finish(process, {"endless_continuation.py": 0}.get(name, killed))
     assert programs.seconds() == {}

@@ -1,4 +1,4 @@
-"""The example with a Gradio page runs in an environment with the example's requirements, with a test server."""
+"""The example with a Gradio page works with a test server, in an environment with only the example's requirements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def skip_or_fail(reason: str) -> None:
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    """Returns the Python of an environment with Gradio and our client's dependencies.
+    """Returns the path of Python in an environment with Gradio and the dependencies of this project's client.
 
     The first run installs the environment in the user's cache.
     """
@@ -55,7 +55,7 @@ def python() -> Path:
             if done.returncode:
                 shutil.rmtree(folder)
                 skip_or_fail(f"it could not be installed: {done.stderr[-500:]}")
-        Path(folder).rename(installed)  # renaming is atomic, so no other test run sees half an environment
+        Path(folder).rename(installed)  # atomic, so that no other test run sees an incomplete environment
     return installed / "bin" / "python"
 
 

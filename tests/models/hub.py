@@ -24,9 +24,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Repo:
     """A repository of the imitated hub: its files by path, and who may read them.
 
-    If `gated`, everyone may list the files, but only requests with `token` may download them. If not `gated` and there
-    is a `token`, the repository does not exist for other requests. `refused` files are listed, but their download
-    gets status 403.
+    If `gated`, everyone may list the files, but only requests with `token` may download them. With a `token` but not
+    `gated`, the repository is private: requests without the token get the answer that it does not exist. The files
+    `refused` are listed, but their download gets status 403.
     """
 
     files: Mapping[str, bytes]
@@ -35,7 +35,7 @@ class Repo:
     revisions: tuple[str, ...] = ("main",)
     status: int | None = None  # status of every response, if set
     refused: tuple[str, ...] = ()
-    sizes: Mapping[str, int] = field(default_factory=dict)  # wrong sizes that the list of files has, by path
+    sizes: Mapping[str, int] = field(default_factory=dict)  # path -> wrong size to state in the list of files
 
 
 @dataclass
@@ -54,7 +54,7 @@ def checkpoint_files(folder: Path) -> dict[str, bytes]:
 
 
 def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
-    """Returns environment variables for a process that uses the hub at `endpoint` and the cache below `home`."""
+    """Returns environment variables that make a process use the hub at `endpoint` and the cache below `home`."""
     mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
     return mine | variables | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
@@ -64,7 +64,7 @@ def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
 def pointing_library_at(
     endpoint: str, home: Path, *, token: str | None = None, is_offline: bool = False
 ) -> Iterator[None]:
-    """Within this context, the library huggingface_hub in this process uses this hub and the cache below `home`."""
+    """Within this context, huggingface_hub in this process uses the hub at `endpoint` and the cache below `home`."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("HF_")]:
             patch.delenv(name)

@@ -1,6 +1,6 @@
-"""A program that loads a checkpoint folder and prints, as JSON, the memory that this takes.
+"""A program that loads a checkpoint folder and prints, as JSON, the memory that loading needs.
 
-It does not load the text encoder, because importing its library takes longer than everything else.
+It does not load the text encoder, because importing the text encoder's library takes longer than everything else.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ CPU = torch.device("cpu")
 def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> dict[str, int | bool]:
     """Load the checkpoint `small`, then `folder`. Returns the memory in bytes that `folder` added.
 
-    `loaded` is the memory after loading, `peak` the highest until all weights were read once. `has_compiler` is true if
-    torch's compiler was imported. Loading `small` first imports the libraries, so their memory does not count.
+    `loaded` is the memory after loading, and `peak` the most memory until all weights are read once. `has_compiler` is
+    true if torch's compiler was imported. Loading `small` first imports the libraries, so that their memory does not
+    count.
     """
     build.load_text_encoder = lambda *_, **__: TextEncoder(None, nn.Identity(), width=768, max_length=8)
     load(small, dtype=dtype)
@@ -44,7 +45,7 @@ def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> dict[str, int |
 
 
 def load(folder: Path, *, dtype: torch.dtype) -> Sa3Model:
-    """Load a model with its denoiser in `dtype`, even a dtype that a server refuses on this CPU."""
+    """Load a model with the denoiser in `dtype`, even if a server would refuse this dtype on this CPU."""
     card = ModelCard("measured", "stable-audio-3")
     model = build.load_sa3(card, folder, text_encoder=folder, device=CPU, dtype=dtype, decode_precision="float32")
     assert model.denoiser.dtype == dtype
@@ -52,7 +53,7 @@ def load(folder: Path, *, dtype: torch.dtype) -> Sa3Model:
 
 
 def read_status(name: str) -> int:
-    """Returns the field `name` of /proc/self/status, a size of this process's memory, in bytes."""
+    """Returns in bytes the field `name` of /proc/self/status, which states a memory size of this process."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 

@@ -1,6 +1,7 @@
 """Run rows of different lengths through a network as one packed sequence without padding.
 
-The tokens are laid out as on a CPU, or as on CUDA, with a plain implementation of the CUDA attention kernel.
+The network uses either the layout for CPUs (`Packed`), or the layout for CUDA (`PackedSegments`) with a plain
+implementation of the CUDA attention kernel.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:
 
 
 def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> Segments:
-    """Returns the `Segments` of rows with these lengths, with spare rows and tokens, as in a CUDA graph."""
+    """Returns the `Segments` of rows with the given lengths, followed by unused rows and tokens as in a CUDA graph."""
     return Segments.of(
         torch.tensor([*frames, *[0] * SPARE_ROWS], dtype=torch.int32),
         torch.tensor([*valid_frames, *[0] * SPARE_ROWS], dtype=torch.int32),
@@ -89,7 +90,7 @@ def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_pre
 
 
 def to_tokens(rows: Sequence[Tensor], segments: Segments) -> Tensor:
-    """Join the rows (..., channels, frames) to one sequence (..., channels, tokens). Tokens that are no frame are 0."""
+    """Join the rows (..., channels, frames) to one sequence (..., channels, tokens), zero at tokens without a frame."""
     joined = torch.cat(list(rows), dim=-1)
     tokens = joined.new_zeros(*joined.shape[:-1], len(segments.rows))
     tokens[..., segments.is_frame] = joined
@@ -107,7 +108,8 @@ def run_packed_with(
 ) -> list[Tensor]:
     """Call `run` with all rows (1, channels, frames) as one packed sequence. Returns the result for each row.
 
-    `way` is "row by row", as on a CPU, or as on CUDA. `slots` has each row's number in the network's memory.
+    If `way` is "row by row", uses the layout for CPUs, else the layout for CUDA. `slots` has the index of each row's
+    context in the tensor of contexts.
     """
     frames = [row.shape[-1] for row in rows]
     seen = valid_frames or frames
@@ -135,7 +137,7 @@ def run_packed(
     branches = [to_branch(condition) for condition in conditions]
     padded = torch.zeros(len(rows), 1, max(frames))
     batch = StepBatch.of(padded, t=times, valid=padded[:, 0] > 0, branches=branches)
-    # The rows' memory slots: reversed; slot 0 is unused.
+    # Contexts are stored in reverse order of the rows, from index 1.
     memory = len(rows) - torch.arange(len(rows), dtype=torch.int32)
     if way == "row by row":
         packed, t = replace(batch, frames=tuple(frames)), times

@@ -1,12 +1,12 @@
-"""How close a decoder in each precision must be to one in float32, for the reference checkpoints."""
+"""How close a decoder in each precision must be to a decoder in float32, for the reference checkpoints."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# The least allowed signal-to-error ratio in decibels, by precision and checkpoint. It is 1 to 4 dB below the ratio that
-# was measured on a CPU, where the rounding of tf32 and split was emulated.
+# Precision -> checkpoint -> least allowed signal-to-error ratio in decibels. The limits are 1 to 4 dB below the ratios
+# measured on a CPU, where the rounding of tf32 and split was emulated.
 LEAST_DB = {
     "tf32": {"sharp-s": 52.0, "sharp-l": 60.0},
     "split": {"sharp-s": 85.0, "sharp-l": 95.0},

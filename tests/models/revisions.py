@@ -32,7 +32,7 @@ def not_numbers(weights: dict[str, Tensor]) -> None:
 
 
 def of_another_model(weights: dict[str, Tensor]) -> None:
-    """Replace the weights by random ones with the same shapes and standard deviations, as another model could have."""
+    """Shuffle the values of each weight, so that shapes and standard deviations are those of a plausible model."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in weights.items():
         if tensor.ndim > 1 and "denoiser" not in name and "rope" not in name:
@@ -41,7 +41,7 @@ def of_another_model(weights: dict[str, Tensor]) -> None:
 
 
 def spoil(folder: Path, change: Spoil) -> None:
-    """Apply `change` to the weights file in a checkpoint's folder."""
+    """Apply `change` to the weights in a checkpoint's folder, and write the file again."""
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
@@ -54,9 +54,10 @@ def copy_checkpoint(source: str | Path, folder: Path) -> Path:
 
 
 def fill_revisions(cache: Path, repo_id: str, folders: Mapping[str, Path], *, main: str) -> None:
-    """Write a hub cache of a repository, with a snapshot for each commit in `folders`.
+    """Write a cache of the hub for the repository `repo_id`.
 
-    Its `main` is the commit `main`.
+    It has a snapshot of each folder in `folders`, under the commit that is the folder's key. The branch `main` points
+    to the commit `main`.
     """
     place = cache / f"models--{repo_id.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)

@@ -31,8 +31,8 @@ from tests.factories import make_request
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS, SHARP
 from tests.parameters import slow
 
-# The least allowed signal-to-error ratio in decibels, about 4 dB below the lowest measured value of each kind. Guidance
-# multiplies the error. Most whole runs reach 40 dB for latents and 29 dB for audio.
+# Kind of comparison -> least allowed signal-to-error ratio in decibels, about 4 dB below the lowest measured value.
+# Guidance multiplies the error. Most whole runs reach 40 dB for latents and 29 dB for audio.
 LEAST_DB: dict[str, float] = {
     "denoiser": 34.0,
     "denoiser padding": 36.0,
@@ -107,7 +107,7 @@ def test_angles_and_times_stay_in_float32(folder: Path) -> None:
 
 
 def test_norms_compute_statistics_in_float32() -> None:
-    """A sum of 1024 squares of about 300 would have a large rounding error in bfloat16."""
+    """In bfloat16, the sum of the squares of 1024 values near 300 would have a large rounding error."""
     x = (300.0 + torch.randn(4, 1024, generator=torch.Generator().manual_seed(0))).bfloat16()
     for norm in (RMSNorm(1024), ScaledLayerNorm(1024)):
         exact = copy.deepcopy(norm).double()(x.double())
@@ -118,7 +118,7 @@ def test_norms_compute_statistics_in_float32() -> None:
 
 
 def test_attention_computes_softmax_in_float32() -> None:
-    """The relative error is 1.7e-3 if only inputs and result are rounded to bfloat16, 9e-3 with the softmax, too."""
+    """The relative error is 1.7e-3. It would be 9e-3 if the softmax were rounded to bfloat16 like inputs and result."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 16, 256, 64, generator=generator).bfloat16() for _ in range(3))
     exact = nn.functional.scaled_dot_product_attention(4 * q.double(), k.double(), v.double())

@@ -1,4 +1,4 @@
-"""Models whose layers are compiled with `torch.compile`: equal results, few compilations, and where it is refused."""
+"""Models with layers compiled by `torch.compile`: equal results, few compilations, and errors if it cannot be used."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load(name: str) -> DiffusionModel:
 
 
 def branches(model: DiffusionModel, *, seconds: float) -> tuple[int, list[BranchConditioning]]:
-    """Returns the number of frames and three conditionings of a clip: with a prompt, without, and for inpainting."""
+    """Returns a clip's number of frames and three conditionings: with a prompt, without one, and for inpainting."""
     request = GenerationRequest(prompt="a bell", duration_s=seconds, seed=0, cfg_scale=2.0, steps=2)
     plan = model.plan(request)[0]
     prompt = model.encode_text(["a bell"])[0]
@@ -108,7 +108,7 @@ def test_an_engine_serves_a_compiled_model_in_fast_mode(tmp_path: Path) -> None:
     adapted = (Lora("vinyl", source=str(tmp_path / "vinyl.safetensors")),)
 
     async def generate(served: DiffusionModel) -> list[Tensor]:
-        # With a memory limit, as on a GPU, the engine first measures the memory that the model's calls take.
+        # With a memory limit, as on a GPU, the engine first measures how much memory the model's calls need.
         options = EngineOptions(mode="fast", warmup_budget_s=0.1, max_memory_bytes=2 * 10**9)
         async with Engine(served, options) as engine:
             request = GenerationRequest(prompt="a bell", duration_s=0.5, seed=3, batch_size=2)
@@ -168,7 +168,7 @@ def test_settings_that_exclude_each_other_are_refused(other: dict[str, Any]) -> 
 @pytest.mark.server
 def test_compiled_kernels_are_stored_on_this_machine(tmp_path: Path) -> None:
     try:
-        compile_layers(load("sharp-s"), folder=tmp_path)  # without `backend`, it tests the real compiler
+        compile_layers(load("sharp-s"), folder=tmp_path)  # without `backend`, to use the real compiler
     except ConfigError as error:
         pytest.skip(str(error))
     assert any(tmp_path.rglob("*.so"))

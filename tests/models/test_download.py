@@ -44,10 +44,7 @@ def run(
     token: str | None = None,
     is_offline: bool = False,
 ) -> list[dict[str, str]]:
-    """Run actions (checks or downloads) in a separate process.
-
-    Returns each one's `folder`, or its error's `message`.
-    """
+    """Run actions (checks or downloads). Returns for each the `folder` of the files, or the `message` of the error."""
     entry = ModelEntry(ModelCard("model", "stable-audio-3"), files=OPERATOR_FILES, repo_id=repo_id, revision=revision)
     results: list[dict[str, str]] = []
     with pointing_library_at(endpoint, home / "hub", token=token, is_offline=is_offline):
@@ -66,13 +63,16 @@ def download(tmp_path: Path, **settings: Any) -> dict[str, str]:
 
 
 def check(tmp_path: Path, **settings: Any) -> str | None:
-    """Check whether the model's files can be had, as a starting server does. Returns the error, or None if they can."""
+    """Check the access to the model's files, like a starting server. Returns the error message, or None."""
     (result,) = run("check", tmp_path, **settings)
     return result.get("message")
 
 
 def refusal(tmp_path: Path, named: str, **settings: Any) -> str:
-    """Check that the access check and the download fail with the same error, which has `named`. Returns the error."""
+    """Assert that both the access check and the download fail with an error that contains `named`.
+
+    Returns the message of the access check.
+    """
     early, late = (result["message"] for result in run("check download", tmp_path, **settings))
     assert named in early
     assert named in late
@@ -177,7 +177,7 @@ def test_missing_file(tmp_path: Path, name: str, named: str) -> None:
 
 
 def renamed(*names: str) -> dict[str, bytes]:
-    """Returns the checkpoint's files with a copy of the weights under each of `names` in place of the original."""
+    """Returns the checkpoint's files with the weights file stored under each of `names` instead of its own name."""
     files = {path: content for path, content in NEEDED.items() if path != "model.safetensors"}
     return files | dict.fromkeys(names, NEEDED["model.safetensors"])
 
@@ -292,7 +292,7 @@ T5_REPO = "google-t5/t5-base"
 
 
 def load_open(home: Path, endpoint: str, **fields: str) -> list[str]:
-    """Check the access to a model, then load the model. Returns the type of each result, or the error message."""
+    """Check the access to a model, then load it. Returns for each the type of the result, or the error message."""
     entry = resolve_entry("open", **fields)
     actions: tuple[Callable[[ModelEntry], object], ...] = (check_access, load_model)
     results = []

@@ -182,7 +182,7 @@ def test_corrupt_text_encoder_files(folder: Path, spoilt: str) -> None:
 
 
 def test_text_encoder_inside_a_whole_encoder_decoder_model(folder: Path) -> None:
-    """The official text encoder folder has a whole encoder-decoder model. Its decoder is not loaded."""
+    """The folder of the official text encoder contains a whole encoder-decoder model. Only the encoder is loaded."""
     from transformers import AutoConfig, T5GemmaForConditionalGeneration
 
     target = folder / "t5gemma"
@@ -384,7 +384,7 @@ def test_keys_of_unsupported_models_are_refused_by_name(folder: Path, path: str,
 
 
 def with_sections(folder: Path, path: str) -> Any:
-    """Returns the folder's config. Objects that are missing along `path` are added, empty."""
+    """Returns the folder's config. Adds empty objects where `path` leads to objects that do not exist."""
     config = json.loads((folder / "model_config.json").read_text())
     place = config
     for part in path.split(".")[:-1]:

@@ -1,4 +1,4 @@
-"""Linear layers with oneDNN: a row's result is identical for any number of threads and any other rows."""
+"""Linear layers with oneDNN: a row's result does not depend on the number of threads or on other rows."""
 
 from __future__ import annotations
 

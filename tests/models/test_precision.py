@@ -1,4 +1,4 @@
-"""The precision of a decoder's matrix products: which are allowed on a device, and how close each is to float32."""
+"""The precisions of a decoder's matrix products: which ones a device allows, and how close each is to float32."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_loader_uses_the_setting() -> None:
 
 
 def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
-    """Returns the loaded checkpoint `name` with a decoder that uses the precision `choice`."""
+    """Returns the checkpoint `name` as a model whose decoder uses the precision `choice`."""
     model = loaded(name)
     parts = Sa3Components(
         text=model.text,
@@ -96,7 +96,7 @@ def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
 
 
 def switches() -> list[object]:
-    """Returns whether torch may use TF32, by the older settings and, if they exist, by those of torch 2.9."""
+    """Returns whether torch may use TF32, according to its older settings and, if they exist, those of torch 2.9."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     values: list[object] = [matmul.allow_tf32, cudnn.allow_tf32]
     if hasattr(cudnn, "conv"):
@@ -106,7 +106,7 @@ def switches() -> list[object]:
 
 @contextmanager
 def watching(modules: dict[str, nn.Module], seen: dict[str, list[object]]) -> Iterator[None]:
-    """Within this context, record torch's TF32 settings in `seen` by module name, whenever a module is called."""
+    """Within this context, each call of a module stores torch's TF32 settings in `seen` under the module's name."""
 
     def note(name: str, *_: object) -> None:
         seen[name] = switches()
@@ -204,7 +204,7 @@ def round_to_tf32(x: Tensor) -> Tensor:
 
 
 def multiply_parts(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """Emulate a processor's bfloat16 matrix product: inputs rounded to bfloat16, exact products, sums in float32."""
+    """Emulate a processor's bfloat16 matrix product: inputs are rounded to bfloat16, sums are in float32."""
     return layer(x.bfloat16().float(), weight.bfloat16().float(), **options)
 
 
@@ -218,7 +218,7 @@ AROUND: dict[str, Around] = {
 
 @torch.inference_mode()
 def decoded_db(name: str, around: Around) -> float:
-    """Decode stored latents in a precision. Returns the signal-to-error ratio against float32, in decibels."""
+    """Decode stored latents within the context `around`. Returns the signal-to-error ratio to float32 in decibels."""
     net, latents = loaded(name).autoencoder, load_goldens(name).tensors["ae/latents"]
     audio = net.decode(latents, products=around)
     assert audio.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""What is known of a model before its weights are loaded: names, aliases, limits and default values."""
+"""What the registry knows of a model before its weights are loaded: names, aliases, limits and default values."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_local_copy_of_a_built_in_model_keeps_its_facts() -> None:
     entry = describe_entry(resolve_entry("medium", path=str(load_goldens("sharp-s").folder)))
     assert entry.repo_id is None
     assert "stable-audio-3-medium" in entry.card.aliases
-    assert entry.card.max_duration_s == 16.384  # the limit of the checkpoint in the folder, which is not the real model
+    assert entry.card.max_duration_s == 16.384  # the limit of the folder's checkpoint, which is not the built-in model
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def cache(filled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_entry_is_completed_from_the_cached_config() -> None:
     entry = describe_entry(resolve_entry("mine", repo_id="lab/open", aliases=("my-loops",)))
     local = describe_entry(resolve_entry("mine", path=str(OPEN_GOLDENS / "tiny-1.0"), aliases=("my-loops",)))
-    # No folder: the process that loads it downloads the files.
+    # The entry has no folder, because the process that loads the model downloads the files.
     assert (entry.folder, entry.repo_id) == (None, "lab/open")
     assert entry.card == local.card
     assert (entry.card.family, entry.card.samplers) == (OPEN_FAMILY, V_SAMPLERS)

@@ -1,4 +1,4 @@
-"""The hash of a checkpoint: the same in any folder, different after any change of the weights or the config."""
+"""A checkpoint's hash is the same in every folder, and different after any change of the weights or the config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights are read and cast one tensor after another: the values are correct, and little extra memory is needed."""
+"""Weights are read and cast one tensor after another. The values are correct, and loading needs little extra memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Net(nn.Module):
-    """A network whose layer and norm are cast to another dtype, while its buffer of frequencies stays float32."""
+    """A network with a layer and a norm, which are cast to another dtype, and a buffer, which stays float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_kernels_are_computed_from_the_files_weights(name: str) -> None:
         norm = direction.flatten(1).square().sum(dim=1).sqrt()[:, None, None]
         assert conv.weight is not None
         torch.testing.assert_close(conv.weight.detach(), length * direction / norm, rtol=1e-5, atol=1e-6)
-        assert len(list(conv.parameters())) <= 2  # kernel and bias; the stored norm and direction are freed
+        assert len(list(conv.parameters())) <= 2  # kernel and bias, without the direction and length in the file
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
@@ -168,10 +168,7 @@ def test_shared_text_encoder_weights_stay_shared(tmp_path: Path) -> None:
 
 
 def make_large_checkpoint(folder: Path) -> int:
-    """Write a float32 checkpoint of 0.3 GB.
-
-    Returns the size in bytes that its tensors have if the denoiser is float16.
-    """
+    """Write a float32 checkpoint of 0.3 GB. Returns the size in bytes of its tensors with the denoiser in float16."""
     config = official_config("small-music")
     config["model"]["diffusion"]["config"]["depth"] = 2
     for half in ("encoder", "decoder"):
@@ -205,7 +202,7 @@ def test_loading_without_a_cast_leaves_the_weights_in_the_file(tmp_path: Path) -
 @pytest.mark.server
 @pytest.mark.slow
 def test_loading_needs_little_more_memory_than_the_tensors(tmp_path: Path) -> None:
-    """If the whole file were read before its tensors are cast, loading would take 2.1 times the tensors' memory."""
+    """If the whole file were read before its tensors are cast, loading would need 2.1 times the tensors' memory."""
     final_bytes = make_large_checkpoint(tmp_path)
     assert 150e6 < final_bytes < 250e6
     found = measure_loading(tmp_path, dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Decode windows cover each audible latent frame, have extra frames on both sides, and decode few frames twice."""
+"""Windows for decoding keep each audible latent frame once, have a halo on both sides, and decode few frames twice."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def redundant(spans: Sequence[WindowSpan], audible: int) -> float:
     ],
 )
 def test_few_frames_are_decoded_twice(rule: WindowRule, seconds: int, before: float, after: float) -> None:
-    """Decoded latent frames for each audible one: `after` with the model's rule for windows.
+    """`after` is the number of decoded latent frames per audible frame with the model's rule for windows.
 
-    For comparison, `before` is with windows of 128 frames that overlap by 32.
+    For comparison, `before` is the same number with windows of 128 frames that overlap by 32.
     """
     audible = math.ceil(seconds * 44_100 / 4096)
     row = min(math.ceil((seconds + 6) * 44_100 / 4096 / 2) * 2, 4096)

@@ -1,4 +1,4 @@
-"""The AIML API's `stable-audio` with `requests`: submit, poll while the status is queued or generating, download."""
+"""Calls the AIML API's model `stable-audio` with `requests`: submits and polls a request, then downloads the clip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fal's model `fal-ai/stable-audio` with the package `fal-client`: a direct call, a queued request, a subscription.
+"""Calls fal's model `fal-ai/stable-audio` with `fal-client`: a direct call, a queued request, a subscription.
 
 `fal-client` connects with TLS. If your server has TLS, you only need to set FAL_RUN_HOST and FAL_QUEUE_RUN_HOST to its
 host name. For plain HTTP, set the two URL formats as below.
@@ -25,7 +25,7 @@ CLIP = {"seconds_total": int(os.environ.get("DURATION", "5")), "steps": int(os.e
 
 
 def save(output: dict[str, dict[str, str]], path: str) -> None:
-    """Download the audio file that a result of `fal-client` names, and write it to `path`."""
+    """Download the audio file whose URL is in `output`, and write it to `path`."""
     Path(path).write_bytes(httpx.get(output["audio_file"]["url"], timeout=600).raise_for_status().content)
     print(path, flush=True)
 

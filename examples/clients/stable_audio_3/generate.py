@@ -1,4 +1,4 @@
-"""The Stable Audio 3 server's API with `requests`: generate a clip, then a variation and an extension of it."""
+"""Calls the API of the Stable Audio 3 server with `requests`: a clip, then a variation and an extension of the clip."""
 
 from __future__ import annotations
 

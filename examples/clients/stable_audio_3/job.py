@@ -1,4 +1,4 @@
-"""The Stable Audio 3 server's jobs with `requests`: submit, poll, download."""
+"""Calls the jobs API of the Stable Audio 3 server with `requests`: submits and polls a job, then downloads the clip."""
 
 from __future__ import annotations
 

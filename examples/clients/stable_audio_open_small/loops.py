@@ -1,4 +1,4 @@
-"""The Stable Audio Open Small API with `requests`: a drum loop, a style transfer of it, and a loop from a riff."""
+"""Calls the Stable Audio Open Small API with `requests`: a drum loop, its style transfer, and a loop from a riff."""
 
 from __future__ import annotations
 

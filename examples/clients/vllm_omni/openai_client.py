@@ -1,6 +1,6 @@
-"""vLLM-Omni's API with the `openai` package: list models, then POST to `/v1/audio/generate`.
+"""Calls vLLM-Omni's API with the package `openai`: lists the models, then posts to `/v1/audio/generate`.
 
-The package has no method for this route, so the program uses the package's generic `post`.
+The package has no method for this route, so the program uses the generic method `post`.
 """
 
 from __future__ import annotations

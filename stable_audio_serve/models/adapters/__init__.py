@@ -1,1 +1,1 @@
-"""Adapters (LoRA and its relatives): reading files, fitting them to a network, folding chains, and applying them."""
+"""Adapters (LoRA and its relatives): find and read their files, fit them to a network, fold chains, apply them."""

@@ -1,6 +1,6 @@
-"""Reads adapter files (LoRA and its relatives) of Stable Audio 3 and checks that each is complete in itself.
+"""Reads adapter files (LoRA and its relatives) of Stable Audio 3 and checks that each file is complete.
 
-Knows nothing of the network that an adapter changes. `header` checks everything that needs no tensors.
+`base` later checks that an adapter fits a network. `header` checks everything that needs no tensors.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from stable_audio_serve.models.adapters.header import (
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter file in memory: by layer, its tensors by name, in the file's dtypes and on the CPU.
+    """An adapter file in memory.
 
-    Every layer has `lora_A` (rank, in) and `lora_B` (out, rank), or in types that end with -xs `M_xs` (rank, rank) and
-    possibly `U` (out, rank) and `V` (in, rank). DoRA types also have `magnitude` (out,), and possibly
-    `baked_vnorm_row` (out,): the weight's row norms at strength 1 on the model `norm_base`. `scaling` is alpha / rank.
-    `warnings` are sentences for the log.
+    `layers` maps the name of a layer to the layer's tensors by name, in the file's dtypes and on the CPU. Every layer
+    has `lora_A` (rank, in) and `lora_B` (out, rank). In types that end with -xs, it has `M_xs` (rank, rank) instead,
+    and possibly `U` (out, rank) and `V` (in, rank). DoRA types also have `magnitude` (out,), and possibly
+    `baked_vnorm_row` (out,): the row norms of the weight of the model `norm_base`, changed by the adapter at strength
+    1. `scaling` is alpha / rank. `warnings` are sentences for the log.
     """
 
     name: str
@@ -54,10 +55,10 @@ def read_adapter(
     max_bytes: int = MAX_FILE_BYTES,
     with_conditioners: bool = False,
 ) -> Adapter:
-    """Read an adapter file. Without `name`, the adapter is named like the file without suffix.
+    """Read an adapter file.
 
-    Tensors for conditioners are left out unless `with_conditioners`, see `parse_header`. Raises InvalidRequestError if
-    the file cannot be used.
+    Without `name`, the adapter's name is the file's name without the suffix. Tensors for conditioners are left out
+    unless `with_conditioners` is true, see `parse_header`. Raises InvalidRequestError if the file cannot be used.
     """
     name = path.stem if name is None else name
     with naming(name):
@@ -93,7 +94,7 @@ def _read_tensors(data: bytes) -> dict[str, Tensor]:
 
 
 def _check_values(where: str, tensor: Tensor) -> Tensor:
-    """Returns the tensor, a vector if it is one in the shape of a matrix. Raises UnusableError."""
+    """Returns the tensor, flattened if it is a vector. Raises UnusableError if a value is not finite."""
     if not bool(tensor.isfinite().all()):
         raise UnusableError(f"has values in {where} that are not finite")
     is_vector = where.endswith((".magnitude", ".baked_vnorm_row"))

@@ -1,7 +1,8 @@
-"""Applies slots to the outputs of linear layers, for batches whose rows have different slots.
+"""Applies adapters to the outputs of linear layers, in batches whose rows use different adapters.
 
-The layer itself runs once for all rows, without slots. A unit is a row of a padded batch, or a token of a packed one.
-For a 1x1 convolution, the caller moves the channels to the last axis. `SlotTable` does the same for captured calls.
+A slot (`fold.Slot`) holds the adapters of one row or several. The layer itself runs once for all rows, without
+adapters. A unit is a row of a padded batch or a token of a packed batch. For captured calls, `slot_table` applies the
+slots.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from stable_audio_serve.models.adapters.slot_table import TableRows
 
 
 def adapt(out: Tensor, x: Tensor, *, groups: Iterable[tuple[slice, LayerSlot]]) -> Tensor:
-    """Returns the output `out` (units, ..., out) of a linear layer, with the slot of each group of units applied.
+    """Apply a slot to each group of units in `out` (units, ..., out), the output of a linear layer, and return `out`.
 
-    `x` (units, ..., in) is the layer's input. `out` must be contiguous and is overwritten. Units in no group keep their
-    bytes, and the bytes of a group do not depend on other groups. Inference only.
+    `x` (units, ..., in) is the layer's input. `out` must be contiguous and is overwritten. Units in no group are not
+    changed, and the result of a group does not depend on other groups. Inference only. For a 1x1 convolution, the
+    caller moves the channels to the last axis.
     """
     for units, slot in groups:
         part, inner = out[units], F.linear(x[units], slot.a)
@@ -39,9 +41,10 @@ class RowSlots:
     """The slots of the rows of one network call."""
 
     def __init__(self, slots: Sequence[tuple[slice, Slot]], *, frames: Sequence[int] = (), num_prefix: int = 0) -> None:
-        """`slots` are pairs of adjacent rows of the network's batch and their slot; rows in no pair are plain.
+        """`slots` has pairs: a range of rows in the network's batch, and their slot. Other rows have no adapters.
 
-        In a packed call, `frames` has the latent frames of each row. The network adds `num_prefix` tokens to each row.
+        In a packed call, `frames` has the number of latent frames of each row. The network adds `num_prefix` tokens to
+        each row.
         """
         self.slots = slots
         self._by_length = {
@@ -56,7 +59,7 @@ class RowSlots:
         return dict.fromkeys(name for _, slot in self.slots for name in slot.layers)
 
     def places(self, x: Tensor) -> Sequence[slice]:
-        """Returns the units of each slot in the input `x` of a linear layer: rows, or the tokens of packed rows."""
+        """Returns for each slot its range of units in `x`, the input of a linear layer."""
         if not self._is_packed or x.dim() == 2:
             return [rows for rows, _ in self.slots]
         return self._by_length.get(x.shape[1]) or self._by_length[max(self._by_length)]
@@ -82,9 +85,10 @@ def _places(slots: Sequence[tuple[slice, Slot]], lengths: Sequence[int]) -> list
 
 @contextmanager
 def adapting(layers: Mapping[str, nn.Module], rows: RowSlots | TableRows) -> Iterator[None]:
-    """Within this context, the outputs of `layers` (by their names in adapter files) have the slots of `rows` applied.
+    """Within this context, apply the slots of `rows` to the outputs of `layers`.
 
-    For one thread at a time, inference only. Layers compiled by `torch.compile` do not notice the context.
+    The keys of `layers` are the names in adapter files. For one thread at a time, inference only. Has no effect on
+    layers compiled by `torch.compile`.
     """
     with ExitStack() as stack:
         for name in rows.names:

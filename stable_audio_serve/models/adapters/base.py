@@ -1,7 +1,7 @@
 """The linear layers of a network that adapters can change, and adapters fitted to them.
 
-Everything here depends on the base weights and on one adapter, but not on strengths or on other adapters, and is
-computed once. The tensors of a fitted adapter are on the device of the weights.
+Everything here depends on the base weights and on one adapter, but not on strengths or on other adapters. It is
+therefore computed once for each adapter. The tensors of a fitted adapter are on the device of the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stable_audio_serve.models.adapters.header import AdapterType, refuse_adapte
 from stable_audio_serve.models.adapters.singular import SingularBases, SingularBasis, matrix
 
 _ROWS_AT_ONCE = 256  # rows of a weight converted to float64 at once: more would not stay in the processor's cache
-_NORM_TOLERANCE = 0.05  # relative difference from a file's row norms that shows that it was made for another model
+_NORM_TOLERANCE = 0.05  # if row norms differ by more than this factor, the adapter was made for another model
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class FittedLayer:
     """An adapter's update B A of one layer's weight, without strength and scaling.
 
     `a` (rank, in) has the dtype of the weight; `b` (out, rank) and `magnitude` (out,) are float32. `magnitude` is None
-    for types without. `along` and `squares` (out,) float64 are the scalar products of each row of B A with the same
-    row of the weight and with itself.
+    unless the type is a DoRA type. `along` (out,) float64 is the scalar product of each row of B A with the same row of
+    the weight. `squares` (out,) float64 is the squared norm of each row of B A.
     """
 
     a: Tensor
@@ -60,7 +60,7 @@ class FittedAdapter:
 def adaptable_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv1d]:
     """Returns the layers that adapters can change, by their names in adapter files.
 
-    `modules` are the networks by the prefix of their layers' names.
+    The keys of `modules` are prefixes: the name of a layer is a key and the layer's path in that network.
     """
     return {
         prefix + path: module
@@ -73,13 +73,13 @@ def adaptable_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear | 
 class Base:
     """The layers of a network that adapters can change, by their names in adapter files.
 
-    Caches values that adapters share: the row norms of weights.
+    Caches the row norms of the weights, which all adapters need.
     """
 
     def __init__(self, name: str, modules: Mapping[str, nn.Module], *, folder: Path | None = None) -> None:
-        """`modules` are the adaptable networks by the prefix of their layers' names in adapter files.
+        """`modules` has the networks that adapters can change, as in `adaptable_layers`.
 
-        `folder` stores the singular vectors of the weights for later processes.
+        The singular vectors of the weights are stored in `folder` for later processes.
         """
         self.name = name
         self.layers = adaptable_layers(modules)
@@ -158,7 +158,7 @@ class Base:
         return FittedLayer(a, b, magnitude, along, squares)
 
     def _products(self, layer: str, a: Tensor) -> Tensor:
-        """Returns W A^T (out, rank) float64 for `a` (rank, in). Also stores the weight's norms if they are missing."""
+        """Returns W A^T (out, rank) float64 for `a` (rank, in). Also caches the row norms of W if they are missing."""
         weight, exact = self.weight(layer), a.double()
         buffer = weight.new_empty(min(len(weight), _ROWS_AT_ONCE), weight.shape[1], dtype=torch.float64)
         products, squares = [], []
@@ -172,14 +172,14 @@ class Base:
         return torch.cat(products, dim=1).T
 
     def _has_norms(self, layer: str, fitted: FittedLayer, *, adapter: Adapter) -> bool:
-        """Whether the row norms at strength 1 are close to those that the file states."""
+        """Whether the row norms of the changed weight at strength 1 are close to the norms stored in the file."""
         stated = adapter.layers[layer]["baked_vnorm_row"].to(fitted.along)
         squares = self.squared_norms(layer) + adapter.scaling * (2 * fitted.along + adapter.scaling * fitted.squares)
         return bool(((squares.clamp(min=0).sqrt() - stated).abs() <= _NORM_TOLERANCE * stated.abs()).all())
 
 
 def _needs_basis(parts: Mapping[str, Tensor]) -> bool:
-    """Whether a layer's tensors are relative to singular vectors that the adapter does not store."""
+    """Whether a layer's update needs singular vectors that the adapter file does not store."""
     return "M_xs" in parts and "U" not in parts
 
 

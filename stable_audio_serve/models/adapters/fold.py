@@ -1,7 +1,8 @@
 """Folds a chain of adapters with strengths into a slot: an output scale and a low-rank term for each changed layer.
 
-A chain turns a layer's weight W into `diag(R) W + sum over adapters k of diag(g_k) B_k A_k`. R and the gains g_k are
-vectors over the outputs, so that a new strength costs little more than the multiplication of each B_k with its gain.
+A chain turns a layer's weight W into `diag(R) W + sum over adapters k of diag(g_k) B_k A_k`. The scale R and the gains
+g_k are vectors with one value for each output. Folding a chain with new strengths is therefore cheap: it costs little
+more than the multiplication of each B_k with its gain.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from stable_audio_serve.core.generation import Stacking
 from stable_audio_serve.models.adapters.base import Base, FittedAdapter, FittedLayer
 from stable_audio_serve.models.adapters.header import CONDITIONERS, AdapterType, refuse_adapter
 
-_LEAST_NORM = 1e-2  # relative to the base weight's row; smaller norms are computed from whole rows
+_LEAST_NORM = 1e-2  # relative to the row norm of the base weight; smaller norms are computed from the row itself
 _NORM_OFFSET = 1e-12
 
 
 class LayerSlot(NamedTuple):
-    """A chain's effect on a layer's output y = W x + bias: `scale * y + offset + b (a x)`.
+    """What a chain does to one layer: the output y = W x + bias becomes `scale * y + offset + b (a x)`.
 
-    `scale` and `offset` (out,) are float32; `a` (rank, in) and `b` (out, rank) have the weight's dtype. The offset
-    undoes the scaling of the bias. All are on the weight's device.
+    `scale` and `offset` (out,) are float32; `a` (rank, in) and `b` (out, rank) have the weight's dtype. `offset` is
+    `(1 - scale) * bias`, so that the bias is not scaled. All tensors are on the weight's device.
     """
 
     scale: Tensor
@@ -37,7 +38,7 @@ class LayerSlot(NamedTuple):
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Slot:
-    """A folded chain: its effect on every changed layer, by the layer's name. `rank` is the largest of any layer."""
+    """A folded chain of adapters: for each changed layer, what the chain does to it. `rank` is the largest rank."""
 
     layers: Mapping[str, LayerSlot]
     rank: int
@@ -79,11 +80,12 @@ def fold(
     stacking: Stacking = "chained",
     max_rank: int | None = None,
 ) -> Slot:
-    """Returns the slot of adapters with strengths, in this order. An adapter with strength 0 is left out.
+    """Fold `chain`, pairs of an adapter and its strength, into a slot. Adapters with strength 0 are left out.
 
-    Chained, each adapter changes the weight that the adapters before it leave. Summed, the changes that each adapter
-    alone makes at strength 1 are multiplied by its strength and added. Raises InvalidRequestError for a strength out of
-    range, a stacked rank above `max_rank`, and values that overflow.
+    With the stacking "chained", adapters apply in order, each to the weight as changed by the adapters before it. With
+    "summed", each adapter's change of the base weight at strength 1 is multiplied by the adapter's strength, and the
+    products are added. Raises InvalidRequestError if a strength is out of range, if the sum of all ranks is above
+    `max_rank`, or if values overflow.
     """
     for adapter, strength in chain:
         check_strength(adapter.name, adapter.type, strength=strength)
@@ -135,9 +137,9 @@ def _sum(base: Base, layer: str, *, parts: Sequence[_Part]) -> _Chain:
 
 
 def _row_norms(base: Base, layer: str, *, chain: _Chain, parts: Sequence[_Part]) -> Tensor:
-    """Returns the row norms (out,) float64 of the chain's weight, without computing the weight.
+    """Returns the row norms (out,) float64 of the changed weight, from scalar products instead of the weight itself.
 
-    Where the parts cancel the base weight, the sum of products loses digits, so these rows are computed as a whole.
+    Where the adapters almost cancel a row of the base weight, the sum of products loses digits. Such rows are computed.
     """
     scale, gains = chain
     squares = scale.square() * base.squared_norms(layer)
@@ -156,6 +158,6 @@ def _row_norms(base: Base, layer: str, *, chain: _Chain, parts: Sequence[_Part])
 
 
 def _products(one: FittedLayer, other: FittedLayer) -> Tensor:
-    """Returns the scalar products (out,) float64 of the rows of two updates."""
+    """Returns the scalar product (out,) float64 of each row of one update with the same row of the other."""
     across = one.a.double() @ other.a.double().T
     return ((one.b.double() @ across) * other.b).sum(1)

@@ -1,6 +1,6 @@
 """Checks adapter files (LoRA and its relatives) of Stable Audio 3 by their safetensors header, without torch.
 
-Files are untrusted: sizes are bounded, nothing is allocated by a size that a header states, and every defect becomes
+Files are untrusted: sizes are limited, and no memory is allocated from a size that a header states. Every defect raises
 an InvalidRequestError that names the adapter.
 """
 
@@ -26,7 +26,7 @@ SUFFIX = ".safetensors"
 MAX_RANK = 256
 MAX_FILE_BYTES = 2**31
 
-_NEEDED: Mapping[AdapterType, tuple[str, ...]] = {  # the tensors of every layer; the first has the rank as first axis
+_NEEDED: Mapping[AdapterType, tuple[str, ...]] = {  # tensors of a layer; the first axis of the first one is the rank
     "lora": ("lora_A", "lora_B"),
     "dora-rows": ("lora_A", "lora_B", "magnitude"),
     "lora-xs": ("M_xs",),
@@ -55,9 +55,10 @@ _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of the file: its key, dtype as in safetensors, and shape. A vector may be a matrix of one row or column.
+    """One tensor as the header describes it. `dtype` is safetensors' name of the dtype.
 
-    Its bytes are those from `start` up to `end`, counted from the end of the header.
+    Vectors may have the shape of a matrix with one row or one column. The tensor's data is in the bytes from `start` up
+    to `end`, counted from the end of the header.
     """
 
     key: str
@@ -69,10 +70,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the header of an adapter file states: by layer, the tensors that the type uses. The layers are complete.
+    """The checked header of an adapter file. `layers` has all tensors that the type uses, by layer and name.
 
-    `scaling` is alpha / rank, `norm_base` the model that stored row norms belong to. `warnings` are sentences for the
-    log.
+    `scaling` is alpha / rank. `norm_base` is the model on which the stored row norms were computed. `warnings` are
+    sentences for the log.
     """
 
     type: AdapterType
@@ -93,12 +94,12 @@ class FileFacts:
 
 
 def refuse_adapter(name: str, reason: str, *, allowed: str | None = None) -> InvalidRequestError:
-    """Returns the error for an adapter that cannot be used. `reason` continues the sentence `adapter X`."""
+    """Returns the error for an adapter that cannot be used. The message is "adapter", the name and `reason`."""
     return InvalidRequestError(f"adapter {name!r} {_printable(reason)}", field="loras", allowed=allowed)
 
 
 def _printable(text: str) -> str:
-    """Returns a text from a file without characters that could change a log or a terminal."""
+    """Replace characters that are not printable, since a file could otherwise change a log or a terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
@@ -107,7 +108,7 @@ class UnusableError(Exception):
 
 
 def damaged(reason: object) -> UnusableError:
-    """Returns the error for a file that is not complete in itself."""
+    """Returns the error for a corrupt or incomplete file."""
     return UnusableError(f"is corrupt or incomplete ({' '.join(str(reason).split())[:200]}); fetch it again")
 
 
@@ -128,10 +129,9 @@ def inspect_file(
     max_bytes: int = MAX_FILE_BYTES,
     with_conditioners: bool = False,
 ) -> FileFacts:
-    """Read the header of an adapter file and hash the file.
+    """Read the header of an adapter file and hash the file. Raises InvalidRequestError if the file cannot be used.
 
-    Values of tensors are not checked: `adapter.read_adapter` does that. Raises InvalidRequestError if the file cannot
-    be used.
+    Does not check the values of the tensors; `adapter.read_adapter` does.
     """
     with naming(name), open_file(path, max_bytes) as file:
         num_bytes = os.fstat(file.fileno()).st_size
@@ -145,7 +145,7 @@ def inspect_file(
 
 @contextmanager
 def open_file(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
-    """Open a safetensors file. Raises UnusableError for other formats, and if the file cannot be read."""
+    """Open a safetensors file. Raises UnusableError if it is in another format, too large or not readable."""
     if path.suffix in _PICKLES:
         raise UnusableError(f"is a pickle ({path.suffix}), which is not loaded for safety{_READ}")
     try:
@@ -167,10 +167,10 @@ def open_file(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
 
 
 def parse_header(start: bytes, *, num_bytes: int, name: str, max_rank: int, with_conditioners: bool) -> Header:
-    """Returns the header at the start of a file of `num_bytes`.
+    """Returns the header from `start`, the first bytes of a file of `num_bytes`. Raises UnusableError.
 
-    Tensors for conditioners are left out unless `with_conditioners`: two adapters that both change the embedding of
-    the duration can together render silence. Raises UnusableError.
+    Tensors for conditioners are left out unless `with_conditioners` is true: two adapters that both change the
+    embedding of the duration can together render silence.
     """
     size = int.from_bytes(start[:8], "little")
     if size > min(_MAX_HEADER_BYTES, num_bytes - 8):
@@ -227,7 +227,7 @@ def _read_entry(key: str, value: object) -> Entry:
 
 
 def _check_positions(entries: Mapping[str, Entry], num_bytes: int) -> None:
-    """Refuse tensors that overlap, and bytes that belong to no tensor."""
+    """Raises UnusableError if tensors overlap or if bytes belong to no tensor."""
     position = 0
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
         if entry.start != position:
@@ -238,7 +238,11 @@ def _check_positions(entries: Mapping[str, Entry], num_bytes: int) -> None:
 
 
 def _group(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
-    """Returns the tensors by layer and name. The index in a key is only the adapter's position in its trainer."""
+    """Returns the tensors by layer and name.
+
+    A key also has an index: the number of the adapter in the trainer that wrote the file. All keys of a layer must have
+    the same index.
+    """
     layers: dict[str, dict[str, Entry]] = {}
     indices: dict[str, str] = {}
     for key, entry in entries.items():
@@ -255,7 +259,7 @@ def _group(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 
 
 def _resolve_type(stated: object, layers: Mapping[str, Mapping[str, Entry]]) -> AdapterType:
-    """Returns the type. The legacy type `dora` has magnitudes by rows, unless they are stored as a row vector."""
+    """Returns the adapter type. The old name `dora` means `dora-cols` if a magnitude is (1, n), else `dora-rows`."""
     kind = stated or "lora"
     if kind == "dora":
         shapes = (parts["magnitude"].shape for parts in layers.values() if "magnitude" in parts)
@@ -271,7 +275,7 @@ def _resolve_type(stated: object, layers: Mapping[str, Mapping[str, Entry]]) -> 
 def _resolve_rank(
     config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Entry]], *, kind: AdapterType, max_rank: int
 ) -> int:
-    """Returns the rank that the file states, or else the one of its first matrix."""
+    """Returns the rank that the file states. If it states none, returns the rank of the first matrix."""
     first = _NEEDED[kind][0]
     shape = next((parts[first].shape for parts in layers.values() if first in parts), None)
     stated = _number(config, "rank", low=1, high=2**31)
@@ -292,7 +296,7 @@ def _number(config: Mapping[str, Any], key: str, *, low: float, high: float) -> 
 
 
 def _choose_layers(layers: Mapping[str, object], config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Returns the layers that the patterns `include` and `exclude` leave, and warnings."""
+    """Returns the layers that the file's patterns `include` and `exclude` select, and warnings."""
     warnings: list[str] = []
     include, exclude = (_expand(config.get(key), warnings) for key in ("include", "exclude"))
     left = [
@@ -306,7 +310,7 @@ def _choose_layers(layers: Mapping[str, object], config: Mapping[str, Any]) -> t
 
 
 def _expand(patterns: object, warnings: list[str]) -> list[str]:
-    """Returns the texts that patterns stand for: `layers.[0-5]` is six. Appends warnings.
+    """Expand the ranges in patterns: `layers.[0-5]` becomes six texts. Appends to `warnings`.
 
     A layer is selected if its name contains a text, so that `layers.1` also selects layer 10, as in the reference.
     """
@@ -330,7 +334,10 @@ def _expand(patterns: object, warnings: list[str]) -> list[str]:
 
 
 def _check_layer(layer: str, parts: Mapping[str, Entry], *, kind: AdapterType, rank: int) -> dict[str, Entry]:
-    """Returns the tensors that the type uses. Refuses missing ones and wrong shapes and dtypes."""
+    """Returns the layer's tensors that the type uses.
+
+    Raises UnusableError if one is missing or has a wrong shape or dtype.
+    """
     bases = ("U", "V") if kind.endswith("-xs") and ("U" in parts or "V" in parts) else ()
     used = {part: parts.get(part) for part in (*_NEEDED[kind], *bases)}
     used |= {part: parts[part] for part in ("baked_vnorm_row",) if part in parts and "magnitude" in used}

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class SingularBasis:
     """The first singular vectors of a weight: `u` (out, rank) and `v` (in, rank), float32 on the CPU.
 
-    The largest entry of each column of `u` is positive. `is_ambiguous` if the last singular value used is almost equal
-    to the next.
+    The signs are chosen so that the largest entry of each column of `u` is positive. `is_ambiguous` is true if singular
+    value number `rank` is almost equal to the next one, so that its vector is not unique.
     """
 
     u: Tensor
@@ -48,14 +48,17 @@ class SingularBases:
     def __init__(
         self, layers: Mapping[str, nn.Module], *, folder: Path | None = None, clock: Clock = SystemClock()
     ) -> None:
-        """`layers` are all layers that adapters can change, by name. Without `folder`, bases are kept in memory."""
+        """`layers` has all layers that adapters can change, by name. Without `folder`, bases are cached in memory."""
         self._layers = layers
         self._folder = folder and folder.expanduser().absolute()
         self._clock = clock
         self._kept: dict[int, dict[str, SingularBasis]] = {}  # by rank and layer, if no file can be stored
 
     def compute(self, names: Iterable[str], rank: int) -> dict[str, SingularBasis]:
-        """Returns the bases of some layers by name. Computes those that are not in the file, and adds them to it."""
+        """Returns the bases of the layers `names`, by name.
+
+        Reads them from the file for this rank. Computes missing bases and adds them to the file.
+        """
         names = list(names)
         if not names:
             return {}
@@ -75,7 +78,7 @@ class SingularBases:
         return {name: bases[name] for name in names}
 
     def _path(self, rank: int) -> Path | None:
-        """Returns the path of the file. Returns None if there is no folder that only this user can change."""
+        """Returns the file's path. Returns None without a folder, or if other users can change the folder."""
         if self._folder is None:
             return None
         try:
@@ -113,7 +116,7 @@ def _read(path: Path, rank: int) -> dict[str, SingularBasis]:
 
 
 def _write(path: Path, bases: Mapping[str, SingularBasis]) -> None:
-    """Write a file at once, so that other processes never read a part of it."""
+    """Write a file and then move it to `path`, so that other processes never read an incomplete file."""
     tensors: dict[str, Tensor] = {}
     for name, basis in bases.items():
         parts = {"u": basis.u, "v": basis.v, "is_ambiguous": torch.tensor(basis.is_ambiguous)}
@@ -146,15 +149,15 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
 def singular_basis(weight: Tensor, rank: int) -> SingularBasis:
     """Returns the first `rank` singular vectors of `weight` (out, in).
 
-    They are eigenvectors of the weight's product with its own transpose. In float64 this is more exact than a singular
-    value decomposition in float32, and takes a quarter of the time.
+    The vectors of the shorter axis are eigenvectors of the weight's product with its transpose. In float64 this is more
+    exact than a singular value decomposition in float32, and takes a quarter of the time.
     """
     exact = weight.double().cpu()
     is_wide = exact.shape[1] > exact.shape[0]
     wide = exact if is_wide else exact.T
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
     values, near = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)[:, :rank]
-    # A singular value of zero has no unique vector on the other side; a vector of zeros leaves its part out.
+    # If a singular value is zero, its vector in `far` is not unique. It becomes zero, so that the pair has no effect.
     far = (wide.T @ near) / values[:rank].clamp(min=max(1e-12 * float(values[0]), 1e-30))
     u, v = (near, far) if is_wide else (far, near)
     signs = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)

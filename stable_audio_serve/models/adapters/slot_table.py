@@ -1,4 +1,4 @@
-"""Slots in tensors that never move, so that captured calls apply adapters that are loaded after the capture."""
+"""Stores slots (folded adapters) at fixed addresses, so that a captured CUDA graph can apply slots stored later."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE_RANK = 8
 
 @dataclass(frozen=True, slots=True)
 class PlacedSlot:
-    """Where a slot is in a `SlotTable`: the index of its scales and offsets, and the pages of its factors."""
+    """Where a slot is stored in a `SlotTable`: the index of its scale and offset, and the pages of `a` and `b`."""
 
     index: int
     pages: tuple[int, ...]
@@ -26,8 +26,11 @@ class PlacedSlot:
 
 @dataclass(frozen=True, slots=True)
 class _LayerTable:
-    """One layer's part of a table: `scale` and `offset` (slots, out) float32, and of all pages one after another `a`
-    (pages * PAGE_RANK, in) and `b` (pages * PAGE_RANK, out) in the weight's dtype. `is_plain` is (slots,) bool.
+    """The tensors of a `SlotTable` for one layer.
+
+    `scale` and `offset` (slots, out) are float32. `a` (pages * PAGE_RANK, in) and `b` (pages * PAGE_RANK, out) hold the
+    pages one after another, in the weight's dtype. `is_plain` (slots,) bool is true if a slot does not change the
+    layer.
     """
 
     scale: Tensor
@@ -48,7 +51,7 @@ class _LayerTable:
         )
 
     def write(self, placed: PlacedSlot, slot: LayerSlot | None) -> None:
-        """Store a slot. None: a chain that does not change this layer."""
+        """Store a slot. `slot` is None if it does not change this layer."""
         self.is_plain[placed.index] = slot is None
         if slot is not None:
             self.scale[placed.index] = slot.scale
@@ -63,19 +66,19 @@ class _LayerTable:
 
 
 class SlotTable:
-    """Slots in tensors that never move, so that a captured call applies slots that are written later.
+    """Slots in tensors at fixed addresses, so that a captured CUDA graph applies slots that are written later.
 
-    Slot 0 is plain. Used by one thread.
+    `a` and `b` of a slot are stored in pages of PAGE_RANK ranks. Index 0 is for rows without adapters. For one thread.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear | nn.Conv1d], *, num_slots: int, num_pages: int) -> None:
-        """`num_slots` includes slot 0."""
+        """`num_slots` includes index 0."""
         self.num_pages = num_pages
         self.layers = {
             name: _LayerTable.of(layer.weight.flatten(1), num_slots=num_slots, num_pages=num_pages)
             for name, layer in layers.items()
         }
-        # By id, the least recently used first. Weak, so that the table does not keep the memory of dropped slots.
+        # By id, the least recently used first. The references are weak, so that dropped slots free their memory.
         self._placed: OrderedDict[int, tuple[ref[Slot], PlacedSlot]] = OrderedDict()
         self._free_slots = set(range(1, num_slots))
         self._free_pages = set(range(num_pages))
@@ -87,9 +90,9 @@ class SlotTable:
         return sum(PAGE_RANK * sum(weight.shape) * weight.element_size() for weight in weights)
 
     def place(self, slots: Sequence[Slot]) -> list[PlacedSlot] | None:
-        """Returns the places of slots, after writing those that are missing in place of the least recently used ones.
+        """Returns where each of `slots` is stored. Writes missing slots, over the least recently used ones if needed.
 
-        Returns None if there is no room for all of them.
+        Returns None if the table is too small for all of `slots`.
         """
         for key in [key for key, (known, _) in self._placed.items() if known() is None]:
             self._drop(key)
@@ -124,11 +127,12 @@ class SlotTable:
 
 
 class TableRows:
-    """The slots of the rows of one captured call, as tensors: each row's index in a table and its pages there."""
+    """The slots of the rows of one captured call, as tensors that refer to a `SlotTable`."""
 
     def __init__(self, table: SlotTable, *, slots: Tensor, pages: Tensor, token_rows: Tensor | None) -> None:
-        """`slots` is (rows,) int32. `pages` (rows, first pages of the table) is not 0 where a row uses a page.
+        """`slots` (rows,) int32 has the index of each row's slot in `table`.
 
+        `pages` (rows, pages) is nonzero where a row uses a page. It may have columns only for the table's first pages.
         `token_rows` (tokens,) is the row of each token of a packed call; None if the call is padded.
         """
         self._table = table
@@ -143,8 +147,8 @@ class TableRows:
     def adapt(self, out: Tensor, x: Tensor, *, layer: str) -> Tensor:
         """Returns the output `out` (rows, ..., out) of a layer for the input `x`, with each row's slot applied.
 
-        Plain rows keep their bytes. Every row is multiplied with the factors of all pages, and the results of pages of
-        other rows are replaced by zeros. With few pages this is faster than to copy the factors of each row.
+        Rows without adapters are not changed. Every row is multiplied with all pages, and the results of pages that the
+        row does not use are replaced by zeros. With few pages this is faster than copying the pages of each row.
         """
         own = self._table.layers[layer]
         if x.dim() == 3 and self._tokens is not None:

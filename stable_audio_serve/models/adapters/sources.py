@@ -1,7 +1,7 @@
 """Finds the file of an adapter: a path, a URL, an S3 object, or a file in a repository of the Hugging Face hub.
 
-Downloads are kept in a cache: files of the hub in the cache of huggingface_hub, others in a private folder. Does not
-import torch, boto3, httpx or huggingface_hub until a source needs them.
+Downloads are cached: files of the hub in the cache of huggingface_hub, other files in a private folder. The module
+imports boto3, httpx and huggingface_hub only when a source needs them, and never imports torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CACHE = Path("~/.cache/stable-audio-serve/adapters")
 
 _S3 = "s3://"
 _HTTPS = "https://"
-# Without a user or a query, which may be secret: clients see where an adapter is from.
+# URLs with a user or a query are refused: clients see the URL, and these parts may be secret.
 _URL = re.compile(r"https://[\w.-]{1,253}(?::[0-9]{1,5})?/[\w./%+~-]*\.safetensors", re.ASCII)
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 _REPOSITORY = re.compile(rf"({_NAME}/{_NAME})(?:@([\w.-]{{1,100}}))?(?:/(.+\.safetensors))?")
@@ -34,16 +34,16 @@ _REQUEST_TIMEOUT_S = 10.0
 _URL_TIMEOUT_S = 300.0
 _CHUNK_BYTES = 2**20
 
-_lock = threading.Lock()  # so that several requests for the same object download it once
+_lock = threading.Lock()  # so that concurrent requests for one file download it once
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is not a path on this machine."""
+    """Whether a source is a URL, an S3 object or a repository, not a path on this machine."""
     return source.startswith((_S3, _HTTPS)) or _repository(source) is not None
 
 
 def file_name(source: str) -> str:
-    """Returns a source without the folders of this machine, to show it to clients."""
+    """Returns the name of a source to show to clients: only the file's name for a path on this machine."""
     return source if is_remote(source) else Path(source).name
 
 
@@ -55,12 +55,13 @@ def fetch_adapter(
     cache: Path | None = None,
     max_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
-    """Returns the file of a source: a path, a URL, `s3://bucket/key`, `owner/repository` or `owner/repository/file`.
+    """Returns the local path of an adapter file. Downloads the file if it is not in the cache or has changed.
 
-    `@` and a branch, tag or commit may follow the name of a repository. A repository without a file must have exactly
-    one safetensors file. A path is returned as it is, whether it exists or not. `token` is for the hub, `open_s3`
-    returns a boto3 client. Downloads only what is not in the cache or has changed; the file of a URL never changes.
-    Raises InvalidRequestError if the file cannot be downloaded or is larger than `max_bytes`.
+    `source` is a path, an https URL, `s3://bucket/key`, `owner/repository` or `owner/repository/file`. `@` and a
+    branch, tag or commit may follow the repository. If `source` names no file, the repository must have exactly one
+    safetensors file. A path is returned unchanged and need not exist. The file of a URL is expected never to change.
+    `token` is for the hub; `open_s3` returns a boto3 client. Raises InvalidRequestError if the file cannot be
+    downloaded or is larger than `max_bytes`.
     """
     if source.startswith(_S3):
         with _refusing(source):
@@ -77,7 +78,7 @@ def fetch_adapter(
 
 @dataclass(frozen=True, slots=True)
 class _Repository:
-    """A source on the hub. `revision` None is the main branch; `file` None is the only adapter."""
+    """A source on the hub. If `revision` is None, the main branch. If `file` is None, the only safetensors file."""
 
     name: str
     revision: str | None
@@ -85,7 +86,7 @@ class _Repository:
 
 
 def _repository(source: str) -> _Repository | None:
-    """Returns a source on the hub, None for a path. A file in a folder of this machine is a path."""
+    """Parse a source on the hub. Returns None for a path, also for a path that looks like a repository but exists."""
     match = _REPOSITORY.fullmatch(source)
     if match is None or match[1].endswith(SUFFIX) or os.path.exists(source):
         return None
@@ -110,7 +111,10 @@ def _require_size(num_bytes: int | None, max_bytes: int) -> None:
 
 
 def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path, max_bytes: int) -> Path:
-    """Returns the copy of an object, whose name contains the object's ETag, so that a changed object is fetched."""
+    """Returns the cached copy of an S3 object, downloaded if missing.
+
+    The path of the copy depends on the object's ETag, so that a changed object is downloaded again.
+    """
     bucket, _, key = source.removeprefix(_S3).partition("/")
     if not bucket or not key.endswith(SUFFIX):
         raise _FetchError(f"must be s3://BUCKET/KEY{SUFFIX}")
@@ -166,7 +170,7 @@ def _in_time(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _write(path: Path, chunks: Iterator[bytes], *, max_bytes: int) -> None:
-    """Write a file so that other processes see all of it or nothing."""
+    """Write a file and then move it to `path`, so that other processes never read an incomplete file."""
     make_private_folder(path.parent)
     part = path.with_name(f"{uuid.uuid4().hex}.part")
     try:
@@ -212,7 +216,7 @@ def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | Non
 
 
 def _find_cached(source: _Repository, *, cache: Path | None) -> Path | None:
-    """Returns the copy of a file in the cache of huggingface_hub, which serves while the hub cannot be reached."""
+    """Returns a file from the cache of huggingface_hub, for use while the hub cannot be reached."""
     from huggingface_hub import try_to_load_from_cache
 
     if source.file is None:

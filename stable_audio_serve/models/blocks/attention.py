@@ -1,4 +1,4 @@
-"""Multi-head self-attention and cross-attention, plain or differential. The caller chooses which keys each query sees.
+"""Multi-head self-attention and cross-attention, plain or differential. Callers choose the keys that each query sees.
 
 Differential attention is `softmax(q k) v - softmax(q' k') v`. Its two terms share v and are computed as one attention
 with twice the heads. Shapes: B batch, N tokens, T context tokens, H heads (2 H if differential), E head width.
@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Te
 
 
 def name_kernels(device: torch.device, dtype: torch.dtype, *, num_heads: int, head_width: int) -> str:
-    """Return the kernels that torch chooses on a GPU for `attend`, without and with a mask; empty on other devices."""
+    """Returns the names of the kernels that torch chooses for `attend` without and with a mask; "" without a GPU."""
     if device.type != "cuda":
         return ""
     q = torch.empty(1, num_heads, _MASK_STEP, head_width, device=device, dtype=dtype)
@@ -46,7 +46,7 @@ def name_kernels(device: torch.device, dtype: torch.dtype, *, num_heads: int, he
 
 
 def _name_kernel(q: Tensor, mask: Tensor | None) -> str:
-    """Return the first kernel that is switched on and that can run, in the order in which torch tries them."""
+    """Returns the first kernel that is enabled and can run, in the order in which torch tries kernels."""
     backends = torch.backends.cuda
     parameters = backends.SDPAParams(q, q, q, mask, 0.0, False, False)  # dropout, causal, grouped heads
     if backends.cudnn_sdp_enabled() and backends.can_use_cudnn_attention(parameters):
@@ -70,7 +70,7 @@ def key_mask(valid: Tensor, *, leading: int, dtype: torch.dtype) -> Tensor:
 
 
 def empty_mask(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns an uninitialised mask tensor. Its last axis is aligned in memory, so fused kernels need no copy of it."""
+    """Returns an uninitialised mask. Its rows are aligned in memory, because fused kernels would otherwise copy it."""
     return torch.empty(*shape[:-1], -(-shape[-1] // _MASK_STEP) * _MASK_STEP, dtype=dtype, device=device)[
         ..., : shape[-1]
     ]
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
         self.k_norm = build_head_norm(head_norm, self.head_width)
 
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(batch, tokens, width) -> the same shape. `rotary` includes the gain and bias of the query and key norms."""
+        """(batch, tokens, width) -> (batch, tokens, width). `rotary` includes the gain and bias of both norms."""
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
         if not self.differential:
             normed = without_affine(self.q_norm, parts[:, :, :2], rate=rotary.rate)
@@ -134,7 +134,7 @@ class CrossAttention(nn.Module):
         return heads_first(self.k_norm(keys)), heads_first(values)
 
     def forward(self, x: Tensor, *, key: Tensor, value: Tensor, attend_fn: Attend = attend) -> Tensor:
-        """(batch, tokens, width) -> the same shape. Every query sees every context token.
+        """(batch, tokens, width) -> (batch, tokens, width). Every query sees every context token.
 
         If keys and values are zero, the result is exactly zero.
         """

@@ -14,10 +14,10 @@ from stable_audio_serve.models.blocks.attention import attend, empty_mask
 class BandAttention:
     """Attention in `batch` sequences of `length` tokens: query i sees keys i - radius to i + radius.
 
-    Queries are cut into blocks of `block` tokens. A block attends to its own keys and to `radius` more on each side. A
-    mask hides the keys that are too far from a query. All sequences are stored in one buffer, with zeros between
-    them, so that the keys of a block are a view of the buffer. The mask and the buffer are made on the first call, so
-    the layers of a network should share one instance.
+    Queries are cut into blocks of `block` tokens. A block attends to its own keys and to `radius` more keys before and
+    after it. A mask hides the keys that are too far from a query. All sequences are stored in one buffer, with zeros
+    between them, so that the keys of a block are a view of the buffer. The first call creates the mask and the buffer,
+    so the layers of a network should share one instance.
     """
 
     def __init__(self, batch: int, length: int, *, radius: int, block: int = 64) -> None:
@@ -27,7 +27,7 @@ class BandAttention:
         self._mask: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
-        """Queries, keys and values (batch, heads, tokens, head width) -> the same shape."""
+        """Queries, keys and values -> attention output, each (batch, heads, tokens, head width)."""
         buffer = self._prepare(q)
         rows = buffer[self._radius : len(buffer) - self._radius].unflatten(0, (self._batch, -1))[:, : self._length]
         for part, values in enumerate((q, k, v)):
@@ -50,17 +50,17 @@ class BandAttention:
         return self._buffer
 
     def _make_mask(self, q: Tensor) -> Tensor:
-        """Returns the mask that hides the keys outside the sequence and those more than `radius` from the query.
+        """Returns the mask (blocks, 1, block, block + 2 radius).
 
-        Its shape is (number of blocks, 1, block, block + 2 radius).
+        It hides keys outside the sequence and keys more than `radius` tokens from the query.
         """
         blocks, block, radius, device = self._blocks_per_row, self._block, self._radius, q.device
         query = torch.arange(blocks * block, device=device).view(blocks, 1, block, 1)
         first_key = torch.arange(blocks, device=device).view(blocks, 1, 1, 1) * block - radius
         key = first_key + torch.arange(block + 2 * radius, device=device)
         inside = (key >= 0) & (key < self._length)
-        # Padding queries after the end of the sequence also see keys outside it: with no visible key, the softmax would
-        # be NaN. The output of these queries is dropped.
+        # Queries after the end of the sequence (padding) see keys there: without a visible key, the softmax would be
+        # NaN. The output of these queries is dropped.
         hidden = ((key - query).abs() > radius) | ~(inside | (query >= self._length))
         mask = empty_mask((self._batch * blocks, *hidden.shape[1:]), dtype=q.dtype, device=device).zero_()
         mask.unflatten(0, (self._batch, blocks)).masked_fill_(hidden, float("-inf"))

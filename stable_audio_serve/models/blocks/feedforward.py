@@ -34,7 +34,7 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A gated linear unit followed by a linear layer, both with bias. Module names match the checkpoints' keys."""
+    """A gated linear unit and then a linear layer, both with bias. Names of submodules match keys of checkpoints."""
 
     def __init__(self, width: int, *, mult: float, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
@@ -55,5 +55,5 @@ class FeedForward(nn.Module):
 
 
 def add_branch(h: Tensor, branch: Tensor) -> Tensor:
-    """Returns `h + branch`. Without gradients, h is overwritten, so no other code may use it afterwards."""
+    """Returns `h + branch`. Overwrites `h` if gradients are disabled, so callers must not use `h` afterwards."""
     return h + branch if torch.is_grad_enabled() else h.add_(branch)

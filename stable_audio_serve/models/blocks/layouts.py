@@ -67,8 +67,10 @@ class Layout(Protocol):
 
 
 class Padded:
-    """The layout of rows padded to one length. `valid` (rows, frames) bool marks the frames that attention may use as
-    keys; None: all frames. `dtype` is the dtype of the queries.
+    """The layout of rows padded to one length.
+
+    `valid` (rows, frames) bool marks the frames that are keys in attention. If it is None, all frames are. `dtype` is
+    the dtype of the queries.
     """
 
     shares_heads = False

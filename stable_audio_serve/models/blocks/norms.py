@@ -45,7 +45,7 @@ class DyT(nn.Module):
         return torch.addcmul(self.beta, self.gamma, squashed)
 
     def fold_into(self, layer: nn.Linear) -> None:
-        """Multiply gamma and beta into the weight and bias of `layer`, the only layer that reads this norm's output.
+        """Move gamma and beta into the weight and bias of `layer`, which must be the only reader of this norm's output.
 
         For inference only.
         """

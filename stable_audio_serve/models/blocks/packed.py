@@ -1,6 +1,6 @@
-"""The layout of rows of different lengths as one sequence of tokens without padding. Linear layers and norms process
-all tokens at once. Attention and per-row modulation process each row separately. The row lengths are Python integers;
-in the module `packed_segments` they are tensors on the device. Inference only.
+"""The packed layout: rows of different lengths are one sequence of tokens without padding. Linear layers and norms
+process all tokens at once. Attention and per-row modulation process each row separately. Here the row lengths are
+Python integers; in the module `packed_segments` they are tensors on the device. Inference only.
 
 Shapes as in `layouts`; N is the number of tokens of all rows.
 """
@@ -48,7 +48,8 @@ class Packed:
     """A packed layout that processes one row after another, or adjacent rows of equal length together. This suits a
     CPU, where many small operations are cheap.
 
-    `frames` has the number of latent frames of each row. The first `valid_frames` of them are keys in attention.
+    `frames` has the number of latent frames of each row. `valid_frames` has for each row how many of them, counted from
+    the first, are keys in attention.
     """
 
     shares_heads = False
@@ -106,9 +107,9 @@ class Packed:
 
 
 def join_local(rows: Sequence[Tensor], *, frames: Sequence[int], num_prefix: int) -> Tensor:
-    """Join the local conditioning of separate rows into that of packed tokens (1, layers, tokens, width).
+    """Returns the local conditioning (1, layers, tokens, width) of packed tokens, zero at prefix tokens.
 
-    Each row's conditioning is (1, layers, its frames or 1, width). The result is zero at prefix tokens.
+    `rows` has the local conditioning of each row: (1, layers, the row's frames or 1, width).
     """
     layers, width = rows[0].shape[1], rows[0].shape[3]
     nothing = rows[0].new_zeros(layers, num_prefix, width)

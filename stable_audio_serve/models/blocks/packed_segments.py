@@ -1,6 +1,7 @@
-"""The layout of packed rows (all rows in one sequence, without padding) whose lengths are tensors on the device. Every
-operation processes all tokens at once with index tensors, so that a captured CUDA graph can be replayed for rows of
-other lengths. Inference on one device. Shapes as in `packed`.
+"""The packed layout (all rows in one sequence, without padding) with row lengths in tensors on the device.
+
+Every operation processes all tokens at once with index tensors, so that a captured CUDA graph can be replayed for rows
+of other lengths. Inference on one device. Shapes as in `packed`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from stable_audio_serve.models.segments import Segments
 
 
 class PackedSegments:
-    """The layout of packed rows whose places among the tokens are given by `segments`.
+    """The layout of packed rows. `segments` says which tokens belong to which row.
 
-    Tokens that belong to no row are computed too, but affect no row. `slots` (rows,) gives the index of each row's
+    Tokens that belong to no row are computed too, but affect no row. `slots` (rows,) has the index of each row's
     context in a tensor that holds many contexts; None if no row has a context.
     """
 

@@ -1,8 +1,7 @@
-"""Rotary positions in half-split form: a channel of the first rotated half is rotated with the same channel of the
-second half.
+"""Rotary positions in half-split form: channel i of the first rotated half is rotated with channel i of the second.
 
-One table normalises and rotates the queries and keys of a layer together: it includes the gain and bias of their norms.
-Independent of attention.
+A table of rotation factors also includes the gain and bias of the norms of queries and keys, so that one operation
+applies both. Independent of attention.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class RotaryEmbedding(nn.Module):
     def rates(self, width: int) -> Tensor:
         """Returns the rotation per position in radians, (width,) float32, for each channel of a head of this width.
 
-        Values of the first half are negative, so that the sines there have the sign that the rotation needs. Channels
-        without rotation have 0.
+        The rates of the first rotated half are negative, because the rotation subtracts the sine there. Channels
+        that are not rotated have rate 0.
         """
         rates = self.inv_freq.float()
         return torch.cat([-rates, rates, rates.new_zeros(width - 2 * len(rates))])
@@ -68,9 +67,9 @@ class RotaryEmbedding(nn.Module):
 class HeadAffine:
     """The gain and bias of the query and key norms of one or several layers.
 
-    Each is stored twice: in the original channel order, and with the two rotated halves swapped. Shapes are
-    ([layers,] 1, 2, 1, head width) float32, where axis 2 has queries, then keys. None if the norm has no gain or bias.
-    `rate` as in RotaryTable.
+    Gain and bias are each stored twice: in the original channel order, and with the two rotated halves swapped. Shapes
+    are ([layers,] 1, 2, 1, head width) float32, where axis -3 has queries, then keys. A tensor is None if the norms do
+    not have it. `rate` is as in RotaryTable.
     """
 
     num_layers: int
@@ -82,7 +81,7 @@ class HeadAffine:
     half: int
 
     def layer(self, index: int) -> HeadAffine:
-        """Returns the gain and bias of one layer, from those of several layers."""
+        """Returns the gain and bias of one of several layers."""
         parts = self.gain, self.swapped_gain, self.bias, self.swapped_bias, self.rate
         gain, swapped_gain, bias, swapped_bias, rate = (None if part is None else part[index] for part in parts)
         return HeadAffine(1, gain, swapped_gain, bias, swapped_bias, rate, self.half)
@@ -95,7 +94,7 @@ class HeadAffine:
         return self.fold(*cosines(positions, rates))
 
     def fold(self, cos: Tensor, sin: Tensor) -> RotaryTable:
-        """Returns the rotary table for results of `cosines`: multiplies gain and bias into the cosines and sines."""
+        """Returns the rotary table for the cosines and sines that the function `cosines` returns."""
         if self.gain is None or self.swapped_gain is None:
             shape = (self.num_layers, *cos.shape[-4:])
             return RotaryTable(cos.expand(shape), sin.expand(shape), None, None, self.half)
@@ -108,7 +107,7 @@ class HeadAffine:
 def cosines(positions: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the cosines and the sines of positions (tokens,) times rates ([layers,] head width).
 
-    Both are float32 of shape ([layers,] tokens, 1, 1, head width).
+    Both results are float32 of shape ([layers,] tokens, 1, 1, head width).
     """
     angles = (positions[:, None] * rates[..., None, :])[..., None, None, :]
     return angles.cos(), angles.sin()

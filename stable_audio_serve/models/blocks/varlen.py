@@ -1,6 +1,8 @@
-"""Attention of packed rows (sequences of different lengths, without padding) in one kernel, if the installed torch and
-the device support it. `is_varlen_correct` compares the kernel's results with ordinary attention, because torch's
-documentation does not cover all cases that this package needs.
+"""Attention for packed rows (sequences of different lengths, without padding) in one kernel, if torch and the device
+support it.
+
+`is_varlen_correct` compares the kernel's results with ordinary attention, because torch's documentation does not cover
+all cases that this package needs.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ def has_varlen(
 ) -> bool:
     """Whether a network with these heads can process packed rows on this device in this dtype.
 
-    Runs the kernel once to check its results. If False, rows have to be padded to one length. Logs a warning if torch
-    has the kernel, but it fails or its results are wrong.
+    Runs the kernel once to check its results. Logs a warning if torch has the kernel, but the kernel fails or its
+    results are wrong. If this returns false, rows have to be padded to one length.
     """
     if device.type != "cuda" or dtype not in _HALF:
         return False
@@ -118,7 +120,7 @@ class SegmentAttention:
     """
 
     def __init__(self, varlen: VarlenAttention, segments: Segments, *, slots: Tensor | None) -> None:
-        """`slots` (rows,) gives the index of each row's context in the tensor of contexts; None if no row has one."""
+        """`slots` (rows,) has the index of each row's context in that tensor; None if no row has a context."""
         self._varlen = varlen
         self._segments = segments
         self._slots = slots
@@ -141,8 +143,8 @@ class SegmentAttention:
     def context(self, memory: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
         """Returns one layer's keys and values of all contexts, for `to_context`.
 
-        `memory` is (slots, layers, 2, key heads, context tokens, head width). Keys and values are views of the whole
-        memory as (tokens, key heads, head width): the tokens of slot i begin at i times the slot size.
+        `memory`, the tensor of contexts, is (slots, layers, 2, key heads, context tokens, head width). Keys and values
+        are views of it as (tokens, key heads, head width), in which the tokens of slot i begin at index `i * between`.
         """
         num_slots, num_layers, _, num_heads, num_tokens, width = memory.shape
         between = num_layers * 2 * num_heads * num_tokens

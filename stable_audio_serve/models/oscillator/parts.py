@@ -20,8 +20,8 @@ from stable_audio_serve.models.parts import Noises, WindowNoise, register_part, 
 class OscillatorBankPretransform(nn.Module):
     """Converts stereo audio to frames of the oscillator bank and back.
 
-    Phases and noise depend on a frame's position in the clip, not in the window. Away from a window's edges, its audio
-    therefore equals that part of the whole clip.
+    Phases and noise depend on a frame's position in the clip, not in the window. Therefore the audio of a window, away
+    from its edges, is the same as in the whole clip.
     """
 
     samples_per_frame = FRAME_SAMPLES

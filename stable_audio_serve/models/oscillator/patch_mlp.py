@@ -41,7 +41,7 @@ class PatchEncoder(nn.Module):
         frames = F.pad(frames, (0, -frames.shape[2] % self.patch_frames))
         batch, channels, length = frames.shape
         patches = frames.reshape(batch, channels, length // self.patch_frames, self.patch_frames)
-        # Values of a patch in the order of its frames; for each frame, all channels.
+        # The values of a patch: all channels of its first frame, then all channels of the next frame.
         hidden = self.project_in(patches.permute(0, 2, 3, 1).flatten(2))
         for block in self.blocks:
             hidden = block(hidden)

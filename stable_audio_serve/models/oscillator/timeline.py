@@ -1,7 +1,8 @@
 """Features of each latent frame's position in its clip and in the beat, for the denoiser's per-frame conditioning.
 
-The denoiser needs them because rotary attention sees only distances between frames, while beats and sweeps depend on
-absolute positions. Registers the conditioner type `timeline`; its `config` defines how to read a tempo from a prompt.
+The denoiser needs these features because rotary attention sees only distances between frames, while beats and sweeps
+depend on absolute positions. Registers the conditioner type `timeline`. The conditioner's `config` defines how to read
+a tempo from a prompt.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ NUM_TIMELINE_FEATURES = 1 + len(_PROGRESS_HARMONICS) + len(_START_S) + len(_END_
 
 @dataclass(frozen=True, slots=True)
 class TempoRule:
-    """Reads a tempo from a prompt: the first matching group of `pattern`, limited to the allowed range.
+    """Reads a tempo from a prompt: the first group in the first match of `pattern`, limited to the allowed range.
 
-    A prompt without a match has the tempo `default_bpm`.
+    If `pattern` does not match, the tempo is `default_bpm`.
     """
 
     pattern: re.Pattern[str]
@@ -72,7 +73,7 @@ def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, 
 
 
 class Timeline:
-    """The conditioner of type `timeline`: progress through the clip, and the beat at the prompt's tempo."""
+    """The conditioner of type `timeline`: computes progress through the clip and the beat at the prompt's tempo."""
 
     num_features = NUM_TIMELINE_FEATURES
 

@@ -57,10 +57,10 @@ class Patched(nn.Module):
 
 
 class SoftNorm(nn.Module):
-    """A bottleneck. Encoding scales and shifts each latent channel and divides by one standard deviation.
+    """A bottleneck. Encoding scales and shifts each latent channel and divides all by one standard deviation.
 
-    Decoding multiplies by the standard deviation but does not invert scale and shift. If `regularized`, decoding first
-    adds weak noise, also at inference.
+    Decoding multiplies by the standard deviation but does not undo the scale and the shift. If `regularized`, decoding
+    first adds weak noise, also at inference.
     """
 
     def __init__(self, channels: int, *, regularized: bool) -> None:
@@ -87,7 +87,7 @@ class SoftNorm(nn.Module):
 class AudioAutoencoder(nn.Module):
     """Converts audio (batch, channels, samples) to latents (batch, latent channels, latent frames) and back.
 
-    A latent frame has `hop` samples.
+    There are `hop` samples per latent frame.
     """
 
     def __init__(self, config: ConfigReader) -> None:
@@ -108,12 +108,12 @@ class AudioAutoencoder(nn.Module):
 
     @property
     def encoder_draws_noise(self) -> bool:
-        """Whether encoding draws noise, so that rows cannot share the encoding of a clip."""
+        """Whether encoding draws noise. If so, rows with the same source audio cannot share its latents."""
         return self.encoder.noisy
 
     @property
     def decoder_halo_latents(self) -> int:
-        """The number of latents on each side that can influence a latent's audio, a multiple of `latent_multiple`."""
+        """How many latents before and after a latent can influence its audio, rounded up to a `latent_multiple`."""
         reach = self.decoder.halo_latents + -(-self.pretransform.halo_frames // self.decoder.frames_per_latent)
         return -(-reach // self.latent_multiple) * self.latent_multiple
 
@@ -123,9 +123,9 @@ class AudioAutoencoder(nn.Module):
         return max(self.encoder.latent_multiple, self.decoder.latent_multiple)
 
     def resolve(self) -> None:
-        """Cache values derived from the weights, which every call would otherwise compute.
+        """Cache values that are derived from the weights, which every call would otherwise compute.
 
-        Call it after the weights are loaded and moved to their device.
+        Call it after the weights are loaded and on their device.
         """
         for module in self.modules():
             if isinstance(module, same.ResamplingBlock):

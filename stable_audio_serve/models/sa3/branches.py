@@ -1,4 +1,4 @@
-"""Converts a row's denoiser conditioning to named tensors, which the engine stores, and those of a batch back."""
+"""Converts a row's denoiser conditioning to named tensors for the engine, and the named tensors of a batch back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _GLOBAL, _LOCAL = "global", "local"
 def to_branch(row: DenoiserConditioning) -> BranchConditioning:
     """Returns a single row's conditioning as named tensors.
 
-    Local embeddings are stored in `constants` if they are equal in all frames, else in `by_frame`. In a batch, missing
-    names become zeros, so `from_batch` adds both to get every row's local embeddings.
+    Local embeddings are in `constants` if they are equal in all frames, else in `by_frame`. A batch can have both kinds
+    of rows, and missing names become zeros. `from_batch` therefore adds the two.
     """
     constants, by_frame = {_GLOBAL: row.global_embed[0]}, {}
     if row.context is not None:
@@ -47,9 +47,9 @@ def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> Bra
 
 
 def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning:
-    """Returns the denoiser's conditioning of a batch. Packed rows have `num_prefix` tokens before their frames.
+    """Returns the denoiser's conditioning for a batch. Packed rows have `num_prefix` tokens before their frames.
 
-    If the batch has `segments`, `context` has the stored contexts of all requests instead of one per row.
+    If the batch has `segments`, the result's `context` has the stored contexts of all requests, not one per row.
     """
     if batch.segments is not None:
         return _from_segments(batch, batch.segments)

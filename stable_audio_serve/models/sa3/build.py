@@ -42,10 +42,10 @@ def load_sa3(
 ) -> Sa3Model:
     """Load the checkpoint and the text encoder.
 
-    The denoiser has the dtype `dtype`, the text encoder the dtype of its files, the rest float32. If `decode_precision`
-    is half, the decoder's linear layers are stored in half precision.
+    The denoiser has the dtype `dtype`, the text encoder the dtype of its files, and the other networks float32. If
+    `decode_precision` is "half", the decoder's linear layers are stored in half precision.
 
-    Every key of the weight files must match. Raises CheckpointError naming a file or key that does not.
+    The keys of the weight files must match the networks. Raises CheckpointError, which names the file or key, if not.
     """
     require_exact_float32()
     reader = read_config(folder)
@@ -66,7 +66,7 @@ def load_sa3(
     mapped = load_weights(modules, weights_file, device=device, dtypes=dtypes)
     products = decoder_products(decode_precision, device)
     _check_autoencoder(components.autoencoder, products, device=device, source=folder / CONFIG_FILE)
-    release_pages(weights_file, mapped)  # the check read all of the encoder, which only edits of audio use
+    release_pages(weights_file, mapped)  # the check loaded the encoder's weights, which only edits of audio need
     spec = build_spec(card, config, components=components)
     return assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 
@@ -79,7 +79,7 @@ def assemble(
     device: torch.device,
     decode_precision: DecodePrecision,
 ) -> Sa3Model:
-    """Returns the model of these networks, which must already be on `device`."""
+    """Returns a model with the given networks, which must already be on `device`."""
     components.autoencoder.resolve()
     if decode_precision == "half":
         store_half(cast("nn.Module", components.autoencoder.decoder), device)
@@ -101,7 +101,7 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
 def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: torch.device, source: Path) -> None:
     """Encode and decode one latent to check that the autoencoder's parts fit each other.
 
-    Raises CheckpointError naming `source` if they do not. Their configs alone do not show it.
+    Raises CheckpointError naming `source` if they do not. Their configs alone do not show whether they fit.
     """
     audio = torch.zeros(1, net.channels, net.hop, device=device)
     try:
@@ -116,7 +116,7 @@ def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: tor
 
 
 def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str, nn.Module]:
-    """Returns the networks by the prefix of their keys in the weight file. Also used for writing weight files."""
+    """Returns the networks by the prefix of their keys in the weight file, for reading and writing weight files."""
     modules: dict[str, nn.Module] = {f"conditioner.conditioners.{config.prompt.id}.": components.prompt}
     for id_, number in components.numbers.items():
         modules[f"conditioner.conditioners.{id_}."] = number
@@ -126,9 +126,9 @@ def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str
 
 
 def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components) -> ModelSpec:
-    """Returns the model's spec. Its card has the values of the config, but keeps its name and default parameters.
+    """Returns the model's spec, with `card` completed from the config.
 
-    The longest duration is the lower one of card and config.
+    The card keeps its name and default parameters. Its longest duration becomes that of the config if that is shorter.
     """
     lengths = config.lengths
     longest_s = lengths.max_samples / lengths.sample_rate_hz

@@ -19,7 +19,7 @@ from stable_audio_serve.models.text_encoder import TextEncoder, load_tokenizer_a
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
-    """Load the encoder half of a T5Gemma in its files' dtype. Raises CheckpointError if anything is missing.
+    """Load the encoder of a T5Gemma in the dtype of its files. Raises CheckpointError if a file or key is missing.
 
     Attention uses the eager implementation of transformers, because fused kernels cannot soft-cap the logits.
     """
@@ -50,7 +50,7 @@ def _load_t5gemma(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
 class PromptConditioner(nn.Module):
     """Converts a text encoder's hidden states to conditioning tokens, with a learned vector for padding.
 
-    A linear layer projects the hidden states if their width is not the tokens' width.
+    If the hidden states do not have the width of the tokens, a linear layer projects them.
     """
 
     def __init__(self, config: PromptConfig, *, encoder_width: int) -> None:
@@ -78,7 +78,7 @@ class _NumberEmbedder(nn.Module):
 
 
 class NumberConditioner(nn.Module):
-    """Embeds a number as one vector, after clamping it to its range. Module names match the checkpoint's keys."""
+    """Clamps a number to its range and embeds it as one vector. Names of submodules match keys of checkpoints."""
 
     def __init__(self, config: NumberConfig) -> None:
         super().__init__()

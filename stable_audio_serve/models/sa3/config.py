@@ -1,7 +1,7 @@
 """Parses a checkpoint's `model_config.json`, which defines every dimension of the networks, to frozen dataclasses.
 
-A missing key has the default of the reference implementation. Parsing raises an error that names the key for a value
-that requires a different network, and for a key that is neither read nor in `INERT_KEYS`.
+A missing key has the default of the reference implementation. Parsing raises an error that names the key if a value
+requires a different network. `ConfigReader.refuse_unread` then finds keys that are neither read nor in `INERT_KEYS`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ INERT_KEYS = frozenset(
         *("training", "dataset", "svd_bases_path", "distribution_shift_options", "pre_encoded_keys", "checkpointing"),
         *("requires_grad", "enable_grad", "freeze", "freeze_backbone", "zero_init_branch_outputs", "zero_init_output"),
         *("dropout", "attn_dropout", "ff_dropout", "enable_inner_layer_dropout", "cfg_dropout_prob", "dropout_prob"),
-        # The first line does not change the reference's result (`scale` is always 1). It ignores the second line.
+        # The reference ignores the keys on the second line. Those on the first do not change its result: `scale` is 1.
         *("iterate_batch", "use_flash", "force_fp32", "auto_scale", "scale", "abs_pos_emb_max_length"),
         *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv"),
-        # The reference does what both keys demand, even if their value is false.
+        # The reference behaves as if both keys were true, whatever their values are.
         *("mask_padding_attention", "use_effective_length_for_schedule"),
-        # They locate the text encoder. `checkpoint_files` reads them.
+        # These keys locate the text encoder. `checkpoint_files` reads them.
         *("model_path", "model_name", "subfolder", "repo_id"),
     }
 )
@@ -137,7 +137,7 @@ class PromptConfig:
 
 @dataclass(frozen=True, slots=True)
 class NumberConfig:
-    """The configuration of a number conditioner: clamps to `minimum`..`maximum` and embeds in `width` channels."""
+    """The configuration of a conditioner that clamps a number to `minimum`..`maximum` and embeds it as a vector."""
 
     id: str
     width: int
@@ -150,9 +150,9 @@ class NumberConfig:
 class Sa3Config:
     """All values that Stable Audio 3 models read from a checkpoint's config.
 
-    `context_ids` and `global_ids` name conditioners, in the order in which their outputs are concatenated. `local_ids`
-    names per-frame conditioners from EDIT_IDS or `frame_conditioners`. `chunked`: the reference encodes and decodes in
-    windows. `shift` is the config section about the timestep shift; None: the default shift.
+    `context_ids` and `global_ids` have ids of conditioners, in the order in which their outputs are concatenated.
+    `local_ids` has ids of per-frame inputs, from EDIT_IDS or `frame_conditioners`. `chunked` is true if the reference
+    encodes and decodes in windows. `shift` is the config section about the timestep shift; None: the default shift.
     """
 
     default_sampler: str
@@ -172,7 +172,7 @@ class Sa3Config:
 
     @property
     def edits(self) -> bool:
-        """Whether the denoiser has inputs for the latents that an edit keeps, and for their mask."""
+        """Whether the denoiser has an input for the latents that an edit keeps, or for the mask of these latents."""
         return any(id_ in self.local_ids for id_ in EDIT_IDS)
 
 
@@ -237,8 +237,8 @@ def _parse_conditioners(
                 numbers.append(_parse_number(item, width))
             case _:
                 frame_conditioners[item.text("id")] = build_frame_conditioner(item)
-    # `default_keys` names substitutes for numbers that a request may lack. Requests of this server lack no number, so
-    # an entry for one of the numbers would have no effect and is refused.
+    # `default_keys` has a substitute for each number that a request may omit. A request to this server always has all
+    # numbers, so an entry for one of them would have no effect. Such an entry is refused.
     for id_ in conditioning.plain("default_keys") or {}:
         if id_ in (number.id for number in numbers):
             raise conditioning.unusable("default_keys", f"without {id_!r}, which requests always say")
@@ -273,7 +273,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
 
 
 def _check_widths(config: Sa3Config, diffusion: ConfigReader) -> None:
-    """Raise CheckpointError if conditioner ids or widths do not fit, instead of a later error inside torch."""
+    """Raise CheckpointError if ids or widths of conditioners do not fit. Otherwise torch would raise an error later."""
     network = diffusion.section("config")
     number_ids = tuple(number.id for number in config.numbers)
     for key, ids, known in (

@@ -30,7 +30,7 @@ from stable_audio_serve.models.blocks import (
 )
 from stable_audio_serve.models.sa3.config import MIN_ROTATED, DenoiserConfig
 
-# Parts of the names of all layers that `Denoiser.condition` runs, and `Denoiser.forward` does not.
+# A layer whose name contains one of these texts runs in `Denoiser.condition`, not in `Denoiser.forward`.
 CONDITION_LAYERS = (".to_cond_embed.", ".to_global_embed.", ".to_local_embed.", ".cross_attn.to_kv")
 
 
@@ -39,9 +39,10 @@ class DenoiserConditioning:
     """The inputs of a forward pass besides latents and time. Each is one tensor for all rows and layers.
 
     `global_embed` is (rows, width). `context` (rows, layers, 2, heads, context tokens, head width) has the normalised
-    keys of the cross-attention, then its values; None for the unconditional branch, where both would be zero. `local`
-    (rows, layers, frames, width) is the local (per-frame) conditioning. Its third axis is 1 if all frames are equal;
-    None if the network has no local conditioning. `local` is not zero for an input of zero: the embedder has biases.
+    keys and then the values of the cross-attention. It is None for the unconditional branch, where both would be zero.
+    `local` (rows, layers, frames, width) is the local (per-frame) conditioning; its third axis has length 1 if all
+    frames are equal. It is None if the network has no local conditioning. An input of zeros does not give a `local` of
+    zeros, because the embedder has biases.
     """
 
     global_embed: Tensor
@@ -54,9 +55,9 @@ class DenoiserConditioning:
 
 
 class Modulation(NamedTuple):
-    """Scale, shift and gate, each (rows, width), of a layer's self-attention and feed-forward network.
+    """Scale, shift and gate of a layer's self-attention and of its feed-forward network, each (rows, width).
 
-    The scales include the gain of the norm before them.
+    A scale includes the gain of the norm that precedes it.
     """
 
     scale_attn: Tensor
@@ -116,7 +117,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The transformer between an input and an output projection, with learned memory tokens before the frames.
+    """The transformer with its input and output projections, and with learned memory tokens before the frames.
 
     Rotary positions count the memory tokens, too.
     """
@@ -135,7 +136,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
 
     def forward(self, x: Tensor, global_embed: Tensor, *, conditioning: DenoiserConditioning, layout: Layout) -> Tensor:
-        """Latents x (rows, frames, latent channels) -> the output, in the same shape.
+        """Latents x (rows, frames, latent channels) -> output (rows, frames, latent channels).
 
         `global_embed` (rows, width) includes the embedding of time.
         """
@@ -183,13 +184,13 @@ class Transformer(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The whole network: the transformer between residual 1x1 convolutions, and the embedders of its conditioning.
+    """The whole network: a residual 1x1 convolution before and after the transformer, and the conditioning's embedders.
 
-    Rows do not affect each other: invalid frames are never keys, and their output is unspecified. Inputs are cast to
+    Rows do not affect each other. Invalid frames are never keys, and their output is unspecified. Inputs are cast to
     the weights' dtype, and the result has that dtype. Only the Fourier features of time are computed from the float32
     value in every precision. (The reference first rounds time to the model's dtype. Near t = 1, the angles of the
-    highest features differ by tens of radians between adjacent float16 numbers, so a half-precision model would see
-    other times than the sampler.)
+    highest features differ by tens of radians between adjacent float16 numbers, so that a half-precision model would
+    see other times than the sampler uses.)
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -212,8 +213,8 @@ class Denoiser(nn.Module):
     def condition(self, context: Tensor | None, global_cond: Tensor, *, local: Tensor | None) -> DenoiserConditioning:
         """Returns the conditioning for `forward`, which does not depend on latents or time. Differentiable.
 
-        Inputs are context (rows, context tokens, context width), global_cond (rows, global width) and local
-        (rows, local width, frames or 1).
+        `context` is (rows, context tokens, context width), `global_cond` (rows, global width), and `local` (rows, local
+        width, frames or 1).
         """
         keys = None if context is None else self.project_context(context)
         embeds = None
@@ -248,8 +249,8 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Returns the velocity of latents `x` (rows, latent channels, frames) at times `t` (rows,) float32.
 
-        `valid` (rows, frames) marks the frames that are not padding; None: all frames. If `packed` is given, x and the
-        result are (1, latent channels, frames of all rows), and `conditioning` is for a packed batch.
+        `valid` (rows, frames) marks the frames that are not padding; None: all frames. If `packed` is given, `x` and
+        the result are (1, latent channels, frames of all rows), and `conditioning` must be that of a packed batch.
         """
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LengthRule:
-    """A checkpoint's limits on lengths: at most `max_samples`, and a multiple of `frame_multiple` latent frames."""
+    """A checkpoint's rule for lengths: a multiple of `frame_multiple` latent frames, and at most `max_samples`."""
 
     sample_rate_hz: int
     hop: int
@@ -22,9 +22,9 @@ class LengthRule:
 
 @dataclass(frozen=True, slots=True)
 class RowLength:
-    """The lengths of one batch row. `frames` are all latent frames; attention uses the first `valid_frames` of them.
+    """The lengths of one batch row. `frames` counts all latent frames; attention uses the first `valid_frames` of them.
 
-    `effective_frames` are the frames of the clip alone. Length-dependent schedules use them.
+    `effective_frames` counts the frames of the clip without padding. Schedules that depend on length use this number.
     """
 
     frames: int
@@ -36,9 +36,10 @@ class RowLength:
 def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames: int | None = None) -> RowLength:
     """Returns the lengths of a row for a clip of `duration_s` > 0 seconds and `padding_s` seconds generated after it.
 
-    In the result, `frames` covers clip and padding, rounded up to the multiple in `rule` and then limited to its
-    longest length. `valid_frames` are the clip's frames, rounded up, plus the padding's, rounded down. The argument
-    `frames` overrides the number of latent frames, for a row that is padded to the length of a longer row.
+    The result's `frames` covers the clip and the padding, is rounded up to `rule.frame_multiple` and then limited by
+    `rule.max_samples`. Its `valid_frames` is the clip's length in frames, rounded up, plus the padding's length,
+    rounded down. The argument `frames` overrides the number of latent frames, for a row that is padded to the length of
+    a longer row.
     """
     clip_samples = max(int(duration_s * rule.sample_rate_hz), 1)
     if frames is None:

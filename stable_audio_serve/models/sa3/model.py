@@ -97,7 +97,7 @@ class Sa3Model(NativeModel):
 
     @property
     def adaptable(self) -> Mapping[str, nn.Module]:
-        """The networks that adapters can change, by the prefix of their layers' names in adapter files."""
+        """The networks that adapters can change. A key is the prefix of the network's layers in adapter files."""
         return {"model.": self.denoiser} | {f"{CONDITIONERS}{id_}.": net for id_, net in self.numbers.items()}
 
     def runs_in_steps(self, layer: str) -> bool:
@@ -105,7 +105,7 @@ class Sa3Model(NativeModel):
         return layer.startswith("model.") and not any(part in layer for part in CONDITION_LAYERS)
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. Raises InvalidRequestError naming a field that the model cannot serve."""
+        """Returns one plan per variation. Raises InvalidRequestError naming the field if a value cannot be served."""
         return plan_rows(
             request,
             config=self.config,
@@ -134,10 +134,11 @@ class Sa3Model(NativeModel):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's conditioning, which is constant over all steps. Without guidance it has no second branch.
+        """Returns a row's conditioning, which is the same in all steps. Without guidance it has no second branch.
 
-        Without a negative prompt, the unconditional branch has no context. With a negative prompt, the branch has that
-        prompt with zeros for padding instead of the learned vector, and the same numbers as the conditional branch.
+        The context of the unconditional branch has the negative prompt and the same numbers as the conditional branch.
+        The padding of the negative prompt is zero instead of the learned vector. Without a negative prompt, the
+        unconditional branch has no context.
         """
         numbers = {id_: self._embed_number(id_, plan.numbers[id_]) for id_ in self.numbers}
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
@@ -178,7 +179,7 @@ class Sa3Model(NativeModel):
     def _context(self, tokens: Tensor, numbers: dict[str, Tensor]) -> Tensor:
         """Join prompt tokens (tokens, width) and embedded numbers, (1, width) each, to a context (1, tokens, width).
 
-        The order is that of the config.
+        They are in the order of `config.context_ids`.
         """
         prompt_id = self.config.prompt.id
         parts = [tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids]
@@ -187,8 +188,8 @@ class Sa3Model(NativeModel):
     def _local_conditioning(self, plan: RowPlan, latents: Tensor | None) -> Tensor | None:
         """Returns the local (per-frame) conditioning (1, local width, frames) of a row.
 
-        It has the mask of kept frames, the kept latents and the features of frame conditioners. If the row has none of
-        these, returns zeros for one frame. Returns None for a network without local conditioning.
+        It contains the mask of kept frames, the kept latents and the features of frame conditioners. If the row has
+        none of these, returns zeros for one frame. Returns None for a network without local conditioning.
         """
         if not self.config.local_ids:
             return None

@@ -40,9 +40,10 @@ def plan_rows(
 ) -> tuple[RowPlan, ...]:
     """Returns one plan per variation. The plans differ only in their seed and their prompt.
 
-    `decode_rule` defines the windows for decoding, unless the request or the config selects the reference's windows or
-    a single window. `shift` is the model's timestep shift. `frames` overrides the number of latent frames; the duration
-    is then not limited, and a longer clip is cut. Raises InvalidRequestError naming the field.
+    `decode_rule` is the rule for decoding in windows. It is not used if the request or the config selects the
+    reference's windows or a single window. `shift` is the model's timestep shift. `frames` overrides the number of
+    latent frames; the duration is then not limited, and a clip that is longer is cut. Raises InvalidRequestError naming
+    the field.
     """
     check_request(request)
     for field, level in (("sigma_min", request.sigma_min), ("sigma_max", request.sigma_max), ("rho", request.rho)):
@@ -143,7 +144,8 @@ def _plan_source(
 ) -> SourcePlan:
     """Returns source audio at the model's sample rate and channels, cut or padded to the row's length.
 
-    It begins at the sample `start`. If `is_repeated`, it is repeated before and after, not padded with silence.
+    The source begins at sample `start` of the row. If `is_repeated`, the row is filled with repetitions of the source
+    before and after it, not with silence.
     """
     rule = config.lengths
     samples = prepare_source(

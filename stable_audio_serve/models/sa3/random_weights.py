@@ -1,6 +1,6 @@
 """Builds models of the official sizes with random weights, for benchmarks and size checks.
 
-Their output is noise, so a server cannot load them by any model name.
+Their output is noise. Therefore no model name of a server refers to them.
 """
 
 from __future__ import annotations
@@ -118,8 +118,7 @@ def build_random_model(
 ) -> Sa3Model:
     """Build the built-in model `name` at its real size on `device`, with random weights.
 
-    `dtype` and `decode_precision` have the same effect as in `load_sa3`. The tokenizer maps every word to the unknown
-    token.
+    `dtype` and `decode_precision` are used as in `load_sa3`. The tokenizer maps every word to the unknown token.
     """
     require_exact_float32()
     target = torch.device(device)

@@ -46,7 +46,7 @@ class WeightNormConv(nn.Module):
         self._kernel: Tensor | None = None
 
     def resolve(self) -> None:
-        """Compute and keep the kernel, which every call would otherwise compute."""
+        """Compute and cache the kernel, which every call would otherwise compute."""
         self._kernel = self.kernel()
 
     def kernel(self) -> Tensor:
@@ -73,7 +73,7 @@ class SameLayer(nn.Module):
         self.rope = RotaryEmbedding(config.head_width // 2)
 
     def fold_norms(self) -> None:
-        """Multiply the norms' gain and bias into the linear layers after them, which saves two kernels per call."""
+        """Move the norms' gain and bias into the linear layers after them, which saves two kernel launches per call."""
         self.pre_norm.fold_into(self.self_attn.to_qkv)
         self.ff_norm.fold_into(self.ff.first)
 
@@ -84,7 +84,7 @@ class SameLayer(nn.Module):
 
 
 class ResamplingBlock(nn.Module):
-    """What encoder and decoder share: the convolution at the frames' side, the learned tokens and the transformer."""
+    """What encoder and decoder share: the convolution over frames, the learned tokens and the transformer."""
 
     def __init__(self, config: SameConfig, *, mapping: WeightNormConv, num_tokens: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class ResamplingBlock(nn.Module):
     def resolve(self) -> None:
         """Cache values derived from the weights, which every call would otherwise compute."""
         self.mapping.resolve()
-        # On a CPU the weights stay unchanged, because processes share the memory of the mapped weight file.
+        # On a CPU the weights are not changed, because processes share the memory of the mapped weight file.
         if self.new_tokens.device.type != "cpu":
             for layer in self._typed_layers:
                 layer.fold_norms()
@@ -112,9 +112,9 @@ class ResamplingBlock(nn.Module):
             self._chunk_table = self._rotary.all_layers(self._chunk_tokens)
 
     def learned_tokens(self, num_windows: int, num_latents: int, *, noise: Noises) -> Tensor:
-        """Returns the tokens to insert after each latent, (windows * latents, tokens per latent, width).
+        """Returns the learned tokens of all groups, (windows * latents, tokens per group, width).
 
-        If the config demands it, `noise` is added to each token, also at inference.
+        If `mask_noise` in the config is not 0, `noise` scaled by it is added to each token, also at inference.
         """
         tokens = self.new_tokens.expand(num_windows * num_latents, self.num_tokens, -1)
         if noise is None or not self.config.mask_noise:
@@ -155,8 +155,9 @@ class ResamplingBlock(nn.Module):
     def _transform_chunks(self, x: Tensor) -> Tensor:
         """Run all layers with attention within chunks of tokens.
 
-        If the config has `midpoint_shift`, the second half of the layers uses chunks shifted by half a chunk. For them
-        the sequence is extended by copies of its first and last half chunk, which are dropped from the result.
+        If the config has `midpoint_shift`, the second half of the layers uses chunks shifted by half a chunk. For these
+        layers, a copy of the first half chunk is put before the sequence and a copy of the last one after it. Both are
+        dropped from the result.
         """
         half = self._chunk_tokens // 2
         middle = len(self.transformers) // 2 if self.config.midpoint_shift else len(self.transformers)
@@ -182,7 +183,7 @@ class ResamplingBlock(nn.Module):
 
 
 class _Rotary(NamedTuple):
-    """The gains and biases of all layers' query and key norms, and their rotary rates (layers, head width)."""
+    """The gains and biases of all layers' query and key norms, and all layers' rotary rates (layers, head width)."""
 
     affine: HeadAffine
     rates: Tensor
@@ -208,7 +209,7 @@ class SameEncoder(nn.Module):
         self.layers = nn.ModuleDict({"0": block, "2": nn.Linear(config.width, config.latent_channels)})
 
     def forward(self, frames: Tensor, noise: Noises) -> Tensor:
-        """Returns raw latents, possibly more than frames / stride: frames are padded with zeros to whole chunks."""
+        """Returns raw latents. There may be more than frames / stride, because frames are padded to whole chunks."""
         block, out = self.layers["0"], self.layers["2"]
         assert isinstance(block, ResamplingBlock)
         stride = self.frames_per_latent
@@ -232,9 +233,10 @@ class SameDecoder(nn.Module):
         self.layers = nn.ModuleDict({"1": nn.Linear(config.latent_channels, config.width), "3": block})
 
     def forward(self, latents: Tensor, noise: Noises) -> Tensor:
-        """Returns frames, possibly for more latents than given.
+        """Returns frames. There may be more than latents * stride.
 
-        After the first linear layer, latents are padded with zeros to a multiple of `latent_multiple`.
+        The reason is padding: after the first linear layer, zeros extend the latents to a multiple of
+        `latent_multiple`.
         """
         first, block = self.layers["1"], self.layers["3"]
         assert isinstance(block, ResamplingBlock)

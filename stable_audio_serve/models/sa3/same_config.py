@@ -32,15 +32,15 @@ class SameConfig:
 
     @property
     def latent_multiple(self) -> int:
-        """Latents are padded to a multiple of this number: the latents of a chunk; 1 with sliding windows."""
+        """The number of latents in a chunk, or 1 with sliding windows. Latents are padded to a multiple of it."""
         return 1 if self.window_latents is not None else self.chunk_frames // self.stride
 
     @property
     def halo_latents(self) -> int:
-        """The number of latents on each side that can influence a latent's frames.
+        """How many latents before and after a latent can influence its frames.
 
-        With chunks, shifted chunks and the convolution extend into the adjacent chunk. The result is then a multiple of
-        `latent_multiple`, as window edges must be. With sliding windows, each layer extends by one window.
+        With chunks, this is one chunk if chunks are shifted or if the convolution reads adjacent frames, else 0. With
+        sliding windows, each layer adds `window_latents`, and the convolution adds 1.
         """
         convolves = self.mapping_kernel > 1
         if self.window_latents is None:
@@ -90,9 +90,9 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
 
 
 def _sine_layers(config: ConfigReader, depth: int) -> int:
-    """Returns how many of the last layers use a sine as activation: one fewer than `sinusoidal_blocks` says.
+    """Returns how many layers, counted from the last, use a sine as activation: `sinusoidal_blocks` minus 1.
 
-    The reference does the same.
+    The reference also subtracts 1.
     """
     if "sinusoidal_blocks" not in config:
         return 0

@@ -1,4 +1,4 @@
-"""Converts a row's denoiser conditioning to named tensors, which the engine stores, and those of a batch back."""
+"""Converts a row's denoiser conditioning to named tensors for the engine, and the named tensors of a batch back."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> Bra
 
 
 def from_batch(batch: StepBatch) -> DenoiserConditioning:
-    """Returns the denoiser's conditioning of a batch.
+    """Returns the denoiser's conditioning for a batch.
 
-    If the batch has `segments`, `context` has the stored contexts of all requests instead of one per row.
+    If the batch has `segments`, the result's `context` has the stored contexts of all requests, not one per row.
     """
     embed = batch.constants[_GLOBAL]
     if batch.segments is not None:

@@ -38,10 +38,10 @@ def load_sao(
 ) -> SaoModel:
     """Load the checkpoint and the text encoder.
 
-    The denoiser has the dtype `dtype`, the text encoder float16, the rest float32. If `decode_precision` is half, the
-    decoder's convolutions are stored in half precision.
+    The denoiser has the dtype `dtype`, the text encoder float16, and the other networks float32. If `decode_precision`
+    is "half", the decoder's convolutions are stored in half precision.
 
-    Every key of the weight files must match. Raises CheckpointError naming a file or key that does not.
+    The keys of the weight files must match the networks. Raises CheckpointError, which names the file or key, if not.
     """
     require_exact_float32()
     config = parse_config(read_config(folder))
@@ -57,7 +57,7 @@ def load_sao(
     mapped = load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
     spec = build_spec(card, config)
     model = assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
-    release_pages(weights_file, mapped)  # the autoencoder now has kernels that were computed from these weights
+    release_pages(weights_file, mapped)  # `assemble` replaced the autoencoder's mapped weights by computed kernels
     return model
 
 
@@ -69,7 +69,7 @@ def assemble(
     device: torch.device,
     decode_precision: DecodePrecision,
 ) -> SaoModel:
-    """Returns the model of these networks, which must already be on `device`."""
+    """Returns a model with the given networks, which must already be on `device`."""
     components.autoencoder.resolve()
     if decode_precision == "half":
         store_half(components.autoencoder.decoder, device)

@@ -17,9 +17,10 @@ _NUM_FREQUENCIES = 128
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """Load the encoder half of a T5. Raises CheckpointError if anything is missing.
+    """Load the encoder of a T5. Raises CheckpointError if a file or key is missing.
 
-    Checkpoints need `dtype` float16: the reference runs T5 in float16, which changes its output by up to 1e-2.
+    For checkpoints, `dtype` must be float16, as in the reference. Compared with float32, float16 changes the output of
+    T5 by up to 1e-2.
     """
     tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5)
     width = int(encoder.config.d_model)  # type: ignore[union-attr, arg-type]
@@ -39,7 +40,7 @@ def _load_t5(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
 class PromptConditioner(nn.Module):
     """Converts a text encoder's hidden states to conditioning tokens, with zeros for padding.
 
-    A linear layer projects the hidden states if their width is not the tokens' width.
+    If the hidden states do not have the width of the tokens, a linear layer projects them.
     """
 
     def __init__(self, config: PromptConfig, *, encoder_width: int) -> None:
@@ -75,7 +76,7 @@ class _NumberEmbedder(nn.Module):
 
 
 class NumberConditioner(nn.Module):
-    """Embeds a number as one vector, after clamping it to its range. Module names match the checkpoint's keys."""
+    """Clamps a number to its range and embeds it as one vector. Names of submodules match keys of checkpoints."""
 
     def __init__(self, config: NumberConfig) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Parses a `model_config.json` of the Stable Audio Open family to frozen dataclasses. The module `network_config`
 parses the sections with the networks' dimensions.
 
-A missing key has the default of the reference implementation. Parsing raises an error that names the key for a value
-that requires a different network, and for an unknown key.
+A missing key has the default of the reference implementation. An unknown key, or a value that requires a different
+network, raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHIFT_KEY = "distribution_shift_options"
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
-    """The configuration of the conditioner that embeds prompts. `encoder` names a T5 outside the checkpoint."""
+    """The configuration of the conditioner that embeds prompts. `encoder` is the name of a T5 model."""
 
     id: str
     width: int
@@ -44,7 +44,7 @@ class PromptConfig:
 
 @dataclass(frozen=True, slots=True)
 class NumberConfig:
-    """The configuration of a number conditioner: clamps to `minimum`..`maximum` and embeds in `width` channels."""
+    """The configuration of a conditioner that clamps a number to `minimum`..`maximum` and embeds it as a vector."""
 
     id: str
     width: int
@@ -56,8 +56,8 @@ class NumberConfig:
 class SaoConfig:
     """All values that Stable Audio Open models read from a checkpoint's config.
 
-    `context_ids` and `global_ids` name conditioners, in the order in which their outputs are concatenated. `shift` is
-    the config section about the timestep shift of the sampler RK4; None: no shift.
+    `context_ids` and `global_ids` have ids of conditioners, in the order in which their outputs are concatenated.
+    `shift` is the config section about the timestep shift of the sampler RK4; None: no shift.
     """
 
     objective: str
@@ -148,7 +148,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
 
 
 def _check_parts(parsed: SaoConfig, *, config: ConfigReader, model: ConfigReader, diffusion: ConfigReader) -> None:
-    """Raise CheckpointError for networks that do not fit each other, instead of a later error inside torch."""
+    """Raise CheckpointError if the networks do not fit each other. Otherwise torch would raise an error later."""
     number_ids = tuple(number.id for number in parsed.numbers)
     for key, ids, known in (
         ("cross_attention_cond_ids", parsed.context_ids, (parsed.prompt.id, *number_ids)),

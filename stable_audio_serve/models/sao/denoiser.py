@@ -40,9 +40,9 @@ _NORM_EPS = 1e-5
 class DenoiserConditioning:
     """The inputs of a forward pass besides latents and time, for B rows.
 
-    `global_embed` is (rows, width). `context` (rows, layers, 2, key heads, context tokens, head width) has each layer's
-    normalised cross-attention keys, then its values. It is None for the unconditional branch, where the values would be
-    zero.
+    `global_embed` is (rows, width). `context` (rows, layers, 2, key heads, context tokens, head width) has the
+    normalised keys and then the values of each layer's cross-attention. It is None for the unconditional branch, where
+    the values would be zero.
     """
 
     global_embed: Tensor
@@ -72,7 +72,7 @@ class LearnedFourier(nn.Module):
 
 
 class ScaledLayerNorm(nn.Module):
-    """Layer norm with a learned scale. Checkpoints also contain its shift, which was not trained and is zero."""
+    """Layer norm with a learned scale. Checkpoints also contain a shift, which was not trained and is zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class ScaledLayerNorm(nn.Module):
 class GroupedCrossAttention(nn.Module):
     """Cross-attention to a context without positions. Consecutive query heads may share a head of keys and values.
 
-    Padding tokens of the context are not masked, as in the references: they have values of zero, but a share of the
-    softmax.
+    Padding tokens of the context are not masked, as in the references. Their values are zero, but their scores are part
+    of the softmax.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -146,7 +146,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The transformer between an input and an output projection, with the global vector as a token before the frames.
+    """The transformer with its input and output projections. The global vector is a token before the frames.
 
     Rotary positions count this token, too.
     """
@@ -168,7 +168,7 @@ class Transformer(nn.Module):
         context: Tensor | None,
         layout: Layout,
     ) -> Tensor:
-        """Latents x (rows, frames, latent channels) -> the output, in the same shape.
+        """Latents x (rows, frames, latent channels) -> output (rows, frames, latent channels).
 
         `global_embed` (rows, width) includes the embedding of time.
         """
@@ -193,9 +193,9 @@ class Transformer(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The whole network: the transformer between residual 1x1 convolutions, and the embedders of its conditioning.
+    """The whole network: a residual 1x1 convolution before and after the transformer, and the conditioning's embedders.
 
-    Rows do not affect each other: invalid frames are never keys, and their output is unspecified. Inputs are cast to
+    Rows do not affect each other. Invalid frames are never keys, and their output is unspecified. Inputs are cast to
     the weights' dtype, and the result has that dtype. The Fourier features of time are always computed in float32.
     """
 
@@ -219,7 +219,7 @@ class Denoiser(nn.Module):
     def condition(self, context: Tensor | None, global_cond: Tensor) -> DenoiserConditioning:
         """Returns the conditioning for `forward`, which does not depend on latents or time.
 
-        Inputs are context (rows, context tokens, context width) and global_cond (rows, global width).
+        `context` is (rows, context tokens, context width), and `global_cond` (rows, global width).
         """
         keys = None if context is None else self.project_context(context)
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys)
@@ -248,8 +248,8 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Returns v or velocity for latents `x` (rows, latent channels, frames) at times `t` (rows,) float32.
 
-        `valid` (rows, frames) marks the frames that are not padding; None: all frames. If `packed` is given, x and the
-        result are (1, latent channels, frames of all rows).
+        `valid` (rows, frames) marks the frames that are not padding; None: all frames. If `packed` is given, `x` and
+        the result are (1, latent channels, frames of all rows).
         """
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)

@@ -97,7 +97,7 @@ class SaoModel(NativeModel):
         self._halos = Halos(decoder_halo(config.autoencoder), encoder_halo(config.autoencoder))
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. Raises InvalidRequestError naming a field that the model cannot serve."""
+        """Returns one plan per variation. Raises InvalidRequestError naming the field if a value cannot be served."""
         return plan_rows(request, spec=self._spec, halos=self._halos, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
@@ -123,10 +123,10 @@ class SaoModel(NativeModel):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's conditioning, which is constant over all steps. Without guidance it has no second branch.
+        """Returns a row's conditioning, which is the same in all steps. Without guidance it has no second branch.
 
-        Without a negative prompt, the unconditional branch has no context. With a negative prompt, its context has that
-        prompt's tokens and numbers. It always has the same global vector as the conditional branch.
+        The context of the unconditional branch has the tokens and numbers of the negative prompt. Without a negative
+        prompt, the unconditional branch has no context. Its global vector is always that of the conditional branch.
         """
         numbers = self._embed_numbers(plan.numbers)
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
@@ -171,7 +171,7 @@ class SaoModel(NativeModel):
     def _context(self, tokens: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
         """Join prompt tokens (tokens, width) and embedded numbers, (1, width) each, to a context (1, tokens, width).
 
-        The order is that of the config.
+        They are in the order of `config.context_ids`.
         """
         prompt_id = self.config.prompt.id
         return torch.cat([tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids])[None]

@@ -15,7 +15,7 @@ MIN_ROTATED = 32  # smallest number of channels with rotary positions in a head
 HEAD_NORMS = ("none", "ln")
 DILATIONS = (1, 3, 9)  # dilations of the three residual units at each resolution of the autoencoder
 
-# Keys of the published configs with their only supported value. Absent keys are allowed.
+# Keys of the published configs, each with its only supported value. Keys may be absent.
 _FIXED = {
     "patch_size": 1,
     "transformer_type": "continuous_transformer",
@@ -65,9 +65,9 @@ _INERT_PRETRANSFORM = ("iterate_batch", "chunked", "enable_grad")
 class DenoiserConfig:
     """The dimensions of the diffusion transformer.
 
-    `key_width` is the total width of cross-attention's keys and values. If it is less than `width`, there are fewer
-    heads of keys and values than query heads (`num_heads`); each is shared by the same number of query heads.
-    `projects_context`: the context is first projected to the network's width.
+    `key_width` is the total width of the keys, and of the values, in cross-attention. If it is less than `width`, there
+    are fewer heads of keys and values than query heads (`num_heads`), and several query heads share one of them. If
+    `projects_context`, the context is first projected to the network's width.
     """
 
     latent_channels: int
@@ -87,7 +87,7 @@ class DenoiserConfig:
 
     @property
     def key_width(self) -> int:
-        """The width of the context inside the network, and the total width of the cross-attention's keys and values."""
+        """The width of the context inside the network. Keys and values of cross-attention have the same total width."""
         return self.width if self.projects_context else self.context_width
 
 
@@ -134,8 +134,8 @@ def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
 class OobleckConfig:
     """The dimensions of the autoencoder.
 
-    `widths` goes from the audio side to the latents and has one more entry than `strides`. Encoding divides the latents
-    by `scale`.
+    `widths` has the channels of each resolution, from audio to latents, and one more entry than `strides`. Encoding
+    divides the latents by `scale`.
     """
 
     channels: int
@@ -154,8 +154,8 @@ class OobleckConfig:
 def parse_oobleck(model: ConfigReader) -> OobleckConfig:
     """Parse `model.pretransform`. Raises CheckpointError naming the key that cannot be used.
 
-    The decoder must mirror the encoder, and the bottleneck must be variational. The section's downsampling ratio and
-    channel counts must match encoder and decoder.
+    The decoder must mirror the encoder, and the bottleneck must be variational. The downsampling ratio and the channel
+    counts that the section states must match encoder and decoder.
     """
     pretransform = model.section("pretransform")
     pretransform.refuse_unknown(("type", "config", "scale", *_FIXED_PRETRANSFORM, *_INERT_PRETRANSFORM))

@@ -1,7 +1,7 @@
 """The Oobleck autoencoder of the Stable Audio Open family: convolutions from stereo audio to latents and back.
 
-Module names are the checkpoint's keys below `pretransform.model.`. Checkpoints contain each kernel as direction and
-length, and activation parameters as logarithms. `resolve` computes the actual values once after loading.
+Module names are the checkpoint's keys below `pretransform.model.`. Checkpoints store each kernel as direction and
+length, and the parameters of activations as logarithms. `resolve` computes the actual values once after loading.
 
 Shapes: B batch, C channels, S audio samples, D latent channels, F latent frames.
 """
@@ -33,11 +33,11 @@ class SnakeBeta(nn.Module):
         self._resolved: tuple[Tensor, Tensor] | None = None
 
     def resolve(self) -> None:
-        """Compute and keep `e^alpha` and `1 / e^beta`, which every call would otherwise compute."""
+        """Compute and cache `e^alpha` and `1 / e^beta`, which every call would otherwise compute."""
         self._resolved = self._compute()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, samples) -> the same shape."""
+        """(batch, channels, samples) -> (batch, channels, samples)."""
         rate, amplitude = self._compute() if self._resolved is None else self._resolved
         return torch.addcmul(x, amplitude, (x * rate).sin_().square_())
 
@@ -48,7 +48,8 @@ class SnakeBeta(nn.Module):
 class NormedConv(nn.Module):
     """A 1-D convolution with the kernel `weight_g * weight_v / |weight_v|` (weight normalisation).
 
-    The norm is over all axes except the first, which is output channels; for a transposed convolution, input channels.
+    The norm is over all axes except the first. The first axis has the output channels, or the input channels in a
+    transposed convolution.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class _Sequence(nn.Module):
 
 
 class ResidualUnit(_Sequence):
-    """`x + conv1(act(conv7(act(x))))`, where conv7 is dilated; 1 and 7 are kernel sizes."""
+    """`x + conv1(act(conv7(act(x))))`. The numbers are kernel sizes; conv7 is dilated."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__(
@@ -117,14 +118,14 @@ class ResidualUnit(_Sequence):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, samples) -> the same shape."""
+        """(batch, channels, samples) -> (batch, channels, samples)."""
         return x + self.layers(x)
 
 
 class OobleckEncoder(_Sequence):
-    """Encodes audio (batch, channels, samples) to the mean and then the scale of each latent channel.
+    """Encodes audio (batch, channels, samples) to the parameters of a normal distribution for each latent.
 
-    The output is (batch, 2 * latent channels, latent frames).
+    The output is (batch, 2 * latent channels, latent frames): the means of all channels, then the scales of all.
     """
 
     def __init__(self, config: OobleckConfig) -> None:
@@ -184,9 +185,9 @@ class OobleckAutoencoder(nn.Module):
         self.decoder = OobleckDecoder(config)
 
     def resolve(self) -> None:
-        """Cache values derived from the weights, which every call would otherwise compute.
+        """Cache values that are derived from the weights, which every call would otherwise compute.
 
-        Call it after the weights are loaded and moved to their device.
+        Call it after the weights are loaded and on their device.
         """
         for module in self.modules():
             if isinstance(module, NormedConv | SnakeBeta):
@@ -195,7 +196,7 @@ class OobleckAutoencoder(nn.Module):
     def encode(self, audio: Tensor, noise: Tensor) -> Tensor:
         """Returns latents (batch, latent channels, frames) of audio (batch, channels, at least frames * hop samples).
 
-        `noise` has the shape of the latents and is standard normal. As in training, a latent is its mean plus its
+        `noise` has the shape of the latents and is standard normal. As in training, a latent is the mean plus the
         standard deviation times the noise.
         """
         mean, scale = self.encoder(audio).chunk(2, dim=1)

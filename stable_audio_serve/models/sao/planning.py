@@ -1,7 +1,7 @@
 """Plans a request for a Stable Audio Open model: computes one RowPlan per variation, on the CPU.
 
-The network always generates its longest duration, and the clip is the beginning of the result. A shorter generation
-would have other noise, and the network was not trained for it.
+The network always generates its longest duration, and the clip is the beginning of the result. The network was not
+trained for shorter durations, and they would have other noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stable_audio_serve.sampling.schedules import (
 )
 from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_path
 
-# The reference's lowest and highest noise level. By default, a run's lowest level is at most half of its highest one.
+# The reference's lowest and highest noise level. By default, the lowest level is at most _MIN_SHARE of the highest one.
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
 
@@ -61,7 +61,7 @@ def plan_rows(
     """Returns one plan per variation. The plans differ only in their seed and their prompt.
 
     If `halos` is None, audio is encoded and decoded as a single window. `shift` is the model's timestep shift. `frames`
-    overrides the number of latent frames; the duration is then not limited. Raises InvalidRequestError naming the
+    overrides the number of latent frames, and the duration is then not limited. Raises InvalidRequestError naming the
     field.
     """
     check_request(request)
@@ -117,7 +117,7 @@ def plan_rows(
 
 
 def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
-    """Raise InvalidRequestError for a parameter that only Stable Audio 3 supports, instead of ignoring it."""
+    """Raise InvalidRequestError if the request sets a parameter that the model does not support."""
     name = spec.card.name
     for field, asked in (
         ("apg_scale", request.apg_scale),
@@ -185,7 +185,8 @@ def _plan_sampler(
 def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
     """Returns the lowest and highest noise level for a model that predicts v.
 
-    The highest level of an edit is its `init_noise_level`. `over_time`: the sampler's levels are times in 0..1.
+    The highest level of an edit is the request's `init_noise_level`. If `over_time`, the sampler's levels are times in
+    0..1.
     """
     highest = SIGMA_MAX if request.sigma_max is None else request.sigma_max
     if request.init_audio is not None:
@@ -208,7 +209,7 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
 
 
 def _first_time(sigma_max: float | None) -> float:
-    """Returns the time at which a flow model starts from pure noise: `sigma_max`, at most 1, as in the reference."""
+    """Returns the time at which a flow model starts from noise: `sigma_max` but at most 1, as in the reference."""
     time = 1.0 if sigma_max is None else min(sigma_max, 1.0)
     if not time >= MIN_NOISE_LEVEL:
         allowed = f"at least {MIN_NOISE_LEVEL:g}"
@@ -227,7 +228,8 @@ def _plan_source(
 ) -> SourcePlan:
     """Returns source audio at the model's sample rate and channels, cut or padded to the generated length.
 
-    It begins at the sample `start`. If `is_repeated`, it is repeated before and after, not padded with silence.
+    The source begins at sample `start` of the row. If `is_repeated`, the row is filled with repetitions of the source
+    before and after it, not with silence.
 
     The model's longest duration may end within a latent frame. The samples of this partial frame are included, because
     they affect the latents before it.

@@ -1,6 +1,6 @@
 """Builds models of the published sizes with random weights, for benchmarks and size checks.
 
-Their output is noise, so a server cannot load them by any model name.
+Their output is noise. Therefore no model name of a server refers to them.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def build_random_model(
 ) -> SaoModel:
     """Build the model that the config `values` describes on `device`, with random weights.
 
-    `card` has the model's name and default parameters. `dtype` and `decode_precision` have the same effect as in
-    `load_sao`. The tokenizer maps every word to the unknown token.
+    `card` has the model's name and default parameters. `dtype` and `decode_precision` are used as in `load_sao`. The
+    tokenizer maps every word to the unknown token.
     """
     require_exact_float32()
     target = torch.device(device)

@@ -10,10 +10,10 @@ import math
 
 from stable_audio_serve.models.sao.network_config import DILATIONS, OobleckConfig
 
-# How many inputs on each side convolutions read: (kernel size - 1) / 2, times the dilation.
-_UNIT_REACH = 3 * sum(DILATIONS)  # reach of the three residual units of one resolution together (kernel size 7)
-_ENDS_REACH = 3  # reach of the convolution on the audio side, and of the decoder's first one (kernel size 7)
-_CODE_REACH = 1  # reach of the encoder's last convolution (kernel size 3)
+# How many inputs a convolution reads on each side of its position: (kernel size - 1) / 2, times the dilation.
+_UNIT_REACH = 3 * sum(DILATIONS)  # the three residual units of one resolution together (kernel size 7)
+_ENDS_REACH = 3  # the encoder's first convolution, and the decoder's first and last one (kernel size 7)
+_CODE_REACH = 1  # the encoder's last convolution (kernel size 3)
 
 
 def decoder_halo(config: OobleckConfig) -> int:
@@ -28,7 +28,7 @@ def decoder_halo(config: OobleckConfig) -> int:
 
 
 def encoder_halo(config: OobleckConfig) -> int:
-    """Returns how many latent frames of audio on each side of a latent frame can influence the frame's latent."""
+    """Returns how many frames of audio on each side of a latent frame can influence the frame's latent."""
     low, high = -_CODE_REACH, _CODE_REACH
     for stride in reversed(config.strides):
         padding = math.ceil(stride / 2)

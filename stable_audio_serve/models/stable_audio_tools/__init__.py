@@ -1,1 +1,1 @@
-"""Stable Audio Open models on the networks of stable-audio-tools, for configs that our own networks do not support."""
+"""Runs Stable Audio Open models with the package stable-audio-tools, if their config needs networks not built here."""

@@ -42,8 +42,9 @@ def load_with_package(
 ) -> PackageModel:
     """Load the checkpoint and the text encoder with the package's networks.
 
-    The diffusion network has the dtype `dtype`, the text encoder float16, the rest float32. Every key of the weight
-    file must match. Raises CheckpointError naming a file or key that does not, or saying how to install the package.
+    The diffusion network has the dtype `dtype`, the text encoder float16, and the other networks float32. The keys of
+    the weight file must match the networks. Raises CheckpointError, which names the file or key, if not. Also raises it
+    if the package is missing; the message says how to install it.
     """
     import_package()
     require_exact_float32()
@@ -69,7 +70,7 @@ def load_with_package(
 def build_wrapper(config: ConfigReader, inputs: Inputs, *, text: TextEncoder) -> Any:
     """Returns the package's module for a `model_config.json`, with `text` as text encoder and uninitialised weights.
 
-    Raises CheckpointError with the package's message for a config that it cannot build.
+    Raises CheckpointError with the package's message if the package cannot build the config.
     """
     models = import_package()
     values = _values(config)
@@ -111,7 +112,7 @@ def build_spec(card: ModelCard, config: ConfigReader, *, wrapper: Any) -> ModelS
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a network in place, except for its rotary frequencies, whose rounding errors positions would multiply."""
+    """Cast a network in place, except for its rotary frequencies: positions would multiply their rounding errors."""
     kept = [(part, part.inv_freq) for part in network.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)]
     network.to(dtype)
     for part, frequencies in kept:

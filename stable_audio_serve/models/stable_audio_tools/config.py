@@ -1,7 +1,7 @@
 """Parses the conditioners in a `model_config.json` for the package stable-audio-tools.
 
-The package raises errors for unknown keys in sections named `config`, but ignores unknown keys elsewhere. This module
-raises an error for the latter.
+The package raises errors for unknown keys in sections named `config`, but ignores unknown keys elsewhere. For those,
+this module raises an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class PromptInput:
-    """The conditioner that embeds prompts: its id, the longest prompt in tokens, and whether it always projects."""
+    """The conditioner that embeds prompts. `max_length` is in tokens. If `projects`, it always has a projection."""
 
     id: str
     max_length: int
@@ -41,7 +41,7 @@ class PromptInput:
 
 @dataclass(frozen=True, slots=True)
 class NumberInput:
-    """A number conditioner: its id, and which number of a request it embeds (one of `NUMBER_IDS`)."""
+    """A number conditioner. `source` is the number of a request that it embeds, one of `NUMBER_IDS`."""
 
     id: str
     source: str
@@ -64,7 +64,7 @@ class Inputs:
 def parse_inputs(config: ConfigReader) -> Inputs:
     """Returns the conditioners of a config.
 
-    Raises CheckpointError naming a conditioner for which requests have no value, or a key that the package ignores.
+    Raises CheckpointError if requests have no value for a conditioner, or if the package would ignore a key.
     """
     _refuse_unknown(config)
     config.choice("model_type", ("diffusion_cond",))

@@ -1,7 +1,8 @@
 """A model that implements the engine's protocol with the network, conditioners and autoencoder of the package
-stable-audio-tools. Samplers, guidance and noise are this project's.
+stable-audio-tools. Samplers, guidance and noise do not come from the package.
 
-Everything except the network's steps runs one row at a time. Public methods run without gradients.
+Only the steps of the network process batches; everything else runs one row at a time. Public methods run without
+gradients.
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ class PackageModel:
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan per variation. Audio is encoded and decoded as a single window, as in the package.
 
-        Raises InvalidRequestError naming a field that the model cannot serve.
+        Raises InvalidRequestError naming the field if a value cannot be served.
         """
         return plan_rows(request, spec=self._spec, halos=None, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
     @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns each prompt's embedding (tokens, width), which is zero at padding, and its mask of real tokens."""
+        """Returns each prompt's embedding (tokens, width), zero at padding, and its mask, true at real tokens."""
         text = self.wrapper.conditioner.conditioners[self.inputs.prompt.id]
         tokens, mask = text(list(prompts), self._device)
         # Tokenize again to compute `chars_read`, because the package does not return its tokens.
@@ -88,7 +89,7 @@ class PackageModel:
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
         """Returns the latents (latent channels, frames) float32 of each window.
 
-        Random numbers that the package's autoencoder draws come from the window's noise.
+        When the package's autoencoder draws random numbers, it gets those of the window's `noise`.
         """
         latents = []
         for window in windows:
@@ -107,10 +108,10 @@ class PackageModel:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's conditioning, which is constant over all steps. Without guidance it has no second branch.
+        """Returns a row's conditioning, which is the same in all steps. Without guidance it has no second branch.
 
-        The second branch has the context of the negative prompt, or none, and no prepended tokens. All its other inputs
-        are those of the conditional branch, as in the package.
+        As in the package, the unconditional branch has the context of the negative prompt, or zeros without a negative
+        prompt. Its prepended tokens are zero. Its other inputs are the same as in the conditional branch.
         """
         own = self._arguments(prompt, plan.numbers)
         conditional = BranchConditioning(own)
@@ -129,7 +130,7 @@ class PackageModel:
 
         All frames must be valid (no padding).
         """
-        # The stored value of a row has a batch axis of length 1. Merge it with the batch axis of `constants`.
+        # Each row's value has a batch axis of length 1. Merge this axis with the batch axis of `constants`.
         arguments = {key: value.flatten(0, 1) for key, value in batch.constants.items()}
         output: Tensor = self.wrapper.model(batch.x, batch.t, **arguments, cfg_scale=1.0)
         return output.float()
@@ -156,7 +157,7 @@ class PackageModel:
 
 
 class _OwnNoise(TorchFunctionMode):
-    """While active, `torch.randn_like` returns values of a window's noise. Each draw has another name and values."""
+    """While active, `torch.randn_like` returns values of a window's noise, different ones in each call."""
 
     def __init__(self, noise: WindowNoise) -> None:
         super().__init__()

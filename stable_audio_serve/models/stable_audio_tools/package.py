@@ -1,4 +1,4 @@
-"""Finds and imports stable-audio-tools without the training packages that stable-audio-tools and k-diffusion import.
+"""Finds and imports stable-audio-tools, but not the packages for training that it and k-diffusion usually import.
 
 Only `import_package` imports torch.
 """
@@ -34,20 +34,20 @@ _NEEDED = (
     "torchsde",
     "trampoline",
 )
-# If flash_attn is importable, stable-audio-tools computes all attention in float16. It is hidden, because torch's own
-# attention is also fast.
+# If stable-audio-tools can import flash_attn, it computes all attention in float16. The import is prevented, because
+# torch's own attention is also fast.
 _FLASH = "flash_attn"
 _K_DIFFUSION = "k_diffusion"
 _USED_OF_K_DIFFUSION = ("utils", "sampling", "external")
 
 
 def missing_packages() -> tuple[str, ...]:
-    """Returns the required modules that are not installed; empty if the backend is usable. Imports nothing."""
+    """Returns the required modules that are not installed; empty if the backend can be used. Imports nothing."""
     return tuple(name for name in _NEEDED if find_spec(name) is None)
 
 
 def require_open_family(family: str) -> None:
-    """Raise CheckpointError for a model of a family that the package does not support."""
+    """Raise CheckpointError if the package does not support the model family."""
     if family != OPEN_FAMILY:
         raise CheckpointError(f"backend stable_audio_tools runs models of the family {OPEN_FAMILY}, this is {family}")
 
@@ -101,13 +101,13 @@ def _import_k_diffusion() -> None:
 
 
 class _Resample:
-    """Replaces torchaudio's class, which is never used: sources are resampled before they reach a model."""
+    """Stands in for torchaudio's class, which is never used: sources are resampled before they reach a model."""
 
     def __init__(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError("torchaudio is not used here")
 
 
-# Stub modules, and the names in them that stable-audio-tools imports. It uses torchaudio and torchvision only for
+# Stub modules, and the names that stable-audio-tools imports from them. It uses torchaudio and torchvision only for
 # training, or for work that this server does elsewhere. The real torchaudio often does not match the installed torch.
 _TORCHAUDIO: Mapping[str, Mapping[str, Any]] = {"torchaudio": {}, "torchaudio.transforms": {"Resample": _Resample}}
 _TORCHVISION: Mapping[str, Mapping[str, Any]] = {
@@ -132,9 +132,10 @@ def _without(name: str) -> Iterator[None]:
 
 @contextmanager
 def _stub_modules(names: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Put stubs in place of those modules that are not imported yet. They have the given names and values.
+    """Put a stub in place of each module in `names` that is not imported yet.
 
-    The stubs are removed when the context ends, because other libraries need the real modules later.
+    `names` maps the name of a module to the stub's attributes. The stubs are removed when the context ends, because
+    other libraries need the real modules later.
     """
     stubs = {name: ModuleType(name) for name in names if name not in sys.modules}
     for name, module in stubs.items():

@@ -1,6 +1,7 @@
-"""Adapter files for tests, a small network that they change, and the same changes computed with whole weights.
+"""Adapter files for tests, a small network that the adapters change, and an independent computation of the change.
 
-`dense_weight` follows the published formulas one adapter after another, in float64, independently of the package.
+`dense_weight` computes the changed weight by the published formulas, one adapter after another, in float64. It does not
+use the package.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LINEAR, OTHER, CONV = "model.first", "model.layers.0.second", "model.conv"
 
 
 class Net(nn.Module):
-    """Layers with and without bias, wider and narrower than long, and a convolution."""
+    """Two linear layers, one wider than long with bias and one longer than wide without bias, and a convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ def make_change(
 
 
 def write_adapter(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any] | None) -> Path:
-    """Write an adapter file; without metadata if `config` is None."""
+    """Write an adapter file, without metadata if `config` is None."""
     named = {
         f"{layer}.parametrizations.weight.0.{part}": tensor.clone().contiguous()
         for layer, parts in tensors.items()
@@ -130,7 +131,7 @@ def _change_weight(current: Tensor, original: Tensor, change: Change, *, layer: 
 
 
 def slot_weight(base: Base, slot: Slot, layer: str) -> Tensor:
-    """Returns the weight (out, in) float64 that a slot amounts to."""
+    """Returns the layer's weight (out, in) float64 as the slot changes it."""
     weight = base.weight(layer).double()
     if layer not in slot.layers:
         return weight

@@ -1,4 +1,4 @@
-"""Rows of a batch with different slots get the results that they get alone, and plain rows keep their bytes."""
+"""Rows of a batch with different adapters have the same results as alone. Rows without adapters are not changed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def layer(x: Tensor) -> Tensor:
 
 
 def expected_row(x: Tensor, slot: LayerSlot) -> Tensor:
-    """Returns the output with the slot's weight, in float64."""
+    """Returns the layer's output with the weight that the slot gives, computed in float64."""
     base = make_base()
     weight = slot.scale[:, None].double() * base.weight(LINEAR).double() + slot.b.double() @ slot.a.double()
     return F.linear(x.double(), weight, base.layers[LINEAR].bias.double()).float()
@@ -83,12 +83,12 @@ def make_table(num_slots: int = 6, num_pages: int = 4) -> SlotTable:
 
 
 def make_slot(*layers: LayerSlot) -> Slot:
-    """Returns the slot of a network in which one layer has a slot, or none."""
+    """Returns a slot that changes one layer, as `layers` says, or no layer if `layers` is empty."""
     return Slot(dict.fromkeys([LINEAR][: len(layers)], *layers), max((len(one.a) for one in layers), default=1), ())
 
 
 def run_table(table: SlotTable, x: Tensor, placed: list[PlacedSlot], *, way: str = "rows") -> Tensor:
-    """Returns the layer's output for rows `x` with these slots, as padded rows or as packed tokens."""
+    """Returns the layer's output for rows `x` with the slots `placed`, computed as padded rows or as packed tokens."""
     slots = torch.tensor([one.index for one in placed], dtype=torch.int32)
     pages = torch.tensor([[page in one.pages for page in range(table.num_pages)] for one in placed]).int()
     if way == "rows":

@@ -1,4 +1,4 @@
-"""Damaged adapter files raise the project's error and need little memory, whatever their headers state."""
+"""Reading damaged adapter files raises the project's error and needs little memory, whatever their headers state."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pack(header: Any, data: bytes) -> bytes:
 
 
 def damage(whole: bytes, kind: str, *, random: Random) -> bytes:
-    """Returns the file with one defect of a kind, at a random place."""
+    """Returns the file `whole` with one defect of the given kind at a random position."""
     size = int.from_bytes(whole[:8], "little")
     text, data = whole[8 : 8 + size], whole[8 + size :]
     header = json.loads(text)
@@ -127,7 +127,7 @@ def test_damaged_files_are_refused_with_little_memory(tmp_path: Path, kind: str,
                 read(path)
             except InvalidRequestError as error:
                 errors.append(error)
-    # Changed bits of alpha or of spaces leave a usable file. The header does not show what a layer's name should be.
+    # If the changed bits are in alpha or in spaces, the file stays usable. Changed names of layers cannot be noticed.
     assert len(errors) >= (9 if kind == "bits" else 17)
     assert all("'damaged'" in error.message and error.field == "loras" for error in errors)
 

@@ -1,4 +1,4 @@
-"""A folded chain of adapters amounts to the weight that the published formulas give, in float64 with whole weights."""
+"""A folded chain of adapters gives the same weight as the published formulas for whole weights, computed in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.models.adapters.plain import (
     write_adapter,
 )
 
-NEAR = 3e-6  # relative to the largest weight; slots are float32
+NEAR = 3e-6  # allowed error relative to the largest weight; slots are float32
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_strengths_have_bounds(kind: str) -> None:
 
 @pytest.mark.parametrize("left", [3e-3, 3e-4, 1e-6])
 def test_rows_that_an_adapter_cancels_keep_their_direction(tmp_path: Path, left: float) -> None:
-    """A lora of full rank leaves only the fraction `left` of each row, and a DoRA after it restores the norms."""
+    """A LoRA of full rank leaves a row of random values times `left`, and a DoRA after it restores the norm to 1."""
     base = make_base()
     weight = base.weight(LINEAR)
     identity, rest = torch.eye(11), torch.randn(7, 11)

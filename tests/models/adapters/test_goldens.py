@@ -1,6 +1,6 @@
-"""Adapters change the denoiser and the number conditioner as stored outputs of the reference say.
+"""With adapters, the denoiser and the number conditioner give the stored outputs of the reference.
 
-What the reference has not stored is compared with the denoiser whose weights are changed as a whole, in float64.
+Cases without a stored output are compared with a denoiser whose whole weights are changed in float64.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def stored() -> dict[str, Tensor]:
 
 
 def adapted(slot: Slot) -> AbstractContextManager[None]:
-    """Returns a context in which every row has the slot."""
+    """Returns a context in which the slot applies to every row."""
     return adapting(base().layers, RowSlots([(slice(None), slot)]))
 
 
@@ -96,7 +96,7 @@ def test_a_chain_of_two_matches_the_reference(key: str, strengths: tuple[float, 
 
 
 def test_the_reference_loses_layers_that_are_new_in_a_chain() -> None:
-    """The reference loads the second adapter only on layers that the first one changes; the package on all layers."""
+    """The reference applies a second adapter only to layers that the first one changes; this package to all layers."""
     first, second = fitted("dora_rows_layers"), read_adapter(FOLDER / "lora_all.safetensors")
     kept = {layer: parts for layer, parts in second.layers.items() if layer in first.layers}
     expected = stored()["stack_dora_rows_layers+lora_all/dit_out"]

@@ -1,4 +1,4 @@
-"""Adapter files are read with and without metadata. Other formats and unusable files are refused by name."""
+"""Adapter files are read with and without metadata. Errors about other formats and unusable files name the file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONDITIONER = "conditioners.seconds_total.embedder.embedding.1"
 
 
 def read(folder: Path, config: Mapping[str, Any] | None = None, *, kind: str = "lora", **options: Any) -> Adapter:
-    """Returns an adapter of random tensors, with this `lora_config`."""
+    """Write an adapter file with random tensors and `config` as its `lora_config`, and read it."""
     return read_adapter(
         write_adapter(folder / "vinyl.safetensors", make_change(make_base(), kind).tensors, config), **options
     )

@@ -1,4 +1,4 @@
-"""Singular vectors of weights are computed once for a network and a rank, and stored for later processes."""
+"""Singular vectors of weights are computed once for each network and rank, and stored for later processes."""
 
 from __future__ import annotations
 

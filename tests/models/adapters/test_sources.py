@@ -1,4 +1,4 @@
-"""Files of adapters: paths, objects of an S3 service, and files in repositories of a hub."""
+"""Where adapter files come from: paths, URLs, objects of an S3 service, and files in repositories of a hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of the attention kernels that torch chooses on a GPU, from what torch reports about each kernel."""
+"""`name_kernels` names the attention kernels that torch chooses on a GPU, from what torch reports about each kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.models.blocks.attention import name_kernels
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU whose fast kernel takes half precision without a mask, and whose memory-efficient kernel takes all."""
+    """Imitate a GPU. Its flash kernel needs float16 and no mask; its memory-efficient kernel refuses only float64."""
     backends = torch.backends.cuda
 
     def parameters(q: torch.Tensor, k: Any, v: Any, mask: Any, *rest: Any) -> tuple[torch.dtype, bool]:

@@ -13,7 +13,7 @@ DEVICES = [
 
 
 def wide_stream(width: int, dtype: torch.dtype) -> Tensor:
-    """Returns random values (3, width) so large that their squares overflow float16."""
+    """Returns random values (3, width). They are so large that their squares overflow float16."""
     scale = torch.tensor([[300.0], [3e4], [6e4]])
     return (scale * torch.randn(3, width, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)).to(dtype)
 

@@ -1,4 +1,4 @@
-"""Make frames of oscillator levels by hand, and render them with the oscillator bank, the demo model's last stage."""
+"""Make frames of oscillator levels by hand, and render them with the oscillator bank of the demo model."""
 
 from __future__ import annotations
 

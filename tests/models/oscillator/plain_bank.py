@@ -25,7 +25,7 @@ _BLOCK, _HOP = 512, 256
 def render_plainly(frames: Tensor, noise: Tensor, *, start: int) -> Tensor:
     """Returns the audio (2, 512 * F) of F frames of oscillator levels (222, F), which begin at frame `start` of a clip.
 
-    `noise` (2, 512 * F) are the random samples from which the bands of noise are made.
+    `noise` (2, 512 * F) has the random samples that are filtered to bands of noise.
     """
     tones, bands = expand(frames[:NUM_OSCILLATORS]), expand(frames[NUM_OSCILLATORS : NUM_OSCILLATORS + NUM_BANDS])
     return _tones(_on_both_sides(tones, frames[-2]), start=start) + _noise(_on_both_sides(bands, frames[-1]), noise)

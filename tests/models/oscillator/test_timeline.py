@@ -40,7 +40,7 @@ def test_every_whole_tempo_is_read() -> None:
 
 
 def test_features_repeat_every_bar_and_do_not_depend_on_headroom() -> None:
-    tempo = 60 / FRAME_S / 8  # at this tempo a beat has 8 latent frames
+    tempo = 60 / FRAME_S / 8  # at this tempo, a beat is 8 latent frames long
     features = timeline_features(80, frame_s=FRAME_S, seconds_total=6.0, tempo_bpm=tempo)
     assert features.shape == (NUM_TIMELINE_FEATURES, 80)
     beat = features[-17:-1]

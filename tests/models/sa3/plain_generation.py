@@ -1,6 +1,6 @@
-"""A slow, simple implementation of a whole generation of one clip, to check runs without stored reference values.
+"""A slow, simple implementation of the generation of one clip, to check runs that have no stored reference values.
 
-It uses nothing of the package except the class of requests. The autoencoder adds no noise.
+It uses only the class of requests from the package. The autoencoder adds no noise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.models.sa3 import plain_networks as nets
 
 @dataclass(frozen=True)
 class PlainModel:
-    """A model for `PlainRun`. `prompts`: text -> its encoded tokens with padding (tokens, width), and their mask."""
+    """A model for `PlainRun`. `prompts` maps a text to its encoded, padded tokens (tokens, width) and their mask."""
 
     config: dict[str, Any]
     weights: nets.Weights
@@ -63,7 +63,7 @@ def measure(model: PlainModel, duration_s: float, padding_s: float) -> Lengths:
 
 
 def make_schedule(options: dict[str, Any] | None, steps: int, length: float, sigma_max: float) -> list[float]:
-    """Returns the noise levels of the steps, each computed by itself in float64."""
+    """Returns the noise levels of the steps. Each level is computed separately in float64."""
     options = {"type": "logsnr", "rate": 0.0} if options is None else {"type": "full", **options}
     low, high = options.get("min_length", 256), options.get("max_length", 4096)
     clamped = min(max(length, low), high)
@@ -143,7 +143,7 @@ class PlainRun:
         return torch.randn(self.channels, self.length.frames, generator=self.generator)
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
-        """Returns the network's velocity at every frame. Padding frames are no keys of the attention."""
+        """Returns the network's velocity at every frame. Padding frames are not keys in attention."""
         request, valid = self.request, self.length.valid
         weights = nets.below(self.model.weights, "model.model.")
 
@@ -230,7 +230,7 @@ class PlainRun:
         return x
 
     def audio(self) -> np.ndarray:
-        """Returns the audio (channels, samples) as float32 in -1..1. It is as long as requested."""
+        """Returns the audio (channels, samples) as float32 in -1..1, with the requested duration."""
         weights = nets.below(self.model.weights, "pretransform.model.")
         audio = nets.decode(weights, self.model.autoencoder, self.sample())
         valid = self.length.valid * self.model.autoencoder["downsampling_ratio"]

@@ -1,7 +1,7 @@
 """A slow, simple implementation of the Stable Audio 3 networks for one clip.
 
-Tests compare the package with it for network sizes that have no stored reference values.
-It needs only a checkpoint's tensors and config, and uses no code of the package.
+Tests compare the package's networks with it for sizes that have no stored reference values. It needs only the tensors
+and the config of a checkpoint, and uses no code of the package.
 """
 
 from __future__ import annotations
@@ -110,8 +110,9 @@ def denoise(
 ) -> Tensor:  # fmt: skip
     """Returns the network's velocity for one clip, at x (channels, frames) and time t.
 
-    Conditioning: `context` (tokens, width), `glob` (width,), and `local` (channels, frames).
-    `config` is the checkpoint's `model.diffusion.config`, and `w` are its weights below `model.model.`.
+    The conditioning is `context` (tokens, width), `glob` (width,), and `local` (channels, frames). `config` is the
+    section `model.diffusion.config` of the checkpoint's config, and `w` has the checkpoint's weights below
+    `model.model.`.
     """
     heads, norm = config.get("num_heads", 8), config.get("attn_kwargs", {}).get("qk_norm", "none")
     options = {

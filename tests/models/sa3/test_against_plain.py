@@ -1,4 +1,4 @@
-"""Networks and runs compared with slow, simple implementations, for sizes that have no stored reference values."""
+"""Networks and runs equal those of slow, simple implementations, for sizes that have no stored reference values."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def make_pair(name: str) -> tuple[Sa3Model, PlainModel]:
-    """Returns our implementation and the simple one of the same network with random weights."""
+    """Returns the package's implementation and the simple implementation of one network with random weights."""
     stated = make_config(SIZES[name])
     config = parse_config(ConfigReader(stated))
     borrowed = loaded("sharp-s").text
@@ -140,11 +140,14 @@ def make_clip(model: Sa3Model, frames: float, *, seed: int) -> SourceAudio:
 
 
 def make_requests(model: Sa3Model) -> list[GenerationRequest]:
-    """Returns requests that together use every sampler, schedule and input. Lengths: 1.5 frames to two windows."""
+    """Returns requests that together use every sampler, schedule and input.
+
+    Their lengths are from 1.5 frames to two windows.
+    """
     frame_s = model.spec.hop / model.spec.card.sample_rate_hz
     init = {"init_audio": make_clip(model, 20.3, seed=1), "init_noise_level": 0.5}
     regions = ((3.2 * frame_s, 8 * frame_s), (15 * frame_s, 99 * frame_s))
-    # The plain implementation returns what the model made, also outside the regions.
+    # The plain implementation returns what the model generated, also outside the regions.
     edit = {"inpaint_audio": make_clip(model, 30, seed=2), "inpaint_regions_s": regions, "keep": "model"}
     strong = {"cfg_scale": 5.0, "negative_prompt": PROMPTS[2]}
     partly = {**strong, "cfg_interval": (0.3, 0.9)}

@@ -1,4 +1,4 @@
-"""The autoencoder of Stable Audio 3 (SAME) matches reference values: with and without noise, whole and in windows."""
+"""The autoencoder of Stable Audio 3 (SAME) matches reference values, with and without noise, whole and in windows."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def conditioning(name: str) -> DenoiserConditioning:
 
 
 def row_conditionings(name: str) -> list[DenoiserConditioning]:
-    """Returns the conditioning of each row of the stored batch, computed row by row as the engine does."""
+    """Returns the conditioning of each row of the stored batch. As in the engine, it is computed row by row."""
     parts = (golden(name)(key).split(1) for key in ("cross_attn_cond", "global_cond", "local_add_cond"))
     return [denoiser(name).condition(context, own, local=local) for context, own, local in zip(*parts, strict=True)]
 
@@ -141,7 +141,7 @@ UNLIKE_TIMES = torch.tensor([0.2, 0.55, 0.9, 0.9])
 
 
 def make_varied_rows(name: str) -> tuple[list[Tensor], list[DenoiserConditioning]]:
-    """Returns latents (1, channels, frames) and conditioning of rows that differ in length, prompt and edit."""
+    """Returns latents (1, channels, frames) and conditioning for rows that differ in length, prompt and inpainting."""
     g, net = golden(name), denoiser(name)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randn(1, net.config.latent_channels, frames, generator=generator) for frames in VARIED_LENGTHS]

@@ -15,7 +15,7 @@ from tests.models.loaded import assert_near, loaded
 
 WITHIN = 2e-4
 NAME = re.compile(r"dit/cfg(?P<cfg>\d+)_(?P<branch>neg|null)_apg(?P<apg>\d+)(?P<variant>.*)")
-# Without the cases "vzero": in them the reference took a path for CPUs that our code does not have.
+# Without the cases "vzero", in which the reference ran code for CPUs that has no counterpart in the package.
 CASES = [
     (name, key)
     for name in SHARP
@@ -25,7 +25,7 @@ CASES = [
 
 
 def number(digits: str) -> float:
-    """Convert digits of a stored value's name to a number: "3" is 3, and "05" is 0.5."""
+    """Convert digits in the name of a stored value to a number: "3" is 3, and "05" is 0.5."""
     return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
 
 
@@ -50,7 +50,7 @@ def test_guided_velocity_matches_the_reference(name: str, key: str) -> None:
         row = net.condition(g("cross_attn_cond"), g("global_cond"), local=g("local_add_cond"))
         away = row.without_context()
         if case["branch"] == "neg":
-            # The padding of a negative prompt is zero, unlike that of a prompt.
+            # The padding of a negative prompt is zero; that of a prompt is a learned vector.
             context = g("negative_cross_attn_cond") * g("negative_cross_attn_mask")[..., None]
             away = net.condition(context, g("global_cond"), local=g("local_add_cond"))
         out = guide(

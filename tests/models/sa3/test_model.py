@@ -1,4 +1,4 @@
-"""A loaded model through the interface `DiffusionModel`: conditioning, guidance, and different rows in one step."""
+"""A loaded model, used through `DiffusionModel`: conditioning, guidance, and steps with different rows."""
 
 from __future__ import annotations
 

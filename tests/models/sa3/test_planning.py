@@ -27,7 +27,7 @@ def one(name: str = "sharp-s", **fields: Any) -> RowPlan:
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_a_plan_makes_the_references_draws(name: str, case: str) -> None:
-    """The plan draws the same random numbers in the same order as the reference code."""
+    """The random draws that the plan needs have the shapes and the order of the draws in the reference code."""
     model, facts = loaded(name), load_goldens(name).facts["cases"][case]
     args, tensors = facts["args"], load_goldens(name).tensors
 

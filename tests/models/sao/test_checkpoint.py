@@ -1,4 +1,4 @@
-"""Our Stable Audio Open networks have exactly the tensors of a published checkpoint, by name and shape."""
+"""The networks of Stable Audio Open have exactly the tensors of the published checkpoints, by name and shape."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shapes_of(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
 
 
 class Published(NamedTuple):
-    """What differs between the published models. `keys` is the width of keys and values in cross-attention."""
+    """The properties in which published models differ. `keys` is the width of keys and values in cross-attention."""
 
     values: dict[str, Any]
     width: int
@@ -63,7 +63,7 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def published_shapes(model: Published) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each tensor in a published file, by key, as the file format is described."""
+    """Returns the shape of each tensor in a published file, by key."""
     return dict([*_denoiser(model), *_numbers(model), *_coder("encoder"), *_coder("decoder")])
 
 
@@ -109,7 +109,7 @@ def _numbers(model: Published) -> Shapes:
 
 
 def _coder(name: str) -> Shapes:
-    """Returns keys and shapes of the autoencoder's half `name`, encoder or decoder, from its input to its output."""
+    """Yields the keys and shapes of the autoencoder's encoder or decoder (`name`), from its input to its output."""
     layers, encodes = f"{AUTOENCODER}{name}.layers.", name == "encoder"
     widths, strides = (128, 128, 256, 512, 1024, 2048), (2, 4, 4, 8, 8)
     if not encodes:

@@ -1,6 +1,6 @@
-"""Our samplers, transformer and autoencoder reproduce whole runs of the reference code, with its random numbers.
+"""Samplers, transformer and autoencoder of the package reproduce whole runs of the reference code.
 
-The conditioning comes from the stored values.
+Random numbers are drawn as in the reference, and the conditioning is that stored with its runs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def sampler_of(name: str, arguments: dict[str, Any]) -> str:
 
 
 def make_noise(name: str, arguments: dict[str, Any], shape: tuple[int, int, int]) -> ReplayNoise:
-    """Returns a noise source that draws as the reference code did: for the start, the source encoder, the sampler."""
+    """Returns a noise source that draws in the reference's order: initial noise, source encoder, sampler."""
     steps, sampler, level = arguments["steps"], sampler_of(name, arguments), arguments.get("init_noise_level")
     script: list[ReplayDraw | ReplayPath] = [ReplayDraw("initial", 0, shape)]
     if level is not None:
@@ -99,7 +99,7 @@ def encode_source(name: str, facts: dict[str, Any], noise: ReplayNoise) -> Tenso
 def guided_networks(
     net: Denoiser, wanted: DenoiserConditioning, other: DenoiserConditioning, *, scale: float, phi: float
 ) -> tuple[Network, Network]:
-    """Returns two functions of (x, t): the network with guidance by the reference's formula, and without a prompt."""
+    """Returns two functions of (x, t): the network with guidance, by the reference's formula, and without a prompt."""
 
     def unguided(x: Tensor, t: float) -> Tensor:
         return net(x, torch.tensor([t]), conditioning=other)

@@ -1,4 +1,4 @@
-"""Inpainting with Stable Audio Open, whose networks have no mask input: the engine restores the kept latents."""
+"""Inpainting with Stable Audio Open. Its networks have no mask input, so the engine restores the kept latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine with a whole checkpoint reproduces runs of the reference code, including the embedding of prompts."""
+"""An engine with a whole checkpoint, including its text encoder, reproduces runs of the reference code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.server
 
 HOP = 64
 V_CASES = [case for case in CASES if case[0] == "tiny-1.0"]
-FLOW_CASES = [case for case in CASES if case not in V_CASES]  # models with flow matching; used in tests/verification
+FLOW_CASES = [case for case in CASES if case not in V_CASES]  # models trained with flow matching
 
 
 @cache
@@ -80,7 +80,7 @@ def test_rk4_uses_even_times_if_the_config_has_no_shift(tmp_path: Path) -> None:
 
 
 def to_requests(name: str, facts: dict[str, Any]) -> list[GenerationRequest]:
-    """Returns a request for each row of a stored case. The seed of each is its row number."""
+    """Returns a request for each row of a stored case. The seed of a request is the number of its row."""
     arguments = facts["args"]
     negatives = arguments.get("negative_conditioning") or [{}]
     source = None

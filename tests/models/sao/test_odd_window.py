@@ -1,4 +1,4 @@
-"""Models whose clip length is not a whole number of latent frames, as that of some fine-tunes (430.66 frames)."""
+"""Models whose longest duration is not a whole number of latent frames, such as some fine-tunes (430.66 frames)."""
 
 from __future__ import annotations
 
@@ -54,10 +54,7 @@ def test_the_last_window_encodes_the_rest_of_a_frame(stage: str, tmp_path: Path)
 
 @pytest.mark.server
 def test_verification_accepts_a_run_with_a_fractional_window(tmp_path: Path) -> None:
-    """The stored run has 64 latent frames.
-
-    A window with 30 more samples gives the same result, if there is no source.
-    """
+    """The stored run has 64 latent frames. Without a source, a window with 30 more samples gives the same result."""
     stored, case = Goldens.load(load_open_goldens("tiny-small").folder), "gen/one_step"
     facts = json.loads(json.dumps({"cases": {case: stored.facts["cases"][case]}}))
     facts["cases"][case]["args"]["sample_size"] += 30

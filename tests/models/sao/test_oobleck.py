@@ -68,7 +68,7 @@ def test_a_window_with_a_halo_decodes_like_the_whole() -> None:
 def test_scale_divides_latents_and_multiplies_them_back() -> None:
     tensors, plain = load_open_goldens("tiny-1.0").tensors, load_autoencoder("tiny-1.0")
     scaled = OobleckAutoencoder(parse(model_values("tiny-1.0")["pretransform"] | {"scale": 2.0}))
-    scaled.resolve()  # `plain` is resolved, too, so both have parameters with the same names
+    scaled.resolve()  # replaces parameters as in `plain`, so that both have parameters with the same names
     scaled.load_state_dict(plain.state_dict())
     scaled.resolve()
     noise = torch.zeros(2, 8, 10)

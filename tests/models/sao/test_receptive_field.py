@@ -1,4 +1,4 @@
-"""The extra frames (halo) on each side of an autoencoder's windows are exactly its receptive field."""
+"""The halo (number of extra frames on each side of a window) is exactly the reach of the autoencoder's convolutions."""
 
 from __future__ import annotations
 

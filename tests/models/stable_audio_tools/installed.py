@@ -7,5 +7,5 @@ import pytest
 from stable_audio_serve.models.stable_audio_tools.package import missing_packages
 
 needs_package = pytest.mark.skipif(bool(missing_packages()), reason="stable-audio-tools is not installed")
-# Ignores warnings that stable-audio-tools causes with our versions of torch.
+# Ignores warnings that stable-audio-tools causes with the tested versions of torch.
 quiet = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:.*autocast")

@@ -1,4 +1,4 @@
-"""The config that stable-audio-tools is given, and which of its conditioning inputs a request can fill."""
+"""Configs for stable-audio-tools: which ones are accepted, and which number of a request a conditioner gets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stable_audio_serve.models.stable_audio_tools.config import Inputs, NumberIn
 
 
 def make_config(*conditioners: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Returns a published config with more conditioners and with changed sections.
+    """Returns a published config with additional `conditioners` and with `changes` to its sections.
 
-    The name of a change is the path of the section in `model`, joined by `__`. Its value updates the section.
+    The keyword of a change is the path of a section in `model`, joined by `__`. The value updates the section.
     """
     values: dict[str, Any] = json.loads(json.dumps(OFFICIAL_CONFIGS["stable-audio-open-small"]))
     values["model"]["conditioning"]["configs"] += conditioners

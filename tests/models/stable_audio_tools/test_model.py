@@ -1,4 +1,4 @@
-"""The engine with networks of stable-audio-tools reproduces reference runs and runs configs that ours do not."""
+"""With networks of stable-audio-tools, the engine reproduces reference runs, and runs configs that need the package."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_another_family_is_refused() -> None:
 
 
 def changed_config(name: str) -> dict[str, Any]:
-    """Returns a tiny checkpoint's config, changed to have features that only stable-audio-tools supports."""
+    """Returns a tiny checkpoint's config, changed so that only the networks of stable-audio-tools support it."""
     values: dict[str, Any] = json.loads((load_open_goldens(name).folder / "model_config.json").read_text())
     model = values["model"]
     diffusion, conditioning = model["diffusion"], model["conditioning"]
@@ -177,7 +177,7 @@ def changed_config(name: str) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, name: str) -> Path:
-    """Write a checkpoint with the changed config. Tensors are the original's where they fit, and else random."""
+    """Write a checkpoint with the changed config. Its tensors are the original's if they exist and fit, else random."""
     source = load_open_goldens(name).folder
     shutil.copytree(source / "t5", folder / "t5")
     (folder / "model_config.json").write_text(json.dumps(changed_config(name)))
@@ -226,7 +226,7 @@ def test_package_only_configs_generate_like_the_package(name: str, tmp_path: Pat
     torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
 
 
-# Sizes for which there are no reference values: name -> a tiny checkpoint, and changes of sections of its config.
+# Sizes without reference values: name -> a tiny checkpoint, and changes to sections of its config.
 UNSEEN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "three queries a key": ("tiny-1.0", {"diffusion.config": {"embed_dim": 192, "num_heads": 6, "depth": 3}}),
     "one wide head": ("tiny-small", {"diffusion.config": {"embed_dim": 256, "num_heads": 2, "depth": 1}}),
@@ -284,7 +284,7 @@ def test_both_backends_agree_on_configs_without_stored_numbers(name: str, tmp_pa
 
 @pytest.mark.parametrize("backend", ["native", "stable_audio_tools"])
 def test_a_source_fills_a_fractional_window(backend: NetworkBackend, tmp_path: Path) -> None:
-    """The window is 64 latent frames and 50 samples long. stable-audio-tools fills all of it with the source."""
+    """The window is 64 latent frames and 50 samples long. As in stable-audio-tools, the source fills all of it."""
     samples, steps = 64 * 64 + 50, 2
     folder = with_sample_size(load_open_goldens("tiny-small").folder, samples, target=tmp_path / "odd")
     source = np.random.default_rng(0).uniform(-0.8, 0.8, (2, samples + 100)).astype(np.float32)
