@@ -113,8 +113,8 @@ class WindowRule:
 class SourcePlan:
     """Source audio prepared for the encoder: `samples` (channels, samples) float32 on the CPU, at the model's rate.
 
-    `samples` are padded or cropped to `frames` latent frames. The encoder processes them in `windows`, which count latent
-    frames. The engine sets the latents outside the windows' kept frames to 0.
+    `samples` are padded or cropped to `frames` latent frames. The encoder processes them in `windows`, whose numbers
+    are latent frames. The engine sets latents that no window keeps to 0.
     """
 
     samples: Tensor
