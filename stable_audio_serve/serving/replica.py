@@ -167,7 +167,7 @@ class ModelReplica:
         )
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Return the statistics for the request routers of this model. The routers also record them for the status.
+        """Return the statistics for this model's request routers, which also record them for `/v1/status`.
 
         Called by Ray Serve every second.
         """
@@ -227,9 +227,9 @@ class ModelReplica:
 async def _others_answer(*, surge: bool) -> bool:
     """Return True if older replicas of this model keep answering requests even if this replica fails to start.
 
-    With the setting `surge`, an update stops an older replica only after a new one has started. Without it, the update
-    stops older replicas one after another, even if new ones fail. Then a new replica must start, if necessary with the
-    last good weights.
+    With the setting `surge`, an update stops an older replica only after a new one has started. Without `surge`, the
+    update stops the older replicas one after another, even if the new ones fail. Then this replica must start, if
+    necessary with the last good weights.
     """
     if not surge:
         return False

@@ -61,10 +61,10 @@ def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
 
 
 def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: float) -> Settings:
-    """Return the settings with a value for `replicas.surge` of every model: whether updates start an extra replica.
+    """Return the settings with `replicas.surge` set for every model: whether updates start an extra replica.
 
-    If the setting is unset, the value is true if the nodes have room for one more replica of the model when every model
-    has its largest number of replicas. `nodes` has the resources of each node. Raises ConfigError.
+    An unset `surge` becomes true if, while every model has its largest number of replicas, the nodes have room for one
+    more replica of the model. `nodes` has the resources of each node. Raises ConfigError.
     """
     slots = {model.name: replica_slot(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
     taken = [slots[model.name] for model in settings.models for _ in range(model.replicas.max_replicas)]
@@ -96,8 +96,9 @@ def reserved_cpus(model: ModelSettings, *, num_gpus: float) -> float:
 def reserved_gpus(settings: Settings, model: ModelSettings, *, cluster_gpus: float) -> float:
     """Return the number of GPUs that a replica reserves: the setting `num_gpus` if it is set.
 
-    Otherwise it is one GPU, or an equal share if there are not enough GPUs for all models, and 0 for a model that does
-    not run on a GPU. Raises ConfigError if the model's device is a GPU but the cluster has none.
+    Otherwise the number is 0 for a model that does not run on a GPU. For other models, it is one GPU, or an equal share
+    if there are not enough GPUs for all models. Raises ConfigError if the model's device is a GPU but the cluster has
+    none.
     """
     if model.num_gpus is not None:
         return model.num_gpus
@@ -180,16 +181,16 @@ def _bundles(count: int) -> Iterator[int]:
 
 
 def has_room(nodes: Sequence[Slot], taken: Iterable[Slot], *, extra: Slot) -> bool:
-    """Return True if `extra` fits on one of `nodes` after `taken` was placed on them, the largest first."""
+    """Return True if `extra` fits on one of `nodes` after the slots in `taken` were placed on them, largest first."""
     free = [[node.gpus, node.cpus] for node in nodes]
     largest_first = sorted(taken, key=lambda slot: (slot.gpus, slot.cpus), reverse=True)
     return all(_place(free, slot) for slot in (*largest_first, extra))
 
 
 def _place(free: list[list[float]], slot: Slot) -> bool:
-    """Subtract a slot from the fullest node that has room for it, as Ray does. Returns False if no node has room.
+    """Subtract a slot from the resources of the fullest node that has room for it. Returns False if no node has room.
 
-    `free` has the free GPUs and CPUs of each node.
+    Ray also prefers the fullest node. `free` has the free GPUs and CPUs of each node.
     """
     fitting = [node for node in free if node[0] + _TOLERANCE >= slot.gpus and node[1] + _TOLERANCE >= slot.cpus]
     if not fitting:

@@ -290,8 +290,8 @@ async def test_request_reaches_a_replica_after_its_first_bytes(tmp_path: Path, m
     assert sent.endswith(b"\r\n\r\n70000")
 
 
-# Path -> status and content type of the fake server's answer. JSON and HTML are as from a replica, plain text as from
-# Ray Serve if there is no replica. "/cut" gets no answer: the connection is closed.
+# Path -> status and content type of the fake server's answer. A replica answers with JSON or HTML. Ray Serve answers
+# with plain text if there is no replica. "/cut" gets no answer: the connection is closed.
 _ANSWERS = {
     "/docs": (200, "text/html"),  # HAProxy's health check uses this path, too
     "/text-404": (404, "text/plain; charset=utf-8"),
@@ -304,7 +304,7 @@ _ANSWERS = {
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answer the requests that come on one connection, as `_ANSWERS` says, until the connection is closed."""
+    """Answer the requests of one connection with the answers in `_ANSWERS`, until the client closes the connection."""
     with suppress(asyncio.IncompleteReadError):
         while path := (await reader.readuntil(b"\r\n\r\n")).split()[1].decode():
             if path not in _ANSWERS:
