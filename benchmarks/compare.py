@@ -1,7 +1,7 @@
-"""Runs one comparison of servers (sides): their audio, capacity, latency at one rate, and goodput.
+"""Compares servers: their audio, capacity, latency at one rate, and goodput. A compared server is called a side.
 
-Sides take turns. Each round has a new list of requests, the same for all sides. Goodput is the highest rate at which
-nearly all requests are in time; a bisection finds it.
+The sides are measured one after another. Each round has a new list of requests, which is the same for all sides.
+Goodput is the highest rate at which nearly all requests are in time. It is found by bisection.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from benchmarks.pieces import Pieces, write_json
 from benchmarks.quiet import Watch, in_quiet
 from benchmarks.workload import Arrival, draw_arrivals
 
-# Largest allowed root mean square of the difference between two clips, divided by that of the reference clip. Batching
-# in float32 (at most 1e-5) and rounding quiet clips to 16 bits (1e-4) are below it. A decoder in TF32 (8e-4), a
-# denoiser in float16 (above 1e-3) and one step fewer (above 3e-2) are above it.
+# Largest allowed difference of two clips: the root mean square of their difference, divided by the root mean square of
+# the reference clip. Batching in float32 (at most 1e-5) and rounding quiet clips to 16 bits (1e-4) are below it. A
+# decoder in TF32 (8e-4), a denoiser in float16 (above 1e-3) and one step fewer (above 3e-2) are above it.
 LARGEST_DIFFERENCE = 5e-4
 
 _PROBES_PER_CLASS = 3
@@ -35,14 +35,14 @@ class VoidError(RuntimeError):
 
 
 class SideFailedError(RuntimeError):
-    """A side did not return audio. Finished measurements are kept."""
+    """A side did not return audio. The measurements that are finished are already stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """The options of a comparison. Each round sends a new list of `count` requests.
 
-    The first side is the reference. Latencies are measured at `load_share` of its capacity.
+    The first side is the reference. Latencies are measured at a rate of `load_share` times the reference's capacity.
     """
 
     mix: str
@@ -61,8 +61,8 @@ class RunOptions:
 class Run:
     """One comparison. Finished measurements are stored in `pieces` and are not repeated by a later run.
 
-    `is_watched`: all sides are descendants of this process, so the load of other programs can be detected. A round that
-    other programs disturb is repeated.
+    `is_watched` is true if all sides are descendants of this process, so that the load of other programs can be
+    detected. Then a round that other programs disturb is repeated.
     """
 
     askers: Mapping[str, Asker]
@@ -102,9 +102,9 @@ class Run:
         }
 
     async def _probe(self) -> dict[str, Any]:
-        """Request the same few clips from every side, one at a time, and compare their audio with the reference's.
+        """Request the same few clips from every side, one at a time, and compare the audio with that of the reference.
 
-        Also measures how long the idle reference takes for these clips.
+        Also measures how long the reference takes for each clip while it is idle.
         """
         arrivals, (reference, *others) = self._choose_probes(), self.options.sides
         clips: dict[str, list[Audio]] = {}
@@ -149,7 +149,7 @@ class Run:
     async def _bisect(self, name: str, *, own_rps: float, probes: Sequence[Record]) -> Bracket:
         """Find the highest rate at which nearly all requests of a side finish in time.
 
-        `own_rps` is the side's capacity. `probes` have the times of clips on the idle reference.
+        `own_rps` is the side's capacity. `probes` has the times that clips take on the idle reference.
         """
         good_rps, bad_rps = (share * own_rps for share in _GOODPUT_RANGE)
         alone_ms = fit_alone_ms(probes)
@@ -197,9 +197,9 @@ def _require_answers(name: str, records: list[Record]) -> list[Record]:
 def compare(
     reference: Sequence[Audio], others: Mapping[str, Sequence[Audio]], *, bound: float = LARGEST_DIFFERENCE
 ) -> dict[str, dict[str, float]]:
-    """Returns how much the clips of each side in `others` differ from the reference's.
+    """Returns how much the clips of each side in `others` differ from the clips of `reference`.
 
-    Raises VoidError naming a side with a larger difference than `bound`.
+    If a side differs by more than `bound`, raises VoidError, which names the side.
     """
     results: dict[str, dict[str, float]] = {}
     for name, clips in others.items():

@@ -22,7 +22,7 @@ Records = Mapping[str, Sequence[Record]]  # records of one round, by side
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A figure of one side divided by that of another, with the interval of the ratio."""
+    """The ratio of two servers' figures, with its interval from `low` to `high`."""
 
     value: float
     low: float
@@ -31,7 +31,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """The highest rate at which nearly all requests were in time, and the lowest at which they were not.
+    """The highest rate at which nearly all requests were in time, and the lowest rate at which too many were late.
 
     Both are in requests per second.
     """
@@ -77,13 +77,13 @@ def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) 
 
 
 def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Returns the median of the rounds' ratios. The interval is their range."""
+    """Returns the median of the ratios of all rounds. The interval is the range of these ratios."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Ratio(median(ratios), min(ratios), max(ratios))
 
 
 def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
-    """Returns the ratio of the 95th percentiles of two sides' latencies in all rounds together.
+    """Returns the 95th percentile of our latencies in all rounds together, divided by the 95th percentile of theirs.
 
     The interval covers this ratio and the ratio of each round. Returns None if a round has no latency.
     """
@@ -95,7 +95,10 @@ def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequen
 
 
 def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio:
-    """Returns our good rate divided by theirs. The interval has all ratios that are possible in the two brackets."""
+    """Returns our good rate divided by their good rate.
+
+    Each true rate is between the bracket's good and bad rate. The interval covers all ratios of such rates.
+    """
     good, low, high = (ours.good_rps / theirs.good_rps, ours.good_rps / theirs.bad_rps, ours.bad_rps / theirs.good_rps)
     return Ratio(good, low, high)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CaseSettings:
-    """What every case measures, and how much.
+    """The settings of all benchmark cases.
 
     `model` is a registered name or a checkpoint folder; None selects the demo model. `threads` is the model's number of
     CPU threads. `mode` is the engine's mode (strict or fast; None: the device's default). `full` sends as many requests

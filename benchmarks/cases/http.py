@@ -1,5 +1,6 @@
-"""Measures the time for one 10 s clip in three ways, in alternation: the model alone, the engine around it, and the
-whole server over HTTP.
+"""Measures the time for one 10 s clip in three ways: the bare pipeline, the engine, and the whole server over HTTP.
+
+The bare pipeline runs the model without a scheduler. The three ways take turns.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
 
 
 async def run_http(settings: CaseSettings) -> dict[str, Any]:
-    """Measure all ways in alternation, in `settings.rounds` rounds; the worst round counts.
+    """Measure the three ways in alternation, in `settings.rounds` rounds. The result is the worst round.
 
     Raises VoidError if the engine's audio differs from the bare pipeline's.
     """
@@ -70,10 +71,10 @@ async def run_http(settings: CaseSettings) -> dict[str, Any]:
 
 
 def compare_ways(rounds: Sequence[Round], *, allowed: Mapping[str, Allowance]) -> dict[str, Any]:
-    """Returns percentiles of each way over all rounds, and its ratio and difference to the bare pipeline.
+    """Returns percentiles of the times of each way over all rounds, and how its time compares with the bare pipeline's.
 
-    Ratios and differences use the medians of each round. `allowed` says how much slower than the bare pipeline a way
-    may be: the larger one of a multiple of its time, and its time plus milliseconds.
+    For the comparisons, the median time of each round is used. `allowed` has the longest allowed time of each way: a
+    multiple of the bare pipeline's time or that time plus some milliseconds, whichever is longer.
     """
     medians_ms = [{way: median(taken) for way, taken in calls.items()} for calls in rounds]
     figures: dict[str, Any] = {}

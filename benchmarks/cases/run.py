@@ -1,8 +1,8 @@
-"""Compares our server with alternatives (sides), such as a lock around the model, for the same arrivals of requests.
+"""Compares our server with alternatives, such as a lock around the model, for the same arrivals of requests.
 
-By default the run starts one server, in which each side is a model. With `engine_only` all sides run in this process,
-without Ray and HTTP. With `url`, a running server with one of the five supported APIs is a side, alone or together with
-the sides in `against`.
+Each compared server is called a side. By default the run starts one server, in which each side is a model. With
+`engine_only`, all sides run in this process, without Ray and HTTP. With `url`, a running server with one of the five
+supported APIs is one of the sides, either the only one or together with the sides in `against`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class RunRequest:
 
 
 async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder: Path) -> dict[str, Any]:
-    """Run the comparison and return its results. Lists of arrivals and finished measurements are kept in `folder`.
+    """Run the comparison and return its results. Lists of arrivals and finished measurements are stored in `folder`.
 
     Raises VoidError, OtherRunError or SideFailedError.
     """
@@ -125,7 +125,7 @@ async def _opened(
 async def _in_process(
     settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry, num_adapters: int
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """Open all sides around one loaded model, so only one of them may get requests at a time. Yields their clients."""
+    """Open all sides with one loaded model, and yield a client for each. Only one side may get requests at a time."""
     model = load_model(entry, device=settings.device)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     opened = {name: open_side(name, model, options=options) for name in sides}
@@ -142,9 +142,9 @@ async def _in_process(
 async def _on_one_server(
     settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """Start one server with each side as a model; the sides share its HTTP proxy, ingress and audio encoders.
+    """Start one server in which each side is a model, and yield a client for each side.
 
-    Yields their clients. Raises ValueError for a model without a folder.
+    The sides share the server's HTTP proxy, ingress and audio encoders. Raises ValueError for a model without a folder.
     """
     from benchmarks.servers.process import serving
 
@@ -163,7 +163,7 @@ async def _on_one_server(
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns a table with one side per row. Ratios to the reference are in brackets, with the range of the rounds."""
+    """Returns a table with one side per row. In brackets: the ratio to the first side, and the range of the rounds."""
     reference = results["reference"]
     steps = [name for name in results["sides"][reference]["latency"] if name != "all"]
     table = []

@@ -53,7 +53,7 @@ class Network:
         return self.depth * block + head + 7 * e**2
 
     def step_operations(self, frames: int) -> float:
-        """Returns the number of operations of one step of a row, without those that are done once per request."""
+        """Returns the number of operations for one step of a row, without operations that a request needs only once."""
         e, tokens = self.width, frames + self.prefix_tokens
         layer = 2 * self._products * tokens + 4 * self._softmaxes * e * tokens * (tokens + _CONTEXT_TOKENS)
         return self.depth * layer + 4 * _LATENT_CHANNELS * e * frames
