@@ -1,4 +1,4 @@
-"""Stability AI's published figures for one H200, the work of each clip computed from the networks' shapes, and goals."""
+"""Stability AI's published figures for one H200, the work of each clip, computed from network shapes, and our goals."""
 
 from __future__ import annotations
 
