@@ -82,7 +82,7 @@ def open_client(
     most_retries: int | None = None,
     timeout_s: float | None = None,
 ) -> Iterator[Client]:
-    """Open a client. Unless `quiet`, it reports on standard error that it waits, or sends a request again."""
+    """Open a client. Unless `quiet` is true, it prints to standard error when it waits or sends a request again."""
     import httpx
 
     from stable_audio_serve.client import Client, Retries
