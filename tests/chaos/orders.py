@@ -1,4 +1,4 @@
-"""Orders, which are the planned jobs of a chaos run: a mix of dialects and options, determined by a seed."""
+"""Orders, which are the planned jobs of a chaos run. A seed determines the APIs (dialects) and options of the jobs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from tests.audio_files import make_audio_file
 
-# plain, keyed, chosen and variation are jobs of the native API: without a key, with an Idempotency-Key, with an id
-# that the client chooses, and with an upload.
+# The native API has four kinds: plain has no key, keyed has an Idempotency-Key, chosen has an id that the client
+# chooses, and variation has an upload.
 Kind = Literal["plain", "keyed", "chosen", "variation", "aiml", "fal"]
 
 _WEIGHTS: Mapping[Kind, int] = {"plain": 2, "keyed": 3, "chosen": 2, "variation": 3, "aiml": 1, "fal": 2}

@@ -18,7 +18,7 @@ from tests.object_storage import Faults, ObjectStorage, running_object_storage
 from tests.serving.conftest import TINY
 from tests.serving.launched import LaunchedServer, write_config
 
-# A file without a job is deleted at this age. A finished job needs less time from storing its file to its commit.
+# A file without a job is deleted at this age. A job must commit its file to the database before, which takes less time.
 ORPHAN_AFTER_S = 30.0
 
 _MODEL = {
