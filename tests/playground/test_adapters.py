@@ -67,7 +67,7 @@ def strengths(page: Page) -> dict[str, str]:
 
 
 def move(page: Page, name: str, strength: float) -> None:
-    """Set the slider of an adapter, as a user's drag does."""
+    """Set the slider of an adapter, and send the event that follows when a user drags it."""
     script = """
         const [name, strength] = arguments;
         const sliders = [...document.querySelectorAll("#loras input")];

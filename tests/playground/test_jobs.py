@@ -47,7 +47,7 @@ def test_many_jobs_leave_connections_for_other_requests(page: Page) -> None:
 
 @pytest.mark.slow
 def test_jobs_without_a_stream_are_polled_in_turn(page: Page) -> None:
-    """Only a few jobs are polled at once, because there may be thousands of them after a page reload."""
+    """Only a few jobs are polled at once, because there may be thousands of jobs after a page reload."""
     asked_at_ms = page.browser.execute_async_script(
         """
         const [done] = arguments;
