@@ -41,7 +41,7 @@ class Bracket:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Returns a percentile with linear interpolation; 0 if there are no values."""
+    """Returns a percentile with linear interpolation, or 0 if there are no values."""
     return float(np.percentile(values, percent)) if values else 0.0
 
 
@@ -133,9 +133,9 @@ def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:
 def summarize_sides(
     sides: Sequence[str], *, bursts: Sequence[Records], replays: Sequence[Records], brackets: Mapping[str, Bracket]
 ) -> dict[str, Any]:
-    """Returns a dict with `sides`, the figures of each side, and `ratios`.
+    """Returns the figures of all compared servers (`sides`), and their ratios.
 
-    `ratios[a][b]` are the figures of side a divided by those of side b.
+    `ratios[a][b]` are the figures of server a, each divided by the same figure of server b.
     """
     steps = sorted({record.steps for records in replays for own in records.values() for record in own})
 

@@ -70,7 +70,7 @@ def format_cell(value: object) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """Returns the output of a command; None if the command cannot be run."""
+    """Returns the output of a command, or None if the command cannot be run or fails."""
     try:
         ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

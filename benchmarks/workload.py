@@ -88,8 +88,8 @@ def draw_arrivals(
 ) -> tuple[Arrival, ...]:
     """Returns `count` requests of a mix in order of arrival. Longer durations are cut to `max_duration_s`.
 
-    `rate_hz` is the rate of arrivals; if it is None, all requests arrive at once. The rate changes only the arrival
-    times: the requests depend only on (mix, count, seed).
+    `rate_hz` is the rate of arrivals. If it is None, all requests arrive at once. The rate changes only the arrival
+    times. The requests depend only on (mix, count, seed).
     """
     mix = MIXES[mix] if isinstance(mix, str) else mix
     rng = random.Random(f"{mix.name}/{count}/{seed}")

@@ -277,7 +277,7 @@ def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: 
 def make_request(
     prompt: str = "a bell", *, duration_s: float = 0.4, seed: int = 1, **fields: object
 ) -> GenerationRequest:
-    """Returns a request. `keep` is "model" by default: with "source", copied samples of the source could hide faults."""
+    """Returns a request. `keep` is "model" by default, because with "source", copied source samples hide faults."""
     request = GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed, keep="model")
     return replace(request, **fields)  # type: ignore[arg-type]
 

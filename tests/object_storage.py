@@ -227,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class ObjectStorage:
-    """The S3 service. The code under test reaches it through `proxy`; tests look at it directly with `client`."""
+    """The S3 service. The code under test uses it through `proxy`. Tests inspect it directly with `client`."""
 
     proxy: FaultyProxy
     server_url: str

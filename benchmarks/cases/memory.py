@@ -72,7 +72,7 @@ def growth_share(held: Sequence[int]) -> float:
 
 
 def resident_bytes() -> int:
-    """Returns the physical memory of this process, after its allocator has returned free memory; Linux only."""
+    """Returns the physical memory of this process after its allocator has returned free memory. Works on Linux only."""
     with suppress(OSError, AttributeError):  # `malloc_trim` exists only in glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -38,7 +38,7 @@ async def run_simulate(settings: CaseSettings) -> dict[str, Any]:
 
 
 def _compare(mix: str, network: Network, *, count: int, seed: int) -> dict[str, float]:
-    """Returns the engine's figures divided by those of the lock server, for the same requests."""
+    """Returns the engine's figures divided by the lock server's figures, for the same requests."""
 
     def draw(rate_hz: float | None) -> tuple[Arrival, ...]:
         return draw_arrivals(mix, rate_hz=rate_hz, count=count, seed=seed, max_duration_s=network.longest_s)

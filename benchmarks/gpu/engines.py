@@ -157,7 +157,7 @@ class OpenEngine(OurServer):
         await self.settle()
 
     async def together(self, *requests: GenerationRequest) -> list[Audio]:
-        """Returns the first clip of each request; all are sent at once."""
+        """Send all requests at once. Returns the first clip of each."""
         return [result.audio[0] for result in await asyncio.gather(*map(self.generate, requests))]
 
 

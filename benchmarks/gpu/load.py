@@ -22,7 +22,10 @@ _MOST_NAMED = 20  # number of differences, and of failures, that are described; 
 
 
 async def measure(machine: Machine, results: Results, *, name: str) -> None:
-    """Compare the clips of an engine with all features under load with those of a plain engine without load."""
+    """Generate clips under load with an engine that has all features, and compare them with a plain engine's clips.
+
+    The plain engine has no features and no load.
+    """
     sizes, model = machine.sizes, machine.load(name, decode=None)
     longest_s = min(sizes.longest_s, model.spec.card.max_duration_s)
     drawn = draw_arrivals(f"{name}-mixed", rate_hz=None, count=sizes.clips, seed=1, max_duration_s=longest_s)

@@ -1,5 +1,7 @@
-"""Records the work of a GPU during a call with torch's profiler: kernels, copies, launches, waits, and the share of
-time in which it was busy. On a CPU it records only the operators of attention.
+"""Records the work of a GPU during a call, with torch's profiler.
+
+The record has kernels, copies, launches and waits, and the share of time in which the GPU was busy. On a CPU, only the
+attention operators are recorded.
 """
 
 from __future__ import annotations
@@ -76,7 +78,10 @@ async def trace(
 
 
 def summarize_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Returns figures of a Chrome trace. `host_launches` counts a CUDA graph once; `kernels` counts its kernels."""
+    """Returns figures of a Chrome trace.
+
+    A CUDA graph counts once in `host_launches`. In `kernels`, each of its kernels counts.
+    """
     whole = [event for event in events if event.get("ph") == "X"]
     work = sorted((event for event in whole if event.get("cat") in _DEVICE_WORK), key=lambda event: event["ts"])
     host = [event["name"] for event in whole if event.get("cat") in {"cuda_runtime", "cuda_driver"}]

@@ -27,7 +27,7 @@ from stable_audio_serve.serving.replica import ModelReplica
 
 
 class SideReplica(StandInReplica):
-    """A replica that generates audio with one of the `SIDES`. The model's name is the name of the side."""
+    """A replica that generates audio with the compared server that has the model's name, such as `lock`."""
 
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
         loaded = load_model(

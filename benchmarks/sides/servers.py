@@ -76,7 +76,7 @@ def one_call(model: DiffusionModel, device: Device) -> BatchPolicy:
 
 
 class LockServer(Pipeline):
-    """The side `lock`: serves one request at a time, like a simple request handler around a model."""
+    """The compared server `lock`: serves one request at a time, like a simple request handler around a model."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions) -> None:
         super().__init__(
@@ -91,7 +91,7 @@ class LockServer(Pipeline):
 
 
 class FoldServer(LockServer):
-    """The side `fold`: works like `lock`, but folds adapters into the network's weights.
+    """The compared server `fold`: works like `lock`, but folds adapters into the network's weights.
 
     If a request has other adapters than the request before it, the weights are changed first.
     """
@@ -128,7 +128,10 @@ class FoldServer(LockServer):
 
 
 class StaticServer(Pipeline):
-    """The side `static`: batches of requests with the same length bucket, steps and guidance, one batch at a time."""
+    """The compared server `static`: runs one batch at a time.
+
+    The requests of a batch have the same length bucket, steps and guidance.
+    """
 
     def __init__(
         self, model: DiffusionModel, options: EngineOptions, *, collect: Callable[[RunBatch], Batched]
@@ -146,7 +149,10 @@ class StaticServer(Pipeline):
 
 
 def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
-    """Returns the values that requests of a batch must share: length bucket and everything that affects the steps."""
+    """Returns the values that all requests of a batch have in common.
+
+    They are the length bucket and everything that affects the steps.
+    """
     spec = model.spec
     padding_s = (
         spec.card.default_duration_padding_s if request.duration_padding_s is None else request.duration_padding_s
@@ -198,7 +204,7 @@ class Batcher:
 
 
 class OurServer(Engine):
-    """The sides `ours`, `ours-strict` and `ours-fast`: the engine."""
+    """The compared servers `ours`, `ours-strict` and `ours-fast`: the engine."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: Device | None = None) -> None:
         self.captures = Captures()
@@ -215,7 +221,7 @@ SIDES = ("lock", "static", "fold", "ours", "ours-strict", "ours-fast")
 def open_side(
     name: str, model: DiffusionModel, *, options: EngineOptions, collect: Callable[[RunBatch], Batched] = Batcher
 ) -> Side:
-    """Returns the side with this name, which runs `model`. Raises ValueError if `name` is not in `SIDES`."""
+    """Returns the compared server `name`, which runs `model`. Raises ValueError if `name` is not in `SIDES`."""
     if name == "lock":
         return LockServer(model, options)
     if name == "fold":

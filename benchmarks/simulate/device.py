@@ -24,7 +24,7 @@ _TOKENS_PER_FRAME = 17  # the decoder's tokens for each latent frame
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The dimensions of a model's denoiser and decoder. The defaults are those of the small models.
+    """The dimensions of a model's denoiser and decoder. The default values describe the small models.
 
     With `differential` attention, a layer projects to five vectors (q, k, v, q', k') and computes two softmaxes.
     """

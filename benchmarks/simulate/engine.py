@@ -55,7 +55,7 @@ class _QueuedCall:
 class _Queues:
     """The two queues (CUDA streams) of a simulated GPU.
 
-    Calls of the second queue have priority; the first queue gets the rest of the GPU's time.
+    Calls of the second queue have priority. The first queue gets the remaining time of the GPU.
     """
 
     def __init__(self) -> None:

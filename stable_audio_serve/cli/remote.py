@@ -119,7 +119,7 @@ def ask(client: Client, what: str, **options: Any) -> Any:
 
 
 def load_dotenv() -> None:
-    """Add the variables of the nearest `.env` to the environment, as the server does."""
+    """Add the variables of the nearest `.env` to the environment. The server reads the same file."""
     import os
 
     from stable_audio_serve.core.settings_sources import load_environment

@@ -273,7 +273,7 @@ def _cell(text: object) -> Text:
 
 
 def _when(text: str | None) -> str:
-    """Convert a time in ISO 8601 to local time; the empty string for None."""
+    """Convert a time in ISO 8601 to local time. Returns the empty string for None."""
     try:
         return "" if text is None else datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     except ValueError:

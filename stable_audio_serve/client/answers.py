@@ -79,7 +79,7 @@ class Result:
 
     @property
     def seed(self) -> int:
-        """The seed of the first variation; the same request with this seed gives the same audio."""
+        """The seed of the first variation. The same request with this seed gives the same audio."""
         return self.clips[0].seed
 
     def save(self, path: str | Path) -> Path:

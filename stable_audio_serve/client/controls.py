@@ -29,14 +29,14 @@ class Lora(TypedDict, total=False):
 
 
 class Loudness(TypedDict, total=False):
-    """The target loudness of a clip, in LUFS. A limiter keeps the true peak below `true_peak_dbtp`, by default -1."""
+    """The target loudness of a clip, in LUFS. A limiter limits the true peak to `true_peak_dbtp`, by default -1."""
 
     target_lufs: Required[float]
     true_peak_dbtp: float
 
 
 class Controls(TypedDict, total=False):
-    """Optional fields of every request, except those of `Client.loop`."""
+    """Optional fields of every request, except requests of `Client.loop`."""
 
     model: Annotated[str | None, "Name or alias of a served model."]
     negative_prompt: Annotated[str | None, "What to avoid; takes effect with cfg_scale above 1."]

@@ -84,8 +84,8 @@ class PortBlock:
 def claim_ports(host: str) -> Iterator[PortBlock]:
     """Reserve a block of free ports until the context ends. Raises OSError if no block is free.
 
-    HAProxy's statistics and metrics pages use their ports of the block on `host`. The other ports are used on the
-    loopback address.
+    All ports of the block are free on `host`, because HAProxy serves its statistics and metrics pages there. The other
+    ports are used on the loopback address.
     """
     host = _ALL_IPV4 if ":" in host else host
     for _ in range(_ATTEMPTS):

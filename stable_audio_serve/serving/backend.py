@@ -51,7 +51,7 @@ class _Refusal:
     retry_at: float  # when the request that was refused last may be sent again
 
     def repeat(self, now: float) -> OverloadedError:
-        """Return the error for one more refused request. Its retry time is `work_s` after that of the last refusal."""
+        """Return the error for one more refused request. Its retry time is `work_s` later than the last refusal's."""
         self.retry_at += self.error.work_s
         return OverloadedError(self.error.message, retry_after_s=self.retry_at - now)
 

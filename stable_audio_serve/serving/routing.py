@@ -18,12 +18,12 @@ from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Chooses the replica with the least predicted work, including the new call. A `WorkLedger` tracks the work.
 
-    First, one replica is picked at random. If that replica's last report is too old, the call goes to the one of two
-    random replicas that has the shorter queue, which is Ray Serve's default. Thus replicas without recent reports get
-    calls, too.
+    First, one replica is picked at random. If that replica's last report is too old, Ray Serve's default rule chooses
+    the replica: of two random replicas, it takes the one with the shorter queue. Thus replicas without recent reports
+    get calls, too.
 
     Ray Serve sends waiting calls in their order of arrival. Therefore, a call may go to a replica that was chosen for a
-    later call, and the later call goes to the other replica.
+    later call. The later call then goes to the replica that was chosen for the first.
     """
 
     def initialize_state(self, *, model: str, old_after_s: float = OLD_S) -> None:

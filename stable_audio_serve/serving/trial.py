@@ -138,9 +138,9 @@ class Trial:
     async def _try(self, entry: ModelEntry, *, pinned: str | None = None, expected: str | None = None) -> Started:
         """Load the model described by `entry`, start its engine, and run the quality gate.
 
-        `pinned` is the id of the quality report that the model must match; None = the report of these weights.
-        `expected` is the hash that the weights must have; None = any. Closes the engine after an error. Raises one of
-        `_FAULTS` or ConfigError.
+        `pinned` is the id of the quality report that the model must match. None means the report of these weights.
+        `expected` is the hash that the weights must have. None allows any hash. Closes the engine after an error.
+        Raises one of `_FAULTS` or ConfigError.
         """
         with self._stage("load"):
             self._tried = None

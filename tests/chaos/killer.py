@@ -158,7 +158,7 @@ class Census:
         threading.Thread(target=self._read, daemon=True).start()
 
     def take(self) -> Mapping[str, int] | None:
-        """Return the number of running replicas of each deployment, counted after this call; None on timeout."""
+        """Return the number of running replicas of each deployment, counted after this call, or None on timeout."""
         with self._has_new:
             # Wait for two lines. The program may have begun the count of the next line before this call.
             newer = self._num_taken + 2

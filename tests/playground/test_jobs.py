@@ -29,7 +29,7 @@ def test_jobs_survive_a_reload_and_can_be_cancelled(page: Page) -> None:
 
 @pytest.mark.slow
 def test_many_jobs_leave_connections_for_other_requests(page: Page) -> None:
-    """A browser opens at most six connections to a server, and a job's event stream holds one until the job ends."""
+    """A browser opens at most six connections to a server. A job's event stream uses one of them until the job ends."""
     page.fill(prompt="rain", duration=20, steps=50, batch_size=4)
     for count in (4, 8):
         page.click("generate")

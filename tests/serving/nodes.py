@@ -96,7 +96,7 @@ class Nodes:
         return len(victims)
 
     def drain_node(self, node_id: str) -> None:
-        """Make Ray move work away from a node, as our Kubernetes pods do before they stop (see `cluster/kuberay`)."""
+        """Make Ray move work away from a node. Our Kubernetes pods do this before they stop (see `cluster/kuberay`)."""
         arguments = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod stops"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
         subprocess.run([*ray, "--address", self._cluster.address, "--node-id", node_id, *arguments], check=True)

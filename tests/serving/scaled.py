@@ -148,7 +148,10 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
 
 
 def refused_databases(folder: str) -> list[str]:
-    """Return the errors of starts with two job databases: SQLite, which nodes cannot share, and an unreachable one."""
+    """Start the server with SQLite, which several nodes cannot share, and then with an unreachable job database.
+
+    Return both error messages.
+    """
     messages = []
     for url in (None, "postgresql://somebody@nowhere.invalid/jobs"):
         settings = {"models": [{"name": "tiny", "path": folder}], "jobs": {"database_url": url}}

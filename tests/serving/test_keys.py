@@ -1,4 +1,4 @@
-"""API keys on a real server with two HTTP processes: limits that both share, and a key file that changes."""
+"""API keys on a real server with two HTTP processes, which share the limits of a key. Also changes of the key file."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Starting and stopping servers: two on one machine, with HAProxy or Ray's Python proxy, and with faults.
 
-A stopped server must leave no processes.
+A stopped server must leave no processes and no files.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ print(*(card.family for card in (*plan.catalog, *describe_models(plan).catalog))
 
 
 def fetch_elsewhere(folder: Path, endpoint: str) -> list[str]:
-    """Read the model's config from the hub, as a head node that loads no model does. Return the printed lines.
+    """Read the model's config from the hub, like a head node, which loads no model. Return the printed lines.
 
     The lines are warnings. The last line has the model's family as it was assumed before reading the config, and as the
     config says.

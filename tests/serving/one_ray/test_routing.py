@@ -48,7 +48,7 @@ class TimedReplica:
 
 
 class Caller:
-    """A process that calls the replicas through one handle, as the server's HTTP process does."""
+    """A process that calls the replicas through one handle, like the server's HTTP process."""
 
     def __init__(self, handle: object) -> None:
         self._handle = handle
