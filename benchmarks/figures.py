@@ -13,9 +13,9 @@ import numpy as np
 from benchmarks.load import Record
 
 _MOST_LATE_SHARE = 0.05  # largest share of late requests for which a rate counts as good
-_LONGEST_ALONE = 5.0  # a request is late after this many times its time on an idle server,
-_LEAST_BOUND_MS = 1000.0  # but not before this time
-_HEAD, _TAIL = 0.15, 0.05  # shares of a list, at its start and end, whose latencies are not counted
+_LONGEST_ALONE = 5.0  # a request is late if it takes more than this many times its time on an idle server
+_LEAST_BOUND_MS = 1000.0  # a request that takes at most this time is never late
+_HEAD, _TAIL = 0.15, 0.05  # shares of a list's requests, at its start and at its end, that do not count
 
 Records = Mapping[str, Sequence[Record]]  # records of one round, by side
 
@@ -67,7 +67,7 @@ def capacity_rps(records: Sequence[Record]) -> float:
 
 
 def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) -> list[float]:
-    """Returns the latencies of finished requests, without those at the start and end of the list.
+    """Returns the latencies of finished requests. Requests at the start and at the end of the list do not count.
 
     If `steps` is given, only requests with this number of steps count.
     """

@@ -28,7 +28,7 @@ from tests.databases import postgres, postgres_url
 __all__ = ["postgres", "postgres_url"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-_SHARING = ("/served", "/one_ray", "/playground")  # all tests of such a folder share a server, a Ray or a browser
+_SHARING = ("/served", "/one_ray", "/playground")  # the tests of such a folder share a server, a cluster or a browser
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=500)  # for `make test-all`
 settings.load_profile("default")
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Make Python collect garbage less often, and never in the loaded modules. The API tests take a fifth less time."""
+    """Make Python collect garbage less often, and exclude the loaded modules. The API tests take a fifth less time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 10, 30)

@@ -21,9 +21,9 @@ from benchmarks.workload import Arrival, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
 
 _CLIP_S = 10.0
-_FULL_CALLS, _SHORT_CALLS = 67, 10  # clips of each way per round; three full rounds are about 200
+_FULL_CALLS, _SHORT_CALLS = 67, 10  # clips of each way per round; three rounds of a full benchmark have about 200
 
-Allowance = tuple[float, float]  # allowed time: (a multiple of the bare pipeline's, milliseconds more than it)
+Allowance = tuple[float, float]  # allowed time: (multiple of the bare pipeline's time, milliseconds in addition to it)
 Round = dict[str, list[float]]  # milliseconds of each clip, by way; `encode`: the part of `http` that encodes audio
 _ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
     "cpu": {"engine": (1.10, 25.0), "http": (1.10, 25.0)},
@@ -96,7 +96,7 @@ async def _time_ms(generate: Callable[[], Awaitable[object]]) -> float:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns a table with the cost of each layer around the pipeline, one per row."""
+    """Returns a table with one row: the times of the three ways, and their ratios to the bare pipeline."""
     return [
         {
             "clip (s)": results["clip_s"],

@@ -1,4 +1,7 @@
-"""Stability AI's published figures for one H200, the work of each clip, computed from network shapes, and our goals."""
+"""Stability AI's published figures for one H200, and our goals.
+
+The work of each clip is computed from the shapes of the networks.
+"""
 
 from __future__ import annotations
 

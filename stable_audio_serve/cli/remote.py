@@ -52,7 +52,7 @@ class WaitMessages:
         self._timer.start()
 
     def end(self, _: httpx.Response | None = None) -> None:
-        """Stop the timer. httpx calls this when a response begins; also called when the client closes."""
+        """Stop the timer. httpx calls this when a response begins. It is also called when the client closes."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -151,7 +151,7 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model. `sent` is the JSON object that was parsed; it may have more keys than this class has fields."""
+    """A served model. `sent` is the JSON object that was parsed. It may have more keys than this class has fields."""
 
     name: str
     aliases: tuple[str, ...]

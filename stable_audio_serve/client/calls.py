@@ -1,4 +1,4 @@
-"""Build HTTP requests. A `Call` describes one request; a `Connection` adds the server's address and the API key.
+"""Build HTTP requests. A `Call` describes one request. A `Connection` adds the server's address and the API key.
 
 The module `operations` sends the requests.
 """

@@ -176,7 +176,7 @@ class Jobs:
         idempotency_key: str | None = None,
         **controls: Unpack[JobInpaintControls],
     ) -> Job:
-        """Submit a job that regenerates regions of `audio`, or extends it as `Client.extend` does.
+        """Submit a job that regenerates regions of `audio`, or extends it (see `Client.inpaint` and `Client.extend`).
 
         `regions` has the start and end of each region in seconds. Raises OSError if the source file cannot be read.
         """
@@ -235,7 +235,7 @@ class Jobs:
         return iterate(self._operations.audio_chunks(job_id))
 
     def section(self, job_id: str, number: int) -> bytes:
-        """Download one finished section of a long piece. `number` counts from 1. All sections joined are the piece.
+        """Download one finished section of a long piece. `number` counts from 1. Joined, the sections are the piece.
 
         Raises NotFoundError while the section is not finished.
         """

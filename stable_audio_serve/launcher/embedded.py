@@ -41,7 +41,7 @@ def private_directory() -> Iterator[Path]:
 
     The folder's name is short, because Ray creates Unix sockets in the folder, and the path of a socket has at most 107
     bytes. If this process dies, a second process (`guard`) kills all processes that have a file open in the folder.
-    Then it removes the folder.
+    Then this second process removes the folder.
     """
     parent = "/tmp" if os.access("/tmp", os.W_OK) else None
     directory = Path(tempfile.mkdtemp(prefix="sas-", dir=parent)).resolve()
@@ -121,7 +121,7 @@ def exiting_after(timeout_s: float, *, exit_code: int, report: Callable[[], None
     watchdog.daemon = True
     watchdog.start()
     yield
-    watchdog.cancel()  # not after an error: the interpreter's own exit may hang, too
+    watchdog.cancel()  # not cancelled after an error, because the interpreter's own exit may hang, too
 
 
 def _stop(late_exit_code: int) -> None:

@@ -150,7 +150,10 @@ class RayBackend:
     async def _attempt(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
     ) -> GenerationResult:
-        """Call a replica once. Raises RayError if the replica or the result is lost, otherwise StableAudioError."""
+        """Call a replica once. Raises RayError if the replica or the result is lost.
+
+        Raises StableAudioError if the request fails for another reason.
+        """
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceededError("the time budget of this request ran out")
         bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S

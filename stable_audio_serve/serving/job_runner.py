@@ -75,7 +75,10 @@ class JobRunnerReplica:
         self._runner.wake()
 
     async def drain(self) -> int:
-        """Put the running jobs back into the queue, because the server is stopping. Returns how many are left."""
+        """Put the running jobs back into the queue, because the server is stopping.
+
+        Returns the number of jobs that are not back in the queue yet.
+        """
         return self._runner.drain()
 
     async def _report_waiting_work(self) -> None:

@@ -110,7 +110,7 @@ def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[
 
 
 def _check_all(entry: ModelEntry, token: str | None) -> None:
-    """Check the files of a model, and if the model needs the package stable-audio-tools, check that too."""
+    """Check the files of a model. If the model needs the package stable-audio-tools, check the package, too."""
     if entry.backend == "stable_audio_tools":
         require_package()
         if entry.folder is not None or entry.card.name in BUILT_IN:

@@ -60,8 +60,8 @@ class ModelReplica:
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
-            # Ray Serve prints the cause of an exception before the exception. With a cause that has the same message,
-            # the message is at the top.
+            # Ray Serve prints the cause of an exception before the exception itself. The cause gets the same message,
+            # so that the message is at the top.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
         engine = self._engine
@@ -157,7 +157,7 @@ class ModelReplica:
             self._outcomes[outcome] += 1
 
     async def status(self) -> ReplicaStatus:
-        """Return this replica's device, the durations of its start, its quality, and the numbers of its requests."""
+        """Return this replica's device, how long its start took, its quality, and the numbers of its requests."""
         return ReplicaStatus(
             device=str(self._engine.device),
             start_s=self._start_s,

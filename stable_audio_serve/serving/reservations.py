@@ -63,8 +63,8 @@ def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
 def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: float) -> Settings:
     """Return the settings with `replicas.surge` set for every model: whether updates start an extra replica.
 
-    An unset `surge` becomes true if, while every model has its largest number of replicas, the nodes have room for one
-    more replica of the model. `nodes` has the resources of each node. Raises ConfigError.
+    An unset `surge` becomes true if one more replica of the model fits on the nodes when every model has its largest
+    number of replicas. `nodes` has the resources of each node. Raises ConfigError.
     """
     slots = {model.name: replica_slot(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
     taken = [slots[model.name] for model in settings.models for _ in range(model.replicas.max_replicas)]
@@ -85,8 +85,8 @@ def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: flo
 def reserved_cpus(model: ModelSettings, *, num_gpus: float) -> float:
     """Return the number of CPUs that a replica reserves: the setting `num_cpus` if it is set.
 
-    Otherwise it is 1 for a replica with a GPU, and the setting `threads` (1 if unset) for a replica without. The number
-    of threads that a replica uses by default depends on its machine, which is unknown here.
+    Otherwise it is 1 for a replica with a GPU, and the setting `threads` (1 if unset) for a replica without a GPU. The
+    number of threads that a replica uses by default depends on its machine, which is unknown here.
     """
     if model.num_cpus is not None:
         return model.num_cpus

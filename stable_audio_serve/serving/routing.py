@@ -23,7 +23,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
     get calls, too.
 
     Ray Serve sends waiting calls in their order of arrival. Therefore, a call may go to a replica that was chosen for a
-    later call. The later call then goes to the replica that was chosen for the first.
+    later call. The later call then goes to the replica that was chosen for the earlier one.
     """
 
     def initialize_state(self, *, model: str, old_after_s: float = OLD_S) -> None:

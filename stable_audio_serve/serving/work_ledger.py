@@ -16,7 +16,7 @@ from stable_audio_serve.core.pricing import Prices
 
 OLD_S = 5.0
 # A replica that was chosen for a call normally accepts the call soon. If it does not within this time, the call no
-# longer counts as its work: the caller has disconnected, or the replica was full.
+# longer counts as work of the replica: the caller has disconnected, or the replica was full.
 _CHOSEN_S = 1.0
 # A report that seems older than this when it arrives is treated as if it were this old. The clocks of the two machines
 # probably differ.

@@ -59,9 +59,9 @@ class Order:
 
 
 def make_orders(count: int, *, seed: int) -> list[Order]:
-    """Return `count` orders: first one of every kind, then kinds drawn at random by weight.
+    """Return `count` orders in random order: one of every kind, and more of kinds that are drawn at random by weight.
 
-    `seed` determines the draw.
+    `seed` determines the kinds and their order.
     """
     rng = random.Random(f"orders/{seed}")
     kinds = [*_WEIGHTS, *rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=max(0, count - len(_WEIGHTS)))]

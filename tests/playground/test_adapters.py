@@ -12,8 +12,8 @@ from tests.playground.conftest import Page
 
 pytestmark = pytest.mark.server
 
-# Adds adapters to the server's list of models, and their field to its description. Keeps the adapters of a request in
-# `window.sent` and does not pass them on, because the server has no files of these adapters.
+# Changes the server's responses: adds adapters to the list of models, and the field `loras` to the API description.
+# Also moves the adapters of each request to `window.sent`, because the server has no files of these adapters.
 ADAPTERS = """
 const realFetch = window.fetch;
 const changes = {

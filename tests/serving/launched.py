@@ -54,7 +54,7 @@ def command(config: Path, *options: str) -> list[str]:
 class LaunchedServer:
     """A server process.
 
-    The constructor starts it; call `wait_until_ready` before use, and `stop` or `kill` at the end.
+    The constructor starts the process. Call `wait_until_ready` before use, and `stop` or `kill` at the end.
     """
 
     def __init__(

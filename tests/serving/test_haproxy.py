@@ -46,7 +46,7 @@ _PUBLIC = "127.0.0.2"  # the address that our wrapper makes HAProxy listen on, i
 _HEADER_TIMEOUT_S = 1.0
 _IDLE_TIMEOUT_S = 1.5
 _LONG_S = 2.5 * _IDLE_TIMEOUT_S
-_END_S = 30.0  # what must end must end within this time, even on a slow machine
+_END_S = 30.0  # HAProxy must close a connection within this time, even on a slow machine
 _EDITED = (
     "stats socket",
     "local0 info",

@@ -130,7 +130,7 @@ def read(file: bytes) -> Pcm:
 
 
 def pcm_of(file: bytes, *, duration_s: float = DURATION_S) -> Pcm:
-    """Decode a file as the server decodes a source for an edit of `duration_s`.
+    """Decode a file in the same way as the server decodes the source of an edit with this duration.
 
     Return the samples as 16-bit integers.
     """
