@@ -166,7 +166,10 @@ async def _on_one_server(
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns a table with one row for each compared server. In brackets: the ratio to the first server, with range."""
+    """Returns a table with one row for each compared server.
+
+    In brackets: the ratio to the first server, and the range of this ratio over all rounds.
+    """
     reference = results["reference"]
     steps = [name for name in results["sides"][reference]["latency"] if name != "all"]
     table = []

@@ -275,7 +275,10 @@ class Library:
         return usable
 
     def _look(self, model: str, named: _Named, *, may_download: bool = True) -> _Looked:
-        """Return the adapter's card. Reads the file only if it is new or has changed, or if a download is due again."""
+        """Return the adapter's card and the state of its file.
+
+        Reads the file only if it is new or has changed, or if its download is due again.
+        """
         before = self._looked.get((model, named))
         state = None if is_remote(named.source) else _state_of(named.source)
         if before is not None and before.state == state and (time.monotonic() < before.retry_at or not may_download):
