@@ -38,8 +38,8 @@ def _run(settings: CaseSettings) -> dict[str, Any]:
 async def _measure(settings: CaseSettings) -> dict[str, Any]:
     """Send the same list of requests of the mix `demo-fast` many times.
 
-    Read the memory after each repetition, except the first few.
-    The list is always the same, because the memory of a process also depends on its last few clips.
+    Read the memory after each repetition, except the first few. The list is always the same, because the memory of a
+    process also depends on its last few clips.
     """
     count, settled, times = _SIZES[settings.full]
     model = load(settings)
