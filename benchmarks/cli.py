@@ -105,7 +105,7 @@ def measure_case(name: str, settings: CaseSettings, *, out: Path) -> Rows:
 
 
 def measure_comparison(settings: CaseSettings, request: RunRequest, *, out: Path) -> Rows:
-    """Run the case `run`. Writes its results, lists of arrivals and a record of every request; returns its table."""
+    """Run the case `run`. Writes the results, the lists of arrivals and a record of every request. Returns a table."""
     name = f"run-{request.mix}"
     results = asyncio.run(run.run_comparison(settings, request, folder=out / name))
     write_report(out, name, settings=asdict(settings), results=results)

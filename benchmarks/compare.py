@@ -1,7 +1,7 @@
-"""Runs one comparison of servers (sides): their audio, capacity, latency at one rate, and goodput.
+"""Compares servers: their audio, capacity, latency at one rate, and goodput. A compared server is called a side.
 
-Sides take turns. Each round has a new list of requests, the same for all sides. Goodput is the highest rate at which
-nearly all requests are in time; a bisection finds it.
+The sides are measured one after another. Each round has a new list of requests, which is the same for all sides.
+Goodput is the highest rate at which nearly all requests are in time. It is found by bisection.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from benchmarks.pieces import Pieces, write_json
 from benchmarks.quiet import Watch, in_quiet
 from benchmarks.workload import Arrival, draw_arrivals
 
-# Largest allowed root mean square of the difference between two clips, divided by that of the reference clip. Batching
-# in float32 (at most 1e-5) and rounding quiet clips to 16 bits (1e-4) are below it. A decoder in TF32 (8e-4), a
-# denoiser in float16 (above 1e-3) and one step fewer (above 3e-2) are above it.
+# Largest allowed difference of two clips: the root mean square of their difference, divided by the root mean square of
+# the reference clip. Batching in float32 (at most 1e-5) and rounding quiet clips to 16 bits (1e-4) are below it. A
+# decoder in TF32 (8e-4), a denoiser in float16 (above 1e-3) and one step fewer (above 3e-2) are above it.
 LARGEST_DIFFERENCE = 5e-4
 
 _PROBES_PER_CLASS = 3
 _LEAST_DRAWN = 60  # smallest list from which probes are chosen: shorter ones might lack some number of steps
-_GOODPUT_RANGE = (0.2, 1.2)  # rates between which goodput is searched, as shares of the side's own capacity
+_GOODPUT_RANGE = (0.2, 1.2)  # rates between which goodput is searched, as shares of the server's own capacity
 
 
 class VoidError(RuntimeError):
-    """The audio of two compared sides differs, so they did different work, and the comparison is void."""
+    """The audio of two compared servers differs. They did different work, so the comparison is void."""
 
 
 class SideFailedError(RuntimeError):
-    """A side did not return audio. Finished measurements are kept."""
+    """A compared server did not return audio. The measurements that are finished are already stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """The options of a comparison. Each round sends a new list of `count` requests.
 
-    The first side is the reference. Latencies are measured at `load_share` of its capacity.
+    The first of the compared servers (`sides`) is the reference. Latencies are measured at a rate of `load_share` times
+    the reference's capacity.
     """
 
     mix: str
@@ -52,17 +53,17 @@ class RunOptions:
     rounds: int = 3
     load_share: float = 0.8
     goodput_trials: int = 6
-    goodput_of: tuple[str, ...] | None = None  # sides whose goodput is measured; None: all
+    goodput_of: tuple[str, ...] | None = None  # servers whose goodput is measured; None: all
     largest_difference: float | None = LARGEST_DIFFERENCE  # bound on the audio's difference; None: do not compare
-    warms_up: bool = False  # first send every side one list that is not measured
+    warms_up: bool = False  # first send every server one list of requests that is not measured
 
 
 @dataclass
 class Run:
     """One comparison. Finished measurements are stored in `pieces` and are not repeated by a later run.
 
-    `is_watched`: all sides are descendants of this process, so the load of other programs can be detected. A round that
-    other programs disturb is repeated.
+    `is_watched` is true if all compared servers run in this process or its descendants, so that the load of other
+    programs can be detected. Then a round that other programs disturb is repeated.
     """
 
     askers: Mapping[str, Asker]
@@ -102,9 +103,9 @@ class Run:
         }
 
     async def _probe(self) -> dict[str, Any]:
-        """Request the same few clips from every side, one at a time, and compare their audio with the reference's.
+        """Request the same few clips from every server, one at a time, and compare their audio with the reference's.
 
-        Also measures how long the idle reference takes for these clips.
+        The reference is the first server. Also measures how long the reference takes for each clip while it is idle.
         """
         arrivals, (reference, *others) = self._choose_probes(), self.options.sides
         clips: dict[str, list[Audio]] = {}
@@ -130,7 +131,7 @@ class Run:
         return chosen
 
     async def _round(self, kind: str, *, number: int, rate_hz: float | None) -> dict[str, Any]:
-        """Send one list of requests to every side, one side after another. Returns the records of all sides."""
+        """Send one list of requests to every server, one server after another. Returns the records of all servers."""
         arrivals = self._draw(number, rate_hz=rate_hz)
         write_json(self.pieces.folder / f"{kind}-{number + 1}-arrivals.json", list(map(asdict, arrivals)))
 
@@ -147,9 +148,9 @@ class Run:
         return {**piece, "records": records}
 
     async def _bisect(self, name: str, *, own_rps: float, probes: Sequence[Record]) -> Bracket:
-        """Find the highest rate at which nearly all requests of a side finish in time.
+        """Find the highest rate of requests at which the server `name` finishes nearly all requests in time.
 
-        `own_rps` is the side's capacity. `probes` have the times of clips on the idle reference.
+        `own_rps` is this server's capacity. `probes` has the times that clips take on the idle reference server.
         """
         good_rps, bad_rps = (share * own_rps for share in _GOODPUT_RANGE)
         alone_ms = fit_alone_ms(probes)
@@ -165,7 +166,10 @@ class Run:
         return Bracket(good_rps, bad_rps)
 
     async def _play(self, name: str, arrivals: tuple[Arrival, ...]) -> list[dict[str, Any]]:
-        """Returns the records of one side as dicts. The first call also warms up all sides."""
+        """Send requests to the server `name`, and return the records as dicts.
+
+        If `warms_up` is set, the first call also sends a list of requests to every server, whose times do not count.
+        """
         if self.options.warms_up and not self._is_warm:
             self._is_warm = True
             for side in self.askers:
@@ -197,9 +201,9 @@ def _require_answers(name: str, records: list[Record]) -> list[Record]:
 def compare(
     reference: Sequence[Audio], others: Mapping[str, Sequence[Audio]], *, bound: float = LARGEST_DIFFERENCE
 ) -> dict[str, dict[str, float]]:
-    """Returns how much the clips of each side in `others` differ from the reference's.
+    """Returns how much the clips of each server in `others` differ from the clips in `reference`.
 
-    Raises VoidError naming a side with a larger difference than `bound`.
+    If a server's clips differ by more than `bound`, raises VoidError, which names the server.
     """
     results: dict[str, dict[str, float]] = {}
     for name, clips in others.items():

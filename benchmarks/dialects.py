@@ -1,4 +1,4 @@
-"""Clients of the five supported APIs (dialects), for benchmarks: each requests one clip and reads its last byte."""
+"""Clients of the five supported APIs (dialects), for benchmarks. A client requests a clip and reads the whole file."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _route(path: str, *names: str) -> Fetch:
 
 
 async def _fetch_saos(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
-    """Request a clip from the Stable Audio Open Small loop API. Durations are whole seconds; `model` is not used."""
+    """Request a clip from the Stable Audio Open Small loop API. It has only whole seconds, and no choice of `model`."""
     body = _whole_seconds(arrival) | {"cfg_scale": arrival.cfg_scale, "seed": arrival.seed, "return_format": "file"}
     return await _call(http, "/generate", json=body)
 
@@ -147,7 +147,7 @@ def _whole_seconds(arrival: Arrival) -> dict[str, object]:
 
 
 def _count_samples(content: bytes) -> int:
-    """Returns the number of samples per channel of an audio file, which may be truncated; 0 for other content."""
+    """Returns the number of samples per channel of an audio file, even of a truncated file. 0 for other content."""
     try:
         return soundfile.info(io.BytesIO(content)).frames
     except soundfile.LibsndfileError:

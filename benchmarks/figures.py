@@ -13,16 +13,16 @@ import numpy as np
 from benchmarks.load import Record
 
 _MOST_LATE_SHARE = 0.05  # largest share of late requests for which a rate counts as good
-_LONGEST_ALONE = 5.0  # a request is late after this many times its time on an idle server,
-_LEAST_BOUND_MS = 1000.0  # but not before this time
-_HEAD, _TAIL = 0.15, 0.05  # shares of a list, at its start and end, whose latencies are not counted
+_LONGEST_ALONE = 5.0  # a request is late if it takes more than this many times its time on an idle server
+_LEAST_BOUND_MS = 1000.0  # a request that takes at most this time is never late
+_HEAD, _TAIL = 0.15, 0.05  # shares of a list's requests, at its start and at its end, that do not count
 
 Records = Mapping[str, Sequence[Record]]  # records of one round, by side
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A figure of one side divided by that of another, with the interval of the ratio."""
+    """The ratio of two servers' figures, with its interval from `low` to `high`."""
 
     value: float
     low: float
@@ -31,7 +31,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """The highest rate at which nearly all requests were in time, and the lowest at which they were not.
+    """The highest rate at which nearly all requests were in time, and the lowest rate at which too many were late.
 
     Both are in requests per second.
     """
@@ -41,7 +41,7 @@ class Bracket:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Returns a percentile with linear interpolation; 0 if there are no values."""
+    """Returns a percentile with linear interpolation, or 0 if there are no values."""
     return float(np.percentile(values, percent)) if values else 0.0
 
 
@@ -67,7 +67,7 @@ def capacity_rps(records: Sequence[Record]) -> float:
 
 
 def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) -> list[float]:
-    """Returns the latencies of finished requests, without those at the start and end of the list.
+    """Returns the latencies of finished requests. Requests at the start and at the end of the list do not count.
 
     If `steps` is given, only requests with this number of steps count.
     """
@@ -77,13 +77,13 @@ def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) 
 
 
 def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Returns the median of the rounds' ratios. The interval is their range."""
+    """Returns the median of the ratios of all rounds. The interval is the range of these ratios."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Ratio(median(ratios), min(ratios), max(ratios))
 
 
 def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
-    """Returns the ratio of the 95th percentiles of two sides' latencies in all rounds together.
+    """Returns the 95th percentile of our latencies in all rounds together, divided by the 95th percentile of theirs.
 
     The interval covers this ratio and the ratio of each round. Returns None if a round has no latency.
     """
@@ -95,7 +95,10 @@ def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequen
 
 
 def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio:
-    """Returns our good rate divided by theirs. The interval has all ratios that are possible in the two brackets."""
+    """Returns our good rate divided by their good rate.
+
+    Each true rate is between the bracket's good and bad rate. The interval covers all ratios of such rates.
+    """
     good, low, high = (ours.good_rps / theirs.good_rps, ours.good_rps / theirs.bad_rps, ours.bad_rps / theirs.good_rps)
     return Ratio(good, low, high)
 
@@ -130,9 +133,9 @@ def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:
 def summarize_sides(
     sides: Sequence[str], *, bursts: Sequence[Records], replays: Sequence[Records], brackets: Mapping[str, Bracket]
 ) -> dict[str, Any]:
-    """Returns a dict with `sides`, the figures of each side, and `ratios`.
+    """Returns the figures of all compared servers (`sides`), and their ratios.
 
-    `ratios[a][b]` are the figures of side a divided by those of side b.
+    `ratios[a][b]` are the figures of server a, each divided by the same figure of server b.
     """
     steps = sorted({record.steps for records in replays for own in records.values() for record in own})
 

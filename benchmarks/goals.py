@@ -1,4 +1,4 @@
-"""The performance goals, and a status line for each from results: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`."""
+"""The performance goals, and a line that compares each with results: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Verdict = Literal["ok", "close", "MISS", "void", "not measured"]
 class Goal:
     """A bound on one figure of a result file. `path` has the keys that lead to the figure in the file's results.
 
-    The figure is a ratio with its interval, or a number. The values of a number in each round may be next to it, under
-    its name with `_rounds` appended.
+    The figure is a ratio with its interval, or a number. If the figure `NAME` is a number, its values in all rounds may
+    be next to it, as `NAME_rounds`.
     """
 
     id: str

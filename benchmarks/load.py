@@ -32,7 +32,7 @@ _DEFAULT_RETRY_S = 1.0  # pause after a refusal without Retry-After
 class Answer:
     """A server's response: the times of stages that the server reported, and the number of samples (0: unknown).
 
-    `read` decodes the audio, (channels, samples) float32.
+    `read` decodes the audio and returns it as float32 of shape (channels, samples).
     """
 
     stages_ms: Mapping[str, float]
@@ -58,11 +58,11 @@ class Asker(Protocol):
         """
 
     async def settle(self) -> None:
-        """Wait until the idle side has finished its optimisations, such as capturing CUDA graphs."""
+        """Wait until the idle server has finished its own optimisations, such as capturing CUDA graphs."""
 
 
 class InProcess:
-    """A client of a side in this process."""
+    """A client of a compared server in this process."""
 
     def __init__(self, side: Side, adapters: Sequence[Lora] = ()) -> None:
         self._side = side
@@ -114,7 +114,7 @@ async def play(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
 async def play_until_served(
     asker: Asker, arrivals: Iterable[Arrival], *, most_attempts: int = _MOST_ATTEMPTS
 ) -> list[list[Record]]:
-    """Send each request at its scheduled time. After a refusal, wait as long as its Retry-After says and send it again.
+    """Send each request at its scheduled time. After a refusal, wait for the time in Retry-After and send it again.
 
     Returns the records of all attempts, for each request.
     """
@@ -136,7 +136,7 @@ async def play_until_served(
 
 
 async def play_alone(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
-    """Send one request after another. The times in a request's record are relative to its sending."""
+    """Send one request after another. The times in a record count from the moment when its request was sent."""
     return [(await play(asker, [replace(arrival, at_s=0.0)]))[0] for arrival in arrivals]
 
 

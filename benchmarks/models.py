@@ -1,4 +1,4 @@
-"""Loads the models that cases measure, and compares two lists of results."""
+"""Loads the models that the benchmark cases measure, and compares two lists of generated clips."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def load(settings: CaseSettings) -> DiffusionModel:
 
 
 def resolve_model(name: str | None) -> ModelEntry:
-    """Returns the registry entry of a model name or checkpoint folder; None: the demo model."""
+    """Returns the registry entry of a model name or a checkpoint folder. None means the demo model."""
     name = name or "demo"
     return resolve_entry(Path(name).name, path=name) if Path(name).is_dir() else resolve_entry(name)
 
 
 def write_adapters(model: DiffusionModel, folder: Path, *, count: int) -> list[Lora]:
-    """Write random adapters of rank 16 for all layers that run in steps, and return them."""
+    """Write random adapters of rank 16, and return them. They change all layers that run in every denoising step."""
     loras: list[Lora] = []
     for number in range(count):
         assert isinstance(model, AdaptableModel)
@@ -53,9 +53,9 @@ def write_adapters(model: DiffusionModel, folder: Path, *, count: int) -> list[L
 def compare_audio(
     left: Sequence[GenerationResult], right: Sequence[GenerationResult], *, mode: Mode
 ) -> dict[str, float]:
-    """Returns the difference between the clips of two lists of results, in which results correspond.
+    """Compares the first clip of each result in `left` with the first clip of the result at the same index in `right`.
 
-    Compares the first clip of each result. Raises VoidError for a larger difference than the engine's `mode` allows.
+    Returns the differences. Raises VoidError if one is larger than the engine's `mode` allows.
     """
     clips = [[result.audio[0] for result in results] for results in (left, right)]
     return compare(clips[0], {"engine": clips[1]}, bound=_LARGEST_DIFFERENCE[mode])["engine"]

@@ -189,7 +189,7 @@ def _section(
 
 
 def _command(case: str, settings: Mapping[str, Any], *, followed: Iterable[str]) -> str:
-    """Returns the command line that measures a case with these settings, without options at their default."""
+    """Returns the command line that measures a case with these settings. Options with default values are left out."""
     given = {name: settings[name] for name in followed if name in settings and settings[name] != _DEFAULTS[name]}
     flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items()]
     return " ".join(["python -m benchmarks", case, *flags])

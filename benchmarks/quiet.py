@@ -1,7 +1,7 @@
-"""Records the processor time of other programs during a measurement. If other programs used too much, the measurement
-is void and is repeated a few times.
+"""Records the processor time that other programs use during a measurement.
 
-All processes except this one and its descendants are other programs.
+If they use too much, the measurement is void and is repeated a few times. All processes except this one and its
+descendants are other programs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Watch:
     """The processor use during a measurement.
 
     `own_s` is the processor time of this process and its descendants, in seconds. `foreign_cores` is the mean number of
-    cores that other programs used; None: not measured.
+    cores that other programs used, or None if it was not measured.
     """
 
     own_s: float = 0.0
@@ -41,7 +41,7 @@ class Watch:
 async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured, Watch]:
     """Call `measure`, and repeat the call a few times if other programs disturb it.
 
-    Returns the last result and the processor use meanwhile.
+    Returns the last result, and the processor use during the last call.
     """
     for _ in range(1 + _MOST_REPEATS):
         before, machine_s, started_at = _own_s(), _machine_s(), time.perf_counter()
@@ -82,7 +82,7 @@ def _own_s() -> dict[int, float]:
 
 
 def family(pid: int | None = None) -> list[psutil.Process]:
-    """Returns a process (default: this one) and its descendants; an empty list if the process has ended."""
+    """Returns a process (default: this one) and its descendants, or an empty list if the process has ended."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""Writes results as JSON, together with the environment of the run, and as a short table."""
+"""Writes results as JSON, together with a description of the run's environment, and formats them as tables."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def format_cell(value: object) -> str:
-    """Returns the text of a table cell. Fractions have three significant digits, or all digits of their whole part."""
+    """Returns the text of a table cell. A fraction below 100 has three significant digits, a larger one no decimals."""
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
     if value.is_integer() or abs(value) >= 100:
@@ -70,7 +70,7 @@ def format_cell(value: object) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """Returns the output of a command; None if the command cannot be run."""
+    """Returns the output of a command, or None if the command cannot be run or fails."""
     try:
         ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

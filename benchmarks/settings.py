@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CaseSettings:
-    """What every case measures, and how much.
+    """The settings of all benchmark cases.
 
-    `model` is a registered name or a checkpoint folder; None selects the demo model. `threads` is the model's number of
-    CPU threads. `mode` is the engine's mode (strict or fast; None: the device's default). `full` sends as many requests
-    as published figures need; otherwise, a case takes only minutes. `binary` and `weights` are the program of sa3.cpp
-    and the folder of weights for the case `ggml`.
+    `model` is a registered name or a checkpoint folder. None selects the demo model. `threads` is the model's number of
+    CPU threads. `mode` is the engine's mode, strict or fast. None selects the device's default. If `full` is true, a
+    case sends as many requests as published figures need. Otherwise it takes only minutes. The case `ggml` uses
+    `binary`, the program of sa3.cpp, and `weights`, a folder of weights.
     """
 
     model: str | None = None

@@ -32,8 +32,8 @@ _GUIDED_FROM = 50  # steps
 class Mix:
     """A mix of requests: durations in seconds and numbers of steps, each with its weight. Arrivals are Poisson.
 
-    Each request uses one of `num_adapters` adapters, drawn evenly, or none if there are none. Each duration is varied
-    randomly by the share `spread`, so that few requests have equal lengths.
+    Each request uses one of `num_adapters` adapters, drawn with equal probability, or none if the number is 0. Each
+    duration is varied randomly by the share `spread`, so that few requests have equal lengths.
     """
 
     name: str
@@ -88,8 +88,8 @@ def draw_arrivals(
 ) -> tuple[Arrival, ...]:
     """Returns `count` requests of a mix in order of arrival. Longer durations are cut to `max_duration_s`.
 
-    `rate_hz` is the rate of arrivals; if it is None, all requests arrive at once. The rate changes only the arrival
-    times: the requests depend only on (mix, count, seed).
+    `rate_hz` is the rate of arrivals. If it is None, all requests arrive at once. The rate changes only the arrival
+    times. The requests depend only on (mix, count, seed).
     """
     mix = MIXES[mix] if isinstance(mix, str) else mix
     rng = random.Random(f"{mix.name}/{count}/{seed}")
@@ -121,7 +121,7 @@ def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: fl
 
 
 def to_request(arrival: Arrival, adapters: Sequence[Lora] = ()) -> GenerationRequest:
-    """Returns the request in the form that an engine accepts. `adapters` are the mix's adapters."""
+    """Converts an arrival to a request for an engine. `adapters` are the adapters of the arrival's mix."""
     loras = () if arrival.adapter is None else (adapters[arrival.adapter],)
     own = {name: value for name, value in asdict(arrival).items() if name not in ("at_s", "adapter")}
     return GenerationRequest(**own, loras=loras)

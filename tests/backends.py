@@ -46,9 +46,9 @@ def open_event() -> asyncio.Event:
 
 @dataclass
 class ToneBackend:
-    """Generates sines with the peak `level`, whose pitch depends on the seed.
+    """Generates sine tones with the peak `level`. The pitch depends on the seed.
 
-    Records requests, counts cancelled ones.
+    Records the requests and counts cancelled requests.
     """
 
     catalog: ModelCatalog = field(default_factory=make_catalog)

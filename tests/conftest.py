@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests.
 
-Each test process computes with one thread: with several, processes that share the cores are slower, and results vary.
+Each test process computes with one thread. With more threads, test processes that share the cores would be slower, and
+results would vary.
 Hypothesis has no time limit for an example, because on a busy machine any example may be slow.
 """
 
@@ -27,19 +28,19 @@ from tests.databases import postgres, postgres_url
 __all__ = ["postgres", "postgres_url"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-_SHARING = ("/served", "/one_ray", "/playground")  # all tests of such a folder share a server, a Ray or a browser
+_SHARING = ("/served", "/one_ray", "/playground")  # the tests of such a folder share a server, a cluster or a browser
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=500)  # for `make test-all`
 settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest tests first: those of tests/served, then others that start a program."""
+    """Run the longest tests first: the tests in tests/served, and then all others with the mark `server`."""
     items.sort(key=lambda item: (not item.nodeid.startswith("tests/served/"), not item.get_closest_marker("server")))
 
 
 def pytest_collection_finish() -> None:
-    """Make Python collect garbage less often, and never in the loaded modules. The API tests take a fifth less time."""
+    """Make Python collect garbage less often, and exclude the loaded modules. The API tests take a fifth less time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 10, 30)
@@ -58,8 +59,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return folder if folder.endswith(_SHARING) else super()._split_scope(nodeid)
 
         def _reschedule(self, node: Any) -> None:
-            # Give a process its next file when it has only one test left. xdist would do so when it has two left,
-            # which is too early if they take minutes, because another process may be idle sooner.
+            # Give a process its next file when it has only one test left. By default, xdist does so when two tests are
+            # left. If these take minutes, this is too early, because another process may be idle sooner.
             if self._pending_of(self.assigned_work[node]) <= 1:
                 super()._reschedule(node)
 
@@ -68,9 +69,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _restored_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """After each test, restore the logging configuration, which commands and replicas change.
+    """After each test, restore the logging configuration, because commands and replicas change it.
 
-    Loggers must not be cached, because a cached logger would keep the changed configuration.
+    Loggers are not cached, because a cached logger would keep the changed configuration.
     """
     configure = structlog.configure
 

@@ -1,6 +1,6 @@
 """A real PostgreSQL server for each test process, with a new empty database for each test.
 
-The machine's package of PostgreSQL is used. Without it, the tests are skipped with a message, or fail if CI=true.
+PostgreSQL must be installed on this machine. If it is not, the tests are skipped with a message, or fail if CI=true.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PostgresServer:
         self.execute(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)")
 
     def execute(self, statement: str) -> None:
-        """Run one SQL statement as the superuser, connected to none of the test databases."""
+        """Run one SQL statement as the superuser, on a connection to the database `postgres`."""
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(statement.encode())
 
@@ -156,8 +156,9 @@ def _start(programs: Path, folder: Path, *, user: str, password: str) -> Postgre
 
 @contextmanager
 def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
-    """Start a shell that waits until this process exits or the context ends. Then it stops the server in `folder` and
-    removes the folder.
+    """Stop the server in `folder` and remove the folder when the context ends or this process exits.
+
+    A shell in another process does the work, so that it happens even if this process is killed.
     """
     stop = f"'{programs}/pg_ctl' stop --pgdata data --mode immediate --wait"
     script = f"cat >/dev/null; if [ -e data/postmaster.pid ]; then {stop}; fi; rm -rf '{folder}'"
@@ -179,7 +180,7 @@ def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
 
 def _run(folder: Path, *command: str | Path) -> None:
     """Run a PostgreSQL program in `folder`. If it fails, raises UnavailableError with its output."""
-    with (folder / "output").open("w+b") as output:  # not a pipe: the server would hold it open as long as it runs
+    with (folder / "output").open("w+b") as output:  # not a pipe, which the server would keep open while it runs
         try:
             done = subprocess.run(
                 command,

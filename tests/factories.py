@@ -1,7 +1,7 @@
 """A tiny model with real tensor operations, for engine tests that need no checkpoint, and functions to make requests.
 
-If values leak from other rows, from padding or over window edges, the model's output changes: it has attention over
-frames with a mask, its decoder reads adjacent frames, and its encoder and decoder can draw noise.
+The model has masked attention over frames, its decoder reads adjacent frames, and its encoder and decoder can draw
+noise. Therefore its output changes if the engine lets values leak from other rows, from padding or over window edges.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _WINDOW, _OVERLAP, _HALO = 32, 8, 2
 class ToyModel:
     """A `DiffusionModel`. `on_call(name, items)` is called before each method that runs on the device, and may raise.
 
-    Inpainting gives the network a mask of the kept frames. If `blends`, the engine restores the kept frames instead.
+    For inpainting, the network gets a mask of the frames that stay unchanged. If `blends` is true, the network gets no
+    mask, and the engine restores these frames.
     """
 
     def __init__(
@@ -249,7 +250,7 @@ class ToyModel:
 
 
 def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP) -> tuple[WindowSpan, ...]:
-    """Returns overlapping windows over `frames` frames. Each is kept up to the middle of its overlap with the next."""
+    """Returns overlapping windows over `frames` frames. Where two windows overlap, each provides half of the frames."""
     if frames <= window:
         return (WindowSpan(0, frames, 0, frames),)
     starts = list(range(0, frames - window + 1, window - overlap))
@@ -276,7 +277,7 @@ def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: 
 def make_request(
     prompt: str = "a bell", *, duration_s: float = 0.4, seed: int = 1, **fields: object
 ) -> GenerationRequest:
-    """Returns a request. `keep` is "model" by default, because pasted samples of the source would hide faults."""
+    """Returns a request. `keep` is "model" by default, because with "source", copied source samples hide faults."""
     request = GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed, keep="model")
     return replace(request, **fields)  # type: ignore[arg-type]
 

@@ -34,7 +34,7 @@ def load_goldens(name: str) -> Goldens:
 
 @cache
 def load_open_goldens(name: str) -> Goldens:
-    """Returns reference values of Stable Audio Open from a folder."""
+    """Returns reference values of Stable Audio Open from the folder `name`."""
     return _load(OPEN_GOLDENS / name, stem="golden")
 
 

@@ -44,11 +44,11 @@ _UPSTREAM_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Faults that the proxy injects. `errors` and `cuts` are the shares of requests that it hits at random."""
+    """Faults that the proxy injects. `errors` and `cuts` are shares of the requests, which are chosen at random."""
 
-    errors: float = 0.0  # answers 500 InternalError or 503 SlowDown; half of these requests are executed all the same
+    errors: float = 0.0  # answers 500 InternalError or 503 SlowDown; half of these requests are executed nevertheless
     cuts: float = 0.0  # resets the connection; half of these requests are executed, and only the response is cut
-    delay_s: float = 0.0  # waits so long before it forwards a request
+    delay_s: float = 0.0  # seconds to wait before a request is forwarded
     answer: tuple[int, str] | None = None  # answers every request with this status and S3 error code
     only: str = ""  # faults hit only requests with this text in `METHOD /path?query`
     is_down: bool = False  # every connection is reset
@@ -67,9 +67,9 @@ class _Server(ThreadingHTTPServer):
 class FaultyProxy:
     """A proxy in front of one HTTP server that injects `faults`. A test may replace them at any time.
 
-    An item of `fates` decides what happens to the next request whose `METHOD /path?query` contains its key: `error`,
-    `error-after` (executed), `cut`, `cut-answer`, `deny` (403), or `lost` (executed, but answered with NoSuchUpload as
-    if it had been sent before).
+    An item of `fates` decides what happens to the next request whose `METHOD /path?query` contains the item's key. Its
+    value is one of these: `error`, `error-after` (the request is executed first), `cut`, `cut-answer`, `deny` (403), or
+    `lost`. A `lost` request is executed, but answered with NoSuchUpload as if it had been sent before.
     """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
@@ -124,7 +124,7 @@ class FaultyProxy:
             return "cut-answer" if is_after else "cut"
 
     def pick_answer(self) -> tuple[int, str]:
-        """Returns status and S3 code of an error that is chosen at random."""
+        """Returns the status and the S3 error code of a randomly chosen error."""
         with self._lock:
             return self._random.choice(_ANSWERS)
 
@@ -227,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class ObjectStorage:
-    """The S3 service. The code under test reaches it through `proxy`; tests look at it directly with `client`."""
+    """The S3 service. The code under test uses it through `proxy`. Tests inspect it directly with `client`."""
 
     proxy: FaultyProxy
     server_url: str

@@ -1,4 +1,4 @@
-"""Packages that only one test needs: installed once in the user's cache, outside the environment of the tests."""
+"""Install packages that only one test needs. They are installed once, in the user's cache, outside the environment."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def skip_or_fail(name: str, reason: str) -> None:
 
 
 def _install(name: str, *command: str) -> Path:
-    """Return the folder of a package. If it is missing, run `command`, whose last argument is the folder."""
+    """Return the folder of a package. If it is missing, create it with `command`, to which a folder is appended."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stable-audio-serve-tests"
     installed = cache / name.replace("/", "-")
     if not installed.exists():

@@ -12,17 +12,17 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def some(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
-    """Return test parameters: `values`, of which all except those in `always` are marked slow.
+    """Return `values` as test parameters. All values that are not in `always` are marked slow.
 
-    A tuple is the values of several arguments.
+    A tuple has the values of several arguments.
     """
     return [value if value in always else slow(*_arguments(value)) for value in values]
 
 
 def few(values: Iterable[Any], *, number: int = 2) -> list[Any]:
-    """Return test parameters: `values`, of which all except the first `number` are marked slow.
+    """Return `values` as test parameters. All values after the first `number` are marked slow.
 
-    A tuple is the values of several arguments.
+    A tuple has the values of several arguments.
     """
     return [value if index < number else slow(*_arguments(value)) for index, value in enumerate(values)]
 

@@ -1,6 +1,6 @@
 """The longest time that a test waits for an event that must happen, such as the end of a job.
 
-Tests of time limits that the server itself enforces do not use it.
+Tests of the server's own time limits do not use it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-# The longest waits of the tests take about 30 s on an idle machine, and five times as long on slow, shared cores. This
-# limit is twice as long, so a test reaches it only if the event never happens. Pytest's own limit is longer.
+# The longest waits of the tests take about 30 s on an idle machine, and 150 s on slow, shared cores. The limit is twice
+# this time, so a test reaches it only if the event never happens. Pytest's own limit is longer.
 PATIENCE_S = 300.0
 
 _Found = TypeVar("_Found")

@@ -1,7 +1,7 @@
 """Caches that make it faster to build FastAPI applications, for tests that build hundreds of them.
 
-For each application, FastAPI otherwise prepares the models of all responses and parameters again, and reads the
-signature of each handler twice.
+Without the caches, FastAPI prepares the models of all responses and parameters again for each application, and reads
+the signature of each handler twice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _made: dict[tuple[Any, str], Any] = {}
 
 
 def _create_once(name: str, type_: Any, *, mode: str = "validation", **others: Any) -> Any:
-    """Replaces FastAPI's `create_model_field`: creates a field once for a type and mode, and returns named copies."""
+    """Replaces FastAPI's `create_model_field`. Creates one field for each type and mode, and returns a named copy."""
     if others:
         return _create(name=name, type_=type_, mode=mode, **others)
     if (key := (type_, mode)) not in _made:
@@ -36,9 +36,10 @@ _adapters: dict[tuple[Any, str, str], TypeAdapter[Any]] = {}
 
 
 def _adapt_once(annotated: Any, *, config: ConfigDict | None = None) -> TypeAdapter[Any]:
-    """Replaces pydantic's `TypeAdapter`: creates an adapter only once for a type with its annotations.
+    """Replaces pydantic's `TypeAdapter`. Creates only one adapter for each type with the same annotations.
 
-    A cached adapter keeps functions in the annotations alive. Their addresses are in the key, so they must stay unique.
+    The key contains the addresses of functions in the annotations. They stay unique, because the cached adapter keeps
+    the functions alive.
     """
     key = (annotated.__origin__, repr(annotated.__metadata__), repr(config))
     if key not in _adapters:
@@ -51,7 +52,7 @@ _dependants: dict[tuple[Any, frozenset[str], str], Dependant] = {}
 
 
 def _read_once(*, path: str, call: Callable[..., Any], **options: Any) -> Dependant:
-    """Replaces FastAPI's `get_dependant`: reads a handler's signature only once. A full cache is emptied."""
+    """Replaces FastAPI's `get_dependant`. Reads a handler's signature only once. A full cache is emptied."""
     key = (call, frozenset(get_path_param_names(path)), repr(options))
     if key not in _dependants:
         if len(_dependants) > 200:

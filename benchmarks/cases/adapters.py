@@ -1,6 +1,7 @@
 """Measures adapters (LoRA) of rank 16 with a model of an official size and random weights.
 
-How much throughput do they cost eight requests in a batch? How long are the first load and a new strength?
+The case compares the throughput of eight requests with and without adapters. It also measures how long a request waits
+for the first load of an adapter, and for a new strength of a loaded adapter.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=4
 
 
 async def run_adapters(settings: CaseSettings) -> dict[str, Any]:
-    """Send eight plain requests at once (A), then eight with an adapter each (B), in each round.
+    """In each round, send eight requests without adapters at once, and then eight requests with one adapter each.
 
-    The adapters of B are in memory. The worst round counts.
+    The adapters are already in memory. The result is the worst round.
     """
     model = build_random_model(settings.model or _MODEL, device="cpu", dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,8 +75,8 @@ async def run_adapters(settings: CaseSettings) -> dict[str, Any]:
 async def _wait_times(model: DiffusionModel, loras: Sequence[Lora], *, rounds: int) -> dict[str, float]:
     """Returns how long a request waits for the first load of an adapter, and for a new strength of a loaded one.
 
-    Each is the best of several, because other programs can only add time. The first adapter is not counted: its load
-    also prepares the model.
+    Each time is the shortest of several measurements, because other programs can only add time. The first adapter is
+    not counted, because its load also prepares the model.
     """
     assert isinstance(model, AdaptableModel)
     options = EngineOptions()

@@ -1,5 +1,7 @@
-"""Measures the time from the server's start command to its first audio. The time is compared with a lower bound: the
-start of Ray, plus the time in which a Python process without a server loads the model and generates the same clip.
+"""Measures the time from the server's start command to its first audio, and compares it with a lower bound.
+
+The lower bound is the time in which Ray starts, plus the time in which a bare Python process, without a server, loads
+the model and generates the same clip.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ asyncio.run(Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)).g
 
 
 async def run_cold_start(settings: CaseSettings) -> dict[str, Any]:
-    """Measure `settings.rounds` rounds: the time to the first audio of a bare process, then of two server starts."""
+    """In each of `settings.rounds` rounds, measure the time to the first audio of a bare process and of two servers."""
     entry = resolve_model(settings.model)
     rounds: list[dict[str, Any]] = []
     for _ in range(settings.rounds):

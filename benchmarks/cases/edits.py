@@ -29,7 +29,7 @@ _SEEDS_PER_ROUND = 1000
 
 
 async def run_edits(settings: CaseSettings) -> dict[str, Any]:
-    """Generate one variation of every tone in each round. Rounds have different seeds, schedules the same ones."""
+    """In each round, generate one variation of every tone with every schedule. Each round has its own seeds."""
     model = load_model(resolve_entry("demo"), device=settings.device)
     options = EngineOptions(mode="strict", torch_threads=settings.threads, max_queue_s=math.inf)
     rate_hz = model.spec.card.sample_rate_hz
@@ -67,7 +67,7 @@ async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[A
 def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, int]:
     """Returns the number of clips, and how many of them have the pitch of the tone that they vary.
 
-    `clips` has all rounds, one after another; each round varies the tones with the pitches `pitches_hz`.
+    `clips` has the clips of all rounds. In each round, the tones have the pitches `pitches_hz`, in this order.
     """
     wanted = [pitches_hz[number % len(pitches_hz)] for number in range(len(clips))]
     found = map(strongest_hz, clips)

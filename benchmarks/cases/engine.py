@@ -1,5 +1,6 @@
-"""Measures the engine without a server, in one process: eight different requests at once, compared with the same eight
-requests one after another.
+"""Measures the engine in one process, without a server.
+
+Eight different requests are sent at once, and compared with the same eight requests one after another.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _SIDES = {"one_after_another": 1, "together": 8}  # number of requests in flight
 
 
 async def run_engine(settings: CaseSettings) -> dict[str, Any]:
-    """Measure requests one after another (A) and at once (B), in the order A B A B in each round.
+    """Send the requests one after another (A) and at once (B), in the order A B A B in each round.
 
-    The worst round counts. Raises VoidError if the audio of A and B differs.
+    The result is the worst round. Raises VoidError if the audio of A and B differs.
     """
     model = load(settings)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
@@ -54,7 +55,7 @@ async def run_engine(settings: CaseSettings) -> dict[str, Any]:
 
 
 async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in_flight: int) -> dict[str, float]:
-    """Returns throughput, processor time, and latencies. All latencies are measured from the common start."""
+    """Returns throughput, processor time and latencies. A latency is the time from the start of the first request."""
     used_s = time.process_time()
     ended_at = await send_in_flight(engine.generate, requests, num_in_flight=num_in_flight)
     return {

@@ -1,9 +1,9 @@
 """Compares this engine with sa3.cpp (ggml) on a CPU, one clip at a time.
 
-Both sides have the same weights and run in alternation, each run in a new process. The best figure of all rounds
-counts, because other programs can only add to it; no round is repeated because of them. Times are wall time; loading
-includes the text encoder. `--weights` is a checkpoint folder that also has the GGUF files that sa3.cpp's tools made
-from it. Without `--binary`, only this engine is measured.
+Both programs have the same weights and run in alternation, each time in a new process. The result is the smallest value
+of each figure in all rounds, because other programs can only make it larger. Therefore no round is repeated when other
+programs were busy. Times are wall time. The loading time includes the text encoder. `--weights` is a checkpoint folder
+that also has the GGUF files that sa3.cpp's tools made from it. Without `--binary`, only this engine is measured.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PRECISIONS = {"float32": "float32", "bfloat16": "half"}  # the decoder's precis
 
 
 async def run_ggml(settings: CaseSettings) -> dict[str, Any]:
-    """Measure both sides `settings.rounds` times. Raises ValueError without weights, or if a program fails."""
+    """Measure both programs `settings.rounds` times. Raises ValueError without weights, or if a program fails."""
     if settings.weights is None:
         raise ValueError("--weights is missing: a checkpoint folder, with sa3.cpp's GGUF files of the same weights")
     model, threads = settings.model or "small-music", str(settings.threads)

@@ -1,5 +1,6 @@
-"""Measures the time for one 10 s clip in three ways, in alternation: the model alone, the engine around it, and the
-whole server over HTTP.
+"""Measures the time for one 10 s clip in three ways: the bare pipeline, the engine, and the whole server over HTTP.
+
+The bare pipeline runs the model without a scheduler. The three ways take turns.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from benchmarks.workload import Arrival, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
 
 _CLIP_S = 10.0
-_FULL_CALLS, _SHORT_CALLS = 67, 10  # clips of each way per round; three full rounds are about 200
+_FULL_CALLS, _SHORT_CALLS = 67, 10  # clips of each way per round; three rounds of a full benchmark have about 200
 
-Allowance = tuple[float, float]  # allowed time: (a multiple of the bare pipeline's, milliseconds more than it)
+Allowance = tuple[float, float]  # allowed time: (multiple of the bare pipeline's time, milliseconds in addition to it)
 Round = dict[str, list[float]]  # milliseconds of each clip, by way; `encode`: the part of `http` that encodes audio
 _ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
     "cpu": {"engine": (1.10, 25.0), "http": (1.10, 25.0)},
@@ -31,7 +32,7 @@ _ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
 
 
 async def run_http(settings: CaseSettings) -> dict[str, Any]:
-    """Measure all ways in alternation, in `settings.rounds` rounds; the worst round counts.
+    """Measure the three ways in alternation, in `settings.rounds` rounds. The result is the worst round.
 
     Raises VoidError if the engine's audio differs from the bare pipeline's.
     """
@@ -70,10 +71,10 @@ async def run_http(settings: CaseSettings) -> dict[str, Any]:
 
 
 def compare_ways(rounds: Sequence[Round], *, allowed: Mapping[str, Allowance]) -> dict[str, Any]:
-    """Returns percentiles of each way over all rounds, and its ratio and difference to the bare pipeline.
+    """Returns percentiles of the times of each way over all rounds, and how its time compares with the bare pipeline's.
 
-    Ratios and differences use the medians of each round. `allowed` says how much slower than the bare pipeline a way
-    may be: the larger one of a multiple of its time, and its time plus milliseconds.
+    For the comparisons, the median time of each round is used. `allowed` has the longest allowed time of each way: a
+    multiple of the bare pipeline's time or that time plus some milliseconds, whichever is longer.
     """
     medians_ms = [{way: median(taken) for way, taken in calls.items()} for calls in rounds]
     figures: dict[str, Any] = {}
@@ -95,7 +96,7 @@ async def _time_ms(generate: Callable[[], Awaitable[object]]) -> float:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns a table with the cost of each layer around the pipeline, one per row."""
+    """Returns a table with one row: the times of the three ways, and their ratios to the bare pipeline."""
     return [
         {
             "clip (s)": results["clip_s"],

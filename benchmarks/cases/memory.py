@@ -20,7 +20,8 @@ from benchmarks.workload import draw_arrivals, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
 
 _IN_FLIGHT = 8
-# For the short and the full form: requests in the list, repetitions before the first reading, all repetitions.
+# For the short and the full benchmark: number of requests in the list, number of repetitions of the list before the
+# first reading of the memory, and number of all repetitions.
 _SIZES = ((20, 3, 15), (40, 5, 25))
 
 
@@ -35,9 +36,10 @@ def _run(settings: CaseSettings) -> dict[str, Any]:
 
 
 async def _measure(settings: CaseSettings) -> dict[str, Any]:
-    """Send a list of requests of the mix `demo-fast` many times, and read the memory after each time.
+    """Send the same list of requests of the mix `demo-fast` many times.
 
-    The list is always the same, because the memory of a process also depends on its last few clips.
+    Read the memory after each repetition, except the first few. The list is always the same, because the memory of a
+    process also depends on its last few clips.
     """
     count, settled, times = _SIZES[settings.full]
     model = load(settings)
@@ -60,16 +62,17 @@ async def _measure(settings: CaseSettings) -> dict[str, Any]:
 
 
 def growth_share(held: Sequence[int]) -> float:
-    """Returns the relative growth from the minimum of the first half of the readings to that of the second half.
+    """Returns the relative growth from the minimum of the first half of the readings to the second half's minimum.
 
-    Minimums are used because single readings vary by up to 7 %. A steady leak shows with half of its total growth.
+    Minimums are used because single readings vary by up to 7 %. For a steady leak, the result is half of the growth
+    from the first reading to the last.
     """
     middle = len(held) // 2
     return min(held[middle:]) / min(held[:middle]) - 1.0
 
 
 def resident_bytes() -> int:
-    """Returns the physical memory of this process, after its allocator has returned free memory; Linux only."""
+    """Returns the physical memory of this process after its allocator has returned free memory. Works on Linux only."""
     with suppress(OSError, AttributeError):  # `malloc_trim` exists only in glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -77,6 +80,6 @@ def resident_bytes() -> int:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns a table with the memory after some numbers of requests."""
+    """Returns a table with the growth of the memory between two numbers of requests."""
     first, last = results["memory_requests"]
     return [{"from request": first, "to request": last, "growth": results["memory_rss_growth_share"]}]

@@ -1,9 +1,9 @@
 """Measures a server that gets three times as many requests as it can serve.
 
-Measured are goodput (work that finishes in time), the time to a refusal, the time until the server is back to normal,
-and whether clients that obey Retry-After are served within four tries. The server has the same model twice. One has a
-long queue, which shows the best throughput. The other has a queue so short that every accepted request should be in
-time.
+The case measures goodput (work that finishes in time), the time to a refusal, the time until the server is back to
+normal, and whether clients that obey Retry-After are served within four tries. The server has the same model twice. The
+model `peak` has a long queue, which shows the best throughput. The model `bounded` has a queue so short that every
+accepted request should be in time.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from stable_audio_serve.core.catalog import ModelCard
 _MIX = "demo-fast"
 _NORMAL_RATIO, _NORMAL_IN_A_ROW, _PATIENCE_S = 1.5, 3, 60.0
 _ALONE_S = (0.5, 4.0, 13.0)  # clip lengths (seconds) whose time on the idle server is measured, not interpolated
-_SHOWS_S = 4.0  # length of the clip whose latency shows whether the server is back to normal
+_SHOWS_S = 4.0  # length (seconds) of the clip whose latency shows whether the server is back to normal
 _ALONE_CALLS, _WARM_UP_CALLS = 5, 10
 _FEW_TRIES = 4
 _FACTOR, _RETURNING_FACTOR = 3.0, 1.5
 _LARGER_IS_BETTER = ("goodput_over_peak_ratio", "finished_over_peak_ratio", "served_within_four_tries_share")
 _SMALLER_IS_BETTER = ("refusal_p50_ms", "refusal_p99_ms", "normal_after_s")
 _MAX_QUEUE_S = 0.5  # seconds of predicted work in the short queue
-# For the short and the full form: seconds of overload, seconds of arrivals of clients that obey Retry-After, and
-# requests in a burst.
+# For the short and the full benchmark: seconds of overload, seconds in which clients that obey Retry-After arrive, and
+# number of requests in a burst.
 _LOADS = ({"seconds": 20, "returning_s": 10, "burst": 50}, {"seconds": 60, "returning_s": 30, "burst": 150})
 
 
 async def run_overload(settings: CaseSettings) -> dict[str, Any]:
-    """Measure `settings.rounds` rounds; the worst one counts.
+    """Measure `settings.rounds` rounds. The result is the worst round.
 
-    The capacity is measured with a burst of requests before and one after the overload, because the speed of a shared
-    machine changes. Raises RuntimeError for a wrong response in a burst.
+    The capacity is measured with a burst of requests before the overload and another one after it, because the speed of
+    a shared machine changes. Raises RuntimeError for a wrong response in a burst.
     """
     load = _LOADS[settings.full]
     entry = resolve_model(settings.model)
@@ -106,9 +106,8 @@ def summarize_overload(
 ) -> dict[str, Any]:
     """Returns the figures of one overload: shares of the peak work rate, times to a refusal, and wrong responses.
 
-    The work of a request is its time on an idle server (`work_ms`), because accepted requests may be shorter than
-    others. Requests that end after the last arrival do not count. The time to a refusal begins at the scheduled
-    arrival.
+    A request counts with its time on an idle server (`work_ms`), because accepted requests may be shorter than refused
+    ones. Requests that end after the last arrival do not count. The time to a refusal begins at the scheduled arrival.
     """
     refused = [record for record in records if record.outcome == "refused"]
     failed = [record for record in records if record.outcome == "failed"]
@@ -128,7 +127,10 @@ def summarize_overload(
 
 
 def summarize_returns(clients: Sequence[Sequence[Record]]) -> dict[str, Any]:
-    """Returns how many clients that obey Retry-After were served. `clients` has all attempts of each client."""
+    """Returns how many clients were served, and after how many attempts. The clients obey Retry-After.
+
+    `clients` has the records of all attempts of each client.
+    """
     served = [attempts for attempts in clients if attempts[-1].is_finished]
     return {
         "never_served": len(clients) - len(served),

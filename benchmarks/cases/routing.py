@@ -1,5 +1,7 @@
-"""Compares our router with Ray Serve's, for requests of the mix `small-mixed`. Ours selects the replica with the least
-predicted work, Ray Serve's the shorter queue of two random replicas.
+"""Compares our router with Ray Serve's, for requests of the mix `small-mixed`.
+
+Our router selects the replica with the least predicted work. Ray Serve's router selects the one of two random replicas
+that has the shorter queue.
 
 One server has two models, one for each router, with four simulated replicas each. Clips are a tenth as long as in the
 mix, but a latent frame takes ten times as long, so that the server does the same work and sends less audio.
@@ -29,12 +31,12 @@ _MIX = replace(_SMALL_MIXED, durations_s=tuple((s / SHORTENED, weight) for s, we
 _QUEUE_S = 1e6
 _WARM_UP = 16
 _REPLICAS = 4
-_REQUESTS = (200, 600)  # requests per round: short, full
+_REQUESTS = (200, 600)  # requests per round, in the short and the full benchmark
 _LOAD_SHARE = 0.8  # rate of requests, as a share of the replicas' capacity
 
 
 async def run_routing(settings: CaseSettings) -> dict[str, Any]:
-    """Measure `settings.rounds` rounds with different requests; the worst round counts."""
+    """Measure `settings.rounds` rounds with different requests. The result is the worst round."""
     rounds: list[dict[str, dict[str, float]]] = []
     watches: list[Watch] = []
     entry = resolve_model(settings.model)

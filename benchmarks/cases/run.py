@@ -1,8 +1,8 @@
-"""Compares our server with alternatives (sides), such as a lock around the model, for the same arrivals of requests.
+"""Compares our server with alternatives, such as a lock around the model, for the same arrivals of requests.
 
-By default the run starts one server, in which each side is a model. With `engine_only` all sides run in this process,
-without Ray and HTTP. With `url`, a running server with one of the five supported APIs is a side, alone or together with
-the sides in `against`.
+Each compared server is called a side. By default the run starts one server, in which each side is a model. With
+`engine_only`, all sides run in this process, without Ray and HTTP. With `url`, a running server with one of the five
+supported APIs is one of the sides, either the only one or together with the sides in `against`.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class RunRequest:
     engine_only: bool = False
     count: int | None = None
     goodput_trials: int | None = None
-    goodput_of: tuple[str, ...] | None = None  # sides whose goodput is measured; None: all
+    goodput_of: tuple[str, ...] | None = None  # servers whose goodput is measured; None: all
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an unknown side, a bad URL, or fewer than two sides."""
+        """Raise ValueError for an unknown name of a server, a bad URL, or fewer than two servers."""
         if unknown := [side for side in self.here if side not in SIDES]:
             raise ValueError(f"no side is called {unknown[0]!r}; there are {', '.join(SIDES)}")
         if self.url is not None and not _ADDRESS.fullmatch(self.url):
@@ -63,19 +63,19 @@ class RunRequest:
 
     @property
     def here(self) -> tuple[str, ...]:
-        """The sides that the run starts on this machine."""
+        """The names of the compared servers that the run starts on this machine."""
         if self.against is None:
             return () if self.url else ("lock", "static", "ours")
         return self.against
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """All sides. The first one is the reference of all ratios."""
+        """The names of all compared servers. All ratios are relative to the first one."""
         return (*self.here, _URL_SIDE) if self.url else self.here
 
 
 async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder: Path) -> dict[str, Any]:
-    """Run the comparison and return its results. Lists of arrivals and finished measurements are kept in `folder`.
+    """Run the comparison and return its results. Lists of arrivals and finished measurements are stored in `folder`.
 
     Raises VoidError, OtherRunError or SideFailedError.
     """
@@ -125,7 +125,10 @@ async def _opened(
 async def _in_process(
     settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry, num_adapters: int
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """Open all sides around one loaded model, so only one of them may get requests at a time. Yields their clients."""
+    """Open the compared servers in this process, and yield a client for each.
+
+    They share one loaded model, so only one of them may get requests at a time.
+    """
     model = load_model(entry, device=settings.device)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     opened = {name: open_side(name, model, options=options) for name in sides}
@@ -142,9 +145,9 @@ async def _in_process(
 async def _on_one_server(
     settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """Start one server with each side as a model; the sides share its HTTP proxy, ingress and audio encoders.
+    """Start one server that has each of the compared servers (`sides`) as a model, and yield a client for each.
 
-    Yields their clients. Raises ValueError for a model without a folder.
+    They share the HTTP proxy, the ingress and the audio encoders. Raises ValueError for a model without a folder.
     """
     from benchmarks.servers.process import serving
 
@@ -163,7 +166,10 @@ async def _on_one_server(
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns a table with one side per row. Ratios to the reference are in brackets, with the range of the rounds."""
+    """Returns a table with one row for each compared server.
+
+    In brackets: the ratio to the first server, and the range of this ratio over all rounds.
+    """
     reference = results["reference"]
     steps = [name for name in results["sides"][reference]["latency"] if name != "all"]
     table = []

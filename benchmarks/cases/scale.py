@@ -1,7 +1,7 @@
 """Measures the capacity of 1, 2, 4 ... replicas with bursts of requests over HTTP.
 
-Replicas run the real model, or are simulated (their device is only a clock), so that many fit on two cores. One server
-has a model for each number of replicas.
+The case measures replicas that run the real model, and simulated replicas. The device of a simulated replica is only a
+clock, so that many replicas fit on two cores. One server has a model for each number of replicas.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _STAND_IN, _MODEL = "benchmarks.servers.timed:build", "stable_audio_serve.servin
 _CLIPS = Mix("stand-in", durations_s=((1.0, 1.0),), steps=((24, 1.0),), spread=0.0)
 _MODEL_MIX = MIXES["demo-wide"]
 _WARM_UP_PER_REPLICA = 4
-# {number of replicas: number of requests}, for the short and the full form.
+# {number of replicas: number of requests}, for the short and the full benchmark.
 _STAND_IN_BURSTS = ({1: 60, 2: 60, 4: 60}, {1: 320, 2: 320, 4: 320, 8: 640, 16: 1280})
 _MODEL_BURSTS = ({1: 60, 2: 60}, {1: 300, 2: 300})
 
 
 async def run_scale(settings: CaseSettings) -> dict[str, Any]:
-    """Measure all numbers of replicas in each of `settings.rounds` rounds; the worst round counts."""
+    """Measure all numbers of replicas in each of `settings.rounds` rounds. The result is the worst round."""
     stand_in = await _measure(settings, _CLIPS, _STAND_IN_BURSTS[settings.full], _STAND_IN)
     model = await _measure(settings, _MODEL_MIX, _MODEL_BURSTS[settings.full], _MODEL)
     return {"is_void": stand_in["is_void"] or model["is_void"], "stand_in": stand_in, "model": model}
@@ -38,9 +38,9 @@ async def run_scale(settings: CaseSettings) -> dict[str, Any]:
 async def _measure(  # noqa: PLR0917
     settings: CaseSettings, mix: Mix, requests: Mapping[int, int], import_path: str
 ) -> dict[str, Any]:
-    """Measure `settings.rounds` rounds; in each, a burst to every number of replicas, one after another.
+    """Measure `settings.rounds` rounds. In each round, every number of replicas gets a burst, one after another.
 
-    `requests` has the size of the burst for each number of replicas.
+    `requests` has the number of requests in the burst for each number of replicas.
     """
     entry = resolve_model(settings.model)
     card, names = entry.card, {count: f"replicas-{count}" for count in requests}

@@ -18,13 +18,16 @@ from benchmarks.simulate.engine import SimulatedEngine, record_of, work_of
 from benchmarks.workload import Arrival, draw_arrivals
 
 _LOAD_SHARE = 0.8  # rate of requests for latencies, as a share of the lock server's capacity
-_REQUESTS = {"small-mixed": (400, 2000), "medium-mixed": (200, 400)}  # requests per list in the short and full form
+_REQUESTS = {"small-mixed": (400, 2000), "medium-mixed": (200, 400)}  # requests in a list: short, full benchmark
 _SEEDS = (1, 2, 3)  # each seed gives another list of requests
 _NETWORKS = {"small-mixed": SMALL, "medium-mixed": MEDIUM}
 
 
 async def run_simulate(settings: CaseSettings) -> dict[str, Any]:
-    """Returns the ratios of each mix: the lowest capacity and the highest latency of all seeds."""
+    """Returns the engine's figures divided by the lock server's, for each mix.
+
+    Of all seeds, the lowest ratio of capacities and the highest ratio of latencies are returned.
+    """
     mixes: dict[str, Any] = {}
     for mix, network in _NETWORKS.items():
         count = _REQUESTS[mix][settings.full]
@@ -35,7 +38,7 @@ async def run_simulate(settings: CaseSettings) -> dict[str, Any]:
 
 
 def _compare(mix: str, network: Network, *, count: int, seed: int) -> dict[str, float]:
-    """Returns the engine's figures divided by those of the lock server, for the same requests."""
+    """Returns the engine's figures divided by the lock server's figures, for the same requests."""
 
     def draw(rate_hz: float | None) -> tuple[Arrival, ...]:
         return draw_arrivals(mix, rate_hz=rate_hz, count=count, seed=seed, max_duration_s=network.longest_s)

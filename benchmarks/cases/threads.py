@@ -1,7 +1,7 @@
-"""Compares the speed of a model on one CPU thread and on several threads, one clip at a time. The model has an official
-size and random weights.
+"""Compares the speed of a model on one CPU thread and on several threads, one clip at a time.
 
-On AMD processors the audio has the same bytes with any number of threads, on others the last bits may differ.
+The model has an official size and random weights. On AMD processors, the audio has the same bytes with any number of
+threads. On other processors, the last bits may differ.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=1
 
 
 async def run_threads(settings: CaseSettings) -> dict[str, Any]:
-    """Generate clips with each number of threads in alternation, `settings.rounds` clips each.
+    """Generate `settings.rounds` clips with each number of threads, in alternation.
 
-    The best time counts, because other programs can only add time. Raises RuntimeError if the audio differs by
-    more than rounding.
+    The result is the shortest time, because other programs can only add time. Raises RuntimeError if the audio differs
+    by more than rounding.
     """
     model = build_random_model(settings.model or _MODEL, device="cpu", dtype=torch.float32)
     seconds: dict[int, list[float]] = {count: [] for count in _COUNTS}

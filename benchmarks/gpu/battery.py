@@ -1,6 +1,7 @@
-"""Four unlike requests in engines with one feature each, compared with the same requests in a plain engine.
+"""Runs four different requests in engines with one fast feature each, and compares the audio with a plain engine's.
 
-The plain engine runs in strict mode, eager, padded and on one queue, with blocking copies and float32 decoding.
+The plain engine has no fast features: it runs in strict mode, without CUDA graphs, with padded rows, on one queue, with
+blocking copies and float32 decoding.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _LONGEST_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """An engine to compare with the plain one: its features, and the precisions with which its model is loaded.
+    """An engine to compare with the plain engine: its features, and the precisions with which its model is loaded.
 
-    `least_db` is the bound on signal over error in decibels; None: the bytes must be equal.
+    `least_db` is the lowest allowed ratio of signal to error in decibels. None means that the bytes must be equal.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Case:
     precision: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Captures come last, because a failed one may harm what the process does later.
+# The cases with CUDA graphs come last, because a failed capture may break everything that the process does afterwards.
 CASES = (
     Case("plain"),
     Case("async_copies", frozenset({"async_copies"})),
@@ -72,7 +73,7 @@ def battery(card: ModelCard, *, longest_s: float) -> list[GenerationRequest]:
 
 
 async def measure(machine: Machine, results: Results, *, name: str) -> None:
-    """Store how close the clips of each case are to the plain ones; an error is a difference, too."""
+    """Store how close the clips of each case are to the plain engine's clips. An error also counts as a difference."""
     model: DiffusionModel | None = None
     loaded: Mapping[str, Any] = {}
     plain: Sequence[Audio] = ()
@@ -98,9 +99,10 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
 async def _play(  # noqa: PLR0917
     machine: Machine, results: Results, case: Case, model: DiffusionModel
 ) -> list[list[Audio]]:
-    """Play the requests together, twice in each order; frequent calls are captured after the first two plays.
+    """Send the requests together four times: in their order and in reverse order, and then both once more.
 
-    Returns the clips of each play in the order of the requests.
+    Between the second and the third time, the engine captures frequent calls. Returns the clips of each time, in the
+    order of the requests.
     """
     requests = battery(model.spec.card, longest_s=machine.sizes.longest_s)
     async with machine.engine(model, case.features, mode=case.mode) as engine:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu first --out DIR`: try and measure every fast feature, in under 9 minutes.
 
-Each part runs in a process of its own with a time limit, so that one that hangs or crashes does not stop the others.
+Each part runs in a process of its own with a time limit, so that a part that hangs or crashes does not stop the others.
 `DIR/gpu-first.json` is written after each part. The exit status is 1 if a part failed or ran out of time, or if a
 feature differs from the plain path.
 """
@@ -30,14 +30,14 @@ from benchmarks.pieces import write_json
 from benchmarks.report import describe_environment, hash_sources
 
 _NAME, _LIMIT_S, _END_S = "gpu-first", 530.0, 10.0
-# The server process imports these once, before it starts the parts' processes. It does not use the device.
+# The forkserver process imports these modules once, before it starts the parts' processes. It does not use the device.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     ["benchmarks.gpu.cli", "transformers.models.t5gemma.modeling_t5gemma", "transformers.models.t5.modeling_t5"]
 )
 _LOG_LENGTH = 3000  # characters of a failed part's output
-# Each part and the seconds after which it is stopped. What matters most comes first: if the time is not sufficient for
-# all parts, the last ones are missing.
+# Each part and the seconds after which it is stopped. The most important parts come first, because the last parts are
+# missing if the time is not sufficient for all.
 PARTS: Mapping[str, tuple[Callable[[Machine, Results], Coroutine[Any, Any, None]], float]] = {
     "battery-small": (partial(battery.measure, name="small"), 70.0),
     "battery-medium": (partial(battery.measure, name="medium"), 90.0),
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_part(name: str, options: argparse.Namespace, *, limit_s: float) -> dict[str, Any]:
-    """Run a part in a process of its own. Returns what it stored, also if it had to be stopped."""
+    """Run a part in a process of its own. Returns the results that it stored, even if it had to be stopped."""
     path, log = options.out / f"{name}.json", options.out / f"{name}.log"
     path.unlink(missing_ok=True)
     state = "out of time"
@@ -94,7 +94,7 @@ def _run_part(name: str, options: argparse.Namespace, *, limit_s: float) -> dict
 
 
 def _measure(name: str, options: argparse.Namespace, path: Path, log: Path) -> None:  # noqa: PLR0917
-    """Measure one part in this process; an error ends it with status 1."""
+    """Measure one part in this process. An error ends the process with status 1."""
     with log.open("w") as output:
         os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
     own = {"open": resolve_name(options.open_device)} if options.open_device else {}

@@ -1,4 +1,6 @@
-"""Models of the published shapes with random weights, tiny ones on a CPU, and engines with single features on or off.
+"""Models with random weights, and engines with single features switched on or off.
+
+The models have the published shapes on CUDA. On a CPU, tiny checkpoints replace them.
 
 This is the only module of this folder that uses the engine's own parts.
 """
@@ -58,8 +60,8 @@ class Sizes:
     load_s: float = 60.0
     in_flight: int = 24
     traced_s: float = 2.0
-    few: int = 50  # clips before the first and before the last measurement of memory
-    many: int = 500
+    few: int = 50  # number of clips before the first measurement of memory
+    many: int = 500  # number of clips before the last measurement of memory
 
 
 _TINY_SIZES = Sizes(
@@ -69,7 +71,7 @@ _TINY_SIZES = Sizes(
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The measured device. `open` returns the engine's interface to it, a new one for each engine."""
+    """The measured device. `open` returns a new object for each engine, through which the engine uses the device."""
 
     device: torch.device
     open: OpenDevice = lambda device: open_device(device, clock=SystemClock())
@@ -87,9 +89,10 @@ class Machine:
     def load(
         self, name: str, *, dtype: torch.dtype = torch.float16, decode: DecodePrecision | None = "float32"
     ) -> DiffusionModel:
-        """Returns small, medium or open (Stable Audio Open 1.0); the weights are the same each time.
+        """Returns the model `name`: small, medium or open (Stable Audio Open 1.0). The weights are the same each time.
 
-        `dtype` is the denoiser's precision on CUDA; None as `decode` selects the product's own choice for the decoder.
+        `dtype` is the denoiser's precision on CUDA. `decode` is the decoder's precision. None selects the precision
+        that the server would use.
         Raises ConfigError for a precision that the device does not have.
         """
         if self.is_tiny:
@@ -109,7 +112,7 @@ class Machine:
         options = EngineOptions(
             mode=mode,
             frame_grid=None if "packed_rows" in features else device.frame_grid,  # with a grid, rows are padded
-            profile="accelerated",  # unchecked, because the check is what is measured here
+            profile="accelerated",  # uses the features without checking them first; the benchmark itself checks them
             max_queue_s=_QUEUE_S,
             warmup_budget_s=2.0 if features == ALL and not self.is_tiny else 0.0,
             torch_threads=1 if self.is_tiny else None,
@@ -127,7 +130,10 @@ class Machine:
             torch.cuda.empty_cache()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Returns the memory that tensors hold, its peak since the last call, and the host's peak."""
+        """Returns the GPU memory that tensors use, its peak since the last call, and the memory that torch reserves.
+
+        Also returns the peak of this process's host memory. On a CPU, returns only this.
+        """
         gc.collect()
         host = {"host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         if self.device.type != "cuda":
@@ -151,12 +157,12 @@ class OpenEngine(OurServer):
         await self.settle()
 
     async def together(self, *requests: GenerationRequest) -> list[Audio]:
-        """Returns the first clip of each request; all are sent at once."""
+        """Send all requests at once. Returns the first clip of each."""
         return [result.audio[0] for result in await asyncio.gather(*map(self.generate, requests))]
 
 
 class _Switched:
-    """A device without the features that are not listed; everything else is the given device's."""
+    """Wraps a device, and switches off the features that are not in `features`."""
 
     def __init__(self, device: Device, features: Collection[str]) -> None:
         self._device = device

@@ -1,4 +1,7 @@
-"""Published figures of Stability AI for one H200, the work of each clip from the networks' shapes, and the goals."""
+"""Stability AI's published figures for one H200, and our goals.
+
+The work of each clip is computed from the shapes of the networks.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ FLOPS = 790e12  # operations per second, sustained, in half precision
 class ClipRow:
     """One clip of one model: its work, the published TensorRT time and peak memory, and our goals.
 
-    The ideal time is the longer of two: work at `FLOPS`, or weights and activations at 4.3 TB/s. `alone_share` and
-    `crowd_share` are goals as a share of the ideal speed, for one clip and for eight at once.
+    The ideal time is the longer one of two times: the time for the operations at `FLOPS`, and the time to read and
+    write weights and activations at 4.3 TB/s. `alone_share` and `crowd_share` are our goals for one clip and for eight
+    clips at once, as shares of the ideal speed.
     """
 
     model: str  # small or medium

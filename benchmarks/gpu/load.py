@@ -1,4 +1,4 @@
-"""A minute of mixed load, each clip compared with the plain one, and the memory after many requests."""
+"""Sends a minute of mixed load and compares each clip with a plain engine's. Also measures memory after many clips."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from benchmarks.load import Audio, send_in_flight
 from benchmarks.workload import draw_arrivals, to_request
 from stable_audio_serve.core.generation import GenerationRequest
 
-LEAST_DB = 26.0  # up to 100 guided steps in half precision, in which differences of one step grow
+LEAST_DB = 26.0  # low, because small differences grow in up to 100 guided steps in half precision
 _LEAK_S, _LEAK_STEPS, _LEAK_IN_FLIGHT = 5.0, 4, 8  # clips of the memory check
-_MOST_NAMED = 20  # differences and failures that are named; all are counted
+_MOST_NAMED = 20  # number of differences, and of failures, that are described; more are only counted
 
 
 async def measure(machine: Machine, results: Results, *, name: str) -> None:
-    """Compare the clips of an engine with all features under load with those of a plain engine without load."""
+    """Generate clips under load with an engine that has all features, and compare them with a plain engine's clips.
+
+    The plain engine has no features and no load.
+    """
     sizes, model = machine.sizes, machine.load(name, decode=None)
     longest_s = min(sizes.longest_s, model.spec.card.max_duration_s)
     drawn = draw_arrivals(f"{name}-mixed", rate_hz=None, count=sizes.clips, seed=1, max_duration_s=longest_s)
@@ -37,7 +40,7 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
 
 @dataclass
 class _Minute:
-    """Sends requests in random order, keeps a number of them in flight, and compares each clip."""
+    """Sends requests in random order, keeps `Sizes.in_flight` of them in flight, and compares clips with `plain`."""
 
     machine: Machine
     engine: OpenEngine
@@ -48,7 +51,7 @@ class _Minute:
     worst_db: dict[str, float] = field(default_factory=dict)
 
     async def run(self) -> None:
-        """Send for `load_s` seconds, and profile the device in the last of them."""
+        """Send requests for `load_s` seconds, and profile the device near the end of this time."""
         sizes = self.machine.sizes
         ends_at = time.perf_counter() + sizes.load_s
         tasks = [asyncio.create_task(self._send(random.Random(seed), ends_at)) for seed in range(sizes.in_flight)]
@@ -93,7 +96,7 @@ class _Minute:
 
 
 async def measure_leak(machine: Machine, results: Results) -> None:
-    """Store the memory after some and after many short clips, with no request in flight."""
+    """Store the memory after `Sizes.few` and after `Sizes.many` short clips, while no request is in flight."""
     few, many = machine.sizes.few, machine.sizes.many
     model, held = machine.load("small", decode=None), {}
     clip = GenerationRequest("rain", min(_LEAK_S, machine.sizes.longest_s), seed=0, steps=_LEAK_STEPS)

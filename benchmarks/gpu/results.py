@@ -1,4 +1,4 @@
-"""The growing result of one part, its differences, and the comparison of clips."""
+"""The results of one part of the benchmark, which are stored while it runs, and the comparison of clips."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.pieces import write_json
 
 
 class Results:
-    """The figures of one part. The file is written after each figure, so that it is of use if the part is stopped."""
+    """The figures of one part. The file is written after each figure, so that a stopped part leaves some figures."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -23,7 +23,7 @@ class Results:
         self._write()
 
     def record(self, name: str, value: Any) -> None:
-        """Store a figure under a name; dots in the name separate the keys that lead to it."""
+        """Store a figure. `name` has the keys of nested dicts that lead to the figure, separated by dots."""
         *outer, last = name.split(".")
         at = self.values
         for key in outer:
@@ -34,7 +34,10 @@ class Results:
     def compare(
         self, name: str, plays: Sequence[Sequence[Audio]], *, plain: Sequence[Audio], least_db: float | None
     ) -> None:
-        """Compare the clips of several plays with the plain ones; `least_db` None: the bytes must be equal."""
+        """Compare the clips in `plays` with the plain engine's clips, and store the result under `name`.
+
+        Each item of `plays` has one clip for each clip in `plain`. If `least_db` is None, the bytes must be equal.
+        """
         by_play = [[clip_db(*pair) for pair in zip(clips, plain, strict=True)] for clips in plays]
         every = [db for play in by_play for db in play]
         far = [db for db in every if not is_close(db, least_db)]
@@ -65,5 +68,5 @@ def clip_db(clip: Audio, plain: Audio) -> float | None:
 
 
 def is_close(db: float | None, least_db: float | None) -> bool:
-    """Whether a compared clip meets the bound. None as bound: it must be identical."""
+    """Whether a result of `clip_db` meets the bound. If `least_db` is None, the clips must be identical."""
     return db is None or (least_db is not None and db >= least_db)

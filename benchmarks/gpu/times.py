@@ -1,5 +1,7 @@
-"""Times: single clips with and without CUDA graphs against the published TensorRT pipeline, rows of different lengths
-packed and padded, rows with different adapters, and the drawing of noise.
+"""Measures the times of clips, rows, adapters and noise.
+
+Single clips, with and without CUDA graphs, are compared with the published TensorRT pipeline. Rows of different lengths
+are measured packed and padded. Also measured are rows with different adapters, and the drawing of noise.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from stable_audio_serve.sampling import SeededNoise
 _LONGEST_S = 120.0
 _ADAPTED_S = 10.0
 _GRAPHS_GB = 2.0  # memory allowed beyond the published peak
-_STEP_TOKENS, _ROWS = 16_384, 16  # the largest step, in rows of equal length
+_STEP_TOKENS, _ROWS = 16_384, 16  # number of tokens in the largest step, and the number of equally long rows in it
 _THREADS = (1, 4)
 
 
 async def measure(machine: Machine, results: Results, *, name: str) -> None:
-    """Store the times of each published clip of a model: alone, without CUDA graphs, and with others of its length."""
+    """Store the times of each clip with a published time: alone, without CUDA graphs, and together with equally long
+    clips.
+    """
     model, repeats = machine.load(name, decode=None), machine.sizes.repeats
     rows = [row for row in CLIPS if row.model == name and row.duration_s <= _LONGEST_S]
     for row in rows[:1] if machine.is_tiny else rows:
@@ -66,7 +70,10 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
 
 
 async def measure_rows(machine: Machine, results: Results) -> None:
-    """Store the time of rows of different lengths, padded and packed, captured and eager, and the time of noise."""
+    """Store the time of rows of different lengths, padded and packed, with CUDA graphs (captured) and without (eager).
+
+    Also store the time in which the noise of one step is drawn.
+    """
     model, count = machine.load("small", decode=None), machine.sizes.together
     requests = [
         _clip(machine, model, duration_s=_LONGEST_S * share / count, seed=share) for share in range(1, count + 1)
@@ -91,7 +98,10 @@ async def measure_rows(machine: Machine, results: Results) -> None:
 
 
 async def measure_adapters(machine: Machine, results: Results) -> None:
-    """Store the time of clips with a different adapter each, captured and eager, and of the same clips without."""
+    """Store the time of clips that have a different adapter each, and of the same clips without adapters.
+
+    Both are measured with CUDA graphs (captured) and without (eager).
+    """
     model, count = machine.load("small", decode=None), machine.sizes.together
     with TemporaryDirectory() as folder:
         loras = write_adapters(model, Path(folder), count=count)
@@ -121,7 +131,7 @@ def _clip(machine: Machine, model: DiffusionModel, *, duration_s: float, seed: i
 
 
 async def _median_ms(run: Callable[[], Awaitable[object]], *, repeats: int) -> float:
-    """Returns the median milliseconds of several calls, after one that does not count."""
+    """Returns the median time of `repeats` calls in milliseconds. One call before them does not count."""
     taken_ms = []
     for _ in range(1 + repeats):
         started_at = time.perf_counter()

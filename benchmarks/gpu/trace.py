@@ -1,5 +1,7 @@
-"""Records the work of a GPU during a call with torch's profiler: kernels, copies, launches, waits, and the share of
-time in which it was busy. On a CPU it records only the operators of attention.
+"""Records the work of a GPU during a call, with torch's profiler.
+
+The record has kernels, copies, launches and waits, and the share of time in which the GPU was busy. On a CPU, only the
+attention operators are recorded.
 """
 
 from __future__ import annotations
@@ -25,15 +27,17 @@ from stable_audio_serve.core.generation import GenerationRequest
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _ASKS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-# Parts of the names of operators and kernels of attention, which also name its backend.
+# Parts of the names of attention operators and kernels. The names also show which backend computes the attention.
 _ATTENTION = ("scaled_dot_product", "flash", "fmha", "attention", "cudnn_attn", "varlen")
 _LENGTHS_S = (5.0, 30.0, 120.0)
 _NAME_LENGTH, _MOST_KERNELS = 120, 20
 
 
 async def measure(machine: Machine, results: Results) -> None:
-    """Store the kernels and attention of each model, without CUDA graphs: of two steps and one decoding by the length
-    of a single clip, and of the battery with padded and with packed rows.
+    """Store the kernels and the attention operators that each model uses without CUDA graphs.
+
+    They are recorded for single clips of several lengths with two steps, and for the requests of `battery` with padded
+    and with packed rows.
     """
     for name in ("small", "medium", "open"):
         model = machine.load(name, decode=None)
@@ -53,9 +57,9 @@ async def measure(machine: Machine, results: Results) -> None:
 async def trace(
     device: torch.device, run: Callable[[], Awaitable[object]], *, operators: bool = False
 ) -> dict[str, Any]:
-    """Run `run` and return the figures of the device work that all threads launched meanwhile.
+    """Call `run` and return figures of the device work that all threads launch during the call.
 
-    `operators` also records torch's operators, which slows the host down.
+    If `operators` is true, torch's operators are recorded, too, which slows the host down.
     """
     is_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] * is_cuda + [ProfilerActivity.CPU] * (operators or not is_cuda)
@@ -74,7 +78,10 @@ async def trace(
 
 
 def summarize_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Returns figures of a Chrome trace. `host_launches` counts a CUDA graph once; `kernels` counts its kernels."""
+    """Returns figures of a Chrome trace.
+
+    A CUDA graph counts once in `host_launches`. In `kernels`, each of its kernels counts.
+    """
     whole = [event for event in events if event.get("ph") == "X"]
     work = sorted((event for event in whole if event.get("cat") in _DEVICE_WORK), key=lambda event: event["ts"])
     host = [event["name"] for event in whole if event.get("cat") in {"cuda_runtime", "cuda_driver"}]

@@ -1,4 +1,4 @@
-"""Runs this project's server as a child process: starts it with its command, and stops it with Ctrl-C."""
+"""Runs this project's server as a child process, which is started with `serve` and stopped with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Server:
 
     @property
     def ray_s(self) -> float:
-        """The time in which Ray started, from the server's log; 0 if it is not there."""
+        """The time in which Ray started, in seconds, as the server's log says. 0 if the log does not say it."""
         found = re.search(rf"^{_COLD_START}.*\bray ([0-9.]+) s", "\n".join(self.lines), re.MULTILINE)
         return float(found[1]) if found else 0.0
 

@@ -1,7 +1,7 @@
-"""An application of this project's server in which each model is one of the compared sides, such as `lock` or `ours`.
+"""The server's application, in which each model is one of the compared servers (sides), such as `lock` or `ours`.
 
-The sides have the same weights and share HTTP proxy, ingress and audio encoders. `build` is the function that Ray Serve
-imports.
+The sides have the same weights and share the HTTP proxy, ingress and audio encoders. Ray Serve imports the function
+`build`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stable_audio_serve.serving.replica import ModelReplica
 
 
 class SideReplica(StandInReplica):
-    """A replica that generates audio with the side that has the name of the model."""
+    """A replica that generates audio with the compared server that has the model's name, such as `lock`."""
 
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
         loaded = load_model(
@@ -51,5 +51,5 @@ class SideReplica(StandInReplica):
 
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
-    """Build the application of `serving.app`, with SideReplica as the class of replicas."""
+    """Build the application of `serving.app`. The models `lock` and `static` have replicas of the class SideReplica."""
     return assemble(args, replica=ModelReplica, by_name=dict.fromkeys(("lock", "static"), SideReplica))

@@ -1,5 +1,6 @@
-"""The whole server with simulated devices, to measure routing, Ray and HTTP with more replicas than the machine has
-cores. A simulated device serves one request at a time: it waits for a computed time and returns a prepared clip.
+"""The whole server with simulated devices, to measure routing, Ray and HTTP with more replicas than CPU cores.
+
+A simulated device serves one request at a time: it waits for a computed time and returns a prepared clip.
 
 This module must not import torch or transformers, so that the replicas start fast.
 """
@@ -53,7 +54,7 @@ class LinearDevice:
 
     @property
     def prices(self) -> Prices:
-        """The prices of work on this device, from which the router predicts. Guided steps cost slightly too much."""
+        """The prices with which the router predicts times of requests. For guided steps, they are slightly too high."""
         frames_per_s = _RATE_HZ / _HOP
         return Prices(
             row_ms=self.text_ms + self.decode_ms,
@@ -65,8 +66,8 @@ class LinearDevice:
 
 
 DEVICE = LinearDevice()
-# A device for a benchmark with clips of a tenth of the length, so that the server sends less audio. A frame takes ten
-# times as long as on the usual device, and everything is eight times as fast, so that the benchmark is shorter.
+# A device for a benchmark whose clips have a tenth of their usual length, so that the server sends less audio. A frame
+# takes ten times as long as on `DEVICE`. Then all times are divided by eight, so that the benchmark is shorter.
 SHORTENED = 10.0
 SHORTENING_DEVICE = LinearDevice(
     text_ms=DEVICE.text_ms / 8,
@@ -78,13 +79,13 @@ SHORTENING_DEVICE = LinearDevice(
 
 
 class StandInReplica:
-    """The methods of `serving.replica.ModelReplica` that are the same in all replicas of the benchmarks."""
+    """The base class of the benchmarks' replicas, with the methods of `serving.replica.ModelReplica` that all share."""
 
     device = "timed"
     backlog_s = 0.0
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Returns the audio, or (not raised) a StableAudioError, as the real replica does."""
+        """Returns the audio. A StableAudioError is returned, too, not raised. The real replica does the same."""
         raise NotImplementedError
 
     async def generate_reporting(

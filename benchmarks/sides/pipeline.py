@@ -1,7 +1,7 @@
 """Generation without a scheduler: a batch of requests with the same number of steps runs through all stages at once.
 
-The stages (text, source audio, steps, decoding) are those of the engine, and CUDA graphs are captured when the engine
-would capture them. So the compared servers differ only in the order of work.
+The stages (text, source audio, steps, decoding) are the engine's own, and CUDA graphs are captured when the engine
+would capture them. Therefore the compared servers differ only in the order of work.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SETTLED_S = 1.0  # an idle engine that has captured no CUDA graph for this time
 
 
 class Captures(NullMetrics):
-    """Receives the engine metrics of one side, and counts its captured CUDA graphs.
+    """Receives the engine metrics of one compared server, and counts its captured CUDA graphs.
 
     `changed_at` is the time of the last change, on the monotonic clock.
     """
@@ -84,7 +84,7 @@ class Pipeline:
     def __init__(
         self, model: DiffusionModel, options: EngineOptions, *, policy: Callable[[Device], BatchPolicy], together: int
     ) -> None:
-        """`policy` splits a step into device calls; up to `together` windows or prompts of equal shape share one."""
+        """`policy` splits a step into device calls. Up to `together` windows or prompts of equal shape share a call."""
         self._model = model
         self._threads = options.torch_threads
         self.captures = Captures()
@@ -134,7 +134,7 @@ class Pipeline:
                 self._settling = asyncio.create_task(self.settle())
 
     async def settle(self) -> None:
-        """Capture CUDA graphs of frequent calls, as an idle engine does, until the next request arrives."""
+        """Capture CUDA graphs of frequent calls until none is left or the next request arrives."""
         loop = asyncio.get_running_loop()
         while not self._num_asked and await loop.run_in_executor(self._thread, self._capture):
             pass

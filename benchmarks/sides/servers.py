@@ -1,8 +1,8 @@
 """The compared servers (sides) without HTTP: `await side.generate(request)`.
 
-`lock` serves one request at a time, first come, first served; `static` serves batches of similar requests, each with
-the same adapters; `fold` is a lock that changes the weights when the adapters change; `ours` is the engine. If the
-engine uses CUDA graphs on a device, the other sides do too.
+`lock` serves one request at a time, first come, first served. `static` serves batches of similar requests. All requests
+of a batch have the same adapters. `fold` works like `lock`, but folds adapters into the weights. `ours` is the engine.
+If the engine uses CUDA graphs on a device, the other sides use them, too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ RunBatch = Callable[[Sequence[GenerationRequest]], Awaitable[Sequence[Generation
 
 @dataclass(frozen=True, slots=True)
 class OneCall:
-    """A batch policy: all rows share one device call, padded to the longest row; if it `pads`, to one of `shapes`."""
+    """A batch policy: all rows share one device call, with a number of rows in `shapes`.
+
+    All rows are padded to the length of the longest row. If `pads` is true, they are padded further to a length in
+    `shapes`.
+    """
 
     shapes: AnyRows
     pads: bool = True
@@ -72,7 +76,7 @@ def one_call(model: DiffusionModel, device: Device) -> BatchPolicy:
 
 
 class LockServer(Pipeline):
-    """The side `lock`: one request at a time, as in a simple request handler around a model."""
+    """The compared server `lock`: serves one request at a time, like a simple request handler around a model."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions) -> None:
         super().__init__(
@@ -87,7 +91,10 @@ class LockServer(Pipeline):
 
 
 class FoldServer(LockServer):
-    """The side `fold`: as `lock`, but adapters are folded into the network's weights, again whenever they change."""
+    """The compared server `fold`: works like `lock`, but folds adapters into the network's weights.
+
+    If a request has other adapters than the request before it, the weights are changed first.
+    """
 
     def __init__(self, model: DiffusionModel, options: EngineOptions) -> None:
         super().__init__(model, options)
@@ -121,12 +128,15 @@ class FoldServer(LockServer):
 
 
 class StaticServer(Pipeline):
-    """The side `static`: batches of requests with the same length bucket, steps and guidance, one batch at a time."""
+    """The compared server `static`: runs one batch at a time.
+
+    The requests of a batch have the same length bucket, steps and guidance.
+    """
 
     def __init__(
         self, model: DiffusionModel, options: EngineOptions, *, collect: Callable[[RunBatch], Batched]
     ) -> None:
-        """`collect` makes a function of one request from a function of a batch: `@serve.batch` or `Batcher`."""
+        """`collect` is `@serve.batch` or `Batcher`. It turns a function of a batch into a function of one request."""
         super().__init__(model, replace(options, mode="fast"), policy=partial(one_call, model), together=MAX_BATCH)
         self._collect = collect
         self._queues: dict[BatchKey, Batched] = {}
@@ -139,7 +149,10 @@ class StaticServer(Pipeline):
 
 
 def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
-    """Returns the values that requests of a batch must share: length bucket and everything that affects the steps."""
+    """Returns the values that all requests of a batch have in common.
+
+    They are the length bucket and everything that affects the steps.
+    """
     spec = model.spec
     padding_s = (
         spec.card.default_duration_padding_s if request.duration_padding_s is None else request.duration_padding_s
@@ -152,7 +165,7 @@ def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
 
 
 class Batcher:
-    """Collects calls into batches as `@serve.batch` does, for machines without Ray.
+    """Collects calls into batches. Replaces `@serve.batch` on machines without Ray.
 
     A batch waits a short time after its first call for more calls. While a batch runs, new calls are collected for the
     next one. An error of a batch is raised in each of its calls.
@@ -191,7 +204,7 @@ class Batcher:
 
 
 class OurServer(Engine):
-    """The sides `ours`, `ours-strict` and `ours-fast`: the engine."""
+    """The compared servers `ours`, `ours-strict` and `ours-fast`: the engine."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: Device | None = None) -> None:
         self.captures = Captures()
@@ -208,7 +221,7 @@ SIDES = ("lock", "static", "fold", "ours", "ours-strict", "ours-fast")
 def open_side(
     name: str, model: DiffusionModel, *, options: EngineOptions, collect: Callable[[RunBatch], Batched] = Batcher
 ) -> Side:
-    """Returns the side of this name over a loaded model. Raises ValueError for another name."""
+    """Returns the compared server `name`, which runs `model`. Raises ValueError if `name` is not in `SIDES`."""
     if name == "lock":
         return LockServer(model, options)
     if name == "fold":

@@ -24,7 +24,7 @@ _TOKENS_PER_FRAME = 17  # the decoder's tokens for each latent frame
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The dimensions of a model's denoiser and decoder. The defaults are those of the small models.
+    """The dimensions of a model's denoiser and decoder. The default values describe the small models.
 
     With `differential` attention, a layer projects to five vectors (q, k, v, q', k') and computes two softmaxes.
     """
@@ -53,7 +53,7 @@ class Network:
         return self.depth * block + head + 7 * e**2
 
     def step_operations(self, frames: int) -> float:
-        """Returns the number of operations of one step of a row, without those that are done once per request."""
+        """Returns the number of operations for one step of a row, without operations that a request needs only once."""
         e, tokens = self.width, frames + self.prefix_tokens
         layer = 2 * self._products * tokens + 4 * self._softmaxes * e * tokens * (tokens + _CONTEXT_TOKENS)
         return self.depth * layer + 4 * _LATENT_CHANNELS * e * frames

@@ -1,7 +1,7 @@
 """The engine on a virtual clock: the real scheduler, batching, predictions and cost model, with a formula for the GPU.
 
-A turn of the loop does the same as in `engine.loop.EngineLoop`: one denoising step and, on the GPU's second CUDA stream
-(here: queue), the text encoding of new rows and the next windows to decode.
+Each turn of the loop does the same as in `engine.loop.EngineLoop`: one denoising step on the GPU's first queue (CUDA
+stream), and on the second queue, the text encoding of new rows and the decoding of the next windows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _QueuedCall:
 class _Queues:
     """The two queues (CUDA streams) of a simulated GPU.
 
-    Calls of the second queue have priority; the first queue gets the rest of the GPU's time.
+    Calls of the second queue have priority. The first queue gets the remaining time of the GPU.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class SimulatedEngine:
         return queues.records
 
     def _fit_cost(self, longest_frames: int, *, max_tokens: int) -> None:
-        """Fit the cost model to the times of those call shapes that the engine's warm-up would measure."""
+        """Fit the cost model to the simulated times of the call shapes that the engine's warm-up measures."""
         lengths = {max(int(longest_frames * share), 1) for share in DURATION_SHARES}
         shapes = {shape for frames in lengths for shape in step_shapes(self._policy, frames, max_tokens=max_tokens)}
         windows = {min(frames, _PROBE_WINDOW) for frames in lengths}

@@ -1,5 +1,7 @@
-"""Find the configuration of a command: `--config`, else `serve_config.yaml` in the current folder, else the
-packaged file.
+"""Find the configuration of a command.
+
+It is the file that `--config` names. Without this option, it is `serve_config.yaml` in the current folder, or if there
+is none, the packaged file.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ OnProgress = Callable[[JobProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class SoundRequest:
-    """The audio that a command shall generate. `controls` has optional fields, by their names in the API."""
+    """What audio a command must generate. `controls` has optional fields of the request, by their names in the API."""
 
     kind: Literal["generate", "vary", "inpaint", "loop", "replay"]
     prompt: str = ""
@@ -71,7 +71,7 @@ def make_by_server(request: SoundRequest, client: Client, *, on_progress: OnProg
         job = submit(request, client, key=key)
         return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
     except KeyboardInterrupt:
-        # Submit again with the same key, which returns the same job, because the first response may not have arrived.
+        # The response with the job's id may not have arrived. Submitting again with the same key returns the same job.
         job = submit(request, client, key=key)
         with suppress(ConflictError):  # the job has already ended
             client.jobs.cancel(job.id)
@@ -125,7 +125,7 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
     plan = plan_deployments(settings)
     name = request.model(plan.catalog, dialects=settings.dialects)
     (model,) = (model for model in plan.settings.models if plan.catalog.resolve(model.name).name == name)
-    # Without this, loading the model would also measure its speed, which takes longer than it saves for one request.
+    # Loading the model would also measure its speed. For a single request, this takes longer than it saves.
     engine_settings = model.engine.model_copy(update={"warmup_budget_s": 0.0})
     request, files = _name_files(request)
     model = model.model_copy(update={"engine": engine_settings, "loras": {**model.loras, **files}})
@@ -145,9 +145,9 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
 
 
 def _name_files(request: SoundRequest) -> tuple[SoundRequest, dict[str, LoraSettings]]:
-    """Return the request with names in place of paths of adapters, and the adapters with these names.
+    """Replace paths of adapter files in the request by names. Return the new request, and the files by these names.
 
-    Only a name that ends with .safetensors is a path.
+    An adapter's name is a path if it ends with .safetensors.
     """
     from stable_audio_serve.core.settings_models import LoraSettings
 

@@ -96,8 +96,8 @@ _NAME = re.compile(
 def plain_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
     """If the block raises an expected error, print its message and end the command with an exit code.
 
-    Names of API fields in the message are replaced by options of the command. `OPTIONS` maps fields to options. `names`
-    has the fields for which this command has other options.
+    In the message, the names of API fields are replaced by the command's options. `OPTIONS` maps fields to options.
+    `names` maps fields for which this command has other options than `OPTIONS`.
     """
     try:
         yield
@@ -115,7 +115,7 @@ def plain_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
 
 
 def fail(message: str, code: ExitCode = ExitCode.REFUSED) -> typer.Exit:
-    """Print an error message. Returns an exception; raise it to end the command."""
+    """Print an error message. Returns an exception that the caller must raise to end the command."""
     typer.echo(f"error: {plain(message)}", err=True)
     return typer.Exit(code)
 
@@ -127,7 +127,7 @@ def plain(text: str, *, limit: int | None = None) -> str:
 
 
 def in_options(message: str, names: Mapping[str, str] | None = None) -> str:
-    """Return a message of the API with field names replaced by options, from `names` or else from `OPTIONS`."""
+    """Return a message of the API in which options replace field names. `names` has precedence over `OPTIONS`."""
     for phrase, ours in _PHRASES:
         message = message.replace(phrase, ours)
     parts = {"duration": "length", "prompt": "prompt"}

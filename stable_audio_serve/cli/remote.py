@@ -52,7 +52,7 @@ class WaitMessages:
         self._timer.start()
 
     def end(self, _: httpx.Response | None = None) -> None:
-        """Stop the timer. httpx calls this when a response begins; also called when the client closes."""
+        """Stop the timer. httpx calls this when a response begins. It is also called when the client closes."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -82,7 +82,7 @@ def open_client(
     most_retries: int | None = None,
     timeout_s: float | None = None,
 ) -> Iterator[Client]:
-    """Open a client. Unless `quiet`, it reports on standard error that it waits, or sends a request again."""
+    """Open a client. Unless `quiet` is true, it prints to standard error when it waits or sends a request again."""
     import httpx
 
     from stable_audio_serve.client import Client, Retries
@@ -119,7 +119,7 @@ def ask(client: Client, what: str, **options: Any) -> Any:
 
 
 def load_dotenv() -> None:
-    """Add the variables of the nearest `.env` to the environment, as the server does."""
+    """Add the variables of the nearest `.env` to the environment. The server reads the same file."""
     import os
 
     from stable_audio_serve.core.settings_sources import load_environment

@@ -15,7 +15,7 @@ import typer
 
 from stable_audio_serve.client import Clip, Result
 
-STDIN = "-"  # stands for standard input, or for standard output as the name of an output file
+STDIN = "-"  # as the name of an input file, means standard input; as the name of an output file, standard output
 _LONGEST_NAME = 60
 
 

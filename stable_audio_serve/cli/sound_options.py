@@ -51,7 +51,7 @@ After = Annotated[float | None, typer.Option(min=0.0, help="New audio after the 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoundOptions:
-    """The shared options. For an option that is None, the server or the model has a default."""
+    """The shared options. If an option is None, the default of the server or the model applies."""
 
     model: Annotated[str | None, typer.Option("--model", "-m", help="Name of a served model.")] = None
     duration: Annotated[float | None, typer.Option("--duration", "-d", help="Length, seconds.")] = None
@@ -150,7 +150,7 @@ class SoundOptions:
 
 
 def _parse_lora(text: str) -> dict[str, Any]:
-    """Parse NAME or NAME:STRENGTH. Returns the adapter as in the HTTP API. Raises ValueError."""
+    """Parse NAME or NAME:STRENGTH. Returns an item of the HTTP API's field `loras`. Raises ValueError."""
     name, colon, strength = text.rpartition(":")
     if not colon:
         return {"name": text}

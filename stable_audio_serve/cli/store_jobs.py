@@ -113,7 +113,7 @@ class _RefusalError(Exception):
 
 
 def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: Callable[[Job], str]) -> None:
-    """Call `act` with each named job and print the result. Ends with exit code 2 if `act` was refused for any job."""
+    """Call `act` with each named job and print the result. Ends the command with exit code 2 if any job was refused."""
     num_refused = 0
     for name in names:
         try:
@@ -126,7 +126,7 @@ def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: 
 
 
 def _find(store: JobStore, name: str, *, client: str | None) -> Job:
-    """Return the job that `name` and `client` identify. `name` is a job id, or API and id, such as `sa3/ID`.
+    """Return the job that `name` and `client` identify. `name` is a job id, or an API and a job id, such as `sa3/ID`.
 
     Raises _RefusalError if no job or several jobs match.
     """

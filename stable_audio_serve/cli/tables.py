@@ -115,7 +115,7 @@ def print_status(found: Mapping[str, Any]) -> None:
 
 @contextmanager
 def live_status() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield a function that shows a response of `/v1/status`. On a terminal it replaces the previous response."""
+    """Yield a function that shows a response of `/v1/status`. On a terminal, it replaces the response shown before."""
     console = _console()
     if not console.is_terminal:
         yield lambda found: console.print(_draw_status(found))
@@ -273,7 +273,7 @@ def _cell(text: object) -> Text:
 
 
 def _when(text: str | None) -> str:
-    """Convert a time in ISO 8601 to local time; the empty string for None."""
+    """Convert a time in ISO 8601 to local time. Returns the empty string for None."""
     try:
         return "" if text is None else datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     except ValueError:

@@ -32,9 +32,9 @@ class Clip:
     """One variation: an audio file with its seed and measurements.
 
     `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is None for silence and for audio shorter
-    than 0.4 s. `recipe` describes how the clip was made: pass it to `Client.replay` to recreate the clip. It is None if
-    the response had no recipe; the audio file may contain one all the same. `true_peak_dbtp` is None unless the request
-    had a target loudness.
+    than 0.4 s. `recipe` describes how the clip was made: pass it to `Client.replay` to recreate the clip. `recipe` is
+    None if the response had no recipe. Even then, the audio file may contain one. `true_peak_dbtp` is None unless the
+    request had a target loudness.
     """
 
     file_name: str
@@ -58,9 +58,9 @@ class Result:
     """The audio of one request or job: one clip per variation.
 
     `timings_ms` is the time that the server spent in each stage, in milliseconds. A job's result has no `timings_ms`
-    and no `request_id`. `replay` is None unless a clip was recreated from a recipe: "exact" means that the bytes equal
-    the original, "close" that the original was made on another device or with another version. `warnings` are sentences
-    about parts of the request that had no effect, such as the end of a prompt that is too long for the model.
+    and no `request_id`. `replay` is None unless a clip was recreated from a recipe. "exact" means that the bytes equal
+    the original. "close" means that the original was made on another device or with another version. `warnings` are
+    sentences about parts of the request that had no effect, such as the end of a prompt that is too long for the model.
     """
 
     clips: tuple[Clip, ...]
@@ -79,7 +79,7 @@ class Result:
 
     @property
     def seed(self) -> int:
-        """The seed of the first variation; the same request with this seed gives the same audio."""
+        """The seed of the first variation. The same request with this seed gives the same audio."""
         return self.clips[0].seed
 
     def save(self, path: str | Path) -> Path:
@@ -91,8 +91,8 @@ class Result:
 class JobProgress:
     """The progress of a job: `fraction` is between 0 and 1.
 
-    `message` describes the progress in words. Only progress from the event stream has one. `sections_done` of
-    `num_sections` sections of a long piece are finished; both are None for other jobs.
+    `message` describes the progress in words. Only progress from the event stream has a message. For a job with
+    sections, `sections_done` of `num_sections` sections are finished. For other jobs, both are None.
     """
 
     stage: str
@@ -151,7 +151,7 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model. `sent` is the JSON object that was parsed; it may have more keys than this class has fields."""
+    """A served model. `sent` is the JSON object that was parsed. It may have more keys than this class has fields."""
 
     name: str
     aliases: tuple[str, ...]
@@ -300,7 +300,7 @@ def require_success(job: Job) -> None:
 
 
 def place_file(response: httpx.Response, path: Path) -> Path:
-    """Return the file that the download in `response` is saved to.
+    """Return the path of the file to which the downloaded content of `response` is written.
 
     If `path` is a folder, the file is in that folder and the server chooses its name. Otherwise the file is `path`.
     """
@@ -344,7 +344,7 @@ def _values(header: str) -> list[Any]:
 def _file_name(disposition: str) -> str:
     """Return the file name in a Content-Disposition header.
 
-    Folders in the name are removed. Otherwise a name such as `../name` would lead out of the folder for the download.
+    Folders in the name are removed. Otherwise, the file `../name` would be written outside the download's folder.
     """
     message = Message()
     message["content-disposition"] = disposition

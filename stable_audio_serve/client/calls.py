@@ -1,6 +1,6 @@
-"""Build HTTP requests. A `Call` describes one request; a `Connection` adds the server's address and the API key.
+"""Build HTTP requests. A `Call` describes one request. A `Connection` adds the server's address and the API key.
 
-This module sends nothing: `operations` does.
+The module `operations` sends the requests.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def submit(
     audio: Audio | None = None,
     regions: Regions | None = None,
 ) -> Call[str]:
-    """Return the call that submits a job. `key` is its idempotency key; None = a random one.
+    """Return the call that submits a job. `key` is the job's idempotency key. If it is None, a random key is used.
 
     The call's `read` returns the job's id. Raises OSError if the source audio cannot be read.
     """
@@ -93,8 +93,8 @@ def submit(
 def replay(recipe: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Result | str]:
     """Return the call that recreates a clip from its recipe, or from an audio file that contains the recipe.
 
-    The call's `read` returns the result, or for a long piece the id of the job that recreates it. `sources` are the
-    source files that the clip was made from. Raises OSError if a file cannot be read.
+    The call's `read` returns the result. A long piece is recreated by a job, and then `read` returns the job's id.
+    `sources` are the source files that the clip was made from. Raises OSError if a file cannot be read.
     """
     files = [("audio", _read(source)) for source in sources]
     body: dict[str, Any]
@@ -193,7 +193,7 @@ class Connection:
         return self.base_url.join(path.lstrip("/"))
 
     def headers(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return the headers that each request to this server has, and the headers in `more`."""
+        """Return the headers of a request to this server: the headers that all requests have, and those in `more`."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return {"User-Agent": _USER_AGENT, **key, **(more or {})}
 
@@ -224,7 +224,7 @@ def _body(
 
 
 def _lora(given: str | tuple[str, float] | Lora) -> Any:
-    """Return an adapter as the API's JSON object. The server checks it."""
+    """Return the API's JSON object for an adapter. Values are not checked here, because the server checks them."""
     match given:
         case str():
             return {"name": given}

@@ -75,7 +75,7 @@ class Client:
 
     @accepts(InpaintControls)
     def inpaint(self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[InpaintControls]) -> Result:
-        """Regenerate the regions of `audio` that `regions` names, each as start and end in seconds.
+        """Regenerate regions of `audio`. `regions` has the start and the end of each region in seconds.
 
         Samples outside the regions stay unchanged. At each end of a region, a crossfade of 30 ms inside the region
         joins new and old audio. With `keep="model"`, the samples outside the regions come from the model too. Raises
@@ -89,9 +89,9 @@ class Client:
     ) -> Result:
         """Extend audio by `extend_before_s` before its start and by `extend_after_s` after its end.
 
-        The source's samples stay unchanged, except for 30 ms at an extended end, which fade into the new audio. The
-        times of `regions` to regenerate, as in `inpaint`, are those of the source. Raises OSError if the source file
-        cannot be read.
+        The source's samples stay unchanged, except for 30 ms at an extended end, which fade into the new audio.
+        `regions` of the source are regenerated, as in `inpaint`. Their times count from the start of the source. Raises
+        OSError if the source file cannot be read.
         """
         return self.send(calls.make("inpaint", prompt, controls=controls, audio=audio, regions=regions))
 
@@ -105,12 +105,12 @@ class Client:
         return self.send(calls.make("loop", prompt, controls=controls, audio=audio))
 
     def replay(self, recipe: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Result:
-        """Recreate a clip from its recipe, or from its audio file if that contains the recipe.
+        """Recreate a clip from its recipe, or from its audio file if the file contains the recipe.
 
         `sources` are the source files that the clip was made from. If one is missing, the method raises
         InvalidRequestError with the SHA-256 of the missing file. The result's `replay` is "exact" if the bytes equal
-        the original. A long piece is recreated by a job, for which the method waits. Raises OSError if a file cannot be
-        read.
+        the original. A long piece is recreated by a job, and the method waits until the job ends. Raises OSError if a
+        file cannot be read.
         """
         return run(self._operations.replay(calls.replay(recipe, sources=sources)))
 
@@ -126,16 +126,17 @@ class Client:
         """Add an adapter to a model of the running server. Needs a key with the scope admin.
 
         `path` is the absolute path of a file on the server, an S3 URL, or a repository of the hub. Without `model`, the
-        default model gets the adapter. The server keeps it until `unload_lora`, also over restarts. Raises
-        InvalidRequestError if the file cannot be used, or if the model has another adapter of this name.
+        default model gets the adapter. The adapter stays loaded until `unload_lora`, even if the server restarts.
+        Raises InvalidRequestError if the file cannot be used, or if the model has another adapter of this name.
         """
         self.send(calls.load_lora(name, path, model=model))
 
     def unload_lora(self, name: str, *, model: str | None = None) -> None:
         """Remove an adapter that `load_lora` added. Needs a key with the scope admin.
 
-        Without `model`, it is removed from all models that have it. Requests that already run finish with it. Raises
-        NotFoundError if there is no such adapter, ConflictError if the configuration or a folder has it.
+        Without `model`, the adapter is removed from all models that have it. Requests that already run finish with the
+        adapter. Raises NotFoundError if there is no such adapter. Raises ConflictError if the adapter comes from the
+        server's configuration or from an adapter folder.
         """
         self.send(calls.unload_lora(name, model=model))
 
@@ -152,7 +153,7 @@ class Jobs:
 
     @accepts(JobControls)
     def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
-        """Submit a job that generates audio from a text prompt. With `sections` it is a long piece.
+        """Submit a job that generates audio from a text prompt. With `sections`, the audio is a long piece.
 
         A second submission with the same `idempotency_key` returns the first job.
         """
@@ -175,7 +176,7 @@ class Jobs:
         idempotency_key: str | None = None,
         **controls: Unpack[JobInpaintControls],
     ) -> Job:
-        """Submit a job that regenerates regions of `audio`, or extends it as `Client.extend` does.
+        """Submit a job that regenerates regions of `audio`, or extends it (see `Client.inpaint` and `Client.extend`).
 
         `regions` has the start and end of each region in seconds. Raises OSError if the source file cannot be read.
         """
@@ -205,10 +206,10 @@ class Jobs:
     def wait(
         self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None = None, timeout_s: float | None = None
     ) -> Job:
-        """Wait until a job ends, and return it. A job that failed is returned too.
+        """Wait until a job ends, and return it. A failed job is returned too, without an error.
 
-        Raises DeadlineExceededError if the job does not end within `timeout_s`. The time is checked only when news of
-        the job arrives, so the wait may last up to 30 s longer.
+        Raises DeadlineExceededError if the job does not end within `timeout_s`. The time is checked only when the
+        server reports on the job, so the wait may last up to 30 s longer.
         """
         return run(self._operations.wait(job_id, on_progress=on_progress, timeout_s=timeout_s))
 
@@ -226,15 +227,15 @@ class Jobs:
         return run(self._operations.fetch(job))
 
     def audio_chunks(self, job_id: str) -> Generator[bytes]:
-        """Yield the audio file of a long piece while it is made: the finished sections, then each further one.
+        """Yield the audio file of a long piece while it is made: first the finished sections, then each new section.
 
         The file is MP3 if that is the job's format, otherwise WAV of unknown length. It ends early if the job fails or
-        is cancelled. If the connection is lost, the client connects again and goes on after the last received byte.
+        is cancelled. If the connection is lost, the client connects again and continues after the last received byte.
         """
         return iterate(self._operations.audio_chunks(job_id))
 
     def section(self, job_id: str, number: int) -> bytes:
-        """Download one finished section of a long piece. The first is number 1; all together are the whole piece.
+        """Download one finished section of a long piece. `number` counts from 1. Joined, the sections are the piece.
 
         Raises NotFoundError while the section is not finished.
         """

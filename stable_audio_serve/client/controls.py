@@ -19,8 +19,8 @@ _HEAD = "Optional fields; None selects the default of the server or the model:"
 class Lora(TypedDict, total=False):
     """An adapter that a request uses. `strength` is 1 by default.
 
-    `interval` is the part of the denoising in which the adapter applies: 1 is pure noise, 0 the finished clip. By
-    default it is (0, 1).
+    `interval` is the range of noise levels at which the adapter applies: 1 is pure noise, and 0 is the finished clip.
+    By default it is (0, 1).
     """
 
     name: Required[str]
@@ -29,14 +29,14 @@ class Lora(TypedDict, total=False):
 
 
 class Loudness(TypedDict, total=False):
-    """The loudness that a clip gets, in LUFS. The limiter keeps its true peak at `true_peak_dbtp`, by default -1."""
+    """The target loudness of a clip, in LUFS. A limiter limits the true peak to `true_peak_dbtp`, by default -1."""
 
     target_lufs: Required[float]
     true_peak_dbtp: float
 
 
 class Controls(TypedDict, total=False):
-    """Optional fields of every request, except those of `Client.loop`."""
+    """Optional fields of every request, except requests of `Client.loop`."""
 
     model: Annotated[str | None, "Name or alias of a served model."]
     negative_prompt: Annotated[str | None, "What to avoid; takes effect with cfg_scale above 1."]
@@ -123,7 +123,7 @@ class JobFields(TypedDict, total=False):
 
 
 class Section(TypedDict, total=False):
-    """A section of a long piece: its length in seconds, and its prompt, by default that of the job."""
+    """A section of a long piece: its length in seconds, and its prompt. The default is the job's prompt."""
 
     duration: Required[float]
     prompt: str
@@ -149,8 +149,8 @@ class JobInpaintControls(JobFields, InpaintControls, total=False):
 def accepts(controls: type, *, without: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator that adds the fields of `controls`, except `without`, to a method's signature and docstring.
 
-    Python itself accepts any name as `**controls: Unpack[...]`. The decorated method raises TypeError for a name that
-    is not a field.
+    Python itself accepts any keyword argument for `**controls: Unpack[...]`. The decorated method raises TypeError for
+    a keyword that is not a field.
     """
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:

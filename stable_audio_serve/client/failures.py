@@ -43,8 +43,8 @@ def _all_below(base: type[StableAudioError]) -> Iterator[type[StableAudioError]]
         yield from _all_below(error)
 
 
-# The error class for each `kind`. If several classes have the same kind, the dictionary should have the first of them,
-# because that one is the most general. A dictionary keeps the last value of a key, hence `reversed`.
+# The error class for each `kind`. If several classes have the same kind, the first class is the most general one, and
+# the dictionary must contain it. A dictionary keeps the last value of a key, so the order is reversed.
 _BY_KIND = {error.kind: error for error in reversed(list(_all_below(StableAudioError)))}
 
 
@@ -87,11 +87,11 @@ def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
 class Retries:
     """How often a failed call is sent again, and how long the pauses are.
 
-    A call is sent again at most `most` times, or `most_refused` times if no connection to the server can be made. Its
-    pauses together last at most `most_wait_s` seconds. A pause is the response's Retry-After plus a random time, so
-    that clients that failed at the same time do not retry at the same time. Without Retry-After, the first pause is at
-    most `first_pause_s` seconds, and this limit doubles with each attempt. `on_pause` is called before each pause with
-    the error and the pause in seconds.
+    A call is sent again at most `most` times, or `most_refused` times if no connection to the server can be made. All
+    pauses together last at most `most_wait_s` seconds. A pause is the response's Retry-After plus a random time. Thus
+    clients that failed at the same time do not retry at the same time. Without Retry-After, the first pause is at most
+    `first_pause_s` seconds, and this limit doubles with each attempt. `on_pause` is called before each pause with the
+    error and the pause in seconds.
     """
 
     most: int = 5
@@ -152,6 +152,6 @@ def _read_detail(detail: Any) -> tuple[str, str | None]:
 
 
 def _name_at(place: list[str | int]) -> str:
-    """Return the name of the field at a place in a request, such as `steps` or `sections.2.duration`."""
+    """Return a field's name, such as `steps` or `sections.2.duration`, from its location in a validation error."""
     start = place.index("sections") if "sections" in place else -1
     return ".".join(map(str, place[start:]))

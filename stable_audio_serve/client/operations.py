@@ -34,8 +34,8 @@ from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError,
 
 T = TypeVar("T")
 
-# The response to a generation arrives only when the audio is complete, so the client waits long. The server limits that
-# time by the request's deadline.
+# The response to a generation arrives only when the audio is complete, so the client waits long. On the server, the
+# request's deadline limits the time.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 # The server sends a comment on the event stream every ten seconds, so 30 s without data mean a lost connection.
 _STREAM_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
@@ -146,7 +146,7 @@ class Operations:
         return await self.send(calls.show_job(await self.send(call)))
 
     async def replay(self, call: Call[Result | str]) -> Result:
-        """Recreate a clip. If a job does it, wait for the job. Raises the errors of `fetch`."""
+        """Recreate a clip. If the server recreates it with a job, wait for the job. Raises the errors of `fetch`."""
         made = await self.send(call)
         if isinstance(made, Result):
             return made
@@ -156,7 +156,8 @@ class Operations:
     async def audio_chunks(self, job_id: str) -> AsyncGenerator[bytes]:
         """Yield the audio file of a long piece while it is made.
 
-        If the stream breaks, opens it again. It then begins with the same bytes, which are skipped.
+        If the stream breaks, opens it again. The new stream begins with bytes that were yielded before. They are
+        skipped.
         """
         num_yielded, attempts = 0, Attempts(self._retries)
         while True:
@@ -183,8 +184,8 @@ class Operations:
     async def cancel(self, job_id: str) -> Job:
         """Cancel a job and return it. Raises ConflictError if the job had already ended.
 
-        If the response to the first attempt is lost, that attempt may have cancelled the job. Then the second attempt
-        finds a cancelled job, and that is not an error.
+        If the response to the first attempt is lost, the job may already be cancelled at the second attempt. This is
+        not an error.
         """
         attempts = Attempts(self._retries)
         try:
@@ -200,7 +201,7 @@ class Operations:
     async def follow(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
         """Yield the job's progress until the job ends, then the ended job.
 
-        Reads the job's event stream. If several streams bring no event, polls the job's status instead.
+        Reads the job's event stream. If several streams in a row have no event, polls the job's status instead.
         """
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         num_broken, pause_s = 0, 0.5
@@ -264,7 +265,7 @@ class Operations:
         return await self._with_audio(job, read)
 
     async def _with_audio(self, job: Job | str, use: Callable[[httpx.Response, Job], Awaitable[T]]) -> T:
-        """Open the download of a job's audio, and return the result of `use`, called with the response and the job.
+        """Open the download of a job's audio, call `use` with the response and the job, and return its result.
 
         After a temporary failure of the download or of `use`, both are repeated.
         """
@@ -285,7 +286,8 @@ class Operations:
     async def _audio(self, job: Job) -> AsyncIterator[httpx.Response]:
         """Open the download of a job's audio.
 
-        Downloads from the bucket if the job has a link to it, and otherwise, or if that fails, from the server.
+        If the job has a link to an S3 bucket, downloads from the bucket. Without a link, or if the bucket's download
+        cannot be opened, downloads from the server.
         """
         async with AsyncExitStack() as opened:
             response = None
@@ -319,8 +321,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}"
     try:
-        # `tempfile` is not used, because its files are readable by their owner only. To give them normal permissions,
-        # one needs the process's umask, and reading the umask means changing it for a moment, in all threads.
+        # `tempfile` is not used, because only the owner can read its files. Giving them normal permissions would need
+        # the process's umask, and reading the umask means changing it for a moment, in all threads.
         with temporary.open("xb") as file:
             yield file
         temporary.replace(path)

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
 _REASON_CHARS = 300
-# Size of Ray's object store, through which replicas send audio. The longest clip has 134 MiB of float32 samples, and
-# the store should hold several. It takes at most half of the free shared memory.
+# Size of Ray's object store, through which replicas send audio. The store should hold several of the longest clips,
+# which have 134 MiB of float32 samples. It takes at most half of the free shared memory.
 _OBJECT_STORE_BYTES = 1024 * _MIB
 _OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
 _SERVE_TIMEOUT_S = 3.0  # how long Ray Serve may take to stop its processes
@@ -40,8 +40,8 @@ def private_directory() -> Iterator[Path]:
     """Create a folder that only this user can enter, and remove it when the context ends.
 
     The folder's name is short, because Ray creates Unix sockets in the folder, and the path of a socket has at most 107
-    bytes. If this process dies, a second process (`guard`) kills all processes that have a file open in the folder, and
-    removes the folder.
+    bytes. If this process dies, a second process (`guard`) kills all processes that have a file open in the folder.
+    Then this second process removes the folder.
     """
     parent = "/tmp" if os.access("/tmp", os.W_OK) else None
     directory = Path(tempfile.mkdtemp(prefix="sas-", dir=parent)).resolve()
@@ -65,9 +65,9 @@ def embedded_ray(
 ) -> Iterator[int]:
     """Run Ray with its files in `directory` until the context ends. Ray's internal ports require an access token.
 
-    `num_cpus` is the number of CPU cores that Ray may give to its processes. Yields the port of Ray's metrics page:
-    `metrics_port`, or a free port if that is None. At the end of the context, Ray Serve and Ray are stopped within
-    `_STOP_TIMEOUT_S` seconds.
+    `num_cpus` is the number of CPU cores that Ray may give to its processes. Yields the port of Ray's metrics page. It
+    is `metrics_port`, or a free port if `metrics_port` is None. At the end of the context, Ray Serve and Ray are
+    stopped within `_STOP_TIMEOUT_S` seconds.
     """
     late_exit_code = 2
     try:
@@ -121,7 +121,7 @@ def exiting_after(timeout_s: float, *, exit_code: int, report: Callable[[], None
     watchdog.daemon = True
     watchdog.start()
     yield
-    watchdog.cancel()  # not after an error: the interpreter's own exit may hang, too
+    watchdog.cancel()  # not cancelled after an error, because the interpreter's own exit may hang, too
 
 
 def _stop(late_exit_code: int) -> None:
@@ -131,7 +131,7 @@ def _stop(late_exit_code: int) -> None:
     with exiting_after(_STOP_TIMEOUT_S, exit_code=late_exit_code):
         if ray.is_initialized():
             _stop_serve()
-            # A thread of Ray Serve may still call Ray after its stop, and would log an error.
+            # After Ray has stopped, a thread of Ray Serve may still call it, which would log an error.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             ray.shutdown()
 
@@ -144,8 +144,8 @@ def _stop_serve() -> None:
     if controller is None:
         return  # Ray Serve was not started yet
     with suppress(ray.exceptions.RayError, TimeoutError):
-        # The controller process exits at the end of this call, so the call always fails with an error. With retries,
-        # Ray would print a warning about that.
+        # The controller process exits at the end of this call, so the call always fails with an error. Without the
+        # option, Ray would retry the call and print a warning.
         ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SERVE_TIMEOUT_S)
 
 

@@ -27,12 +27,14 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving import haproxy
 
-# The ports of HAProxy and the ingress replicas are in this range, below the kernel's ephemeral ports, so no outgoing
-# connection takes a port after it was found free. It is above the ports of workers of `ray start` (10002-19999).
+# The ports of HAProxy and the ingress replicas are in this range. It is below the kernel's ephemeral ports, so that no
+# outgoing connection takes a port after it was found free. It is above the ports that workers of `ray start` use
+# (10002-19999).
 _FIRST_PORT = 20000
 _LAST_PORT = 32000
-# Number of ports that a server reserves: the first five as in `PortBlock`, the others for ingress replicas. These need
-# many ports, because the port of a stopped replica is used again only after `api.max_deadline_s` (an hour by default).
+# Number of ports that a server reserves. The first five have the purposes in `PortBlock`. The others are for ingress
+# replicas, which need many ports: the port of a stopped replica is used again only after `api.max_deadline_s` (an hour
+# by default).
 _BLOCK = 128
 _ATTEMPTS = 50
 _QUARANTINE_MARGIN_S = 30
@@ -47,7 +49,7 @@ _BINARY_CHECK_TIMEOUT_S = 5.0
 class PortBlock:
     """The numbers of consecutive free ports that one server uses.
 
-    `claim` is the first. The launcher listens on this port, so that other servers see that the block is in use.
+    `claim` is the first port. The launcher listens on it, so that other servers see that the block is in use.
     """
 
     claim: int
@@ -82,8 +84,8 @@ class PortBlock:
 def claim_ports(host: str) -> Iterator[PortBlock]:
     """Reserve a block of free ports until the context ends. Raises OSError if no block is free.
 
-    The ports must be free on `host`, where HAProxy serves its statistics and metrics pages. The block's other ports are
-    used on the loopback address.
+    All ports of the block are free on `host`, because HAProxy serves its statistics and metrics pages there. The other
+    ports are used on the loopback address.
     """
     host = _ALL_IPV4 if ":" in host else host
     for _ in range(_ATTEMPTS):
@@ -166,7 +168,7 @@ def raise_file_limit() -> None:
 def base_environment(settings: Settings) -> dict[str, str]:
     """Return the environment variables that every embedded Ray needs, with or without HAProxy.
 
-    They set an access token, turn off usage statistics, and make health checks and the stop fast.
+    The variables set an access token, turn off usage statistics, and make health checks and the stop of Ray fast.
     """
     return {
         # With 0, Ray's internal ports listen on loopback; with 1, on all interfaces. Despite its name, the variable has

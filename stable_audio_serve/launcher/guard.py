@@ -1,8 +1,8 @@
 """The guard: a small process that outlives the launcher and cleans up after it, however the launcher ends.
 
-The guard's standard input is a pipe from the launcher, which closes when the launcher ends. Then the guard kills every
-process that has a file open in the server's private folder, and removes the folder. All processes of Ray and HAProxy
-are found in this way, because each has a log file open there. The guard runs without site packages, so this module
+The guard's standard input is a pipe from the launcher. The pipe closes when the launcher ends. Then the guard kills
+every process that has a file open in the server's private folder, and removes the folder. This kills all processes of
+Ray and HAProxy, because each has a log file open in the folder. The guard runs without site packages, so this module
 imports only the standard library.
 """
 
@@ -33,7 +33,7 @@ def guarded(directory: Path) -> Iterator[None]:
 
 
 def processes_using(directory: Path) -> list[int]:
-    """Return the ids of the processes that have a file open in `directory`: an empty list on systems without /proc."""
+    """Return the ids of the processes that have a file open in `directory`. Without /proc, the list is empty."""
     prefix = f"{directory}/"
     found = set()
     for process in Path("/proc").glob("[0-9]*"):

@@ -47,7 +47,7 @@ Report = Callable[[str], None]
 _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 5.0
 _STILL_LOADING_EVERY_S = 15.0
-# How long the drain may take beyond `drain_s`: its last calls to Ray Serve have timeouts of their own, 8 s in all.
+# How long the drain may take beyond `drain_s`. Its last calls to Ray Serve have timeouts of their own: 8 s in all.
 _DRAIN_MARGIN_S = 15.0
 _PROXY_FAULT = re.compile(r"HAProxy crashed during startup: error: (.+)")
 _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
@@ -55,7 +55,7 @@ _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
 
 @dataclass
 class Stopwatch:
-    """Measures the stages of a cold start: `laps` has the name and the duration of each, in seconds."""
+    """Measures the stages of a cold start. `laps` has the name of each stage and its duration in seconds."""
 
     laps: list[tuple[str, float]] = field(default_factory=list)
     _last: float = field(default_factory=time.monotonic)
@@ -102,8 +102,8 @@ def serve(
             defaults = start_timeouts(load_per_core()) | environment.color_environment()
             apply_environment(variables | proxied, defaults=defaults)
             # With HAProxy, Ray's own proxy must listen on loopback only. `deploy_schema` also finds misspelled keys in
-            # the config file. It must run before the next line: if `args` was misspelled, the default model would be
-            # reported, and not the configured one.
+            # the config file. It must run before the next line: if the key `args` is misspelled, that line would report
+            # the default model instead of the configured one.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
             report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
             # Models that start later are not checked here: their weights are checked when they load.
@@ -111,8 +111,8 @@ def serve(
             require_weights(plan, started, print_error=print_error)
             report(prepare_stores(plan.settings).description)
 
-        # A thread of Ray prints log lines, and writes the text of a line and its newline separately. An error that is
-        # printed in between must begin with a newline, so that it does not continue Ray's line.
+        # A thread of Ray prints log lines. It writes the text of a line and the newline separately. An error message
+        # may be printed in between, so it must begin with a newline of its own.
         def print_error_on_new_line(sentence: str) -> None:
             print_error(f"\n{sentence}")
 
@@ -141,7 +141,7 @@ def serve(
 
 @contextmanager
 def _printing_errors(print_error: Report) -> Iterator[None]:
-    """Print an error when it is raised, before the server is stopped: the stop may take seconds or be cut short."""
+    """Print an error at once, before the server is stopped, because the stop may take seconds or be cut short."""
     try:
         yield
     except StableAudioError as error:
@@ -244,7 +244,7 @@ def _drain(application: str, settings: Settings, *, report: Report) -> None:
     """Refuse new requests, and wait up to `settings.drain_s` for the requests in progress.
 
     Some calls of Ray Serve wait for its controller without a timeout. If the controller does not answer, this process
-    exits `_DRAIN_MARGIN_S` later.
+    exits `_DRAIN_MARGIN_S` seconds after `settings.drain_s`.
     """
     from stable_audio_serve.serving.draining import drain
 

@@ -1,4 +1,4 @@
-"""Handle stop signals in the launcher: the first signal starts an orderly stop, a later one exits immediately."""
+"""Handle stop signals in the launcher. The first signal starts an orderly stop. A later signal exits immediately."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import time
 from types import FrameType
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# When Ctrl-C sends a signal to the whole process group, the programs `timeout` and `make` forward it to this process
-# once more. Therefore a second signal within this time is ignored.
+# Ctrl-C sends a signal to the whole process group. The programs `timeout` and `make` then send the signal to this
+# process once more. Therefore a second signal within this time is ignored.
 _DUPLICATE_S = 1.0
 
 
 class StopSignals:
-    """Handles SIGINT, SIGTERM and SIGHUP: the first raises KeyboardInterrupt, a later one exits this process."""
+    """Handles SIGINT, SIGTERM and SIGHUP. The first signal raises KeyboardInterrupt. A later one exits this process."""
 
     def __init__(self) -> None:
         self._stopping_at: float | None = None
@@ -26,7 +26,7 @@ class StopSignals:
             signal.signal(number, self._handle)
 
     def begin_stop(self, *, exit_code: int) -> None:
-        """From now on, let a signal exit this process with `exit_code`. The guard then kills the processes of Ray."""
+        """From now on, exit this process with `exit_code` at the next signal. The guard then kills Ray's processes."""
         self._late_exit_code = exit_code
         if self._stopping_at is None:
             self._stopping_at = time.monotonic()

@@ -17,7 +17,7 @@ _MAX_FACTOR = 30.0
 _BUSY = 4.0  # runnable programs per core; at this load or above, `start_advice` mentions the load
 
 # How long to wait for the raylet, Ray's process on each node. The raylet exits if its helper processes do not start
-# within 15 s, a limit that cannot be changed. A longer wait for the raylet would only delay the error message.
+# within 15 s. This limit cannot be changed, so a longer wait for the raylet would only delay the error message.
 _RAYLET_S = 60
 # Ray's other time limits, in seconds. RAY_NUM_REDIS_GET_RETRIES is a number of retries, each of about a second.
 _LIMITS: Mapping[str, float] = {

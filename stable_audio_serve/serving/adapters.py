@@ -1,7 +1,9 @@
-"""Implements `core.adapters.AdapterLibrary`: adapters of the configuration, of folders, and loaded at run time.
+"""Implements `core.adapters.AdapterLibrary`.
 
-Every process that answers HTTP requests has its own library, which reads folders and files again every few seconds,
-and the job database twice a second. Imports no torch: only headers of files are read here.
+An adapter comes from the configuration, from a model's adapter folder, or was loaded at run time. The names of adapters
+that were loaded at run time are in the job database. Every process that answers HTTP requests has its own library,
+which reads the folders and files again every two seconds and the database twice a second. This module does not import
+torch, because it reads only the headers of adapter files.
 """
 
 from __future__ import annotations
@@ -41,22 +43,25 @@ T = TypeVar("T")
 
 _READ_EVERY_S = 0.5  # seconds between two reads of the database
 _SPREAD_S = 1.5  # seconds after which every process has read a change of the database
-_SCAN_EVERY_S = 2.0  # seconds between two looks at folders and files
+_SCAN_EVERY_S = 2.0  # seconds between two checks of folders and files for changes
 _RETRY_S = 60.0  # seconds until a source that could not be downloaded is tried again
-_CHECK_AGAIN_S = 600.0  # seconds until a downloaded source is looked at again, because it may have changed
-_MAX_FILES = 1000  # of a folder
+_CHECK_AGAIN_S = 600.0  # seconds until a downloaded source is fetched again, because it may have changed
+_MAX_FILES = 1000  # number of files of an adapter folder that are served
 
 Fetch = Callable[[str], Path]
 
 
 def adapter_fetcher(settings: Settings) -> Fetch:
-    """Return the function that returns the file of an adapter's source, see `fetch_adapter`."""
+    """Return `fetch_adapter` with the configured credentials: a function from an adapter's source to a local file."""
     return partial(fetch_adapter, token=settings.hub_token, open_s3=partial(make_client, settings.storage))
 
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """An adapter by name, before its file is read. `origin` says in messages where it comes from."""
+    """An adapter whose file is not read yet.
+
+    `origin` completes the sentence "The adapter is ..." in error messages, for example "part of the configuration".
+    """
 
     name: str
     source: str
@@ -66,7 +71,10 @@ class _Named:
 
 @dataclass(frozen=True, slots=True)
 class _Looked:
-    """What was found at a source: the file's state at that time, and the card. Downloads are repeated at `retry_at`."""
+    """The card made from an adapter's file, and the file's `_state_of` when it was read (None for a download).
+
+    A downloaded source is fetched again at `retry_at`.
+    """
 
     state: tuple[int, ...] | None
     card: AdapterCard
@@ -74,7 +82,7 @@ class _Looked:
 
 
 class Library:
-    """The adapters of the models in `catalog`. The methods without `async` do not block, except `start`."""
+    """The adapters of the models in `catalog`. Of the public methods without `async`, only `start` blocks."""
 
     def __init__(
         self,
@@ -121,7 +129,10 @@ class Library:
         return resolved
 
     def _find(self, model: str, name: str) -> AdapterCard:
-        """Return the adapter with a name, or with a URL or a repository of the hub that it was loaded from."""
+        """Return the adapter that has this name, or that was loaded from this URL or Hugging Face repository.
+
+        Raises InvalidRequestError if there is none, or if its file is unusable.
+        """
         known = self._cards.get(model, {})
         by_source = (card for card in known.values() if card.source == name and is_remote(name))
         card = known.get(name) or next(by_source, None)
@@ -174,7 +185,7 @@ class Library:
         await asyncio.sleep(self._spread_s)
 
     def start(self) -> None:
-        """Read everything that needs no download. Blocks; `follow` does the rest."""
+        """Read the database and all adapter files that need no download. Blocks. `follow` downloads the others."""
         with suppress(StorageError):
             self._read_loaded()
         self._scan(may_download=False)
@@ -191,9 +202,11 @@ class Library:
             await asyncio.sleep(_READ_EVERY_S)
 
     async def refresh(self, *, is_due: bool = True) -> None:
-        """Read the database, and folders and files if that `is_due` or the last time is long ago.
+        """Read the database, and then the folders and files if necessary.
 
-        Raises StorageError; then only the database's adapters may be old.
+        Folders and files are read if `is_due` is true, if the database has changed, or if they were last read two
+        seconds ago or earlier. Raises StorageError if the database cannot be read. Folders and files may be read even
+        then.
         """
         async with self._lock:
             await asyncio.to_thread(self._refresh, is_due)
@@ -209,7 +222,7 @@ class Library:
                 self._scanned_at = time.monotonic()
 
     def _read_loaded(self) -> bool:
-        """Read the database. Return whether it changed. Raises StorageError."""
+        """Read the adapters in the database. Return whether they have changed. Raises StorageError."""
         before, self._loaded = self._loaded, self._store.read() if self._store is not None else ()
         return self._loaded != before
 
@@ -232,7 +245,7 @@ class Library:
         self._cards, self._origins, self._looked = cards, origins, looked
 
     def _named(self, model: str, settings: ModelSettings) -> Iterator[_Named]:
-        """Yield the adapters of a model. Of several with the same name, the first counts."""
+        """Yield the adapters of a model. If several have the same name, the caller must use only the first."""
         if model not in self._adaptable:
             if settings.loras or settings.lora_folder is not None:
                 self._warn(f"the model {model} takes no adapters; those in its configuration are not served")
@@ -262,7 +275,10 @@ class Library:
         return usable
 
     def _look(self, model: str, named: _Named, *, may_download: bool = True) -> _Looked:
-        """Return the card of an adapter. Reads the file only if it is new or has changed."""
+        """Return the adapter's card and the state of its file.
+
+        Reads the file only if it is new or has changed, or if its download is due again.
+        """
         before = self._looked.get((model, named))
         state = None if is_remote(named.source) else _state_of(named.source)
         if before is not None and before.state == state and (time.monotonic() < before.retry_at or not may_download):
@@ -299,7 +315,7 @@ class Library:
 
 
 def _state_of(source: str) -> tuple[int, ...]:
-    """Return what changes when a file changes, () if there is no file."""
+    """Return the file's modification time, size and inode, which change when it is replaced. () if there is no file."""
     try:
         stat = os.stat(source)
     except (OSError, ValueError):
@@ -314,7 +330,10 @@ def _require_name(name: str) -> None:
 
 
 def _resolve(lora: Lora, card: AdapterCard) -> Lora:
-    """Return the adapter of a request with source and hash. Raises InvalidRequestError for values out of range."""
+    """Return a request's adapter `lora` with the source and the hash of `card`.
+
+    Raises InvalidRequestError if a value is out of range, or if the request asks for a file with another hash.
+    """
     low, high = card.strengths
     if not low <= lora.strength <= high:
         allowed = f"{low:g} to {high:g}"

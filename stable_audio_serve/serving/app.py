@@ -176,8 +176,9 @@ def build(args: Settings | Mapping[str, Any]) -> serve.Application:
 def assemble(
     args: Settings | Mapping[str, Any], *, replica: type, by_name: Mapping[str, type] = MappingProxyType({})
 ) -> serve.Application:
-    """Build the application. `replica` is the class of the models' replicas, except models that `by_name` contains.
+    """Build the application.
 
+    `replica` is the class of the models' replicas. `by_name` has other classes for single models, by the model's name.
     Raises ConfigError, CheckpointError.
     """
     ray_internals.require()

@@ -2,9 +2,11 @@
 
 The target number of replicas is the larger of two numbers, rounded up:
 
-- backlog: the predicted seconds of accepted requests and of jobs that no runner has started, over `target_wait_s`
-- load: the sum over the replicas of the share of time in which the device was busy, divided by 0.8. At a higher load,
-  requests that arrive at random wait long. Without this number, a busy deployment without backlog would lose replicas.
+- backlog: the predicted device time of accepted requests and of jobs that no runner has started, divided by
+  `target_wait_s`
+- load: the share of time in which a replica's device was busy, summed over the replicas and divided by 0.8. If devices
+  are busy for more than 80 % of the time, requests that arrive at random wait long. Without this number, a busy
+  deployment without backlog would lose replicas.
 
 Ray Serve changes the number of replicas when the target has stayed higher for `upscale_delay_s`, or lower for
 `downscale_delay_s`.
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 _USED_SHARE = 0.8
 _SHOW_S = 2.0  # seconds between two updates of the metric `replicas_wanted`
-_EPSILON = 1e-6  # a sum that exceeds a whole number by less is not rounded up
+_EPSILON = 1e-6  # a sum that exceeds a whole number by less than this is not rounded up
 _WORK, _BUSY, _WAITING, _KEPT = "work_s", "busy_share", "waiting_s", "is_kept"
 
 
@@ -45,7 +47,7 @@ class WorkPolicy:
     """Computes the target number of replicas of one model from the model's work. Each deployment has one instance."""
 
     def __init__(self, *, target_wait_s: float) -> None:
-        """Called by Ray Serve with the `policy_kwargs` of the deployment, which it passes through JSON."""
+        """Called by Ray Serve with the deployment's `policy_kwargs`, which have been converted to JSON and back."""
         self._target_wait_s = target_wait_s
         self._metrics: RayMetrics | None = None  # created at first use
         self._shown_at = float("-inf")
@@ -68,8 +70,8 @@ class WorkPolicy:
     def _decide(self, context: AutoscalingContext) -> int:
         """Return the target number of replicas.
 
-        `context` has the statistics that the replicas published in the last `look_back_period_s`. Of the busy shares,
-        the highest one of each replica counts. Of the other statistics, the last one of each replica counts.
+        `context` has the statistics that the replicas published in the last `look_back_period_s`. For each replica, the
+        highest `busy_share` is used, and the last value of every other statistic.
         """
         published = context.raw_metrics or {}
         work = {str(replica): series[-1].value for replica, series in published.get(_WORK, {}).items() if series}

@@ -44,23 +44,23 @@ _LOAD_CHECK_S = 1.0  # while a request waits: seconds between checks whether its
 
 @dataclass(slots=True)
 class _Refusal:
-    """The last refusal that a client got from a full model. Times are those of the event loop, in seconds."""
+    """The last refusal that a client got from a full model. Times are in seconds of the event loop's clock."""
 
     error: OverloadedError
     full_until: float
     retry_at: float  # when the request that was refused last may be sent again
 
     def repeat(self, now: float) -> OverloadedError:
-        """Return the error for one more refused request. Its retry time is later than that of all earlier refusals."""
+        """Return the error for one more refused request. Its retry time is `work_s` later than the last refusal's."""
         self.retry_at += self.error.work_s
         return OverloadedError(self.error.message, retry_after_s=self.retry_at - now)
 
 
 class _Refusals:
-    """The last refusal for each caller: client, model and priority.
+    """The last refusal of each caller. A caller is a client, a model and a priority.
 
-    While a model is full, further requests are refused here, without a call to a replica. Such a call would take longer
-    than the refusal itself.
+    While a model is full, further requests are refused here, without a call to a replica. The call would take longer
+    than the replica needs to refuse the request.
     """
 
     def __init__(self) -> None:
@@ -74,9 +74,9 @@ class _Refusals:
             raise refusal.repeat(now)
 
     def record(self, caller: tuple[str, str, str], error: OverloadedError) -> OverloadedError:
-        """Record `error`, with which a replica refused a request. Return the error for the caller.
+        """Record `error`, with which a replica refused a request. Return the error to raise for the caller.
 
-        Its retry time is later than that of all earlier refusals of this caller.
+        The returned error's retry time is later than the retry times of all earlier refusals of this caller.
         """
         if not error.full_for_s:
             return error
@@ -150,7 +150,10 @@ class RayBackend:
     async def _attempt(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
     ) -> GenerationResult:
-        """Call a replica once. Raises RayError if the replica or the result is lost, otherwise StableAudioError."""
+        """Call a replica once. Raises RayError if the replica or the result is lost.
+
+        Raises StableAudioError if the request fails for another reason.
+        """
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceededError("the time budget of this request ran out")
         bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S

@@ -1,6 +1,7 @@
-"""Divides the CPU cores of this machine among models: number of threads, and lower priority for other processes.
+"""Divides the CPU cores of this machine among the models.
 
-The number of threads depends only on the settings and the number of cores, not on measured times.
+Computes the number of threads of each model, from the settings and the number of cores. Also lowers the priority of
+processes that run no model.
 """
 
 from __future__ import annotations

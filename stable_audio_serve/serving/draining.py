@@ -65,7 +65,7 @@ def _drain(
 ) -> None:
     deadline_at = time.monotonic() + within_s
     proxies = _python_proxies()
-    # A proxy's `is_drained` is about the requests that it received before this call.
+    # A proxy's `is_drained` considers only requests that the proxy received before this call.
     for proxy in proxies:
         proxy.update_draining.remote(True)
     num_in_flight = sum(_broadcast(ingress))

@@ -28,7 +28,8 @@ from stable_audio_serve.serving.placement import model_entry
 
 logger = logging.getLogger(__name__)
 
-# Torch's version is in the name: another version may not have the error.
+# This file is written after the capture of a CUDA graph has ended the process, and turns off further captures. Torch's
+# version is in the name, because another version may not have the error.
 _CAPTURES_OFF = Path(f"~/.cache/stable-audio-serve/captures-off-torch-{torch.__version__}")
 
 
@@ -44,9 +45,9 @@ def load_engine(
 ) -> Engine:
     """Load one configured model and return its engine, which is not started. Raises CheckpointError or ConfigError.
 
-    `gpu_share` is the share of a GPU that Ray reserved for this process. Ray does not enforce the share, so a share
-    below 1 limits this process's GPU memory here, unless the setting `memory_share` does. `entry` overrides where the
-    model's files are.
+    `gpu_share` is the share of a GPU that Ray reserved for this process. Ray does not enforce the share, so this
+    function limits the process's GPU memory: to the setting `memory_share` if it is set, otherwise to a `gpu_share`
+    below 1. `entry` replaces the model's own registry entry, which says where the model's files are.
     """
     share = memory_share(model, gpu_share=gpu_share)
     device = open_device(
@@ -117,7 +118,7 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
 
 
 def precisions(settings: Settings, model: ModelSettings, *, device: torch.device) -> dict[str, str]:
-    """Return the device type, the denoiser's dtype and the decoder's precision, as text under these three names."""
+    """Return the device type, the denoiser's dtype and the decoder's precision as text."""
     dtype = resolve_dtype(device, _configured_dtype(settings, model))
     return {
         "device": device.type,

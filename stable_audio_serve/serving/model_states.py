@@ -1,8 +1,8 @@
 """The state of each model as known in this process. Used by the status, health checks, routing and job runners.
 
 There are two sources. Replicas publish statistics once a second, which reach this process through Ray Serve's request
-routers. Ray Serve's controller reports the stage of each deployment. The controller is polled at most twice a second;
-while it does not answer, its last answer is used. Reading the state never starts a replica.
+routers. Ray Serve's controller reports the stage of each deployment. This process polls the controller at most twice a
+second. While the controller does not answer, its last answer is used. Reading the state never starts a replica.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TIMEOUT_S = 0.8
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """A replica's device, the duration of each stage of its start in seconds, and the numbers of its requests.
+    """A replica's device, the duration of each stage of its start in seconds, and its numbers of requests by outcome.
 
     `expired` is the number of requests that exceeded their deadline. `backlog_ms` is the predicted device time of the
     unfinished requests.
@@ -70,7 +70,7 @@ class ReplicaStats:
     finished_per_minute: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, in which form Ray Serve's controller sends them to the routers."""
+        """Return the fields by name, because Ray Serve's controller sends statistics to the routers as a dict."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
@@ -86,9 +86,9 @@ _lock = threading.Lock()
 
 
 def record_stats(model: str, stats: Mapping[str, Mapping[str, Any]]) -> None:
-    """Record the latest statistics of all replicas of a model, by the replica's name.
+    """Record the latest statistics of all replicas of a model. The keys of `stats` are the replicas' names.
 
-    Earlier statistics of replicas that are missing in `stats` are dropped.
+    If a replica is missing in `stats`, its earlier statistics are dropped.
     """
     now = time.monotonic()
     works = map(ReplicaWork.from_dict, stats.values())
@@ -206,8 +206,8 @@ class ModelWatch:
     def note_answer(self, model: str) -> None:
         """Mark a model as ready because a replica of it has answered a request.
 
-        The next call of `status` still asks the controller. If the controller does not answer, `status` reports the
-        model as ready because of this mark.
+        The next call of `status` still asks the controller. If the controller does not answer, `status` reports that
+        the model is ready.
         """
         models = self._snapshot.models
         if models[model].stage == "ready":

@@ -1,8 +1,8 @@
 """Implements `core.operations.Operations` in ingress replicas on Ray Serve.
 
-The states of models come from `model_states`. While clients poll the status, the job database is queried once a second.
-While the server drains, the ingress replicas and job runners are asked once a second how much work they have left.
-Operators' settings are stored by `jobs.store.operator_settings`.
+The states of models come from `model_states`. While clients poll the status, the job database is queried at most once a
+second. While the server drains, the ingress replicas and job runners are asked at most once a second how much work they
+have left. Operators' settings are stored by `jobs.store.operator_settings`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class DrainProgress:
 def open_operator_store(database: Database, application: str) -> OperatorStore:
     """Return the store of the operators' settings for an application in this Ray cluster.
 
-    The settings belong to one Ray session: after a stop and a new start of the server, they have the defaults again.
-    If Ray uses Redis, its session and therefore the settings survive a restart of Ray's head node.
+    The settings belong to one Ray session. When the server is stopped and started again, they have the defaults again.
+    If Ray uses Redis, Ray's session survives a restart of Ray's head node, and so do the settings.
     """
     return OperatorStore(database, f"{ray.get_runtime_context().get_session_name()}/{application}")
 
@@ -169,7 +169,7 @@ class CachedQuery(Generic[T]):
     """Caches the result of an async query. Use it on one event loop only."""
 
     def __init__(self, query: Callable[[], Awaitable[T]], *, first: T, clock: Clock = SystemClock()) -> None:
-        """`query` must not raise. `first` is the answer before there is a result, and while the last one is too old."""
+        """`query` must not raise. `first` is the answer while there is no result, or only one that is too old."""
         self._query = query
         self._clock = clock
         self._first = self._answer = first

@@ -27,9 +27,9 @@ INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
 
 _MOST_REQUESTS = 512  # Ray Serve's limit for a model's replica; an engine itself accepts far fewer requests
-# Ray Serve's limit of requests for an ingress replica, higher than the number of connections that a process can have.
-# Above the limit, Ray Serve would queue all requests, even /health, and would answer in plain text when the queue is
-# full. The application has its own limits.
+# Ray Serve's limit of concurrent requests for an ingress replica. It is never reached, because a process cannot have
+# that many connections. Above the limit, Ray Serve would queue all requests, even /health, and would answer in plain
+# text when the queue is full. The application has its own limits.
 _NO_LIMIT = 100_000
 _ROUTER = "stable_audio_serve.serving.routing:LeastWorkRouter"
 _ROUTING_STATS_PERIOD_S = 1.0  # seconds between two reports of a replica's statistics to the routers
@@ -40,9 +40,9 @@ _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregat
 _CONSTRUCTOR_ATTEMPTS = 2  # if a replica fails to start twice, a third attempt would most likely fail too
 _ONE_REPLICA = 1  # extra replicas during an update, in percent; Ray Serve rounds 1 % up to one replica
 _DRAIN_POLL_S = 0.1  # seconds between Ray Serve's checks whether a stopping replica has finished its requests
-# The environment of a replica that computes on a CPU. By default, glibc returns large blocks to the kernel, so each
-# call of the model gets new pages, which takes up to a tenth of its time. With these settings, glibc keeps up to 1 GiB
-# of free memory. One arena is needed, because the other settings have no effect on large blocks in threads' own arenas.
+# The environment of a replica that computes on a CPU. By default, glibc returns large blocks to the kernel. Then each
+# call of the model spends up to a tenth of its time on new pages. With these settings, glibc keeps up to 1 GiB of free
+# memory. All threads must share one arena, because the settings have no effect on large blocks in threads' own arenas.
 KEEP_FREED_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -52,9 +52,9 @@ KEEP_FREED_MEMORY = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The planned deployments: the settings, the model cards, and the canonical names of the models to keep loaded.
+    """The planned deployments. `preloaded` has the canonical names of the models that stay loaded.
 
-    `store_identity` identifies the job database (`jobs.open.PreparedStores`). If it is set, processes refuse to work
+    `store_identity` identifies the job database (`jobs.open.PreparedStores`). If it is set, a process refuses to work
     with any other job database.
     """
 
@@ -88,8 +88,8 @@ class Plan:
 def plan_deployments(settings: Settings) -> Plan:
     """Return the plan for these settings. Raises ConfigError for invalid model names, folders or storage settings.
 
-    Of the models' files, only the configs are read. A model whose config cannot be read gets the same card as a model
-    that is not downloaded yet. `preflight` reports the reason later.
+    Reads the models' configs, but none of their other files. A model whose config cannot be read gets the same card as
+    a model that is not downloaded yet. `preflight` reports the reason later.
     """
     catalog = _catalog(settings)
     check_model_names(settings, catalog)

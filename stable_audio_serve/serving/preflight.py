@@ -1,6 +1,7 @@
-"""Checks before the start of the server: whether the models' files are present or can be downloaded, and packages.
+"""Checks before the start of the server.
 
-Also checks a time limit of HAProxy.
+They check whether the models' files are present or can be downloaded, whether the packages that the models need are
+installed, and whether a time limit of HAProxy is long enough.
 """
 
 from __future__ import annotations
@@ -67,10 +68,10 @@ def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: C
 
 
 def check_proxy(settings: Settings, environ: Mapping[str, str], *, print_error: Callable[[str], None]) -> None:
-    """Warn if HAProxy may end requests too early: if its hard stop is shorter than the longest possible request.
+    """Warn if HAProxy's hard stop is shorter than the longest possible request, because HAProxy may then cut it off.
 
-    The hard stop limits how long an old HAProxy process runs after a change of replicas. A variable in the environment
-    of `ray start` sets it.
+    When replicas change, a new HAProxy process replaces the old one. The hard stop limits how long the old process
+    still runs. A variable in the environment of `ray start` sets it.
     """
     if environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         return
@@ -109,13 +110,13 @@ def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[
 
 
 def _check_all(entry: ModelEntry, token: str | None) -> None:
-    """Check the files of a model, and if the model needs the package stable-audio-tools, check that too."""
+    """Check the files of a model. If the model needs the package stable-audio-tools, check the package, too."""
     if entry.backend == "stable_audio_tools":
         require_package()
         if entry.folder is not None or entry.card.name in BUILT_IN:
             require_open_family(describe_entry(entry).card.family)
     _check_files(entry, token)
-    # Only now has the config been downloaded, which says the model's family.
+    # The config says the model's family. Now it has been downloaded.
     if entry.backend == "stable_audio_tools":
         require_open_family(describe_entry(entry).card.family)
 

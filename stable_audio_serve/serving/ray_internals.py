@@ -44,7 +44,7 @@ def require() -> None:
 
 
 def deploy(schema: ServeDeploySchema) -> None:
-    """Deploy the applications of a config file, as the command `serve deploy` does.
+    """Deploy the applications of a config file, like the command `serve deploy`.
 
     Works only in the process that started Ray Serve.
     """

@@ -60,8 +60,8 @@ class ModelReplica:
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
-            # Ray Serve prints the cause of an exception before the exception. With a cause that has the same message,
-            # the message is at the top.
+            # Ray Serve prints the cause of an exception before the exception itself. The cause gets the same message,
+            # so that the message is at the top.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
         engine = self._engine
@@ -157,7 +157,7 @@ class ModelReplica:
             self._outcomes[outcome] += 1
 
     async def status(self) -> ReplicaStatus:
-        """Return this replica's device, the durations of its start, its quality, and the numbers of its requests."""
+        """Return this replica's device, how long its start took, its quality, and the numbers of its requests."""
         return ReplicaStatus(
             device=str(self._engine.device),
             start_s=self._start_s,
@@ -167,7 +167,7 @@ class ModelReplica:
         )
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Return the statistics for the request routers of this model. The routers also record them for the status.
+        """Return the statistics for this model's request routers, which also record them for `/v1/status`.
 
         Called by Ray Serve every second.
         """
@@ -227,9 +227,9 @@ class ModelReplica:
 async def _others_answer(*, surge: bool) -> bool:
     """Return True if older replicas of this model keep answering requests even if this replica fails to start.
 
-    With the setting `surge`, an update stops an older replica only after a new one has started. Without it, the update
-    stops older replicas one after another, even if new ones fail. Then a new replica must start, if necessary with the
-    last good weights.
+    With the setting `surge`, an update stops an older replica only after a new one has started. Without `surge`, the
+    update stops the older replicas one after another, even if the new ones fail. Then this replica must start, if
+    necessary with the last good weights.
     """
     if not surge:
         return False

@@ -23,7 +23,7 @@ _TOLERANCE = 1e-6  # a sum of fractions may exceed its limit by this, because of
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The numbers of GPUs and CPUs that one replica reserves, or that a node has."""
+    """The numbers of GPUs and CPUs that a replica reserves or that a node has."""
 
     gpus: float
     cpus: float
@@ -61,10 +61,10 @@ def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
 
 
 def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: float) -> Settings:
-    """Return the settings with a value for `replicas.surge` of every model: whether updates start an extra replica.
+    """Return the settings with `replicas.surge` set for every model: whether updates start an extra replica.
 
-    If the setting is unset, the value is true if the nodes have room for one more replica of the model when every model
-    has its largest number of replicas. `nodes` has the resources of each node. Raises ConfigError.
+    An unset `surge` becomes true if one more replica of the model fits on the nodes when every model has its largest
+    number of replicas. `nodes` has the resources of each node. Raises ConfigError.
     """
     slots = {model.name: replica_slot(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
     taken = [slots[model.name] for model in settings.models for _ in range(model.replicas.max_replicas)]
@@ -85,8 +85,8 @@ def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: flo
 def reserved_cpus(model: ModelSettings, *, num_gpus: float) -> float:
     """Return the number of CPUs that a replica reserves: the setting `num_cpus` if it is set.
 
-    Otherwise it is 1 for a replica with a GPU, and the setting `threads` (1 if unset) for a replica without. The number
-    of threads that a replica uses by default depends on its machine, which is unknown here.
+    Otherwise it is 1 for a replica with a GPU, and the setting `threads` (1 if unset) for a replica without a GPU. The
+    number of threads that a replica uses by default depends on its machine, which is unknown here.
     """
     if model.num_cpus is not None:
         return model.num_cpus
@@ -96,8 +96,9 @@ def reserved_cpus(model: ModelSettings, *, num_gpus: float) -> float:
 def reserved_gpus(settings: Settings, model: ModelSettings, *, cluster_gpus: float) -> float:
     """Return the number of GPUs that a replica reserves: the setting `num_gpus` if it is set.
 
-    Otherwise it is one GPU, or an equal share if there are not enough GPUs for all models, and 0 for a model that does
-    not run on a GPU. Raises ConfigError if the model's device is a GPU but the cluster has none.
+    Otherwise the number is 0 for a model that does not run on a GPU. For other models, it is one GPU, or an equal share
+    if there are not enough GPUs for all models. Raises ConfigError if the model's device is a GPU but the cluster has
+    none.
     """
     if model.num_gpus is not None:
         return model.num_gpus
@@ -147,7 +148,7 @@ def check_shares(models: Iterable[GpuReplicas]) -> None:
 
 
 def _fullest(models: list[GpuReplicas]) -> Counter[str]:
-    """Of all sets of replicas whose `gpu` shares fit on one GPU, return the one that needs the most memory.
+    """Return the set of replicas that needs the most memory, of all sets whose `gpu` shares fit on one GPU.
 
     The result is the number of replicas of each model. This is a knapsack problem, solved by dynamic programming.
     """
@@ -180,16 +181,16 @@ def _bundles(count: int) -> Iterator[int]:
 
 
 def has_room(nodes: Sequence[Slot], taken: Iterable[Slot], *, extra: Slot) -> bool:
-    """Return True if `extra` fits on one of `nodes` after `taken` was placed on them, the largest first."""
+    """Return True if `extra` fits on one of `nodes` after the slots in `taken` were placed on them, largest first."""
     free = [[node.gpus, node.cpus] for node in nodes]
     largest_first = sorted(taken, key=lambda slot: (slot.gpus, slot.cpus), reverse=True)
     return all(_place(free, slot) for slot in (*largest_first, extra))
 
 
 def _place(free: list[list[float]], slot: Slot) -> bool:
-    """Subtract a slot from the fullest node that has room for it, as Ray does. Returns False if no node has room.
+    """Subtract a slot from the resources of the fullest node that has room for it. Returns False if no node has room.
 
-    `free` has the free GPUs and CPUs of each node.
+    Ray also prefers the fullest node. `free` has the free GPUs and CPUs of each node.
     """
     fitting = [node for node in free if node[0] + _TOLERANCE >= slot.gpus and node[1] + _TOLERANCE >= slot.cpus]
     if not fitting:

@@ -18,12 +18,12 @@ from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Chooses the replica with the least predicted work, including the new call. A `WorkLedger` tracks the work.
 
-    First, one replica is picked at random. If that replica's last report is too old, Ray Serve chooses as it does by
-    default: of two random replicas, the one with the shorter queue. Thus replicas without reports get their share of
-    the calls.
+    First, one replica is picked at random. If that replica's last report is too old, Ray Serve's default rule chooses
+    the replica: of two random replicas, it takes the one with the shorter queue. Thus replicas without recent reports
+    get calls, too.
 
     Ray Serve sends waiting calls in their order of arrival. Therefore, a call may go to a replica that was chosen for a
-    later call, and the later call goes to the other replica.
+    later call. The later call then goes to the replica that was chosen for the earlier one.
     """
 
     def initialize_state(self, *, model: str, old_after_s: float = OLD_S) -> None:
@@ -34,10 +34,10 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return the replicas in ranks, as Ray Serve requires: it tries a rank when all replicas before it are full.
+        """Return the replicas in ranks. Ray Serve tries a rank only when all replicas in the ranks before it are full.
 
-        Each rank is one replica, the one with the least work first. If Ray Serve should choose itself, there is a
-        single rank of two replicas.
+        Each rank has one replica, and the replica with the least work comes first. To leave the choice to Ray Serve,
+        the method returns a single rank of two replicas.
         """
         replicas = random.sample(candidate_replicas, len(candidate_replicas))
         if not replicas:
@@ -54,8 +54,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
         """Return the sort key of a replica: its remaining work plus the call, in milliseconds.
 
         The call is included because it can take longer on one replica than on another, for example because a replica
-        must load an adapter. Replicas with old reports are
-        last.
+        must load an adapter. Replicas with old reports come last.
         """
         ledger = self._ledger
         return ledger.is_old(replica), (

@@ -1,7 +1,7 @@
 """Start a replica's engine: load the model, warm it up, and compare its audio with the quality report (quality gate).
 
-If the configured weights fail, the last good weights are used, which are those that last passed the gate. This module
-does not depend on Ray Serve: a callback returns whether other replicas of the model answer requests.
+If the configured weights fail, the engine uses the last good weights, which are the weights that last passed the gate.
+This module does not depend on Ray Serve: a callback returns whether other replicas of the model answer requests.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Trial:
     async def run(self) -> Started:
         """Return an engine with the configured weights, or if they fail, with the last good weights.
 
-        The last good weights are used only if no other replica answers requests. Otherwise, and if they fail too, the
-        method raises an error of the type that the configured weights raised.
+        The last good weights are used only if no other replica answers requests. If another replica does, or if the
+        last good weights fail too, the method raises an error of the type that the configured weights raised.
         """
         self._metrics.gauge("quality_fallback", 0)
         entry = model_entry(self._model)
@@ -138,9 +138,9 @@ class Trial:
     async def _try(self, entry: ModelEntry, *, pinned: str | None = None, expected: str | None = None) -> Started:
         """Load the model described by `entry`, start its engine, and run the quality gate.
 
-        `pinned` is the id of the quality report that the model must match; None = the report of these weights.
-        `expected` is the hash that the weights must have; None = any. Closes the engine after an error. Raises one of
-        `_FAULTS` or ConfigError.
+        `pinned` is the id of the quality report that the model must match. None means the report of these weights.
+        `expected` is the hash that the weights must have. None allows any hash. Closes the engine after an error.
+        Raises one of `_FAULTS` or ConfigError.
         """
         with self._stage("load"):
             self._tried = None
@@ -191,7 +191,10 @@ class Trial:
 
 
 def _configured_adapters(settings: Settings, model: ModelSettings) -> tuple[list[Lora], dict[str, str]]:
-    """Return the adapters of a model's configuration, with hashes, and what is wrong with unreadable ones. Blocking."""
+    """Return the adapters of a model's configuration, with hashes, and the error message for each unreadable one.
+
+    Blocking.
+    """
     fetch, adapters, faults = adapter_fetcher(settings), [], {}
     for name, one in model.loras.items():
         try:
@@ -208,7 +211,7 @@ def _configured_adapters(settings: Settings, model: ModelSettings) -> tuple[list
 def _source(entry: ModelEntry, folder: Path) -> Source:
     """Return where the model's files in `folder` come from: a repository's commit, or the folder itself.
 
-    In the cache of the Hugging Face hub, the folder of downloaded files has the commit as its name.
+    In the cache of the Hugging Face hub, the name of a folder with downloaded files is the commit.
     """
     if entry.folder is not None or not _COMMIT.fullmatch(folder.name):
         return Source(folder=str(folder.absolute()))

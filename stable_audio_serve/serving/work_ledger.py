@@ -1,6 +1,6 @@
 """Track the work of a model's replicas in a process that calls them: their last reports, and the calls sent since.
 
-This module does not import Ray or torch. The time of every operation does not depend on the number of calls in flight.
+This module does not import Ray or torch. No operation takes longer when there are more calls in flight.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from stable_audio_serve.core.pricing import Prices
 
 OLD_S = 5.0
 # A replica that was chosen for a call normally accepts the call soon. If it does not within this time, the call no
-# longer counts as its work: the caller has disconnected, or the replica was full.
+# longer counts as work of the replica: the caller has disconnected, or the replica was full.
 _CHOSEN_S = 1.0
-# A report that seems older than this when it arrives is treated as if it were this old, because then the clocks of the
-# two machines differ.
+# A report that seems older than this when it arrives is treated as if it were this old. The clocks of the two machines
+# probably differ.
 _MOST_AGE_S = 5.0
 _LOAD_MS = 300.0  # of one adapter
 
@@ -28,7 +28,8 @@ _LOAD_MS = 300.0  # of one adapter
 class ReplicaWork:
     """A replica's report of its work at the time `said_at` (Unix time in seconds).
 
-    `backlog_ms` is the predicted device time of all accepted, unfinished requests. `prices` predict the time of others.
+    `backlog_ms` is the predicted device time of all accepted, unfinished requests. `prices` predict the device time of
+    any request.
     `adapters` has the hashes of the adapter files in memory.
     """
 
@@ -43,7 +44,7 @@ class ReplicaWork:
         return cls(time.time(), backlog_ms, prices, tuple(adapters))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, in which form Ray Serve's controller sends them to the routers."""
+        """Return the fields by name, because Ray Serve's controller sends statistics to the routers as a dict."""
         return asdict(self)
 
     @classmethod
@@ -176,14 +177,15 @@ class WorkLedger:
     def is_old(self, replica: str) -> bool:
         """Return True if the replica's last report arrived more than `old_after_s` ago.
 
-        For a replica that has not reported yet, the time since `update` first contained it counts.
+        For a replica that has not reported yet, the time counts from the call of `update` that first contained it.
         """
         return self._clock() - self._replicas[replica].reported_at > self._old_after_s
 
     def left_ms(self, replica: str) -> float:
         """Return the predicted device time of the replica's remaining work, in milliseconds.
 
-        This is the work in its last report, minus the time since the report, plus the calls since the report.
+        This is the backlog in its last report, minus the time since then, plus the predicted time of the calls since
+        then.
         """
         return self._replicas[replica].left_ms(self._clock())
 
@@ -209,7 +211,7 @@ class WorkLedger:
     def choose(self, *, replica: str, ms: float) -> None:
         """Record that a replica was chosen for a call that takes `ms`. From now on, the call counts as its work.
 
-        This matters if many calls arrive together: replicas are chosen for all of them before the first is accepted.
+        If many calls arrive together, replicas are chosen for all of them before the first call is accepted.
         """
         if ms > 0:
             self._replicas[replica].chosen.add(_Call(self._clock(), ms))
@@ -217,8 +219,8 @@ class WorkLedger:
     def arrive(self, *, replica: str, request_id: str, ms: float) -> None:
         """Record that a replica has accepted a call that takes `ms`.
 
-        In return, the oldest choice of this replica no longer counts. If this replica was not chosen for any call, the
-        oldest choice of all replicas no longer counts.
+        This ends the oldest choice (see `choose`) of this replica, so that the call does not count twice. If no choice
+        of this replica is left, the oldest choice among all replicas ends.
         """
         known = self._replicas.get(replica)
         if known is None or ms <= 0:

@@ -1,4 +1,4 @@
-"""The case `ggml` reads the times that sa3.cpp prints. Both sides are stand-ins here."""
+"""The case `ggml` reads the times that sa3.cpp prints. In these tests, a script replaces both programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from benchmarks.cases import ggml
 from benchmarks.settings import CaseSettings
 
-# Prints what sa3.cpp's sa3-generate prints, or, if it is called as Python, what our side prints.
+# Prints what sa3.cpp's sa3-generate prints. If it is called as Python, it prints what our own program prints.
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys
 if "-m" in sys.argv:

@@ -1,4 +1,7 @@
-"""The first run on a GPU, on a stand-in for the device and tiny checkpoints, finds the features that differ."""
+"""The benchmark for the first run on a GPU finds features that change the audio.
+
+A fake device replaces the GPU, and the checkpoints are tiny.
+"""
 
 from __future__ import annotations
 

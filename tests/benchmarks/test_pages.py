@@ -1,4 +1,4 @@
-"""The figures in the docs match the committed results."""
+"""The figures in the docs match the benchmark results in the repository."""
 
 from __future__ import annotations
 

@@ -133,8 +133,9 @@ def test_refused_requests_count_neither_as_work_nor_as_latency() -> None:
 def test_a_rate_is_good_if_19_of_20_requests_end_in_time() -> None:
     alone_ms = fit_alone_ms([record(0, 0.1, audio_s=1.0), record(0, 0.5, audio_s=5.0)])
     assert alone_ms(record(0, 9.0, audio_s=3.0)) == pytest.approx(300.0)
-    # A request is in time if it takes at most 1 s or at most five times its time alone, whichever is longer. The one of
-    # 1.4 s takes 0.3 s alone, so it is in time. The one of 1.1 s below takes 0.1 s alone, so it is late.
+    # A request is in time if it takes at most 1 s, or at most five times its time on an idle server, whichever is
+    # longer. The request that takes 1.4 s needs 0.3 s on an idle server, so it is in time. The request below that takes
+    # 1.1 s needs 0.1 s on an idle server, so it is late.
     in_time = [record(0, 0.9, audio_s=1.0)] * 18 + [record(0, 1.4, audio_s=3.0)]
     assert is_good([*in_time, record(0, 1.1, audio_s=1.0)], alone_ms=alone_ms)
     assert is_good([*in_time, record(0, 0.0, refused=True)], alone_ms=alone_ms)

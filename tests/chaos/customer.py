@@ -1,7 +1,7 @@
 """The client of a chaos run, which submits jobs to the server and checks their audio. A planned job is an `Order`.
 
-The client repeats a request that gets no answer, with the same idempotency key. It polls each job until the job ends,
-and records each step in a ledger.
+If a request gets no answer, the client sends it again with the same idempotency key. The client polls each job until
+the job ends, and records each step in a ledger.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Customer:
                 raise WrongError(f"accepted without an id: {reply.status_code} {reply.text[:300]}") from error
 
     async def _end(self, order: Order, job: str) -> dialects.Look:
-        """Poll the job until it ends. Returns its state, with the file's URL or the error."""
+        """Poll the job until it ends. Returns its last state, with the URL of the audio file or the error."""
         while True:
             reply = await self._send_until_answered(method="GET", url=dialects.status_path(order, job))
             look = dialects.read_status(order, reply.json())
@@ -134,7 +134,7 @@ class Customer:
         raise WrongError(f"{request['method']} {request['url']} answered {reply.status_code}: {reply.text[:300]}")
 
     def _may_pass(self, reply: httpx.Response) -> bool:
-        """Return whether a retry may succeed: the server sent Retry-After, or the error is the object store's."""
+        """Whether a retry may succeed: the server sent Retry-After, or the error comes from the object store."""
         if str(reply.url).startswith(str(self.http.base_url)):
             return reply.status_code in _TRANSIENT and "retry-after" in reply.headers
         return reply.status_code in _FAILING

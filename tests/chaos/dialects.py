@@ -1,4 +1,7 @@
-"""For each dialect: the requests that submit a planned job (order), poll it and fetch its audio; parsed answers."""
+"""Makes the requests that submit a planned job (order), poll it and fetch its audio, and parses the answers.
+
+They differ between the APIs of the server (dialects).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ State = Literal["waiting", "succeeded", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a poll of a job's status found: its state, and the file's URL if it succeeded or the error if it failed."""
+    """A job's status: its state, the URL of the audio file if the job succeeded, and the error if it failed."""
 
     state: State
     file_url: str = ""
@@ -52,12 +55,12 @@ def status_path(order: Order, job: str) -> str:
 
 
 def result_path(job: str) -> str:
-    """Return the path where the fal dialect has the output of a completed job."""
+    """Return the path at which fal's API returns the output of a completed job."""
     return f"/queue/fal-ai/stable-audio/requests/{job}"
 
 
 def read_status(order: Order, reply: Any) -> Look:
-    """Parse the JSON from `status_path`. For a fal job the result has no `file_url`. Raises KeyError, TypeError."""
+    """Parse the JSON answer from `status_path`. For fal's API, `file_url` stays empty. Raises KeyError, TypeError."""
     status = reply["status"]
     if status in ("queued", "running", "generating", "IN_QUEUE", "IN_PROGRESS"):
         return Look("waiting")

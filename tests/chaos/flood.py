@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass
 _DRIP_EVERY_S = 2.0
 _RENEW_AFTER_S = 0.1
 _CONNECT_TIMEOUT_S = 10.0
-_AT_ONCE = 200  # the attacker opens at most so many connections at the same time
+_AT_ONCE = 200  # largest number of connections that the attacker is opening at the same time
 _UPLOAD = (
     b"POST /v1/audio/variations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     b"Content-Length: 1000000\r\n\r\n-"
 )
 
 
-_NICENESS = 10  # low CPU priority: only the connections shall slow the server down, not the attacker's computing
+_NICENESS = 10  # low CPU priority, so that only the connections slow the server down, not the attacker's CPU use
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class _Held:
 
 @contextmanager
 def flooding(plan: FloodPlan) -> Iterator[subprocess.Popen[str]]:
-    """Run the attacker as a process. Once a second it prints, as JSON, how many connections it holds."""
+    """Run the attacker as a process. Once a second, it prints how many connections it holds, as JSON."""
     command = [sys.executable, "-m", "tests.chaos.flood", json.dumps(asdict(plan))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -28,14 +28,14 @@ Target = Literal["engine", "runner", "ingress", "controller", "proxy", "database
 
 @dataclass(frozen=True, slots=True)
 class ProcessKind:
-    """A kind of process: text in its command line, number of processes in a whole server, name of its deployment."""
+    """A kind of process. `title` is text in its command line, `number` how many of them a complete server has."""
 
     title: str
     number: int
     deployment: str | None = None
 
 
-# The processes of the server that `scene` starts. The database is missing, because it is another server.
+# The processes of the server that `scene` starts. The database is not one of them: it is a server of its own.
 KINDS: Mapping[Target, ProcessKind] = {
     "engine": ProcessKind("ray::ServeReplica:audio:tiny", 2, "tiny"),
     "runner": ProcessKind("ray::ServeReplica:audio:job-runner", 2, "job-runner"),
@@ -65,7 +65,7 @@ class Kill:
 
 
 def plan_kills(*, rounds: int, every_s: float, seed: int) -> list[PlannedKill]:
-    """Return planned kills: in each round one process of every kind, in random order and at random times.
+    """Return planned kills. In each round, one process of every kind is killed, in random order and at random times.
 
     The plan also restarts the database once.
     """
@@ -114,7 +114,7 @@ async def carry_out(
 
 
 async def _kill(server: LaunchedServer, kind: ProcessKind, rng: random.Random) -> tuple[float, int]:
-    """Kill one process of this kind. Returns when (Unix time) and its process id."""
+    """Kill one process of this kind. Returns the time of the kill (Unix time) and the process id."""
     while True:
         pids = await asyncio.to_thread(server.pids, kind.title)
         if pids:
@@ -158,7 +158,7 @@ class Census:
         threading.Thread(target=self._read, daemon=True).start()
 
     def take(self) -> Mapping[str, int] | None:
-        """Return the number of running replicas of each deployment, counted after this call; None on timeout."""
+        """Return the number of running replicas of each deployment, counted after this call, or None on timeout."""
         with self._has_new:
             # Wait for two lines. The program may have begun the count of the next line before this call.
             newer = self._num_taken + 2

@@ -22,7 +22,7 @@ class Ledger:
     def write(self, what: str, order: int, **facts: Any) -> None:
         """Append an entry about the planned job number `order`.
 
-        `what` is "accepted", "unanswered" (it may have been accepted), "fetched", "failed" or "wrong".
+        `what` is "accepted", "unanswered" (the server may have accepted the job), "fetched", "failed" or "wrong".
         """
         self._file.write(json.dumps({"at": time.time(), "what": what, "order": order, **facts}) + "\n")
         self._file.flush()

@@ -1,4 +1,4 @@
-"""Orders, which are the planned jobs of a chaos run: a mix of dialects and options, determined by a seed."""
+"""Orders, which are the planned jobs of a chaos run. A seed determines the APIs (dialects) and options of the jobs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from tests.audio_files import make_audio_file
 
-# plain, keyed, chosen and variation are jobs of the native API: without a key, with an Idempotency-Key, with an id
-# that the client chooses, and with an upload.
+# The native API has four kinds: plain has no key, keyed has an Idempotency-Key, chosen has an id that the client
+# chooses, and variation has an upload.
 Kind = Literal["plain", "keyed", "chosen", "variation", "aiml", "fal"]
 
 _WEIGHTS: Mapping[Kind, int] = {"plain": 2, "keyed": 3, "chosen": 2, "variation": 3, "aiml": 1, "fal": 2}
@@ -59,9 +59,9 @@ class Order:
 
 
 def make_orders(count: int, *, seed: int) -> list[Order]:
-    """Return `count` orders: first one of every kind, then kinds drawn at random by weight.
+    """Return `count` orders in random order: one of every kind, and more of kinds that are drawn at random by weight.
 
-    `seed` determines the draw.
+    `seed` determines the kinds and their order.
     """
     rng = random.Random(f"orders/{seed}")
     kinds = [*_WEIGHTS, *rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=max(0, count - len(_WEIGHTS)))]

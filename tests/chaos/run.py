@@ -21,21 +21,21 @@ from tests.chaos.webhooks import Inbox, receiving
 
 _REPORT_EVERY_S = 10.0
 _NOTICES_S = 60.0  # all webhooks must arrive within this time after the last job ends
-_SWEEP_S = 30.0  # the server must delete a file without a job within this time after the file is old enough
+_SWEEP_S = 30.0  # the server must delete a file without a job at most this long after it has reached `ORPHAN_AFTER_S`
 _AGAIN_AT_ONCE = 8
 _ANSWER_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosPlan:
-    """What a chaos run submits and kills. The same seed gives the same jobs and kills."""
+    """The jobs that a chaos run submits, and the processes that it kills. The `seed` determines both."""
 
     num_orders: int
     rounds: int  # each round kills one process of every kind
     every_s: float  # mean time between kills
     late_after_s: float  # a job is late if it ends this long after its acceptance and after the last kill
     give_up_s: float  # the client stops waiting for a job after this time
-    num_compared: int  # number of jobs whose audio must equal the synchronous route's bit by bit
+    num_compared: int  # number of jobs whose audio is compared with the synchronous route's; the bits must be equal
     is_swept: bool = False  # at the end, wait until the server has deleted files without a job
     seed: int = 0
 
@@ -105,7 +105,7 @@ async def _attack(
 
 
 async def _check_results(customer: Customer, orders: Sequence[Order], plan: ChaosPlan) -> None:
-    """Download the audio of all finished jobs again, and compare some of it with the synchronous route's."""
+    """Download the audio of all finished jobs again, and compare some of it with audio of the synchronous route."""
     numbered = {order.number: order for order in orders}
     jobs = {(entry["order"], entry["job"]) for entry in customer.ledger.entries() if entry["what"] == "fetched"}
     # Only the native API takes a seed.
@@ -134,7 +134,7 @@ async def _wait_for_notices(inbox: Inbox, orders: Sequence[Order]) -> None:
 
 
 async def _orphans(scene: Scene) -> set[str]:
-    """Wait until the server has deleted files without a job. Returns those that remain after a time limit."""
+    """Wait until the server has deleted all files without a job. Returns the files that remain after a time limit."""
     deadline = time.monotonic() + ORPHAN_AFTER_S + _SWEEP_S
     while True:
         orphans = scene.stored() - set(scene.visible())

@@ -33,7 +33,7 @@ _CLIP = {"prompt": "a door closes", "duration": 1, "seed": 5, "steps": 2}
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A request of a well-behaved client: when it was sent (seconds since the attack began), and how it ended."""
+    """A request of a normal client: when it was sent (seconds since the attack began), and how it ended."""
 
     what: str
     sent_s: float
@@ -70,7 +70,7 @@ def ask(url: str, began_at: float, what: str) -> Probe:
 
 
 def probe_for(url: str, seconds: float) -> list[Probe]:
-    """Send health checks and clip requests, each one after another, in two threads."""
+    """Send requests for `seconds`: health checks in one thread, and clip requests in another."""
     began_at = time.monotonic()
     probes: list[Probe] = []
 
@@ -93,7 +93,7 @@ def p95(values: Sequence[float]) -> float:
 
 @pytest.fixture(scope="module")
 def bounds(server: LaunchedServer) -> dict[str, float]:
-    """Return the longest allowed response time under attack for each kind of request, from times without an attack."""
+    """Measure response times without an attack. Return the longest allowed times under attack, by kind of request."""
     quiet = [ask(server.url, time.monotonic(), what) for _ in range(_NUM_QUIET) for what in ("health", "clip")]
     assert not [probe for probe in quiet if probe.problem]
     quiet_p95 = {what: p95([probe.took_s for probe in quiet if probe.what == what]) for what in ("health", "clip")}
@@ -104,7 +104,10 @@ def bounds(server: LaunchedServer) -> dict[str, float]:
 def attack(
     server: LaunchedServer, plan: FloodPlan, bounds: dict[str, float], *, recovery_s: float
 ) -> tuple[list[Probe], list[dict[str, Any]]]:
-    """Attack the server. Returns the attacker's reports and, from `recovery_s` on, the late or failed requests."""
+    """Attack the server, and send normal requests. Returns the late or failed requests, and the attacker's reports.
+
+    Only requests that were sent at least `recovery_s` after the start of the attack count.
+    """
     with flooding(plan) as attacker:
         probes = probe_for(server.url, plan.seconds - 2)
         assert attacker.stdout is not None

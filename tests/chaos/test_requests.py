@@ -1,4 +1,4 @@
-"""Requests that are running while a process of the server is killed: they succeed, or get a Retry-After."""
+"""If a process of the server is killed, running requests succeed or get a response with Retry-After."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def server(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def kill_one(server: LaunchedServer, target: Target) -> float:
-    """Kill one process of this kind. Returns the seconds until its kind is complete again."""
+    """Kill one process of this kind. Returns the seconds until the server again has all processes of the kind."""
     kind = KINDS[target]
     victim, *_ = server.pids(kind.title)
     os.kill(victim, signal.SIGKILL)
@@ -76,5 +76,5 @@ def test_killed_haproxy_closes_connections_and_restarts_soon(server: LaunchedSer
     Only a load balancer in front of HAProxy could prevent that.
     """
     load = loaded_while_killing(server, "proxy")
-    # All are connection errors, none is a status code.
+    # All failures are connection errors, and none is a response with an error status.
     assert all("Error" in failure for failure in load.failures), load.failures

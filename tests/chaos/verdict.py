@@ -1,7 +1,8 @@
 """Find the faults of a chaos run from the client's ledger, the webhooks, the jobs in the database, and the kills.
 
-An accepted job is lost if it has no valid audio at the end. It is late if it takes too long after its acceptance and
-the last kill. Two jobs for one idempotency key are duplicates, and so are two different files or webhooks of one job.
+An accepted job is lost if it has no valid audio at the end. It is late if it ends too long after its acceptance and
+after the last kill. Two jobs with the same idempotency key are duplicates. So are two different files, or two different
+webhooks, of one job.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.chaos.webhooks import Notice
 
 # Targets whose kill can end an attempt of a running job.
 _COSTLY = ("engine", "runner", "database")
-_SPARE_ATTEMPTS = 1  # allowed besides: an object store error, or a runner too busy to renew its lease, costs one
+_SPARE_ATTEMPTS = 1  # allowed without a kill, for an object store error, or a runner too busy to renew its lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class JobRow:
 
 @dataclass
 class Verdict:
-    """The result of a chaos run: a sentence for each fault, by kind, and the numbers of the orders with a fault."""
+    """The result of a chaos run. `faults` has a sentence for each fault, `orders` the numbers of orders with faults."""
 
     num_orders: int
     num_accepted: int = 0
@@ -76,7 +77,10 @@ def judge(
     kills: Sequence[Kill],
     late_after_s: float,
 ) -> Verdict:
-    """Compare what the client was promised with the results. `visible` has the keys of all files in the database."""
+    """Compare the accepted jobs in the client's ledger with the results of the run, and return the verdict.
+
+    `visible` has the keys of all files in the database.
+    """
     verdict = Verdict(num_orders=len(orders))
     book: dict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -100,7 +104,7 @@ def judge(
 def _judge_order(
     verdict: Verdict, order: Order, entries: Sequence[Entry], *, quiet_at: float, late_after_s: float
 ) -> set[str]:
-    """Check one planned job by its ledger entries. Adds its faults to the verdict. Returns the accepted job ids."""
+    """Check the ledger entries of one planned job. Adds faults to the verdict. Returns the ids of accepted jobs."""
     what = {kind: [entry for entry in entries if entry["what"] == kind] for kind in _WHATS}
     name = f"order {order.number} ({order.kind})"
     for entry in what["wrong"]:
@@ -176,7 +180,7 @@ def _judge_rows(verdict: Verdict, jobs: dict[str, Order], rows: Sequence[JobRow]
 
 
 def _judge_artifacts(verdict: Verdict, rows: Sequence[JobRow], visible: Sequence[str]) -> None:
-    """Check that exactly the files of succeeded jobs are listed in the database, each once."""
+    """Check that the database lists the file of each succeeded job once, and no other files."""
     due = Counter(row.artifact for row in rows if row.state == "succeeded")
     for artifact in sorted(map(str, due.keys() | set(visible))):
         num_due, num_visible = due[artifact], visible.count(artifact)

@@ -17,7 +17,7 @@ _REFUSE_EVERY = 5  # refuse the first webhook of every fifth order
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A received webhook. `webhook_id` is its header `webhook-id`, or None if there is none."""
+    """A received webhook. `webhook_id` is the value of its header `webhook-id`, or None without the header."""
 
     order: int
     job: str

@@ -1,4 +1,4 @@
-"""`--lora`, and the commands `loras`, with a stand-in for the server."""
+"""The option `--lora` and the commands `loras`, with a fake server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JOB_ROUTES = ("/jobs", "/jobs/variations", "/jobs/inpaint")
 
 
 class Server(ThreadingHTTPServer):
-    """Records requests. `answers` has a status and a text for each path; other paths answer 404."""
+    """A fake server that records requests. `answers` has a status and a text by path. Other paths get 404."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

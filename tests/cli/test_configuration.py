@@ -66,7 +66,7 @@ def test_a_mistyped_key_beside_args_is_named(run: Run, tmp_path: Path, command: 
 
 @pytest.mark.server
 def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: Path) -> None:
-    """The error must be about the misspelled key, not about the default models, whose weights are missing here.
+    """The error must name the misspelled key. Without the key, the default models apply, but their weights are missing.
 
     The command runs in a new process, because Ray reads the environment when it is imported.
     """
@@ -180,9 +180,9 @@ def test_the_proxy_can_be_set_in_the_env_file(run: Run, tmp_path: Path) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: Path) -> None:
-    """The command serves all Stable Audio 3 models, whatever `.env` names.
+    """The command serves all Stable Audio 3 models, even if `.env` names other models to preload.
 
-    No weights are on disk and the hub is offline, so startup fails at the first model.
+    No weights are on disk and the hub is offline, so the start fails at the first model.
     """
     (tmp_path / ".env").write_text(
         "HF_HUB_OFFLINE=1\nSTABLE_AUDIO_DEFAULT_MODEL=small-music\nSTABLE_AUDIO_PRELOAD_MODELS=small-sfx\n"

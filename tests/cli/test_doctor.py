@@ -1,4 +1,4 @@
-"""`stable-audio-serve doctor`: each line has the state of a part and a remedy. Nothing is left behind."""
+"""`stable-audio-serve doctor` prints the result and the remedy of each check. It leaves no files behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def doctor(*options: str, models: list[dict[str, Any]], port: int | None = None,
 
 
 def findings(*options: str, **settings: Any) -> dict[str, dict[str, str]]:
-    """Returns the findings that `doctor --json` prints, by check. If a check has several, the last one is returned."""
+    """Returns the findings that `doctor --json` prints, by check. If a check has several, only the last is returned."""
     result = doctor("--json", *options, **settings)
     printed = json.loads(result.stdout)
     assert printed.keys() == {"ok", "findings"}
@@ -96,7 +96,7 @@ def test_a_too_small_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     with pointing_library_at(f"http://{CLOSED}", tmp_path / "hub", is_offline=True):
         found = findings(models=[{"name": "medium"}])
-    assert found["GPU 0"]["state"] == "failure"  # the stand-in runs no kernel
+    assert found["GPU 0"]["state"] == "failure"  # the fake GPU cannot run kernels
     memory = found["medium: memory"]
     assert memory["state"] == state
     if state == "ok":

@@ -1,4 +1,4 @@
-"""The commands' exit codes for the same faults are equal."""
+"""All commands have the same exit code for the same fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that generate audio. They run in this process or as separate processes, with a server of the test."""
+"""The commands that generate audio, run in this process or as separate processes. The server runs in this process."""
 
 from __future__ import annotations
 

@@ -49,14 +49,17 @@ def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def errors(text: str) -> list[str]:
-    """Returns the lines of standard error. Checks and leaves out the first line, which names the configuration."""
+    """Returns the lines of standard error after the first line. Checks that the first line names the configuration."""
     first, *others = text.splitlines()
     assert first.startswith("configuration: ")
     return others
 
 
 def expect(result: Result, *words: str, code: int = 0) -> str:
-    """Check the exit code, and that the output has these words and no traceback or control characters. Returns it."""
+    """Check that a command ended with `code` and printed these words, and no traceback or control characters.
+
+    Returns the output.
+    """
     assert result.exit_code == code, result.output
     messages = errors(result.stderr)
     assert all(line.startswith("error: ") for line in messages)
@@ -74,7 +77,7 @@ def load(result: Result) -> Any:
 
 
 def add_one_of_each(store: JobStore) -> dict[str, Job]:
-    """Add a job in each state, and a failed job that is a dead letter. Returns them by name."""
+    """Add a job in each state, and a failed job that is a dead letter. Returns the jobs by state, and "dead"."""
     jobs = {"succeeded": add(store), "failed": add(store), "dead": add(store), "running": add(store)}
     for _ in jobs:
         lease(store)

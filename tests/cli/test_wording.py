@@ -1,4 +1,4 @@
-"""Error messages of commands name the option, not the API's field, and give plain reasons. Help fits a terminal."""
+"""Error messages of commands name options, not fields of the API, and give plain reasons. Help texts fit a terminal."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Caller:
     async def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the client by name, such as `jobs.get`.
 
-        Returns its result; an iterator's items as a list.
+        Returns the method's result. If the result is an iterator, returns a list of its items.
         """
         target: Any = self.client
         for part in name.split("."):

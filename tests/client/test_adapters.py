@@ -1,4 +1,4 @@
-"""Adapters of requests, and the methods that list, load and unload them, with a stand-in for the server."""
+"""Requests with adapters, and the methods that list, load and unload adapters, with a fake server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODELS = {
 
 
 class Refusing:
-    """A server that records requests, and answers each with `answer`."""
+    """A fake server that records requests, and answers each with `answer`."""
 
     def __init__(self) -> None:
         self.requests: list[httpx.Request] = []
@@ -47,7 +47,7 @@ class Refusing:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of the last request. Those of a form are read as JSON if they are."""
+        """The fields of the last request. If the request is a form, a field that contains JSON is parsed."""
         content_type, content = self.requests[-1].headers["content-type"], self.requests[-1].content
         if content_type == "application/json":
             return json.loads(content)  # type: ignore[no-any-return]

@@ -247,7 +247,7 @@ async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, c
 async def test_after_three_empty_streams_the_client_polls(
     served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proxy of this test answers each event stream with an empty one."""
+    """The proxy of this test answers each request for an event stream with an empty stream."""
     num_streams = 0
     monkeypatch.setattr(operations, "_POLL_S", 0.01)
     async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:

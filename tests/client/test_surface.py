@@ -122,7 +122,7 @@ class Events(httpx.SyncByteStream):
 
 
 async def test_the_client_works_inside_an_event_loop() -> None:
-    """As in a notebook. A second check: ending an iteration early closes the event stream."""
+    """A notebook also runs code inside an event loop. Also checks that closing an iterator closes the event stream."""
     stream, headers = Events(), {"content-type": "text/event-stream"}
     transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, stream=stream))
     with Client("http://a", http=httpx.Client(transport=transport)) as client:

@@ -11,9 +11,10 @@ FILES = {"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}
 
 
 def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, slow_s: float | None = None) -> Path:
-    """Copy the load balancer's shipped configuration to `folder`, with other addresses. Returns the file.
+    """Copy the load balancer's configuration to `folder`, and replace its addresses. Returns the path of the copy.
 
-    `ports` are the servers' ports, and `port` is the balancer's own. `slow_s` replaces the timeouts of 15 s.
+    `ports` are the servers' ports, and `port` is the load balancer's port. If `slow_s` is given, timeouts of 15 s are
+    replaced by `slow_s`.
     """
     text = (CLUSTER / "load_balancer" / FILES[name]).read_text()
     for number, server_port in enumerate(ports, start=1):
@@ -27,7 +28,7 @@ def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, sl
 
 
 def check(name: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """Let the program of this load balancer check a configuration file."""
+    """Check a configuration file with the load balancer's own program."""
     return run_program(name, "-t", "-c", path) if name == "nginx" else run_program(name, "-c", "-f", path)
 
 

@@ -48,12 +48,12 @@ def parse(text: str) -> dict[str, Stage]:
 
 
 def inherited(stages: dict[str, Stage], name: str) -> list[Instruction]:
-    """Returns the instructions of the stage `name`, after those of the stages that it is based on."""
+    """Returns the instructions of the stages that the stage `name` is based on, and then its own instructions."""
     stage = stages[name]
     return [*(inherited(stages, stage.base) if stage.base in stages else []), *stage.instructions]
 
 
 def root_image(stages: dict[str, Stage], name: str) -> str:
-    """Returns the image that the stage `name` is finally based on, which is no stage of the Dockerfile."""
+    """Returns the image on which the stage `name` is based, directly or through other stages of the Dockerfile."""
     base = stages[name].base
     return root_image(stages, base) if base in stages else base

@@ -1,6 +1,7 @@
-"""Build applications on a Ray cluster with fake GPUs, in a separate process. Each line of its input is one request.
+"""Build applications on a Ray cluster with fake GPUs, in a separate process.
 
-All tests share the process, because starting it takes as long as a build. Each build has its own cluster.
+The process reads one request from each line of standard input. All tests share the process, because starting it takes
+as long as a build. Each build has its own cluster.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class Builder:
     def build(
         self, args: Mapping[str, Any], *, nodes: Sequence[Mapping[str, int]], folder: Path, environ: Mapping[str, str]
     ) -> dict[str, dict[str, float]]:
-        """Build an application. Returns for each deployment the resources of a replica, and the `least` and `most`
-        number of replicas.
+        """Build an application, and return a dict for each of its deployments.
 
+        The dict has the resources of a replica, and the smallest (`least`) and largest (`most`) number of replicas.
         `args` are the application's arguments. `nodes` has the resources of each node, the head node first. `folder` is
         the working directory of the build.
         """
@@ -110,7 +111,7 @@ def _in_place(folder: Path, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _deployments(value: Any) -> Iterator[Any]:
-    """Yield every deployment in a nested value. One that occurs several times is yielded each time."""
+    """Yield every deployment in a nested value. A deployment that occurs several times is yielded several times."""
     if hasattr(value, "_bound_deployment"):
         yield value._bound_deployment
         yield from _deployments(value._bound_deployment.init_args)

@@ -26,7 +26,7 @@ _SLOW_ANSWERS_S = 10  # a server that answers health checks this slowly must sti
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The head or a worker group of a RayService: its name and its part of the document."""
+    """The head group or a worker group of a RayService. `spec` is the group's object in the document."""
 
     name: str
     spec: dict[str, Any]
@@ -74,7 +74,10 @@ def serve_config(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def problems(documents: list[dict[str, Any]]) -> list[str]:
-    """Returns a description of each breach of our rules. It begins with the group's name if it is about one group."""
+    """Returns a description of each breach of our rules.
+
+    If the breach concerns a single group, the description begins with the group's name.
+    """
     found = [*_clear_secrets(documents, place=""), *_cluster_problems(documents)]
     for group in groups(documents):
         found += [f"{group.name}: {each}" for each in _group_problems(group, documents)]

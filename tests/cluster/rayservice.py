@@ -1,7 +1,7 @@
 """A JSON schema of KubeRay's RayService that refuses unknown keys, made from a list of fields in `tests/data/kuberay`.
 
-The schema accepts anything as a pod or another Kubernetes object. Tests validate them with Kubernetes' own schemas.
-`schema_of_crd` derives the same schema from an official definition.
+The schema accepts anything in place of a pod or another Kubernetes object. Tests validate these objects with
+Kubernetes' own schemas. `schema_of_crd` derives the same schema from an official definition.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _schema(kind: str) -> dict[str, Any]:
 
 
 def _close(schema: dict[str, Any]) -> None:
-    """Make the schema refuse unknown keys in every object that declares keys. The other objects are Kubernetes' own."""
+    """Make the schema refuse unknown keys in every object that declares keys. Other objects belong to Kubernetes."""
     if schema.get("properties"):
         schema["additionalProperties"] = False
     for each in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:

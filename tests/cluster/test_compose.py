@@ -35,7 +35,7 @@ def compose_with_gpu() -> dict[str, Any]:
 
 
 def merged(below: Any, above: Any) -> Any:
-    """Merge two parsed files as Compose does: mappings by key; other values of `above` replace those of `below`."""
+    """Merge two parsed Compose files. Mappings are merged by key. Other values of `above` replace values of `below`."""
     if isinstance(below, dict) and isinstance(above, dict):
         return below | {key: merged(below.get(key), value) for key, value in above.items()}
     assert below is None or not isinstance(above, list)
@@ -55,7 +55,7 @@ def gpu_problems(tree: dict[str, Any]) -> Iterator[str]:
 
 
 def settings_of(tree: dict[str, Any]) -> Settings:
-    """Returns the server's settings if it runs with the environment variables of this Compose file."""
+    """Returns the settings of a server that runs with the environment variables in this Compose file."""
     environ = {key: _FILLED_IN.sub("x", value) for key, value in tree["services"]["server"]["environment"].items()}
     environ["STABLE_AUDIO_API_KEY_HASHES"] = ""
     return load_settings(read_serve_file(PACKAGED_FILE).args, environ=environ, directory=Path("/"))

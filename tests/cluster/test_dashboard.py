@@ -1,4 +1,4 @@
-"""Every query of the dashboard and of the rules has a result, with a real Prometheus and a server under load."""
+"""With a real Prometheus and a server under load, every query of the dashboard and of the rules has a result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedS
     """Yield a server and the port of its metrics."""
     config = write_config(tmp_path_factory.mktemp("server"), {"models": [model("tiny")]})
     port = free_port()
-    # Ray stops exporting a gauge that is not set for two report intervals, and some are set only every few seconds.
+    # Ray stops exporting a gauge that is not set for two report intervals. Some gauges are set only every few seconds.
     launched = LaunchedServer(
         config, "--metrics-port", str(port), environment={"RAY_metrics_report_interval_ms": "5000"}
     )
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedS
 
 
 class Prometheus:
-    """A running Prometheus with the shipped configuration, but another server address and shorter intervals."""
+    """A running Prometheus with the configuration in `cluster/`, but another server address and shorter intervals."""
 
     def __init__(self, folder: Path, *, target_port: int) -> None:
         text = (MONITORING / "prometheus.yaml").read_text()
@@ -150,7 +150,7 @@ def test_ray_metrics_in_the_rules_are_exported(prometheus: Prometheus) -> None:
 def test_healthy_server_fires_no_alert(prometheus: Prometheus) -> None:
     groups = prometheus.ask("/rules")["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
-    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # at first, alerts are pending: gauges are missing
+    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # at first, missing gauges make alerts pending
     assert "level=warn" not in prometheus.log  # for example of duplicate samples
 
 

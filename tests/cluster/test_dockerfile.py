@@ -31,7 +31,7 @@ def shell(text: str, target: str) -> str:
 
 
 def problems(text: str, target: str) -> list[str]:
-    """Returns a description of each fault of the image `target` that the Dockerfile `text` builds."""
+    """Returns a description of each fault of the image `target`, which the Dockerfile with this `text` builds."""
     found = []
     if root_image(parse(text), target) != "python:3.11-slim":
         found.append("another base image")

@@ -19,7 +19,7 @@ from tests.cluster.tools import CLUSTER
 pytestmark = pytest.mark.cluster
 
 _MIB = 2**20
-_FIELDS_MIB = 1  # a form may have this much besides its file
+_FIELDS_MIB = 1  # the fields of a form, without its file, may have this size
 _NGINX = "nginx.ingress.kubernetes.io/"
 _SERVICE = "stable-audio-serve-svc"  # the Service that KubeRay creates for the RayService `stable-audio`
 _JOB = re.compile(r'up\{job="([^"]+)"\}')
@@ -34,7 +34,10 @@ def documents() -> Documents:
 
 
 def closed(required: str, **properties: Any) -> dict[str, Any]:
-    """Returns the JSON schema of an object that may have these keys only. `required` lists the mandatory ones."""
+    """Returns the JSON schema of an object that may have only the keys in `properties`.
+
+    `required` has the names of the mandatory keys, separated by spaces.
+    """
     return {
         "type": "object",
         "properties": properties,

@@ -1,4 +1,7 @@
-"""The KubeRay overlays match all schemas and our operational rules. Each rule is also tested with a breach of it."""
+"""The KubeRay overlays match all schemas and our operational rules.
+
+For each rule, another test checks that a breach of the rule is found.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def rendered(overlay: str) -> Documents:
 def validate(documents: Documents) -> None:
     """Validate documents with Kubernetes' schemas and our RayService schema.
 
-    If the environment variable KUBERAY_CRD names a file with KubeRay's own definition, validate with it too.
+    If the environment variable KUBERAY_CRD names a file with KubeRay's own definition, use this definition, too.
     """
     schemas = [own_schema()]
     if path := os.environ.get("KUBERAY_CRD"):
@@ -252,7 +255,7 @@ def test_unknown_setting_in_the_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_official_definition_refuses_unknown_keys() -> None:
-    """Uses a small CustomResourceDefinition in the format of KubeRay's."""
+    """The test uses a small CustomResourceDefinition in the same format as KubeRay's."""
     spec = {
         "type": "object",
         "properties": {"serveConfigV2": {"type": "string"}, "size": {"x-kubernetes-int-or-string": True}},

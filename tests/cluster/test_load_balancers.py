@@ -229,7 +229,7 @@ async def test_requests_go_to_the_server_with_the_fewest_requests(name: str, tmp
         for _ in range(12):
             await balanced.client.get("/who")
             await asyncio.sleep(0.02)  # usually long enough for the load balancer to notice that the request has ended
-        # One request is the open stream. With round robin, six of the twelve others would also go to the busy server.
+        # One request is the open stream. With round robin, six of the twelve others would go to the busy server, too.
         assert len(busy.requests) - 1 <= 3
         busy.heard.set()
 

@@ -1,5 +1,6 @@
-"""Prometheus accepts the files in `cluster/monitoring/`. Each alert is tested with data that fire it and data that do
-not.
+"""Prometheus accepts the files in `cluster/monitoring/`.
+
+Each alert is tested with data for which it must fire, and with data for which it must not.
 """
 
 from __future__ import annotations

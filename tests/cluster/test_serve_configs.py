@@ -18,7 +18,7 @@ MULTI_NODE = CLUSTER / "serve_config.multi-node.yaml"
 
 
 def check(path: Path) -> Settings:
-    """Validate a config with Ray's schema and as the server's settings, which also refuse unknown keys."""
+    """Validate a config with Ray's schema, and its arguments as the server's settings. Both refuse unknown keys."""
     file = read_serve_file(path)
     deploy_schema(file, host=file.host, port=file.port)
     return Settings.model_validate(file.args)

@@ -1,4 +1,4 @@
-"""If a program that a test needs is missing, the test fails; it is not skipped."""
+"""If a program that a test needs is missing, the test fails and is not skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NGINX and HAProxy with the shipped configurations, in front of two real servers with one database and bucket."""
+"""NGINX and HAProxy with our configurations, in front of two real servers that share a database and a bucket."""
 
 from __future__ import annotations
 

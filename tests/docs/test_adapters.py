@@ -1,4 +1,4 @@
-"""The examples of docs/adapters.md run, with a server that has the adapter of the page."""
+"""The examples of docs/adapters.md run, with a server that has the adapter that the page uses."""
 
 from __future__ import annotations
 

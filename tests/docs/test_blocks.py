@@ -63,7 +63,7 @@ def commands_in(block: Block) -> list[list[str]]:
 
 @pytest.mark.parametrize("block", [block for block in all_blocks() if block.language == "sh"], ids=lambda b: b.page)
 def test_commands_that_are_not_run_exist(block: Block) -> None:
-    """Only names of programs and modules are checked. `test_operations` checks the options of our own commands."""
+    """The names of programs and modules are checked, but no options. `test_operations` checks our commands' options."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for words in commands_in(block):
         words = [word for word in words if not re.match(r"[A-Z_]+=", word)]

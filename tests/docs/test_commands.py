@@ -48,7 +48,7 @@ TAGS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the commands of a page did: `calls` are their requests, as METHOD and path; `folder` has their files."""
+    """The commands of a page after their run. `calls` has their requests as METHOD and path, `folder` their files."""
 
     output: str
     calls: list[str]
@@ -58,20 +58,20 @@ class Run:
     def has_called(self, operation: str) -> bool:
         """Whether a command called an operation, given as METHOD and path.
 
-        `{name}` in the path matches any segment, `{endpoint}` several.
+        In the path, `{name}` matches any segment, and `{endpoint}` matches several segments.
         """
         pattern = re.sub(r"\\{endpoint(?:_id)?\\}", ".+", re.escape(operation))
         pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", pattern)
         return any(re.fullmatch(pattern, call) for call in self.calls)
 
     def named(self, pattern: str) -> list[str]:
-        """Returns the names of written files that match a pattern. A pattern is needed for names with a random seed."""
+        """Returns the names of written files that match a pattern, because some names contain a random seed."""
         return [path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern)]
 
     def frames(self, name: str) -> int:
-        """Returns the samples per channel of a written file.
+        """Returns the number of samples per channel of a written file.
 
-        Checks that it is Opus, or 16-bit stereo at the model's rate.
+        Checks that the file is Opus, or 16-bit stereo at the model's sample rate.
         """
         info = soundfile.info(self.folder / name)
         if info.subtype != "OPUS":
@@ -120,7 +120,7 @@ def operations() -> dict[str, set[str]]:
 
 
 def expect_complete(run: Run, page: str, operations: dict[str, set[str]]) -> None:
-    """Assert that the commands called each operation with the tags that TAGS has for the page."""
+    """Assert that the page's commands called every operation that has one of the page's tags in `TAGS`."""
     wanted = set().union(*(operations[tag] for tag in TAGS[page]))
     assert not [operation for operation in wanted if not run.has_called(operation)]
 

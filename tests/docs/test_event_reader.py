@@ -27,7 +27,7 @@ KEY = "secret"
 
 @asynccontextmanager
 async def cut_once(port: int) -> AsyncIterator[int]:
-    """Run a proxy for the server at `port` that cuts its first connection after one event. Yields the proxy's port."""
+    """Run a proxy for the server at `port`. It closes its first connection after one event. Yields the proxy's port."""
     num_connections = 0
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -34,7 +34,7 @@ def keys_of(row: str) -> list[str]:
 def documented() -> frozenset[str]:
     """Returns the full paths of the documented keys, except those without effect.
 
-    The docs list the encoder's keys only, because the decoder has the same keys.
+    The docs list only the encoder's keys. The decoder's keys are added here, because they are the same.
     """
     found = set()
     for section in USED.split("\n### ")[1:]:

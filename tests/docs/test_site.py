@@ -68,7 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def broken(site: Site, page: Path, addresses: set[str]) -> list[str]:
-    """Returns those of the addresses on a page that name a file or anchor of the site that does not exist."""
+    """Returns the addresses on a page that point to a file or an anchor that the site does not have."""
     found = []
     for address in addresses:
         parts = urlsplit(address)

@@ -1,4 +1,4 @@
-"""The guard process: however the launcher ends, the guard kills the launcher's children and removes its folder."""
+"""The guard process. However the launcher ends, the guard kills the launcher's children and removes its folder."""
 
 from __future__ import annotations
 

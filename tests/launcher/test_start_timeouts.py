@@ -31,7 +31,7 @@ def test_timeouts_grow_with_load_and_never_shrink_rays_own() -> None:
     assert int(idle[worker]) >= 60
     assert int(busy[worker]) == 20 * 60
     assert int(overloaded[worker]) <= 3600  # a start that never succeeds must fail at some time
-    assert 30 < int(overloaded[raylet]) <= 60  # Ray's node process (raylet) starts fast even then, or not at all
+    assert 30 < int(overloaded[raylet]) <= 60  # even under load, Ray's node process (raylet) starts fast or not at all
     assert set(idle) == set(busy)
     assert all(int(busy[name]) > int(idle[name]) for name in set(idle) - {raylet})
 

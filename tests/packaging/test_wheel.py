@@ -1,4 +1,4 @@
-"""The wheel's files, and its commands, which are run in an empty directory, so that they cannot use the checkout.
+"""The files and commands of the wheel. The commands run in an empty directory, so that they cannot use the checkout.
 
 `tests/serving/test_lifecycle.py` starts a server from the wheel.
 """

@@ -45,7 +45,7 @@ async def _serve_demo(**settings: Any) -> Any:
 def in_a_thread(make: Callable[[], AbstractAsyncContextManager[str]]) -> Iterator[str]:
     """Enter an async context in another thread with its own event loop, because Selenium's calls block this thread.
 
-    Yields what the async context yields.
+    Yields the value that the async context yields.
     """
     url: list[str] = []
     is_up, is_over = threading.Event(), threading.Event()
@@ -131,7 +131,7 @@ class Page:
         return self
 
     def unfold(self, name: str) -> None:
-        """Open the part of the page that an element is folded in."""
+        """Open the collapsed part of the page (`details`) that contains the element `name`."""
         self.run("arguments[0].closest('details')?.setAttribute('open', '')", self[name])
 
     def click(self, name: str) -> None:
@@ -145,7 +145,7 @@ class Page:
         return self.run("return document.documentElement.dataset.shown ?? null")
 
     def make_clip(self, button: str = "generate") -> dict[str, Any]:
-        """Press a button that generates audio, and wait. Returns what the browser stores of the clip, without audio."""
+        """Press a button that generates audio, and wait for the clip. Returns the stored clip, without its audio."""
         before = self.shown
         self.click(button)
         self.until(lambda: self.shown not in (None, before))
@@ -203,7 +203,7 @@ class Page:
 def page(chromium: webdriver.Chrome, served: str) -> Iterator[Page]:
     """Yields the opened page, with empty browser storage.
 
-    At the end, messages in the browser's console are a failure.
+    At the end, the test fails if the browser's console has messages.
     """
     page = Page(chromium, served)
     chromium.get(f"{served}/playground/icon.svg")

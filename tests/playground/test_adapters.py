@@ -12,8 +12,8 @@ from tests.playground.conftest import Page
 
 pytestmark = pytest.mark.server
 
-# Adds adapters to the server's list of models, and their field to its description. Keeps the adapters of a request in
-# `window.sent` and does not pass them on, because the server has no files of these adapters.
+# Changes the server's responses: adds adapters to the list of models, and the field `loras` to the API description.
+# Also moves the adapters of each request to `window.sent`, because the server has no files of these adapters.
 ADAPTERS = """
 const realFetch = window.fetch;
 const changes = {
@@ -67,7 +67,7 @@ def strengths(page: Page) -> dict[str, str]:
 
 
 def move(page: Page, name: str, strength: float) -> None:
-    """Set the slider of an adapter, as a user's drag does."""
+    """Set the slider of an adapter, and send the event that follows when a user drags it."""
     script = """
         const [name, strength] = arguments;
         const sliders = [...document.querySelectorAll("#loras input")];

@@ -160,7 +160,7 @@ def test_repeat_compares_with_the_original_clip(page: Page) -> None:
 
 @pytest.mark.slow
 def test_last_selected_clip_is_shown(page: Page) -> None:
-    """The clip selected first takes longer to decode, so its audio is ready after that of the last selected clip."""
+    """Two clips are selected. The first one takes longer to decode, so its audio is ready after the second one's."""
     page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
     page.fill(prompt="rain").make_clip()
     page.run(
@@ -189,7 +189,7 @@ def test_last_selected_clip_is_shown(page: Page) -> None:
 
 @pytest.mark.slow
 def test_settings_of_an_unserved_model_are_not_loaded(page: Page) -> None:
-    """A stored clip's model may be missing, because another server runs at the address now."""
+    """The model of a stored clip may be missing, because another server may run at the same address later."""
     page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
     page.browser.execute_async_script(
         """
@@ -320,7 +320,8 @@ def test_forget_all_asks_first(page: Page) -> None:
     assert page["no-clips"].is_displayed()
 
 
-# Keeps the files that the page makes addresses of, because its policy forbids scripts to load them.
+# Stores each file for which the page creates an object URL in `window.kept`. Scripts cannot load the file from the URL,
+# because the page's security policy forbids this.
 KEPT = """
 window.kept = {};
 const make = URL.createObjectURL;

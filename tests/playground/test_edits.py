@@ -71,7 +71,7 @@ def test_strength_of_a_region_is_sent(page: Page) -> None:
 
 @pytest.mark.slow
 def test_dragging_past_an_end_extends_the_clip(page: Page) -> None:
-    """If the user drags a region outside the clip, it is enlarged until it touches the clip."""
+    """If the user drags a region outside the clip, the region is enlarged until it touches the clip."""
     second = page["wave"].size["width"] / 4  # the view shows 4 s: the clip of 2 s and a second on each side
 
     def drag(start_s: float, end_s: float) -> None:
@@ -120,7 +120,7 @@ def test_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_last_dropped_file_is_the_source(page: Page) -> None:
-    """The file dropped first takes longer to decode, so its audio is ready after that of the last dropped file."""
+    """Two files are dropped. The first one takes longer to decode, so its audio is ready after the second one's."""
     page.run(
         """
         window.numDecoded = 0;

@@ -1,4 +1,4 @@
-"""Files of clips: those that the playground page downloads, and those that its copied commands write."""
+"""Files of clips that the playground page downloads, and files that the commands copied from the page write."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def copy(page: Page, kind: str) -> str:
 
 
 def run_copied(page: Page, folder: Path) -> list[bytes]:
-    """Copy the curl and the Python command of the shown clip, and run both in the folder. Returns the written files."""
+    """Copy the curl command and the Python program of the shown clip, and run both in the folder.
+
+    Returns the contents of the files that they write.
+    """
     made = []
     for command in (["bash", "-c", copy(page, "curl")], [sys.executable, "-c", copy(page, "python")]):
         path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT.parents[2])}

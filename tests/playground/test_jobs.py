@@ -29,7 +29,7 @@ def test_jobs_survive_a_reload_and_can_be_cancelled(page: Page) -> None:
 
 @pytest.mark.slow
 def test_many_jobs_leave_connections_for_other_requests(page: Page) -> None:
-    """A browser opens at most six connections to a server, and a job's event stream holds one until the job ends."""
+    """A browser opens at most six connections to a server. A job's event stream uses one of them until the job ends."""
     page.fill(prompt="rain", duration=20, steps=50, batch_size=4)
     for count in (4, 8):
         page.click("generate")
@@ -47,7 +47,7 @@ def test_many_jobs_leave_connections_for_other_requests(page: Page) -> None:
 
 @pytest.mark.slow
 def test_jobs_without_a_stream_are_polled_in_turn(page: Page) -> None:
-    """Only a few jobs are polled at once, because there may be thousands of them after a page reload."""
+    """Only a few jobs are polled at once, because there may be thousands of jobs after a page reload."""
     asked_at_ms = page.browser.execute_async_script(
         """
         const [done] = arguments;

@@ -64,7 +64,7 @@ def test_shortcuts_work_outside_text_fields(page: Page) -> None:
         ActionChains(page.browser).send_keys(key).perform()
 
     page.fill(prompt="rain", duration=2, steps=2).make_clip()
-    press(" ")  # goes to the page, because no element has the focus
+    press(" ")  # the page itself receives the key, because no element has the focus
     page.until(lambda: page["play"].text == "Pause")
     press(" ")
     page.until(lambda: page["play"].text == "Play")

@@ -25,7 +25,7 @@ def choose_piece(page: Page, *sections: tuple[str, float]) -> None:
             field.send_keys(str(value))
 
 
-# Holds back the end of the job and of its audio until `window.release()`, so that the piece stays unfinished.
+# Delays the end of the job and of its audio until `window.release()` is called. Until then, the piece is unfinished.
 HELD = """
 const real = window.fetch;
 const released = new Promise((release) => (window.release = release));
@@ -86,7 +86,7 @@ def test_copied_commands_make_the_same_piece(page: Page, tmp_path: Path) -> None
 
 
 def test_a_growing_piece_is_played_before_it_is_finished(page: Page) -> None:
-    """The page has 2 of 6 s of the piece. It plays them, waits, and plays on when the rest arrives."""
+    """The page has received 2 of the piece's 6 s. It plays them, waits, and continues when the rest arrives."""
     page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
     page.run(HELD.replace("arguments_bytes", str(2 * 44100 * 4)))
     choose_piece(page, ("", 2), ("", 2), ("", 2))

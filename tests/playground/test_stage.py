@@ -125,7 +125,8 @@ def test_button_is_disabled_until_the_page_has_its_data(page: Page) -> None:
         page.browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
-# The server is away: requests to submit a job are lost, the first of them only after it has arrived.
+# Until `window.isBack` is true, requests that submit a job fail. The first one reaches the server, but its response is
+# lost. The others do not reach the server.
 AWAY = """
 const real = window.fetch;
 window.keys = [];

@@ -27,9 +27,9 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[LaunchedServer]:
-    """Run a server without API keys:
+    """Run a server without API keys.
 
-    HAProxy, two HTTP processes (ingress), a job runner, the models `tiny` and `demo`.
+    It has HAProxy, two HTTP processes (ingress), a job runner, and the models `tiny` and `demo`.
     """
     folder = tmp_path_factory.mktemp("server")
     # The path is relative to the server's working directory.
@@ -70,7 +70,7 @@ def watcher(server: LaunchedServer) -> Iterator[Watcher]:
 def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
     """Poll `/health` and `/ready` until the server is ready.
 
-    Returns each answer of `/health` and status of `/ready`.
+    Returns the answer of `/health` and the status of `/ready` at each poll.
     """
     answers: list[tuple[httpx.Response, int]] = []
     deadline = time.monotonic() + PATIENCE_S

@@ -1,4 +1,4 @@
-"""Our command line and Python client with a real server."""
+"""The command line and the Python client with a real server."""
 
 from __future__ import annotations
 

@@ -106,9 +106,9 @@ def test_other_machines_reach_only_calls_between_replicas(used: LaunchedServer) 
 
 
 def answer_without_token(listener: Listener) -> str:
-    """Connect without Ray's secret token. Returns what the port does:
+    """Connect to a port without Ray's secret token.
 
-    "refused", "open", or "numbers" (metrics only).
+    Returns "refused", "open", or "numbers" if the port only serves metrics.
     """
     host, port = listener.reachable_at
     try:

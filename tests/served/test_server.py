@@ -47,7 +47,7 @@ def test_starting_server_is_alive_before_it_is_ready(server: LaunchedServer) -> 
     ]
     loading = (200, "loading", False, 503)
     assert before[:2] == [loading, loading]  # the HTTP processes start faster than the models
-    # One HTTP process knows already that the model is ready, the other does not.
+    # When one HTTP process already knows that the model is ready, the other process may not know it yet.
     assert set(before) <= {loading, (200, "ok", True, 503)}
     assert last[-1] == 200
     assert server.client.get("/health").json()["device"] in ("cpu", "cuda:0")

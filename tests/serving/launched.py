@@ -29,7 +29,7 @@ _FIRST_PORT, _LAST_PORT = 32_000, 32_768  # for the tests; the servers' internal
 
 
 def free_port() -> int:
-    """Return a free port below 32768, where the ports that the kernel gives to outgoing connections start."""
+    """Return a free port below 32768. From 32768 on, the kernel gives ports to outgoing connections."""
     while not is_port_free("127.0.0.1", port := random.randrange(_FIRST_PORT, _LAST_PORT)):
         pass
     return port
@@ -54,7 +54,7 @@ def command(config: Path, *options: str) -> list[str]:
 class LaunchedServer:
     """A server process.
 
-    The constructor starts it; call `wait_until_ready` before use, and `stop` or `kill` at the end.
+    The constructor starts the process. Call `wait_until_ready` before use, and `stop` or `kill` at the end.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class LaunchedServer:
             time.sleep(0.05)
 
     def leftovers(self) -> Sequence[int]:
-        """Return the ids of processes that still use this server's folder. There should be none after its end."""
+        """Return the ids of processes that still use this server's folder. After the server's end, there are none."""
         return processes_using(self.directory)
 
     def pids(self, title: str) -> list[int]:
@@ -134,7 +134,7 @@ class LaunchedServer:
 
     @contextmanager
     def suspended(self, title: str) -> Iterator[None]:
-        """Within this context, suspend (SIGSTOP) the processes whose command line contains `title`. They may end."""
+        """Within this context, suspend (SIGSTOP) the processes whose command line contains `title`."""
         pids = self.pids(title)
         assert pids
         for pid in pids:

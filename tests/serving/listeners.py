@@ -1,4 +1,4 @@
-"""Find the ports on which the processes of a server listen, as the kernel lists them in /proc."""
+"""Find the ports on which the processes of a server listen. The kernel lists them in /proc."""
 
 from __future__ import annotations
 

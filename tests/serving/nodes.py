@@ -1,8 +1,8 @@
 """A program that runs several Ray nodes with simulated GPUs on this machine, and a server on them.
 
-Only the first node has CPUs, so the HTTP processes and HAProxy run there, configured as by `stable-audio-serve serve`.
-The models run on the other nodes. Each line of standard input is a JSON list: the name of a method of `Nodes` and its
-arguments. The program answers with a line of JSON.
+Only the first node has CPUs, so the HTTP processes and HAProxy run there. They have the configuration that
+`stable-audio-serve serve` would give them. The models run on the other nodes. Each line of standard input is a JSON
+list: the name of a method of `Nodes` and its arguments. The program answers each line with the method's result as JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self._port = port
-        # Ray's Cluster writes the address of the head there, whatever `temp_dir` is, and does not create the folder.
+        # Ray's Cluster writes the head's address to this folder, whatever `temp_dir` is, but does not create it.
         Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)
         temporary = str(directory / "ray")
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "temp_dir": temporary})
@@ -96,7 +96,7 @@ class Nodes:
         return len(victims)
 
     def drain_node(self, node_id: str) -> None:
-        """Make Ray move work away from a node, as our Kubernetes pods do before they stop (see `cluster/kuberay`)."""
+        """Make Ray move work away from a node. Our Kubernetes pods do this before they stop (see `cluster/kuberay`)."""
         arguments = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod stops"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
         subprocess.run([*ray, "--address", self._cluster.address, "--node-id", node_id, *arguments], check=True)

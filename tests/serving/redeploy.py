@@ -1,7 +1,7 @@
-"""A program that deploys a running server's application again, after it has changed settings of all models.
+"""A program that deploys a running server's application again, with other settings of all models.
 
-The settings are an argument, as JSON. The program connects to the server's Ray and acts like `serve deploy` with a
-changed file.
+The changed settings are an argument, as JSON. The program connects to the server's Ray and acts like `serve deploy`
+with a changed file.
 """
 
 from __future__ import annotations

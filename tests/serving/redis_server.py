@@ -1,4 +1,4 @@
-"""A real Redis server, from this machine's packages. In it, Ray's head node stores its state.
+"""A real Redis server, in which Ray's head node stores its state. The program must be installed on this machine.
 
 If Redis is not installed, tests that need Redis are skipped with a warning, or fail if CI=true.
 """

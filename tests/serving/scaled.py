@@ -1,7 +1,7 @@
 """A program that tests autoscaling: two Ray nodes with simulated GPUs, simulated models, and a load that changes.
 
 It prints, as JSON, how the number of replicas changed, the outcomes of requests and jobs, and the errors for settings
-that such a cluster refuses.
+that a server refuses on two nodes.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, 
 def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
     """Keep two replicas busy for four fifths of the time, without a backlog.
 
-    Returns the number of replicas in each of the last 15 s. This is longer than the time over which the autoscaling
-    averages, and than two of its delays before it removes a replica.
+    Returns the number of replicas in each of the last 15 s. In this time, the autoscaling could remove a replica: it is
+    longer than the time over which the autoscaling averages, and longer than two of its delays.
     """
     request = GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=0)
     pause_s = DEVICE.stages(request).total_ms / 1000.0 / (0.8 * 2)
@@ -148,7 +148,10 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
 
 
 def refused_databases(folder: str) -> list[str]:
-    """Return the errors of starts with two job databases: SQLite, which nodes cannot share, and an unreachable one."""
+    """Start the server with SQLite, which several nodes cannot share, and then with an unreachable job database.
+
+    Return both error messages.
+    """
     messages = []
     for url in (None, "postgresql://somebody@nowhere.invalid/jobs"):
         settings = {"models": [{"name": "tiny", "path": folder}], "jobs": {"database_url": url}}

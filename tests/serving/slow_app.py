@@ -1,4 +1,4 @@
-"""The application, but its replicas sleep before each request. Import path: `tests.serving.slow_app:build`."""
+"""The application with model replicas that sleep before each request. Import path: `tests.serving.slow_app:build`."""
 
 from __future__ import annotations
 

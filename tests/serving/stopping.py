@@ -20,8 +20,9 @@ _SECONDS_OF_WORK = _LONG_BODY | {"steps": 150}
 
 
 def check_that_stopping_finishes_work(stopped: LaunchedServer, number: int) -> None:
-    """Send the signal while the model `tiny` runs a request and a job. The request must end normally and the job wait.
+    """Send signal `number` while the model `tiny` runs a request and a job.
 
+    The request must end normally, and the job must go back into the queue.
     The server must have no other work.
     """
     num_lines = len(stopped.lines)

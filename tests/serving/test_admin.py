@@ -1,4 +1,4 @@
-"""Commands for operators with a real server: keep and release models, status, dead letters, and draining."""
+"""Commands for operators with a real server: keep a model loaded and release it, status, dead letters and draining."""
 
 from __future__ import annotations
 

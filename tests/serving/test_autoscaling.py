@@ -21,7 +21,7 @@ class Point:
 
 @dataclass
 class Context:
-    """Stands for Ray Serve's `AutoscalingContext`. It has only the fields that the policy reads."""
+    """Replaces Ray Serve's `AutoscalingContext`. It has only the fields that the policy reads."""
 
     target_num_replicas: int = 1
     total_num_requests: float = 0.0
@@ -40,7 +40,7 @@ def stats(
 
 
 def publish(*replicas: list[dict[str, float]]) -> Context:
-    """Return a context with what each replica has published. The last item of each list is the current one."""
+    """Return a context with the statistics that each replica has published. Each list has the latest item last."""
     names = [f"replica-{number}" for number in range(len(replicas))]
     metrics = {
         name: {

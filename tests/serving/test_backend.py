@@ -55,7 +55,7 @@ async def test_retry_times_of_refused_clients_vary_by_a_quarter() -> None:
 
 
 async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
-    """The backend itself refuses further requests of the same client and priority. Others still reach the model."""
+    """The backend refuses further requests of the same client and priority. Other requests still reach the model."""
     full = OverloadedError("the model's queue is full", retry_after_s=100.0, full_for_s=30.0, work_s=50.0)
     model = backend(full, full, _RESULT, _RESULT)
     batch = replace(_REQUEST, priority="batch")
@@ -66,7 +66,7 @@ async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
         return refusal.value.retry_after_s or 0.0
 
     assert await wait_s(_REQUEST) == pytest.approx(112.5, abs=13.5)
-    assert await wait_s(batch) == pytest.approx(112.5, abs=13.5)  # another priority: the second answer
+    assert await wait_s(batch) == pytest.approx(112.5, abs=13.5)  # another priority gets the model's second answer
     assert await wait_s(_REQUEST) == pytest.approx(168.75, abs=19.75)  # each repetition adds `work_s`
     assert await wait_s(_REQUEST) == pytest.approx(225.0, abs=26.0)
     assert await model.generate("small-sfx", replace(_REQUEST, client="another")) == _RESULT
@@ -84,7 +84,7 @@ async def test_a_repeated_refusal_ends_when_the_model_has_room() -> None:
 
 
 async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While Ray's head is down, the model's state cannot be read. An answer of the model shows that it is ready."""
+    """While Ray's head is down, the model's state cannot be read. If the model answers a request, it must be ready."""
     head_is_back = threading.Event()
 
     def silent(application: str) -> None:

@@ -12,7 +12,7 @@ from tests.factories import FakeClock
 
 
 class CountedQuery:
-    """A query whose result is the number of earlier calls. It waits until `is_free` is set."""
+    """A query whose result is the number of its calls so far. A call waits until `is_free` is set."""
 
     def __init__(self) -> None:
         self.num_calls = 0

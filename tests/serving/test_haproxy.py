@@ -46,7 +46,7 @@ _PUBLIC = "127.0.0.2"  # the address that our wrapper makes HAProxy listen on, i
 _HEADER_TIMEOUT_S = 1.0
 _IDLE_TIMEOUT_S = 1.5
 _LONG_S = 2.5 * _IDLE_TIMEOUT_S
-_END_S = 30.0  # what must end must end within this time, even on a slow machine
+_END_S = 30.0  # HAProxy must close a connection within this time, even on a slow machine
 _EDITED = (
     "stats socket",
     "local0 info",
@@ -290,8 +290,8 @@ async def test_request_reaches_a_replica_after_its_first_bytes(tmp_path: Path, m
     assert sent.endswith(b"\r\n\r\n70000")
 
 
-# Path -> status and content type of the fake server's answer. JSON and HTML are as from a replica, plain text as from
-# Ray Serve if there is no replica. "/cut" gets no answer: the connection is closed.
+# Path -> status and content type of the fake server's answer. A replica answers with JSON or HTML. Ray Serve answers
+# with plain text if there is no replica. "/cut" gets no answer: the connection is closed.
 _ANSWERS = {
     "/docs": (200, "text/html"),  # HAProxy's health check uses this path, too
     "/text-404": (404, "text/plain; charset=utf-8"),
@@ -304,7 +304,7 @@ _ANSWERS = {
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answer the requests that come on one connection, as `_ANSWERS` says, until the connection is closed."""
+    """Answer the requests of one connection with the answers in `_ANSWERS`, until the client closes the connection."""
     with suppress(asyncio.IncompleteReadError):
         while path := (await reader.readuntil(b"\r\n\r\n")).split()[1].decode():
             if path not in _ANSWERS:

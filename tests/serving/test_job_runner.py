@@ -56,7 +56,7 @@ class Handle:
 
 
 class Replica(JobRunnerReplica):
-    """A job runner that the tests do not start, so it needs no shutdown."""
+    """A job runner without a destructor, because the tests do not start it."""
 
     def __del__(self) -> None:  # type: ignore[override]
         pass

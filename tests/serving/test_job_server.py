@@ -64,7 +64,7 @@ def test_submission_wakes_the_runner(server: LaunchedServer) -> None:
 
 
 def test_new_processes_refuse_moved_stores(server: LaunchedServer, config: Path) -> None:
-    """The new processes must not create an empty database at the old path, which some requests would then use."""
+    """If a new process created an empty database at the old path, some requests would use it."""
     outputs, away = config.parent / "outputs", config.parent / "away"
     done = wait(server, submit(server, make_body()))
     outputs.rename(away)
@@ -117,7 +117,10 @@ def test_replaced_ingress_closes_its_event_streams(server: LaunchedServer) -> No
 
 
 def test_accepted_jobs_survive_the_death_of_all_processes(server: LaunchedServer, config: Path) -> None:
-    """When all processes are killed, some jobs run, some wait, and one has an upload. A new server finishes all."""
+    """All processes are killed while some jobs run and others wait. One of the jobs has an upload.
+
+    A new server must finish all jobs.
+    """
     finished = wait(server, submit(server, make_body()))
     bodies = [make_long_body(seed=seed) for seed in range(3)]
     job_ids = [submit(server, body) for body in bodies]
@@ -155,7 +158,7 @@ def check_that_a_second_signal_stops_at_once(server: LaunchedServer) -> None:
         time.sleep(1.5)  # signals in quick succession would count as one
         assert server.process.poll() is None
         assert server.start_s is not None
-        # The start took longer on a slow machine, too, so its time is the measure.
+        # The limit is relative to the time of the start, because on a slow machine both take longer.
         assert server.stop(number=signal.SIGTERM) < server.start_s / 2
         assert isinstance(busy.exception(), httpx.TransportError)
     wait_until(lambda: not server.leftovers())

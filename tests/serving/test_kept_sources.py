@@ -43,7 +43,7 @@ REGIONS: dict[str, tuple[Region, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A source clip: its audio (channels, samples), and the sample rate and sample format of its file."""
+    """A source clip: its audio of shape (channels, samples), and the sample rate and sample format of its file."""
 
     samples: Audio
     rate_hz: int = RATE_HZ
@@ -130,7 +130,7 @@ def read(file: bytes) -> Pcm:
 
 
 def pcm_of(file: bytes, *, duration_s: float = DURATION_S) -> Pcm:
-    """Decode a file as the server decodes a source for an edit of `duration_s`.
+    """Decode a file in the same way as the server decodes the source of an edit with this duration.
 
     Return the samples as 16-bit integers.
     """
@@ -141,7 +141,7 @@ def pcm_of(file: bytes, *, duration_s: float = DURATION_S) -> Pcm:
 
 
 def outside(*regions: Region, source_s: float = DURATION_S) -> npt.NDArray[np.bool_]:
-    """Return a mask of samples: True where a sample belongs to the source and is outside all regions (seconds)."""
+    """Return a mask of the edit's samples: True for samples of the source that are outside all `regions` (seconds)."""
     kept = np.zeros(int(DURATION_S * RATE_HZ), dtype=bool)
     kept[: int(source_s * RATE_HZ)] = True
     for start_s, end_s in regions:
@@ -169,7 +169,7 @@ async def test_two_successive_edits_keep_each_sample(client: httpx.AsyncClient, 
 
 @pytest.mark.parametrize("model", MODELS)
 async def test_continuation_keeps_all_but_the_last_30_ms(client: httpx.AsyncClient, model: str) -> None:
-    file, end = Source(make_noise(0.4, duration_s=2.048)).file, 2048  # it ends where a latent frame ends
+    file, end = Source(make_noise(0.4, duration_s=2.048)).file, 2048  # the source ends at the end of a latent frame
     longer, alone = [
         await edit(client, file, (2.048, DURATION_S), model=model, peaks="clip", keep=keep)
         for keep in ("source", "model")

@@ -1,4 +1,4 @@
-"""API keys on a real server with two HTTP processes: limits that both share, and a key file that changes."""
+"""API keys on a real server with two HTTP processes, which share the limits of a key. Also changes of the key file."""
 
 from __future__ import annotations
 
@@ -79,6 +79,6 @@ def test_removed_key_fails_everywhere_and_broken_file_is_ignored(server: Launche
     wait_until(lambda: {reply.status_code for reply in ask_many(server, "alice", 16)} == {401})
     put(folder, "sas-a-plain-key-by-mistake\n")
     broken = wait_until(lambda: (file := server.client.get("/health").json()["key_file"])["state"] == "broken" and file)
-    assert broken["reason"].startswith("line 1: ")  # taken from the same answer: the other process may not know it yet
+    assert broken["reason"].startswith("line 1: ")  # in the same answer, because the other process may not know it yet
     assert ask(server, "bob").status_code == 200  # bob's key stayed valid under the name "carol"
     assert not re.search(r"by-mistake|Bearer (?!\$KEY)", server.output)  # the ready line shows how to send a key

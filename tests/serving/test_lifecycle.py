@@ -1,4 +1,7 @@
-"""Starting and stopping servers: two on one machine, with HAProxy or Ray's Python proxy, with faults, no leftovers."""
+"""Starting and stopping servers: two on one machine, with HAProxy or Ray's Python proxy, and with faults.
+
+A stopped server must leave no processes and no files.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
 
 @pytest.fixture(scope="module")
 def other(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """Run a second server. Its environment has the address of the first server's Ray, but it must start its own.
+    """Run a second server. Its environment has the address of the first server's Ray, but it must start its own Ray.
 
     The second server is installed from the wheel, uses Ray's Python proxy, and has its model in a Hugging Face cache.
     """
@@ -222,7 +225,7 @@ def test_stop_ends_although_ray_serves_controller_is_frozen(tmp_path: Path) -> N
 
 
 def test_config_fault_stops_startup_by_name(tmp_path: Path) -> None:
-    """An example, with a real process. Other faults of the configuration are in `tests/cli/test_serving.py`."""
+    """Tests one fault with a real process. Other faults of the configuration are in `tests/cli/test_serving.py`."""
     config = write_config(tmp_path, make_args(), htpp_options={})
     assert "htpp_options" in run_to_failure(config, "--port", str(free_port()))
 

@@ -1,4 +1,4 @@
-"""Adapters with a real server: loaded by command, used by requests and jobs, and kept over a restart."""
+"""Adapters on a real server: loaded with a command, used by requests and jobs, and still loaded after a restart."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def names(server: LaunchedServer) -> list[str]:
 
 
 def configure(tmp_path: Path, **settings: Any) -> Path:
-    """Write the configuration of a server with the model `tiny` and a key for everything. Returns its path."""
+    """Write the configuration of a server with the model `tiny` and a key with all scopes. Returns the file's path."""
     (tmp_path / "keys").write_text(f"root:{hash_key('root')} scope=admin,jobs,generate\n")
     (tmp_path / "keys").chmod(0o600)
     args = {
@@ -83,7 +83,10 @@ def test_loaded_adapters_are_used_and_kept_over_a_restart(tmp_path: Path) -> Non
 
 
 def test_a_killed_replica_changes_no_adapter_of_an_answer(tmp_path: Path) -> None:
-    """Two replicas; one is killed while requests with four sets of adapters run. In strict mode, bytes are compared."""
+    """One of two replicas is killed while requests with four sets of adapters run.
+
+    In strict mode, a repeated request must return the same bytes.
+    """
     config = configure(tmp_path, mode="strict", replicas={"min_replicas": 2, "max_replicas": 2})
     bodies: list[dict[str, Any]] = [
         {},

@@ -32,7 +32,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
 
 
 def log_failure(error: Exception) -> None:
-    """Log an error as Serve's controller does, with the traceback both in the message and in `exc_info`."""
+    """Log an error like Ray Serve's controller, with the traceback both in the message and in `exc_info`."""
     try:
         raise error
     except Exception:

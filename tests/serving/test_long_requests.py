@@ -66,7 +66,10 @@ def ingresses(server: LaunchedServer) -> list[int]:
 
 
 def busy_port(server: LaunchedServer) -> int | None:
-    """Return the port of the only HTTP process that has a running request, as HAProxy's statistics say."""
+    """Return the port of the HTTP process that has a running request, as HAProxy's statistics say.
+
+    Returns None if no process or more than one process has a running request.
+    """
     with socket.socket(socket.AF_UNIX) as admin:
         (path,) = server.directory.rglob("admin.sock")
         admin.connect(str(path))

@@ -81,7 +81,7 @@ async def test_no_beat_is_lost_or_added_at_the_seam(client: httpx.AsyncClient) -
     repeated = np.tile(loop, ROUNDS)
     assert has_strict_tempo(repeated, 133)
     beats = np.diff(onset_times_s(repeated)) * 133 / 60
-    assert abs(beats - 1).max() < 0.15  # the distance of two onsets is one beat, also across each seam
+    assert abs(beats - 1).max() < 0.15  # from one onset to the next is one beat, even where the loop repeats
     assert len(beats) + 1 == pytest.approx(ROUNDS * 16, abs=1)
 
 

@@ -1,4 +1,4 @@
-"""The setting `memory_share`, a model's share of a GPU's memory, and an engine that obeys it on a fake device."""
+"""The setting `memory_share`: a model's share of a GPU's memory. An engine on a fake device keeps to its share."""
 
 from __future__ import annotations
 

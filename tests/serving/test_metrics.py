@@ -1,4 +1,4 @@
-"""Our metrics through Ray's classes for metrics. `tests/served/test_jobs.py` checks what a real server exports."""
+"""`RayMetrics` with Ray's own metric classes. `tests/served/test_jobs.py` checks what a real server exports."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 @pytest.fixture(autouse=True)
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Replace the clock. Return a list whose only item is the time in seconds; a test changes the item."""
+    """Replace the clock. Return a list whose only item is the time in seconds. Tests change this item."""
     time = [50.0]
     monkeypatch.setattr(model_states.time, "monotonic", lambda: time[0])
     monkeypatch.setattr(model_states, "_received", {})

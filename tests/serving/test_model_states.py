@@ -50,7 +50,7 @@ def watcher(server: LaunchedServer) -> Iterator[Watcher]:
 
 def test_model_at_zero_replicas_answers_its_first_request(server: LaunchedServer) -> None:
     assert server.client.get("/health").json()["models"]["lazy"]["stage"] == "idle"
-    assert server.pids("ServeReplica:audio:lazy") == []  # asking for the status starts no replica
+    assert server.pids("ServeReplica:audio:lazy") == []  # reading the status starts no replica
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(server.client.post, "/generate", json=make_body(model="lazy"))
         stages = set()

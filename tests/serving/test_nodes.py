@@ -1,4 +1,4 @@
-"""A cluster of Ray nodes, whose GPUs are simulated, loses nodes and processes. No request must fail.
+"""A cluster of Ray nodes with simulated GPUs loses nodes and processes. No request may fail.
 
 The tests run in this order on one cluster, because starting a cluster takes as long as a test.
 """
@@ -185,7 +185,7 @@ def test_restarted_head_restores_its_state_from_redis(cluster: Cluster) -> None:
 
 @pytest.mark.chaos
 def test_replicas_leave_a_drained_node_before_it_stops(cluster: Cluster) -> None:
-    """Another node has room, so a new replica starts there first. The old one ends when its work is done."""
+    """Another node has room, so a new replica starts there first. The old replica stops when its work is done."""
     cluster.do("add", 1)
     cluster.wait(lambda: cluster.is_running() and len(cluster.replicas("tiny")) >= 2)
     num_replicas = len(cluster.replicas("tiny"))

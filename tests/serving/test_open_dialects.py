@@ -1,6 +1,6 @@
-"""The four dialects that were made for Stable Audio Open, with small checkpoints of that family.
+"""The four APIs that were made for Stable Audio Open (dialects), with small checkpoints of this model family.
 
-If a request names no model, it gets one of that family, and clips are as long and as cut as from the original servers.
+A request without a model gets a Stable Audio Open model. Clips have the length that the original servers return.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY
 
 RATE_HZ = 1000
-# The longest clip of each model. That of tiny-small is 524288 samples at 44.1 kHz, although its config has 11.904 s.
+# The longest clip of each model. For tiny-small, it is 524288 samples at 44.1 kHz, although the config says 11.904 s.
 WINDOW_S = {"tiny-1.0": 47.552, "tiny-small": 11.888}
 PROMPT = "warm house synth loop 120 bpm"
 
@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.server, pytest.mark.asyncio(loop_scope="module")]
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server with the demo model, which is its default, and with a checkpoint of Stable Audio Open (`name`)."""
+    """A server with the demo model, which is the default model, and with the Stable Audio Open model `name`."""
 
     name: str
     client: httpx.AsyncClient

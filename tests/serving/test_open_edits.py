@@ -79,7 +79,7 @@ def read(data: bytes) -> npt.NDArray[np.float32]:
 
 @cache
 def reconstruct_source(name: str) -> tuple[npt.NDArray[np.float32], float]:
-    """Encode and decode the source clip. Return the resulting audio, and how many seconds a latent frame influences."""
+    """Encode and decode the source clip. Return the decoded audio, and how many seconds a latent frame affects."""
     model = load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)))
     assert isinstance(model, SaoModel)
     frames, hop = model.config.window_frames, model.spec.hop

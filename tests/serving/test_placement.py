@@ -75,7 +75,8 @@ def environment(model: dict[str, Any], *, cluster_gpus: float) -> dict[str, str]
     return found
 
 
-# Prints the page faults of the third time that a thread allocates and fills the same blocks of 8 to 72 MiB.
+# In this program, a thread allocates and fills the same blocks of 8 to 72 MiB three times. The program prints the page
+# faults of the third time.
 _BLOCKS = """
 import resource, threading
 def use_blocks():

@@ -1,4 +1,4 @@
-"""If a model cannot be used, the server's start ends within seconds with one sentence, before Ray starts."""
+"""If a model cannot be used, the server prints an error of one sentence and exits within seconds, before Ray starts."""
 
 from __future__ import annotations
 
@@ -152,9 +152,10 @@ print(*(card.family for card in (*plan.catalog, *describe_models(plan).catalog))
 
 
 def fetch_elsewhere(folder: Path, endpoint: str) -> list[str]:
-    """Read the model's config from the hub, as a head node that loads no model does. Return the printed lines.
+    """Read the model's config from the hub, like a head node, which loads no model. Return the printed lines.
 
-    They are warnings and, last, the model's family as assumed before and as known after reading the config.
+    The lines are warnings. The last line has the model's family as it was assumed before reading the config, and as the
+    config says.
     """
     environment = hub_environment(endpoint, folder / "hub")
     done = subprocess.run(

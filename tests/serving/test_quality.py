@@ -1,7 +1,7 @@
 """A checkpoint with bad audio is deployed on a server under load. Still, every answer comes from the good weights.
 
-If there is room for both, the old replica stays until the new one has passed the quality gate. If not, the new replica
-falls back to the last good weights.
+If the machine has room for both, the old replica stays until the new one has passed the quality gate. If it does not,
+the new replica uses the last good weights.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def health_of(server: LaunchedServer) -> dict[str, Any]:
 def wait_for(server: LaunchedServer, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Poll `/health` until its field `models` meets the condition, and return the field.
 
-    The answer is that of one HTTP process. The other may still answer differently.
+    Only one of the two HTTP processes answers. The other one may still have an older state.
     """
     deadline = time.monotonic() + PATIENCE_S
     while not condition(models := health_of(server)):
@@ -134,7 +134,7 @@ def poison_under_load(updated: LaunchedServer) -> None:
     )
     assert {model["quality"]["revision"] for model in before.values()} == {GOOD}
     assert "quality_gate" in before["spare"]["detail"]
-    # The files of the two models differ in the recipe, which names the model, but not in the samples.
+    # The two models' files differ in the recipe, because it names the model, but not in the samples.
     clips = {name: clip_of(updated, name) for name in ("spare", "tight")}
     assert samples_of(clips["spare"]) == samples_of(clips["tight"])
     customers = [RepeatingClient(updated, model) for model in ("spare", "tight") for _ in range(2)]

@@ -1,4 +1,4 @@
-"""If its files cannot be stored, a server's start ends with one sentence, before Ray starts."""
+"""If a server cannot store files, it prints an error of one sentence and exits before Ray starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def refusal(folder: Path, **variables: str) -> str:
-    """Start a server with these environment variables, which must fail to start. Return what it prints."""
+    """Start a server with these environment variables. It must fail to start. Return what it prints."""
     config = write_config(folder, {"models": [{"name": "tiny", "path": TINY}]})
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "R2_"))}
     result = subprocess.run(
@@ -46,7 +46,7 @@ def program_s(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 def soon(folder: Path, program_s: float, **variables: str) -> str:
-    """Like `refusal`, and check that the start fails within 35 s plus twice `program_s`."""
+    """Call `refusal`. Check that the start fails within 35 s plus twice `program_s`."""
     started_at = time.monotonic()
     line = refusal(folder, **variables)
     assert time.monotonic() - started_at < 35 + 2 * program_s

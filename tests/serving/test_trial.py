@@ -1,6 +1,6 @@
-"""Which weights a replica serves after its start: those configured, or the last good ones if the new ones are bad.
+"""Which weights a replica serves after its start: the configured weights, or if they are bad, the last good weights.
 
-The checkpoints are real, and two revisions of each are in a cache of the Hugging Face Hub.
+The checkpoints are real. A cache of the Hugging Face hub has two revisions of each.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ POISONS: dict[str, Callable[[Path], None]] = {
     "zeros in the decoder": partial(spoil, change=partial(scale, factor=0.0)),
     "twice as loud": partial(spoil, change=partial(scale, factor=2.0)),
 }
-# Other weights whose audio is about as loud, as a newly trained model's could be. Only a pinned quality report detects
-# them. The text encoder of the tiny checkpoint hardly changes the audio, so the demo model is used for that case.
+# Changed weights whose audio is as loud as before. They could be a newly trained model, so only a pinned quality report
+# detects them. Changes of the text encoder are made in the demo model, because the text encoder of the tiny checkpoint
+# hardly changes the audio.
 LOOKALIKES: dict[str, tuple[Path, Callable[[Path], None]]] = {
     "weights of another model": (TINY, partial(spoil, change=of_another_model)),
     "another text encoder": (DEMO, swap_encoder),
@@ -67,7 +68,7 @@ LOOKALIKES: dict[str, tuple[Path, Callable[[Path], None]]] = {
 
 
 class Starter:
-    """Starts replicas of a model one after another. They share the store with the quality reports."""
+    """Starts replicas of a model one after another. All of them use the same store of quality reports."""
 
     def __init__(self, folder: Path) -> None:
         self.cache, self.outputs = folder / "hub", folder / "outputs"
@@ -152,7 +153,7 @@ async def test_pinned_report_detects_other_weights(starter: Starter, name: str, 
 
 
 async def test_changed_file_of_a_known_commit_is_detected(starter: Starter, tmp_path: Path) -> None:
-    """In the hub cache, a file of a commit that passed before is replaced by another of the same size."""
+    """After a commit has passed the gate, one of its files in the hub cache is replaced by another of the same size."""
     fill(starter, lambda _: None, tmp_path)
     await starter.start(repo_id="lab/tiny", revision=GOOD)
     weights = starter.cache / "models--lab--tiny" / "snapshots" / GOOD / "model.safetensors"
@@ -192,7 +193,7 @@ async def test_poisoned_model_without_good_weights_does_not_start(starter: Start
 
 
 async def test_record_of_another_repository_is_ignored(starter: Starter, tmp_path: Path) -> None:
-    """If it were used, an attacker who can write to the store of reports could choose the weights."""
+    """If the record were used, an attacker who can write to the store of reports could choose the weights."""
     fill(starter, POISONS["zeros in the decoder"], tmp_path)
     await starter.start(repo_id="lab/tiny", revision=GOOD)
     for path in (starter.outputs / "quality").iterdir():
@@ -214,7 +215,7 @@ async def test_adapters_are_compared_with_their_earlier_audio(
         assert (started.quality.gate, started.quality.report) == ("passed", first.quality.report)
         assert started.quality.problem is None
     assert starter.metrics.counts["quality_gates"] == 3  # each time "passed"
-    # As if this machine ignored adapters.
+    # From now on, the model ignores adapters.
     monkeypatch.setattr("stable_audio_serve.models.adapters.apply.adapt", lambda out, x, *, groups: out)
     started = await start(loras={**loras, "torn": str(tmp_path / "torn.safetensors")})
     assert started.quality.gate == "passed"

@@ -19,7 +19,7 @@ _EPOCH = 1.79e9
 
 
 class Ledger(WorkLedger):
-    """A ledger of three replicas. `ahead_s`: by how many seconds the clock of a replica, given by name, is ahead."""
+    """A ledger of three replicas. `ahead_s` has the seconds by which a replica's clock is ahead, by its name."""
 
     def __init__(self, **ahead_s: float) -> None:
         self.now = 1000.0
@@ -94,7 +94,7 @@ def test_call_counts_once_from_its_choice(ledger: Ledger) -> None:
 
 
 def test_call_that_takes_another_choice_leaves_its_own(ledger: Ledger) -> None:
-    # Two calls of the same price: it does not matter which choice belongs to which call.
+    # The two calls have the same predicted time, so it does not matter which choice belongs to which call.
     ledger.choose(replica="a", ms=10.0)
     ledger.choose(replica="b", ms=10.0)
     for replica in "ab":
@@ -176,7 +176,7 @@ def test_calls_are_priced_by_their_request(ledger: Ledger) -> None:
 
 
 def test_burst_of_10_000_calls_is_balanced_by_work(ledger: Ledger) -> None:
-    """The work of two replicas never differs by more than one request. When all calls have ended, none is left."""
+    """The work of two replicas never differs by more than one request. When all calls have ended, no work is left."""
     rng = random.Random(3)
     sizes = [rng.choice([10.0, 60.0, 500.0]) for _ in range(10_000)]
     places = []

@@ -1,6 +1,6 @@
 """A program that prints Ray Serve's settings of each deployment and then, repeatedly, the status of a model's replicas.
 
-It prints JSON lines. It is a separate process, because Ray reads the secret token of a cluster when it is imported.
+It prints JSON lines. It is a separate process, because Ray reads a cluster's secret token only when Ray is imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A Ray cluster with Ray Serve, without HTTP, that all tests of this folder share. One test process runs them."""
+"""A Ray cluster with Ray Serve, without HTTP. All tests of this folder share it and run in one process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import ray
 from ray import serve
 
-# After this time without requests, Ray Serve asks replicas for their queue lengths again, so the first requests of a
-# burst may go to other replicas than our router has chosen. The test must cover this, without waiting for the default
-# of 10 s.
+# After this time without requests, Ray Serve asks replicas for their queue lengths again. Then the first requests of a
+# burst may go to other replicas than the ones that our router has chosen. The tests must cover this case without
+# waiting for the default of 10 s.
 _QUEUE_CACHE_S = 0.1
-_QUEUE_TIMEOUT_S = 10.0  # how long Serve waits for such an answer; its default, 0.1 s, is too short on a busy machine
+_QUEUE_TIMEOUT_S = 10.0  # how long Serve waits for a queue length; the default, 0.1 s, is too short on a busy machine
 
 
 @pytest.fixture(scope="package")

@@ -1,4 +1,4 @@
-"""Our router balances calls over real replicas by the work that they publish, also calls that come at once."""
+"""Our router balances calls by the work that real replicas publish, even if many calls are made at once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TimedReplica:
 
 
 class Caller:
-    """A process that calls the replicas through one handle, as the server's HTTP process does."""
+    """A process that calls the replicas through one handle, like the server's HTTP process."""
 
     def __init__(self, handle: object) -> None:
         self._handle = handle
@@ -69,9 +69,9 @@ class Caller:
         return shares
 
     async def avoid_a_busy_replica(self, number: int) -> list[Counter[int]]:
-        """Make one replica busy, then send short calls one after another, and then at once.
+        """Make one replica busy. Then send short calls one after another, and then the same number at once.
 
-        Return for both how many calls each replica received.
+        Return two counters, one for each way of sending: how many calls each replica received.
         """
         busy = self._generate(LONG)
         try:
