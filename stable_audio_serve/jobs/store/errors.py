@@ -40,7 +40,10 @@ def at_start(database: object) -> Iterator[None]:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Raise StorageError in place of a database error. The reason is only logged, because clients see the message."""
+    """Raise StorageError in place of a database error.
+
+    Clients see the message of the StorageError, so it does not contain the reason. The reason is logged.
+    """
     try:
         yield
     except (*_ERRORS, ConfigError) as error:
