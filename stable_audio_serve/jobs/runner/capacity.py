@@ -1,6 +1,8 @@
 """Decide whether a runner may lease another job: the engines need capacity, and the artifact store must accept files.
 
-The capacity of engines is measured in predicted seconds of work per replica, from the prices that the engines publish.
+The capacity of engines is measured in predicted seconds of work per replica. They are computed from the prices (time
+per unit of work) that the engines publish.
+
 If the artifact store refuses a job's file, running more jobs would be useless. So the runner starts no job until a test
 file of the same size can be written. Then it starts a single job, and more jobs when the file of that job is stored.
 """
@@ -104,8 +106,8 @@ class Capacity:
     ) -> None:
         """Count a job as running. Call this method when the job was leased.
 
-        `size` is all work of the job. `at_once` is the most work that is in an engine at a time: for a long piece, the
-        work of the largest section. None = `size`.
+        `size` is the work of the whole job. `at_once` is the most work that is in an engine at a time: for a long
+        piece, the work of the largest section. None = `size`.
         """
         self._running[key] = _RunningJob(model, priority, size, at_once or size)
 

@@ -281,7 +281,7 @@ class LongPieces:
 
 
 def _close(writer: AudioWriter) -> None:
-    """Close `writer`, also after an error, when the file is incomplete."""
+    """Close `writer`, even if an error has left the file incomplete."""
     with suppress(StorageFullError):  # the file is not used
         writer.close()
 

@@ -49,7 +49,7 @@ _SUM_REST = 20.0
 _REPLICAS_S = 2.0  # seconds between polls of the number of replicas
 _COUNT_S = 15.0  # seconds between two queries for the number of jobs in each state
 _SWEEP_S = 600.0  # seconds between sweeps, which delete old files; a sweep lists all files in the artifact store
-_SWEEPS_PER_AGE = 6  # at least this many sweeps in `orphan_after_s` seconds
+_SWEEPS_PER_AGE = 6  # at least this many sweeps in `orphan_after_s` seconds, on average
 _SWEEP_SPREAD = 0.5  # the time between sweeps varies by up to this share, so that runners sweep at different times
 _CLOSE_TIMEOUT_S = 3.0  # how long a stopping runner waits for its jobs to be requeued
 

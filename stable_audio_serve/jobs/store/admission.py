@@ -33,7 +33,7 @@ def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSetting
 
     A queue with `limits.max_queued` jobs is full. A full queue still accepts jobs of a client that has fewer queued
     jobs than `limits.max_queued` divided by the number of clients, until the queue is twice as long as
-    `limits.max_queued`. If the job has no client, the limit per client does not apply.
+    `limits.max_queued`. `limits.max_queued_per_key` does not apply to a job without a client.
     """
     query = _WAITING_AND_OWN if spec.client else _WAITING
     waiting = connection.execute(query, {"client": spec.client}).one()

@@ -138,7 +138,7 @@ class Database:
 
     @contextmanager
     def writing_alone(self, lock: int, *, is_durable: bool = True) -> Iterator[sa.Connection]:
-        """Open a transaction for writing. It waits until no other one with the same lock number runs.
+        """Open a transaction for writing. It waits until no other transaction with this lock number runs.
 
         Raises StorageError.
         """

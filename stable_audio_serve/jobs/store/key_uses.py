@@ -25,7 +25,7 @@ _ROUNDING_S = 1e-6  # a sum of floats may exceed the limit by this much
 
 _uses = KEY_USES.c
 
-Used = tuple[float, float, int]  # requests of one second: time of the last, seconds of audio, number still running
+Used = tuple[float, float, int]  # one or more requests: time of the last, seconds of audio, number still running
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Use:
 def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | None:
     """Return the error to raise if the request `use` would exceed a limit, or None.
 
-    `before` are the client's earlier requests, grouped by second, oldest first. `now` is the time in Unix seconds.
+    `before` are the client's earlier requests, oldest first. `now` is the current time, on the same clock as theirs.
     """
     concurrency, rate = use.limits.concurrency, use.limits.audio_seconds_per_minute
     if use.has_place and concurrency is not None and sum(places for _, _, places in before) >= concurrency:

@@ -101,8 +101,8 @@ class DatabaseFile:
     def _identify_files(self) -> tuple[_Identity, ...]:
         """Return the identities of the files that are now at the paths of the open files.
 
-        This is ten times as fast as resolving the configured path again. `lstat` finds out if the database file was
-        replaced by a link, because SQLite would then look for the log in another folder.
+        This is ten times as fast as resolving the configured path again. `lstat` detects that the database file was
+        replaced by a link. SQLite would then look for the log in another folder.
         """
         real = self._real
         file = _identify(real, look=os.lstat, may_be_empty=False)

@@ -205,7 +205,7 @@ def _is_public(address: _Address) -> bool:
 
 
 def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
-    """If packets to an IPv6 address are tunnelled to an IPv4 address in it, return the IPv4 address, otherwise None."""
+    """Return the IPv4 address to which packets to this IPv6 address are tunnelled, or None if they are not."""
     if isinstance(address, ipaddress.IPv4Address):
         return None
     if address in _NAT64:
