@@ -78,7 +78,7 @@ class Attempt:
     """
 
     def __init__(self, job: Job, context: AttemptContext) -> None:
-        """`job` must be leased. `context.capacity` must already count it, under the id of its lease."""
+        """`job` must be leased, and `context.capacity` must already count the job under the id of its lease."""
         self.job = job
         self.lease = lease_id(job)
         self._context = context

@@ -246,7 +246,7 @@ class JobRunner:
         return num_done
 
     async def _reclaim(self) -> int:
-        """Requeue the jobs whose lease has expired because their runner died. Returns how many there were."""
+        """Requeue or end the jobs whose lease has expired because their runner died. Returns the number of jobs."""
         # Renew this runner's leases first. They may have expired too if the database was down.
         await asyncio.to_thread(self._heartbeat.beat)
         max_attempts = self._settings.max_attempts

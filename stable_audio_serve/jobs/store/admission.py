@@ -13,7 +13,7 @@ from stable_audio_serve.jobs.store.rows import is_job
 from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 
 _FULL_RETRY_S = 10.0
-_MOST_OVER = 2  # a full queue accepts jobs of clients below their fair share, up to this multiple of `max_queued`
+_MOST_OVER = 2  # a full queue accepts jobs of some clients, until it is this many times as long as `max_queued`
 
 _jobs = JOBS.c
 _QUEUED = in_state("queued")

@@ -117,7 +117,7 @@ class Database:
         return f"PostgreSQL {self.url.host or ''}{f':{self.url.port}' if self.url.port else ''}/{self.url.database}"
 
     def insert(self, table: sa.Table) -> sqlite_dialect.Insert | postgresql.Insert:
-        """Return an INSERT statement for the table that supports ON CONFLICT."""
+        """Return an INSERT statement for `table`. The statement supports ON CONFLICT."""
         return sqlite_dialect.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     @contextmanager

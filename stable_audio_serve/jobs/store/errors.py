@@ -31,7 +31,7 @@ def config_error(message: str) -> ConfigError:
 
 @contextmanager
 def at_start(database: object) -> Iterator[None]:
-    """Raise ConfigError in place of a database error. Its message has the reason, and `database` as text."""
+    """Raise ConfigError in place of a database error. The message names `database` and the reason."""
     try:
         yield
     except _ERRORS as error:

@@ -29,7 +29,7 @@ class StoreHealth:
 
 
 def health_of(error: StorageError) -> StoreHealth:
-    """Return the health of the stores after this error."""
+    """Return the health of the stores that this error shows."""
     kinds: tuple[tuple[type[StorageError], StoreState], ...] = ((StorageFullError, "full"), (StoreMovedError, "moved"))
     state: StoreState = next((state for kind, state in kinds if isinstance(error, kind)), "unavailable")
     return StoreHealth(state, error.message)
@@ -57,7 +57,7 @@ class Refusals:
             connection.execute(sa.delete(REFUSALS).where(_refusals.owner == owner))
 
     def current(self) -> Sequence[StoreHealth]:
-        """Delete the expired records, and return the health in each other record, the last to expire first.
+        """Delete the expired records. Return the health in each remaining record, by expiry time, latest first.
 
         The method also tests the database. It raises StorageError if the table of jobs cannot be read, or if the
         database cannot be written.
