@@ -40,7 +40,7 @@ class JobUpload:
     role: Role
     max_s: float  # how many seconds are decoded: no more than the model can use
     decoded_bytes: int = 0  # how much memory the decoded samples take
-    is_start: bool = False  # whether regions to inpaint also start from this audio, as variations do
+    is_start: bool = False  # whether an inpainting request also uses this audio as its `init_audio`
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class JobSpec:
     # durations, `request.seed` the seed of the first section, and the mode long-piece.
     sections: tuple[Section, ...] = ()
     overlap_s: float = 0.0  # each section continues this much of the audio before it
-    limits: KeyLimits = NO_LIMITS  # of the client's key when the job was added; only for jobs with sections
+    limits: KeyLimits = NO_LIMITS  # limits of the client's key when the job was added; only for long pieces
     start_within_s: float | None = None  # if the job has not started after this time, it fails with `start_timeout`
     webhook_url: str | None = None
     client: ClientId = NO_CLIENT  # the client that the job belongs to
@@ -79,7 +79,7 @@ class JobSpec:
 
     @property
     def sources(self) -> dict[Role, RecipeSource]:
-        """The checksum of the source audio under its roles, for the recipe. Empty if there is no source audio."""
+        """Maps each role of the source audio to its checksum, for the recipe. Empty if there is no source audio."""
         if self.upload is None:
             return {}
         roles: tuple[Role, ...] = ("init", "inpaint") if self.upload.is_start else (self.upload.role,)
@@ -101,10 +101,10 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class FinishedSection:
-    """A finished section of a long piece. Its samples do not change any more, except the last 30 ms.
+    """A finished section of a long piece. `number` counts from 1.
 
-    `file` has the samples as 32-bit floats. It begins with the joined last 30 ms of the audio before the section, which
-    replace the last 30 ms of the file before it. `number` counts from 1. `num_samples` is the length of the file.
+    `file` has `num_samples` samples as 32-bit floats. From the second section on, it begins with a crossfade of 30 ms,
+    which replaces the last 30 ms of the previous section's file.
     """
 
     number: int
@@ -118,8 +118,8 @@ class FinishedSection:
 class JobResult:
     """The output of a job. `file_id` is a random id for links with which the file can be downloaded without a key.
 
-    `different` has the sections of a long piece that were not made as the first one, for example because they were made
-    by another version of this package: their numbers, and how they were made.
+    `different` lists the sections of a long piece that were made differently from the first one, for example by another
+    version of this package. Each item is the number of a section, and how it was made.
     """
 
     file: StoredFile

@@ -71,7 +71,7 @@ def prepare_stores(settings: Settings) -> PreparedStores:
         store.database.prepare()
         store.database.check_writable()
         identity = store.identity()
-        # Claimed at the start, because the sweeper never deletes files that are older than the claim.
+        # Claim the artifact store early: the sweeper deletes only files that are newer than the claim.
         artifacts.claim(identity)
     finally:
         store.database.close()

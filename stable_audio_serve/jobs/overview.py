@@ -21,8 +21,8 @@ _TIMEOUT_S = 0.8  # how long a caller waits for the database before it gets the 
 class JobsOverview:
     """Numbers of jobs; None = unknown.
 
-    `unfinished` is `age_s` seconds old. `counts` has the number of jobs in each state, and may be older. If there are
-    no newer numbers because the database failed, `reason` is the error.
+    `unfinished` is `age_s` seconds old. `counts` has the number of jobs in each state, and may be older. If the
+    last query failed or takes too long, `reason` says why.
     """
 
     unfinished: Unfinished | None = None
@@ -34,7 +34,7 @@ class JobsOverview:
 class JobsWatch:
     """Caches the numbers of jobs, and queries the database again when the cached numbers are old.
 
-    Of each kind of query, only one runs at a time. Use the object on one event loop only.
+    At most one query of each kind runs at a time. Use the object on one event loop only.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class JobsWatch:
         counts_fresh_s: float = 15.0,
         clock: Clock | None = None,
     ) -> None:
-        """The numbers of unfinished jobs are cached for `fresh_s` seconds, those by state for `counts_fresh_s` seconds.
+        """The constructor makes no query.
 
-        `counts_fresh_s` is longer, because the query for the numbers by state reads every job. The constructor makes no
-        query.
+        `fresh_s` is how many seconds the numbers of unfinished jobs are cached. `counts_fresh_s` is how many seconds
+        the number of jobs in each state is cached. It is longer, because this query reads every job.
         """
         clock = clock or SystemClock()
         self._unfinished = _CachedQuery(jobs.unfinished, fresh_s=fresh_s, clock=clock)
         self._counts = _CachedQuery(jobs.counts, fresh_s=counts_fresh_s, clock=clock)
 
     async def overview(self) -> JobsOverview:
-        """Return the numbers of jobs within a second. If the database is slow, they are the cached numbers."""
+        """Return the numbers of jobs within a second. If the database is slow, return the cached numbers."""
         await asyncio.gather(self._unfinished.refresh(), self._counts.refresh())
         unfinished, counts = self._unfinished, self._counts
         return JobsOverview(unfinished.answer, counts.answer, unfinished.age_s, unfinished.reason or counts.reason)

@@ -54,11 +54,11 @@ class JobQueue:
         return (await self.add(spec)).job
 
     async def add(self, spec: JobSpec) -> Added:
-        """Add a job. When this method returns, the job is stored, and the death of any process does not lose it.
+        """Add a job. When this method returns, the job is in the database, so it survives the death of any process.
 
         If the client has sent the same request before (with the same id or idempotency key), returns the job that was
-        added then. The upload of a job that is not added is deleted. Raises ConflictError, OverloadedError, QuotaError
-        and StorageError.
+        added then, and deletes the new upload. Raises ConflictError, OverloadedError, QuotaError and StorageError. The
+        upload is deleted after these errors too, except StorageError.
         """
         try:
             added = await self._add(spec)
@@ -74,7 +74,7 @@ class JobQueue:
         return added
 
     async def _add(self, spec: JobSpec) -> Added:
-        """Add the job in a transaction with other jobs: those submitted while the previous transaction ran."""
+        """Add the job. Jobs that are submitted while a transaction runs are added together in the next one."""
         future = asyncio.get_running_loop().create_future()
         self._submitted.append((spec, future))
         if self._submitting is None or self._submitting.done():
@@ -123,18 +123,18 @@ class JobQueue:
         return await asyncio.to_thread(self.store.clients.get, ref)
 
     async def find_same(self, spec: JobSpec) -> Job | None:
-        """Return the job that was added when the same request was sent before, or None. Raises ConflictError."""
+        """Return the job that an earlier submission of this request added, or None. Raises ConflictError."""
         return await asyncio.to_thread(self.store.clients.find_same, spec)
 
     async def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
-        """Return the job with this id, whichever client it belongs to. For links that need no key.
+        """Return the job with this id, whichever client it belongs to. For links that work without a key.
 
         Returns None if the job's client chose the id, because others could guess it.
         """
         return await asyncio.to_thread(self.store.clients.find_unguessable, contract, job_id)
 
     async def position(self, job: Job) -> int:
-        """Return how many jobs of the same model will start before this queued job. 0 means that this job is next."""
+        """Return how many jobs of the same model and priority start before this queued job. 0 = this job is next."""
         return await asyncio.to_thread(self.store.clients.position, job)
 
     async def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:

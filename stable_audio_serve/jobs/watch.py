@@ -49,7 +49,11 @@ class StoreWatch:
         self._checking: asyncio.Task[None] | None = None
 
     async def health(self) -> StoreHealth:
-        """Return the health of the stores within a second. If the stores are slow, this is the cached health."""
+        """Return the health of the stores within a second.
+
+        If a check takes longer, returns the cached health. After `_SILENT_AFTER_S` seconds without a result, the state
+        is "unavailable".
+        """
         fresh_s = self._fresh_s if self._latest.state == "ok" else self._fresh_if_bad_s
         if self._checking is None and self._clock.monotonic() - self._checked_at < fresh_s:
             return self._latest

@@ -53,7 +53,7 @@ def make_spec(**overrides: Any) -> JobSpec:
 
 
 class RecordedMetrics:
-    """Metrics whose values tests read, by name and tags."""
+    """Records metrics, so that tests can read their values by name and tags."""
 
     def __init__(self) -> None:
         self.counters: Counter[tuple[Any, ...]] = Counter()
@@ -72,7 +72,7 @@ class RecordedMetrics:
 
 @dataclass
 class Workshop:
-    """A job queue in a folder, a test backend, and the job runners that the test has started."""
+    """A job queue with its files in a local folder, a test backend, and the job runners that the test has started."""
 
     settings: Settings
     queue: JobQueue
@@ -139,13 +139,13 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture
 def job_settings() -> JobSettings:
-    """Return the job settings of the workshop. Modules and classes that need others override this fixture."""
+    """Return the job settings of the workshop. Modules and classes that need other settings override this fixture."""
     return JobSettings()
 
 
 @pytest.fixture
 def now() -> Callable[[], float] | None:
-    """Return the clock of the job database; None: real time. Modules that need another override this fixture."""
+    """Return the clock of the job database. None = real time. Modules that need another clock override this fixture."""
     return None
 
 

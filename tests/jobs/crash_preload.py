@@ -1,4 +1,4 @@
-"""Loads the model. The process from which crash workers are forked imports this module, so it is loaded only once."""
+"""Loads the model once. A process imports this module, and the crash workers are forked from that process."""
 
 from tests.jobs.crash_worker import MODEL
 from tests.models.loaded import loaded

@@ -1,6 +1,7 @@
 """A child process that runs jobs with a real engine, for tests that kill or freeze the process.
 
-Such workers are forked from a process that has imported everything and loaded the model, so they start quickly.
+These child processes (workers) are forked from a process that has imported all modules and loaded the model, so they
+start quickly.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ async def _work(settings: Settings) -> None:
 
 
 def _freeze_between_transactions(database: Database) -> None:
-    """Make a worker that freezes itself (SIGSTOP) wait until it does not use the SQLite database.
+    """Make this worker wait, before it freezes itself (SIGSTOP), until no other thread uses the SQLite database.
 
-    A process that is frozen in a transaction would block all other processes.
+    A process that is frozen during a transaction would block all other processes that use the SQLite file.
     """
     lock = threading.RLock()
     kill = os.kill

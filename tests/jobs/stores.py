@@ -27,7 +27,7 @@ from tests.jobs.conftest import make_spec
 __all__ = ["contract_store_url", "database", "postgres_with_tables", "store", "store_url", "wall"]
 
 KINDS = ("sqlite", pytest.param("postgresql", marks=[pytest.mark.server, pytest.mark.slow]))
-# Tests of what a job store must do run with both databases even when slow tests are left out.
+# For tests that run with both databases even when slow tests are left out: what every job store must do.
 CONTRACT_KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.server))
 LEASE_S = 15.0
 FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
@@ -59,7 +59,7 @@ def _make_tables(postgres: PostgresServer) -> str:
 
 @pytest.fixture(scope="session")
 def postgres_with_tables(postgres: PostgresServer) -> str:
-    """Return a database that all tests of this process share, because emptying one is faster than creating one."""
+    """Return the URL of a database for all tests of this process. Emptying it is faster than creating another one."""
     return _make_tables(postgres)
 
 
@@ -79,7 +79,10 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(params=CONTRACT_KINDS)
 def contract_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty job database. Modules that need both databases import this fixture `as store_url`."""
+    """Return the URL of an empty job database, also on PostgreSQL when slow tests are left out.
+
+    Modules that test what every job store must do import this fixture `as store_url`.
+    """
     return _url_of(request.param, request, tmp_path)
 
 
@@ -166,7 +169,7 @@ def result_of(job: Job) -> JobResult:
 
 
 def end_in_every_way(store: JobStore, job: Job) -> list[Job | None]:
-    """Call each of the four operations with which a runner can end a job. Return their results: None if refused."""
+    """Call each of the four operations with which a runner can end a job. Return the results: each None if refused."""
     return [
         store.runners.succeed(job, RESULT),
         store.runners.fail(job, ERROR),

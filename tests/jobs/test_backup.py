@@ -42,9 +42,9 @@ async def run_block(title: str, folder: Path, **environ: str) -> None:
 
 @pytest.fixture(params=KINDS)
 def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str | None]]:
-    """Yield two database URLs: of the server, and of an empty database to restore into.
+    """Yield two database URLs: the server's, and that of an empty database to restore the backup into.
 
-    None: the default SQLite file.
+    A URL is None for the default SQLite file.
     """
     if request.param == "sqlite":
         yield None, None
@@ -57,7 +57,7 @@ def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str | Non
 
 
 def private_backup(folder: Path) -> Path:
-    """Check that only its owner can read the backup file in this folder. Return the file."""
+    """Return the backup in `folder`. Checks that only the backup's owner can read it."""
     (backup,) = folder.glob("backup-*")
     assert not [path for path in (backup, *backup.iterdir()) if stat.S_IMODE(path.stat().st_mode) & 0o077]
     return backup
@@ -85,7 +85,10 @@ async def audio_of(client: httpx.AsyncClient, ticket: dict[str, Any]) -> bytes:
 async def test_backup_of_a_running_server_restores_its_jobs(
     urls: tuple[str | None, str | None], tmp_path: Path
 ) -> None:
-    """After the restore, finished jobs have their audio, unfinished ones run again, and later ones do not exist."""
+    """After the restore, jobs that had finished before the backup have their audio, and unfinished jobs run again.
+
+    Jobs that were submitted after the backup do not exist.
+    """
     kind = "PostgreSQL" if urls[0] else "SQLite"
     live: dict[str, Any] = {"output_dir": str(tmp_path / "outputs"), "jobs": {"database_url": urls[0], "lease_s": 1}}
     backend = ToneBackend()

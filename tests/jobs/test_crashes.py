@@ -65,7 +65,7 @@ class Site:
         return sorted(path.name for path in Path(self.settings.output_dir).glob("*.wav"))
 
     async def visible(self, job: Job) -> tuple[Job, bytes]:
-        """Check that the job has succeeded, with exactly one file and one webhook. Return the job and its audio."""
+        """Check that the job has succeeded, with exactly one file and one webhook. Returns the job and its audio."""
         ended = await self.queue.get(job.spec.ref)
         assert ended is not None
         assert ended.result is not None, (ended.state, ended.error)
@@ -91,7 +91,7 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path, context: ForkServ
 
 @pytest.fixture(scope="module")
 def expected(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Run a job whose runner is not killed. Return its audio, which every other job must have, too."""
+    """Return the audio of a job whose runner was not killed. Jobs of killed runners must have the same audio."""
 
     async def run() -> bytes:
         settings = Settings(output_dir=str(tmp_path_factory.mktemp("undisturbed")))

@@ -1,4 +1,4 @@
-"""A long piece takes no more memory than a short one in the runner and in the server, which share one process here."""
+"""The process of the server and the runner needs no more memory for a long piece than for a short one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.sockets import listening
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 MOST_GROWTH_MB = 20
-NUM_BEFORE = 3  # pieces of a minute before the measurement: a process takes more memory at first
+NUM_BEFORE = 3  # one-minute pieces before the measurement, because the memory of a new process grows at first
 BYTES_PER_S = 4 * 44100
 
 
@@ -49,7 +49,7 @@ def test_twenty_minutes_take_no_more_memory_than_one(tmp_path: Path) -> None:
 
 
 def _make(http: httpx.Client, *, minutes: int) -> None:
-    """Make a piece, follow its audio, and download it."""
+    """Submit a long piece of `minutes` minutes, read its audio while it is made, then download the finished file."""
     body = {"prompt": "white noise", "sections": [{"duration": 20}] * (3 * minutes)}
     path = http.post("/jobs", json=body).raise_for_status().json()["status_url"]
     for query in ("?follow=1", ""):
@@ -72,7 +72,7 @@ def _main(folder: Path, pipe: Connection) -> None:
 
 
 class NoiseBackend:
-    """Makes noise at once. A long piece's requests are no longer than a clip, so an engine needs no more memory."""
+    """A backend that returns noise immediately. It checks that no request is longer than the model's longest clip."""
 
     catalog = ModelCatalog([ModelCard("demo", "stable-audio-3", max_duration_s=48.0)])
 

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 RATE_HZ = 44100
 OWN_S = 6.0
 NUM_SECTIONS = 10
-WINDOW_S = 2.0  # a bar at 120 bpm, so that the beats themselves are no change
+WINDOW_S = 2.0  # a bar at 120 bpm, so that every window contains the same beats
 STEADY = ("sine tone at 440 Hz", "organ tone at 220 Hz", "white noise", "rain", "G major chord on organ")
 PROMPTS = (
     *STEADY,
@@ -80,7 +80,7 @@ async def make(workshop: Workshop, prompt: str, *, seed: int) -> Audio:
 
 
 def change(audio: Audio, at: int) -> tuple[float, float]:
-    """Return the changes of level (dB) and centroid (octaves) from the window before `at` to the one after it."""
+    """Return how much level (dB) and centroid (octaves) differ between the windows before and after `at`."""
     window = int(WINDOW_S * RATE_HZ)
     before, after = audio[:, at - window : at], audio[:, at : at + window]
     return abs(level_db(after) - level_db(before)), abs(centroid(after) - centroid(before))

@@ -1,4 +1,4 @@
-"""While a new version of the server replaces an old one, both run jobs of one database, and no job is lost."""
+"""While a new version replaces an old one, runners of both versions share a job database, and no job is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @contextmanager
 def runner(version: str, url: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Run a job runner of "this" or a simulated "next" version, as a process, until the context ends."""
+    """Run a job runner of the version "this", or of a simulated version "next", in a process until the context ends."""
     command = [sys.executable, "-m", "tests.jobs.versions", version, url, str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
     try:
@@ -117,7 +117,7 @@ async def test_runners_of_two_versions_share_the_jobs_of_one_database(url: str, 
         scalar(queue, "SELECT count(*) FROM jobs WHERE made_up_work_s = 0 AND made_up_note IS NULL")
         == len(jobs) - num_new
     )
-    # Deletes the newer version's rows, too, although this version does not know their table.
+    # `purge` also deletes rows in the newer version's table, which this version does not know.
     while queue.store.retention.purge(age_s=0.0):
         pass
     assert scalar(queue, "SELECT count(*) FROM jobs") == scalar(queue, "SELECT count(*) FROM made_up") == 0

@@ -89,7 +89,7 @@ def print_line(line: object) -> None:
 
 
 def _lease_and_note(store: Any, made_up: sa.Table, owner: str, **options: Any) -> Any:
-    """Lease a job, and write to the next version's new table and columns, as that version would."""
+    """Lease a job, and write to the new table and the new columns of the next version."""
     jobs = tables.JOBS
     job = type(store.runners).lease(store.runners, owner, **options)
     if job is not None:

@@ -13,7 +13,10 @@ from stable_audio_serve.jobs.job import FinishedSection, JobSpec
 def recipes_of(
     spec: JobSpec, *, seeds: Sequence[int], made_on: MadeOn, different: Sequence[tuple[int, MadeOn]] = ()
 ) -> tuple[Recipe, ...]:
-    """Return the recipe of each clip of a job. `different` are the sections that were made otherwise than `made_on`."""
+    """Return the recipe of each clip of a job.
+
+    `different` are the sections that were made differently from `made_on`: their numbers, and how they were made.
+    """
     recipes = write_recipes(
         spec.request,
         sources=spec.sources,
@@ -30,7 +33,10 @@ def recipes_of(
 
 
 def common_maker(sections: Sequence[FinishedSection]) -> MadeOn:
-    """Return how the first section was made, and the fewest characters that the model read of any section's prompts."""
+    """Return how the first section was made.
+
+    `prompt_chars` and `negative_prompt_chars` are replaced by the smallest values of all sections.
+    """
     made = [_maker(section) for section in sections]
     provenances = [one.provenance for one in made if one.provenance is not None]
     if made[0].provenance is None:
@@ -48,7 +54,7 @@ def _least(numbers: Iterable[int | None]) -> int | None:
 
 
 def find_different(sections: Sequence[FinishedSection]) -> tuple[tuple[int, MadeOn], ...]:
-    """Return the numbers of the sections that were made otherwise than the first one, and how they were made."""
+    """Return the numbers of the sections that were made differently from the first, and how they were made."""
     first = _without_chars(_maker(sections[0]))
     made = ((section.number, _without_chars(_maker(section))) for section in sections)
     return tuple((number, made_on) for number, made_on in made if made_on != first)
@@ -61,7 +67,7 @@ def _maker(section: FinishedSection) -> MadeOn:
 
 
 def _without_chars(made_on: MadeOn) -> MadeOn:
-    """Return `made_on` without the lengths that the model read, which depend on each section's prompt."""
+    """Return `made_on` without the prompt lengths, which depend on each section's prompt."""
     if made_on.provenance is None:
         return made_on
     return replace(made_on, provenance=replace(made_on.provenance, prompt_chars=None, negative_prompt_chars=None))

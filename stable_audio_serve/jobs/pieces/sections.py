@@ -1,7 +1,7 @@
 """Long pieces: check and plan their sections, and read the audio of finished sections.
 
-A section continues the last `overlap_s` seconds of the audio before it, and is joined to it as edits are: with a linear
-crossfade in the last 30 ms of that audio. So a finished section is final, except for its last 30 ms.
+A section continues the last `overlap_s` seconds of the audio before it. A linear crossfade joins both in the last 30 ms
+of the audio before the section. So the next section changes only the last 30 ms of a finished section.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class SectionPlan:
 
 
 def longest_s(card: ModelCard, limits: ApiSettings) -> float:
-    """Return the longest clip that a model may generate, seconds. A section and its overlap may be as long."""
+    """Return the longest clip that a model may generate, seconds. A section plus its overlap may not be longer."""
     return min(card.max_duration_s, limits.max_duration_s)
 
 
@@ -67,7 +67,7 @@ def choose_overlap(overlap_s: float | None, *, card: ModelCard, limits: ApiSetti
 def find_faults(
     sections: Sequence[Section], *, overlap_s: float, card: ModelCard, limits: ApiSettings
 ) -> list[InvalidRequestError]:
-    """Return an error for each value that a long piece must not have.
+    """Return an error for each invalid value of a long piece.
 
     The errors' fields are `overlap_s`, `sections` and `sections.2.duration`, where 2 is the index of the section.
     """
@@ -126,7 +126,7 @@ def plan_sections(spec: JobSpec, card: ModelCard) -> list[SectionPlan]:
 
 
 def make_request(spec: JobSpec, plan: SectionPlan, *, card: ModelCard, before: SourceAudio | None) -> GenerationRequest:
-    """Return the request that generates a section. `before` are the `plan.context` samples before it, None if none."""
+    """Return the request that generates a section. `before` are the `plan.context` samples before it; None if 0."""
     rate_hz = card.sample_rate_hz
     # Half a sample more, because engines round down.
     duration_s = min((plan.num_generated + 0.5) / rate_hz, card.max_duration_s)
@@ -138,7 +138,7 @@ def make_request(spec: JobSpec, plan: SectionPlan, *, card: ModelCard, before: S
 
 
 def sizes_of(spec: JobSpec, *, model: Defaults) -> list[WorkSize]:
-    """Return the sizes of the requests of a job, which run one after the other: one for each section."""
+    """Return how much work each request of a job is. A long piece has one request for each section."""
     if not spec.sections:
         return [WorkSize.of(spec.request, model=model)]
     return [
@@ -148,7 +148,10 @@ def sizes_of(spec: JobSpec, *, model: Defaults) -> list[WorkSize]:
 
 
 def num_final_samples(section: FinishedSection, *, is_last: bool) -> int:
-    """Return how many samples of the section's file are heard: all but those that the next section's join replaces."""
+    """Return how many samples of the section's file are part of the piece.
+
+    These are all samples if the section is the last one. Otherwise, the next section's file replaces the last 30 ms.
+    """
     return section.num_samples - (0 if is_last else join_samples(section.sample_rate_hz))
 
 

@@ -78,7 +78,7 @@ class Attempt:
     """
 
     def __init__(self, job: Job, context: AttemptContext) -> None:
-        """`job` must be leased. `context.capacity` must already count it, under the id of its lease."""
+        """`job` must be leased, and `context.capacity` must already count the job under the id of its lease."""
         self.job = job
         self.lease = lease_id(job)
         self._context = context
@@ -152,10 +152,10 @@ class Attempt:
         return ended
 
     async def _find_own_success(self, result: JobResult) -> Job | None:
-        """After the store refused `result`, return the job if the store already has this very result.
+        """Find out why the store refused `result`.
 
-        This happens if an earlier write succeeded, but the database's answer was lost. Otherwise the lease is lost: the
-        method deletes the result's file and returns None.
+        An earlier write of `result` may have succeeded although the database's answer was lost. Then the method returns
+        the ended job. Otherwise the lease is lost: the method deletes the result's file and returns None.
         """
         now = await self._calls.call(self._context.store.clients.get, self.job.spec.ref)
         if now is not None and now.result is not None and now.result.file.key == result.file.key:
@@ -202,7 +202,7 @@ class Attempt:
 
 
 async def record_end(ended: Job, context: AttemptContext) -> None:
-    """Log a job that has ended, update the metrics, and delete the job's upload."""
+    """Log a job that has ended, update the metrics, and delete the job's upload unless it is a dead letter."""
     spec = ended.spec
     run_s = (ended.completed_at - ended.started_at).total_seconds() if ended.completed_at and ended.started_at else 0.0
     error = ended.error.code if ended.error else None

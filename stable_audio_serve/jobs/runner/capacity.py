@@ -1,6 +1,8 @@
 """Decide whether a runner may lease another job: the engines need capacity, and the artifact store must accept files.
 
-The capacity of engines is measured in predicted seconds of work per replica, from the prices that the engines publish.
+The capacity of engines is measured in predicted seconds of work per replica. They are computed from the prices (time
+per unit of work) that the engines publish.
+
 If the artifact store refuses a job's file, running more jobs would be useless. So the runner starts no job until a test
 file of the same size can be written. Then it starts a single job, and more jobs when the file of that job is stored.
 """
@@ -88,7 +90,7 @@ class Capacity:
             self._replicas[model] = max(1, replicas.get(model, 1))
 
     def open_models(self, priority: Priority) -> Collection[str] | None:
-        """Return the models of which a job may be leased. None means any model, even one that this server lacks."""
+        """Return the models whose jobs may be leased now. None = any model, even one that this server lacks."""
         if sum(job.priority == priority for job in self._running.values()) >= self._max_running:
             return ()
         models = [model for model in self._replicas if self._has_room(model, priority)]
@@ -102,9 +104,10 @@ class Capacity:
     def begin(
         self, key: Hashable, *, model: str, priority: Priority, size: WorkSize, at_once: WorkSize | None = None
     ) -> None:
-        """Count a job as running, from its lease on.
+        """Count a job as running. Call this method when the job was leased.
 
-        `at_once` is how much of its work is in an engine at a time: the largest section of a long piece. None = all.
+        `size` is the work of the whole job. `at_once` is the most work that is in an engine at a time: for a long
+        piece, the work of the largest section. None = `size`.
         """
         self._running[key] = _RunningJob(model, priority, size, at_once or size)
 
@@ -120,7 +123,7 @@ class Capacity:
     def predict_end_s(self, key: Hashable) -> float | None:
         """Return the predicted seconds until a running job is done, or None if the model's prices are unknown.
 
-        If the job waits in an engine, the time includes the jobs that may run before it.
+        If the job waits in an engine, the time includes the work of other jobs that may run before it.
         """
         job = self._running[key]
         own_s = self._predict_s(job.model, [job], num_replicas=1, is_whole=True)
@@ -143,9 +146,10 @@ class Capacity:
     def _predict_s(
         self, model: str, jobs: Collection[_RunningJob], *, num_replicas: int, is_whole: bool = False
     ) -> float | None:
-        """Return the predicted seconds until the work of `jobs` that is in the engines now, or all of it, is done.
+        """Return the predicted seconds that `num_replicas` replicas need for `jobs`.
 
-        Returns None if the model's prices are unknown.
+        Counts the work that is in the engines now, or all work of the jobs if `is_whole` is true. Returns None if the
+        model's prices are unknown.
         """
         prices = self._prices(model)
         if prices is None:
@@ -158,7 +162,10 @@ class Capacity:
 
 
 class StorageGate:
-    """Decides whether a runner may start jobs: not while the artifact store refuses files. For one event loop."""
+    """Decides whether a runner may start jobs. It starts none while the artifact store refuses files.
+
+    Use the object on one event loop only.
+    """
 
     def __init__(
         self,
@@ -193,7 +200,7 @@ class StorageGate:
         return self._probing is None and (self._last_was_stored or num_running == 0)
 
     def note_refused(self, error: StorageError, *, num_bytes: int) -> None:
-        """Record that a file of `num_bytes` could not be stored. If a file could not be read, `num_bytes` is 0."""
+        """Record that a file of `num_bytes` bytes could not be stored, or that a file could not be read (0 bytes)."""
         self._last_was_stored = False
         self._needed_bytes = max(self._needed_bytes, num_bytes)
         if self._probing is None:

@@ -50,9 +50,9 @@ class JobExecutor:
         gate: StorageGate,
         clock: Clock | None = None,
     ) -> None:
-        """`gate` is called for every file that was stored, and for every file that could not be stored or read.
+        """The executor reports to `gate` every file that was stored, or that could not be stored or read.
 
-        `calls` calls the job store.
+        `calls` repeats a call of the job store until the database answers.
         """
         self._backend = backend
         self._artifacts = artifacts
@@ -68,7 +68,7 @@ class JobExecutor:
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
         """Run the job, store its audio file, and return the result. Progress is passed to `report`.
 
-        If the call is cancelled or raises an error, no file is stored. Raises subclasses of StableAudioError.
+        If the call is cancelled or raises an error, the job gets no audio file. Raises subclasses of StableAudioError.
         """
         spec = job.spec
 
@@ -129,7 +129,10 @@ class JobExecutor:
     async def put(
         self, job: Job, chunks: Chunks, *, name: str, media_type: str, num_bytes: int, key: ArtifactKey | None = None
     ) -> StoredFile:
-        """Store a file of a job, and tell the gate. `key` defaults to that of the job's output. Raises StorageError."""
+        """Store a file of a job, and report the outcome to the gate. Raises StorageError.
+
+        If `key` is None, the file gets the key of the job's audio file.
+        """
         spec = job.spec
         fence = job.lease.fence if job.lease else 1
         key = key or artifact_key(spec.id, name, fence=fence, id_is_chosen=spec.id_is_chosen)
@@ -182,7 +185,7 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
 
 
 class ByteBudget:
-    """Limits how many bytes tasks hold together. If no other task holds bytes, a task may exceed the limit.
+    """Limits the sum of the bytes that tasks hold. A task may exceed the limit if no other task holds bytes.
 
     Use it on one event loop only.
     """

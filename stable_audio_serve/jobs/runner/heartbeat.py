@@ -48,8 +48,9 @@ class LeaseHeartbeat:
     ) -> None:
         """`held` returns the runner's current leases. It is called in another thread.
 
-        If leases were lost, or clients have cancelled running jobs, `on_change(lost, to_cancel)` is called with their
-        leases, on the event loop on which `start` was called.
+        `on_change(lost, to_cancel)` is called if leases were lost, or if clients have cancelled running jobs. `lost`
+        are the lost leases, `to_cancel` the leases of the cancelled jobs. It is called on the event loop on which
+        `start` was called.
         """
         self._store = store
         self._owner = owner

@@ -1,7 +1,8 @@
 """Make a long piece: one section after the other, each stored before the next one begins, then the whole file.
 
-A runner that takes over the job continues after the last stored section. Every section continues stored audio, so the
-piece has the same bytes even if its runner changed. Only a few blocks of the finished piece are in memory at a time.
+A runner that takes over the job continues after the last stored section. The piece has the same bytes as without the
+change of runners, because every section continues audio that was stored. Only a few blocks of the finished piece are in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class LongPieces:
     ) -> JobResult:
         """Make the sections that are not finished yet, store the file of the piece, and return the result.
 
-        `limited` sets the time limits of a request. Raises LeaseLostError, QuotaError if the client's key has no room
-        for the next section now, and the errors of `JobExecutor.execute`.
+        `limited` sets the time limits of a request. Raises QuotaError if the limits of the client's key do not allow
+        the next section yet. Also raises LeaseLostError, and the errors of `JobExecutor.execute`.
         """
         spec = job.spec
         card = self._backend.catalog.find(spec.model)
@@ -129,7 +130,10 @@ class LongPieces:
 
     @asynccontextmanager
     async def _charged(self, job: Job, plan: SectionPlan, *, rate_hz: int) -> AsyncIterator[None]:
-        """Count a section's audio for the client's key, unless the block raises an error. Raises QuotaError."""
+        """Count a section's audio toward the limit of the client's key. Raises QuotaError if it exceeds the limit.
+
+        If the block raises an error, the audio does not count.
+        """
         limits = job.spec.limits
         if limits.audio_seconds_per_minute is None:
             yield
@@ -268,7 +272,7 @@ class LongPieces:
     async def _each_block(
         self, sections: Sequence[FinishedSection], use: Callable[[npt.NDArray[np.float32]], None]
     ) -> None:
-        """Call `use` on a thread with each block of a piece, (C, S) float32."""
+        """Call `use` on a thread with each block of a piece's audio, (C, S) float32, in order."""
         for section in sections:
             stop = num_final_samples(section, is_last=section is sections[-1])
             async with aclosing(read_section(self._artifacts, section, stop=stop)) as blocks:
@@ -277,7 +281,7 @@ class LongPieces:
 
 
 def _close(writer: AudioWriter) -> None:
-    """Stop writing, if the file was not completed."""
+    """Close `writer`, even if an error has left the file incomplete."""
     with suppress(StorageFullError):  # the file is not used
         writer.close()
 
@@ -324,7 +328,11 @@ def _finish_section(
 def _find_loudness(
     plans: Sequence[SectionPlan], plan: SectionPlan, *, finished: Sequence[FinishedSection]
 ) -> float | None:
-    """Return the loudness of the first of the sections that have the prompt of `plan` and lead to it, None if none."""
+    """Return the loudness (LUFS) that a section should have, or None.
+
+    This is the loudness of an earlier section: the first one of the unbroken run of sections that have the same prompt
+    as `plan` and end with `plan`. None if `plan` itself is the first of this run.
+    """
     first = plan.number
     while first > 1 and plans[first - 2].prompt == plan.prompt:
         first -= 1
@@ -333,7 +341,7 @@ def _find_loudness(
 
 
 async def _to_end(work: Awaitable[T]) -> T:
-    """Return the result of `work`, which runs on a thread. If the caller is cancelled, first wait until it ends."""
+    """Return the result of `work`, which runs on a thread. If the caller is cancelled, wait until `work` ends."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)

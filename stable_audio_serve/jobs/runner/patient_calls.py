@@ -1,4 +1,4 @@
-"""Repeat changes of the job database until it answers."""
+"""Repeat calls of the job store until the job database answers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class PatientCalls:
         self._retry_s = retry_s
 
     async def call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Return the result of `function`.
+        """Call `function` until it raises no StorageError, and return its result.
 
-        If the database is down for too long, a job's lease has expired by then, and a change of the job has no effect.
+        If the database is down for long, the lease of a job may expire. Then `function` cannot change the job any more.
         """
         while True:
             try:

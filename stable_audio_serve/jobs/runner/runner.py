@@ -49,13 +49,13 @@ _SUM_REST = 20.0
 _REPLICAS_S = 2.0  # seconds between polls of the number of replicas
 _COUNT_S = 15.0  # seconds between two queries for the number of jobs in each state
 _SWEEP_S = 600.0  # seconds between sweeps, which delete old files; a sweep lists all files in the artifact store
-_SWEEPS_PER_AGE = 6  # if `orphan_after_s` is short, sweeps are more frequent: so many in that time
+_SWEEPS_PER_AGE = 6  # at least this many sweeps in `orphan_after_s` seconds, on average
 _SWEEP_SPREAD = 0.5  # the time between sweeps varies by up to this share, so that runners sweep at different times
-_CLOSE_TIMEOUT_S = 3.0  # how long requeueing jobs may take at the stop; for other jobs, the lease must expire first
+_CLOSE_TIMEOUT_S = 3.0  # how long a stopping runner waits for its jobs to be requeued
 
 
 class JobRunner:
-    """One job runner. Its leases have the name `owner`. Use it on one event loop only."""
+    """One job runner. `owner` is its random name in the leases. Use the object on one event loop only."""
 
     def __init__(
         self,
@@ -154,9 +154,10 @@ class JobRunner:
         self._woken.set()
 
     def waiting_work(self) -> Mapping[str, Waiting] | None:
-        """Return the waiting jobs of each model that has any, or None while they are unknown.
+        """Return the number and the work of each model's queued jobs, or None while they are unknown.
 
-        Returns an empty mapping while the artifact store refuses files, because then no replica is needed for them.
+        Models without queued jobs are missing. While the artifact store refuses files, the mapping is empty: no replica
+        is needed, because no runner can start the jobs.
         """
         return self._waiting if self._gate.admits(0) else {}
 
@@ -245,7 +246,7 @@ class JobRunner:
         return num_done
 
     async def _reclaim(self) -> int:
-        """Requeue the jobs whose lease has expired because their runner died. Returns how many there were."""
+        """Requeue or end the jobs whose lease has expired because their runner died. Returns the number of jobs."""
         # Renew this runner's leases first. They may have expired too if the database was down.
         await asyncio.to_thread(self._heartbeat.beat)
         max_attempts = self._settings.max_attempts
@@ -326,9 +327,9 @@ class JobRunner:
             self._capacity.set_replicas({name: model.num_replicas for name, model in status.items()})
 
     async def _sum_waiting(self) -> None:
-        """Update `_waiting`, the sums of the waiting work. Pauses after a long query.
+        """Update `_waiting`, the number and the work of each model's queued jobs.
 
-        If the queue is empty, no query is made.
+        If the queue is empty, no query is made. After a query, pauses for `_SUM_REST` times the query's duration.
         """
         if self._outlook is None or not self._outlook.num_queued:
             self._waiting = None if self._outlook is None else {}
@@ -344,9 +345,10 @@ class JobRunner:
 async def _repeat(
     action: Callable[[], Awaitable[object]], *, pause_s: float, first_in_s: float = 0.0, spread: float = 0.0
 ) -> None:
-    """Run `action` again and again, with pauses that vary at random by up to the share `spread`.
+    """Run `action` again and again, with pauses of about `pause_s` seconds.
 
-    Errors are logged, except StorageError, which the runner's loop logs.
+    Each pause is multiplied by a random factor from `1 - spread` to `1 + spread`. Errors are logged, except
+    StorageError, which the runner's loop logs.
     """
     await asyncio.sleep(first_in_s * random.uniform(1.0 - spread, 1.0 + spread))
     while True:

@@ -13,7 +13,7 @@ from stable_audio_serve.jobs.store.rows import is_job
 from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 
 _FULL_RETRY_S = 10.0
-_MOST_OVER = 2  # a full queue accepts jobs of clients below their fair share, up to this multiple of `max_queued`
+_MOST_OVER = 2  # a full queue accepts jobs of some clients, until it is this many times as long as `max_queued`
 
 _jobs = JOBS.c
 _QUEUED = in_state("queued")
@@ -29,10 +29,11 @@ _CLIENTS = sa.select(sa.func.count()).select_from(
 
 
 def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
-    """Return the error with which to refuse a job if the queue has no room for it, or None if it has.
+    """Return the error to raise if the queue has no room for a job, or None if there is room.
 
-    A full queue still accepts jobs of clients that have less than an equal share of its places, until it is twice as
-    long as `limits.max_queued`. If the job has no client, the limit per client does not apply.
+    A queue with `limits.max_queued` jobs is full. A full queue still accepts jobs of a client that has fewer queued
+    jobs than `limits.max_queued` divided by the number of clients, until the queue is twice as long as
+    `limits.max_queued`. `limits.max_queued_per_key` does not apply to a job without a client.
     """
     query = _WAITING_AND_OWN if spec.client else _WAITING
     waiting = connection.execute(query, {"client": spec.client}).one()
@@ -48,7 +49,7 @@ def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSetting
 
 
 def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
-    """Return the row of the job that was added when the same request was sent before, or None if there is none.
+    """Return the row of the job that an earlier submission of the same request added, or None.
 
     Raises ConflictError if the idempotency key or the job id was used before, but for a different request.
     """

@@ -33,7 +33,7 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """The stored job of a submission. `is_new` is False if the job was added when the same request was sent before."""
+    """The stored job of a submission. `is_new` is False if an earlier submission of the same request added it."""
 
     job: Job
     is_new: bool
@@ -59,7 +59,7 @@ class ClientJobs:
         self._insert_job = _insert_job(database)
 
     def add(self, spec: JobSpec) -> Added:
-        """Add a job. If the same request was sent before, return the job that was added then.
+        """Add a job. If an earlier submission of the same request added a job, return that job.
 
         Raises ConflictError if the idempotency key or the id was used for a different request. Raises QuotaError or
         OverloadedError if too many jobs are waiting.
@@ -79,13 +79,13 @@ class ClientJobs:
         return self._find(is_job(ref))
 
     def find_same(self, spec: JobSpec) -> Job | None:
-        """Return the job that was added when the same request was sent before, or None. Raises ConflictError."""
+        """Return the job that an earlier submission of this request added, or None. Raises ConflictError."""
         with self._database.reading() as connection:
             row = find_same(connection, spec)
         return None if row is None else to_job(row)
 
     def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
-        """Return the job with this id, whichever client it belongs to. For links that need no key.
+        """Return the job with this id, whichever client it belongs to. For links that work without a key.
 
         Returns None if the job's client chose the id, because others could guess it.
         """

@@ -117,7 +117,7 @@ class Database:
         return f"PostgreSQL {self.url.host or ''}{f':{self.url.port}' if self.url.port else ''}/{self.url.database}"
 
     def insert(self, table: sa.Table) -> sqlite_dialect.Insert | postgresql.Insert:
-        """Return an INSERT statement for the table that supports ON CONFLICT."""
+        """Return an INSERT statement for `table`. The statement supports ON CONFLICT."""
         return sqlite_dialect.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     @contextmanager
@@ -138,7 +138,7 @@ class Database:
 
     @contextmanager
     def writing_alone(self, lock: int, *, is_durable: bool = True) -> Iterator[sa.Connection]:
-        """Open a transaction for writing. It waits until no other one with the same lock number runs.
+        """Open a transaction for writing. It waits until no other transaction with this lock number runs.
 
         Raises StorageError.
         """
@@ -161,8 +161,9 @@ class Database:
     def require_same(self) -> None:
         """Raise StoreMovedError if the database was replaced by another one since the start.
 
-        Raises StorageError if the tables were upgraded to a revision that this version of the package must not use. Of
-        SQLite, only the database file is read, without its write-ahead log: the log still has the old identity.
+        Raises StorageError if the tables were upgraded to a revision that this version of the package must not use. On
+        SQLite, the identity is read from the database file without the write-ahead log, because the log would still
+        have the old identity.
         """
         with at_work():
             self._make_ready()
@@ -197,7 +198,7 @@ class Database:
             connection.execute(sa.delete(JOBS).where(sa.false()))
 
     def rehearse(self) -> None:
-        """Do as `prepare` and `check_writable`, then undo all changes. A missing SQLite file would be created."""
+        """Do what `prepare` and `check_writable` do, then undo all changes. A missing SQLite file is still created."""
         with at_start(self), self.engine.connect() as connection, connection.begin() as transaction:
             self._prepare(connection)
             connection.execute(sa.delete(JOBS).where(sa.false()))
@@ -207,7 +208,7 @@ class Database:
         self.engine.dispose()
 
     def _check_file(self) -> None:
-        """Check at most once a second that SQLite's file still has the same identity.
+        """Raise StoreMovedError if SQLite's file has another identity. Checks at most once a second.
 
         If the file was overwritten, a change would be lost, although the write-ahead log would still accept it.
         """
@@ -218,8 +219,8 @@ class Database:
     def _require_same_file(self) -> None:
         """Read the database's identity and compare it with the expected one. Raises StoreMovedError if they differ.
 
-        SQLite's file is read without locks, perhaps in the middle of a checkpoint. Therefore a failed read is repeated
-        for up to `_CHECKPOINT_S`. If reading failed for that long, the next calls do not repeat it.
+        SQLite's file is read without locks. A read can fail during a checkpoint, so a failed read is repeated for up to
+        `_CHECKPOINT_S`. After that, the next calls try only once, until a read succeeds.
         """
         give_up_at = time.monotonic() + (_CHECKPOINT_S if self.is_sqlite and not self._is_faulty else 0.0)
         while True:
@@ -254,7 +255,7 @@ class Database:
                     with self.engine.begin() as connection:
                         self._prepare(connection)
                 except BaseException:
-                    self.engine.dispose()  # closes the connections, which may lead to a wrong database
+                    self.engine.dispose()  # closes the connections, which may be connected to a wrong database
                     raise
                 self._adopt()
                 if self.is_sqlite:  # the checkpoint moves the identity from the write-ahead log into the file

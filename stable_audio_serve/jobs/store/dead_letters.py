@@ -84,7 +84,7 @@ class DeadLetters:
             return found
 
     def retry_job(self, ref: JobRef) -> Job | None:
-        """Requeue the dead letter of this job, and return the job. Returns None if the job is no dead letter."""
+        """Requeue the job if it is a dead letter, and return it. Returns None if the job is no dead letter."""
         with self._database.writing() as connection:
             conditions = (is_job(ref), _jobs.is_dead_letter)
             return self._transitions.change(connection, *conditions, message=_RETRIED, **self._requeued())

@@ -31,7 +31,7 @@ def config_error(message: str) -> ConfigError:
 
 @contextmanager
 def at_start(database: object) -> Iterator[None]:
-    """Raise ConfigError in place of a database error. Its message has the reason, and `database` as text."""
+    """Raise ConfigError in place of a database error. The message names `database` and the reason."""
     try:
         yield
     except _ERRORS as error:
@@ -40,7 +40,10 @@ def at_start(database: object) -> Iterator[None]:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Raise StorageError in place of a database error. The reason is only logged, because clients see the message."""
+    """Raise StorageError in place of a database error.
+
+    Clients see the message of the StorageError, so it does not contain the reason. The reason is logged.
+    """
     try:
         yield
     except (*_ERRORS, ConfigError) as error:

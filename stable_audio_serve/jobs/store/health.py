@@ -22,21 +22,21 @@ _refusals = REFUSALS.c
 
 @dataclass(frozen=True, slots=True)
 class StoreHealth:
-    """Whether jobs can be stored and run. If not, `reason` says why. Clients may see it."""
+    """Whether jobs can be stored and run. If not, `reason` says why. Clients may see `reason`."""
 
     state: StoreState = "ok"
     reason: str | None = None
 
 
 def health_of(error: StorageError) -> StoreHealth:
-    """Return the health of the stores after this error."""
+    """Return the health of the stores that this error shows."""
     kinds: tuple[tuple[type[StorageError], StoreState], ...] = ((StorageFullError, "full"), (StoreMovedError, "moved"))
     state: StoreState = next((state for kind, state in kinds if isinstance(error, kind)), "unavailable")
     return StoreHealth(state, error.message)
 
 
 class Refusals:
-    """Records of the runners that start no jobs because a store refuses their files.
+    """Records, in the database, which runners start no jobs because the artifact store refuses their files.
 
     The methods block, so call them from worker threads. Every method raises StorageError.
     """
@@ -45,7 +45,7 @@ class Refusals:
         self._database = database
 
     def record(self, owner: str, health: StoreHealth, *, for_s: float) -> None:
-        """Record that a store refuses the files of the runner `owner`. The record expires after `for_s` seconds."""
+        """Record that the artifact store refuses files of the runner `owner`. Expires after `for_s` seconds."""
         values = {"state": health.state, "reason": health.reason, "until": self._database.now + for_s}
         insert = self._database.insert(REFUSALS).values(owner=owner, **values)
         with self._database.writing() as connection:
@@ -57,10 +57,10 @@ class Refusals:
             connection.execute(sa.delete(REFUSALS).where(_refusals.owner == owner))
 
     def current(self) -> Sequence[StoreHealth]:
-        """Return the health that each record has, except expired records.
+        """Delete the expired records. Return the health in each remaining record, by expiry time, latest first.
 
-        To check the database, the method also reads the table of jobs and writes to a table. It raises StorageError if
-        one of them fails.
+        The method also tests the database. It raises StorageError if the table of jobs cannot be read, or if the
+        database cannot be written.
         """
         query = sa.select(_refusals.state, _refusals.reason).order_by(_refusals.until.desc())
         with self._database.writing() as connection:

@@ -58,7 +58,7 @@ class JobStore:
         return self._find_own(IDENTITY.c.id)
 
     def secret(self) -> str:
-        """Return the secret of this database: 256 random bits, with which the servers that share it sign data.
+        """Return the secret of this database: 256 random bits. All servers that use the database sign data with it.
 
         Clients must not see it.
         """

@@ -18,22 +18,22 @@ from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import KEY_USES
 
-WINDOW_S = 60.0  # the audio of a request counts for this long
-LEASE_S = 15.0  # if a request's `concurrency` place is not renewed for this long, its process has died: it becomes free
+WINDOW_S = 60.0  # the audio of a request counts toward the limit per minute for this long
+LEASE_S = 15.0  # a request stops counting toward `concurrency` after this time without `renew`: its process has died
 
 _ROUNDING_S = 1e-6  # a sum of floats may exceed the limit by this much
 
 _uses = KEY_USES.c
 
-Used = tuple[float, float, int]  # time, seconds of audio, number of places
+Used = tuple[float, float, int]  # one or more requests: time of the last, seconds of audio, number still running
 
 
 @dataclass(slots=True, kw_only=True)
 class Use:
     """A request of a client with limits.
 
-    `has_place` means that the request takes one of the places that the client's limit `concurrency` allows. If no place
-    is free, `busy_retry_s` is the retry time of the error.
+    If `has_place` is true, the request counts toward the client's limit `concurrency` until it ends. If that limit is
+    reached, the error tells the client to retry after `busy_retry_s` seconds.
     """
 
     id: str
@@ -45,9 +45,9 @@ class Use:
 
 
 def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | None:
-    """Return the error with which to refuse the request `use` if it would exceed a limit, or None if it would not.
+    """Return the error to raise if the request `use` would exceed a limit, or None.
 
-    `before` has what the client has used already, oldest first.
+    `before` are the client's earlier requests, oldest first. `now` is the current time, on the same clock as theirs.
     """
     concurrency, rate = use.limits.concurrency, use.limits.audio_seconds_per_minute
     if use.has_place and concurrency is not None and sum(places for _, _, places in before) >= concurrency:
@@ -70,7 +70,7 @@ def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | N
 
 
 class KeyUses:
-    """The counted requests in one database. If two processes want the rest of a limit at once, only one gets it."""
+    """Counts requests in one database. Concurrent requests never exceed a limit together, even in several processes."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -108,19 +108,19 @@ class KeyUses:
         return refusal
 
     def find_full(self, use: Use) -> QuotaError | None:
-        """Return the error with which `admit` would refuse the request, or None. Changes nothing."""
+        """Return the error that `admit` would return for the request, or None, but do not count the request."""
         with self._database.reading() as connection:
             before, now = self._find_used(connection, use)
         return find_full(use, before, now=now)
 
     def audio_s(self, use: Use) -> float:
-        """Return how many seconds of audio of the client count now."""
+        """Return how many seconds of the client's audio count toward its limit per minute now."""
         with self._database.reading() as connection:
             before, now = self._find_used(connection, use)
         return sum(audio_s for at, audio_s, _ in before if at + WINDOW_S > now)
 
     def end(self, use: Use, *, counts: bool) -> None:
-        """Free the request's place. If `counts` is false, the request's audio no longer counts either."""
+        """Stop counting a request toward `concurrency`. If `counts` is false, its audio no longer counts either."""
         is_it = _uses.id == use.id
         is_kept = counts and use.limits.audio_seconds_per_minute is not None
         with self._database.writing(is_durable=False) as connection:
@@ -128,11 +128,11 @@ class KeyUses:
             connection.execute(free if is_kept else sa.delete(KEY_USES).where(is_it))
 
     def renew(self, ids: Sequence[str]) -> None:
-        """Keep the places of the requests with these ids for `LEASE_S` seconds from now."""
+        """Count the running requests with these ids toward `concurrency` for `LEASE_S` seconds from now."""
         with self._database.writing(is_durable=False) as connection:
             connection.execute(self._renew, {"ids": ids})
 
     def _find_used(self, connection: sa.Connection, use: Use) -> tuple[list[Used], float]:
-        """Return what the client has used, oldest first, and the current time of the database."""
+        """Return the client's requests, grouped by second, oldest first, and the current time of the database."""
         rows = connection.execute(self._find, {"of_client": use.client}).all()
         return [(at, audio_s, places) for _, at, audio_s, places in rows], rows[0].now if rows else 0.0

@@ -14,7 +14,10 @@ _adapters = LOADED_ADAPTERS.c
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """An adapter of the model with this canonical name. `source` says where its file is, see `generation.Lora`."""
+    """An adapter of a model. `model` is the model's canonical name, `source` is where the adapter's file is.
+
+    `generation.Lora` describes the values of `source`.
+    """
 
     model: str
     name: str
@@ -38,7 +41,7 @@ class AdapterStore:
         return tuple(sorted((LoadedAdapter(*row) for row in rows), key=lambda row: (row.model, row.name)))
 
     def add(self, adapter: LoadedAdapter) -> LoadedAdapter:
-        """Add an adapter unless the model has one of this name. Return the one that is stored. Raises StorageError."""
+        """Add an adapter, unless the model has one of this name. Returns the stored adapter. Raises StorageError."""
         insert = self._database.insert(LOADED_ADAPTERS)
         values = {"server": self._server, "model": adapter.model, "name": adapter.name, "source": adapter.source}
         with self._database.writing() as connection:
@@ -48,7 +51,7 @@ class AdapterStore:
         return LoadedAdapter(adapter.model, adapter.name, source)
 
     def remove(self, model: str, name: str) -> bool:
-        """Remove an adapter. Return whether there was one. Raises StorageError."""
+        """Remove an adapter. Returns False if there was none. Raises StorageError."""
         with self._database.writing() as connection:
             deleted = connection.execute(sa.delete(LOADED_ADAPTERS).where(*self._which(model, name)))
         return bool(deleted.rowcount)

@@ -20,8 +20,8 @@ _jobs = JOBS.c
 class Unfinished:
     """Numbers of queued jobs, running jobs and dead letters.
 
-    `waited_s` is how many seconds ago the first queued job became due. It is 0 if the queued jobs become due later, and
-    None if no job is queued.
+    `waited_s` is how many seconds ago the first queued job became due. It is 0 if no queued job is due yet, and None if
+    no job is queued.
     """
 
     num_queued: int

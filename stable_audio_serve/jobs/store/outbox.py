@@ -23,8 +23,8 @@ _jobs = JOBS.c
 class Notice:
     """A webhook to deliver. `attempt` is 1 for the first attempt to deliver it.
 
-    `id` is the job's id. If an operator retried the job after it had failed, and the job has ended again, the notice
-    gets another id, because receivers may ignore an id that they know. `retries` is the number of such retries.
+    `retries` is how often operators have retried the job after it failed. `id` is the job's id, followed by `retries`
+    if that is not 0: receivers may ignore an id that they know, but each end of the job is a new event.
     """
 
     id: str
@@ -63,7 +63,7 @@ class Outbox:
         self._update(notice, webhook_at=None)
 
     def postpone(self, notice: Notice, *, delay_s: float) -> None:
-        """Let a notice be delivered again in `delay_s` seconds."""
+        """Schedule the next delivery of a notice in `delay_s` seconds."""
         self._update(notice, webhook_at=self._database.now + delay_s)
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:

@@ -1,4 +1,4 @@
-"""The sweeper's operations on the database: delete old jobs and published files, and find files without a reference."""
+"""Database operations of the sweeper: delete old jobs and published files, and find files that no row refers to."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def is_held(job: Job) -> sa.ColumnElement[bool]:
 def to_job(row: sa.Row[Any]) -> Job:
     """Return the job in a row.
 
-    If the stored specification cannot be parsed, this is no error, because other jobs would be blocked. Then a
-    specification made from the row's columns replaces it.
+    If the stored specification cannot be parsed, the job gets a specification made from the row's columns. Raising an
+    error instead would block other jobs.
     """
     spec = _read(codec.load_spec, row.spec)
     return Job(

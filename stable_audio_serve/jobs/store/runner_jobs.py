@@ -55,11 +55,12 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a runner has to do: numbers of jobs, and for each kind of work, the seconds until it is due.
+    """The work that is pending for a runner.
 
-    `queued` has the number of queued jobs by priority, `num_stops` is the number of this runner's jobs that were
-    cancelled. 0 or fewer seconds mean that the work is due now. None means that there is no such work. The kinds are
-    jobs to lease, expired leases, queued jobs that did not start in time, and webhooks.
+    `queued` has the number of queued jobs by priority. `num_stops` is how many jobs of this runner were cancelled. Each
+    of the other fields is the number of seconds until the next work of one kind is due: a job to lease, an expired
+    lease, a queued job that did not start in time, a webhook. A value of 0 or less means that the work is due now, and
+    None that there is no such work.
     """
 
     queued: Mapping[Priority, int]
@@ -121,11 +122,12 @@ class RunnerJobs:
         return job
 
     def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[RenewedLease]:
-        """Let the leases that the runner `owner` has of the jobs `refs` expire in `lease_s` seconds from now.
+        """Renew the leases of the jobs `refs` by the runner `owner`: they expire in `lease_s` seconds from now.
 
-        Returns the leases that were renewed; the others are lost. `refs` are the jobs that the runner really runs. If
-        the database's answer to `lease` was lost, the runner has the lease of a job that it does not know. Such a lease
-        is not renewed, so that it expires.
+        Returns the renewed leases. The runner has lost the leases of the other jobs in `refs`.
+
+        `refs` are the jobs that the runner really runs. If the database's answer to `lease` was lost, the runner does
+        not know that it has the lease. Then `refs` lacks the job, and the lease expires.
         """
         is_one = sa.tuple_(_jobs.contract, _jobs.client, _jobs.id).in_(refs)
         change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING, is_one)

@@ -34,8 +34,8 @@ class Sections:
     def add(self, job: Job, section: FinishedSection, *, fraction: float) -> Job | None:
         """Add a finished section, and set the job's progress, in one transaction. The caller has stored the file.
 
-        Returns the changed job, or None if its lease is lost. If a call is repeated because the database's answer was
-        lost, the section is added once.
+        Returns the changed job, or None if its lease is lost. If the call is repeated because the database's answer was
+        lost, the section is not added twice.
         """
         seq = sa.select(_jobs.seq).where(is_held(job)).with_for_update()
         row = {"number": section.number, "key": section.file.key, "section": codec.dump(section)}

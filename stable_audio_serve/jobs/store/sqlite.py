@@ -43,7 +43,7 @@ class DatabaseFile:
     """
 
     def __init__(self, path: str, *, may_create: bool) -> None:
-        """If `may_create` is true, a missing file is created when a connection opens. After `adopt`, it is an error."""
+        """If `may_create` is true, opening a connection creates a missing file, but only before `adopt` is called."""
         self._path = os.path.abspath(path)
         self._may_create = may_create
         self._real = self._path
@@ -72,13 +72,13 @@ class DatabaseFile:
     def uri_without_log(self) -> str:
         """Return a URI with which SQLite reads only the database file, without locks and without the log.
 
-        The content is that of the last checkpoint.
+        SQLite then sees the database as it was at the last checkpoint.
         """
         self.require()
         return f"file:{quote(self._path)}?mode=ro&immutable=1"
 
     def opened(self) -> None:
-        """Count an open connection. It must have read from the file, because only then does the log exist."""
+        """Count an open connection. Call this after its first read: SQLite creates the log at that time."""
         with self._lock:
             self._num_open += 1
             if self._num_open == 1:
@@ -86,7 +86,7 @@ class DatabaseFile:
                 self._opened = self._identify_files()
 
     def adopt(self) -> None:
-        """Accept the open file as the database. From now on, no other file is opened, and none is created."""
+        """Accept the open file as the database. From now on, no other file is opened or created."""
         self._first = _locate(self._real)
 
     def closed(self) -> None:
@@ -101,8 +101,8 @@ class DatabaseFile:
     def _identify_files(self) -> tuple[_Identity, ...]:
         """Return the identities of the files that are now at the paths of the open files.
 
-        This is ten times as fast as resolving the configured path again. `lstat` finds out if the database file was
-        replaced by a link, because SQLite would then look for the log in another folder.
+        This is ten times as fast as resolving the configured path again. `lstat` detects that the database file was
+        replaced by a link. SQLite would then look for the log in another folder.
         """
         real = self._real
         file = _identify(real, look=os.lstat, may_be_empty=False)

@@ -38,8 +38,8 @@ def storable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
-# The columns that store a job's `core.pricing.WorkSize`, with the names of its fields. In jobs that were added before
-# the columns existed, the values are 0.
+# Maps each column that stores a part of a job's `core.pricing.WorkSize` to the field of that class. In jobs that were
+# added before the columns existed, the values are 0.
 WORK = {f"work_{field.name}": field.name for field in fields(WorkSize)}
 
 _Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite's AUTOINCREMENT needs the type INTEGER
@@ -71,7 +71,7 @@ JOBS = sa.Table(
     sa.Column("fraction", sa.Double, nullable=False, server_default="0"),
     sa.Column("eta_s", sa.Double),
     sa.Column("engine_position", sa.Integer),
-    sa.Column("num_sections", sa.Integer, nullable=False, server_default="0"),  # finished ones, of a long piece
+    sa.Column("num_sections", sa.Integer, nullable=False, server_default="0"),  # finished sections of a long piece
     sa.Column("result", _Text),
     sa.Column("error", _Text),
     sa.Column("idempotency_key", _Text),
@@ -118,8 +118,8 @@ SECTIONS = sa.Table(
     sa.Index("job_sections_by_key", "key"),
 )
 
-# When each client's last job started, by model and priority (see `turns`). All starts of jobs of a priority are
-# numbered. `served` is the number of the client's last start, 0 if there was none yet.
+# The order in which the clients' last jobs started, by model and priority (see `turns`). The starts of all jobs of a
+# priority are numbered. `served` is the number of the last start of a job of this client, model and priority. 0 = none.
 TURNS = sa.Table(
     "turns",
     METADATA,
@@ -196,8 +196,8 @@ LOADED_ADAPTERS = sa.Table(
     sa.Column("source", _Text, nullable=False),
 )
 
-# Requests of clients with limits. A request's audio counts for a minute. Its place among the client's concurrent
-# requests counts until the request ends.
+# Requests of clients with limits. A request's audio counts toward the limit per minute for a minute. The request
+# counts toward the limit of concurrent requests until it ends.
 KEY_USES = sa.Table(
     "key_uses",
     METADATA,

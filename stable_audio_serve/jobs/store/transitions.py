@@ -90,7 +90,7 @@ class Transitions:
         }
 
     def ended(self, state: State, error: JobError | None = None) -> dict[str, Any]:
-        """Return the columns to set when a job ends. If the job has a webhook, it is due at once."""
+        """Return the columns to set when a job ends. If the job has a webhook, the webhook is due at once."""
         now = self.database.now
         return {
             "state": state,
@@ -106,7 +106,7 @@ class Transitions:
 
 
 def requeued() -> dict[str, Any]:
-    """Return the columns to set when a job is requeued. The job keeps its place in the queue."""
+    """Return the columns to set when a job is requeued. The job stays ahead of its client's later jobs."""
     return {
         "state": "queued",
         "owner": None,

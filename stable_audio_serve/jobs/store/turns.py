@@ -39,7 +39,7 @@ class Turns:
     def next_job(self, priority: Priority, models: Collection[str] | None) -> sa.ScalarSelect[int]:
         """Return an SQL subquery for the column `seq` of the next job of these models. It locks the row of the job.
 
-        If `models` is None, any model will do. The result is NULL if no job is due, or all such jobs are locked.
+        If `models` is None, any model will do. The result is NULL if no job is due, or all due jobs are locked.
         """
         is_due = (_jobs.not_before <= self._now, sa.or_(_jobs.start_before.is_(None), _jobs.start_before > self._now))
         first = sa.select(_jobs.seq).where(_IS_WAITING, *is_due).order_by(_jobs.seq).limit(1)
@@ -53,7 +53,7 @@ class Turns:
         return sa.select(in_turn.c.seq).where(in_turn.c.seq.is_not(None)).limit(1).scalar_subquery()
 
     def served(self, connection: sa.Connection, spec: JobSpec) -> None:
-        """Record that a job of this client has started. Now the other clients with queued jobs come before this one."""
+        """Record that a job of this client has started, so that the turns of all other clients come next."""
         priority = spec.request.priority
         others = TURNS.alias()
         latest = sa.select(sa.func.max(others.c.served)).where(others.c.priority == priority).scalar_subquery()
@@ -63,8 +63,8 @@ class Turns:
     def position(self, connection: sa.Connection, spec: JobSpec, *, is_job: sa.ColumnElement[bool]) -> int:
         """Return how many queued jobs of the same model and priority will start before this job.
 
-        These are the client's own earlier jobs, and of every other client as many jobs as it has turns before this
-        job's turn. `is_job` is the SQL condition for the job.
+        Counts the client's own earlier jobs, and the jobs of other clients whose turns come before the turn of this
+        job. `is_job` is the SQL condition for the job.
         """
         of_line = (_jobs.priority == spec.request.priority, _jobs.model == spec.model)
         own = sa.select(_jobs.seq).where(is_job).correlate(None).scalar_subquery()

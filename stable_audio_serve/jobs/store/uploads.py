@@ -18,7 +18,7 @@ _uploads = UPLOADS.c
 
 
 class Uploads:
-    """Records the sizes of uploaded files. The caller gives each a unique name."""
+    """Records the sizes of uploaded files. The caller chooses a unique name for each file."""
 
     def __init__(self, database: Database, *, max_bytes: int, life_s: float) -> None:
         """The files of a client may have up to `max_bytes` together.

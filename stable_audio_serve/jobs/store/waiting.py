@@ -19,7 +19,7 @@ _QUERY = (
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The number of one model's queued jobs, and the sum of their work. No runner has started these jobs."""
+    """The number of one model's queued jobs, and the sum of their predicted work."""
 
     num_jobs: int = 0
     size: WorkSize = field(default_factory=WorkSize)
@@ -32,7 +32,7 @@ class WaitingWork:
         self._database = database
 
     def by_model(self) -> Mapping[str, Waiting]:
-        """Return the work of the queued jobs of each model that has any.
+        """Return the number and the work of the queued jobs of each model. Models without queued jobs are missing.
 
         The query reads only an index, which has an entry for each queued job.
         """

@@ -1,4 +1,7 @@
-"""Requests to URLs that clients choose, without giving clients access to the private network: webhooks and downloads.
+"""Send webhooks to URLs that clients choose, and download files from such URLs.
+
+Clients cannot reach the private network in this way, because a host must have only public addresses or be in
+`allow_hosts`.
 
 The host name is resolved once, all its addresses are checked, and the connection goes to a checked address. Redirects
 and proxies are not used, and the total time is limited.
@@ -106,7 +109,7 @@ async def download(
 ) -> None:
     """Write the file at `url`, at most `max_bytes` long, to `into`.
 
-    Raises DeliveryError unless all of it arrives with status 200 within `timeout_s` seconds.
+    Raises DeliveryError unless the whole file arrives with status 200 within `timeout_s` seconds.
     """
     target = _parse(url)
     headers = {"User-Agent": "stable-audio-serve", "Accept-Encoding": "identity"}
@@ -127,7 +130,7 @@ async def download(
 
 @asynccontextmanager
 async def _explained(timeout_s: float) -> AsyncIterator[None]:
-    """Limit the time of a request, and raise DeliveryError for every error of the network."""
+    """Limit a request to `timeout_s` seconds. Raise DeliveryError in place of a timeout or a network error."""
     try:
         async with asyncio.timeout(timeout_s):
             yield
@@ -202,7 +205,7 @@ def _is_public(address: _Address) -> bool:
 
 
 def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
-    """If packets to an IPv6 address are tunnelled to an IPv4 address in it, return the IPv4 address, otherwise None."""
+    """Return the IPv4 address to which packets to this IPv6 address are tunnelled, or None if they are not."""
     if isinstance(address, ipaddress.IPv4Address):
         return None
     if address in _NAT64:

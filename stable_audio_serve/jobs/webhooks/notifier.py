@@ -1,8 +1,9 @@
-"""Deliver the webhooks of ended jobs: claim notices from the outbox, send them, and retry with growing pauses.
+"""Deliver the webhooks of ended jobs: claim them from the outbox, send them, and retry with growing pauses.
 
-A notice has the headers of Standard Webhooks (standardwebhooks.com): an id that is the same for all attempts, the time
-of the attempt, and if a secret is configured, a signature of id, time and body. This module does not depend on runners
-or on the HTTP API that a job was submitted with.
+A webhook in the outbox is called a notice. It is sent with the headers of Standard Webhooks
+(standardwebhooks.com): an id that is the same for all attempts, the time of the attempt, and if a secret is configured,
+a signature of id, time and body. This module does not depend on runners or on the HTTP API that a job was submitted
+with.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.server
 
 
 class FailingBackend(ToneBackend):
-    """A test backend whose first requests fail with these errors, in this order. Later ones succeed."""
+    """A test backend whose first requests fail with `errors`, one after the other. Later requests succeed."""
 
     def __init__(self, *errors: Exception) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ async def test_holders_that_fit_run_together_and_others_wait_in_order() -> None:
     for num_bytes in (60, 40, 50, 1):
         tasks.append(asyncio.create_task(take(budget, num_bytes, taken, until=done)))
         await settle()
-    assert taken == [60, 40]  # 50 must wait, and then 1, because it came later
+    assert taken == [60, 40]  # 50 waits for room, and 1 waits because it came after 50
     done.set()
     async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(*tasks)

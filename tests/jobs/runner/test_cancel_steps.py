@@ -37,7 +37,10 @@ NEIGHBOURS = (
 
 
 class GatedModel:
-    """A real model that stops the engine's thread in a chosen call for the longest row, until `opened` is set."""
+    """A real model that blocks the engine's thread in the call that `hold` chose, until `opened` is set.
+
+    It blocks in a call for the longest row, which is the cancelled job. `reached` is set when it blocks.
+    """
 
     def __init__(self) -> None:
         self._model = loaded(_NAME)
@@ -48,7 +51,7 @@ class GatedModel:
         self.opened = threading.Event()
 
     def hold(self, call: str) -> None:
-        """Choose the call to stop in: `step 0` is the longest row's first step, `decode` its decoding."""
+        """Choose the call to block in: `step 0` is the first step of the longest row, `decode` its decoding."""
         self.num_steps = 0
         self._hold_at = call
         self.reached.clear()
@@ -122,7 +125,7 @@ async def test_job_ends_within_a_step_and_neighbours_are_unaffected(tmp_path: Pa
             assert await asyncio.to_thread(model.reached.wait, PATIENCE_S), call
             outcome, _ = await queue.cancel(victim.spec.ref)
             assert outcome == "requested", call
-            victim = await finish(queue, victim)  # the job has ended although the engine still stands in its step
+            victim = await finish(queue, victim)  # the job ends although the engine is still blocked in a step of it
             num_before = model.num_steps
             model.opened.set()
             crowd = [await audio_of(queue, await finish(queue, other)) for other in others]

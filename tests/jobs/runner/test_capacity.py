@@ -24,7 +24,7 @@ def begin(
 
 
 def fill(capacity: Capacity, *, work: float, model: str = "a", priority: Priority = "interactive") -> int:
-    """Begin such jobs until no more may begin. Returns how many began."""
+    """Begin jobs, as `begin` does, until the capacity allows no more. Returns how many jobs began."""
     count = 0
     while (models := capacity.open_models(priority)) is None or model in models:
         begin(capacity, (model, capacity.num_running), work=work, model=model, priority=priority)
@@ -116,7 +116,7 @@ def test_time_left_of_a_job_is_predicted(clock: FakeClock) -> None:
         begin(capacity, key, work=10.0)
     capacity.advance("x", done=0.5)
     assert capacity.predict_end_s("x") == pytest.approx(2.5)
-    assert capacity.predict_end_s("y") == pytest.approx(7.5)  # the 5 s of its own work run after the other job's 2.5 s
+    assert capacity.predict_end_s("y") == pytest.approx(7.5)  # 2.5 s for the rest of x, then 5 s for y
     unpriced = make_capacity(clock, prices=None)
     begin(unpriced, "x", work=10.0)
     assert unpriced.predict_end_s("x") is None

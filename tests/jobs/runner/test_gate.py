@@ -1,4 +1,4 @@
-"""A job runner while files cannot be stored: what it reports, which jobs it starts, and how it recovers."""
+"""How a job runner acts while files cannot be stored: what it reports, which jobs it starts, how it recovers."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ async def test_stopping_runner_withdraws_its_refusal(
 
     def record_late(*args: Any, **kwargs: Any) -> None:
         is_recording.set()
-        time.sleep(0.1)  # the stop begins before the database has the record
+        time.sleep(0.1)  # so `close` begins before the refusal is in the database
         record(*args, **kwargs)
         is_recorded.set()
 

@@ -1,4 +1,4 @@
-"""Long pieces: sections that are made one after the other, stored one by one, and joined to one file."""
+"""How a job runner makes a long piece: it makes and stores each section, then joins all sections in one file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_loudness_and_fades_are_those_of_the_whole(workshop: Workshop) -> 
     job = await workshop.finished(await workshop.queue.submit(make_long(1.0, 4.0, 3.0, finishing=finishing)))
     assert job.result is not None, job.error
     (clip,) = job.result.file.clips
-    assert clip.loudness_lufs == pytest.approx(-20.0, abs=0.5)  # before the fades it is -20
+    assert clip.loudness_lufs == pytest.approx(-20.0, abs=0.5)  # it was -20 before the fades
     assert clip.true_peak_dbtp is not None
     whole = await audio_of(workshop, job.result.file)
     assert len(whole) == 8 * RATE_HZ
@@ -160,7 +160,7 @@ async def test_refused_file_costs_only_its_own_section(workshop: Workshop, monke
 
 
 class TestQuota:
-    """The audio of a long piece counts for its key section by section."""
+    """Each section of a long piece counts toward the limits of the client's key when it is made."""
 
     @pytest.fixture
     def now(self) -> Callable[[], float]:
@@ -213,7 +213,7 @@ class TestSweeping:
         )
         sweeper = Sweeper(store, artifacts, settings=workshop.settings.jobs)
         assert (await sweeper.sweep())["old"] == 0
-        assert len(workshop.files()) == 4 + 1  # and the file of the store's owner
+        assert len(workshop.files()) == 4 + 1  # 3 of the job, the orphan, and the name of the store's owner
         self.time_s += 101.0
         assert (await sweeper.sweep())["old"] == 3
         assert await workshop.queue.get(job.spec.ref) is None

@@ -148,7 +148,10 @@ def sizes(waiting_work: Callable[[], Any]) -> dict[str, int]:
 
 
 async def test_failed_background_work_is_repeated(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tested with the sweep (deletion of old files). Its pauses vary, so that runners do not all sweep at once."""
+    """An example of background work is the sweep, which deletes old files.
+
+    The pauses between sweeps vary at random, so that not all runners sweep at once.
+    """
     pauses: list[float] = []
     sleep = asyncio.sleep
 

@@ -34,7 +34,10 @@ async def test_running_jobs_never_exceed_the_limit(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
 async def test_each_priority_has_its_own_queue_and_room(workshop: Workshop) -> None:
-    """With room for one job of each priority, one of each starts at once, and each queue runs in order."""
+    """The runner may run one job of each priority at a time.
+
+    So one job of each priority starts at once. The jobs of each priority run in order of arrival.
+    """
     jobs = [
         await workshop.queue.submit(make_spec(priority=priority))
         for priority in ("batch", "interactive", "batch", "interactive")
@@ -99,7 +102,7 @@ async def test_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -> 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(lease_s=600.0)])
 async def test_running_job_is_stopped_at_once(workshop: Workshop) -> None:
-    """The cancellation itself wakes the runner: its next heartbeat or poll would be minutes later."""
+    """The cancellation wakes the runner, whose next heartbeat or poll would be minutes later."""
     workshop.backend.released.clear()
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=600.0, last_poll_s=600.0))
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))

@@ -1,4 +1,4 @@
-"""Several job runners share the jobs of one store. They take over the jobs of a runner that is silent, dead or late."""
+"""Several job runners share one job store. A runner takes over the jobs of another one that is silent, dead or late."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def job_settings() -> JobSettings:
 
 
 def make_job_settings(**limits: Any) -> JobSettings:
-    """Return job settings with very short leases. Users cannot set a lease so short."""
+    """Return job settings with very short leases. The settings would refuse such a value of `lease_s`."""
     return JobSettings(**limits).model_copy(update={"lease_s": _LEASE_S})
 
 
@@ -68,9 +68,12 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, jobs: RunnerJobs, name: str) ->
 
 
 def outlive_leases(wall: Wall, renewals: list[str]) -> None:
-    """Advance the clock by more than three leases. In each lease, wait until the runner has renewed. Not async."""
+    """Advance the clock by more than three times `_LEASE_S`, while the runner renews its lease in time.
+
+    Before each step of the clock, waits for two renewals. Blocks the event loop.
+    """
     for _ in range(4):
-        enough = len(renewals) + 2  # the next renewal may have begun before the clock advanced, so wait for two
+        enough = len(renewals) + 2  # one renewal may have begun before the clock advanced, so wait for two
         wait_until(lambda: len(renewals) >= enough, every_s=0.01)  # noqa: B023
         wall.now += 0.8 * _LEASE_S
 
@@ -135,10 +138,10 @@ async def test_runner_without_its_lease_stops_and_writes_nothing(workshop: Works
     assert (taken.state, workshop.files()) == ("queued", [])
 
 
-# The runner may run only one job, so it cannot take its own job again after the lease has expired.
+# The late runner may run only one job at a time, so it cannot lease the same job again after its lease has expired.
 @pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])
 async def test_late_runner_deletes_its_own_file_only(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runner stops between storing its file and committing the result, until another runner has done the job."""
+    """The runner stores its file, but commits the result only after another runner has done the job."""
     store = JobStore(workshop.queue.store.database, workshop.settings.jobs)
     succeed, asleep, woken = store.runners.succeed, threading.Event(), threading.Event()
 
@@ -231,7 +234,7 @@ async def test_idle_runners_poll_less_than_once_a_second(workshop: Workshop, mon
 
 
 class OneFullModel(ToneBackend):
-    """A test backend of several models, one of which refuses every job as overloaded."""
+    """A test backend of several models. The model `medium` refuses every request with OverloadedError."""
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -311,9 +314,9 @@ async def test_metrics_show_queue_age_and_retries(workshop: Workshop, wall: Wall
 async def test_lease_with_a_lost_answer_is_not_renewed(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The runner does not know that it holds this lease.
+    """The database's answer to `lease` is lost, so the runner does not know that it has the lease.
 
-    The job must not stay "running" as long as the runner lives.
+    The lease must expire. Otherwise the job would be "running" without being run as long as the runner lives.
     """
     workshop.backend.released.clear()
     renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")

@@ -1,4 +1,4 @@
-"""Which files the sweeper, which deletes old jobs and files without a job, deletes and keeps: in folder and bucket."""
+"""Which old jobs and files the sweeper deletes, and which it keeps, in a local folder and in an S3 bucket."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def swept(**numbers: int) -> dict[str, int]:
 
 @dataclass
 class Place:
-    """A job queue with its artifact store. It is also the clock of the queue, which a test advances by `late_s`."""
+    """A job queue with its artifact store. It is also the sweeper's clock, which is `late_s` seconds ahead."""
 
     queue: JobQueue
     late_s: float = 0.0
@@ -115,7 +115,7 @@ class Bucket(Place):
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.server)])
 async def unclaimed(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
-    """Yield a place whose artifact store is not yet marked as belonging to a database."""
+    """Yield a `Place` whose artifact store no database has claimed yet."""
     made = make_folder(tmp_path) if request.param == "local" else make_bucket(request, tmp_path)
     yield made
     await made.queue.close()
@@ -190,7 +190,7 @@ async def test_orphans_are_deleted_after_a_day(place: Place) -> None:
     for key in orphans:
         await place.put(key)
     place.late_s = 25 * HOUR
-    assert await place.sweep() == swept(orphans=4)  # the three, and the upload of the job, which has ended
+    assert await place.sweep() == swept(orphans=4)  # the three files, and the upload of the ended job
     assert place.names() == [artifact_key(job.spec.id, "a.wav", fence=1)]
     assert await place.sweep() == swept()
 
@@ -217,7 +217,7 @@ async def test_files_of_other_programs_stay(place: Place) -> None:
 
 
 async def test_files_older_than_the_claim_stay(unclaimed: Place) -> None:
-    """Files that are older than the mark of our database belong to another program.
+    """Files that are older than the claim of an artifact store by its database belong to another program.
 
     The original Stable Audio 3 server uses the same file names and, by default, the same folder.
     """

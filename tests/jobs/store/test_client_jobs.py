@@ -124,7 +124,7 @@ def test_only_generated_ids_find_jobs_without_a_client(store: JobStore) -> None:
 
 
 class TestRepeatedRequests:
-    """However often a request with an idempotency key or a chosen id is repeated, it creates one job."""
+    """A request with an idempotency key or a chosen id creates one job, however often it is repeated."""
 
     @pytest.mark.parametrize("by", ["id", "key"])
     def test_return_their_first_job_in_any_state(self, store: JobStore, by: str) -> None:
@@ -289,7 +289,7 @@ class TestListing:
 
 
 class TestEvents:
-    """A job's events can be read repeatedly, from any event on."""
+    """A client can read a job's events repeatedly, starting after any event."""
 
     def test_cover_a_job_from_start_to_end(self, store: JobStore, wall: Wall) -> None:
         add(store)
@@ -342,7 +342,7 @@ class TestEvents:
 
 
 class TestCancelling:
-    """A waiting job ends at once. A running job is only marked, and its runner stops it."""
+    """A cancelled job that is queued ends at once. If it is running, it is only marked, and its runner stops it."""
 
     def test_waiting_job_ends_at_once(self, store: JobStore) -> None:
         job = add(store)

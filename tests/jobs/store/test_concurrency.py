@@ -37,7 +37,7 @@ __all__ = ["postgres_with_tables", "store_url", "wall"]
 
 _MANY = JobSettings(max_queued=10_000)
 
-# These tests are mainly for PostgreSQL. SQLite has only one writer at a time, so there they run as slow tests.
+# These tests are mainly for PostgreSQL. On SQLite, which has one writer at a time, they are marked as slow.
 on_postgresql = pytest.mark.parametrize(
     "store_url",
     [pytest.param("sqlite", marks=pytest.mark.slow), pytest.param("postgresql", marks=pytest.mark.server)],
@@ -54,7 +54,7 @@ def database(store_url: str) -> Iterator[Database]:
 
 
 def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
-    """Start all calls at the same time, each in a thread. Return their results or errors."""
+    """Start all calls at the same time, each in a thread. Return their results, or the errors that they raised."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
@@ -79,7 +79,7 @@ def lease_all(url: str, owner: str) -> list[str]:
 
 
 def add_same(url: str, number: int) -> list[bool]:
-    """Add the same request ten times. Returns for each time whether it added a new job. Called in several processes."""
+    """Submit the same request ten times. Returns whether each call added a job. Called in several processes."""
     store = JobStore(open_database(url), _MANY)
     specs = [make_spec(id=f"{number}-{turn}", idempotency_key="k", fingerprint="f") for turn in range(10)]
     added = [store.clients.add(spec).is_new for spec in specs]

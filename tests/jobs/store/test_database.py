@@ -54,9 +54,9 @@ def test_only_transactions_without_durability_skip_the_disk(empty_url: str) -> N
 
 
 def refusal_of(url: str) -> str:
-    """Start with this database, which must fail.
+    """Check that a server cannot start with this database, and return the error message.
 
-    Return the message, which must be one sentence without the password.
+    The message must be a single line without the password.
     """
     with pytest.raises(ConfigError) as caught:
         open_database(url).prepare()
@@ -81,7 +81,7 @@ def test_a_rehearsal_leaves_no_table(empty_url: str) -> None:
 
 
 def prepare(url: str, job_id: str) -> None:
-    """Create or upgrade the tables. Called in another process."""
+    """Create or upgrade the tables, and add a job. Called in another process."""
     database = open_database(url)
     database.prepare()
     add(JobStore(database), id=job_id)
@@ -246,7 +246,7 @@ class TestStart:
 
 
 class TestFaults:
-    """Failures while the server runs raise errors after which clients may retry, and the database recovers."""
+    """If the database fails while a server runs, calls raise StorageError, and succeed again after the failure."""
 
     @pytest.mark.server
     def test_restarted_server_is_used_again(self, postgres: PostgresServer, postgres_url: str) -> None:
@@ -312,7 +312,7 @@ class TestFaults:
         database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}")
         store = JobStore(database)
         job = add(store)
-        # With this limit SQLite reports a full disk. It holds for the connection, which the pool uses again.
+        # With this limit, SQLite reports a full disk. The limit applies to the connection, which the pool reuses.
         with database.writing() as connection:
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")

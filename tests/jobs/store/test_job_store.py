@@ -1,4 +1,4 @@
-"""A job store's identity, which marks its files, and its secret, which signs links: with every kind of database."""
+"""A job store's identity, which marks its files, and its secret, which signs links. With every kind of database."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def make_use(
 
 
 def admit(uses: KeyUses, audio_s: float = 1.0, **options: Any) -> float | None:
-    """Ask to use `audio_s` seconds. Return None if it is admitted, else the seconds after which to retry."""
+    """Admit a request for `audio_s` seconds. Return None if it is admitted, else the error's `retry_after_s`."""
     refusal = uses.admit(make_use(audio_s, **options))
     return None if refusal is None else refusal.retry_after_s
 
@@ -163,7 +163,7 @@ def test_expired_rows_of_a_client_are_deleted(database: Database, wall: Wall) ->
 
 
 def _hammer(url: str, times: int) -> int:
-    """Ask without pause until `times` requests are refused. Returns how many were admitted. Runs in another process."""
+    """Make requests until `times` of them are refused. Returns how many were admitted. Runs in another process."""
     uses = KeyUses(open_database(url))
     num_admitted = num_refused = 0
     while num_refused < times:

@@ -1,4 +1,4 @@
-"""Adapters that operators load: every process of a server sees them, also after a restart."""
+"""Every process of a server reads the adapters that operators loaded, also after a restart."""
 
 from __future__ import annotations
 

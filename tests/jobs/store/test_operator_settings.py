@@ -1,4 +1,4 @@
-"""Settings that operators change at runtime: all processes of a server share them, also during a database outage."""
+"""All processes of a server share the settings that operators change, and keep them during a database outage."""
 
 from __future__ import annotations
 

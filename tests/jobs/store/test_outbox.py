@@ -31,7 +31,7 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestOutbox:
-    """A notice stays in the outbox until it is delivered or given up."""
+    """A notice stays in the outbox until it is removed: after its delivery, or after the last attempt."""
 
     def test_notice_is_due_until_it_is_settled(self, store: JobStore, database: Database, wall: Wall) -> None:
         outbox = Outbox(database)

@@ -131,7 +131,7 @@ def test_uses_indexes(store: JobStore, name: str) -> None:
 @pytest.mark.server
 @pytest.mark.parametrize("before", [{"queued": 30}, {"queued": 0, "succeeded": _NUM_JOBS}], ids=["short", "empty"])
 def test_queue_that_outgrows_its_statistics_is_not_sorted(postgres_url: str, before: dict[str, int]) -> None:
-    """Until PostgreSQL updates its statistics, it may use a plan for few rows although the queue has grown."""
+    """When the queue grows, PostgreSQL plans queries for few rows until it updates its statistics."""
     store = JobStore(open_database(postgres_url), JobSettings(max_queued=10 * _NUM_JOBS))
 
     def num_rows_read() -> int:

@@ -1,4 +1,4 @@
-"""Random sequences of operations on the job store, compared with what a reference model in plain Python expects.
+"""Random sequences of operations on the job store have the results that a reference model in plain Python expects.
 
 Hypothesis draws the sequences and shrinks those that fail.
 """
@@ -43,7 +43,7 @@ _MAX_ATTEMPTS = 3
 _AGE_S = 50.0
 
 _OVER = ("succeeded", "failed", "cancelled")
-_Line = tuple[str, str, str]  # jobs with the same (priority, model, client) wait in one line
+_Line = tuple[str, str, str]  # (priority, model, client): jobs with the same values form one queue
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Expected:
 
 
 def view(job: Job) -> tuple[object, ...]:
-    """Return those fields of a stored job that the reference model predicts. See `Expected.view`."""
+    """Return the fields of a stored job that the reference model predicts, to compare with `Expected.view`."""
     lease = None if job.lease is None else (job.lease.owner, job.lease.fence)
     flags = (job.cancel_requested, job.is_dead_letter)
     error = None if job.error is None else job.error.code
@@ -111,11 +111,11 @@ class StoreMachine(RuleBasedStateMachine):
                     connection.execute(sa.delete(table))
         self.turn_of_store = 0
         self.jobs: dict[JobRef, Expected] = {}
-        self.ends: dict[JobRef, Job] = {}  # each ended job as first read after its end; it must not change
+        self.ends: dict[JobRef, Job] = {}  # each ended job as it was first read after its end; it must not change
         self.files: dict[str, JobRef | None] = {}  # id of every result's file -> its job; None if it must not exist
         self.num_jobs = 0
-        self.turns: dict[_Line, int] = {}  # line -> when it last started a job, as a number that grows in each priority
-        self.leases: list[Job] = []  # the job of every lease so far, with that lease
+        self.turns: dict[_Line, int] = {}  # line -> number of its last start; the starts of a priority are numbered
+        self.leases: list[Job] = []  # for every lease so far, the job as it was leased
 
     @property
     def store(self) -> JobStore:
@@ -337,7 +337,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.finish(back, how)
 
     def finish(self, back: int, how: str) -> None:
-        """A runner ends a job in the way `how`. The attempt must fail if the runner's lease is not valid any more."""
+        """A runner ends a job in the way `how`. The store must refuse this if the lease is not valid any more."""
         leased, job = self.pick_lease(back)
         is_held = job is not None
         assert report(self.store, leased, stage="generating", fraction=0.5, eta_s=1.0) == is_held
@@ -480,7 +480,10 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def take_turn(due: list[Expected], turns: dict[_Line, int]) -> Expected:
-    """Return the oldest of the `due` jobs of that line which started a job least recently. Record the start."""
+    """Return the job of `due` that should start next, and record its start in `turns`.
+
+    This is the oldest due job of the line whose last start is longest ago.
+    """
     lines = [line for line in turns if any(job.line == line for job in due)]
     line = min(lines, key=lambda line: turns[line])
     turns[line] = 1 + max(number for other, number in turns.items() if other[0] == line[0])

@@ -30,7 +30,7 @@ def upload(key: str) -> JobUpload:
 
 
 class TestRetention:
-    """The store deletes old jobs in batches and returns the keys of their files. The caller deletes the files."""
+    """`purge` deletes old jobs in batches, and returns the keys of their files, which the caller deletes."""
 
     def test_old_jobs_are_deleted_and_their_files_returned(self, store: JobStore, wall: Wall) -> None:
         old, waiting = add(store, upload=upload("uploads/old")), add(store, upload=upload("uploads/waiting"))

@@ -61,8 +61,8 @@ RELEASED = {
     ),
 }
 
-# A statement that removes something but breaks no older server: without this table, the older server enforces the
-# limits of keys in each process, as in a database outage.
+# Dropping this table breaks no older server: without the table, an older server enforces the limits of keys in each
+# process separately, as during a database outage.
 _SPARED = {"DROP TABLE accounts"}
 
 _ADDING = (
@@ -84,7 +84,7 @@ def load(name: str) -> ModuleType:
 
 
 def statements(name: str, dialect: str) -> list[str]:
-    """Return the SQL statements of a revision in this SQL dialect, one in each line."""
+    """Return the SQL statements of a revision in an SQL dialect, each as one line."""
     module = load(name)
     written = io.StringIO()
     context = MigrationContext.configure(
@@ -162,7 +162,7 @@ def test_additions_are_accepted() -> None:
 
 
 def test_revisions_are_numbered_one_after_another() -> None:
-    """A server knows only its own revision. By the number alone it recognises that the tables have the next one."""
+    """A server does not know later revisions. It recognises the next revision only by its number."""
     assert [name[:4] for name in NAMES] == [f"{number:04d}" for number in range(1, len(NAMES) + 1)]
     assert list(RELEASED) == NAMES
 

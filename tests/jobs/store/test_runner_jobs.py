@@ -1,4 +1,4 @@
-"""What the job store does for job runners: only the holder of a job's lease may change it. Every kind of database."""
+"""What the job store does for job runners, with every kind of database. Only the lease's owner may change a job."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class TestOrder:
 
 
 class TestLeasing:
-    """A lease has an owner, a number that grows with each lease of the job (fence), and an end."""
+    """A lease has an owner, an expiry time, and a fence: a number that grows with each lease of the job."""
 
     def test_records_start_and_attempts(self, store: JobStore, wall: Wall) -> None:
         add(store)
@@ -231,7 +231,7 @@ class TestReclaiming:
 
 
 class TestProgress:
-    """Only the holder of the job's lease may report progress."""
+    """Only the runner that has a job's lease may report the job's progress."""
 
     def test_of_the_holder_is_stored(self, store: JobStore) -> None:
         add(store)
@@ -251,7 +251,7 @@ class TestProgress:
 
 
 class TestEnding:
-    """How a job ends: the outcome is final, and all changes of the database are in one commit."""
+    """When a job ends, its outcome is final, and one transaction makes all changes of the database."""
 
     def test_success_keeps_the_result_and_publishes_its_file(self, store: JobStore, wall: Wall) -> None:
         add(store)
@@ -368,7 +368,7 @@ class TestStartDeadlines:
 
 
 class TestOutlook:
-    """A runner's poll: one query finds out whether there is work."""
+    """`outlook`, with which a runner polls, finds out with one query whether there is work."""
 
     def test_idle(self, store: JobStore) -> None:
         outlook = store.runners.outlook("me")

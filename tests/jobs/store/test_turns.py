@@ -1,4 +1,4 @@
-"""Before a client's first job, at most one job of each other client starts, however many jobs are waiting."""
+"""At most one job of each other client starts before a client's first job, however many jobs are queued."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ async def test_several_runners_deliver_each_notice_once(workshop: Workshop, rece
 
 
 async def test_hanging_receiver_delays_no_job_and_no_other_receiver(workshop: Workshop, receiver: Receiver) -> None:
-    """A hundred webhooks for a receiver that hangs are due before the one for the other receiver."""
+    """One receiver hangs. A hundred webhooks to it are due before the webhook to another receiver."""
     async with receiving(delay_s=PATIENCE_S) as hanging:
         for _ in range(100):
             job = await workshop.queue.submit(make_spec(webhook_url=hanging.url))
@@ -184,7 +184,7 @@ async def test_notice_claimed_by_a_dead_process_is_retried(workshop: Workshop, r
     await workshop.start_runner(notifier=make_notifier(workshop))
     await until(lambda: bool(receiver.requests))
     await until(lambda: not is_waiting(workshop))
-    outbox.postpone(dead, delay_s=0.0)  # the process that was thought dead must not bring the notice back
+    outbox.postpone(dead, delay_s=0.0)  # the process that had claimed the notice first must not put it back
     assert outbox.claim(for_s=0.5) is None
 
 

@@ -51,7 +51,7 @@ def newest_revision(folder: Path = _FOLDER) -> str:
 def require_known(connection: sa.Connection, *, folder: Path = _FOLDER) -> str | None:
     """Return the revision of the tables, or None if there are no tables.
 
-    Raises ConfigError unless the revision is in `folder` or is the next one after those.
+    Raises ConfigError unless the revision is in `folder`, or is the one after the newest in `folder`.
     """
     if not sa.inspect(connection).has_table("alembic_version"):
         return None

@@ -1,4 +1,4 @@
-"""Revision 0002: a table of how much clients with limits have used, with one row per client."""
+"""Revision 0002: a new table for the usage of clients with limits, with one row per client."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,6 +1,6 @@
-"""Revision 0003: columns for the predicted work of each job.
+"""Revision 0003: columns for the predicted work of each job, and an index with these columns.
 
-With the index, the work of all queued jobs can be summed without reading the table.
+The query that sums the work of all queued jobs reads only the index, not the table.
 """
 
 import sqlalchemy as sa

@@ -1,7 +1,7 @@
 """Revision 0005: new tables for the usage of clients with limits, and for operators' settings.
 
-The usage has one row per request. Before, it had one row per client. Operators change their settings while a server
-runs: draining, and the models to keep loaded.
+The table `key_uses` has one row per request. The table `accounts`, which it replaces, had one row per client. Operators
+change their settings while a server runs: draining, and the models to keep loaded.
 """
 
 import sqlalchemy as sa

@@ -1,4 +1,4 @@
-"""Revision 0007: a new table for the finished sections of long pieces, and their number in jobs and events."""
+"""Revision 0007: a new table for finished sections of long pieces, and columns for their number."""
 
 import sqlalchemy as sa
 from alembic import op
