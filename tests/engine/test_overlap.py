@@ -55,7 +55,7 @@ def make_crowd() -> list[GenerationRequest]:
 
 
 def make_model(mode: str) -> ToyModel:
-    """Returns a toy model. In fast mode it encodes a source separately for each row, in strict mode once for all."""
+    """Returns a toy model. It encodes source audio once per row in fast mode, and once for all rows in strict mode."""
     return ToyModel(noisy_source_encoder=mode == "fast")
 
 

@@ -1,6 +1,6 @@
 """How torch's operations behave on a CUDA device: whether they start kernels, wait for the device or only create views.
 
-`stand_in_device` uses this to count.
+`stand_in_device` counts the host's work with these functions.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def waits(operation: OpOverload, args: Sequence[Any]) -> bool:
 
 
 def indices(operation: OpOverload, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Returns the tensors that an operation uses as indices. Only these may be on the host if the others are not."""
+    """Returns an operation's index tensors. These may be on the host while the other tensors are on the device."""
     if name_of(operation) not in _INDEXING:
         return ()
     return tuple(index for index in args[1] if isinstance(index, Tensor))
