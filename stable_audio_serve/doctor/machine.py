@@ -85,7 +85,10 @@ def check_job_store(settings: Settings) -> Iterator[Finding]:
 
 
 def check_files(settings: Settings) -> Iterator[Finding]:
-    """Check that a file can be written to the bucket or the folder, read and deleted."""
+    """Check the bucket or the folder for files of jobs: write, read and delete a file.
+
+    A folder that does not exist is not created. Instead, check that it can be created.
+    """
     artifacts = open_artifacts(settings)
     if settings.storage.bucket is None and _can_be_created(Path(settings.output_dir)):
         yield Finding("files of jobs", "ok", f"{artifacts} can be created")

@@ -115,7 +115,7 @@ class ModelChecks:
         return _official_bytes(self.name, dtype)
 
     def _fit_gpu(self, weights: int) -> tuple[str, bool]:
-        """Return the GPU's memory in words, and whether weights and requests fit into its free part."""
+        """Return a description of the GPU's memory, and whether weights and requests fit into its free part."""
         prompts = EngineOptions().prompt_cache_bytes
         share = engines.memory_share(self._model, gpu_share=self._gpu_share)
         free, total = torch.cuda.mem_get_info(self._device)
@@ -173,7 +173,7 @@ async def _time(engine: Engine, request: GenerationRequest) -> float:
 
 
 def _official_bytes(name: str, dtype: torch.dtype) -> int:
-    """Return the size of an official model, built without memory for its weights."""
+    """Return the size of an official model's weights. The model is built on torch's meta device, without memory."""
     model: Sa3Model | SaoModel
     if name in sao.OFFICIAL_CONFIGS:
         card = BUILT_IN[name].card

@@ -79,7 +79,10 @@ class Goldens:
         return matches
 
     def section(self, *path: str) -> dict[str, Any]:
-        """Returns the object at `path` in the facts, empty if absent."""
+        """Returns the JSON object at `path` in the facts, or an empty dict if there is none.
+
+        Raises CheckpointError if the value at `path` is not an object.
+        """
         found = self.facts
         for part in path:
             found = found.get(part, {})

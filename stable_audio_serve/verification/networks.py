@@ -42,7 +42,7 @@ def _prompts(it: Subject) -> Any:
 
 
 def _ids_and_mask(it: Subject) -> list[Tensor]:
-    """Returns ids and mask (B, T) of the stored prompts."""
+    """Returns the token ids and the attention mask (B, T) of the stored prompts."""
     return list(it.model.text.tokenize(_prompts(it)).ids_and_mask.unbind(1))
 
 

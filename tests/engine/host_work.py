@@ -85,7 +85,9 @@ def run_apart(function: Callable[[Item], Result], items: Iterable[Item]) -> list
 
 
 def count(setting: Setting) -> dict[str, Any]:
-    """Returns, for each kind of engine call, the number of calls and, for each kind of work, the most in one call.
+    """Count the work of a setting's requests.
+
+    Returns, by kind of engine call, the number of calls and the highest count of each kind of work in a single call.
 
     All requests run once before counting starts, so work that happens only once in a process does not count.
     """

@@ -63,7 +63,7 @@ class Outcome:
 
 
 async def soak(*, num_requests: int, seed: int, output_dir: Path, on_done: OnDone = lambda done: None) -> Outcome:
-    """Send `num_requests` requests in groups of at most 100, and at most half of all. Measure the memory after each."""
+    """Send `num_requests` requests in at least two groups of at most 100. Measure the memory after each group."""
     outcome, order = Outcome(), random.Random(seed)
     async with run_server(output_dir) as (engine, client):
         cases = draw_cases(engine, client, seed=seed)

@@ -100,7 +100,7 @@ def test_unused_places_of_a_replayed_call_do_not_matter() -> None:
             decoder.decode(windows_of(model, 1, 2, 3, 4, 5, 6))
         while graphs.capture_next(is_idle=True):
             pass
-        decoder.decode(windows_of(model, 1, 2, 3, 4, 5, 6))  # the first replay is confirmed by an eager call
+        decoder.decode(windows_of(model, 1, 2, 3, 4, 5, 6))  # the first replay is compared with an eager call
         audio = decoder.decode(windows_of(model, 7, 8, 9, 10, 11))
         wanted = model.decode(windows_of(model, 7, 8, 9, 10, 11))
     assert device.num_replays == 2

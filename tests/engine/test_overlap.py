@@ -43,7 +43,7 @@ def make_options(mode: str, **fields: object) -> EngineOptions:
 
 
 def make_crowd() -> list[GenerationRequest]:
-    """Returns varied requests, edits, and the varied requests with other seeds, whose prompts are then cached."""
+    """Returns varied requests, edits, and the varied requests with other seeds. The last ones have cached prompts."""
     crowd = make_varied_requests()
     again = [replace(request, seed=request.seed + 100) for request in crowd]
     edits = [

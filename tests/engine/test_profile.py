@@ -113,7 +113,7 @@ async def test_the_plain_profile_names_its_weights_and_precision() -> None:
     options = EngineOptions(warmup_budget_s=0.0, torch_threads=1, mode="strict")
     half = Loaded(decode_precision="half")
     engine = Engine(loaded("sharp-s"), options, device=WrongSecondQueue(), loaded=half)
-    engine.name_checkpoint("ab12")  # before the check at start, as outside Ray
+    engine.name_checkpoint("ab12")  # before the engine starts, as outside Ray
     async with engine:
         provenance = (await engine.generate(REQUEST)).provenance
     assert engine.profile.name == "plain"

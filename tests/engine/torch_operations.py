@@ -65,7 +65,7 @@ def name_of(operation: OpOverload) -> str:
 
 @cache
 def is_composite(operation: OpOverload) -> bool:
-    """Whether torch decomposes the operation on CUDA into other operations. Then only the others are counted."""
+    """Whether torch decomposes the operation on CUDA into other operations. If so, only these others are counted."""
     return name_of(operation) not in _FUSED and operation.has_kernel_for_dispatch_key(_COMPOSITE)
 
 
@@ -115,7 +115,7 @@ def waits(operation: OpOverload, args: Sequence[Any]) -> bool:
     if name not in _INDEXING:
         return False
     by_mask = any(isinstance(index, Tensor) and index.dtype in _MASKS for index in args[1])
-    # Writing a single value that is on the host where a mask is True needs no wait: the number of elements is unused.
+    # Writing a host scalar to the elements that a mask selects needs no wait, because their number is not used.
     fills = "put" in name and args[2].numel() == 1 and args[2].device.type == "cpu"
     return by_mask and not fills
 

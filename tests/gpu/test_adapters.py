@@ -18,7 +18,7 @@ from tests.models.adapters.plain import TYPES, make_change, write_adapter
 
 pytestmark = pytest.mark.gpu
 
-ROUNDS = 4  # the requests are sent so often, because only repeated calls are captured
+ROUNDS = 4  # how often the requests are sent; only calls that repeat are captured
 
 
 def make_requests(folder: Path) -> list[GenerationRequest]:

@@ -219,7 +219,10 @@ def _clip_name(lora: Lora) -> str:
 
 
 def _compare_adapted(clips: Mapping[Lora, Clip], reference: _Reference) -> dict[str, str]:
-    """Return how clips with adapters differ from earlier clips of the same weights with the same adapters."""
+    """Return a message for each adapter whose clip differs too much from the stored clip with the same adapter.
+
+    Nothing is compared if the stored clips are from other weights.
+    """
     if reference.report is None or reference.basis == "other":
         return {}
     before = reference.report.clips
