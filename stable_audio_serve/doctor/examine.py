@@ -1,4 +1,4 @@
-"""Runs all checks of a configuration, in the order in which a start needs them."""
+"""Runs all checks of a configuration, in the order in which a server needs them when it starts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ from stable_audio_serve.serving.serve_file import (
 
 
 class Examination:
-    """The checks of one machine and one configuration. `settings` and `plan` are set when it is read."""
+    """The checks of one machine and one configuration.
+
+    `settings` and `plan` are None until `run` has read the configuration.
+    """
 
     def __init__(self, path: Path | None) -> None:
-        """`path` is the configuration; by default that of `serve`."""
+        """`path` is the configuration file. By default it is the file that the command `serve` uses."""
         self.path = find_serve_file(path)
         self.file: ServeFile | None = None
         self.settings: Settings | None = None
@@ -39,7 +42,7 @@ class Examination:
         self._num_gpus = 0
 
     def run(self, *, features: bool = False) -> Iterator[Finding]:
-        """Yield the findings as they are made. With `features`, try each accelerated feature alone."""
+        """Yield the findings as they are made. With `features`, also try each accelerated feature alone."""
         yield from run_check("Python", machine.check_python)
         yield from run_check("torch", machine.check_torch)
         yield from run_check("GPUs", self._count_gpus)
@@ -68,7 +71,7 @@ class Examination:
             yield Finding("GPUs", "ok", "none that torch can use; models run on the CPU")
 
     def _read(self) -> Iterator[Finding]:
-        """Read and check the configuration as a start does."""
+        """Read the configuration and check it as a starting server does."""
         file = read_serve_file(self.path)
         self.settings = settings = load_settings(file.args)
         if file.path != PACKAGED_FILE:  # importing Ray's schema takes a second

@@ -14,13 +14,13 @@ from stable_audio_serve.engine import Engine
 from stable_audio_serve.engine.options import PLAIN, Features
 from stable_audio_serve.serving.engines import load_engine
 
-# A feature's name, and a function that tries it alone on the device and returns the measured agreement with the plain
-# path. The function raises if the feature fails or differs.
+# A feature's name, and a function that tries the feature alone on the device. The function returns a message. It raises
+# an error if the feature fails, or if its results differ from those of an engine without features (the plain path).
 Feature = tuple[str, Callable[[], str]]
 
 
 def chosen_profile(model: ModelSettings, device: torch.device) -> tuple[str, str]:
-    """Return the profile of a replica of a model on this device, and the reason."""
+    """Return the profile that a replica of the model has on this device, and the reason for it."""
     if device.type != "cuda":
         return "plain", "no GPU"
     if model.engine.profile != "auto":

@@ -1,4 +1,4 @@
-"""The result of a check, and the isolation of checks: whatever a check raises becomes a failure of one line."""
+"""Runs a check and collects its findings. An exception in a check becomes a finding, so that other checks still run."""
 
 from __future__ import annotations
 

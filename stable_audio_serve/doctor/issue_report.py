@@ -1,4 +1,7 @@
-"""Writes what an issue report needs, as JSON: findings, settings and versions. Secrets and other paths are hidden."""
+"""Writes what an issue report needs, as JSON: findings, settings and versions.
+
+Secrets are hidden, and so are the folders of paths that are not in the settings.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from stable_audio_serve.doctor.findings import Finding, run_check
 
 _HIDDEN = "**********"
 _SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
-_SHORTEST_SECRET = 4  # characters; shorter values, such as 1, are in other words too
+_SHORTEST_SECRET = 4  # characters; a shorter value, such as 1, is not hidden, because it also occurs in other words
 _PASSWORD = re.compile(r"\w://[^\s:/@]*:([^\s\"]+)@")  # of a URL
 _PATTERNS = (
     (re.compile(r"(\w://)[^\s\"]*@"), rf"\1{_HIDDEN}@"),  # user and password of a URL

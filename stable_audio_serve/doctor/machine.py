@@ -40,7 +40,7 @@ def memory_bytes() -> int:
 
 
 def check_torch() -> Iterator[Finding]:
-    """Report torch, its CUDA and the driver. Warns if there is an NVIDIA driver that torch cannot use."""
+    """Report the versions of torch, CUDA and the NVIDIA driver. Warns if torch cannot use the driver."""
     driver = collect_env.get_nvidia_driver_version(collect_env.run)
     message = f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, NVIDIA driver {driver or 'not found'}"
     is_used = driver is None or torch.cuda.is_available()
@@ -72,7 +72,7 @@ def check_ports(file: ServeFile, settings: Settings) -> Iterator[Finding]:
 
 
 def check_job_store(settings: Settings) -> Iterator[Finding]:
-    """Check that the job database can be used, without a change to it."""
+    """Check that the job database can be used, without changing it."""
     database = open_store(settings).database
     try:
         if database.is_sqlite and _can_be_created(Path(database.url.database or "")):
@@ -85,7 +85,10 @@ def check_job_store(settings: Settings) -> Iterator[Finding]:
 
 
 def check_files(settings: Settings) -> Iterator[Finding]:
-    """Check that a file can be written to the bucket or the folder, read and deleted."""
+    """Check the bucket or the folder for files of jobs: write, read and delete a file.
+
+    A folder that does not exist is not created. Instead, check that it can be created.
+    """
     artifacts = open_artifacts(settings)
     if settings.storage.bucket is None and _can_be_created(Path(settings.output_dir)):
         yield Finding("files of jobs", "ok", f"{artifacts} can be created")
@@ -95,7 +98,7 @@ def check_files(settings: Settings) -> Iterator[Finding]:
 
 
 def _can_be_created(path: Path) -> bool:
-    """Return False if `path` exists. Raises ConfigError if it does not and cannot be created."""
+    """Return False if `path` exists, and True if it can be created. Raises ConfigError if it cannot be created."""
     if path.exists():
         return False
     folder = next(folder for folder in path.absolute().parents if folder.exists())
@@ -105,7 +108,7 @@ def _can_be_created(path: Path) -> bool:
 
 
 def check_haproxy(settings: Settings) -> Iterator[Finding]:
-    """Check that HAProxy runs and that there are ports for it, unless it is not wanted."""
+    """Check that HAProxy runs and that there are ports for it. If `proxy.kind` is python, only report that."""
     if settings.proxy.kind == "python":
         yield Finding("HAProxy", "ok", "not used, because proxy.kind is python")
     elif (problem := environment.haproxy_problem()) is None:

@@ -58,7 +58,7 @@ class ModelChecks:
         return reserved_gpus(self._settings, self._model, cluster_gpus=self._num_gpus)
 
     def files(self) -> Iterator[Finding]:
-        """Check that the files are here or can be downloaded, as a start does."""
+        """Check that the files are on this machine or can be downloaded. A starting server makes the same check."""
         warnings: list[str] = []
         require_weights(self._plan, [self._model], print_error=warnings.append)
         if warnings:  # a model that loads at its first request
@@ -80,7 +80,7 @@ class ModelChecks:
         yield Finding(f"{self.name}: memory", "ok" if self._fits else "failure", message, advice)
 
     def profile(self) -> Iterator[Finding]:
-        """Name the profile of the model's replicas, and why."""
+        """Report the profile of the model's replicas, and the reason for it."""
         profile, reason = chosen_profile(self._model, self._device)
         yield Finding(f"{self.name}: profile", "ok", f"{profile} ({reason})")
 
@@ -101,7 +101,10 @@ class ModelChecks:
             yield from run_check(name, partial(_try_feature, name, try_alone))
 
     def _weights_bytes(self) -> int | None:
-        """Return the size of the loaded weights: from the files' headers, else from known shapes; None if unknown."""
+        """Return the size of the weights once they are loaded, or None if it is unknown.
+
+        The size is read from the headers of the files. Without files, the size of an official model is computed.
+        """
         dtype = DTYPES[engines.precisions(self._settings, self._model, device=self._device)["dtype"]]
         if self._folders is not None:
             folder, text_encoder = self._folders
@@ -112,7 +115,7 @@ class ModelChecks:
         return _official_bytes(self.name, dtype)
 
     def _fit_gpu(self, weights: int) -> tuple[str, bool]:
-        """Return the GPU's memory in words, and whether weights and requests fit into its free part."""
+        """Return a description of the GPU's memory, and whether weights and requests fit into its free part."""
         prompts = EngineOptions().prompt_cache_bytes
         share = engines.memory_share(self._model, gpu_share=self._gpu_share)
         free, total = torch.cuda.mem_get_info(self._device)
@@ -137,7 +140,7 @@ class ModelChecks:
             took_s = await _time(engine, trial)
             if took_s < _REPEAT_BELOW_S:
                 took_s = min(took_s, await _time(engine, trial))
-            # Prices are of clips that share their steps with others. The trial shows how much longer one takes alone.
+            # A price is for a clip that shares its steps with others. The trial shows how much longer it takes alone.
             prices = engine.prices()
             alone = took_s * 1000.0 / (prices.of_request(trial) or 1.0)
             times_s = [alone * prices.of_request(clip) / 1000.0 for clip in (short, long)]
@@ -149,7 +152,7 @@ class ModelChecks:
                 f"({engine.device.type}, {engine.dtype}, {engine.mode} mode, ready after {ready_s:.1f} s)"
             )
         except ModelUnavailableError as error:
-            raise error.__cause__ or error from None  # the fault in the warm-up says more
+            raise error.__cause__ or error from None  # the cause, a failed warm-up, says more
         finally:
             await engine.close()
 
@@ -170,7 +173,7 @@ async def _time(engine: Engine, request: GenerationRequest) -> float:
 
 
 def _official_bytes(name: str, dtype: torch.dtype) -> int:
-    """Return the size of an official model, built without memory for its weights."""
+    """Return the size of an official model's weights. The model is built on torch's meta device, without memory."""
     model: Sa3Model | SaoModel
     if name in sao.OFFICIAL_CONFIGS:
         card = BUILT_IN[name].card

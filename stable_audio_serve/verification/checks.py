@@ -1,4 +1,4 @@
-"""The reference numbers of a folder, and the rows of the tables that compare them. Independent of model families."""
+"""The reference numbers of a folder, and the checks that compare them with a model. Independent of model families."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ class Goldens:
 
     @classmethod
     def load(cls, folder: Path) -> Goldens:
-        """Read all files. The error names the unusable one. Numbers of adapters are in the group `lora`."""
+        """Read all files of a folder. The error message names the file that cannot be used.
+
+        The facts and tensors of adapters are in the group `lora`.
+        """
         path = folder / FACTS_FILE
         try:
             facts = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -56,7 +59,7 @@ class Goldens:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def __getitem__(self, key: str) -> Tensor:
-        """Returns the tensor `key`. Floating-point tensors become float32; other types stay."""
+        """Returns the tensor `key`. Floating-point tensors are converted to float32."""
         if key not in self._tensors:
             raise CheckpointError(f"{TENSORS_FILE} has no {key}")
         self._used.add(key)
@@ -67,13 +70,19 @@ class Goldens:
         return self[key] if key in self._tensors else None
 
     def matching(self, pattern: str) -> list[re.Match[str]]:
-        """Returns a match per key that the regular expression `pattern` matches in full, sorted. Marks them as read."""
+        """Returns a match for each key that the regular expression `pattern` matches in full, sorted by key.
+
+        Marks the tensors of these keys as read.
+        """
         matches = [match for key in sorted(self._tensors) if (match := re.fullmatch(pattern, key))]
         self._used |= {match[0] for match in matches}
         return matches
 
     def section(self, *path: str) -> dict[str, Any]:
-        """Returns the object at `path` in the facts, empty if absent."""
+        """Returns the JSON object at `path` in the facts, or an empty dict if there is none.
+
+        Raises CheckpointError if the value at `path` is not an object.
+        """
         found = self.facts
         for part in path:
             found = found.get(part, {})
@@ -87,7 +96,7 @@ class Goldens:
 
 
 class Subject(NamedTuple):
-    """The input of a check: the stored numbers, and the model to compare with them or None."""
+    """The input of a check: the stored numbers, and the model. In folders without a model, `model` is None."""
 
     goldens: Goldens
     model: Any = None
@@ -114,12 +123,12 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row of a table: which stored numbers to compare, and how to compute them.
+    """A check: which stored numbers to compare, and how to compute the values that they must match.
 
-    `component` selects the error bound. `over` selects the items: stored tensors or cases whose whole name matches the
-    regular expression `pattern`, or one call. `make` is called for each item. It returns the computed tensor, or any
-    number of findings. A text among the findings is the reason why a comparison is skipped. The check runs only if the
-    model is of the class `family`; the default includes folders without a model.
+    `make` is called for each stored tensor or each case (`over`) whose whole name matches the regular expression
+    `pattern`. If `over` is "once", `make` is called once. It returns the computed tensor, or any number of findings. A
+    string among the findings is the reason why a comparison is skipped. `component` selects the error bound. The check
+    runs only if the model is of the class `family`; the default includes folders without a model.
     """
 
     component: str
@@ -129,7 +138,7 @@ class Check:
     family: type | UnionType = object
 
     def items(self, goldens: Goldens) -> list[re.Match[str]]:
-        """Returns a match of the pattern for each item."""
+        """Returns a match of the pattern for each call of `make`."""
         if self.over == "tensors":
             return goldens.matching(self.pattern)
         names = goldens.section("cases") if self.over == "cases" else [self.pattern]
@@ -137,7 +146,7 @@ class Check:
 
 
 def same(key: str, stated: object, *, found: object, component: str | None = None) -> Finding:
-    """Returns a finding that misses unless `found` equals the `stated` value."""
+    """Returns a finding that fails if `found` differs from the `stated` value."""
     return Finding(key, torch.tensor(found == stated), torch.tensor(True), component=component)
 
 

@@ -1,4 +1,4 @@
-"""Checks of conditioners, denoiser, adapters and the autoencoder, which codes audio in one piece and in windows."""
+"""Checks of the conditioners, the denoiser, adapters, and the autoencoder, in one piece and in windows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _prompts(it: Subject) -> Any:
 
 
 def _ids_and_mask(it: Subject) -> list[Tensor]:
-    """Returns ids and mask (B, T) of the stored prompts."""
+    """Returns the token ids and the attention mask (B, T) of the stored prompts."""
     return list(it.model.text.tokenize(_prompts(it)).ids_and_mask.unbind(1))
 
 
@@ -51,7 +51,7 @@ def _text(it: Subject, _: object) -> Tensor:
 
 
 def _exact_text(it: Subject, _: object) -> Tensor:
-    """Encode the prompts with the encoder loaded in float32; the served model computes in float16."""
+    """Encode the prompts with a text encoder in float32. The text encoder of the served model computes in float16."""
     text, (ids, mask) = it.model.text, _ids_and_mask(it)
     place = Path(str(text.encoder.config._name_or_path))
     exact = load_text_encoder(place, max_length=text.max_length, device=it.model.device, dtype=torch.float32)
@@ -59,21 +59,21 @@ def _exact_text(it: Subject, _: object) -> Tensor:
 
 
 def _numbers(it: Subject, match: re.Match[str]) -> Tensor:
-    """Embed the values in the facts. Some are outside the conditioner's range."""
+    """Returns the embeddings of the numbers in the facts. Some numbers are outside the conditioner's range."""
     facts = it.goldens.section("components", "number")
     values = torch.tensor(facts["values"] if facts else it.goldens.facts["cond_number_values"], dtype=torch.float32)
     return it.model.numbers[match[1] or "seconds_total"](values)[:, None]
 
 
 def _condition(it: Subject, context: Tensor | None = None, *, local: Tensor | None) -> Any:
-    """Returns the denoiser's conditioning of the stored context or another (B, T, width)."""
+    """Returns the denoiser's conditioning for `context` (B, T, width), by default the stored one."""
     group, frames = ("dit/", {"local": local}) if isinstance(it.model, Sa3Model) else ("cond/inputs_", {})
     context = it.goldens[f"{group}cross_attn_cond"] if context is None else context
     return it.model.denoiser.condition(context, it.goldens[f"{group}global_cond"], **frames)
 
 
 def _denoise(it: Subject, *, conditioning: Any = None, **changes: Any) -> Tensor:
-    """Returns the output (B, D, F) for the stored inputs, some of them changed, in one pass without guidance."""
+    """Returns the output (B, D, F) of one pass without guidance. `changes` replaces stored inputs or adds others."""
     inputs = {"x": it.goldens["dit/x"], "t": it.goldens["dit/t"], **changes}
     conditioning = conditioning or _condition(it, local=it.goldens.find("dit/local_add_cond"))
     return it.model.denoiser(**inputs, conditioning=conditioning)
@@ -87,10 +87,11 @@ def _output_of(it: Subject, match: re.Match[str], *, path: str) -> Tensor:
 
 
 def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
-    """Compare an output of the denoiser. `_OUTPUT` parses its settings from its key.
+    """Compare an output of the denoiser. The output's key states the settings, and `_OUTPUT` parses them.
 
-    The reference applies guidance to all rows if t of row 0 is inside the guidance interval. In runs with
-    `_interval_off` it is outside. In runs with `_interval_swapped` it is inside, after the two rows were swapped.
+    The reference applies guidance to all rows if t of row 0 is inside the guidance interval. For a key with
+    `_interval_off`, it is outside. For a key with `_interval_swapped`, the reference swapped the two rows, and t of the
+    new row 0 is inside.
     """
     component = "denoiser padding" if match["padding"] else "denoiser"
     valid = it.goldens["dit/padding_mask"].bool() if match["padding"] else None
@@ -116,7 +117,7 @@ def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
 
 
 def _beside_padding(it: Subject, _: object) -> Iterator[Finding]:
-    """Compare the output for valid frames with and without padded frames after them."""
+    """Check that padded frames after the valid frames do not change the output for the valid frames."""
     x, frames = it.goldens["dit/x"], it.goldens["dit/x"].shape[-1]
     valid = (torch.arange(2 * frames) < frames).expand(len(x), -1)
     padded = _denoise(it, x=torch.cat([x, torch.full_like(x, 5.0)], dim=-1), valid=valid)
@@ -129,11 +130,13 @@ def _hidden(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def _adapted(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
-    """Compare the denoiser's output, or an embedded number, with one adapter or a chain, which the key names.
+    """Apply the adapter or the chain of adapters that the key names, and compare the result.
 
-    An adapter of a type that is not served must be refused with its name and type. The reference's loader has a fault:
-    the second and later adapters of a chain change only layers that all adapters before them also change. If the facts
-    state the fault, the stored outputs have it.
+    The result is the denoiser's output, or the embedding of a number if the key has one.
+
+    An adapter of an unsupported type must be refused with a message that has its name and type. The reference's loader
+    has a bug: an adapter in a chain changes only layers that all adapters before it also change. If the facts state
+    this bug, it is repeated here, because the stored outputs have it.
     """
     facts, chain = it.goldens.section(ADAPTERS), list[tuple[Adapter, float]]()
     for text in [match["one"]] if match["one"] else match["chain"].split("+"):
@@ -160,7 +163,7 @@ def _adapted(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
 
 
 def _code_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units) -> Tensor:
-    """Returns the results of windows of `value`, joined."""
+    """Encode or decode the windows `spans` of `value`. Returns the parts of the results to keep, joined."""
     parts = []
     for span in spans:
         made = code(value[..., span.start * units[0] : span.stop * units[0]], span.start)
@@ -169,7 +172,10 @@ def _code_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units) -
 
 
 def _coded(it: Subject, match: re.Match[str], *, given: str) -> Tensor:
-    """Encode or decode a stored input as its key describes. `given` is a template for the key of the input."""
+    """Encode or decode a stored input with the windows and the noise that the output's key states.
+
+    `given` is a template for the key of the input.
+    """
     net, hop, is_open = it.model.autoencoder, it.model.spec.hop, isinstance(it.model, SaoModel)
     value, stated, decodes = it.goldens[match.expand(given)], match.groupdict(), "decode" in match[0]
     noise, units = CallOrderNoise(int(stated.get("seed") or 0)), (1, hop) if decodes else (hop, 1)
@@ -183,14 +189,17 @@ def _coded(it: Subject, match: re.Match[str], *, given: str) -> Tensor:
         return (net.decode if decodes else net.encode)(part, drawn)
 
     if stated.get("size") is None:
-        return code(value, 0)  # may be longer than the input
+        return code(value, 0)  # the result may be longer than the input
     frames = -(-value.shape[-1] // units[0])
     spans = chunked_windows(frames, size=int(stated["size"]), overlap=int(stated["overlap"]))
     return _code_windows(code, value, spans=spans, units=units)
 
 
 def _clip(it: Subject, match: re.Match[str]) -> Tensor:
-    """Prepare a clip: the model's channels, zero-padded at the end to whole latents. Returns it or its encoding."""
+    """Convert a stored clip to the model's channels and pad it at the end with zeros to whole latents.
+
+    Returns the converted clip or its encoding, as the key states.
+    """
     net, samples = it.model.autoencoder, torch.atleast_2d(it.goldens[f"ae/{match[1]}_audio"])
     rate_hz, num_samples = it.model.spec.card.sample_rate_hz, -(-samples.shape[-1] // net.hop) * net.hop
     source = SourceAudio(samples.numpy(), rate_hz)
@@ -199,10 +208,11 @@ def _clip(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def _windows(it: Subject, _: object) -> Iterator[Finding]:
-    """Compare long audio coded in windows with the same audio coded in one piece.
+    """Compare long audio that is encoded and decoded in windows with the same audio in one piece.
 
     The windows are the ones that the engine uses while other requests wait. Encoding is compared only for Stable Audio
-    Open, where windows are exact. Each window takes its part of one noise draw over all frames.
+    Open, where windows are exact: values outside a window do not affect the part of its result that is kept. Each
+    window uses its part of one noise draw over all frames.
     """
     model, hop, is_exact = it.model, it.model.spec.hop, isinstance(it.model, SaoModel)
     generator, frames = torch.Generator().manual_seed(0), 3 * WINDOW_FRAMES
@@ -225,7 +235,11 @@ def _windows(it: Subject, _: object) -> Iterator[Finding]:
 
 
 def _compare_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units, is_exact: bool) -> Iterator[Finding]:
-    """Compare joined windows with one piece. The kept part of exact windows is finite if everything outside is NaN."""
+    """Compare the joined results of windows with the result of `value` in one piece.
+
+    If the windows are exact, also check that the kept part of each result is finite when all values outside the window
+    are NaN.
+    """
     if len(spans) < 2:
         raise ValueError("long audio is one window")
 
@@ -262,14 +276,14 @@ _MODULES = {
     r"dit/mid/layer(\d+)_(self_attn|cross_attn|ff)_out": r"transformer.layers.\1.\2",
     r"dit/mid/layer(\d+)_local_embed": r"transformer.layers.\1.to_local_embed",
 }
-# Key of a coded value -> the key of its input. The coded value's key states windows and the seed of the noise.
+# Key of an encoded or decoded value -> key of its input. The first key states the windows and the seed of the noise.
 _STATED = r"(?:_full|_c(?P<size>\d+)_o(?P<overlap>\d+))?_(?:quiet|seed(?P<seed>\d+))"
 _CODED = {f"ae/decode(_[a-z0-9]+)??{_STATED}": r"ae/latents\1", f"ae/encode(_[a-z0-9]+)??{_STATED}": r"ae/audio\1"}
 _OPEN_CODED = {
     r"ae/(long_)?decode(?:_chunked_(?P<size>\d+)_(?P<overlap>\d+))?": r"ae/\1z",
     r"ae/encode_seed(?P<seed>\d+)": "ae/wave",
 }
-# Inputs, and outputs inside a network: if one of these is wrong, the network's output is wrong too.
+# Stored inputs, and outputs inside a network. They need no comparison: if one is wrong, the network's output is wrong.
 _NOT_COMPARED = (
     "(cond/inputs_|init/).*",
     "dit/(x|t|(negative_)?cross_attn_(cond|mask)|global_cond|local_add_cond|padding_mask)",

@@ -42,13 +42,13 @@ from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.verification import samplers
 from stable_audio_serve.verification.checks import Check, Finding, Goldens, Subject, calls_of, same
 
-SOURCE_DRAW = "init/bottleneck"  # the one draw with which the reference of Stable Audio Open encodes a source
+SOURCE_DRAW = "init/bottleneck"  # the only draw of Stable Audio Open's reference when it encodes a source
 _SILENT = "_ae_noise_off"  # suffix of outputs of a run without noise in the autoencoder
 # Arguments that the references' generate() adds to a case of the Stable Audio Open family, by objective.
 _V_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "dpmpp-2m-sde", "sigma_min": 0.01, "sigma_max": 100.0}
 _FLOW_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "euler"}
-# The reference's argument -> our field: for all rows, for arguments with an optional list of one value per row, and for
-# the conditioning of a row.
+# The reference's argument -> our field. `_FIELDS` are for all rows. An argument in `_LISTED` may be a list of one value
+# per row. `_ROW` and `_NEGATIVE` are for the conditioning of one row.
 _FIELDS = {"scale_phi": "cfg_rescale", "sampler_type": "sampler", "duration_padding_sec": "duration_padding_s"}
 _FIELDS |= {name: name for name in ("steps", "cfg_scale", "cfg_interval", "cfg_norm_threshold", "apg_scale")}
 _FIELDS |= {name: name for name in ("sigma_min", "sigma_max", "init_noise_level", "chunked_decode")}
@@ -83,7 +83,7 @@ def skip_reason(args: Mapping[str, Any]) -> str | None:
 def parse_case(facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> Case:
     """Returns a case of Stable Audio 3, with defaults from the goldens and the model's default for chunked decoding.
 
-    Raises CheckpointError if a list has another number of values than the batch has rows.
+    Raises CheckpointError if a list does not have one value per row of the batch.
     """
     args: dict[str, Any] = {"prompt": "", "batch_size": 1, "chunked_decode": chunked}
     for stated in (goldens.section("generate_defaults"), facts["args"]):
@@ -105,7 +105,10 @@ def parse_case(facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> 
 
 
 def parse_open_case(facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCard) -> Case:
-    """Returns a case of the Stable Audio Open family. Raises ValueError unless each row has one condition."""
+    """Returns a case of the Stable Audio Open family.
+
+    Raises ValueError if there are several negative conditions, but not exactly one for each row.
+    """
     is_v, inputs = card.objective == "v", facts.get("inputs")
     args = {**(_V_DEFAULTS if is_v else _FLOW_DEFAULTS), **facts["args"]}
     negatives = args.get("negative_conditioning") or [{}]
@@ -125,13 +128,13 @@ def _build_case(args: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **sh
 
 
 def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the arguments that are present and not None, under our names."""
+    """Returns the arguments that are present and not None, renamed by `names` (the reference's name -> our name)."""
     found = {ours: args[theirs] for theirs, ours in names.items() if args.get(theirs) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 class CallOrderNoise(SeededNoise):
-    """Noise whose draws for windows follow the order of the calls, as in the reference."""
+    """Noise of which each window gets the next draw, in the order of the calls. The reference draws in this order."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
@@ -140,7 +143,10 @@ class CallOrderNoise(SeededNoise):
 
 
 class RowNoise:
-    """A row's noise from `source`, except inside the autoencoder: there it is part of `drawn` (D, F), or zeros."""
+    """A row's noise. In the autoencoder it is each window's part of `drawn` (D, F), or zeros if `drawn` is None.
+
+    The noise for sampling is from `source`.
+    """
 
     def __init__(self, source: NoiseSource, drawn: Tensor | None = None, *, num_rows: int = 1) -> None:
         self.initial, self.step = source.initial, source.step
@@ -167,7 +173,10 @@ class RowResult(NamedTuple):
 
 
 class ObservedModel(ForwardingModel):
-    """Records a model's calls and each row's final latents, headroom included. `texts`, if any, replace its encoder."""
+    """Records a model's calls and each row's final latents, headroom included.
+
+    If `texts` is not empty, it replaces the text encoder.
+    """
 
     def __init__(self, model: DiffusionModel, texts: Mapping[str, TextEmbedding]) -> None:
         super().__init__(model)
@@ -216,8 +225,12 @@ def run_case(
 
 
 def plan_case(model: DiffusionModel, case: Case) -> list[RowPlan]:
-    """Returns one plan per row. All have the latent length of the longest row, headroom included."""
-    frames = case.sample_size // model.spec.hop  # whatever the duration is, in the Stable Audio Open family
+    """Returns one plan per row, all with the same latent length.
+
+    For Stable Audio 3, this is the length of the longest row, headroom included. For the Stable Audio Open family, it
+    depends only on the sample size.
+    """
+    frames = case.sample_size // model.spec.hop
     if isinstance(model, Sa3Model):
         rule = replace(model.config.lengths, max_samples=case.sample_size)
         longest_s = max(request.duration_s for request in case.requests)
@@ -262,7 +275,7 @@ def replay_rows(case: Case, script: samplers.Script) -> list[NoiseSource]:
 
 
 def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
-    """Repeat a case with all its rows. A second run has no noise in the autoencoder, if its outputs are stored."""
+    """Repeat a case with all its rows. Repeat it without noise in the autoencoder if outputs without it are stored."""
     goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)
@@ -399,7 +412,8 @@ def _stored_texts(goldens: Goldens, name: str, *, case: Case, model: SaoModel) -
 def _edit(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Edit the middle fifth of sources with stored encodings, as an inpainting and as a variation.
 
-    The reference cannot do this with these models. Frames outside the edited region must equal the source's latents.
+    Frames outside the edited region must equal the stored encodings. There are no stored edits, because the reference
+    cannot edit regions with these models.
     """
     waves, stored, spec = it.goldens["ae/wave"], it.goldens[match[0]], it.model.spec
     draws = torch.randn(stored.shape, generator=torch.Generator().manual_seed(int(match[1])))
@@ -411,7 +425,7 @@ def _edit(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     for name, rows in (("an edit", edits), ("a variation", variations)):
         noise = [RowNoise(SeededNoise(row), draw) for row, draw in enumerate(draws)]
         for row, result in enumerate(run_case(it.model, Case(tuple(rows), 0, waves.shape[-1]), noise=noise)):
-            kept = result.plan.keep_mask  # if there is none, the comparison of all frames misses
+            kept = result.plan.keep_mask  # without a mask, all frames are compared, and the comparison fails
             only = None if kept is None else kept.bool()
             yield Finding(f"{match[0]} kept by {name}[{row}]", result.latents, stored[row], only)
 

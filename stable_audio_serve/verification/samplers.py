@@ -26,7 +26,7 @@ from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 Calls = Sequence[tuple[Tensor, Tensor]]  # input and guided output (B, D, F) of each network call of a plan
 Script = Sequence[ReplayDraw | ReplayPath]
 
-FORMULAS_KEY = "analytic"  # the fact of a folder without a model that states `v_output` and `flow_output`
+FORMULAS_KEY = "analytic"  # a fact in folders without a model: the formulas of `v_output` and `flow_output`
 _VARIANCE = 0.25
 _UNGUIDED_SHARE = 0.9  # in the formulas, unconditional output = this share of the guided output
 _LAST_DRAWS_UNUSED = ("k-heun", "k-dpm-2", "k-dpm-fast")
@@ -35,7 +35,10 @@ _NO_SHIFT = shift_from_config({"type": "none"})
 
 
 def _draws(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
-    """Repeat a case's random draws in order from its seed. The first four values of each are stored, of some all."""
+    """Repeat a case's random draws in order from its seed.
+
+    The first four values of each draw are stored. For some draws, all values are stored.
+    """
     case = it.goldens.section("cases", match[0])
     seed = case.get("manual_seed", case.get("args", {}).get("seed"))
     if seed is None or seed < 0:
@@ -117,7 +120,10 @@ def v_output(x: Tensor, t: float) -> Tensor:
 
 
 def flow_output(x: Tensor, t: float) -> Tensor:
-    """Returns u0 + 0.2 sin(x), where u0 is the exact flow velocity, for the arguments and data of `v_output`."""
+    """Returns u0 + 0.2 sin(x) for x (B, D, F) at the float32 time `t`.
+
+    u0 is the exact flow velocity for the same normal data as in `v_output`.
+    """
     time = torch.tensor(t, dtype=torch.float32)
     return _formula(x, 1 - time, beta=time, pull=time - _VARIANCE * (1 - time), lean=1.0)
 
@@ -151,8 +157,9 @@ def compare_steps(
 ) -> Iterator[Finding]:
     """Compare x and the clean estimate of the steps at the noise levels `sigmas`. Stored keys begin with `prefix`.
 
-    `result` (B, D, F) is x after the last step. The reference's callback reports x before a step; after it for Euler,
-    RK4 and DDIM, except in DDIM's last step. The estimate is from a step's first network call, for RK4 from its last.
+    `result` (B, D, F) is x after the last step. The stored x is what the reference's callback reported: x after a step
+    for Euler, RK4 and all but the last step of DDIM, and x before a step otherwise. The stored estimate is from a
+    step's first network call, but for RK4 from its last.
     """
     firsts, near = (0, *plan.step_ends[:-1]), step_levels(plan)[:, None].isclose(torch.tensor(sigmas), rtol=2e-6)
     starts = [calls[first][0] / plan.evaluations[first].input_scale for first in firsts]
@@ -184,7 +191,10 @@ def sampler_script(sampler: str, plan: SamplerPlan, *, shape: tuple[int, ...]) -
 
 
 def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampler: str) -> Iterator[Finding]:
-    """Compare number, kind and shape of the draws with the reference, except last draws that a sampler does not use."""
+    """Compare the number, kind and shape of the draws with the reference's.
+
+    Some of the reference's samplers end with draws that they do not use. These are not compared.
+    """
     if (draws := facts.get("draws")) is not None:
         found = [() if isinstance(entry, ReplayPath) else entry.shape for entry in script]
         stored = [tuple(draw["shape"]) for draw in draws[: len(found) if sampler in _LAST_DRAWS_UNUSED else None]]

@@ -58,10 +58,11 @@ BOUNDS: dict[str, float] = {
 if not is_amd():
     BOUNDS |= {"text": 3e-5, "text in float16": 4e-3, "denoiser time features": 2.5e-4, "denoiser": 3e-5}
 
-# If a folder states how far float32 rounding of the weights alone moves a tensor, its bound is this times the distance.
+# A folder may state how far float32 rounding of the weights alone moves a tensor. The bound for such a tensor is this
+# factor times the stated distance.
 TIMES_ROUNDING = 10.0
 
-# Verification fails if one of these parts had no comparison: first for a folder with a model, then without one.
+# Verification fails if a part had no comparison. `REQUIRED` lists the parts for a folder with a model.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "number": ("number",),
@@ -71,7 +72,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 REQUIRED_WITHOUT_MODEL = {row.component: (row.component,) for row in SAMPLERS if row.component in BOUNDS}
 
-# Component -> text in a load error that belongs to it. The first match applies.
+# Component -> pattern that finds an error in loading this component by its message. The first match applies.
 _OWNERS = {
     "autoencoder": r"pretransform",
     "text": r"text encoder|conditioners\.prompt",
@@ -111,9 +112,10 @@ class Report:
         return list(dict.fromkeys((*self.failures, *missed)))
 
     def compare(self, component: str, found: Finding) -> None:
-        """Record max|actual - expected| over the elements that `only` marks, for the finding's component or this one.
+        """Record max|actual - expected| over the elements that `only` marks.
 
-        NaN and differing shapes miss every bound. If `only` marks no element, nothing is recorded.
+        A finding with a component is recorded for that component, and any other finding for `component`. NaN and
+        differing shapes miss every bound. If `only` marks no element, nothing is recorded.
         """
         key, actual, expected, only, own = found
         component = own or component
@@ -154,7 +156,10 @@ class Report:
             self.fail(component, f"{key}: {message}" if key else message)
 
     def require_groups(self, required: Mapping[str, tuple[str, ...]]) -> None:
-        """Record a part of `required` as missed if it had no comparison, unless it has failed already."""
+        """Record each part of `required` as missed if none of its components was compared.
+
+        A part that has failed already, or has a failed component, is not recorded again.
+        """
         compared = {comparison.component for comparison in self.comparisons}
         for name, components in required.items():
             if not compared.intersection(components) and not {name, *components}.intersection(self.failures):
@@ -218,9 +223,9 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
 
 
 def compare(report: Report, goldens: Goldens, *, model: DiffusionModel | None, only: Collection[str] = ()) -> None:
-    """Run the checks that apply to the model; if `only` has components, only their checks.
+    """Run the checks that apply to the model. If `only` is not empty, run only the checks of these components.
 
-    An error counts as a miss of its component; the other checks run.
+    An error counts as a miss of its component. The other checks still run.
     """
     for check in (*SAMPLERS, *NETWORKS, *RUNS):
         if not isinstance(model, check.family) or (only and check.component not in only):

@@ -48,7 +48,7 @@ class LateRecordingDevice(_Capturing, LateDevice):
 
 
 class GraphCounts(NullMetrics):
-    """Metrics that count the captured graphs, and the engine calls without a graph, by kind of call."""
+    """Metrics that count, for each kind of engine call, the captured graphs and the calls that ran without a graph."""
 
     def __init__(self) -> None:
         self.graphs: Counter[str] = Counter()

@@ -1,7 +1,8 @@
 """Count the host's work (copies, waits, kernel launches) in each kind of engine call, for each kind of request.
 
-The real engine runs small checkpoints on the simulated device of `stand_in_device`. Tests and benchmark goals have the
-limits. Counting must run in a separate process (`run_apart`), because the simulated device cannot be removed.
+The real engine runs small checkpoints on the simulated device of `stand_in_device`. The tests and the benchmark goals
+state the limits for these counts. Counting must run in a separate process (`run_apart`), because the simulated device
+cannot be removed.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def run_apart(function: Callable[[Item], Result], items: Iterable[Item]) -> list
 
 
 def count(setting: Setting) -> dict[str, Any]:
-    """Returns for each kind of engine call: the number of calls, and the largest count of each kind of work in a call.
+    """Count the work of a setting's requests.
+
+    Returns, by kind of engine call, the number of calls and the highest count of each kind of work in a single call.
 
     All requests run once before counting starts, so work that happens only once in a process does not count.
     """
@@ -95,7 +98,7 @@ def count(setting: Setting) -> dict[str, Any]:
 
 
 def make_model(family: Family, *, dtype: str) -> Sa3Model | SaoModel:
-    """Returns a small model on the stand-in device. Its denoiser has the dtype `dtype`, as it can have on CUDA."""
+    """Returns a small model on the stand-in device, with the denoiser converted to `dtype`."""
     folder = CHECKPOINTS[family]
     model = load_model(resolve_entry(folder.name, path=str(folder)))
     assert isinstance(model, Sa3Model | SaoModel)
@@ -172,9 +175,9 @@ class _StandInEngine(Engine):
 
 
 class _QueueingDevice(CudaDevice):
-    """Replaces the engine's GPU by a stand-in device.
+    """A CUDA device of the engine whose work runs on a stand-in device.
 
-    As on a GPU with queued work, a call finishes later: when the next call has begun.
+    A call counts as finished only after the next call has begun. This simulates the queue of work on a GPU.
     """
 
     def __init__(self, stand_in: StandInDevice) -> None:

@@ -23,7 +23,10 @@ from tests.engine.torch_operations import is_composite
 
 
 class LateDevice(WaitingDevice):
-    """Work on the second stream counts as done after `patience` polls, or when it is waited for. None: only then."""
+    """A device whose second stream does its work after `patience` polls, or earlier if something waits for the work.
+
+    If `patience` is None, the work is done only when something waits for it.
+    """
 
     def __init__(self, *, patience: int | None = None, mode: Mode = "strict") -> None:
         super().__init__(torch.device("cpu"), clock=SystemClock())
@@ -100,7 +103,7 @@ class _Operation:
 
 @dataclass(eq=False)
 class _Operations(TorchDispatchMode):
-    """Runs torch operations, to get the shapes of their results, and records them, to undo and redo them."""
+    """Runs torch operations to get the shapes of their results. Records them, so that they can be undone and redone."""
 
     operations: list[_Operation] = field(default_factory=list)
 
@@ -158,7 +161,7 @@ def _keep_generator(value: Any) -> Any:
 
 
 def _open_generator(value: Any) -> Any:
-    """Returns a recorded generator after restoring its state. Any other value is returned unchanged."""
+    """Restore the state of a recorded generator and return the generator. Any other value is returned unchanged."""
     if not isinstance(value, _GeneratorState):
         return value
     value.own.set_state(value.state)

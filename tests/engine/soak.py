@@ -53,7 +53,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """How many requests ended in which way, by kind of request, and the memory of the process between requests."""
+    """The number of requests, by kind, that ended in each way, and measurements of the process's memory."""
 
     answered: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ class Outcome:
 
 
 async def soak(*, num_requests: int, seed: int, output_dir: Path, on_done: OnDone = lambda done: None) -> Outcome:
-    """Send `num_requests` requests. The memory is measured at least after every hundred, halfway, and at the end."""
+    """Send `num_requests` requests in at least two groups of at most 100. Measure the memory after each group."""
     outcome, order = Outcome(), random.Random(seed)
     async with run_server(output_dir) as (engine, client):
         cases = draw_cases(engine, client, seed=seed)
@@ -104,7 +104,7 @@ async def run_server(output_dir: Path) -> AsyncIterator[tuple[Engine, httpx.Asyn
 
 
 def draw_cases(engine: Engine, client: httpx.AsyncClient, *, seed: int) -> tuple[Case, ...]:
-    """Returns 24 requests for 1 to 4 s: from text, variations, inpainting and loops. Six of them are sent over HTTP."""
+    """Returns 24 requests for clips of 1 to 4 s: text, variations, inpainting and loops. Six go over HTTP."""
     draw = random.Random(f"cases {seed}")
     noise = np.random.default_rng(seed)
 
@@ -154,7 +154,7 @@ async def _send_http(
 ) -> str:
     sending = asyncio.ensure_future(client.post(path, **body))  # type: ignore[arg-type]
     try:
-        # A request over HTTP reports no progress, but a report may trigger its cancellation.
+        # `on_progress` may cancel the request. HTTP has no progress reports, so it is called with made-up ones.
         for index in range(STEPS[0]):
             await asyncio.sleep(0.001)
             on_progress(Progress("queued", 0.0, steps_done=index))

@@ -36,7 +36,7 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 class HostWork:
     """The host's work in one section of a program. A copy counts as one, whatever its size.
 
-    The keys of `origins` have a kind of work and the source line where it happened.
+    Each key of `origins` names a kind of work and the source line where it happened.
     """
 
     copies_to_device: int = 0  # copies that block the host
@@ -125,7 +125,7 @@ class StandInDevice:
         work.origins[f"wait {reason} {_origin()}"] += 1
 
     def run(self, operation: Any, *, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operation that uses this device, and count it. It must not consist of other operations (composite)."""
+        """Run and count an operation on this device. It must not be composite, that is, consist of other operations."""
         name = operations.name_of(operation)
         tensors = [leaf for leaf in operations.leaves((args, *kwargs.values())) if isinstance(leaf, Tensor)]
         target = kwargs.get("device")
@@ -143,7 +143,7 @@ class StandInDevice:
     def _count_crossing(self, name: str, args: Sequence[Any], *, kwargs: Mapping[str, Any], to_device: bool) -> bool:
         """Count a copy between host and device.
 
-        Returns False, without counting, if both tensors are on the same side.
+        Returns False, without counting, if both tensors are on the host or both are on the device.
         """
         source = args[1] if name == "copy_" else args[0]
         target_is_here = _is_here(args[0]) if name == "copy_" else to_device
@@ -198,7 +198,7 @@ def move(module: nn.Module) -> None:
 
 
 class _Dispatch(TorchDispatchMode):
-    """Receives every torch operation of this thread, below autograd. Gives those on stand-in tensors to the device."""
+    """Receives every torch operation of this thread, below autograd. Operations on stand-in tensors run on `device`."""
 
     def __init__(self, device: StandInDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -230,7 +230,7 @@ class _Construction(TorchFunctionMode):
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], _without_lists(args[1]), *args[2:])
         if func is torch.Tensor.__setitem__ and isinstance(args[2], bool | int | float):
-            # A CPU scalar: on CUDA, too, this needs no copy.
+            # A CPU scalar can be written without a copy, as on CUDA.
             args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))
         return func(*args, **kwargs)
 
@@ -275,7 +275,10 @@ def _unwrap(value: Any) -> Any:
 
 
 def _wrap(value: Any, *, known: Mapping[int, StandInTensor], to_device: bool) -> Any:
-    """Wrap an operation's result as a stand-in tensor. If the result is an argument (in place), return its wrapper."""
+    """Wrap an operation's result as a stand-in tensor.
+
+    If an operation in place returned its argument, return the stand-in tensor of this argument.
+    """
     if id(value) in known:
         return known[id(value)]
     return StandInTensor(value) if to_device and isinstance(value, Tensor) else value
@@ -290,7 +293,7 @@ def _on_host(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _origin() -> str:
-    """Returns the innermost source line outside torch and this folder: the end of its file's path and its number."""
+    """Returns the innermost source line outside torch and this folder, as `folder/file.py:line`."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_OWN_FOLDER, _TORCH_FOLDER, "<")):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Run single sampling steps of a model without an engine: the memory that a step uses, and rows in this memory."""
+"""Run single sampling steps of a model without an engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REQUESTS = {
 
 
 class Bench:
-    """The engine's memory for one model: registers (a row's latents) and conditioning values. Makes rows in it."""
+    """Memory for the latents (registers) and conditioning values of one model's rows. Creates rows in this memory."""
 
     def __init__(self, model: DiffusionModel) -> None:
         self.model = model

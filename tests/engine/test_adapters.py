@@ -1,4 +1,4 @@
-"""Requests with different adapters share denoising steps, and each sounds as if its network's weights were changed."""
+"""Requests with different adapters share denoising steps. Each result equals that of a model with changed weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def base() -> Base:
 
 @cache
 def change(kind: str, *, seed: int = 0, strength: float = 1.0, conditioners: bool = False) -> Change:
-    """Returns an adapter for all layers, with magnitudes near the norms of the weights, as training leaves them."""
+    """Returns an adapter for all layers. Without `conditioners`, it does not change the conditioners' layers.
+
+    Its magnitudes are near the norms of the weights, because those of trained adapters are.
+    """
     layers = [layer for layer in base().layers if conditioners or not layer.startswith("conditioners.")]
     alpha = 5.0 if kind.endswith("-xs") else 0.1  # about the same effect
     made = make_change(base(), kind, alpha=alpha, strength=strength, seed=seed, layers=layers)
@@ -69,7 +72,7 @@ def make_lora(folder: Path, made: Change, *, name: str = "vinyl", **fields: Any)
 
 
 def make_changed_model(changes: Sequence[Change], *, stacking: Stacking = "chained") -> Sa3Model:
-    """Returns the model, loaded again, with weights that are changed as a whole."""
+    """Returns a newly loaded model in which the changes are merged into the layers' weights."""
     model = loaded.__wrapped__("tiny-s")
     for name, layer in Base("changed", model.adaptable).layers.items():
         weight = dense_weight(base().weight(name), name, changes, stacking=stacking)
@@ -186,7 +189,7 @@ async def test_requests_with_other_adapters_change_nothing(tmp_path: Path, mode:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "guided", "inpaint"])
 async def test_captured_steps_use_the_adapters_of_their_rows(tmp_path: Path, kind: str) -> None:
-    """Graphs that were captured with two adapters are replayed for two others, which take their places in memory."""
+    """Graphs that were captured with two adapters are replayed with two other adapters in the same memory slots."""
     model, device, metrics = loaded("tiny-s"), RecordedDevice(), GraphCounts()
     layers = {name: layer for name, layer in base().layers.items() if model.runs_in_steps(name)}
     loras = [make_lora(tmp_path, change(each, seed=2), name=each) for each in TYPES]
@@ -231,7 +234,10 @@ async def test_captured_packed_steps_use_the_adapters_of_their_rows(
 
 
 class Switching(ForwardingModel):
-    """Runs one of two models by the time of each evaluation. For unguided requests without variations."""
+    """Evaluates the model `late` at times below `until`, and the model `early` at other times.
+
+    Supports only unguided requests that are not variations.
+    """
 
     def __init__(self, early: Sa3Model, late: Sa3Model, *, until: float) -> None:
         super().__init__(early)
@@ -303,7 +309,10 @@ async def test_an_adapter_is_loaded_once_and_while_others_run(tmp_path: Path) ->
 
 
 async def test_one_client_cannot_take_all_places_to_wait_for_adapters(tmp_path: Path) -> None:
-    """While a slow adapter is loaded, those in memory are used at once, and other clients may still wait."""
+    """While one client's requests wait for a slow adapter, requests with loaded adapters run without waiting.
+
+    Another client's request may also wait for the slow adapter.
+    """
     opened = threading.Event()
 
     def fetch(source: str) -> Path:
@@ -377,7 +386,7 @@ async def test_adapters_that_cannot_be_used_are_refused_by_name(tmp_path: Path) 
 
 
 async def test_an_adapter_that_makes_no_audio_is_refused_by_name(tmp_path: Path) -> None:
-    """Its values are finite, but the network's are not."""
+    """The adapter's values are finite, but the network's output with this adapter is not."""
     made = change("lora")
     name = "model.transformer.project_out"
     parts = {part: tensor.float().fill_(1e18) for part, tensor in made.tensors[name].items()}
@@ -405,7 +414,7 @@ async def test_the_least_recently_used_adapter_makes_room(tmp_path: Path) -> Non
     request = make_clip(duration_s=0.5)
     whole = [await generate(replace(request, loras=(lora,))) for lora in loras]
     fitted = base().fit(read_adapter(Path(loras[0].source)))
-    async with running(lora_cache_bytes=5 * fitted.nbytes // 2) as engine:  # an adapter and its slot fit, not two
+    async with running(lora_cache_bytes=5 * fitted.nbytes // 2) as engine:  # room for one adapter and its slot
         for _ in range(2):
             for lora, expected in zip(loras, whole, strict=True):
                 assert_same(await engine.generate(replace(request, loras=(lora,))), expected)

@@ -1,4 +1,4 @@
-"""Rows keep values by frame in memory pages. Reading returns what was written, and zeros after a shorter row's end."""
+"""Rows keep their per-frame values in memory pages. A read returns the written values, and zeros after a row's end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_pages_of_a_row_survive_neighbours_and_growth(
         found = read(arena.memory, table_of(own, frames=longer, num_parts=more), frames=longer)[0]
         assert torch.equal(found[:-1, :, : own.frames], values[0])
         assert not found[:-1, :, own.frames :].any()  # zeros after the row's last frame
-        assert not found[-1].any()  # the table asks for one part more than the row has
+        assert not found[-1].any()  # the table has one part more than the row
     in_use = sum(pages_of(own.frames) * len(own.parts) for own, _ in held.values())
     assert len(arena._free) == len(arena.memory) - in_use - (SCRATCH_PAGE + 1)
 

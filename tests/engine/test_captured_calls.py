@@ -1,4 +1,4 @@
-"""Calls as CUDA graphs: a replay with new inputs equals an eager call, and a wrong graph is never used."""
+"""Engine calls as CUDA graphs: a replay with new inputs equals an eager call, and a wrong graph changes no audio."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_unused_places_of_a_replayed_call_do_not_matter() -> None:
             decoder.decode(windows_of(model, 1, 2, 3, 4, 5, 6))
         while graphs.capture_next(is_idle=True):
             pass
-        decoder.decode(windows_of(model, 1, 2, 3, 4, 5, 6))  # the first replay is confirmed by an eager call
+        decoder.decode(windows_of(model, 1, 2, 3, 4, 5, 6))  # the first replay is compared with an eager call
         audio = decoder.decode(windows_of(model, 7, 8, 9, 10, 11))
         wanted = model.decode(windows_of(model, 7, 8, 9, 10, 11))
     assert device.num_replays == 2
@@ -144,7 +144,7 @@ async def test_captured_calls_change_no_byte(
 
 
 class LyingDevice(RecordingDevice):
-    """Replays of the call that was captured last are wrong in one element."""
+    """In every replay, the torch operation `is_wrong_in` writes one wrong element."""
 
     def __init__(self, *, is_wrong_in: str) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class LyingDevice(RecordingDevice):
 
 
 class _Spoiling(TorchFunctionMode):
-    """Changes one element of the values that an operation writes to the engine's memory."""
+    """Changes one element of the values that the operation `name` writes to the engine's memory."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class _Spoiling(TorchFunctionMode):
         return result
 
 
-@pytest.mark.parametrize("operation", ["index_copy_", "stack"])  # the end of a step, and of a decoder call
+@pytest.mark.parametrize("operation", ["index_copy_", "stack"])  # they end a step and a decoder call
 @pytest.mark.parametrize("mode", ["strict", slow("fast")])
 async def test_a_wrong_capture_changes_no_audio(mode: Mode, operation: str) -> None:
     model, metrics = load("sharp-s"), GraphCounts()

@@ -1,4 +1,4 @@
-"""As `test_batch_independence`, with tiny checkpoints of the real networks in place of the toy model."""
+"""The tests of `test_batch_independence`, with tiny checkpoints of the real networks in place of the toy model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.patience import PATIENCE_S
 
 MODES = ("strict", "fast", "packed")
 
-# For fast mode. The largest difference observed on a CPU is 1.2e-5, with sharp-l. A bit of 16-bit audio is 3e-5.
+# For fast mode. The largest difference observed on a CPU is 1.2e-5, with sharp-l. The last bit of 16-bit audio is 3e-5.
 FAST_TOLERANCE = 1e-4
 
 CLIP = make_audio(1.2, sample_rate_hz=1000)

@@ -38,7 +38,7 @@ curves = st.builds(
 
 
 def disturbed(truth_ms: float, rng: random.Random) -> float:
-    """Returns a simulated measurement: the fastest of three runs. Other programs often slow down two of the runs."""
+    """Returns a simulated measurement: the fastest of three runs. Other programs may slow down two of the runs."""
     runs = [truth_ms * rng.uniform(1.0, 1.05) * rng.choice([1.0, rng.uniform(1.0, 20.0)]) for _ in range(2)]
     return min(*runs, truth_ms * rng.uniform(1.0, 1.05))
 
@@ -47,8 +47,9 @@ def disturbed(truth_ms: float, rng: random.Random) -> float:
 def test_fit_on_a_disturbed_machine_is_near_the_true_cost(
     truth: CallCost, shapes: list[tuple[int, int]], seed: int
 ) -> None:
-    """The fit is within 25 % at each measured shape. Where the cost grows with the work, it is within a factor of two
-    at twice the rows or frames.
+    """The fit is within 25 % of the true cost at each measured shape.
+
+    If the true cost grows with the work, the fit is also within a factor of two of it at twice the rows or frames.
     """
     rng = random.Random(seed)
     fitted = fit_call_cost([Measurement(*shape, disturbed(truth.call_ms(*shape), rng)) for shape in shapes])
@@ -76,7 +77,7 @@ def test_more_work_never_costs_less_after_any_fit(measurements: list[Measurement
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows + 1, frames)
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows, frames + 64)
     most_rows, largest = max(m.rows for m in measurements), max(m.rows * m.frames for m in measurements)
-    for rows, frames in SHAPES:  # the predicted cost is flat at most up to soon after the largest measured shape
+    for rows, frames in SHAPES:  # with many more rows than were measured, the predicted cost is higher
         more_rows = rows + 16 * max(most_rows, largest // frames)
         assert fitted.call_ms(more_rows, frames) > fitted.call_ms(rows, frames)
 

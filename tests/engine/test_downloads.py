@@ -45,7 +45,7 @@ class SlowPoint:
 
 
 class Postponed(TorchDispatchMode):
-    """Within this context, every asynchronous copy is put into `copies` and not done yet."""
+    """Within this context, every asynchronous copy is added to `copies` instead of being made."""
 
     def __init__(self, copies: SlowCopies) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -52,7 +52,7 @@ async def make_engine(
 
 
 class Gate:
-    """Counts the model's calls by name. Stops the engine's thread before denoiser call number `at`, until `open`."""
+    """Counts the model's calls by name. Denoiser call number `at` blocks the engine's thread until `open` is called."""
 
     def __init__(self, at: int = 1) -> None:
         self.calls: Counter[str] = Counter()
@@ -111,7 +111,7 @@ def make_noise(seed: int) -> SeededNoise:
 
 @pytest.mark.server
 async def test_results_can_be_unpickled_without_importing_torch() -> None:
-    """The HTTP and job processes unpickle results. If they had to import torch, it would take longer than requests."""
+    """The HTTP and job processes unpickle results. Importing torch there would take longer than a request."""
     progress: list[Progress] = []
     async with make_engine() as engine:
         result = await engine.generate(make_request(), progress.append)
@@ -162,7 +162,10 @@ async def test_200_concurrent_requests_each_get_their_audio() -> None:
 
 @pytest.mark.parametrize("ending", ["finished", "cancelled"])
 async def test_audio_is_freed_without_a_collection_of_cycles(ending: str) -> None:
-    """Otherwise the audio of a hundred requests may wait for Python's next collection."""
+    """If reference cycles held the audio, it would stay in memory until Python's next garbage collection.
+
+    By then, a hundred requests may have ended.
+    """
     gate = Gate(at=2)
     async with make_engine(gate) as engine:
         source = make_audio(1.0)
@@ -437,7 +440,7 @@ async def test_planning_failure_is_a_generation_error() -> None:
 
 @pytest.mark.parametrize("is_lost", [True, False])
 async def test_only_a_lost_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch, is_lost: bool) -> None:
-    """After a failed launch the device still answers, and only the rows of that call fail."""
+    """If the device still answers after a failed launch, only the rows of that call fail."""
 
     def on_call(name: str, items: Sequence[object]) -> None:
         if name == "denoise":

@@ -46,12 +46,12 @@ class Bench:
         self.clock.now += self.taken_ms[shape.size] / 1000.0
 
     def ask(self, *sizes: int, times: int = 1, kind: Kind = "denoise") -> list[bool]:
-        """Ask `times` times for the graph of each shape. Returns for each request whether there was a graph."""
+        """Ask `times` times for the graph of each shape. Returns, for each time, whether there was a graph."""
         shapes = [AnyShape(size, kind) for size in sizes]
         return [self.graphs.find(shape, self.run) is not None for _ in range(times) for shape in shapes]
 
     def capture_all(self) -> list[int]:
-        """Capture graphs, as an idle engine does, until no shape is left. Returns the captured sizes in order."""
+        """Capture graphs until no shape is left. Returns the captured sizes in order."""
         before = len(self.taken_ms)
         while self.graphs.capture_next(is_idle=True):
             pass

@@ -1,6 +1,6 @@
 """A step of the engine starts one copy and never waits for the device. The work is counted on a simulated device.
 
-The bounds on kernel launches are the present counts. Lower them when a change needs fewer.
+The bounds on kernel launches are the current counts. Lower a bound when a change needs fewer launches.
 """
 
 from __future__ import annotations

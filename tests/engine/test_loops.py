@@ -44,7 +44,7 @@ def make_loop(
 
 
 def largest_jumps(audio: npt.NDArray[np.float32]) -> tuple[float, float]:
-    """Returns the largest step between two samples: where the clip repeats, and elsewhere."""
+    """Returns the largest difference of two adjacent samples: where the clip repeats, and elsewhere."""
     steps = np.abs(np.diff(audio, axis=1, append=audio[:, :1])).max(axis=0)
     return float(steps[-1]), float(steps[:-1].max())
 

@@ -1,4 +1,4 @@
-"""The memory that rows need: compared with values computed by hand and measured. Rows wait if there is too little."""
+"""The predicted memory of rows equals values computed by hand and measured. Rows wait if there is too little memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_simultaneous_temporaries_add_up() -> None:
         del a
         view = b[:10]  # a view takes no memory
         view.add_(1)
-        c = torch.cat([b, b])  # 8000 bytes and the 4000 of b
+        c = torch.cat([b, b])  # 8000 bytes, in addition to the 4000 of b
         return c.sum() + x.sum()
 
     assert 12_000 <= peak_bytes(run) <= 12_100
@@ -182,7 +182,7 @@ def test_every_row_ends_within_the_bound(rows: list[tuple[int, str]]) -> None:
 
 
 def bytes_of(request: GenerationRequest) -> int:
-    """Returns the least `max_memory_bytes` of an engine in which a clip like this one fits, as the clip in progress."""
+    """Returns the smallest memory for rows, in bytes, in which one row of this request fits."""
     model = ToyModel()
 
     def fits(num_bytes: int) -> bool:
@@ -236,7 +236,7 @@ def test_fixed_windows_count_only_planned_windows_as_memory() -> None:
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])
 async def test_any_mix_of_rows_fits_arenas_of_a_fixed_size(mode: Mode) -> None:
-    """Arenas that are too small would raise an error in the row that needs one more place."""
+    """If an arena were too small, a row that needs one more page or slot would fail."""
     requests = [replace(each, seed=each.seed + 100 * turn) for turn in range(3) for each in make_varied_requests()]
     options = EngineOptions(mode=mode, warmup_budget_s=0.0, torch_threads=1)
     async with Engine(ToyModel(), options) as engine:

@@ -20,7 +20,7 @@ def make_plan(sampler: str, steps: int = 4) -> SamplerPlan:
 
 
 class SlowFirst(SeededNoise):
-    """A source whose first draw takes longer than the next one."""
+    """A noise source whose first draw takes longer than the next one."""
 
     def initial(self, shape: tuple[int, ...]) -> torch.Tensor:
         time.sleep(0.05)

@@ -43,7 +43,7 @@ def make_options(mode: str, **fields: object) -> EngineOptions:
 
 
 def make_crowd() -> list[GenerationRequest]:
-    """Returns varied requests, edits, and the varied requests with other seeds, whose prompts are then cached."""
+    """Returns varied requests, edits, and the varied requests with other seeds. The last ones have cached prompts."""
     crowd = make_varied_requests()
     again = [replace(request, seed=request.seed + 100) for request in crowd]
     edits = [
@@ -55,7 +55,7 @@ def make_crowd() -> list[GenerationRequest]:
 
 
 def make_model(mode: str) -> ToyModel:
-    """Returns a toy model. In fast mode it encodes a source separately for each row, in strict mode once for all."""
+    """Returns a toy model. It encodes source audio once per row in fast mode, and once for all rows in strict mode."""
     return ToyModel(noisy_source_encoder=mode == "fast")
 
 

@@ -1,4 +1,4 @@
-"""A step whose rows are packed without padding equals the padded step. As a CUDA graph it serves other rows too."""
+"""A step whose rows are packed without padding equals the padded step. Its CUDA graph is also right for other rows."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_price_of_an_evaluation_includes_the_headroom(cost: CostModel) -> None:
 @pytest.mark.parametrize("duration_s", [0.1, 0.4, 1.3, 2.0, 2.56])
 @pytest.mark.parametrize("fields", [{}, {"steps": 1}, {"steps": 100}, {"cfg_scale": 4.0}, {"batch_size": 3}])
 def test_a_price_is_near_the_prediction(cost: CostModel, duration_s: float, fields: dict[str, object]) -> None:
-    """They may differ by 25 %.
+    """The price and the prediction may differ by 25 %.
 
     For example, a guided step's two rows share a fixed cost, which the price counts twice.
     """

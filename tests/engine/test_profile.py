@@ -1,4 +1,4 @@
-"""The check of speed features at start, on devices that lie: the audio is right on all of them."""
+"""An engine checks the device's speed features when it starts, so devices with wrong features give the right audio."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REQUEST = make_request("rain", duration_s=0.4, seed=3, steps=4)
 
 
 class GpuLike(RecordingDevice):
-    """A CPU device with features that must be proved. A faulty feature is faulty in each interface that has it."""
+    """A CPU device whose features the engine must check before use. Subclasses have a wrong feature."""
 
     def __init__(self, features: Features = Features()) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class GpuLike(RecordingDevice):
 
 
 class WrongSecondQueue(GpuLike):
-    """A copy from the device arrives before the second queue has finished."""
+    """Copies to the host are wrong if the second queue is used, as if they began before its work was finished."""
 
     def download(self, source: Tensor, target: Tensor) -> None:
         super().download(source * 1.001 if self.has_second_queue else source, target)
@@ -54,7 +54,7 @@ class FailingCapture(GpuLike):
 
 
 class LostWithCaptures(GpuLike):
-    """A capture loses the device for this interface."""
+    """Every capture fails, and the device is lost after a failed capture."""
 
     survives_failed_capture = False
 
@@ -113,7 +113,7 @@ async def test_the_plain_profile_names_its_weights_and_precision() -> None:
     options = EngineOptions(warmup_budget_s=0.0, torch_threads=1, mode="strict")
     half = Loaded(decode_precision="half")
     engine = Engine(loaded("sharp-s"), options, device=WrongSecondQueue(), loaded=half)
-    engine.name_checkpoint("ab12")  # before the check at start, as outside Ray
+    engine.name_checkpoint("ab12")  # before the engine starts, as outside Ray
     async with engine:
         provenance = (await engine.generate(REQUEST)).provenance
     assert engine.profile.name == "plain"

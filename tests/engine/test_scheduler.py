@@ -251,7 +251,10 @@ def test_a_step_with_batch_rows_stays_within_its_tokens() -> None:
 def test_batch_rows_get_their_share_of_a_busy_engine_and_no_more(
     batch: list[tuple[int, int]], interactive: list[int], max_tokens: int, share: float
 ) -> None:
-    """Batch rows get at most their share of a busy engine. The first one waits only until the share pays for it."""
+    """Batch rows get at most their share of a busy engine.
+
+    The first batch row waits only until its step fits within `share` times the interactive work since its last step.
+    """
     scheduler = make_scheduler(max_tokens=max_tokens, batch_share=share, knee=300)
     works = {}
     for row_id, (frames, steps) in enumerate(batch):

@@ -164,7 +164,7 @@ async def test_start_fails_if_the_share_holds_no_request() -> None:
 
 
 def capture(sizes: Sequence[int], *, max_bytes: int, graph_bytes: int) -> tuple[SharedDevice, GraphCounts]:
-    """Captures calls whose temporary tensors are expected to take 10 bytes per frame; each graph takes more memory."""
+    """Capture calls of these sizes. A call is expected to take 10 bytes per frame. Its graph takes `graph_bytes`."""
     device, metrics = SharedDevice(CARD, share=0.25), GraphCounts()
     device.capture_bytes = graph_bytes
     graphs = Graphs(device, clock=FakeClock(), metrics=metrics, max_bytes=max_bytes)

@@ -89,7 +89,7 @@ class AdaptedModel(ToyModel):
 
 
 def test_another_adapter_needs_no_new_capture() -> None:
-    """The graph reads an adapter's matrices from a numbered memory slot, so other matrices may be put there."""
+    """The graph reads an adapter's matrices from a memory slot, so a replay uses what the slot has at that time."""
     bench = Bench(AdaptedModel())
     first = (make_request("as a choir", duration_s=0.6, seed=1), make_request(duration_s=0.4, seed=2))
     second = (make_request(duration_s=0.5, seed=3), make_request("as a band", duration_s=0.8, seed=4, cfg_scale=3.0))

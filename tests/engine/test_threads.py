@@ -1,4 +1,4 @@
-"""In strict mode, the audio does not depend on the number of threads, with tiny and with full-width layers."""
+"""In strict mode, the audio does not depend on the number of threads. Tested with tiny and with full-width layers."""
 
 from __future__ import annotations
 

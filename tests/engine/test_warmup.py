@@ -24,7 +24,7 @@ class Timed:
     def __init__(
         self, *, lazy_s: float = 0.0, disturbed: Sequence[int] = (), slower: float = 1.0, most_rows: int = 1000
     ) -> None:
-        """The first call of each kind takes `lazy_s` longer. The calls number `disturbed` take 1 s longer.
+        """The first call of each kind takes `lazy_s` longer. The calls with the indices `disturbed` take 1 s longer.
 
         There is no memory for more than `most_rows` rows or prompts.
         """

@@ -1,6 +1,6 @@
 """How torch's operations behave on a CUDA device: whether they start kernels, wait for the device or only create views.
 
-`stand_in_device` uses this to count.
+`stand_in_device` counts the host's work with these functions.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def name_of(operation: OpOverload) -> str:
 
 @cache
 def is_composite(operation: OpOverload) -> bool:
-    """Whether torch decomposes the operation on CUDA into other operations. Then only the others are counted."""
+    """Whether torch decomposes the operation on CUDA into other operations. If so, only these others are counted."""
     return name_of(operation) not in _FUSED and operation.has_kernel_for_dispatch_key(_COMPOSITE)
 
 
@@ -115,13 +115,13 @@ def waits(operation: OpOverload, args: Sequence[Any]) -> bool:
     if name not in _INDEXING:
         return False
     by_mask = any(isinstance(index, Tensor) and index.dtype in _MASKS for index in args[1])
-    # Writing a single value that is on the host where a mask is True needs no wait: the number of elements is unused.
+    # Writing a host scalar to the elements that a mask selects needs no wait, because their number is not used.
     fills = "put" in name and args[2].numel() == 1 and args[2].device.type == "cpu"
     return by_mask and not fills
 
 
 def indices(operation: OpOverload, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Returns the tensors that an operation uses as indices. Only these may be on the host if the others are not."""
+    """Returns an operation's index tensors. These may be on the host while the other tensors are on the device."""
     if name_of(operation) not in _INDEXING:
         return ()
     return tuple(index for index in args[1] if isinstance(index, Tensor))

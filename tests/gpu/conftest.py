@@ -1,8 +1,8 @@
 """Select the device for this folder's tests: the first CUDA device, or STABLE_AUDIO_TEST_DEVICE, such as `cpu`.
 
-`stand-in` is the CPU with a stand-in for the queues and captures of a GPU, and with fewer and shorter tests.
+With `stand-in`, the tests run on the CPU with simulated queues and captures of a GPU, and are fewer and shorter.
 
-This folder is a separate test suite for machines that have torch, transformers and pytest, but not our other
+This folder is a separate test suite for machines that have torch, transformers and pytest, but not the project's other
 dependencies. It has its own pytest.ini and needs neither pytest-asyncio nor tests/conftest.py.
 """
 

@@ -21,7 +21,7 @@ from tests.goldens import SHARP, load_goldens
 from tests.gpu.stand_in import open_honest
 
 IS_STAND_IN = os.environ.get("STABLE_AUDIO_TEST_DEVICE") == "stand-in"
-# Other tests compare the same values on a CPU, at length.
+# Tests with this mark are skipped on the stand-in, because tests in other folders compare the same values on a CPU.
 gpu_only = pytest.mark.skipif(IS_STAND_IN, reason="needs a GPU")
 CHECKPOINTS = [SHARP[0], *(pytest.param(name, marks=gpu_only) for name in SHARP[1:])]
 

@@ -1,6 +1,6 @@
 """Simulated GPUs on the CPU: one that works, and others that each have one fault.
 
-`python -m benchmarks.gpu first --device cpu --open-device tests.gpu.stand_in:open_honest` uses the one that works.
+`python -m benchmarks.gpu first --device cpu --open-device tests.gpu.stand_in:open_honest` uses the one without a fault.
 """
 
 from __future__ import annotations

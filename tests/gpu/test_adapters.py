@@ -1,4 +1,4 @@
-"""On CUDA, requests with different adapters share steps, eager or captured, and sound as they do alone."""
+"""On CUDA, requests with different adapters share steps, eager or captured, and give the same audio as alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.models.adapters.plain import TYPES, make_change, write_adapter
 
 pytestmark = pytest.mark.gpu
 
-ROUNDS = 4  # calls that come again are captured
+ROUNDS = 4  # how often the requests are sent; only calls that repeat are captured
 
 
 def make_requests(folder: Path) -> list[GenerationRequest]:
-    """Returns the subjects with different adapters; the first has none."""
+    """Returns the requests in `SUBJECTS` with different adapters. The first request has no adapter."""
     base = Base("sharp-s", load_on(torch.device("cpu"), "sharp-s", torch.float32).adaptable)
     layers = [layer for layer in base.layers if layer.startswith("model.")]
     loras = []

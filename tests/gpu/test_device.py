@@ -1,4 +1,4 @@
-"""What the engine assumes about asynchronous work on a device: use of memory, order of work, and CUDA graphs."""
+"""What the engine assumes about asynchronous work on a device: reuse of memory, order of work, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_captured_work_follows_its_inputs_in_order(capturing: Device) -> None:
 
 @gpu_only
 def test_capturing_work_that_waits_for_the_device_is_refused(device: torch.device) -> None:
-    """In a process of its own, because a failed capture may harm all later ones."""
+    """The capture runs in a separate process, because a failed capture may harm all later captures."""
     if device.type != "cuda":
         pytest.skip("this device captures nothing")
     command = [sys.executable, "-m", "tests.gpu.failing_capture", str(device)]

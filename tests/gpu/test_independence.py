@@ -1,6 +1,6 @@
 """On CUDA, a request in a batch gives the same audio as alone: exactly in strict mode, nearly in fast mode.
 
-The noise is drawn as on the CPU, so the audio is also near the CPU's.
+The noise for the latents is the same on every device, so the audio is also near the audio from a CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ACROSS_DEVICES = 5e-3
 
 
 class LatentNoiseOnly(SeededNoise):
-    """Noise for the latents, but zeros for the autoencoder, whose noise is meant to differ between kinds of device."""
+    """Noise for the latents, and zeros for the autoencoder, because its noise differs between kinds of device."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device

@@ -1,4 +1,4 @@
-"""`verify` compares outputs with adapters, as the facts of a folder `lora` name them, and names faults."""
+"""`verify` compares the model's outputs with the adapters in the subfolder `lora`, and its report names faults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHAIN = "stack_dora_rows_layers+lora_all/dit_out"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Returns a copy of the stored folder without the checkpoint."""
+    """Returns a copy of the stored reference numbers and adapters, without the checkpoint."""
     source = load_goldens(NAME).folder
     shutil.copytree(source / "lora", tmp_path / "lora")
     for file in ("golden.json", "golden.safetensors"):
@@ -53,7 +53,7 @@ def edit_lora_facts(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 def rename(folder: Path, old: str, new: str, **config: Any) -> None:
-    """Give an adapter another name, in its file, in facts and in keys, and other values in its `lora_config`."""
+    """Rename an adapter in its file name, the facts and the tensor keys. `config` changes its `lora_config`."""
     path = folder / "lora" / f"{old}.safetensors"
     with safe_open(path, "pt") as file:
         stated = json.loads(file.metadata()["lora_config"]) | config

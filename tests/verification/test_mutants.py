@@ -1,4 +1,4 @@
-"""`verify` detects small bugs, put into the models' arithmetic on purpose, with the stored folders."""
+"""`verify` of the stored folders detects small bugs that the tests put into the models' arithmetic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.verification.folders import edit_facts, run_verify
 
 pytestmark = pytest.mark.server
 
-# One case of each kind is enough to detect a mistake, and fast.
+# One case of each kind is enough to detect a bug. More cases would take longer.
 CASES = ("gen/t2a_short_unchunked", "gen/t2a_cfg3_neg_apg1")
 
 Mutate = Callable[[pytest.MonkeyPatch], None]

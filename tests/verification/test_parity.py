@@ -16,7 +16,7 @@ pytestmark = pytest.mark.server
 ELSEWHERE = {"lengths", "schedules", "adapters", "text in float16", "end-to-end steps", *REQUIRED_WITHOUT_MODEL} - {
     "draws"
 }
-# Outputs inside a component; `tests/models` compares them.
+# Outputs inside a component. `verify` does not compare them, but `tests/models` does.
 INTERMEDIATE = re.compile(r"text/last_hidden_state|ae/(patched|.*_out_quiet|.*_draw_\d)")
 COMPONENTS = [component for component in BOUNDS if component not in ELSEWHERE]
 FOLDERS = [SHARP[0], *map(slow, (*SHARP[1:], *TINY))]

@@ -36,7 +36,7 @@ Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 class Player:
-    """A model that generates noise from the seed, then applies `change`."""
+    """A model that generates noise from the request's seed, then applies `change` to it."""
 
     def __init__(
         self, change: Change = lambda audio: audio, *, clock: FakeClock | None = None, takes_s: float = 0.0
@@ -165,7 +165,7 @@ async def test_only_the_first_request_may_begin_after_the_budget(folder: Path) -
     slow = Player(clock=clock, takes_s=21.0)
     assert (await judge(gate, slow)).basis == "new"
     assert len(slow.requests) == 1
-    assert (await judge(gate, louder(0.05))).basis == "same"  # the clips in both reports are compared
+    assert (await judge(gate, louder(0.05))).basis == "same"  # the one clip of the stored report is compared
 
 
 async def test_a_commit_whose_files_have_changed_is_refused(gate: QualityGate) -> None:

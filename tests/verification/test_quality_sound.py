@@ -1,4 +1,4 @@
-"""Levels and spectra of sines and noise with known values, and how far clips that count as equal may differ."""
+"""Descriptions of sines and noise have known levels and spectra. Clips that differ too much do not count as equal."""
 
 from __future__ import annotations
 

@@ -42,9 +42,10 @@ Basis = Literal["pinned", "same", "other", "new", "unchecked"]
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """How a model passed. `report` is the id of this setup's report. `problem` is the reason for basis "unchecked".
+    """How a model passed. `basis` says what its audio was compared with.
 
-    `adapter_faults` says of each bad adapter what is wrong with it.
+    `report` is the id of this setup's report. If `basis` is "unchecked", `problem` is the reason. `adapter_faults` has
+    a message for each bad adapter, by its name.
     """
 
     basis: Basis
@@ -78,10 +79,11 @@ class QualityGate:
         pinned: str | None = None,
         adapters: Sequence[Lora] = (),
     ) -> Passed:
-        """Return how the model and its `adapters`, which must have hashes, passed.
+        """Run the golden requests and compare the audio with a report. Return how the model passed.
 
-        If it does not pass, raises QualityError with the failed request and the reason. Raises QualityReportError if
-        the pinned report does not exist or cannot be used.
+        Raises QualityError with the failed request and the reason if the model does not pass. Bad adapters are in the
+        returned value, and raise no error. `adapters` must have hashes. Raises QualityReportError if the pinned report
+        does not exist or cannot be used.
         """
         ends_at = self._clock.monotonic() + _BUDGET_S
         clips = await self._run(card, generate, ends_at=ends_at)
@@ -97,7 +99,7 @@ class QualityGate:
     async def _run_adapted(
         self, card: ModelCard, generate: Generate, *, adapters: Sequence[Lora], ends_at: float
     ) -> tuple[Mapping[Lora, Clip], dict[str, str]]:
-        """Run one golden request with each adapter. Returns the clips, and what is wrong with the other adapters."""
+        """Run one golden request with each adapter. Return the clips, and the error messages of failed adapters."""
         name, request = next(iter(golden_requests(card).items()))
         clips: dict[Lora, Clip] = {}
         faults: dict[str, str] = {}
@@ -163,9 +165,10 @@ class QualityGate:
         return _Reference("new") if report is None else _Reference("other", report)
 
     async def _save(self, report: Report) -> None:
-        """Record these weights as last good, and save their report. If they have one, only new clips are added to it.
+        """Record the report's weights as last good, and save the report.
 
-        The first clips are kept, because replacing them each time would allow slow drift.
+        If this setup has a stored report already, only clips with new names are added to it. Earlier clips stay,
+        because replacing them each time would allow slow drift.
         """
         setup = report.setup
         try:
@@ -216,7 +219,10 @@ def _clip_name(lora: Lora) -> str:
 
 
 def _compare_adapted(clips: Mapping[Lora, Clip], reference: _Reference) -> dict[str, str]:
-    """Return how clips with adapters differ from earlier clips of the same weights with the same adapters."""
+    """Return a message for each adapter whose clip differs too much from the stored clip with the same adapter.
+
+    Nothing is compared if the stored clips are from other weights.
+    """
     if reference.report is None or reference.basis == "other":
         return {}
     before = reference.report.clips

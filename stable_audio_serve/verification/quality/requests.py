@@ -17,7 +17,7 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 VERSION = 1
 
 _DURATION_S = 1.5
-_STEPS = 4  # uses every weight; audio quality does not matter
+_STEPS = 4  # few, because each step uses every weight, and the quality of the audio does not matter
 _NOISE_SHARE = 0.6
 
 

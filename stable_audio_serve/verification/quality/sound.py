@@ -38,7 +38,7 @@ class Clip:
 
 
 def describe(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> Clip:
-    """Return the clip of `audio` (C, S) float32. Samples must be finite and may exceed -1..1."""
+    """Return the description of `audio` (C, S) float32. Samples must be finite and may exceed -1..1."""
     centred = audio.astype(np.float64)
     centred -= centred.mean(axis=1, keepdims=True)
     level_db = 10 * math.log10(max(float(np.mean(centred**2)), _FLOOR))
@@ -67,7 +67,7 @@ def difference_from_same(clip: Clip, reference: Clip) -> str | None:
 
 
 def difference_from_other(clip: Clip, reference: Clip) -> str | None:
-    """Return how a clip's level differs from that of other weights' clip, or None if it is within the limit."""
+    """Return how a clip's level differs from that of a clip of other weights, or None if it is within the limit."""
     louder_db = clip.level_db - reference.level_db
     if not abs(louder_db) <= OTHER_LEVEL_DB:
         return f"{louder_db:+.2f} dB beside the last good weights, must be within {OTHER_LEVEL_DB:g} dB"
