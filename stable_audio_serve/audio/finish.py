@@ -174,7 +174,7 @@ def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...
 
 
 def finish_window(result: GenerationResult, *, num_samples: int | None, origin: ClipOrigin | None) -> FinishedFile:
-    """Return a WAV file with the level and length that the Stable Audio Open Small API has.
+    """Return the WAV file that the routes of the Stable Audio Open Small API send.
 
     The audio is scaled so that its peak is at full scale, and then cut to its first `num_samples` samples.
     """
