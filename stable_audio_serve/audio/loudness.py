@@ -67,7 +67,7 @@ def _integrate(steps: npt.NDArray[np.float64]) -> float | None:
 
 
 class ClipMeter:
-    """Measures a clip that arrives in blocks. The measurements are the same as in `describe_clip`."""
+    """Makes the measurements of `describe_clip` for a clip that arrives in blocks."""
 
     def __init__(self, sample_rate_hz: int) -> None:
         self._rate_hz = sample_rate_hz

@@ -11,7 +11,7 @@ need no blend. Updates are element-wise, so the kept frames of these registers a
 registers, and those are replaced before the network reads them.
 
 eps' is drawn once per clip. The kept frames then change smoothly from step to step, which suits samplers that
-extrapolate, and steps need no extra random numbers or copies. Drawing a new eps' in each step gives no better results.
+extrapolate, and steps need no extra random numbers or copies. Drawing a new eps' in each step is not better overall.
 On normally distributed data, for which the exact result is known, the means of both methods agree to 3 %. With new
 draws, the standard deviation is smaller by 0 to 25 %. For some samplers this is closer to the exact result, for others
 farther from it.

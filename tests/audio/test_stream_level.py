@@ -1,4 +1,4 @@
-"""Finishing audio block by block gives the same samples as finishing the whole audio at once."""
+"""Audio that is finished block by block is compared with the same audio finished as a whole."""
 
 from __future__ import annotations
 
