@@ -37,8 +37,8 @@ class AudioFormat(StrEnum):
 class Encoding:
     """The encoding of a file.
 
-    None selects the format's default. For `sample_rate_hz` it selects the model's sample rate, or a rate near it that
-    the format allows. `audio.formats` has the values that each format allows.
+    None selects the format's default. The default of `sample_rate_hz` is the model's sample rate if the format allows
+    it, see `audio.formats.file_rate`. `audio.formats` has the values that each format allows.
     """
 
     file_format: AudioFormat = AudioFormat.WAV
