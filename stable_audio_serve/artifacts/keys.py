@@ -8,8 +8,8 @@ import secrets
 from stable_audio_serve.core.ids import ArtifactKey, JobId
 
 # The folders: files of finished jobs are at the top level (""), source files of jobs in "uploads", and files that
-# clients get links to in "files". Finished sections of long pieces are in "sections", so that sweepers of earlier
-# versions, which do not know them, do not take them for orphans.
+# clients get links to in "files". Finished sections of long pieces are in "sections", a folder that sweepers of earlier
+# versions do not know. In a known folder, they would delete the sections as orphans.
 FOLDERS = ("", "uploads", "files", "sections")
 
 # The folder of quality reports. The sweeper removes only partly written files from it.
@@ -27,10 +27,11 @@ _OURS = re.compile(
 
 
 def artifact_key(job_id: JobId, file_name: str, *, fence: int, id_is_chosen: bool = False) -> ArtifactKey:
-    """Return the key of an output file. Each attempt has its own key, because an earlier attempt may still be writing.
+    """Return the key of an output file of a job.
 
-    `fence` is the number of the attempt. With `id_is_chosen`, the key contains random digits, because the client chose
-    the job id and another client may choose the same id.
+    `fence` is the number of the attempt to run the job. Each attempt has its own key, because an earlier attempt may
+    still be writing its file. With `id_is_chosen`, the key contains random digits, because the client chose the job id
+    and another client may choose the same id.
     """
     attempt = f"{secrets.token_hex(16)}-" if id_is_chosen else f"{fence}-" if fence > 1 else ""
     return ArtifactKey(f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}")

@@ -55,7 +55,7 @@ class Folder:
     """Detects that the folder at a path has been moved or replaced."""
 
     def __init__(self, path: Path, *, may_make: bool) -> None:
-        """Do no I/O. If the folder is missing and `may_make` is true, the first call of `make` creates it."""
+        """Remember the path without any I/O. If the folder is missing and `may_make` is true, `make` creates it."""
         self.path = path
         self._may_make = may_make
         self._known: tuple[int, int] | None = None  # device and inode
@@ -69,7 +69,10 @@ class Folder:
             self._require()
 
     def make(self) -> None:
-        """Create the folder if it may be created and has never been seen, then call `require`. Raises OSError."""
+        """Create the folder if `may_make` is true and this object has not found it before, then call `require`.
+
+        Raises OSError, and StoreMovedError like `require`.
+        """
         with self._lock:
             if self._known is None and self._may_make:
                 make_private_folder(self.path)
@@ -81,7 +84,7 @@ class Folder:
             self._known, self._owner = found, self._read_owner()
         is_in_place = found == self._known if self._known else self._may_make
         if not is_in_place and found and self._owner and self._read_owner() == self._owner:
-            self._known, is_in_place = found, True  # the owner file is the same: mounted again or copied
+            self._known, is_in_place = found, True  # the owner file is the same: the folder was remounted or copied
         if is_in_place == self._is_missed:  # log only changes, not every call
             self._is_missed = not is_in_place
             if is_in_place:
@@ -109,7 +112,10 @@ class LocalArtifacts:
     """An `ArtifactStore` in one folder, which must not be moved. `ArtifactStore` documents the methods."""
 
     def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
-        """Do no I/O. If the folder is missing and `may_make` is true, storing the first file creates it."""
+        """Create the store without any I/O.
+
+        If the folder is missing and `may_make` is true, it is created when the first file is stored.
+        """
         self._folder = Folder(folder, may_make=may_make)
         self._metrics = metrics or NullMetrics()
         self._threads = StoreThreads(_NUM_THREADS, name="local-files")

@@ -57,7 +57,7 @@ class S3Artifacts:
     """An `ArtifactStore` in one existing bucket. `ArtifactStore` documents the methods."""
 
     def __init__(self, settings: StorageSettings, *, metrics: Metrics | None = None) -> None:
-        """Do no I/O. `settings` must name a bucket."""
+        """Create the store without any I/O. `settings` must name a bucket."""
         self._settings = settings
         self._prefix = f"{settings.prefix}/" if settings.prefix else ""
         self._metrics = metrics or NullMetrics()
@@ -97,10 +97,10 @@ class S3Artifacts:
         """Do nothing: this check is for local folders, which may be unmounted or replaced."""
 
     def url(self, file: StoredFile) -> str | None:
-        """Return a link to the object: below the public URL of the settings, or presigned if they have no public URL.
+        """Return a link to the object: under the setting `public_base_url`, or presigned if this setting is not set.
 
-        Returns None if the settings demand links to this server instead. Raises StorageError if there are no
-        credentials for signing.
+        Returns None if the setting `links` is "server", because clients then get links to this server. Raises
+        StorageError if there are no credentials for signing.
         """
         if self._settings.links == "server":
             return None
@@ -285,7 +285,7 @@ class S3Artifacts:
 
 
 class _Reader(io.RawIOBase):
-    """A file object that reads `chunks` once. Raises StorageError at the end if their SHA-256 is not `sha256`."""
+    """A file object that reads `chunks` once. Raises StorageError at the end if the data's SHA-256 is not `sha256`."""
 
     def __init__(self, chunks: Iterable[bytes], *, sha256: str) -> None:
         self._chunks = iter(chunks)

@@ -140,7 +140,7 @@ def _answer(error: BaseException) -> Mapping[str, Any]:
 
 
 def _addressing(settings: StorageSettings) -> str:
-    """Return the style of bucket URLs: with the bucket in the host name, as AWS prefers, or in the path."""
+    """Return where URLs contain the name of the bucket: "virtual" (in the host name, for AWS) or "path"."""
     if settings.addressing == "auto":
         return "path" if settings.endpoint_url else "virtual"
     return settings.addressing
@@ -155,8 +155,8 @@ def check_bucket(
 ) -> None:
     """Check the bucket: write, read, list and delete a small object.
 
-    Failed attempts are repeated for up to `budget_s` seconds. Raises ConfigError with one sentence that names the
-    settings to change.
+    Failed operations are repeated for up to `budget_s` seconds in total. Raises ConfigError with one sentence that
+    names the settings to change.
     """
     try:
         client = make_client(

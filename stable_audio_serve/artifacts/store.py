@@ -100,7 +100,7 @@ class ArtifactStore(Protocol):
         ...
 
     async def delete(self, key: ArtifactKey) -> None:
-        """Remove a file. A missing file is no error. Raises StorageError."""
+        """Remove a file, if it exists. Raises StorageError."""
         ...
 
     async def probe(self, num_bytes: int) -> None:
@@ -112,7 +112,10 @@ class ArtifactStore(Protocol):
         ...
 
     def check(self) -> None:
-        """Write a file and read it back, within ten seconds. Blocking. Raises ConfigError that names wrong settings."""
+        """Check the store: write a file and read it back, within ten seconds. Blocking.
+
+        Raises ConfigError, which names the settings to change.
+        """
         ...
 
     def url(self, file: StoredFile) -> str | None:
@@ -123,7 +126,7 @@ class ArtifactStore(Protocol):
         ...
 
     def bucket_key(self, file: StoredFile) -> str | None:
-        """Return the full key of the file in its bucket, or None without a bucket."""
+        """Return the full key of the file in its bucket, or None if the store has no bucket."""
         ...
 
     def require_place(self) -> None:
@@ -133,8 +136,8 @@ class ArtifactStore(Protocol):
     def claim(self, owner: str) -> float | None:
         """Make `owner` the owner of the store if it has none. Blocking. Raises StorageError.
 
-        Returns the Unix time in seconds at which `owner` became the owner. Older files do not belong to `owner`.
-        Returns None if the store has another owner.
+        Returns the Unix time in seconds at which `owner` became the owner. Files that are older than this time do not
+        belong to `owner`. Returns None if the store has another owner.
         """
         ...
 
@@ -229,7 +232,8 @@ def _undo(future: Future[T], undo: Callable[[], None]) -> None:
 def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) -> Generator[bytes]:
     """Yield `chunks`. The last chunk is yielded only if all chunks together have the size and SHA-256 of `file`.
 
-    Otherwise raises DamagedFileError. A client that downloads the file notices that the last bytes are missing.
+    Otherwise DamagedFileError is raised in place of the last chunk, so that a client that downloads the file notices
+    the missing bytes.
     """
     digest = hashlib.sha256()
     num_bytes = 0

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     Samples = npt.NDArray[np.int16] | npt.NDArray[np.int32] | npt.NDArray[np.float32]
 
 BLOCK = 16_384  # samples written at once: libsndfile crashes on longer Vorbis writes
-# libsndfile ends an Opus file with a click. So this many samples of silence are encoded after the clip, and trimmed
+# libsndfile ends an Opus file with a click. So this many seconds of silence are encoded after the clip, and trimmed
 # from the finished file.
 OPUS_TAIL_S = 0.02
 OPUS_RATE_HZ = 48_000  # the unit of positions in Opus files
-_OPUS_KBPS = (6, 256)  # of one channel, at libsndfile's compression levels 1 and 0
-_OGG_KBPS = 2.5  # what the container adds to the bit rate of Opus
+_OPUS_KBPS = (6, 256)  # bit rate per channel at libsndfile's compression levels 1 and 0
+_OGG_KBPS = 2.5  # bit rate that the Ogg container adds to Opus
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
@@ -39,7 +39,7 @@ SUBTYPES = {
 }
 _VORBIS_TRIES = 6
 _VORBIS_TOLERANCE = 0.03  # of the bit rate
-_VORBIS_EXCERPTS = 6  # in audio longer than this many times `_VORBIS_EXCERPT_S`
+_VORBIS_EXCERPTS = 6  # number of excerpts; audio that is not longer than all of them is encoded whole
 _VORBIS_EXCERPT_S = 5
 _MPEG_DELAY = 576  # samples that LAME puts before the audio
 _MP3_KBPS = {
@@ -52,7 +52,10 @@ AAC_CONTAINERS = {AudioFormat.M4A: "ipod", AudioFormat.AAC: "adts"}
 
 
 def compress_flac(samples: Samples, sample_rate_hz: int, *, text: str | None = None) -> memoryview:
-    """Return a FLAC file of integer samples (S, C). int16 has 16 bits; of int32 the 24 high bits are kept."""
+    """Return a FLAC file of integer samples (S, C).
+
+    The file has 16 bits per sample for int16, and the 24 high bits of each sample for int32.
+    """
     subtype = "PCM_16" if samples.dtype == np.int16 else "PCM_24"
     return _write(samples, sample_rate_hz, container="FLAC", subtype=subtype, text=text).getbuffer()
 
@@ -67,8 +70,9 @@ def compress(
 ) -> memoryview:
     """Return a lossy file of `samples` (S, C) in -1..1. G.711 files have no header.
 
-    MP3 files have a constant bit rate. Vorbis and Opus files have about this rate on average; where they do not reach
-    it, they have the nearest one. Without a bit rate, libsndfile's default quality applies.
+    An MP3 file has the constant bit rate `bitrate_kbps`. A Vorbis or Opus file has about this bit rate on average, or
+    the nearest one that libsndfile can reach. Without `bitrate_kbps`, AAC files have the bit rate AAC_KBPS, and the
+    other formats have libsndfile's default quality.
     """
     if file_format in AAC_CONTAINERS:
         return _compress_aac(samples, sample_rate_hz, file_format=file_format, bitrate_kbps=bitrate_kbps or AAC_KBPS)
@@ -87,7 +91,7 @@ def compress(
 def find_options(
     samples: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat, bitrate_kbps: int | None
 ) -> dict[str, Any]:
-    """Return the options of libsndfile for a bit rate. Of a Vorbis file they depend on the samples (S, C)."""
+    """Return the libsndfile options that give a file its bit rate. For Vorbis they depend on `samples` (S, C)."""
     if bitrate_kbps is not None:
         match file_format:
             case AudioFormat.MP3:
@@ -104,7 +108,10 @@ def find_options(
 def at_level(
     samples: npt.NDArray[np.float32], *, file_format: AudioFormat, bitrate_kbps: int | None
 ) -> npt.NDArray[np.float32]:
-    """Return samples for libsndfile, for which the file has the level of `samples`. They may exceed -1..1."""
+    """Return `samples` scaled so that the file that libsndfile writes has the level of the original samples.
+
+    LAME lowers the level of MP3 files with a constant bit rate, so their samples are raised, perhaps beyond -1..1.
+    """
     if file_format is not AudioFormat.MP3 or bitrate_kbps is None:
         return samples
     return samples / np.float32(mp3_factor(bitrate_kbps))
@@ -138,10 +145,10 @@ def _write(
 
 
 def _find_vorbis_level(samples: npt.NDArray[np.float32], sample_rate_hz: int, *, bitrate_kbps: int) -> float:
-    """Return libsndfile's compression level for a bit rate of a Vorbis file.
+    """Return the libsndfile compression level at which a Vorbis file has the bit rate `bitrate_kbps`.
 
-    libsndfile only has a quality, and the bit rate also depends on the audio. So the audio is encoded several times. Of
-    long audio, short excerpts are enough.
+    libsndfile has no option for the bit rate of Vorbis, and the bit rate at a compression level depends on the audio.
+    So this function encodes the audio at several levels. From long audio, it encodes only short excerpts.
     """
     size = _VORBIS_EXCERPT_S * sample_rate_hz
     if len(samples) > _VORBIS_EXCERPTS * size:
@@ -161,10 +168,11 @@ def _find_vorbis_level(samples: npt.NDArray[np.float32], sample_rate_hz: int, *,
 
 
 def _with_length(data: memoryview, *, num_samples: int) -> memoryview:
-    """Put a frame before a constant-rate MP3 file that says where its audio starts and ends, unless it has one.
+    """Return the constant-rate MP3 file `data` with an "Info" frame, which states where the audio starts and ends.
 
-    LAME writes this frame ("Info tag") only if it fits into a frame of the file's bit rate. Without it, decoders add
-    silence at both ends. The layout is that of the Xing header, with LAME's extension.
+    LAME writes this frame only if it fits into a frame of the file's bit rate. Without it, decoders add silence at both
+    ends. If `data` already has the frame, it is returned unchanged. The frame has the layout of the Xing header, with
+    LAME's extension.
     """
     begin = _id3_bytes(data)
     first = bytes(data[begin : begin + 4])
@@ -196,7 +204,10 @@ def _with_length(data: memoryview, *, num_samples: int) -> memoryview:
 
 
 def _id3_bytes(data: memoryview) -> int:
-    """Return the size of the ID3v2 tag at the start of a file, 0 without one. Its size field has 7 bits per byte."""
+    """Return the size in bytes of the ID3v2 tag at the start of a file, or 0 if there is no tag.
+
+    The tag contains its size, in four bytes of 7 bits each.
+    """
     if bytes(data[:3]) != b"ID3":
         return 0
     return 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))

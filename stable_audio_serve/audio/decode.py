@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MAX_VALUES = 80_000_000  # largest samples x channels after mixing to stereo: 320 MB of float32, or 416 s at 96 kHz
 _START_TIMEOUT_S = 30.0
 _START_RETRY_S = 5.0
-_ATTEMPTS = 2  # tries per file, because the process may die for other reasons, such as too little memory
+_ATTEMPTS = 2  # per file, because a process may die for reasons other than the file, such as too little memory
 
 
 class AudioDecoder:
@@ -41,7 +41,7 @@ class AudioDecoder:
         own_rates_hz: Collection[int] = (),
         start_process: Callable[[], DecodeProcess] | None = None,
     ) -> None:
-        """Start no process yet.
+        """Create a decoder without starting its process.
 
         `timeout_s` is the time limit for decoding one file. `own_rates_hz` are sample rates that are accepted in
         addition to 8-192 kHz. Tests replace `start_process`.
@@ -58,14 +58,15 @@ class AudioDecoder:
         """Return the first `max_s` seconds of `file`, mono or stereo, not resampled. `file` needs a file descriptor.
 
         `allowed_s` is the shortest and the longest duration that the whole file may have, in seconds. Raises
-        InvalidUploadError that names `field`. Raises OverloadedError if no decoding process can be started.
+        InvalidUploadError, which names `field`, if the file cannot be used. Raises OverloadedError if no decoding
+        process can be started.
         """
         answer, payload = self._ask(file, self._limits | {"max_s": max_s, "allowed_s": allowed_s}, field=field)
         interleaved = payload.view(np.float32).reshape(answer["frames"], answer["channels"])
         return SourceAudio(np.ascontiguousarray(interleaved.T), answer["rate_hz"])
 
     def read_text(self, file: IO[bytes], *, field: str = "audio") -> str | None:
-        """Return the text embedded in `file`, see `embedded_text.extract`. Raises the errors of `decode`."""
+        """Return the text embedded in `file`, see `embedded_text.extract`. Raises the same errors as `decode`."""
         answer, payload = self._ask(file, None, field=field)
         return payload.tobytes().decode() if answer["has_text"] else None
 
@@ -165,7 +166,8 @@ class DecodeProcess:
         """Send a file to `audio.decode_worker`. Returns its response and the bytes that follow the response.
 
         Without `limits` the worker reads the embedded text instead of the samples. Raises _FileRefusedError for a file
-        that cannot be used. Raises TimeoutError, or _WorkerLostError if the process died. After these two, call `stop`.
+        that cannot be used. Raises TimeoutError, or _WorkerLostError if the process died. After either of the last two
+        errors, call `stop`.
         """
         deadline_at = time.monotonic() + timeout_s
         task = json.dumps(limits).encode()

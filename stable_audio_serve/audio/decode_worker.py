@@ -116,9 +116,9 @@ def check_header(container: str, *, channels: int, frames: int) -> None:
 
 
 def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Mix `block` (samples, channels) of up to 8 channels in the order of WAV files to mono or stereo.
+    """Mix `block` (samples, channels) to mono or stereo. It has up to 8 channels, in the order of WAV files.
 
-    The peak of the result is not higher than that of `block`.
+    The peak of the mix is not higher than the peak of `block`.
     """
     if block.shape[1] <= 2:
         return block

@@ -32,7 +32,7 @@ def make_wav_chunk(text: str) -> bytes:
 def extract(file: BinaryIO) -> str | None:
     """Return the text in an audio file, or None if there is no text that begins with "{".
 
-    The text may come from another program. This function calls libsndfile, so read untrusted files with
+    Another program may have written the text. This function calls libsndfile, so read untrusted files with
     `AudioDecoder.read_text` instead. Raises ValueError if the file is not audio or the text exceeds 1 MiB.
     """
     import soundfile

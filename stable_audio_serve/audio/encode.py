@@ -1,4 +1,6 @@
-"""Encode float audio as files of all formats, and as ZIP archives of several files. Writes WAV and raw samples itself.
+"""Encode float audio as files of all formats, and as ZIP archives of several files.
+
+This module writes WAV files and raw samples itself. For the other formats it calls `audio.compress`.
 
 The functions need much CPU time: call them from worker threads, not from an event loop.
 """
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 _BLOCK = 16_384  # samples converted at once: fits the cache
 _CHUNK_BYTES = 1_048_576
 _AROUND_PARTS = (
-    10  # a loop is resampled with 1/10 s of its repetitions, which is a whole number of samples at all rates
+    10  # a loop is resampled with 1/10 s of repetition at both ends, which is a whole number of samples at all rates
 )
 MOST_OPUS_TEXT_CHARS = 40_000  # libsndfile 1.2.2 writes unreadable files if the text is longer than about 51,000
 _PCM, _IEEE_FLOAT = 1, 3  # sample formats of WAV files
@@ -98,7 +100,7 @@ def to_pcm32(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
 
 
 def _fixed_blocks(audio: npt.NDArray[np.float32]) -> Iterator[tuple[tuple[slice, int], npt.NDArray[np.int32]]]:
-    """Yield blocks of `audio` (C, S) as 32-bit integers, with the place of each block in an array (S, C)."""
+    """Yield blocks of `audio` (C, S) as 32-bit integers, each with its index in an array (S, C)."""
     channels, samples = audio.shape
     scaled, fixed = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int32)
     for channel in range(channels):
@@ -130,12 +132,13 @@ def encode_audio(
     text: str | None = None,
     loop_s: float | None = None,
 ) -> EncodedFile:
-    """Encode `audio` (C, S) float32 in -1..1 as a file. `formats.check_encoding` accepts `encoding`.
+    """Encode `audio` (C, S) float32 in -1..1 as a file. `formats.check_encoding` must have accepted `encoding`.
 
-    Audio at another rate than that of the file (`formats.file_rate`) is resampled; a loop of `loop_s` seconds still
-    repeats without a seam then. G.711 files are mono, and contain the mean of the channels. `text` is embedded in the
-    file (`embedded_text.extract` reads it), which needs one of `formats.TEXT_FORMATS`. The text must not be empty, and
-    for Opus not longer than `MOST_OPUS_TEXT_CHARS`.
+    If the file has another sample rate than the audio (`formats.file_rate`), the audio is resampled. `loop_s` is the
+    length of a loop in seconds; the resampled loop still repeats without a seam. G.711 files are mono, and contain the
+    mean of the channels. `text` is embedded in the file, and `embedded_text.extract` reads it. Only the formats in
+    `formats.TEXT_FORMATS` can contain text. The text must not be empty, and for Opus not longer than
+    `MOST_OPUS_TEXT_CHARS`.
     """
     file_format, rate_hz = encoding.file_format, file_rate(encoding, sample_rate_hz)
     audio = as_in_file(audio, sample_rate_hz, encoding=encoding, loop_s=loop_s)
@@ -157,7 +160,10 @@ def encode_audio(
 def as_in_file(
     audio: npt.NDArray[np.float32], sample_rate_hz: int, *, encoding: Encoding, loop_s: float | None = None
 ) -> npt.NDArray[np.float32]:
-    """Return `audio` (C, S) float32 of any level with the channels and the rate of the file, `formats.file_rate`."""
+    """Convert `audio` (C, S) float32 to the channels and the sample rate that its file will have.
+
+    `audio` may have any level. `loop_s` is the length of a loop in seconds; the result still repeats without a seam.
+    """
     if encoding.file_format in (AudioFormat.ULAW, AudioFormat.ALAW):
         audio = audio.mean(axis=0, keepdims=True, dtype=np.float32)
     rate_hz = file_rate(encoding, sample_rate_hz)
@@ -194,7 +200,7 @@ def encode_wav(
 ) -> EncodedFile:
     """Return a WAV file of interleaved samples (S, C), with `text` embedded after them.
 
-    int16 has 16 bits, float32 has 32 bits, and of int32 the file has the 24 high bits.
+    The file has 16 bits per sample for int16, 32 bits for float32, and the 24 high bits of each sample for int32.
     """
     frames, channels = samples.shape
     data = little_endian(samples)
@@ -207,9 +213,10 @@ def encode_wav(
 def wav_header(
     sample_rate_hz: int, *, channels: int, frames: int | None, bit_depth: BitDepth = 16, num_more: int = 0
 ) -> bytes:
-    """Return the header of a WAV file with `frames` samples per channel; None = their number is unknown.
+    """Return the header of a WAV file.
 
-    `num_more` is the number of bytes after the samples.
+    `frames` is the number of samples per channel, or None if it is unknown. `num_more` is the number of bytes that
+    follow the samples in the file.
     """
     coding, extra, fact = _PCM, b"", b""
     if bit_depth == "float":
@@ -229,7 +236,7 @@ def wav_header(
 def little_endian(
     samples: npt.NDArray[np.int16] | npt.NDArray[np.int32] | npt.NDArray[np.float32],
 ) -> memoryview:
-    """Return the bytes of interleaved samples (S, C). Of int32 only the 24 high bits are kept."""
+    """Return the little-endian bytes of interleaved samples (S, C). For int32 they have only the 24 high bits."""
     data = samples.astype(samples.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
     if samples.dtype == np.int32:
         data = np.ascontiguousarray(data.reshape(-1, 4)[:, 1:]).reshape(-1)

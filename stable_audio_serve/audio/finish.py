@@ -51,14 +51,14 @@ class FileOrder:
 
 @dataclass(frozen=True, slots=True)
 class ClipOrigin:
-    """What a recipe is written from: a request, and the hashes of its source files instead of their audio."""
+    """What a recipe is written from: a generation request, and the hashes of the request's source files."""
 
     request: GenerationRequest
     sources: Mapping[Role, RecipeSource]
 
     @classmethod
     def of(cls, request: GenerationRequest) -> ClipOrigin | None:
-        """Return the origin of a request, or None if its source audio has no file hash."""
+        """Return the origin of a request, or None if any source audio of the request has no file hash."""
         sources = sources_of(request)
         return None if sources is None else cls(request, sources)
 
@@ -85,7 +85,7 @@ def finish_clip(
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
     """Finish a clip and measure it. Returns the clip (C, S) float32 in -1..1, and its measurements.
 
-    With a target loudness, the limiter's ceiling is the true peak instead of the one that `peaks` has.
+    With a target loudness (`finishing.loudness`), the limiter's ceiling is the `true_peak_dbtp` of the target.
 
     `generated` are the parts of the clip that the model generated. None means the whole clip. `is_loop` is whether the
     clip repeats without a seam.
@@ -151,7 +151,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
 
 
 def text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
-    """Return the recipe as text to embed in a file, or None if the format holds no text or not such a long one."""
+    """Return the recipe as text to embed in a file, or None if the format cannot contain text of this length."""
     text = None if recipe is None or file_format not in TEXT_FORMATS else recipe.to_json()
     most = MOST_OPUS_TEXT_CHARS if file_format is AudioFormat.OPUS else MOST_BYTES
     return None if text is None or len(text) > most else text
@@ -174,7 +174,7 @@ def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...
 
 
 def finish_window(result: GenerationResult, *, num_samples: int | None, origin: ClipOrigin | None) -> FinishedFile:
-    """Return a WAV file like that of the Stable Audio Open Small server.
+    """Return the WAV file that the routes of the Stable Audio Open Small API send.
 
     The audio is scaled so that its peak is at full scale, and then cut to its first `num_samples` samples.
     """

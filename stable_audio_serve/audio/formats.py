@@ -16,13 +16,14 @@ TELEPHONE_RATE_HZ = 8000
 
 _OPUS_RATE_HZ = 48_000
 _MP3_RATES_HZ = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
-# The lowest bit rate for which a sample rate is chosen. Of MP3: below 32 kbit/s MPEG 2 is needed, and the audio suffers
-# at high sample rates. Of Vorbis: what libsndfile 1.2.2 reaches, measured with noise in stereo.
+# For each sample rate, the lowest bit rate (kbit/s) at which a file may have it. An MP3 file needs MPEG 2 below
+# 32 kbit/s, and sounds worse at high sample rates. For Vorbis, these are the lowest bit rates that libsndfile 1.2.2
+# reaches, measured with noise in stereo.
 _FROM_KBPS = {
     AudioFormat.MP3: {48_000: 32, 44_100: 32, 32_000: 32, 24_000: 24, 22_050: 24, 16_000: 16, 8000: 8},
     AudioFormat.OGG: {48_000: 64, 44_100: 64, 32_000: 64, 24_000: 48, 22_050: 48, 16_000: 40, 8000: 0},
 }
-# kbit/s -> factor in LAME 3.100, for the nearest bit rate (of two, the lower one). Below 160 it stays the same.
+# By bit rate in kbit/s, the factor in LAME 3.100. The nearest bit rate counts, and of two equally near ones the lower.
 _MP3_FACTORS = {160: 0.95, 192: 0.97, 224: 0.98, 256: 1.0}
 _NAMES = {"bitrate_kbps": "bitrate", "bit_depth": "bit_depth", "sample_rate_hz": "sample_rate"}
 _INSTALL = "pip install 'stable-audio-serve[aac]'"
@@ -78,7 +79,10 @@ def _needs_aac(file_format: AudioFormat) -> bool:
 
 
 def require_format(name: str) -> AudioFormat:
-    """Return the format with this name. Raises InvalidRequestError if there is none, or if this server lacks it."""
+    """Return the format with this name.
+
+    Raises InvalidRequestError if the name is unknown, or if this installation cannot write the format.
+    """
     available = available_formats()
     if name in available:
         return AudioFormat(name)
@@ -88,7 +92,10 @@ def require_format(name: str) -> AudioFormat:
 
 
 def check_encoding(encoding: Encoding) -> None:
-    """Raise InvalidRequestError, which names the field and the allowed values, if a format lacks a chosen value."""
+    """Raise InvalidRequestError if the format does not allow the chosen bit rate, bit depth or sample rate.
+
+    The message names the field and its allowed values.
+    """
     require_format(encoding.file_format)
     name, allowed = encoding.file_format, _FORMATS[encoding.file_format]
     if encoding.bitrate_kbps is not None:
@@ -109,8 +116,8 @@ def check_encoding(encoding: Encoding) -> None:
 def file_rate(encoding: Encoding, sample_rate_hz: int) -> int:
     """Return the sample rate of a file with this encoding. `sample_rate_hz` is the rate of the audio.
 
-    Formats that lack the rate of the audio have the next higher rate, or else their highest. MP3 and Vorbis files with
-    a low bit rate have a lower rate.
+    A rate in `encoding` applies as it is. Otherwise, the file has the rate of the audio if the format allows it, else
+    the next higher rate of the format, or the highest. An MP3 or Vorbis file with a low bit rate has a lower rate.
     """
     if encoding.sample_rate_hz is not None:
         return encoding.sample_rate_hz
@@ -134,7 +141,7 @@ def mp3_level(bitrate_kbps: int, sample_rate_hz: int) -> float:
 
 
 def mp3_factor(bitrate_kbps: int) -> float:
-    """Return the factor by which LAME makes the audio of an MP3 file with a constant bit rate quieter."""
+    """Return the factor by which LAME multiplies the audio of an MP3 file with a constant bit rate."""
     return _MP3_FACTORS[min(_MP3_FACTORS, key=lambda kbps: abs(kbps - bitrate_kbps))]
 
 

@@ -1,8 +1,8 @@
 """Restore the source's samples outside the regions that an edit regenerated.
 
 A linear crossfade joins generated audio and source. The crossfade is inside the region and lasts 30 ms, or less if the
-region is too short. A region that extends the source past its end is an exception: it fades in over the last 30 ms of
-the source. Audio before the source fades out over the first 30 ms of the source.
+region is too short. There are two exceptions. A region that extends the source past its end fades in over the last
+30 ms of the source. Audio that is generated before the source fades out over the first 30 ms of the source.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def plan_spans(
 ) -> tuple[Span, ...]:
     """Return the spans of an edit that come from the model, in order.
 
-    These are the regions `regions_s`, [start, end) in seconds, and everything before the start and after the end of the
-    source. The edit has `num_samples` samples, and the source has `num_source` samples, the first at `source_start`.
+    The spans cover the regions `regions_s`, [start, end) in seconds, and everything before and after the source. The
+    edit has `num_samples` samples. The source has `num_source` samples, and begins at the sample `source_start` of the
+    edit.
     """
     fade, source_end = round(FADE_S * sample_rate_hz), min(source_start + num_source, num_samples)
     starts = [int(start_s * sample_rate_hz) for start_s, _ in regions_s]
@@ -97,7 +98,9 @@ def _fade_inside(start: int, stop: int, *, fade: int, source_end: int) -> Span:
 def keep_source(
     audio: npt.NDArray[np.float32], source: npt.NDArray[np.float32], *, spans: Sequence[Span]
 ) -> tuple[GeneratedSpan, ...]:
-    """Replace `audio` (C, S) float32 by `source` in place, except in `spans`. Returns the generated audio in `spans`.
+    """Replace `audio` (C, S) float32 by `source` in place, except in `spans`, whose ends are crossfaded.
+
+    Returns each span with the generated audio of its crossfades, as it was before they were applied.
 
     `source` must have the same channels and at least S samples. Pad a shorter source with silence.
     """

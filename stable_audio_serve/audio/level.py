@@ -28,7 +28,7 @@ def to_loudness(
 ) -> npt.NDArray[np.float32] | None:
     """Return `audio` (C, S) float32 of any level with the target loudness, as far as its true peaks allow.
 
-    Returns None for a silent clip and for a clip without loudness, which have no gain.
+    Returns None if the clip is silent or its loudness is undefined, because no gain can be computed then.
     """
     measured = describe_clip(audio, sample_rate_hz, seed=0).loudness_lufs
     if measured is None:

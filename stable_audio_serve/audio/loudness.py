@@ -1,7 +1,7 @@
 """Measure a finished clip: its peak, its integrated loudness, and whether it is silent.
 
-No library computes the loudness, because every client waits for the result. Libraries filter samples one by one, which
-takes longer than all other work on a WAV file. The tests compare the result with pyloudnorm.
+This module computes the loudness without a library, because every client waits for the result. Libraries filter samples
+one by one, which takes longer than all other work on a WAV file. The tests compare the result with pyloudnorm.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OFFSET_LUFS = -0.691
 _ABSOLUTE_GATE_LUFS = -70.0
 _RELATIVE_GATE = 10 ** (-10 / 10)  # blocks more than 10 LU below the mean do not count
 _NEGLIGIBLE = 1e-9
-_METER_S = 5.0  # a `ClipMeter` measures so much audio at once
+_METER_S = 5.0  # length of the audio that a `ClipMeter` measures at once
 _SETTLE_S = 0.5  # after this time, audio no longer influences the filter: less than 1e-6 of its level is left
 # Sizes chosen by measuring: half or twice each size is slower. Larger matrix products would start BLAS threads, which
 # wait for each other on a busy machine. A chunk fits the cache.
@@ -56,7 +56,7 @@ def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> flo
 
 
 def _integrate(steps: npt.NDArray[np.float64]) -> float | None:
-    """Return the gated loudness in LUFS of audio with these powers of `_step_powers`, None if undefined."""
+    """Return the gated loudness in LUFS, None if undefined. `steps` are the results of `_step_powers`."""
     if len(steps) < _STEPS_PER_BLOCK:
         return None
     powers = np.convolve(steps, np.full(_STEPS_PER_BLOCK, 1 / _STEPS_PER_BLOCK), mode="valid")
@@ -67,7 +67,7 @@ def _integrate(steps: npt.NDArray[np.float64]) -> float | None:
 
 
 class ClipMeter:
-    """Measures a clip that arrives in blocks, as `describe_clip` does."""
+    """Makes the measurements of `describe_clip` for a clip that arrives in blocks."""
 
     def __init__(self, sample_rate_hz: int) -> None:
         self._rate_hz = sample_rate_hz

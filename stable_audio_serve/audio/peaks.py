@@ -21,15 +21,15 @@ from stable_audio_serve.core.sound import Peaks
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# The largest sample of a limited clip, also in Stability AI's decoders. It leaves 0.2 dB below full scale, because
-# lossy encoders raise peaks.
+# The largest sample of a limited clip. Stability AI's decoders use the same value. It leaves 0.2 dB below full scale,
+# because lossy encoders raise peaks.
 CEILING = float(np.float32(0.977))
 
 _BLOCK = 16  # samples between two points of the piecewise linear gain curve
 _ATTACK_S = 0.005
 _HOLD_S = 0.012  # half a period of 42 Hz, so that the gain does not follow the waveform of higher tones
 _RELEASE_S = 0.1  # time in which the reduction decays by a factor e
-LIMITED_AROUND_S = 1.0  # how much of a loop's repetitions is limited too; any reduction decays in this time
+LIMITED_AROUND_S = 1.0  # length of the repetition around a loop that is limited too; any reduction decays in this time
 _LEAST_REDUCTION = 1e-4  # smaller reductions are set to 0, so that samples far from any peak stay unchanged
 
 
@@ -72,8 +72,8 @@ def limit(
 ) -> npt.NDArray[np.float32]:
     """Return `audio` (C, S) with no sample above `ceiling`. All channels get the same smooth gain.
 
-    `levels` (S,) is what must not exceed the ceiling at each sample, by default the largest sample of all channels.
-    Returns `audio` itself if nothing exceeds it.
+    `levels` (S,) are the values that the limiter keeps below the ceiling. By default, each is the largest absolute
+    sample of all channels. Returns `audio` itself if no level exceeds the ceiling.
     """
     if (find_peak(audio) if levels is None else levels.max(initial=0.0)) <= ceiling:
         return audio
@@ -89,7 +89,7 @@ def limit(
 
 
 def limit_loop(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np.float32]:
-    """Return a loop, `audio` (C, S), with no sample above CEILING. It is limited as if it had been repeated before."""
+    """Return a loop, `audio` (C, S), with no sample above CEILING. The result still repeats without a seam."""
     if find_peak(audio) <= CEILING:
         return audio
     around = round(LIMITED_AROUND_S * sample_rate_hz)

@@ -32,9 +32,10 @@ def prepare_source(
     start: int = 0,
     is_repeated: bool = False,
 ) -> Tensor:
-    """Return `audio` as (channels, num_samples) float32 on the CPU: resampled, beginning at the sample `start`.
+    """Return `audio` as (channels, num_samples) float32 on the CPU, resampled to `sample_rate_hz`.
 
-    The rest is cropped or filled with zeros, or with repetitions of the audio if `is_repeated`.
+    The audio begins at the sample `start` of the result, and is cropped where the result ends. The samples before and
+    after it are zeros, or repetitions of the audio if `is_repeated`.
     """
     # Copy read-only arrays, about which torch would warn. Arrays that come from another process are read-only.
     samples = torch.from_numpy(np.require(audio.samples, np.float32, ["C", "W"]))

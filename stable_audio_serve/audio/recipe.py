@@ -1,7 +1,7 @@
 """A clip's recipe: all values that determine the bytes of one audio file. Equal requests have equal recipes.
 
-Recipes from clients are untrusted input. This module checks their form. `api.native.replay` checks them against the
-limits of the server and its models.
+Recipes from clients are untrusted input. This module checks their fields and types. `api.native.replay` checks their
+values against the limits of the server and its models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stable_audio_serve.core.generation import (
 from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, AudioFormat, BitDepth, Encoding, Finishing, Loudness, Peaks
 
 MOST_BYTES = 1_048_576  # size of the longest recipe as text
-MOST_REGIONS = 102  # 100 that a client names, and what extends the source before and after it
+MOST_REGIONS = 102  # 100 regions of the client, and two that extend the source before its start and after its end
 MOST_SECTIONS = 1000
 _LONG = ("prompt", "negative_prompt", "inpaint_regions", "sections")
 
@@ -46,7 +46,7 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ShortText = Annotated[str, Field(min_length=1, max_length=200)]
 _Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
 _Region = tuple[_Seconds, _Seconds]  # start, end
-_Time = Annotated[float, Field(ge=0, le=1)]  # of denoising: 1 = the start from noise
+_Time = Annotated[float, Field(ge=0, le=1)]  # time of denoising, which starts from noise at 1
 _Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their own range
 
 
@@ -81,7 +81,7 @@ class RecipeLora(_Part):
 
     @classmethod
     def of(cls, lora: Lora) -> RecipeLora:
-        """Return the recipe's form of a request's adapter."""
+        """Convert an adapter of a request to its entry in a recipe."""
         low, high = lora.interval
         return cls(
             name=lora.name,
@@ -110,7 +110,7 @@ class RecipeLoudness(_Part):
 
     @classmethod
     def of(cls, loudness: Loudness) -> RecipeLoudness:
-        """Return the recipe's form of a target loudness."""
+        """Convert a target loudness to its entry in a recipe."""
         return cls(target_lufs=float(loudness.target_lufs), true_peak_dbtp=float(loudness.true_peak_dbtp))
 
 
@@ -255,7 +255,7 @@ class Recipe(_Part):
     def to_request(self, *, sources: Mapping[str, SourceAudio], request_id: str) -> GenerationRequest:
         """Return the request that recreates the clip. `sources` maps SHA-256 hashes to source audio.
 
-        Replicas whose weights are not those of the recipe refuse the request.
+        A replica that has loaded other weights than the recipe names refuses the request.
         """
         return GenerationRequest(
             prompt=self.prompt,
@@ -371,7 +371,10 @@ def write_recipes(
 def add_sections(
     recipe: Recipe, sections: Sequence[Section], *, overlap_s: float, different: Mapping[int, MadeOn]
 ) -> Recipe:
-    """Return the recipe of a long piece. `different` has the sections that differ from `recipe.made_on`, from 1."""
+    """Return `recipe` with the sections of a long piece added.
+
+    `different` maps the number of a section, from 1, to what made the section, if that differs from `recipe.made_on`.
+    """
 
     def describe(number: int, section: Section) -> RecipeSection:
         made_on = different.get(number)

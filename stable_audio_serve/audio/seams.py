@@ -22,17 +22,18 @@ if TYPE_CHECKING:
     from stable_audio_serve.core.generation import GenerationRequest, LoopStart
 
 LEAST_SURPLUS_S = 0.05  # a loop must be at least this much shorter than the model's longest clip
-# Models often let a sound end at the end of a clip, so more is generated than is crossfaded, and the rest is cut off.
+# Models often let a sound end at the end of a clip. So the model generates more audio than the crossfade needs, and the
+# rest is cut off.
 _SURPLUS_S = 1.0
 _CROSSFADE_S = 0.25
 _SHORT_CROSSFADE_S = 0.001
 _ATTACK_POWER = 4.0  # a clip begins with an attack if its beginning has this many times the power of the continuation
-_LEAD_S = 0.05  # what is moved before an attack
+_LEAD_S = 0.05  # length of the audio that is moved from the end of a loop to before its attack
 _NEGLIGIBLE = 1e-6  # samples; a length this close below a whole number is that number
 
 
 def as_loop(request: GenerationRequest, *, max_duration_s: float, loop: LoopStart = "free") -> GenerationRequest:
-    """Return the request for clips that repeat without a seam. `max_duration_s` is that of the model's card.
+    """Return the request for clips that repeat without a seam. `max_duration_s` is the value in the model's card.
 
     Raises InvalidRequestError if the clip is too long, because the model must generate more than the clip.
     """
@@ -43,7 +44,10 @@ def as_loop(request: GenerationRequest, *, max_duration_s: float, loop: LoopStar
 
 
 def with_surplus(request: GenerationRequest, *, max_duration_s: float) -> GenerationRequest:
-    """Return the request to plan for a loop: for clips that are longer than the loop. Raises InvalidRequestError."""
+    """Return the request for a loop with a longer duration, as the model must generate it. Planning uses this duration.
+
+    Raises InvalidRequestError if the loop is too long.
+    """
     request = as_loop(request, max_duration_s=max_duration_s)
     return replace(request, duration_s=min(request.duration_s + _SURPLUS_S, max_duration_s))
 
@@ -59,8 +63,8 @@ def close_loop(
     """Return a loop of `num_samples` samples from a longer clip, `audio` (C, S) float32.
 
     The crossfade lasts 0.25 s, or half of the loop if that is shorter. If the clip begins with an attack that does not
-    come again in the continuation, the crossfade lasts 1 ms to keep the attack. A loop that is "free" then begins 50 ms
-    before the attack, with the end of the clip.
+    come again in the continuation, the crossfade lasts 1 ms to keep the attack. With `loop` "free", the last 50 ms of
+    the loop are then moved to its beginning, before the attack.
     """
     longest = min(round(_CROSSFADE_S * sample_rate_hz), num_samples // 2)
     after = audio[:, num_samples : num_samples + longest]
@@ -74,17 +78,18 @@ def close_loop(
 
 
 def repeat_around(audio: npt.NDArray[np.float32], num_samples: int) -> npt.NDArray[np.float32]:
-    """Return a loop (C, S) with `num_samples` samples of its repetitions before and after it."""
+    """Return a loop (C, S) with `num_samples` samples of repetition before it and as many after it."""
     return np.pad(audio, ((0, 0), (num_samples, num_samples)), mode="wrap")
 
 
 def cut_repeated(
     audio: npt.NDArray[np.float32], num_samples: int, *, length: int | None = None
 ) -> npt.NDArray[np.float32]:
-    """Return the loop (C, S) of `repeat_around`, after an effect that changed the repetitions in nearly the same way.
+    """Return the loop (C, S) without the repetitions that `repeat_around` added before an effect was applied.
 
-    A linear crossfade with the repetition after the loop removes the rest of the difference at the seam. `length` is
-    that of the loop in samples, where rounding at another sample rate may have changed it by one.
+    The effect has changed the loop and the repetitions in nearly the same way. A linear crossfade with the repetition
+    after the loop removes the rest of the difference at the seam. `length` is the length of the loop in samples. After
+    resampling it must be given, because rounding may have changed the length by one.
     """
     end = audio.shape[1] - num_samples if length is None else num_samples + length
     after = audio[:, end : end + min(num_samples, (end - num_samples) // 2)]
@@ -96,7 +101,8 @@ def _join(
 ) -> npt.NDArray[np.float32]:
     """Return `clip` (C, S) with `after` crossfaded over its beginning.
 
-    The crossfade keeps the power of two sounds of this correlation: with 1 the gains sum to 1, with 0 their squares.
+    The crossfade keeps the power of two sounds whose correlation is `correlation`. At 1, the two gains sum to 1. At 0,
+    the squares of the gains sum to 1.
     """
     joined, rise = clip.copy(), fade_ramp(after.shape[1])
     fall = rise[::-1]
@@ -110,7 +116,10 @@ def _power(audio: npt.NDArray[np.float32]) -> float:
 
 
 def _correlate(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
-    """Return the correlation of two clips (C, S) over all channels, in 0..1; 0 if it is negative or one is silent."""
+    """Return the correlation of two clips (C, S) over all channels, in 0..1.
+
+    The result is 0 if the correlation is negative or a clip is silent.
+    """
     energies = _power(first) * _power(second)
     product = np.multiply(first, second, dtype=np.float64).sum()
     return float(np.clip(product / math.sqrt(energies), 0, 1)) if energies else 0.0

@@ -1,7 +1,7 @@
-"""Sections of long pieces: join each to the audio before it, and write and read its lossless file.
+"""Sections of long pieces: join each section to the audio before it, and write and read its lossless file.
 
-The files are WAV files with 32-bit floats, which read back exactly as they were written. They are written and read
-without libsndfile, so that they can be read while they arrive from their store.
+The files are WAV files with 32-bit floats, from which the exact samples can be read. This module does not use
+libsndfile, so that it can decode a file while the file arrives from its store.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _HEADER_BYTES = 58
 _CHANNELS_AT = 22  # byte offset in the header
 _SAMPLE_BYTES = 4
 
-_MOST_DB = 12.0  # of the gain at a join
+_MOST_DB = 12.0  # largest gain, in either direction
 _GAIN_S = 4.0  # time in which the gain reaches its last value
-_LOUDNESS_LU = 1.0  # a section's loudness may differ by this much from the one that it should have
-_WINDOWS_S = (0.25, 0.5, 1.0, 2.0)  # in which the levels before and after a join are compared
+_LOUDNESS_LU = 1.0  # allowed difference between the loudness of a section and its target
+_WINDOWS_S = (0.25, 0.5, 1.0, 2.0)  # lengths over which the levels before and after a join are compared
 
 
 def join_samples(sample_rate_hz: int) -> int:
@@ -47,14 +47,14 @@ def join_section(
     loudness_lufs: float | None,
     peaks: Peaks,
 ) -> npt.NDArray[np.float32]:
-    """Return the audio of a section, which begins with the joined last 30 ms of `before`.
+    """Return the audio of a section. It begins with the last 30 ms of `before`, crossfaded with the section.
 
-    `audio` (C, S) float32 begins with `before` (C, S), the audio that the section continues; `num_own` samples of the
-    section follow, and perhaps more. `span` is the part that the model generated, if known. `loudness_lufs` is the
-    loudness that the section should have, if known.
+    `before` (C, S) is the audio that the section continues. `audio` (C, S) float32 begins with `before`, and continues
+    with the `num_own` samples of the section. Any samples after these are ignored. `span` is the part of `audio` that
+    the model generated, if known. `loudness_lufs` is the loudness that the section should have, if known.
 
-    Models go on a little louder or quieter than the audio that they continue. A gain, which changes slowly, removes the
-    step at the join, and brings the section near its loudness.
+    The section that a model generates is often a little louder or quieter than `before`. A gain, which changes slowly,
+    removes the step in level at the join, and brings the section near `loudness_lufs`.
     """
     fade, start = min(join_samples(sample_rate_hz), before.shape[1]), before.shape[1]
     own = audio[:, start - fade : start + num_own].copy()
@@ -87,8 +87,8 @@ def _make_gain(
 def _find_step(own: npt.NDArray[np.float32], sample_rate_hz: int, *, before: npt.NDArray[np.float32]) -> float:
     """Return the gain in dB that removes the step in level at a join.
 
-    The levels before and after the join are compared over several lengths of time. If these disagree, for example
-    because there is a drum in one of them, the level changes there anyway, and the smallest step counts.
+    The levels before and after the join are compared over several lengths of time. The smallest of the steps counts,
+    because a larger one may come from a single sound, such as a drum. If the steps have different signs, the gain is 0.
     """
     fade = min(join_samples(sample_rate_hz), before.shape[1])
     steps_db = []
@@ -113,7 +113,7 @@ def encode_section(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> Encod
 
 
 class SectionDecoder:
-    """Decodes a file of `encode_section` that arrives in chunks of any size."""
+    """Decodes a file that `encode_section` wrote. The file may arrive in chunks of any size."""
 
     def __init__(self) -> None:
         self._rest = b""

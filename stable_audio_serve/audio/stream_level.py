@@ -1,4 +1,7 @@
-"""Bring audio that arrives in blocks to a target loudness, and fade its ends, as `audio.level` does with a clip."""
+"""Bring audio that arrives in blocks to a target loudness, and fade its ends.
+
+`audio.level` does this for a clip that is in memory as a whole.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _BLOCK = 16  # the limiter's gain has a point at each multiple of this many samples
-_LIMITED_S = 5.0  # is limited at once
-_REACH = 32  # more samples than a value between two samples depends on, on each side
+_LIMITED_S = 5.0  # length of the audio that is limited at once
+_REACH = 32  # a value between two samples depends on fewer samples than this on each side
 
 
 class TruePeakMeter:
@@ -57,7 +60,7 @@ class LoudnessSearch:
         self._passes_left = most_passes
         self._first_db: float | None = None
         self.gain_db: float | None = None  # None: the piece is silent or was not measured yet
-        self.factor = 1.0  # of the limited audio, so that its true peak is not too high
+        self.factor = 1.0  # multiplies the limited audio, so that its true peak is not too high
         self._begin_pass()
 
     @property
@@ -65,7 +68,7 @@ class LoudnessSearch:
         return self._passes_left > 0
 
     def add(self, block: npt.NDArray[np.float32]) -> None:
-        """Measure the next samples (C, S) of the piece with the present gain."""
+        """Measure the next samples (C, S) of the piece, with the gain of this pass applied."""
         self._measure(block if self._limiter is None else self._limiter.add(block))
 
     def end_pass(self) -> None:
@@ -107,7 +110,10 @@ class PieceFinisher:
         num_samples: int,
         search: LoudnessSearch | None,
     ) -> None:
-        """`search` has found the gain for the target loudness; None = there is no target."""
+        """Create the finisher of a piece of `num_samples` samples.
+
+        `search` has found the gain for the target loudness. None means that there is no target.
+        """
         self._limiter: _Limiter | None = None
         self._factor = 1.0
         if search is not None and search.gain_db is not None and finishing.loudness is not None:
@@ -127,7 +133,7 @@ class PieceFinisher:
         return 20 * float(np.log10(peak)) if peak else None
 
     def add(self, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the next finished samples (C, S), fewer or more than those in `block`."""
+        """Return the next finished samples (C, S). They may be fewer or more than the samples in `block`."""
         return self._finish(block if self._limiter is None else self._limiter.add(block))
 
     def end(self) -> npt.NDArray[np.float32] | None:
@@ -146,7 +152,10 @@ class PieceFinisher:
         return block
 
     def _fades(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return the gain of the samples [start, stop) in both fades, as (S,). Whole fades might not fit in memory."""
+        """Return the gain (S,) that both fades give the samples [start, stop).
+
+        Only this range is computed, because whole fades might not fit in memory.
+        """
         elapsed, gain = np.arange(start, stop) + 0.5, np.ones(stop - start)
         if self._num_in:
             gain *= np.minimum(elapsed / self._num_in, 1.0)
@@ -156,7 +165,10 @@ class PieceFinisher:
 
 
 class _Limiter:
-    """The limiter of `peaks.limit` for audio in blocks: each part is limited with a second of audio around it."""
+    """Applies `peaks.limit` to audio that arrives in blocks.
+
+    It limits the audio in parts, each together with a second of audio before and after it.
+    """
 
     def __init__(self, sample_rate_hz: int, loudness: Loudness, *, gain_db: float) -> None:
         self._rate_hz = sample_rate_hz
@@ -168,7 +180,7 @@ class _Limiter:
         self._num_before = 0  # samples at the start of `_waiting` that have been returned
 
     def add(self, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the samples whose gain is known now."""
+        """Return the limited samples that later blocks cannot change."""
         block = block * self._gain
         waiting = block if self._waiting is None else np.concatenate([self._waiting, block], axis=1)
         parts = [np.empty((len(block), 0), np.float32)]

@@ -1,5 +1,6 @@
-"""Measure the true peak of a clip: the largest value of the signal between the samples too (ITU-R BS.1770-4, annex 2).
+"""Measure the true peak of a clip: the largest value of the signal at and between its samples.
 
+ITU-R BS.1770-4, annex 2, defines the true peak.
 The signal is interpolated at four times its sample rate.
 """
 
@@ -14,21 +15,21 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _OVERSAMPLING = 4
-_REACH = 16  # samples on each side of an interpolated value that it depends on
+_REACH = 16  # an interpolated value depends on this many samples on each side
 _KAISER_BETA = 6.0
 _FRAME = 32  # positions that are interpolated by one row of a matrix product
 _GROUP = 128  # rows of one matrix product; larger ones would start BLAS threads
 
 
 def measure_true_peak(audio: npt.NDArray[np.float32]) -> float:
-    """Return the largest absolute value of the signal `audio` (C, S) float32, 1 = full scale; 0 without samples."""
+    """Return the true peak of `audio` (C, S) float32, where 1 is full scale. It is 0 if there are no samples."""
     return float(envelope(audio).max(initial=0.0))
 
 
 def envelope(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the largest absolute value of the signal at each sample, over all channels, as (S,) float32.
+    """Return, for each sample of `audio`, the largest absolute value of the signal at and beside it, as (S,) float32.
 
-    The values between two samples count for both samples.
+    A value between two samples counts for both samples. The result is the largest value of all channels.
     """
     channels, num_samples = audio.shape
     between = np.zeros(num_samples + 1, np.float32)  # before each sample, and after the last one
@@ -49,8 +50,9 @@ def envelope(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _make_interpolators() -> tuple[npt.NDArray[np.float32], ...]:
     """Return three matrices (_FRAME + 2 _REACH - 1, _FRAME) float32 that map samples to values between them.
 
-    A frame of F + 2R - 1 samples gives a value after each of its samples R - 1 to R + F - 2, with the first matrix a
-    quarter of a sample after it, with the others a half and three quarters. The filter is a sinc with a Kaiser window.
+    Let F be _FRAME and R be _REACH. A frame of F + 2R - 1 samples gives one value after each of its samples R - 1 to
+    R + F - 2. The first matrix gives the values a quarter of a sample later, the second a half, and the third three
+    quarters. The filter is a sinc with a Kaiser window.
     """
     fractions = np.arange(1, _OVERSAMPLING) / _OVERSAMPLING
     distance = np.arange(1 - _REACH, _REACH + 1)[:, None] - fractions  # (2R, 3)

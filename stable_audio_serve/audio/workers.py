@@ -27,7 +27,7 @@ class AudioWorkers:
     """Worker threads and processes. One upload is decoded and two files are encoded at a time; further calls wait."""
 
     def __init__(self, *, own_rates_hz: Collection[int]) -> None:
-        """Start no process yet. `AudioDecoder` explains `own_rates_hz`."""
+        """Create the threads' pools without starting a process. `AudioDecoder` explains `own_rates_hz`."""
         self._decoder = AudioDecoder(timeout_s=MAX_DECODE_S, own_rates_hz=own_rates_hz)
         self._decode_threads = ThreadPoolExecutor(1, thread_name_prefix="audio-decode")
         self._encode_threads = ThreadPoolExecutor(2, thread_name_prefix="audio-encode", initializer=_yield_to_others)
@@ -81,8 +81,8 @@ def hash_file(file: IO[bytes]) -> str:
 def _yield_to_others() -> None:
     """Lower this thread's priority below that of the event loop and the models. Linux only.
 
-    Measured on two cores, with MP3 encoding for all requests: the engine's denoising steps are 1.08 times as fast, and
-    the event loop waits 0.6 times as long for a core.
+    Measured on two cores, with MP3 encoding for all requests: with this lower priority, the engine's denoising steps
+    are 1.08 times as fast, and the event loop waits 0.6 times as long for a core.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()

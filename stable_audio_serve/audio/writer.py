@@ -1,7 +1,8 @@
 """Encode audio that arrives in blocks, so that a long piece is never in memory as a whole.
 
-The files are those of `audio.encode`, with these exceptions: resampled audio may differ in its last bits, Vorbis gets
-its bit rate from the first block, and MP3 files with a low bit rate lack the frame that says where their audio begins.
+The files equal the files that `audio.encode` makes, with three exceptions. Resampled audio may differ in its last bits.
+The compression level of a Vorbis file depends on the first block only. MP3 files with a low bit rate lack the frame
+that states where the audio begins.
 The methods need much CPU time: call them from worker threads, one at a time.
 """
 
@@ -61,10 +62,10 @@ class AudioWriter:
         text: str | None = None,
         is_growing: bool = False,
     ) -> None:
-        """Write to `file`, which must be empty and seekable. It stays open.
+        """Write to `file`, which must be empty and seekable. `close` does not close it.
 
-        If the file is read while it grows, the header of a WAV file says that its length is unknown. `text` is embedded
-        in the file, see `encode_audio`.
+        `is_growing` means that the file is read while it is written. The header of a WAV file then states that the
+        length is unknown. `text` is embedded in the file, see `encode_audio`.
         """
         self._file = file
         self._rate_hz = sample_rate_hz
@@ -103,7 +104,7 @@ class AudioWriter:
             self._encoder.write(block)
 
     def _open(self, block: npt.NDArray[np.float32]) -> _Encoder:
-        """Begin the file. `block` are its first samples."""
+        """Return the encoder of the file. `block` has the first samples."""
         encoding, rate_hz, file_format = self._encoding, self._file_rate_hz, self._encoding.file_format
         if file_format is AudioFormat.WAV:
             depth = encoding.bit_depth or 16
@@ -266,9 +267,10 @@ class _AacEncoder:
 
 
 class StreamFile:
-    """A file object whose content is sent while it is written. Changes of what was already taken are lost.
+    """A file object whose content can be sent while it is written. Changes to bytes that were already sent are lost.
 
-    libsndfile changes the beginning of an MP3 file once at the end, to store the length, which players can do without.
+    libsndfile makes such a change at the end of an MP3 file: it stores the length at the beginning. Players do not need
+    this length.
     """
 
     def __init__(self) -> None:
@@ -276,7 +278,7 @@ class StreamFile:
         self._end = self._position = 0
 
     def take(self) -> bytes:
-        """Return the bytes that were written since the last call."""
+        """Return the bytes that were written since the last call of this method."""
         taken = bytes(self._pending)
         self._pending.clear()
         return taken
@@ -296,5 +298,5 @@ class StreamFile:
         return self._position
 
     def read(self, num_bytes: int = -1, /) -> bytes:
-        """Return nothing: what was taken cannot be read."""
+        """Return no bytes, because bytes that `take` returned cannot be read again."""
         return b""

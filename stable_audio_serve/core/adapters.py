@@ -18,8 +18,8 @@ from stable_audio_serve.core.generation import Lora
 class AdapterCard:
     """Public properties of one adapter of one model.
 
-    `source` says where its file is, see `Lora.source`. `type`, `rank` and `sha256` come from the file. `problem` is
-    the reason why the file cannot be used, None if it can; then `type` is empty and `rank` is 0.
+    `source` is the location of the adapter's file, see `Lora.source`. `type`, `rank` and `sha256` come from the file.
+    If the file cannot be used, `problem` is the reason, `type` is empty and `rank` is 0. Otherwise `problem` is None.
     """
 
     name: str
@@ -54,22 +54,23 @@ class AdapterLibrary(Protocol):
         """Return the adapters of a request with the sources and hashes of their files.
 
         Raises InvalidRequestError, whose field is `loras`, for an unknown name, too many adapters, a strength, rank or
-        interval out of range, a file that cannot be used, and a model without adapters. An adapter that names a hash
-        must have a file with this hash.
+        interval out of range, a file that cannot be used, and a model without adapters. Also raises it if an entry has
+        a `sha256` that differs from the hash of the adapter's file.
         """
         ...
 
     async def load(self, model: ModelCard, *, name: str, source: str) -> AdapterCard:
-        """Add an adapter for all processes of the server, until `unload`.
+        """Add an adapter in all processes of the server, until `unload` removes it.
 
-        Raises InvalidRequestError for a file that cannot be used, ConflictError if the name has another file.
+        Raises InvalidRequestError if the file cannot be used, and ConflictError if an adapter with this name has
+        another file.
         """
         ...
 
     async def unload(self, model: ModelCard, *, name: str) -> None:
-        """Remove an adapter that `load` added. Raises NotFoundError if there is none of this name.
+        """Remove an adapter that `load` added. Raises NotFoundError if no adapter has this name.
 
-        Raises ConflictError for an adapter of the configuration or of a folder.
+        Raises ConflictError if the adapter comes from the configuration or from a folder.
         """
         ...
 
@@ -82,7 +83,7 @@ class NoAdapters:
         return ()
 
     def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:
-        """Return nothing. Raises InvalidRequestError if `loras` has an entry."""
+        """Return an empty tuple. Raises InvalidRequestError if `loras` is not empty."""
         if loras:
             message = f"adapter {loras[0].name[:100]!r} is unknown: the model {model.name} has no adapters"
             raise InvalidRequestError(message, field="loras", allowed="none")

@@ -19,8 +19,8 @@ OPEN_FAMILY = "stable-audio-open"
 # The package whose networks a model uses: this one, or stable-audio-tools, which only runs Stable Audio Open models.
 NetworkBackend = Literal["native", "stable_audio_tools"]
 
-# Precision of the decoder's matrix multiplications. split = each one is the sum of three half-precision
-# multiplications, which comes close to float32. It needs a CPU with AMX.
+# Precision of the decoder's matrix multiplications. split: each multiplication is computed as the sum of three
+# half-precision multiplications, whose result is close to float32. This needs a CPU with AMX.
 DecodePrecision = Literal["float32", "split", "tf32", "half"]
 
 # Names of the samplers, for models with a flow objective (FLOW_SAMPLERS) and with the v objective (V_SAMPLERS). They
@@ -61,8 +61,8 @@ class ModelCard:
     conditions_on_start: bool = False  # whether the model uses `GenerationRequest.start_s`
     is_demo: bool = False
     description: str = ""
-    lora_stacking: Stacking = "chained"  # how several adapters combine if a request does not say
-    loras: tuple[str, ...] = ()  # the names of adapters that a request asks for with the name of the model
+    lora_stacking: Stacking = "chained"  # how several adapters combine if the request does not set `lora_stacking`
+    loras: tuple[str, ...] = ()  # the adapters in the model name of a request, such as `medium:vinyl+bells`
 
     @property
     def takes_adapters(self) -> bool:
@@ -73,16 +73,16 @@ class ModelCard:
     def default_edit_schedule(self) -> EditSchedule:
         """The schedule of a flow model's edits: `edit_schedule`, or if that is None, the default of the model's family.
 
-        For Stable Audio Open the default is "reference": the original code's schedule is evenly spaced and never
-        exceeds the noise level. For other models the original schedule does not have these properties, so the default
-        is "even".
+        For Stable Audio Open the default is "reference", because the original code's schedule is evenly spaced and
+        never exceeds the noise level. The original schedule of other models does not have these properties, so their
+        default is "even".
         """
         return self.edit_schedule or ("reference" if self.family == OPEN_FAMILY else "even")
 
     def noise_level(self, share: float, *, sampler: str | None) -> float:
         """Convert a share of noise to the value of `GenerationRequest.init_noise_level`.
 
-        `share` is in 0..1; with 1 the source audio has no influence. If the sampler steps over sigma, the result is the
+        `share` is in 0..1. At 1, the source audio has no influence. If the sampler steps over sigma, the result is the
         sigma for which share = 2/pi atan(sigma). For other samplers the result is `share`.
         """
         if self.objective != "v" or sampler in V_TIME_SAMPLERS:
@@ -120,7 +120,8 @@ class ModelCatalog:
     def resolve(self, name: str) -> ModelCard:
         """Return the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names.
 
-        A name like `medium:vinyl+bells` also asks for two adapters, which the card lists. They are not checked here.
+        A name like `medium:vinyl+bells` also asks for two adapters. The card lists their names in `loras`. This method
+        does not check whether the adapters exist.
         """
         model, _, adapters = name.rpartition(":")  # aliases may contain colons, names of adapters do not
         loras = tuple(part.strip() for part in adapters.split("+"))
@@ -162,9 +163,9 @@ GateOutcome = Literal["passed", "unchecked", "fallback", "off"]
 class ModelQuality:
     """The weights of a replica, and its result at the quality gate.
 
-    `weights` is the hash of the weights. `revision` is the repository commit that they come from, None if they come
-    from a local folder. `report` is the id of their quality report. `problem` explains a bad result. Clients may see
-    the text, so it contains no path of this machine.
+    `weights` is the hash of the weights. `revision` is the repository commit that the weights come from, or None if
+    they come from a local folder. `report` is the id of the weights' quality report. `problem` explains a bad result.
+    Clients may see `problem`, so it contains no path of this machine.
     """
 
     gate: GateOutcome
@@ -180,8 +181,8 @@ class ModelStatus:
 
     `stage` is loading, ready, failed, idle (no replica) or waking (the first replica starts, and requests wait for it).
     `quality` describes the replica with the worst result at the quality gate. If the replicas of the last deployment
-    do not start and older replicas serve instead, `refused_update` is the reason. `states` is the number of replicas
-    in each of Ray Serve's replica states.
+    do not start and older replicas serve instead, `refused_update` is the reason. `states` maps the names of Ray
+    Serve's replica states to the number of replicas in each state.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""Clocks. Code that depends on time receives one as an argument, so that tests can control schedulers and deadlines."""
+"""Clocks. Code that depends on time gets a clock as an argument, so that tests can control schedulers and deadlines."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ UNAVAILABLE = "the model is shutting down or its engine stopped; retry"  # a mes
 class StableAudioError(Exception):
     """Base of all errors.
 
-    `message` is safe to show to a client. `field` names the invalid request field, and `allowed` describes its valid
-    values. `retry_after_s` is set when a retry after this many seconds may succeed.
+    `message` is safe to show to a client. `field` names the invalid request field, and `allowed` describes the field's
+    valid values. `retry_after_s` is set if a retry after this many seconds may succeed.
     """
 
     kind: ClassVar[str] = "error"
@@ -94,13 +94,13 @@ class UploadTooLargeError(StableAudioError):
 
 
 class UnauthorizedError(StableAudioError):
-    """Keys are configured and the request has no valid one."""
+    """API keys are configured, and the request has no valid key."""
 
     kind = "unauthorized"
 
 
 class ForbiddenError(StableAudioError):
-    """The key, the web page or the host name of a request is not allowed to do this."""
+    """The API key, the web page or the host name of a request does not permit what the request asks for."""
 
     kind = "forbidden"
 

@@ -1,9 +1,9 @@
 """Named points in the code where tests kill or freeze this process, to prove that no work is lost or done twice.
 
 The environment variable STABLE_AUDIO_FAILPOINTS has comma-separated entries: `name=kill` or `name=stop` (freeze). With
-`name=kill@<file>`, only the first process that reaches the point is killed, and it creates the file so that the others
-continue. The variable is read when this module is imported. Without it, a failpoint costs one look-up in an empty
-mapping.
+`name=kill@<file>`, only the first process that reaches the point is killed: it creates the file, and processes that
+find the file continue. The variable is read when this module is imported. If it is not set, a failpoint costs one
+look-up in an empty mapping.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ SEED_LIMIT = 2**63  # seeds are in 0..SEED_LIMIT - 1
 EditSchedule = Literal["even", "scaled", "reference"]
 # When regions of source audio are regenerated: whether the samples outside the regions are the source's or the model's.
 Keep = Literal["source", "model"]
-# Where a clip that repeats without a seam begins. bars: where the generated clip begins, so that its bars stay in
-# place. free: if the clip begins with an attack, 50 ms earlier, with the end of the clip.
+# Where a clip that repeats without a seam begins. bars: where the generated clip begins, so that its bars keep their
+# positions. free: the same, but if the clip begins with an attack, its last 50 ms are moved before the attack.
 LoopStart = Literal["free", "bars"]
 Role = Literal["init", "inpaint"]  # what source audio is used for: init = a variation, inpaint = regenerating regions
 Priority = Literal["interactive", "batch"]  # interactive requests run first; batch requests keep a minimum share
@@ -73,8 +73,9 @@ class Section:
     prompt: str | None = None
 
 
-# How the adapters of one request combine. chained: each changes the weights that the adapters before it leave. summed:
-# the changes that each adapter makes alone are multiplied by its strength and added.
+# How the adapters of one request combine. chained: each adapter changes the weights that the previous adapters have
+# already changed. summed: each adapter's change of the original weights is multiplied by its strength, and the changes
+# are added.
 Stacking = Literal["chained", "summed"]
 
 
@@ -82,10 +83,10 @@ Stacking = Literal["chained", "summed"]
 class Lora:
     """An adapter that a request uses, in one of the formats of `models.adapters`.
 
-    It applies to the evaluations of the network whose time is in `interval`, both ends included; 1 is the first step of
-    a clip from pure noise, 0 the end. `source` says where its file is: a path, an S3 URL, or a repository of the hub,
-    optionally with a file in it. `sha256` is the hash that the file must have; "" = any. With `has_conditioners`, the
-    file's tensors for conditioners are used too.
+    The adapter applies to the network evaluations whose denoising time is in `interval`, both ends included. Time 1 is
+    the first step of a clip from pure noise, and 0 is the end. `source` is the location of the adapter's file: a path,
+    an S3 URL, or a repository of the Hugging Face hub, optionally with a file in it. `sha256` is the hash that the file
+    must have; "" = any. With `has_conditioners`, the file's tensors for conditioners are used too.
     """
 
     name: str
@@ -100,15 +101,15 @@ class Lora:
 class GenerationRequest:
     """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...) and their prompt.
 
-    If `variation_prompts` or `variation_seeds` are set, they have a value for each variation, and `prompt` or `seed` is
-    the first one.
+    If `variation_prompts` is set, it has the prompt of each variation, and `prompt` is the first of them. Likewise,
+    `variation_seeds` has the seed of each variation, and `seed` is the first of them.
 
-    A field that is None has the model's default, except three fields. `conditioned_total_s` defaults to the end of the
-    clip, `start_s + duration_s`. `negative_start_s` and `negative_total_s` default to `start_s` and
+    For a field that is None, the model's default applies, except for three fields. `conditioned_total_s` defaults to
+    the end of the clip, `start_s + duration_s`. `negative_start_s` and `negative_total_s` default to `start_s` and
     `conditioned_total_s`. If the client wants a random seed, the API draws one and sets `seed`.
 
-    `init_noise_level` is the share of noise that is mixed into `init_audio`, in 0..1; with 1 the audio has no
-    influence. For samplers that step over sigma, it is a sigma instead, and replaces `sigma_max`.
+    `init_noise_level` is the share of noise that is mixed into `init_audio`, in 0..1. At 1, `init_audio` has no
+    influence. For samplers that step over sigma, `init_noise_level` is a sigma instead, and replaces `sigma_max`.
     """
 
     prompt: str
@@ -154,16 +155,20 @@ class GenerationRequest:
 
     @property
     def starts_from_its_source(self) -> bool:
-        """Whether regions start from the file that is edited. Then audio beyond the file starts from repetitions of it.
+        """Whether `init_audio` and `inpaint_audio` are the same file.
 
-        Silence, with which the original code extends other `init_audio`, would make that audio quiet.
+        If so, and the clip is longer than the file, `init_audio` is extended with repetitions of the file. Otherwise it
+        is extended with silence, as in the original code. Here, silence would make the generated audio quiet.
         """
         init, edited = self.init_audio, self.inpaint_audio
         return init is not None and edited is not None and bool(init.sha256) and init.sha256 == edited.sha256
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each variation. A request for one variation with its seed and its prompt gives the same audio."""
+        """The seed of each variation.
+
+        A request for one variation, with this seed and the variation's prompt, gives the same audio.
+        """
         counted = ((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
         return self.variation_seeds or tuple(counted)
 
@@ -227,8 +232,8 @@ class Loaded:
 class Provenance:
     """Software, processor and parameters of a generation: what the exact bytes depend on, apart from the request.
 
-    `processor` names the CPU's instruction sets or the GPU. `threads` is the number of CPU threads, `slots` the fixed
-    batch size of the network calls; each is None if the bytes do not depend on it. The fields from `steps` to
+    `processor` names the CPU's instruction sets or the GPU. `threads` is the number of CPU threads, and `slots` is the
+    fixed batch size of the network calls. Each is None if the bytes do not depend on it. The fields from `steps` to
     `edit_schedule` are the request's values, or the model's defaults for values that the request leaves unset.
     `prompt_chars` and `negative_prompt_chars` are how many characters of the prompts the model reads; None means all.
     """
@@ -241,8 +246,8 @@ class Provenance:
     threads: int | None = None
     slots: int | None = None
     is_compiled: bool = False
-    profile: str | None = None  # of the engine's speed features on a GPU: plain or accelerated
-    attention: str | None = None  # the kernels of attention on a GPU
+    profile: str | None = None  # profile of the engine's speed features on a GPU: plain or accelerated
+    attention: str | None = None  # name of the attention kernels on a GPU
     transformers: str | None = None
     steps: int | None = None
     cfg_scale: float | None = None
@@ -287,7 +292,7 @@ class DeviceUse:
 class GeneratedSpan:
     """A part of an edited clip that the model generated: the samples from `start` up to, but not including, `stop`.
 
-    Samples outside all spans come from the source audio. Where the span meets source audio, the two are crossfaded.
+    Samples outside all spans come from the source audio. A crossfade joins the span and the source audio beside it.
     `head` and `tail`, (channels, samples) float32, are the model's samples in the crossfades at the start and the end,
     before they are mixed with the source. They are empty if there is no crossfade.
     """
@@ -303,7 +308,8 @@ class GenerationResult:
     """Generated audio before it is encoded to a file: one (channels, samples) float32 array per variation.
 
     Full scale is -1..1. Loud clips exceed it, and `audio.peaks` brings them into range when a file is written.
-    `generated` has the spans of each variation that the model generated. None means that it generated every sample.
+    `generated` has, for each variation, the spans that the model generated. None means that the model generated every
+    sample.
     """
 
     audio: tuple[npt.NDArray[np.float32], ...]

@@ -1,4 +1,4 @@
-"""Read and check the file of API keys. It has one key per line in the format of `core.keys.parse_key`.
+"""Read and check the file of API keys. The file has one key per line, which `core.keys.parse_key` parses.
 
 Empty lines and `#` comments are allowed. `api.middleware.key_ring` decides when to read the file again. Error messages
 never quote a line of the file, because the line may contain a key in plain text by mistake.
@@ -25,7 +25,10 @@ def load_key_file(path: str) -> tuple[bytes, tuple[ApiKey, ...]]:
 
 
 def read_key_file(path: str) -> bytes:
-    """Return the content of the key file. Raises OSError, and ValueError if it is no regular file or is too large."""
+    """Return the content of the key file.
+
+    Raises OSError if it cannot be read, and ValueError if it is not a regular file or is too large.
+    """
     # O_NONBLOCK: if the path is a named pipe, opening it would otherwise block until another process writes to it.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -37,10 +40,10 @@ def read_key_file(path: str) -> bytes:
 
 
 def parse_key_file(data: bytes) -> tuple[ApiKey, ...]:
-    """Return the keys in the content of a key file. Raises ValueError that names the invalid line.
+    """Return the keys in the content of a key file. Raises ValueError, which names the invalid line.
 
-    An empty file is invalid, because most likely another program has just opened it to write it. A file that has only
-    a comment is valid and contains no key.
+    An empty file is invalid, because most likely another program is about to write the file. A file that has only a
+    comment is valid and contains no key.
     """
     if not data:
         raise ValueError("it is empty")
@@ -71,8 +74,8 @@ def parse_key_file(data: bytes) -> tuple[ApiKey, ...]:
 def merge_keys(configured: Sequence[ApiKey], listed: Sequence[ApiKey]) -> dict[str, ApiKey]:
     """Return the API keys of the settings (`configured`) and of the key file (`listed`), by the keys' digests.
 
-    A key that both contain is taken from the file. A client's limits in the file also apply to the client's keys in the
-    settings.
+    If the settings and the file contain the same key, the entry of the file applies. The limits that the file sets for
+    a client also apply to the client's keys in the settings.
     """
     limits = {key.client: key.limits for key in listed}
     own = [ApiKey(key.client, key.digest, key.scopes, limits.get(key.client, key.limits)) for key in configured]

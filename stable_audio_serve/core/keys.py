@@ -1,6 +1,6 @@
 """Create API keys, and read and write the text lines that describe them in settings and key files.
 
-A line contains a key's SHA-256 (never the key itself), client, scopes and limits.
+A line contains the SHA-256 of a key (never the key itself), the name of the client, scopes and limits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_CONCURRENCY = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """The limits of one client. None means no limit. All keys of the client together are held to these limits."""
+    """The limits of one client. None means no limit. The limits apply to all keys of the client together."""
 
     audio_seconds_per_minute: float | None = None
     concurrency: int | None = None
@@ -102,7 +102,7 @@ def parse_scopes(words: Iterable[str]) -> frozenset[Scope]:
 
 
 def format_key(key: ApiKey, *, is_named: bool = True) -> str:
-    """Return the line from which `parse_key` reads this key. Values that equal the defaults are left out.
+    """Return the line of the key file that describes `key`. `parse_key` parses it. Default values are left out.
 
     If `is_named` is false, the line has no client name.
     """
@@ -119,7 +119,7 @@ def format_key(key: ApiKey, *, is_named: bool = True) -> str:
 def make_key() -> str:
     """Return a new key of 256 random bits.
 
-    So many bits cannot be found by trial from the key's SHA-256. Therefore a slow password hash is not needed.
+    A key of this length cannot be found from its SHA-256 by trial. Therefore a slow password hash is not needed.
     """
     return _PREFIX + secrets.token_urlsafe(32)
 

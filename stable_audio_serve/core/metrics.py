@@ -226,9 +226,9 @@ class NullMetrics:
 
 
 class QuietMetrics:
-    """A sink that passes values to another sink, but drops those of counters and histograms until `open` is called.
+    """A sink that passes values to another sink. Until `open` is called, it drops values of counters and histograms.
 
-    Before that, warm-up runs would count as requests.
+    `open` is called after the warm-up runs, which would otherwise count as requests.
     """
 
     def __init__(self, sink: Metrics) -> None:

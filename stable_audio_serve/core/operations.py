@@ -15,10 +15,11 @@ DrainState = Literal["no", "draining", "drained"]
 class ReplicaReport:
     """The last report of one replica, `age_s` seconds old. Values that the replica did not report are None.
 
-    `profile` names the engine's profile, why it is plain, and features that are off. `memory_bytes` is the plan of a
-    GPU's memory, by purpose. `in_flight` is the number of unfinished requests, and
-    `backlog_s` their predicted device time. `rows_per_step` is the mean number of variations in a denoising step over
-    the last ten seconds. `finished_per_minute` is the number of requests that finished in the minute before the report.
+    `profile` is text with the name of the engine's profile, the reason if it is plain, and the features that are off.
+    `memory_bytes` maps each purpose of GPU memory to the bytes planned for it. `in_flight` is the number of unfinished
+    requests, and `backlog_s` is their predicted device time. `rows_per_step` is the mean number of variations in a
+    denoising step over the last ten seconds. `finished_per_minute` is the number of requests that finished in the
+    minute before the report.
     """
 
     id: str
@@ -48,7 +49,7 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class DrainReport:
-    """Whether the server is draining, which means that it finishes its work and accepts no more.
+    """Whether the server is draining. A draining server finishes its work and accepts no new work.
 
     `num_requests` is the number of unfinished requests, `num_jobs` the number of running jobs; None = unknown.
     """
@@ -60,7 +61,7 @@ class DrainReport:
 
 @dataclass(frozen=True, slots=True)
 class ServerReport:
-    """The state of the server `age_s` seconds ago. `models` is by canonical name.
+    """The state of the server `age_s` seconds ago. `models` has the models' reports by canonical name.
 
     If the report is old or incomplete, `reason` says why.
     """

@@ -61,8 +61,8 @@ class WorkSize:
 class Prices:
     """The prices of one model: milliseconds of device time per unit of each quantity in `WorkSize`, with full batches.
 
-    `default_steps` and `default_cfg_scale` are the model's values for requests that leave them unset. `adapted` is the
-    time of an evaluation with adapters, relative to one without.
+    `default_steps` and `default_cfg_scale` apply to requests that leave these values unset. `adapted` is the time of an
+    evaluation with adapters, divided by the time of an evaluation without adapters.
     """
 
     row_ms: float

@@ -55,8 +55,8 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("storage", "presigned_url_expires_s"): ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES",),
 }
 
-# Variables for the S3 access key and its secret. The first pair of which both are set is used. The session token is
-# used only with the AWS pair.
+# Pairs of variables for the S3 access key and its secret. The first pair is used in which both variables are set. The
+# session token is used only with the AWS pair.
 _ACCESS_KEYS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY"))
 _SESSION_TOKEN = "AWS_SESSION_TOKEN"
 
@@ -99,8 +99,9 @@ def load_settings(
 ) -> Settings:
     """Return the effective settings. Raises ConfigError.
 
-    `args` are the application's `args` in the config file. The file `.env` is searched in `directory` (default: the
-    working directory) and the folders above. Its variables are added to `environ`, where libraries read them.
+    `args` are the application's `args` in the config file. This function looks for the file `.env` in `directory`
+    (default: the working directory) and the folders above it. It adds the variables of `.env` to `environ`, because
+    libraries read them there.
     """
     load_environment(environ, directory=directory)
     _refuse_unknown_variables(environ)
@@ -168,7 +169,7 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
 
 
 def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mapping[str, str] = os.environ) -> str:
-    """Return text on why the default model is the default: the setting that names it, or its place in `models`."""
+    """Return a text that says why the default model is the default: a setting names it, or it is the first model."""
     variable = _first_set(environ, VARIABLES[("default_model",)])
     if variable is not None:
         return f"named by {variable}"
@@ -223,8 +224,9 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], *, value: str) -> None:
 def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
     """Set the S3 access key, its secret and its session token in `tree` from environment variables.
 
-    Either all variables begin with AWS_, or all begin with R2_ (then there is no session token). The two are not mixed,
-    because the parts of different access keys do not work together.
+    The AWS_* variables are used if the access key and its secret are both set there. Otherwise the R2_* variables are
+    used, which have no session token. The two groups are not mixed, because the parts of different access keys do not
+    work together.
     """
     pair = next((pair for pair in _ACCESS_KEYS if all(_is_set(environ, name) for name in pair)), None)
     if pair is None:

@@ -11,7 +11,7 @@ from stable_audio_serve.core.errors import InvalidRequestError
 # Ways to handle peaks. limit: a limiter keeps them at or below 0.977. scale: the clip is divided by its peak. clip:
 # samples above 1 are set to 1.
 Peaks = Literal["limit", "scale", "clip"]
-BitDepth = Literal[16, 24, "float"]  # of uncompressed samples; float has 32 bits
+BitDepth = Literal[16, 24, "float"]  # bits per sample in WAV and FLAC files; float has 32 bits
 
 
 class AudioFormat(StrEnum):
@@ -35,9 +35,10 @@ class AudioFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The encoding of a file. None selects the format's default, and the model's sample rate.
+    """The encoding of a file.
 
-    `audio.formats` has the values that each format allows.
+    None selects the format's default. The default of `sample_rate_hz` is the model's sample rate if the format allows
+    it, see `audio.formats.file_rate`. `audio.formats` has the values that each format allows.
     """
 
     file_format: AudioFormat = AudioFormat.WAV
@@ -70,7 +71,7 @@ class Finishing:
     fade_out_s: float = 0.0
 
     def check(self, *, duration_s: float, is_loop: bool) -> None:
-        """Raise InvalidRequestError for a clip that is too short for it, and for fades of a loop."""
+        """Raise InvalidRequestError if the clip is too short for this finishing, or if it is a loop and has fades."""
         if self.loudness is not None and duration_s < LEAST_MEASURED_S:
             message = f"loudness: duration must be at least {LEAST_MEASURED_S:g} s to measure the loudness"
             raise InvalidRequestError(message, field="loudness", allowed=f">= {LEAST_MEASURED_S:g} s")

@@ -11,10 +11,10 @@ need no blend. Updates are element-wise, so the kept frames of these registers a
 registers, and those are replaced before the network reads them.
 
 eps' is drawn once per clip. The kept frames then change smoothly from step to step, which suits samplers that
-extrapolate, and steps need no extra random numbers or copies. Drawing a new eps' in each step is not better. On
-normally distributed data, for which the exact result is known, the means of both methods agree to 3 %. With new draws,
-the standard deviation is smaller by 0 to 25 %. For some samplers this is closer to the exact result, for others farther
-from it.
+extrapolate, and steps need no extra random numbers or copies. Drawing a new eps' in each step is not better overall.
+On normally distributed data, for which the exact result is known, the means of both methods agree to 3 %. With new
+draws, the standard deviation is smaller by 0 to 25 %. For some samplers this is closer to the exact result, for others
+farther from it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Brownian motion over noise levels, with the same random numbers as in the reference implementations, to repeat their
-runs for verification.
+"""Brownian motion over noise levels, with the random numbers of the reference implementations. It serves to repeat runs
+of the reference implementations for verification.
 
 Generation does not need this module. The steps of a sampler do not overlap, so the increments of a Brownian path over
 the steps are independent, and one normal draw per step has the same distribution.
@@ -25,8 +25,8 @@ class BrownianTree:
     """A path W of Brownian motion over the noise levels `start`..`end`, determined by the integer `entropy`.
 
     W is computed by bisection (Levy's construction), so an increment depends only on its two levels, not on earlier
-    calls. The random seeds are those of torchsde's Brownian tree ("Efficient and Accurate Gradients for Neural SDEs",
-    arXiv 2105.13493).
+    calls. The random seeds are the same as in torchsde's Brownian tree ("Efficient and Accurate Gradients for Neural
+    SDEs", arXiv 2105.13493).
     """
 
     def __init__(self, entropy: int, *, start: float, end: float, shape: tuple[int, ...]) -> None:
@@ -80,10 +80,10 @@ def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, .
 
 @dataclass(frozen=True, slots=True)
 class ReplayPath:
-    """The Brownian path of a run of the reference implementation over `sigmas`. `shape` is that of the whole batch.
+    """The Brownian path of a run of the reference implementation over `sigmas`.
 
-    The path provides the sampler's noise: one draw for each step between two positive levels, with the stage "step" and
-    the indices 0, 1, ...
+    `shape` is the shape of the whole batch. The path provides the sampler's noise: one draw for each step between two
+    positive levels, with the stage "step" and the indices 0, 1, ...
     """
 
     sigmas: tuple[float, ...]

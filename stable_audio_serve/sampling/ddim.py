@@ -34,7 +34,7 @@ def ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool
 def _plan(steps: int, level: float, *, guidance: Guidance, has_source: bool, renoise: Terms) -> SamplerPlan:
     """Return the plan of DDIM. In guided steps, the noise is predicted from the network output `renoise`.
 
-    The result is the clean estimate of the last step. Times and weights are computed in float32.
+    The result of the sampler is the clean estimate of its last step. Times and weights are computed in float32.
     """
     check_steps(steps)
     times = torch.linspace(min(level, 1.0), 0, steps + 1, dtype=torch.float32)[:-1]

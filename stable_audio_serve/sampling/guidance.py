@@ -1,9 +1,9 @@
 """Guidance, computed from the network's outputs before the sampler uses them: classifier-free (CFG), adaptive projected
 (APG), norm threshold, and rescale.
 
-Each row of a batch has its own parameters, and its result is bit-identical whatever the other rows are. Values are
-added in pairs, then these sums in pairs, and so on. Which values form a pair depends only on the channel and the frame,
-so padding does not change the result either.
+Each row of a batch has its own parameters. The result of a row is bit-identical whatever the other rows are. Sums are
+computed in pairs: values are added in pairs, then these sums in pairs, and so on. Which values form a pair depends only
+on the channel and the frame, so padding does not change the result either.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class PagedRows:
     rows: Tensor  # (B,): the index of the row to which each page belongs
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return for each page the sum (B, 1, 1) of all `values` (B, channels, frames) of the row to which it belongs.
+        """Return for each page the sum (B, 1, 1) of all `values` (B, channels, frames) of the page's row.
 
-        The sum is bit-identical to that of a row that is not cut into pages.
+        The sum is bit-identical to the sum of the same row if it is not cut into pages.
         """
         own = torch.nn.functional.pad(row_sum(values).flatten(), (0, 1))
         return _tree_sum(own[self.pages][..., None]).index_select(0, self.rows)
@@ -147,7 +147,8 @@ def _limit_norm(
     """Scale `difference` (of two velocities) down so that the clean estimates differ by an L2 norm of at most
     `threshold`. Returns the scaled difference.
 
-    The difference of the clean estimates is the time t times that of the velocities. A threshold of 0 means no limit.
+    The difference of the clean estimates is the time t multiplied by the difference of the velocities. A threshold of 0
+    means no limit.
     """
     norm = times * add_up(_valid_only(difference * difference, valid)).sqrt()
     limited = difference * (threshold / norm).clamp(max=1.0)
@@ -171,7 +172,7 @@ def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None,
 def _rescale(velocity: Tensor, v_cond: Tensor, *, amount: Tensor) -> Tensor:
     """Scale each frame of `velocity` so that its standard deviation over the channels moves towards that of `v_cond`.
 
-    With `amount` 1 it becomes equal, with 0 nothing changes.
+    If `amount` is 1, the two standard deviations become equal. If it is 0, nothing changes.
     """
     matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
     return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)
@@ -190,7 +191,10 @@ def _valid_only(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _tree_sum(values: Tensor) -> Tensor:
-    """Return the sum over axis 1, as with keepdim=True. Adds in pairs: zeros at the end leave the sum bit-identical."""
+    """Return the sum over axis 1, which stays as an axis of length 1.
+
+    Values are added in pairs, so that zeros at the end leave the sum bit-identical.
+    """
     while (count := values.shape[1]) > 1:
         paired = values[:, 0 : count - 1 : 2] + values[:, 1::2]
         values = torch.cat((paired, values[:, -1:]), dim=1) if count % 2 else paired

@@ -21,7 +21,7 @@ MAX_RHO = 100.0
 
 @dataclass(frozen=True, slots=True)
 class SigmaRange:
-    """The highest and the lowest noise level, and the spacing of the levels between them (`rho` 1: even in ln sigma).
+    """The highest and the lowest noise level, and the spacing `rho` of the levels between them (1: even in ln sigma).
 
     Raises InvalidRequestError if `sigma_min` or `rho` is invalid, or if `sigma_max` is not larger than `sigma_min`.
     """
@@ -46,8 +46,9 @@ class SigmaRange:
 def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
     """Return the noise levels of a run of `steps` steps: (steps + 1,) float32, descending to 0.
 
-    The levels before the 0 are exp(r (ln max - ln min) + ln min), where r = linspace(1, 0)**rho. This is the schedule
-    of Stable Audio Open. Raises InvalidRequestError if `steps` is out of range, or if `rho` makes two levels equal.
+    The levels before the last are exp(r (ln max - ln min) + ln min), where r = linspace(1, 0)**rho. This is the
+    schedule of Stable Audio Open. Raises InvalidRequestError if `steps` is out of range, or if `rho` makes two levels
+    equal.
     """
     check_steps(steps)
     ramp = torch.linspace(1, 0, steps, dtype=torch.float32) ** span.rho

@@ -22,7 +22,8 @@ _X = register(0)
 def dpmpp_2m(network: VNetwork, sigmas: Sequence[float]) -> None:
     """DPM-Solver++(2M), arXiv 2211.01095. A step from sigma s to n sets x to (n/s) x + (1 - e^-h) d', h = ln s - ln n.
 
-    d' is extrapolated from the clean estimates of the previous and this step. Registers: x, the previous estimate.
+    d' is extrapolated from the clean estimates of the previous step and of this step. Registers: x, the previous clean
+    estimate.
     """
     earlier: float | None = None
     for s, n in itertools.pairwise(sigmas):
@@ -80,8 +81,8 @@ def dpmpp_3m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _third_order(d: Terms, h: float, *, earlier: Sequence[float]) -> Terms:
-    """Return the correction of a `dpmpp_3m_sde` step by earlier clean estimates. `d` is the current clean estimate, `h`
-    is the step's length in ln sigma, and `earlier` the lengths of the previous steps.
+    """Return the correction of a `dpmpp_3m_sde` step, computed from earlier clean estimates. `d` is the current clean
+    estimate, `h` is the step's length in ln sigma, and `earlier` are the lengths of the previous steps.
     """
     if not earlier:
         return Terms({})

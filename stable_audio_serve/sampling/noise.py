@@ -1,4 +1,4 @@
-"""Sources of random noise. Each clip (row) has its own, so that its noise does not depend on other clips in the batch.
+"""Sources of random noise. Each clip (row) has its own source, so other clips in the batch do not affect its noise.
 
 `SeededNoise` is for generation. `ReplayNoise` is for verification: it returns the same random numbers as a run of the
 reference implementation.
@@ -33,16 +33,17 @@ class NoiseSource(Protocol):
         ...
 
     def step(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the noise for the next sampler step that uses any: `shape` (channels, frames), float32 on the CPU."""
+        """Return noise for the next sampler step that needs any: `shape` (channels, frames), float32 on the CPU."""
         ...
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        """Return noise for a window of latent frames, `start ... start + shape[frame_axis] - 1`, of the autoencoder.
+        """Return the autoencoder's noise for a window of latent frames, `start ... start + shape[frame_axis] - 1`.
 
-        The noise has shape `shape`, float32 on `device`. `stage` is the name of the use, such as "decode/bottleneck" or
-        "init/tokens". The noise of a frame depends only on the seed, `stage` and the frame, not on the window.
+        The noise has shape `shape`, float32 on `device`. `stage` names what the noise is used for, such as
+        "decode/bottleneck" or "init/tokens". The noise of a frame depends only on the seed, `stage` and the frame, not
+        on the window.
         """
         ...
 
@@ -50,8 +51,8 @@ class NoiseSource(Protocol):
 class SeededNoise:
     """The noise of a clip, determined by its seed.
 
-    `initial` and `step` draw from one CPU generator. The numbers are those of the reference implementation for this
-    seed and a batch of one. `window` draws on the model's device, in blocks of 32 latent frames. Each block has a new
+    `initial` and `step` draw from one CPU generator. The reference implementation draws the same numbers for this seed
+    and a batch of one. `window` draws on the model's device, in blocks of 32 latent frames. Each block has a new
     generator, whose seed is computed from the clip's seed, the stage and the block's number.
     """
 
@@ -86,7 +87,7 @@ class SeededNoise:
 
 @dataclass(frozen=True, slots=True)
 class ReplayDraw:
-    """One draw of random numbers in a run of the reference implementation. `shape` is that of the whole batch.
+    """One draw of random numbers in a run of the reference implementation. `shape` is the shape of the whole batch.
 
     `stage` is "initial", "step", or the name of a use of noise in the autoencoder. `index` is the number of the step,
     or the first latent frame of the autoencoder's window.
@@ -105,7 +106,7 @@ class ReplayNoise:
     """The random numbers of a run of the reference implementation with a batch of `num_rows`. `script` lists the draws
     in the order in which that run took them from one CPU generator.
 
-    The draws do not depend on the order or the threads of calls: before a draw is returned, all earlier ones in the
+    The draws do not depend on the order or the threads of calls: before a draw is returned, all earlier draws in the
     script are made, each once. A draw for the whole batch is split between the rows. A draw for one row is shared by
     all rows, because the reference implementation encodes source audio once for the batch.
     """

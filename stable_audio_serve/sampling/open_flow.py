@@ -1,4 +1,4 @@
-"""The flow samplers of the Stable Audio Open models, as far as they differ from those of Stable Audio 3.
+"""The flow samplers of the Stable Audio Open models. This module has what differs from the samplers of Stable Audio 3.
 
 Euler and ping-pong differ only in their times. DPM-Solver++ here does not limit the log-SNR, which is infinite for pure
 noise, so its second step cannot extrapolate. RK4 here uses evenly spaced times down to 0.
@@ -25,9 +25,9 @@ _X, _PREVIOUS, _TOTAL = register(0), register(1), register(2)
 def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepShift, length: float) -> Tensor:
     """Return the times of `sampler` from `level` to 0, (steps + 1,) float32, for a clip of `length` latent frames.
 
-    The times of RK4 are evenly spaced, then warped by `shift`. Those of other samplers are evenly spaced in log-SNR. If
-    `level` is below about 0.12, the times after the first exceed `level`, as in the reference implementation. Raises
-    InvalidRequestError if `steps` or `level` is out of range.
+    The times of RK4 are evenly spaced, then warped by `shift`. The times of other samplers are evenly spaced in
+    log-SNR. If `level` is below about 0.12, the times after the first exceed `level`, as in the reference
+    implementation. Raises InvalidRequestError if `steps` or `level` is out of range.
     """
     check_steps(steps)
     check_level(level)
@@ -45,8 +45,8 @@ def build_open_flow_plan(
 ) -> SamplerPlan:
     """Return the plan of `sampler` for one clip. `times` (steps + 1,) float32 end at 0.
 
-    The initial latents are noise, or with a source (1 - level) source + level noise. `level` None means the first of
-    `times`. For RK4 the first time can differ from `level`, because the shift warps only the times. Raises
+    The initial latents are noise, or with a source (1 - level) source + level noise. If `level` is None, it is the
+    first of `times`. For RK4 the first time can differ from `level`, because the shift warps only the times. Raises
     InvalidRequestError if the name `sampler` is unknown.
     """
     if sampler in ("euler", "pingpong"):
@@ -82,7 +82,7 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
 
 
 def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """The classical Runge-Kutta method of order 4. A step's last network call is at the step's end time, even time 0.
+    """The classical Runge-Kutta method of order 4. Each step calls the network last at its end time, even if this is 0.
 
     Registers: x, the network's next input, and x plus the weighted slopes of this step so far.
     """

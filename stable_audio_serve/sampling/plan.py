@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """In the frames that an edit keeps, register `register` is set to `source` * z + `noise` * eps', where z are the
+    """Sets the frames of register `register` that an edit keeps to `source` * z + `noise` * eps', where z are the
     source's latents and eps' is noise (see `sampling/blend.py`).
     """
 

@@ -169,7 +169,8 @@ def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: 
 
     Evenly spaced levels from `sigma_max` to 0 are warped by `shift`, and then the first is set to `sigma_max` again. If
     `sigma_max` is below about 0.7, later levels may therefore exceed it, as in the reference implementations. Raises
-    InvalidRequestError if `steps` is outside 1..1000 or `sigma_max` (the request's `init_noise_level`) outside 0.01..1.
+    InvalidRequestError if `steps` is outside 1..1000, or if `sigma_max` (the request's `init_noise_level`) is outside
+    0.01..1.
     """
     check_steps(steps)
     check_level(sigma_max)
@@ -187,8 +188,8 @@ def edit_times(build: Callable[[float], Tensor], level: float, *, schedule: Edit
     `build(level)` returns the schedule of the reference implementation. The value of `schedule` means:
 
     - "even": the times are evenly spaced in log-SNR.
-    - "scaled": `build(1)`, the times of a run from pure noise, multiplied by `level`. Half of them are almost `level`.
-    - "reference": `build(level)`. For Stable Audio 3, times after the first then exceed `level`.
+    - "scaled": the times are `build(1)`, a run from pure noise, multiplied by `level`. Half of them are almost `level`.
+    - "reference": the times are `build(level)`. For Stable Audio 3, some times after the first exceed `level`.
 
     In a test with 144 variations of held tones, without a prompt, 130 kept their pitch with "even", 112 with "scaled"
     and 96 with "reference" at level 0.25. At level 0.4, the numbers are 116, 91 and 49 (docs/performance.md). If

@@ -1,4 +1,4 @@
-"""Samplers over noise levels sigma with several network calls per step. Unlike those in `multistep`, they use no
+"""Samplers over noise levels sigma with several network calls per step. Unlike the samplers in `multistep`, they use no
 results of earlier steps.
 
 In the code a step goes from level s to level n, d is the clean estimate D(x, s), and k = (x - d) / s is the slope
@@ -78,7 +78,7 @@ def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
     """Return two levels for an ancestral step from level s to level n: the level below n that the step reaches, and the
-    level of the noise that is then added to reach n.
+    level of the noise that then raises it to n.
 
     Both are computed in float32. For a long step the first level is then exactly 0, because n**2 / s is much smaller
     than n.

@@ -1,8 +1,8 @@
 """Turns sampler formulas, written in Python as in papers, into the coefficients of a `SamplerPlan`.
 
 A `Terms` is a weighted sum of a clip's registers (the latents that a sampler keeps), the network's outputs and fresh
-noise. A `PlanWriter` collects, for each network call, the `Terms` to which each register is set afterwards.
-Coefficients are float64.
+noise. A `PlanWriter` collects the network calls of a sampler. For each call, it has one `Terms` per register, the value
+of the register after the call. Coefficients are float64.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class PlanWriter:
         )
 
     def end_step(self) -> None:
-        """Mark the end of a sampler step, which can have several evaluations. Later ones belong to the next step."""
+        """Mark the end of a sampler step, which can have several evaluations. Further evaluations belong to the next
+        step."""
         self._step_ends.append(len(self._evaluations))
 
     def plan(self, *, source_scale: float, noise_scale: float) -> SamplerPlan:

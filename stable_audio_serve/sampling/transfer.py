@@ -9,8 +9,8 @@ from torch import Tensor
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """Return the values of a host tensor on `device`: the same tensor if `device` is a CPU, else a copy.
 
-    The copy goes through pinned memory. A copy from other memory would make the host wait until the device has done all
-    earlier work.
+    The copy goes through pinned memory. A copy from memory that is not pinned would make the host wait until the device
+    has done all earlier work.
     """
     if device.type in ("cpu", "mps"):
         return host.to(device)

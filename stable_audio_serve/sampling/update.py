@@ -27,10 +27,11 @@ NUM_VALUES = _UPDATE + 7
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a row keeps of a source: in the frames where `mask` (frames,) bool is true, the latents `source` are kept.
+    """The frames of a source that a row keeps. `mask` (frames,) bool is true in these frames.
 
-    `noise` is added to them before the network sees them; it is eps' in `sampling/blend.py`. `source` and `noise` are
-    (channels, frames) float32. For a batch of rows, each of the three tensors has a leading batch axis.
+    `source` (channels, frames) float32 are the source's latents. `noise` (channels, frames) float32 is added to them
+    before the network sees them; it is eps' in `sampling/blend.py`. For a batch of rows, each of the three tensors has
+    a leading batch axis.
     """
 
     mask: Tensor
@@ -64,10 +65,10 @@ class StepNumbers:
 
 @dataclass(frozen=True, slots=True)
 class TermUse:
-    """Which terms of the update the rows of a batch use. The others are not computed.
+    """Which terms of the update the rows of a batch use. The other terms are not computed.
 
-    `somewhere` has the positions of the coefficients that are nonzero in at least one row, `everywhere` of those that
-    are nonzero in all rows.
+    `somewhere` has the positions of the coefficients that are nonzero in at least one row. `everywhere` has the
+    positions of the coefficients that are nonzero in all rows.
     """
 
     somewhere: frozenset[int]
@@ -103,7 +104,7 @@ class TermUse:
 @dataclass(frozen=True, slots=True)
 class StepTerms:
     """The numbers of one evaluation for each row of a batch: `values` (batch, NUM_VALUES) float32, on the device of the
-    latents. The order of the columns is that of `StepNumbers.values`.
+    latents. The columns are in the order of `StepNumbers.values`.
     """
 
     values: Tensor
@@ -200,7 +201,7 @@ def advance(
 def _add_weighted(total: Tensor, part: Tensor, *, weight: Tensor, in_every_row: bool = False) -> None:
     """Add `part` (batch, channels, frames) times `weight` (batch, 1, 1) to `total`, in place.
 
-    For rows whose weight is 0, +0 is added instead. This changes no bit, because `total` starts as +0.
+    For rows whose weight is 0, +0 is added instead. This leaves `total` bit-identical, because `total` starts as +0.
     """
     product = part.float() * weight
     if not in_every_row:

@@ -61,7 +61,7 @@ class VNetwork:
         )
 
     def end_step(self) -> None:
-        """Mark the end of a sampler step, which can have several evaluations. Later ones belong to the next step."""
+        """Mark the end of a sampler step, which can have several evaluations."""
         self._writer.end_step()
 
 

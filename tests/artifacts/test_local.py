@@ -117,7 +117,7 @@ async def test_full_disk_is_reported_and_leaves_nothing(
 
 
 async def test_a_file_above_the_process_limit_leaves_nothing(artifacts: LocalArtifacts, folder: Path) -> None:
-    """The kernel stops the write at the process's file size limit, after part of the file, as on a full disk."""
+    """The kernel stops the write at the file size limit of the process. A full disk also stops it within a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:

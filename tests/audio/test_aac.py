@@ -57,7 +57,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """Returns what a process that has PyAV finds in its files."""
+    """Returns the output of SCRIPT, which a process with PyAV runs: properties of AAC files that it encodes."""
     path = os.pathsep.join([os.getcwd(), str(install_python(PACKAGE))])
     command = [sys.executable, "-c", SCRIPT]
     environment = {**os.environ, "PYTHONPATH": path}

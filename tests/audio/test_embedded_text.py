@@ -84,7 +84,7 @@ def test_wav_has_the_text_after_the_samples(samples: int, channels: int, text: s
 
 
 def test_a_tag_rewritten_by_an_editor_is_read() -> None:
-    """The tag is as the editor Mutagen writes it: with other frames, a NUL after each text, and padding at the end."""
+    """The tag has what the editor Mutagen adds: other frames, a NUL after each text, and padding at the end."""
     title = b"TIT2\0\0\0\5\0\0\3Rain"
     value = b"\3STABLE_AUDIO_RECIPE\0" + _TEXT.encode() + b"\0"
     frame = b"TXXX\0\0\0" + bytes([len(value), 0, 0]) + value

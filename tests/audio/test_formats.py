@@ -40,7 +40,7 @@ def decode(data: bytes, **raw: object) -> tuple[npt.NDArray[np.float64], int]:
 
 
 def lowest(audio: npt.NDArray[np.float64], rate_hz: int, *, below_hz: float) -> npt.NDArray[np.float64]:
-    """Return one second of the audio's spectrum up to a frequency, which does not depend on the sample rate."""
+    """Return the spectrum of the first second of `audio`, below a frequency. It does not depend on the sample rate."""
     spectrum = np.abs(np.fft.rfft(audio[:, :rate_hz])) / rate_hz
     return np.asarray(spectrum[:, : round(below_hz)])
 
@@ -111,7 +111,7 @@ def test_telephone_formats_are_mono_at_8000_hz(name: str, subtype: str) -> None:
 def test_files_have_the_bit_rate(name: str, kbps: int) -> None:
     audio = make_music(5.0)
     data = encode(name, audio, bitrate_kbps=kbps)
-    share = 0.06 if kbps > 64 else 0.12 if name != "ogg" else 0.35  # Vorbis does not reach its lowest with noise
+    share = 0.06 if kbps > 64 else 0.12 if name != "ogg" else 0.35  # with noise, Vorbis exceeds its lowest bit rate
     assert len(data) * 8 / 5000 == pytest.approx(kbps, rel=share)
     read, rate_hz = decode(data)
     assert read.shape[1] == pytest.approx(5 * rate_hz, abs=1)

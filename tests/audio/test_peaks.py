@@ -58,7 +58,7 @@ def test_a_clip_below_the_ceiling_is_unchanged(level: float) -> None:
 
 @pytest.mark.parametrize("hertz", [40, 100, 440, 1000, 5000])
 def test_a_steady_tone_stays_a_pure_tone(hertz: float) -> None:
-    """Limiting a tone that peaks 3 dB over full scale distorts it hardly. Clipping would cause about -20 dB."""
+    """Limiting a tone that peaks 3 dB over full scale hardly distorts it. Clipping would cause about -20 dB."""
     audio = make_sine(hertz, level=10 ** (3 / 20))
     middle = limit(audio, RATE_HZ)[0, RATE_HZ // 2 : -RATE_HZ // 2]
     assert distortion_db(np.clip(audio[0], -1, 1)) > -30

@@ -1,4 +1,4 @@
-"""Files that are written block by block are those that `encode_audio` makes of the whole audio."""
+"""Files that are written block by block are compared with the files that `encode_audio` makes from the whole audio."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_keeping_everything_returns_the_source(family: str, sampler: str) -> Non
 
 @pytest.mark.parametrize(("family", "sampler"), CASES)
 def test_kept_frames_of_registers_that_are_not_blended_do_not_matter(family: str, sampler: str) -> None:
-    """Before each network call, the kept frames must be right only in the register that the network reads."""
+    """Only the register that the network reads next must have the right values in the kept frames."""
     kept = make_kept()
     plan = blend(make_plan(family, sampler, 7), family, sampler)
 
@@ -172,7 +172,7 @@ def make_pairs(z: Tensor, noise: Tensor) -> Kept:
 def pair_velocity(x: Tensor, alpha: float, beta: float, *, flow: bool) -> Tensor:
     """Returns the exact network output at x (batch, channels, 2), if the data are two normal frames with correlation R.
 
-    Both frames have unit variance. `alpha` and `beta` are the shares of data and noise in x.
+    Both frames have unit variance. `alpha` and `beta` are the weights of data and noise in x.
     """
     covariance = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
     noisy = alpha**2 * covariance + beta**2 * torch.eye(2, dtype=torch.float64)

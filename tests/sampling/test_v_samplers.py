@@ -94,7 +94,7 @@ def test_order_of_convergence_on_a_linear_equation(sampler: str, order: int) -> 
     span = SigmaRange(1e-3, 20.0)
     start = torch.tensor([[1.0, -0.4]])
     top = span.sigma_max if "ddim" not in sampler else math.inf
-    # What the exact flow multiplies unit noise with.
+    # The factor by which the exact flow multiplies unit noise.
     level = 1.0 if top == math.inf else 0.5 * top / math.sqrt(0.25 + top**2)
     exact = start * (0.5 if top == math.inf else level)
     coarse, fine = (float((run_linear(sampler, steps, span, start) - exact).abs().max()) for steps in (24, 48))

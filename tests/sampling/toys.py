@@ -12,7 +12,7 @@ from stable_audio_serve.sampling import NoiseSource, SamplerPlan, StepTerms, adv
 
 
 def toy_velocity(x: Tensor, times: Tensor) -> Tensor:
-    """The toy network of the stored sampler runs: velocity at x (batch, channels, frames) and times (batch,)."""
+    """Returns the velocity at x (batch, channels, frames) and `times` (batch,). The stored sampler runs used it."""
     t = times.reshape(-1, *[1] * (x.dim() - 1))
     return 0.7 * x + 0.3 * t * torch.tanh(x) + 0.1 * torch.cos(3 * t)
 
@@ -37,7 +37,7 @@ def run_plan(
 ) -> Tensor:
     """Run all evaluations of `plan`, starting at `state` (registers, channels, frames). Returns (channels, frames).
 
-    `network` returns the guided output for (x, t), and `unguided` that of the unconditional branch.
+    `network` returns the guided output for (x, t), and `unguided` returns the unconditional output.
     """
     batch = state[None]
     for evaluation in plan.evaluations:
