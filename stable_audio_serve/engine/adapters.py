@@ -184,7 +184,7 @@ class Adapters:
                 return await asyncio.wrap_future(job)
             except asyncio.CancelledError as error:
                 task = asyncio.current_task()
-                if task is not None and not task.cancelling():  # `close` has cancelled the job, and nobody the request
+                if task is not None and not task.cancelling():  # `close` cancelled the job, not the request
                     raise ModelUnavailableError(UNAVAILABLE) from error
                 job.add_done_callback(_release_result)
                 raise

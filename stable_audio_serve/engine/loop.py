@@ -170,7 +170,7 @@ class EngineLoop:
         self._stages.capture(is_idle=False)
 
     def _unschedule_finished(self, rows: Sequence[Row]) -> None:
-        """Remove rows whose remaining work is all queued on the device from the scheduler."""
+        """Remove each row from the scheduler once all its remaining work is queued on the device."""
         for row in rows:
             if row.id in self._scheduler and row.work.phase is Phase.DONE:
                 self._scheduler.remove(row.id)
@@ -274,7 +274,7 @@ class EngineLoop:
         self._metrics.gauge("engine_backlog_ms", self._admission.backlog_ms)
 
     def _report_positions(self) -> None:
-        """Send their new queue position to the callers of requests that have not started."""
+        """Send the queue position of each request that has not started to its caller, if the position has changed."""
         if not self._queue_changed:
             return
         self._queue_changed = False

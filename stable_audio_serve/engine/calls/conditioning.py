@@ -1,6 +1,6 @@
 """Stores conditioning (prompt embeddings and similar inputs of the network) on the device for all steps of a clip.
-Clips with equal values share one copy. Device calls find a value by the number of the memory slot or pages that hold
-it.
+Clips of one request with the same prompt share one copy if possible. Device calls find a value by the number of its
+memory slot or pages.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class Executor:
         return latents
 
     def denoise(self, rows: Sequence[Row], calls: Sequence[Call]) -> list[tuple[Row, Exception]]:
-        """Run one evaluation of every row: network, guidance, sampler update. `calls` is what `calls(rows)` returned.
+        """Run one evaluation of every row: network, guidance, sampler update. `calls` is the result of `self.calls`.
 
         Returns the rows that failed, with their exceptions. The registers, noise and `work` of a failed row are
         unchanged.
@@ -340,8 +340,8 @@ class Executor:
         return True
 
     def _confirm(self, captured: Captured, *, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> None:
-        """Run a captured step for the first time: replay it, run it again eagerly from the same registers, and compare
-        both results. The eager result is the one that remains in the registers.
+        """Compare a captured step with an eager one before its first use: replay it, restore the registers, run it
+        eagerly, and compare both results. The registers then contain the eager result.
         """
         pages = [page for row in rows for part in row.held.parts[: row.num_registers] for page in part]
         places = self._device.upload(torch.tensor(pages, dtype=torch.int32))

@@ -72,7 +72,7 @@ class PackedShape:
 
     @property
     def num_pages(self) -> int:
-        """The largest number of memory pages that one register of all rows of a call can take in total."""
+        """The number of memory pages per register that all rows of a call together can have at most."""
         return self.tokens // PAGE_FRAMES + self.own.rows
 
     @property

@@ -1,7 +1,6 @@
-"""Device memory for values that are stored between denoising steps. An arena is one tensor that is divided into numbered
-pages or slots. A device call gets the whole tensor and the numbers of the pages to use. One CUDA graph, which needs
-fixed addresses, therefore works with any pages. On a device with CUDA graphs or limited memory, the arenas have a fixed
-size.
+"""Device memory for values that are stored between denoising steps. An arena is one tensor, in which pages or slots are
+numbered. A device call gets the whole tensor and the numbers of the pages to use. One CUDA graph, which needs fixed
+addresses, therefore works with any pages. On a device with CUDA graphs or limited memory, arenas have a fixed size.
 """
 
 from __future__ import annotations

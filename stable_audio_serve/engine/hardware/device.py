@@ -96,7 +96,9 @@ class Device(Protocol):
         ...
 
     def follow(self, moment: Moment) -> None:
-        """Make all work that is queued later wait for `moment`, a point in the second queue. Does not block the host."""
+        """Make all work that is queued later wait for `moment`, a point in the second queue. Does not block the
+        host.
+        """
         ...
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:

@@ -11,10 +11,10 @@ from stable_audio_serve.core.errors import ConfigError
 WHOLE = 1.0  # the share of a process that has the device to itself
 # Memory that a process on a shared GPU uses in addition to its tensors: the CUDA context, library code and workspaces.
 CONTEXT_BYTES = 512 * 2**20
-# Of the memory that a process may use, this share stays unused, for fragmentation and for what libraries and, on a GPU
-# with several replicas, the driver allocate later.
+# This fraction of the memory that a process may use is left unused. It is for fragmentation, and for memory that
+# libraries (and the driver, on a GPU with several replicas) allocate later.
 _RESERVE = 0.05
-_GRAPHS = 0.15  # of the memory that weights, cached prompts and the reserve leave
+_GRAPHS = 0.15  # CUDA graphs get this fraction of the memory that is left after weights, caches and the reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def plan_memory(
 
 
 def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share: float) -> None:
-    """Raise ConfigError, with the smallest share that works, if a model's weights do not fit into this share."""
+    """Raise ConfigError if a model's weights do not fit into `memory`. The error has the smallest sufficient share."""
     if weights_bytes <= memory.allowed:
         return
     taken = f"its weights take {weights_bytes / 1e9:.3g} GB"
@@ -148,7 +148,10 @@ def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share:
 
 
 def least_share(total: int, *, weights_bytes: int) -> float:
-    """Return the smallest share that holds the weights, rounded up to hundredths; above 1 if none does."""
+    """Return the smallest `share` of a device with `total` bytes in which the weights fit, rounded up to hundredths.
+
+    The result is above 1 if the device is too small.
+    """
     if weights_bytes <= total < weights_bytes + CONTEXT_BYTES:
         return WHOLE  # a process that has the device to itself reserves nothing for the CUDA context
     return -(-100 * (weights_bytes + CONTEXT_BYTES) // total) / 100
