@@ -356,9 +356,9 @@ class Executor:
             self._graphs.confirm(captured, replayed - before, expected=expected - before)
 
     def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture a CUDA graph of one more call shape. Returns False if nothing was captured.
+        """Capture a CUDA graph of one more call shape. Returns False if no capture was tried.
 
-        Without `is_idle`, the engine pauses between captures, so that they take at most a tenth of the time.
+        If the device is not idle (`is_idle` is False), captures are so rare that they take at most a tenth of the time.
         """
         return self._graphs.capture_next(is_idle=is_idle)
 

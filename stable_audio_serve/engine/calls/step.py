@@ -100,7 +100,7 @@ class StepRow:
     held: HeldFrames  # where the registers, then the mask, source and noise of kept frames, are stored
     branches: Sequence[HeldBranch]  # the conditioning: conditional, then unconditional if the row is guided
     noise: Tensor | None
-    draws: bool  # whether any evaluation of the row uses noise, also a later one, so that the call shape stays the same
+    draws: bool  # whether any evaluation of the row uses noise; not only this one, so that the shape stays the same
     adapter: PlacedSlot | None = None  # where a captured call finds the row's adapters
 
 

@@ -29,10 +29,10 @@ AGREEMENT_DB = 50.0
 
 
 def difference_db(actual: Tensor, expected: Tensor) -> float:
-    """Return the level of the difference of both tensors relative to the level of `expected`, in dB.
+    """Return the level of `actual - expected` relative to the level of `expected`, in dB.
 
-    Returns -inf if the bits are equal. Returns inf if they are not and a tensor has NaN or infinite values or
-    `expected` is all zeros. Waits for the device.
+    Equal bits give -inf, also if they are NaN. Unequal bits give inf if a value is NaN or infinite, or if `expected` is
+    all zeros. Waits for the device.
     """
     if torch.equal(actual.view(torch.int32), expected.view(torch.int32)):
         return -math.inf
@@ -185,7 +185,7 @@ class Graphs:
         """Return the CUDA graph of a shape. Returns None if there is none, and the caller must run the call eagerly.
 
         In this case, `run` may be captured later, with zeros as inputs. The device work that `run` queues must depend
-        only on the shape, and its results only on the inputs.
+        only on the shape and the inputs.
         """
         captured = self._captured.pop(shape, None)
         if captured is not None:
@@ -198,7 +198,7 @@ class Graphs:
         return None
 
     def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture one shape that ran without a graph more than once. Returns False if nothing was captured.
+        """Capture one shape that ran without a graph more than once. Returns False if no capture was tried.
 
         If `is_idle`, capture the largest shape, because smaller graphs can then use its memory. Otherwise, captures may
         take only a tenth of the time, so capture the shape that ran without a graph most often. In simulated mixed
