@@ -1,5 +1,6 @@
-"""Loads the adapters that requests name, and keeps adapters and folded slots in memory for later requests. Loading and
-folding run on a separate thread, so that the engine's thread does not wait for them.
+"""Loads the adapters that requests name, and folds the adapters that apply together into one slot. Keeps adapters and
+slots in memory for later requests. Loading and folding run on a separate thread, so that the engine's thread does not
+wait for them.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from stable_audio_serve.sampling.plan import Evaluation
 log = logging.getLogger(__name__)
 
 _FULL_RETRY_S = 2.0
-_MOST_WAITING = 32  # requests that wait for adapters at the same time; of one client a quarter
+_MOST_WAITING = 32  # how many requests may wait for adapters at the same time; of one client, a quarter of this
 
 
 @dataclass(slots=True)
 class HeldSlots:
-    """The slot of each evaluation of a request, None where no adapter applies. Held in memory until `release`."""
+    """The slots (folded adapters) of one request. `by_evaluation` has the slot of each evaluation, or None where no
+    adapter applies; it is empty if the request has no adapters. The slots stay in memory until `release`.
+    """
 
     by_evaluation: Sequence[Slot | None] = ()
     _release: Callable[[], None] | None = None
@@ -48,7 +51,7 @@ class HeldSlots:
         return len({id(slot) for slot in self.by_evaluation}) <= 1
 
     def release(self) -> None:
-        """Let the memory be used for other adapters when space is needed. Has no effect the second time."""
+        """Allow the slots to be dropped from memory when other adapters need it. A second call has no effect."""
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -72,7 +75,7 @@ class _Cache:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, key: Hashable) -> FittedAdapter | Slot | None:
-        """Returns the value, with one more user, or None if it is not in the cache."""
+        """Return the value, or None if it is not in the cache. The value counts one more user until `give_back`."""
         with self._lock:
             if (entry := self._entries.get(key)) is None:
                 return None
@@ -81,9 +84,10 @@ class _Cache:
             return entry.value
 
     def put(self, key: Hashable, value: FittedAdapter | Slot, *, name: str, num_users: int = 0) -> None:
-        """Add a value. Drops the least recently used values without users if there is no room.
+        """Add a value. If it does not fit, drop values that have no users, the least recently used first.
 
-        Raises InvalidRequestError if the value is larger than the cache, OverloadedError if too much is in use.
+        Raises InvalidRequestError if the value alone is larger than the cache, and OverloadedError if the values in use
+        leave too little memory for it.
         """
         with self._lock:
             if value.nbytes > self.max_bytes:
@@ -135,7 +139,9 @@ class Adapters:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`fetch` returns the file of a source, and downloads it if necessary. `max_rank` limits a chain's rank."""
+        """`fetch` returns the file of an adapter's source, and downloads it if necessary. `max_rank` limits the total
+        rank of the adapters that apply together.
+        """
         self._model = model
         self._max_rank = max_rank
         self._fetch = fetch
@@ -157,10 +163,10 @@ class Adapters:
         return Base(name, networks, folder=SINGULAR_VECTORS)
 
     async def acquire(self, request: GenerationRequest, evaluations: Sequence[Evaluation]) -> HeldSlots:
-        """Returns the slots of a request with these evaluations, after loading and folding adapters if necessary.
+        """Return the slots for these evaluations of a request. Loads and folds adapters that are not in memory.
 
-        Raises InvalidRequestError for adapters that cannot be used, OverloadedError if too many are in use, and
-        ModelUnavailableError if the engine closes.
+        Raises InvalidRequestError for adapters that cannot be used, OverloadedError if adapters in use take too much
+        memory or too many requests are waiting for adapters, and ModelUnavailableError if the engine closes.
         """
         if not request.loras:
             return HeldSlots()
@@ -178,16 +184,17 @@ class Adapters:
                 return await asyncio.wrap_future(job)
             except asyncio.CancelledError as error:
                 task = asyncio.current_task()
-                if task is not None and not task.cancelling():  # `close` has cancelled the job, and nobody the request
+                if task is not None and not task.cancelling():  # `close` cancelled the job, not the request
                     raise ModelUnavailableError(UNAVAILABLE) from error
                 job.add_done_callback(_release_result)
                 raise
 
     @contextmanager
     def _waiting(self, client: str) -> Iterator[None]:
-        """Count a request that waits for adapters. Raises OverloadedError if too many do, of this client or in all.
+        """Count a request that waits for adapters within this context.
 
-        An anonymous client (the empty name) may use all places.
+        Raises OverloadedError if too many requests of all clients, or of this client, are waiting. An anonymous client
+        (the empty name) has no limit of its own.
         """
         with self._lock:
             own, all_ = self._num_waiting[client] if client else 0, self._num_waiting.total()
@@ -207,11 +214,14 @@ class Adapters:
         return self._cache.hashes()
 
     def close(self) -> None:
-        """Stop the thread. Slots that are held stay usable."""
+        """Stop the loading thread. Slots that requests hold stay usable."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _hold_cached(self, active: Sequence[tuple[Lora, ...]], *, stacking: Stacking) -> HeldSlots | None:
-        """Returns the slots if all are in memory and all files are known by their hashes, else None."""
+        """Return the slots for these evaluations if all of them are in memory, else None.
+
+        Also returns None if the request does not give the hash of every adapter's file.
+        """
         distinct = [loras for loras in dict.fromkeys(active) if loras]
         if not all(lora.sha256 for loras in distinct for lora in loras):
             return None
@@ -261,7 +271,7 @@ class Adapters:
     def _adapter(self, lora: Lora) -> FittedAdapter:
         key = _identity(lora, self._fetch)
         if (found := self._cache.take(key)) is not None:
-            self._cache.give_back([key])  # the chain that is folded next refers to it
+            self._cache.give_back([key])  # needs no user count: the caller holds a reference until it is folded
             assert isinstance(found, FittedAdapter)
             return found
         began = self._clock.monotonic()

@@ -1,11 +1,13 @@
 """Limits the accepted, unfinished work to `max_queue_s` seconds of predicted device time. A request beyond the limit is
 refused at once, with a retry time. The predictions are multiplied by the recent ratio of measured to predicted time,
-because other programs and sending responses slow the machine down.
+because other programs and the sending of responses slow the machine down. Thread-safe.
 
 For an interactive request, only interactive work counts towards the limit, so batch work never causes its refusal. For
-a batch request, all work counts. One client may hold at most three quarters of the limit. When the queue is full,
-clients with little work may still add up to a quarter of the limit, so a client with many or long requests cannot shut
-out the others. Thread-safe.
+a batch request, all work counts.
+
+One client may hold at most three quarters of the limit. When the queue is full, a request is still accepted if its
+client and all clients with less work hold at most a quarter of the limit together. A client with many or long requests
+can therefore not shut out the others.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
 _CLIENT_SHARE = 0.75  # the largest share of the limit that one client may hold
-_RESERVE_SHARE = 0.25  # when the queue is full, clients with little work may exceed the limit by this share of it
+_RESERVE_SHARE = 0.25  # when the queue is full, clients with little work may hold this fraction of the limit together
 _MOST_REFUSED_MS = 600_000.0
 _MOST_CLIENTS = 1000  # refused requests are remembered for at most this many clients
 _WINDOW_MS = 1000.0  # measured time between two updates of `Pace.value`
 _NEWEST_WEIGHT = 0.3
 _PACE_RANGE = (0.5, 4.0)
-_MANY = 4  # with fewer requests, device calls may be too small for a typical measurement of their speed
+_MANY = 4  # with fewer requests, device calls may be too small to measure the typical speed
 
 
 class _Refused(NamedTuple):
@@ -57,8 +59,8 @@ class Pace:
     def record(self, *, done_ms: float, is_deep: bool) -> None:
         """Record `done_ms`, the predicted time of the work that was finished since the last `record`.
 
-        The time until the next `record` counts only if `is_deep` (the queue is long). With a short queue the device may
-        idle or run small batches, so its speed would be underestimated.
+        `is_deep` says whether the queue is long. If it is not, the time until the next `record` is not measured,
+        because the device may idle or run small batches, so that its speed would be underestimated.
         """
         now = self._clock.monotonic()
         if self._measured_at is not None:
@@ -76,7 +78,9 @@ class Admission:
     """Tracks the predicted work of accepted requests, and refuses a request if too much work is ahead of it."""
 
     def __init__(self, max_queue_s: float, *, batch_share: float = 0.0, clock: Clock = SystemClock()) -> None:
-        """While interactive work runs, batch work gets `batch_share` times the interactive work's device time."""
+        """`batch_share` is the device time that batch work gets while interactive work runs, as a fraction of the time
+        of the interactive work.
+        """
         self._max_ms = max_queue_s * 1000.0
         self._clock = clock
         self._pace = Pace(clock)
@@ -89,7 +93,7 @@ class Admission:
 
     @property
     def backlog_ms(self) -> float:
-        """Predicted device time of all accepted, unfinished requests, in milliseconds."""
+        """The predicted device time of all accepted, unfinished requests, in milliseconds."""
         with self._lock:
             return sum(map(self._sum_ms, self._work_ms))
 
@@ -138,11 +142,11 @@ class Admission:
             )
 
     def _count_refused(self, client: str, work_ms: float) -> float:
-        """Remember a refused request, which its client is expected to send again.
+        """Remember the work of a refused request, because its client is expected to send the request again.
 
-        Returns the work of earlier refused requests, in ms, by which this client's retry time becomes longer. All of a
-        client's refused requests lengthen that client's own retry time, but only one of them lengthens those of other
-        clients. A client that ignores Retry-After therefore delays only itself. Remembered work shrinks as time passes.
+        Returns the work of earlier refused requests in ms, which is added to this client's retry time. All earlier
+        requests of this client count, but only one request of each other client. A client that ignores Retry-After
+        therefore delays only itself. Remembered work shrinks as time passes.
         """
         if not client:
             return 0.0
@@ -172,9 +176,10 @@ class Admission:
         return held
 
     def _ahead(self, priority: Priority) -> tuple[float, float]:
-        """Return the accepted work ahead of a request of this priority, and the factor by which batch work slows it.
+        """Return (the accepted work ahead of a request of this priority, a slowdown factor).
 
-        The work is in ms, corrected by the current ratio of measured to predicted time. The factor is at least 1.
+        The work is in ms, corrected by the current ratio of measured to predicted time. The factor is how much longer
+        this work takes because batch work runs meanwhile; at least 1.
         """
         ahead_ms = self._sum_ms("interactive")
         is_shared = priority == "interactive" and bool(self._work_ms["batch"])
@@ -192,7 +197,10 @@ class Admission:
                     self._update_pace(done_ms=done_ms)
 
     def release(self, request_id: int, *, is_done: bool = False) -> None:
-        """Remove a request that ended; does nothing if it was already removed. `is_done`: all its work was finished."""
+        """Remove a request that ended. Does nothing if it was already removed.
+
+        `is_done` says whether all of its work was finished.
+        """
         with self._lock:
             self._clients.pop(request_id, None)
             for works in self._work_ms.values():

@@ -1,8 +1,8 @@
 """Chooses an engine's mode (strict or fast) and its batch policy, and builds the engine thread and everything that runs
 on that thread.
 
-None of these objects holds a reference to the `Engine`. An `Engine` without users is therefore garbage-collected, which
-ends its thread.
+None of these objects holds a reference to the `Engine`. An `Engine` that is no longer used is therefore
+garbage-collected, which ends its thread.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from stable_audio_serve.engine.scheduling.scheduler import Scheduler, SchedulerL
 from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel, ModelSpec
 from stable_audio_serve.sampling.noise import NoiseSource
 
-_NOISE_THREADS = 4  # drawing the noise of a step with 16,000 latent frames takes one thread 13 to 27 ms
+_NOISE_THREADS = 4  # one thread would take 13 to 27 ms to draw the noise of a step with 16,000 latent frames
 
 
 class DeviceKind(Protocol):
@@ -107,8 +107,10 @@ def resolve_policy(
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """The parts that the methods of `Engine` use. The methods put requests into `inbox`, from which `thread` takes
-    them. `noise_pools` are the threads that draw random noise; `Engine.close` shuts them down.
+    """The objects that the methods of `Engine` use.
+
+    The methods put requests into `inbox`, and `thread` takes them from there. `noise_pools` are the threads that draw
+    random noise; `Engine.close` shuts them down.
     """
 
     thread: EngineThread
@@ -132,7 +134,7 @@ def build_parts(
     clock: Clock,
     metrics: Metrics,
 ) -> EngineParts:
-    """Return the parts of one engine, whose thread is not started yet. The arguments are as in `Engine`.
+    """Build the objects of one engine. The thread is not started. The arguments are as in `Engine`.
 
     Raises ConfigError if the options ask for more memory than the device has.
     """
@@ -209,7 +211,7 @@ class _Builder:
     metrics: Metrics
 
     def build(self, admission: Admission, noise_factory: Callable[[int], NoiseSource]) -> EngineParts:
-        num_threads = _NOISE_THREADS if self.device.shares_calls else 1  # on a CPU the steps themselves need the cores
+        num_threads = _NOISE_THREADS if self.device.shares_calls else 1  # on a CPU, steps need the cores
         noise_pools = {
             priority: ThreadPoolExecutor(num_threads, thread_name_prefix="noise") for priority in get_args(Priority)
         }

@@ -49,7 +49,7 @@ from stable_audio_serve.engine.scheduling.batching import BatchPolicy
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan, SwitchableDecoder
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
-_STOP_TIMEOUT_S = 30.0  # how long `close` waits at most for the thread to finish its current denoising step
+_STOP_TIMEOUT_S = 30.0  # how long `close` waits at most for the thread to end after its current step
 _EXIT_TIMEOUT_S = 2.0
 
 
@@ -74,9 +74,10 @@ class Engine:
         loaded: Loaded = Loaded(),
         fetch_adapter: Callable[[str], Path] = Path,
     ) -> None:
-        """`noise_factory` makes a clip's noise source from its seed. `policy` None means the batch policy that suits
-        the options and the device; `device` None means the model's device. `loaded` becomes part of each result.
-        `fetch_adapter` returns the file of an adapter's source, and downloads it if necessary.
+        """`noise_factory` makes a clip's noise source from its seed. If `policy` is None, a batch policy is chosen for
+        the options and the device. If `device` is None, it is the model's device. `loaded` becomes part of the
+        provenance of each result. `fetch_adapter` returns the file of an adapter's source, and downloads it if
+        necessary.
         """
         self._model = model
         self._options = options
@@ -152,11 +153,13 @@ class Engine:
 
     @property
     def _decodes_exactly(self) -> bool:
-        """Whether the profile replaces the configured `decode_precision` by float32."""
+        """Whether the profile makes the decoder use float32 instead of the configured `decode_precision`."""
         return not self.profile.features.fast_decoding and not self._whole_device.is_proved
 
     async def _prove(self) -> None:
-        """Check the profile once, before the engine thread starts. Other engines of this model run meanwhile."""
+        """Check once, before the engine thread starts, that the profile's features give the right audio. If not, switch
+        to the plain profile. The check runs on temporary engines with the same model.
+        """
         async with self._proving:
             if self._is_started or self._is_proved:
                 return
@@ -170,7 +173,7 @@ class Engine:
             self._is_proved = True
 
     def _sibling(self, features: Features, mode: Mode) -> Engine:
-        """Return another engine of this model, which is not checked."""
+        """Return an engine with the same model for the check of the profile. Its own profile is not checked."""
         options = replace(
             self._options, mode=mode, profile="accelerated", features=features, warmup_budget_s=0.0, max_queue_s=1e6
         )
@@ -200,9 +203,9 @@ class Engine:
             raise ModelUnavailableError("the model failed during warm-up") from self._thread.error
 
     async def close(self, *, drain_s: float = 0.0) -> None:
-        """Accept no more requests and wait up to `drain_s` seconds for accepted ones to finish.
+        """Accept no more requests, wait up to `drain_s` seconds for accepted ones to finish, and stop the engine.
 
-        The remaining requests fail with ModelUnavailableError.
+        Requests that are still unfinished fail with ModelUnavailableError.
         """
         self._is_closing = True
         ends_at = self._clock.monotonic() + drain_s
@@ -232,10 +235,10 @@ class Engine:
     ) -> GenerationResult:
         """Generate the audio of one request. The variations are in order of their seeds.
 
-        `on_progress` is called on this event loop. `frames` overrides the latent length, to reproduce one element of a
-        reference batch that was padded to this length. If the awaiting task is cancelled, the engine stops the work
-        after the current step. Raises InvalidRequestError, OverloadedError, DeadlineExceededError, GenerationError, or
-        ModelUnavailableError.
+        `on_progress` is called on this event loop. `frames` overrides the latent length; with it, a clip from a
+        reference batch that was padded to this length can be reproduced. If the awaiting task is cancelled, the engine
+        stops the work after the current step. Raises InvalidRequestError, OverloadedError, DeadlineExceededError,
+        GenerationError, or ModelUnavailableError.
         """
         if not self._is_proved:
             await self._prove()
@@ -273,7 +276,9 @@ class Engine:
         return self._model.spec
 
     def describe_profile(self) -> str:
-        """Return the profile, why it is plain, and the features that were switched on but are off, with the reason."""
+        """Describe the profile in one line: its name, why it is plain if it is, and each feature of it that could not
+        be used, with the reason.
+        """
         own = [str(self.profile)]
         if self.profile.features.packing and self.mode == "fast" and not self.spec.packs_segments:
             own.append("packing off: this torch or precision has no attention for packed rows")
@@ -296,13 +301,13 @@ class Engine:
         return str(self.spec.dtype).removeprefix("torch.")
 
     def name_checkpoint(self, checkpoint: str) -> None:
-        """Record the hash of the loaded weights. From then on, requests that name other weights are refused."""
+        """Record `checkpoint`, the hash of the loaded weights. From then on, requests for another hash are refused."""
         self._loaded = replace(self._loaded, checkpoint=checkpoint)
         self._provenance = replace(self._provenance, loaded=self._loaded)
 
     @property
     def backlog_ms(self) -> float:
-        """Predicted device time of all accepted, unfinished requests, in milliseconds."""
+        """The predicted device time of all accepted, unfinished requests, in milliseconds."""
         return self._admission.backlog_ms
 
     def prices(self) -> Prices:
@@ -315,7 +320,7 @@ class Engine:
 
     @property
     def busy_s(self) -> float:
-        """Seconds during which the engine had work, since it started."""
+        """For how many seconds the engine has been working since it started."""
         return self._thread.busy_s
 
     def heartbeat(self) -> EngineHeartbeat:
@@ -383,7 +388,9 @@ def _configured_profile(options: EngineOptions, device: Device) -> Profile:
 
 
 def _close_loops(result: GenerationResult, request: GenerationRequest, *, loop: LoopStart) -> GenerationResult:
-    """Return the result with loops of the requested duration in place of clips that are longer."""
+    """Return the result with each clip turned into a loop of the requested duration. The clips of `result` are longer
+    than the loops.
+    """
     rate_hz = result.sample_rate_hz
     num_samples = loop_samples(request.duration_s, rate_hz)
     close = partial(close_loop, num_samples=num_samples, sample_rate_hz=rate_hz, loop=loop)
@@ -391,9 +398,10 @@ def _close_loops(result: GenerationResult, request: GenerationRequest, *, loop: 
 
 
 def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: RowPlan) -> GenerationResult:
-    """Copy the parts of the source that the request keeps into the audio of `result`, in place. Returns the result.
+    """Copy the parts of the source that the request keeps into the audio of `result`, in place.
 
-    Does nothing if the request does not ask for exact copies (`keep` is "model") or edits no regions.
+    Returns `result` with `generated` set to the other parts. Returns it unchanged if the request edits no regions, or
+    if its `keep` is "model".
     """
     given, source = request.inpaint_audio, plan.inpaint_source
     if given is None or source is None or request.keep == "model" or not request.inpaint_regions_s:

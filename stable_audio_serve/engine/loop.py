@@ -46,7 +46,7 @@ _IDLE_BEAT_S = 0.5
 
 
 class EngineLoop:
-    """Holds every row and request from arrival to end. Used by the engine thread only."""
+    """Holds all requests and their rows from arrival to end, and runs their phases. Used by the engine thread only."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class EngineLoop:
         return True
 
     def abort(self) -> None:
-        """Fail all remaining requests and accept nothing more."""
+        """Fail all unfinished requests, and close the inbox so that no more are accepted."""
         for request in self._inbox.close():
             self._requests[request.id] = request
         for request in list(self._requests.values()):
@@ -170,17 +170,17 @@ class EngineLoop:
         self._stages.capture(is_idle=False)
 
     def _unschedule_finished(self, rows: Sequence[Row]) -> None:
-        """Remove rows from the scheduler if all their remaining work is already queued on the device."""
+        """Remove each row from the scheduler once all its remaining work is queued on the device."""
         for row in rows:
             if row.id in self._scheduler and row.work.phase is Phase.DONE:
                 self._scheduler.remove(row.id)
                 self._stages.deliver(row)
 
     def _begin(self, rows: Sequence[Row], *, at_once: bool = True) -> None:
-        """Prepare rows for their first denoising step if their prompts and sources are encoded.
+        """Prepare rows in the phase Encoding for their first denoising step.
 
-        With `at_once` False, rows that the device is still encoding are left for a later turn, so that the step of the
-        other rows does not wait for them.
+        With `at_once` False, rows whose prompts or sources the device is still encoding are left for a later turn, so
+        that the denoising step of the other rows does not wait for them.
         """
         waiting = [row for row in rows if isinstance(row.phase, Encoding)]
         if waiting:
@@ -189,7 +189,7 @@ class EngineLoop:
     def _deliver(self, *, wait: bool = False) -> bool:
         """Finish the rows whose audio has arrived on the host. Returns whether there were any.
 
-        With `wait`, first wait for the next audio to arrive, if any is being decoded.
+        With `wait`, wait until the audio of at least one row arrives, if any row's audio is on its way to the host.
         """
         arrived, failures = self._stages.delivered(wait=wait)
         self._fail(failures)
@@ -203,7 +203,7 @@ class EngineLoop:
         return bool(arrived)
 
     def _finish(self, row: Row) -> None:
-        """Store a row's finished audio. If all other rows of the request are finished too, send the result."""
+        """Store a row's finished audio. After the last row of the request, send the result to the caller."""
         request = row.request
         request.audio[row.index] = row.in_phase(Decoding).audio.audio()
         self._drop(row)
@@ -274,7 +274,7 @@ class EngineLoop:
         self._metrics.gauge("engine_backlog_ms", self._admission.backlog_ms)
 
     def _report_positions(self) -> None:
-        """Report the queue position of requests that have not started to their callers, if the position changed."""
+        """Send the queue position of each request that has not started to its caller, if the position has changed."""
         if not self._queue_changed:
             return
         self._queue_changed = False
@@ -296,7 +296,7 @@ class EngineHeartbeat:
 
 
 class EngineThread:
-    """Runs `prepare`, then the loop's turns. A thread that has ended is never restarted."""
+    """The engine thread. It runs `prepare` and then the turns of `loop`. Once it has ended, it is never restarted."""
 
     def __init__(
         self,
@@ -307,7 +307,9 @@ class EngineThread:
         prepare: Callable[[], None],
         clock: Clock,
     ) -> None:
-        """All work runs within the `sharing` context manager, which sets the CPU thread count of each operation."""
+        """The thread does all its work within the context manager `sharing`, which sets how many CPU threads an
+        operation uses.
+        """
         self._loop = loop
         self._inbox = inbox
         self._sharing = sharing
@@ -338,7 +340,7 @@ class EngineThread:
             self._thread.join(timeout_s)
 
     def heartbeat(self) -> EngineHeartbeat:
-        """Return whether the thread is alive and the age of its last turn."""
+        """Return whether the thread is alive, and how long ago its last turn began."""
         return EngineHeartbeat(self._thread.is_alive(), self._clock.monotonic() - self._beat_at)
 
     def _run(self) -> None:

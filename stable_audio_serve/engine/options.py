@@ -1,4 +1,4 @@
-"""The options of one engine: an immutable object, whose values are checked when it is created."""
+"""The options of one engine. They are immutable, and are checked when the object is created."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ProfileChoice = Literal["auto", "plain", "accelerated"]
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The speed features of an engine on a GPU. Each can be switched off by itself."""
+    """The speed features of an engine on a GPU. Each of them can be switched off on its own."""
 
     captures: bool = True  # CUDA graphs
-    second_queue: bool = True  # text, sources and decoding in a second CUDA stream
+    second_queue: bool = True  # encode text and sources, and decode, in a second CUDA stream
     packing: bool = True  # clips of different lengths in one call without padding, in fast mode
-    fast_decoding: bool = True  # the configured `decode_precision`; off: float32
+    fast_decoding: bool = True  # decode in the configured `decode_precision`, not always in float32
 
 
 PLAIN = Features(captures=False, second_queue=False, packing=False, fast_decoding=False)
@@ -29,14 +29,16 @@ PLAIN = Features(captures=False, second_queue=False, packing=False, fast_decodin
 class EngineOptions:
     """All options of one engine. For most options, None means that the value is chosen for the model's device.
 
-    In `mode` strict, the default on a CPU, the audio of a request is bit-identical whatever other requests run. In fast
-    mode, the default on CUDA, requests of different lengths share device calls, which changes the audio slightly: by at
-    most 1.2e-5 with the reference checkpoints, less than one unit of 16-bit audio (3e-5). Raises ConfigError for an
-    invalid value.
+    In `mode` strict, the default on a CPU, the audio of a request has the same bits whatever other requests run. In
+    `mode` fast, the default on CUDA, requests of different lengths share device calls. This changes the audio slightly:
+    with the reference checkpoints by at most 1.2e-5, which is less than one unit of 16-bit audio (3e-5).
+
+    Raises ConfigError for an invalid value.
     """
 
     mode: Mode | None = None
-    # On a GPU: plain uses none of `features`, accelerated uses them, auto uses them once they have proved right.
+    # On a GPU: plain uses none of `features`, accelerated uses all of them, auto checks them at start and uses them if
+    # they give the right audio.
     profile: ProfileChoice = "auto"
     features: Features = Features()
     max_rows: int = 64  # clips in progress at the same time; at most three quarters of them have batch priority
@@ -50,13 +52,15 @@ class EngineOptions:
     # Device memory for clips in progress. None: most of the free memory on CUDA, no limit on a CPU.
     max_memory_bytes: int | None = None
     prompt_cache_bytes: int = 256 * 2**20
-    lora_cache_bytes: int = 512 * 2**20  # for adapters and the slots that are folded from them
-    max_lora_rank: int = 64  # the most that the ranks of a request's adapters may add up to
+    lora_cache_bytes: int = 512 * 2**20  # memory for adapters, as loaded and as folded for requests
+    max_lora_rank: int = 64  # limit of the sum of the ranks of a request's adapters
     planning_threads: int = 1  # for each priority, the number of threads that plan requests
-    max_planning: int = 1024  # for each priority, the most requests that wait for these threads or are being planned
-    torch_threads: int | None = None  # threads of an operation on a CPU; None: torch's default
-    captures_off_file: Path | None = None  # exists after a failed capture has ended a process; then none are made
-    warmup_budget_s: float = 2.0  # for the timed calls of the warm-up, not the first of each kind; 0: no warm-up
+    max_planning: int = 1024  # for each priority, the most requests that may wait for planning or be planned
+    torch_threads: int | None = None  # how many CPU threads an operation uses; None: torch's default
+    # The engine writes this file when a failed capture ends the process. While it exists, no CUDA graphs are captured.
+    captures_off_file: Path | None = None
+    # How long the timed calls of the warm-up may take. The first call of each kind is not timed. 0: no warm-up.
+    warmup_budget_s: float = 2.0
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):

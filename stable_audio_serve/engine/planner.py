@@ -1,5 +1,5 @@
-"""Plans requests (computes lengths and noise schedules, resamples source audio) on worker threads, so that neither the
-event loop nor the engine thread waits. Usable from several event loops.
+"""Plans requests: computes lengths and noise schedules, and resamples source audio. Planning runs on worker threads, so
+that neither the event loop nor the engine thread waits for it. Usable from several event loops.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Planner:
-    """Plans requests on `num_threads` threads. At most `max_pending` requests can be waiting or being planned."""
+    """Plans requests on `num_threads` threads. At most `max_pending` requests may wait for planning or be planned."""
 
     def __init__(self, model: DiffusionModel, *, num_threads: int, max_pending: int, clock: Clock) -> None:
         self._model = model
@@ -45,8 +45,8 @@ class Planner:
     async def plan(self, request: GenerationRequest, *, frames: int | None) -> tuple[RowPlan, ...]:
         """Return the model's plans for a request, one per variation. `frames` overrides the latent length.
 
-        Raises OverloadedError if there are already `max_pending` requests, ModelUnavailableError if the planner is
-        closed, any StableAudioError of the model, and GenerationError if the model fails in another way.
+        Raises OverloadedError if there are already `max_pending` requests, and ModelUnavailableError if the planner is
+        closed. A StableAudioError from the model is raised as it is, any other exception as GenerationError.
         """
         with self._lock:
             if self._closed:
@@ -60,7 +60,9 @@ class Planner:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Accept no more requests. Requests not begun fail with ModelUnavailableError; the others are still planned."""
+        """Accept no more requests. Waiting requests fail with ModelUnavailableError. Requests that are being planned
+        are still finished.
+        """
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=False)

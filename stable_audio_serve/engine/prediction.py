@@ -1,5 +1,5 @@
-"""Predicts how long the work of a clip (row) takes, either alone or in denoising steps shared with many other clips.
-Processes without an engine get the predictions as a few coefficients (`Prices`).
+"""Predicts how long the work of a clip (row) takes, either alone or in denoising steps that it shares with many other
+clips. For processes without an engine, summarises the predictions in a few coefficients (`Prices`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from stable_audio_serve.engine.scheduling.scheduler import Phase, RowWork
 from stable_audio_serve.engine.scheduling.windows import num_in_turn
 from stable_audio_serve.models.protocol import DiffusionModel
 
-# Prices are computed from the predictions for clips of these two durations, as fractions of the longest duration. The
-# longest clip itself would be atypical, because its latents have no padding.
+# `Prices` are computed from predictions for clips of two durations. These are given as fractions of the longest
+# duration. The longest clip itself would be atypical, because its latents have no padding.
 _SHORT, _LONG = 0.125, 0.75
 _FEW_STEPS, _MANY_STEPS = 8, 16
 
@@ -41,7 +41,9 @@ class PriceList:
         }
 
     def current(self) -> Prices:
-        """Return coefficients that predict a clip's device time if it shares its denoising steps with other clips."""
+        """Return coefficients that predict a clip's part of the device time when it shares its denoising steps with
+        other clips.
+        """
         ms = {shape: self._predictor.share_ms(work) for shape, work in self._works.items()}
         text_ms = self._predictor.text_ms(1)
         short_s, long_s = self._seconds
@@ -72,8 +74,10 @@ def _line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:  #
 
 
 class Predictor:
-    """Predicts the times of rows. Scheduling uses the time of a row alone; admission and routing use the time of a row
-    that shares full steps with others. Thread-safe.
+    """Predicts the times of rows. Thread-safe.
+
+    The scheduler uses the time of a row that runs alone. Admission and routing use the time of a row that shares full
+    steps with other rows.
     """
 
     def __init__(self, cost: CostModel, policy: BatchPolicy) -> None:
@@ -94,7 +98,7 @@ class Predictor:
         return self.text_ms(1) + work.predict_ms(self._cost, self._alone_evaluation_ms)
 
     def share_ms(self, work: RowWork) -> float:
-        """Return the row's part, in ms, of the device time of the remaining steps, which it shares with other rows."""
+        """Return the row's part, in ms, of the device time of its remaining steps if other rows share these steps."""
         return work.predict_ms(self._cost, self._shared_evaluation_ms)
 
     def step_ms(self, works: Sequence[RowWork], num_new: int) -> float:
@@ -108,9 +112,9 @@ class Predictor:
         return total
 
     def _coding_ms(self, kind: Work, lengths: Sequence[int]) -> float:
-        """Return the time in ms to encode or decode (`kind`) one row's next windows, those of one turn.
+        """Return the time in ms to encode or decode (`kind`) the windows of one row in one turn of the engine's loop.
 
-        `lengths` are the latent frames of the row's remaining windows.
+        `lengths` has the latent frames of each of the row's remaining windows.
         """
         return sum(self._cost.call_ms(kind, rows=1, frames=frames) for frames in lengths[: num_in_turn(lengths)])
 

@@ -1,5 +1,6 @@
-"""Proves at start that an engine's speed features are right on this machine: a small battery of requests must give the
-audio that the plain path gives. Independent of how engines work inside.
+"""Checks at start that the speed features of an engine give the right audio on this machine. A small battery of
+requests runs with the features and without them (the plain path), and both must give the same audio. Does not depend
+on how engines work inside.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ Audio = npt.NDArray[np.float32]
 
 log = logging.getLogger(__name__)
 
-_LEAST_DB = 50.0  # of the plain audio's level above the difference
-_LENGTHS = (1.0, 0.4, 0.7, 0.55)  # of the requests, as shares of the longest
+_LEAST_DB = 50.0  # the level of the plain audio must be at least this far above the level of the difference
+_LENGTHS = (1.0, 0.4, 0.7, 0.55)  # durations of the requests, as fractions of the longest one
 _LONGEST_S = 5.0
 _STEPS = 2
-_EXACT = Features(packing=False, fast_decoding=False)  # features that never change a bit in strict mode
+_EXACT = Features(packing=False, fast_decoding=False)  # the features that must not change any bit in strict mode
 
 
 class Generator(Protocol):
-    """The part of `Engine` that the battery uses."""
+    """The methods of `Engine` that the battery uses."""
 
     async def start(self) -> None: ...
 
@@ -44,7 +45,9 @@ class Generator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The features in use. `reason` says why they are off: the operator's choice, or what the battery found."""
+    """The speed features that an engine uses. If all are off, `reason` says why: the operator switched them off, or the
+    battery found an error.
+    """
 
     features: Features
     reason: str = ""
@@ -62,11 +65,13 @@ class Profile:
 async def prove(
     make: Callable[[Features, Mode], Generator], features: Features, *, spec: ModelSpec, mode: Mode
 ) -> Profile:
-    """Return `features` if the battery agrees with the plain path, else the plain profile with the reason.
+    """Run the battery with `features` and without, and compare the audio. Returns a profile with `features` if both
+    agree, else the plain profile with the reason.
 
-    `make` builds an engine, not started, with some features and a mode. The bits of strict mode must not depend on
-    CUDA graphs, the second stream and asynchronous copies. With all features the audio may differ by 50 dB below its
-    level. A wrong feature never reaches a client, because the engines of the battery are closed afterwards.
+    In strict mode, the audio with CUDA graphs, the second stream and asynchronous copies must have the same bits as
+    without. With all features, the difference must be at least 50 dB below the audio's level. `make` builds an engine
+    with some features and a mode, and does not start it. The engines of the battery are closed afterwards, so audio
+    from a wrong feature never reaches a client.
     """
     requests = battery(spec)
     try:
@@ -83,7 +88,7 @@ async def prove(
 
 
 def battery(spec: ModelSpec) -> list[GenerationRequest]:
-    """Return four unlike requests of two steps: one guided, one with a region of a source."""
+    """Return four different requests of two steps each. One is guided, and one regenerates a region of a source."""
     longest_s = min(_LONGEST_S, spec.card.max_duration_s / 4)
     source = SourceAudio(_tone(longest_s, spec), spec.card.sample_rate_hz)
     first, guided, edited, last = (
@@ -111,10 +116,11 @@ def _tone(seconds: float, spec: ModelSpec) -> Audio:
 
 
 async def _run(engine: Generator, requests: Sequence[GenerationRequest]) -> list[Audio]:
-    """Return the audio of the requests, which run together, twice: in order and in reverse. Closes the engine.
+    """Run all requests at once, then again in reverse order. Returns the audio of both runs, each in the order of
+    `requests`. Closes the engine.
 
-    The second time, calls that were captured in between replay their CUDA graphs. Few are; each graph is compared with
-    the eager call when it is first used (`Graphs.confirm`).
+    In the second run, calls that were captured in the meantime replay their CUDA graphs. These are few, but every graph
+    is compared with the eager call anyway when it is first used (`Graphs.confirm`).
     """
     try:
         await engine.start()
@@ -129,7 +135,7 @@ async def _run(engine: Generator, requests: Sequence[GenerationRequest]) -> list
 
 
 async def _generate(engine: Generator, request: GenerationRequest) -> Audio:
-    """Return the request's audio; empty if the model does not support such requests."""
+    """Return the request's audio. It is empty if the model does not support the request."""
     try:
         return (await engine.generate(request)).audio[0]
     except InvalidRequestError:
@@ -137,7 +143,7 @@ async def _generate(engine: Generator, request: GenerationRequest) -> Audio:
 
 
 def _require(expected: Sequence[Audio], actual: Sequence[Audio], *, least_db: float) -> None:
-    """Raise ValueError if any clip differs by more than `least_db` below its level."""
+    """Raise ValueError if the difference of any clip is less than `least_db` dB below the level of the clip."""
     for number, (plain, fast) in enumerate(zip(expected, actual, strict=True)):
         difference = difference_db(torch.from_numpy(fast), torch.from_numpy(plain)) if plain.size else -least_db
         if difference > -least_db:

@@ -1,5 +1,5 @@
-"""Describes the provenance of an engine's audio: besides the request itself, everything on which the bytes depend. It
-is saved in the recipe of each clip.
+"""Describes the provenance of an engine's audio: everything on which its bytes depend, besides the request itself. The
+recipe of each clip contains the provenance.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def describe_engine(
 ) -> Provenance:
     """Return the provenance that is common to all requests of an engine."""
     is_cpu, is_fast = device.type == "cpu", mode == "fast"
-    # With MKL, which torch uses without oneDNN, and with AMX instructions, the number of threads changes the results of
-    # large matrix multiplications.
+    # The number of threads changes the results of large matrix multiplications if torch uses AMX instructions, or MKL
+    # instead of oneDNN.
     depends_on_threads = is_cpu and (is_fast or not is_amd())
     return Provenance(
         version=__version__,
@@ -58,8 +58,11 @@ def describe_engine(
 def complete_provenance(
     provenance: Provenance, request: GenerationRequest, *, spec: ModelSpec, prompts: Collection[Prompts]
 ) -> Provenance:
-    """Add the parameters of one request, with the model's defaults for those not set, and the number of characters of
-    each prompt that the model reads, the fewest of all variations. Returns the result.
+    """Return `provenance` with the parameters of one request. Parameters that the request does not set have the model's
+    defaults.
+
+    If the model reads only the first characters of a prompt, the number of these characters is added. It is the fewest
+    of all variations.
     """
     card = spec.card
     edits_by_time = request.init_audio is not None and card.objective != "v"
@@ -82,7 +85,7 @@ def complete_provenance(
 
 
 def _fewest(embeddings: Iterable[TextEmbedding | None]) -> int | None:
-    """Return the fewest characters that the model reads of a text which it does not read to its end, or None."""
+    """Return the least `chars_read` of these texts; None if the model reads all of them to the end."""
     read = (embedding.chars_read for embedding in embeddings if embedding is not None)
     return min((chars for chars in read if chars is not None), default=None)
 

@@ -1,5 +1,5 @@
-"""Calls of the audio decoder, which decode several windows (excerpts of latents) of equal length. A call may replay a
-captured CUDA graph, which reads its inputs from fixed addresses.
+"""Calls of the audio decoder. One call decodes several windows (excerpts of latents) of equal length. The call runs
+eagerly or replays a captured CUDA graph, which reads its inputs from fixed addresses.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _MOST_LATENTS = 512
 
 
 def captured_windows(num_windows: int, *, frames: int) -> int:
-    """Return the batch size of the CUDA graph that decodes this many windows of `frames` latent frames.
+    """Return the batch size of the CUDA graph that decodes `num_windows` windows of `frames` latent frames each.
 
-    Returns 0 if the windows are to be decoded without a graph.
+    Returns 0 if there are too many windows or latent frames for a graph.
     """
     if num_windows > GRAPH_ROWS[-1]:
         return 0
@@ -36,7 +36,7 @@ def captured_windows(num_windows: int, *, frames: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The arguments of one call that the decoder makes to `NoiseSource.window`. That call returns noise of `shape`."""
+    """The arguments of one call of `NoiseSource.window` by the decoder. The call returns a noise tensor of `shape`."""
 
     stage: str
     shape: tuple[int, ...]
@@ -45,8 +45,10 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """The shape of a decoder call: how many windows, the shape of one window's `latents` (channels, frames) and `audio`
-    (channels, samples), and the noise that the decoder draws for each window.
+    """The shape of a decoder call.
+
+    `windows` is the number of windows. Each window has `latents` (channels, frames) and `audio` (channels, samples),
+    and the decoder draws the noise tensors `draws` for it.
     """
 
     windows: int
@@ -105,7 +107,7 @@ class DecodeCalls:
             recording = _RecordingNoise(windows[0].noise)
             audio = model.decode([replace(windows[0], noise=recording), *windows[1:]])
             self._draws[num_frames] = tuple(dict.fromkeys(recording.draws))
-            # There is no graph of this shape yet. The call only records that one would have been used.
+            # There is no graph of this shape yet. `find` counts this call, so that the shape can be captured later.
             self._graphs.find(self._shape(count, num_frames), self._run)
             return audio
         shape = self._shape(count, num_frames)

@@ -1,5 +1,6 @@
 """Stores conditioning (prompt embeddings and similar inputs of the network) on the device for all steps of a clip.
-Clips with the same value share one copy. Device calls find a value by the number of its place in memory.
+Clips of one request with the same prompt share one copy if possible. Device calls find a value by the number of its
+memory slot or pages.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from stable_audio_serve.models.protocol import BranchConditioning, RowConditioni
 
 @dataclass(frozen=True, slots=True)
 class HeldBranch:
-    """Where the conditioning of one branch (conditional or unconditional) is stored: by name, the slot number of each
-    constant, and the memory pages of each value that has frames. A value whose name is missing is all zeros.
+    """Where the conditioning of one branch (conditional or unconditional) is stored.
+
+    `slots` has the slot number of each constant by name. `pages` has the memory pages of each value that has frames. A
+    value whose name is missing is all zeros.
     """
 
     slots: Mapping[str, int]
@@ -27,7 +30,9 @@ class HeldBranch:
 
 @dataclass(slots=True)
 class HeldConditioning:
-    """Conditioning in a `ConditioningArena`, with a reference count that `share` increments and `free` decrements."""
+    """Conditioning that is stored in a `ConditioningArena`. `share` increments its reference count, `free` decrements
+    it.
+    """
 
     conditional: HeldBranch
     unconditional: HeldBranch | None
@@ -36,7 +41,7 @@ class HeldConditioning:
 
     @property
     def is_freed(self) -> bool:
-        """Whether the memory was freed, so that the value must not be used any more."""
+        """Whether the memory was freed. If so, the value must not be used any more."""
         return self._num_users == 0
 
     def share(self) -> HeldConditioning:
@@ -53,8 +58,10 @@ class HeldConditioning:
 
 @dataclass(slots=True)
 class ConditioningArena:
-    """The memory of all conditioning of one engine. Each name has its own memory, allocated on first use. With `fixed`,
-    all of it is allocated now and never moves. Used by one thread.
+    """The memory of all conditioning of one engine. Each name of a value has its own memory. Used by one thread.
+
+    The memory of a name is allocated on first use and grows when it is full. If `fixed` is given, the memory of all
+    names is allocated at once, has a fixed size and never moves.
     """
 
     device: Device

@@ -1,5 +1,6 @@
-"""Runs the model for the engine thread: batches prompts, audio windows and clips (rows) into model calls. A denoising
-call can be padded or packed (rows of different lengths are concatenated), and can run eagerly or as a captured CUDA
+"""Runs the model for the engine thread: batches prompts, audio windows and clips (rows) into model calls.
+
+A denoising call is padded or packed (rows of different lengths are concatenated). It runs eagerly or as a captured CUDA
 graph. Callers need not know which.
 
 If a call raises an exception, its items run again one by one, so that only the faulty item fails.
@@ -48,14 +49,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-_TABLE_SLOTS = 17  # distinct slots in captured steps; the first is plain
+_TABLE_SLOTS = 17  # slots in the table that captured steps read; slot 0 is for rows without adapters
 _MOST_SLOT_PAGES = 32
 
 
 class Executor:
     """Runs the model for the engine thread. Results are in the order of the inputs.
 
-    Up to `max_per_call` audio windows or prompts of equal shape share a model call; 1 in strict mode.
+    Up to `max_per_call` prompts or audio windows of equal length share a model call. In strict mode, `max_per_call` is
+    1.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Executor:
         captures_off_file: Path | None = None,
         slot_table_bytes: int = 0,
     ) -> None:
-        """`slot_table_bytes` is memory for the adapters of captured steps."""
+        """`slot_table_bytes` is the size in bytes of the memory from which captured steps read their adapters."""
         self._model = model
         self._device = device
         self._policy = policy
@@ -94,7 +96,7 @@ class Executor:
     def fix_memory(self, fixed: FixedMemory) -> None:
         """Allocate all arenas with fixed sizes. Must be called on the engine thread before the first row.
 
-        Otherwise the arenas grow with their use, which only a device without CUDA graphs allows.
+        If it is not called, arenas are moved when they grow. This works only on a device without CUDA graphs.
         """
         self._fixed = fixed
         self._graphs.room.expect("denoise", call_bytes=fixed.step_frame)
@@ -104,15 +106,16 @@ class Executor:
 
     @cached_property
     def arena(self) -> FrameArena:
-        """The device memory of all rows' registers (latents between two steps). Allocated when first accessed, which
-        must be on the engine thread.
+        """The device memory of all rows' registers (latents between two steps).
+
+        The memory is allocated when the property is first read. That must happen on the engine thread.
         """
         num_pages = self._fixed.pages if self._fixed else None
         return FrameArena(self._model.spec.card.latent_channels, device=self._model.device, num_pages=num_pages)
 
     @property
     def captures_off_reason(self) -> str:
-        """Why no more calls are captured; empty if they are, or if the device captures nothing."""
+        """Why the engine captures no more CUDA graphs. Empty if it still does, or if the device has no CUDA graphs."""
         return self._graphs.off_reason if self._device.can_capture else ""
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
@@ -122,17 +125,24 @@ class Executor:
         return outcomes
 
     def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
-        """Encode windows of source audio. Returns for each its latents (channels, frames) float32, or its exception."""
+        """Encode windows of source audio.
+
+        Returns, for each window, its latents (channels, frames) float32, or the exception that encoding it raised.
+        """
         return self._by_length(windows, length=lambda window: window.samples.shape[-1], run=self._model.encode_audio)
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor | Exception]:
-        """Decode windows of latents. Returns each window's audio (channels, samples) float32, or its exception."""
+        """Decode windows of latents.
+
+        Returns, for each window, its audio (channels, samples) float32, or the exception that decoding it raised.
+        """
         return self._by_length(windows, length=lambda window: window.latents.shape[-1], run=self._decoder.decode)
 
     def condition(self, row: Row, inpaint: Tensor | None) -> RowConditioning:
-        """Return the conditioning of a row with the adapters of its next evaluation.
+        """Return the conditioning of a row, computed with the adapters of the row's next evaluation.
 
-        `inpaint` are the latents (channels, frames) of a source that the row edits.
+        `inpaint` has the latents (channels, frames) of the source audio that the row edits. It is None if the network
+        does not read them.
         """
         prompts = row.request.shared.prompts[row.plan.prompt]
         with self._adapted([] if row.slot is None else [(slice(None), row.slot)]):
@@ -145,7 +155,10 @@ class Executor:
         return self._policy.split([row.lane for row in rows])
 
     def hold(self, parts: Tensor) -> HeldFrames:
-        """Store one row's tensors on the device: `parts` (N, D, F) are its registers, then its blend inputs, if any."""
+        """Store one row's tensors on the device.
+
+        `parts` (N, D, F) contains the row's registers, followed by the mask, source and noise of kept frames, if any.
+        """
         num_parts, _, frames = parts.shape
         held = HeldFrames.take(self.arena, frames=frames, num_parts=num_parts)
         table = torch.tensor(held.parts, dtype=torch.int32)
@@ -160,9 +173,10 @@ class Executor:
         return latents
 
     def denoise(self, rows: Sequence[Row], calls: Sequence[Call]) -> list[tuple[Row, Exception]]:
-        """Run one evaluation of every row: network, guidance, sampler update. Returns the rows that failed.
+        """Run one evaluation of every row: network, guidance, sampler update. `calls` is the result of `self.calls`.
 
-        If a row fails, its registers, noise and `work` stay as they were before the evaluation.
+        Returns the rows that failed, with their exceptions. The registers, noise and `work` of a failed row are
+        unchanged.
         """
         failures: list[tuple[Row, Exception]] = []
         for call in calls:
@@ -194,9 +208,10 @@ class Executor:
     def _isolated(
         self, items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]
     ) -> list[Result | Exception]:
-        """Return the results of `run(items)`. If it raises, run each item alone and return its result or its exception.
+        """Return the results of `run(items)`. If `run` raises, call it for each item alone, and return the result or
+        the exception of each.
 
-        `run` must have no effect when it raises. Raises DeviceLostError, which no single item caused.
+        `run` must have no effect when it raises. Raises DeviceLostError if the device is lost.
         """
         try:
             return list(run(items))
@@ -239,9 +254,11 @@ class Executor:
         return rows
 
     def _place_slots(self, rows: Sequence[Row], step_rows: Sequence[StepRow]) -> Sequence[StepRow] | None:
-        """Return the inputs of a captured call, after storing the slots of its rows; None if it cannot be captured.
+        """Write the rows' adapters to the slot table. Returns `step_rows` with the location of each row's adapters.
 
-        In strict mode, steps with adapters are not captured: how many pages they read depends on other rows.
+        Returns None if the call must run without a CUDA graph: the device has none, or the adapters do not fit into the
+        table. In strict mode, any call with adapters runs without one, because the number of pages that a captured call
+        reads depends on the other rows.
         """
         if not self._device.can_capture:
             return None
@@ -259,7 +276,9 @@ class Executor:
 
     @cached_property
     def _slot_table(self) -> SlotTable | None:
-        """The slots of captured steps; None if there is no memory for at least two pages."""
+        """The table from which captured steps read adapters. None if the model takes no adapters, or if
+        `slot_table_bytes` is too small for two pages.
+        """
         model = self._model
         if not isinstance(model, AdaptableModel):
             return None
@@ -271,10 +290,10 @@ class Executor:
         return SlotTable(layers, num_slots=_TABLE_SLOTS, num_pages=1 << (num_pages.bit_length() - 1))
 
     def _slots_of(self, rows: Sequence[Row], step_rows: Sequence[StepRow]) -> list[tuple[slice, Slot]]:
-        """Return the network rows that have adapters, with their slots.
+        """Return the network rows that have adapters, as pairs (adjacent network rows, slot of the adapters).
 
-        In fast mode, adjacent rows of equal slots are joined. In strict mode a row's operations must not depend on
-        its neighbours.
+        In fast mode, adjacent rows with the same slot are joined to one pair. In strict mode they are not, because the
+        operations for a row must not depend on its neighbours.
         """
         slots: list[tuple[slice, Slot]] = []
         start = 0
@@ -288,7 +307,11 @@ class Executor:
 
     @contextmanager
     def _adapted(self, slots: Sequence[tuple[slice, Slot]], *, frames: Sequence[int] = ()) -> Iterator[None]:
-        """Apply these slots to network rows within this context. `frames` are the rows' lengths if they are packed."""
+        """Apply adapters to the network within this context.
+
+        `slots` has pairs (network rows, slot of their adapters). In a packed call, `frames` has the length of every
+        network row.
+        """
         with ExitStack() as stack:
             if slots:
                 spec = self._model.spec
@@ -303,7 +326,10 @@ class Executor:
         return adaptable_layers(self._model.adaptable) if isinstance(self._model, AdaptableModel) else {}
 
     def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
-        """Replay the CUDA graph of this shape with the inputs of `rows`. Returns False if there is no such graph."""
+        """Replay the CUDA graph of this shape with the inputs of `rows`.
+
+        Returns False if there is no such graph or the replay failed. The call must then run eagerly.
+        """
         captured = self._graphs.find(shape, self._run_on)
         if captured is None:
             return False
@@ -314,11 +340,13 @@ class Executor:
         return True
 
     def _confirm(self, captured: Captured, *, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> None:
-        """Replay a captured step for the first time, then run it again eagerly. Keeps the eager results."""
+        """Compare a captured step with an eager one before its first use: replay it, restore the registers, run it
+        eagerly, and compare both results. The registers then contain the eager result.
+        """
         pages = [page for row in rows for part in row.held.parts[: row.num_registers] for page in part]
         places = self._device.upload(torch.tensor(pages, dtype=torch.int32))
         registers = self.arena.memory
-        before = registers.index_select(0, places).double()  # so that differences to it are not rounded
+        before = registers.index_select(0, places).double()  # float64, so that the differences below are not rounded
         is_replayed = self._graphs.replay(captured)
         replayed = registers.index_select(0, places)
         registers.index_copy_(0, places.long(), before.float())
@@ -328,9 +356,9 @@ class Executor:
             self._graphs.confirm(captured, replayed - before, expected=expected - before)
 
     def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture a CUDA graph of one more call shape. Returns False if no shape is worth capturing now.
+        """Capture a CUDA graph of one more call shape. Returns False if no capture was tried.
 
-        Unless the device `is_idle`, captures take at most a tenth of the time.
+        If the device is not idle (`is_idle` is False), captures are so rare that they take at most a tenth of the time.
         """
         return self._graphs.capture_next(is_idle=is_idle)
 
@@ -344,7 +372,7 @@ class Executor:
             run_step(denoise, inputs, memories=memories, shape=shape)
 
     def _denoise_from_table(self, batch: StepBatch, *, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Run the network on a batch whose rows have slots in the table."""
+        """Run the network on a batch whose rows have adapters in the slot table. `inputs` says which."""
         assert self._slot_table is not None
         rows = TableRows(
             self._slot_table,

@@ -1,5 +1,5 @@
 """Prepares what a clip (row) needs before its first denoising step: noise, prompt embeddings and encoded source audio.
-Clips with the same prompt or source share its encoding.
+Clips with the same prompt share the prompt's embedding, and variations of one request share the encoded source.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from stable_audio_serve.models.protocol import DiffusionModel, EncodeWindow, Tex
 
 
 class PromptCache:
-    """An LRU cache of text embeddings of at most `max_bytes`; 0 turns it off. Not thread-safe."""
+    """An LRU cache of text embeddings. Not thread-safe.
+
+    All embeddings together take at most `max_bytes`. 0 turns the cache off.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -39,7 +42,10 @@ class PromptCache:
         return embedding
 
     def put(self, embedding: TextEmbedding) -> None:
-        """Add an embedding and drop the least recently used ones. An embedding larger than the cache is skipped."""
+        """Add an embedding, and drop the least recently used ones if the cache is too large.
+
+        An embedding larger than `max_bytes` is not added.
+        """
         if embedding.num_bytes > self._max_bytes or embedding.prompt in self._embeddings:
             return
         self._embeddings[embedding.prompt] = embedding
@@ -58,8 +64,10 @@ class PromptCache:
 
 
 class RowInputs:
-    """Starts rows: draws noise, and encodes prompts and source audio. Each public method returns the rows that failed,
-    with their exceptions. Used by the engine thread only.
+    """Prepares rows for their first step: draws noise, and encodes prompts and source audio. Used by the engine thread
+    only.
+
+    Each public method returns the rows that failed, with their exceptions.
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class RowInputs:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`noise_pools` has one executor per priority to draw noise. Each must start its tasks in order."""
+        """`noise_pools` has one executor for each priority, which draws the noise. It must start its tasks in order."""
         self._model = model
         self._executor = executor
         self._device = device
@@ -88,7 +96,7 @@ class RowInputs:
     def start(self, rows: Sequence[Row]) -> Failures:
         """Start drawing the rows' noise, encode their prompts, and prepare the encoding of their source audio.
 
-        Rows without source audio need no call of `encode` afterwards. Returns the rows that failed.
+        `encode` must then be called for the rows that have source audio. Returns the rows that failed.
         """
         noises: dict[int, RowNoise] = {}
         failures: Failures = []
@@ -139,7 +147,8 @@ class RowInputs:
         return self._times.time("encode", calls, run=lambda: self._executor.encode(windows))
 
     def _embed(self, rows: Sequence[Row]) -> Failures:
-        """Store the embeddings of the rows' prompts in their requests. Prompts that are not cached share encoder calls.
+        """Store the embeddings of the rows' prompts in `row.request.shared`. Prompts that are not in the cache are
+        encoded together.
 
         Returns the rows that failed.
         """
@@ -181,9 +190,9 @@ class RowInputs:
         noises[row.id] = RowNoise(source, row.plan.sampler, shape=shape, noise_pool=noise_pool)
 
     def _open_sources(self, row: Row, encoding: Encoding) -> None:
-        """Create a SourceEncoding for each source of the row, or use those of an earlier row of the same request.
+        """Set `encoding.sources` to a SourceEncoding for each source of the row.
 
-        If the encoder draws noise, each row needs its own.
+        Rows of the same request share them, unless the encoder draws noise.
         """
         shared = {} if self._model.spec.noisy_source_encoder else row.request.shared.sources
         for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):

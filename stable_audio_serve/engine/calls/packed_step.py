@@ -1,8 +1,9 @@
-"""One denoising evaluation of rows of different lengths, packed: the network gets the rows' frames one after another,
+"""One packed denoising evaluation of rows of different lengths. The network gets the frames of all rows concatenated,
 without padding. The latents between steps (registers) are stored in memory pages of 64 frames.
 
 As in `step`, the host writes all inputs to one buffer and sends it to the device in one copy. The lengths of the rows
-are among these inputs, so one CUDA graph serves any lengths. On a CPU, `denoise_joined` packs a padded step instead.
+are among these inputs, so one CUDA graph serves any lengths. Without CUDA graphs, `denoise_joined` is used instead: it
+gets a padded batch and removes the padding.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from stable_audio_serve.sampling.update import KEPT_PARTS, StepTerms
 
 @dataclass(frozen=True, slots=True)
 class PackedShape:
-    """Everything that is fixed in the CUDA graph of a call of packed rows.
+    """The shape of a packed call: everything that is fixed in its CUDA graph.
 
-    `own` is the shape of the same rows in a padded call. Its rows, network rows and frames are capacities here, of
-    which a call may use less, as is `tokens`. The network adds `num_prefix` tokens to the frames of each network row.
+    `tokens` and the `rows`, `network_rows` and `frames` of `own` are capacities, of which a call may use less. The
+    other fields of `own` are as in a padded call. The network adds `num_prefix` tokens to the frames of each network
+    row.
     """
 
     own: StepShape
@@ -42,7 +44,7 @@ class PackedShape:
         return replace(self, own=self.own.general())
 
     def with_adapters(self, rows: Sequence[StepRow]) -> PackedShape:
-        """Return the shape of the same call if it reads the slots of these rows from the table."""
+        """Return the shape of the same call when it reads the adapters of `rows` from the slot table."""
         return replace(self, own=self.own.with_adapters(rows))
 
     @property
@@ -59,7 +61,9 @@ class PackedShape:
 
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
-        """The number of values in the input buffer, and the dtype. A buffer of zeros describes a call without rows."""
+        """The number of values in the input buffer, and their dtype. A buffer of zeros describes a call without
+        rows.
+        """
         return self.sections.size, torch.float32
 
     @property
@@ -68,13 +72,15 @@ class PackedShape:
 
     @property
     def num_pages(self) -> int:
-        """The largest number of memory pages that the rows of one call can have in total (per register)."""
+        """The number of memory pages per register that all rows of a call together can have at most."""
         return self.tokens // PAGE_FRAMES + self.own.rows
 
     @property
     def sections(self) -> Sections:
-        """The inputs of a packed call. Unused entries are 0: an unused row has 0 frames, and an unused page is
-        `ZERO_PAGE`, which contains zeros and is never written.
+        """The inputs of a packed call. All unused entries are 0.
+
+        An unused row therefore has 0 frames, and the number of an unused page is `ZERO_PAGE`, a page of zeros that is
+        never written.
         """
         own, pages = self.own, self.num_pages
         return Sections(
@@ -119,10 +125,10 @@ class PackedShape:
 
 
 def _by_page(rows: Sequence[Sequence[Pages]], counts: Sequence[int], *, num_parts: int) -> list[int]:
-    """Return the numbers of the memory pages of all rows. `rows[i]` has the pages of each tensor (part) of row i.
+    """Return the numbers of the memory pages of all rows: by row, then by page within the row, then by tensor (part).
 
-    The order is by row, then by page within the row, then by part. Each part of row i has `counts[i]` pages. A row with
-    fewer than `num_parts` parts is filled up with `ZERO_PAGE`.
+    `rows[i]` has the pages of each part of row i, `counts[i]` pages per part. `ZERO_PAGE` stands for each part that a
+    row with fewer than `num_parts` parts lacks.
     """
     return [
         parts[part][page] if part < len(parts) else ZERO_PAGE
@@ -135,9 +141,10 @@ def _by_page(rows: Sequence[Sequence[Pages]], counts: Sequence[int], *, num_part
 def run_packed_step(
     denoise: Callable[[StepBatch], Tensor], buffer: Tensor, *, memories: Memories, shape: PackedShape
 ) -> None:
-    """Run one evaluation of the packed rows and write their new registers. If the network fails, nothing is written.
+    """Run one evaluation of packed rows, and write their new registers to `memories`. If the network raises, nothing
+    is written.
 
-    `buffer` is a copy, on the device, of what `shape.write` returned.
+    `buffer` is the host buffer that `shape.write` returned, copied to the device.
     """
     inputs, own = shape.sections.read(buffer), shape.own
     rows = inputs["page_rows"]
@@ -163,8 +170,8 @@ def _paged_rows(inputs: Mapping[str, Tensor], shape: PackedShape) -> PagedRows:
 
 
 class _Tokens:
-    """The network's token sequence, in which all network rows follow one another. Converts between this sequence and
-    pages of 64 frames.
+    """Converts between pages of 64 frames and the network's token sequence, in which all network rows are
+    concatenated.
     """
 
     def __init__(self, inputs: Mapping[str, Tensor], shape: PackedShape) -> None:
@@ -182,7 +189,7 @@ class _Tokens:
         self._frames = torch.where(segments.is_frame, segments.positions - shape.num_prefix, 0)
 
     def batch(self, x: Tensor, *, memories: Memories) -> StepBatch:
-        """Return the network's inputs, given the latents x (G, D, 64) of all G pages."""
+        """Return the network's inputs. `x` (G, D, 64) are the latents of all G pages."""
         inputs, own, segments = self._inputs, self._shape.own, self.segments
         first = PAGE_FRAMES * inputs["first_page"].index_select(0, inputs["lanes"])
         places = first.index_select(0, segments.rows) + self._frames
@@ -201,8 +208,9 @@ class _Tokens:
         )
 
     def _read(self, memory: Tensor, table: Tensor) -> Tensor:
-        """Return the values of each token (1, channels, tokens). `table` (B, P) has the page numbers of each network
-        row in `memory`.
+        """Return one value per token (1, channels, tokens); 0 for tokens without a frame.
+
+        `table` (B, P) has the numbers of the P pages in `memory` that hold the values of each network row.
         """
         rows, frames = self.segments.rows, self._frames
         pages = table.flatten().index_select(0, rows * table.shape[1] + frames // PAGE_FRAMES)
@@ -210,7 +218,9 @@ class _Tokens:
         return torch.where(self.segments.is_frame[:, None], values, 0.0).T[None]
 
     def pages(self, output: Tensor, network_rows: Tensor, *, frame: Tensor) -> Tensor:
-        """Convert network output (D, tokens) to pages (G, D, 64). Row i is taken from network row `network_rows[i]`."""
+        """Convert network output (D, tokens) to pages (G, D, 64). Row i gets the output of network row
+        `network_rows[i]`.
+        """
         first = self.segments.offsets.index_select(0, network_rows) + self._shape.num_prefix
         places = first.index_select(0, self._inputs["page_rows"])[:, None] + frame
         taken = output.index_select(1, places.clamp(max=output.shape[1] - 1).flatten())
@@ -222,8 +232,8 @@ def denoise_joined(
 ) -> Tensor:
     """Remove the padding of a batch (B, D, F), concatenate its rows, and run the network once on all of them.
 
-    Returns the output as a padded batch (B, D, F) float32, with zeros after the row's own `frames`. Requires a model
-    whose spec sets `packs_rows`. Used without CUDA graphs, so that the host knows the lengths.
+    `frames` has the length of each row. Returns the output as a padded batch (B, D, F) float32, with zeros as padding.
+    The spec of the model must set `packs_rows`. Cannot be captured as a CUDA graph, because the lengths would be fixed.
     """
     joined = torch.cat([row[:, :count] for row, count in zip(batch.x, frames, strict=True)], dim=1)[None]
     output = denoise(replace(batch, x=joined, valid=None, frames=tuple(frames), valid_frames=tuple(valid_frames)))

@@ -1,5 +1,5 @@
-"""The state of one request that the caller's event loop and the engine thread share: the reply, cancellation and
-timings. `Inbox` passes requests from callers to the engine thread.
+"""The state of one request. The caller's event loop and the engine thread share it: it has the reply, the cancellation
+and the timings. `Inbox` passes requests from callers to the engine thread.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 class Inbox:
-    """A queue of submitted requests, from callers to the engine thread. A closed inbox accepts no more requests, so
-    that none is added after the engine thread has stopped reading.
+    """A queue that passes submitted requests from callers to the engine thread.
+
+    The engine thread closes it when it stops reading. A closed inbox accepts no more requests.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class Inbox:
         self._changed.set()
 
     def wake(self) -> None:
-        """Let a waiting `wait` return: used after a cancellation, and to stop the engine thread."""
+        """Make `wait` return at once. Called after a cancellation, and to stop the engine thread."""
         self._changed.set()
 
     def wait(self, timeout_s: float) -> None:
@@ -165,17 +166,18 @@ class Prompts:
 
 @dataclass(slots=True)
 class SharedParts:
-    """Values that variations (rows) of a request share. The first row that needs a value creates it."""
+    """Values that all variations (rows) of a request share. The first row that needs a value computes it."""
 
     prompts: dict[str, Prompts] = field(default_factory=dict)  # key: the prompt
     # Key: init or inpaint. Empty if the encoder draws noise, because each row then has its own encoding.
     sources: dict[str, SourceEncoding] = field(default_factory=dict)
     # Key: the prompt. Empty if the conditioning depends on the noise of one row.
     conditioning: dict[str, HeldConditioning] = field(default_factory=dict)
-    keeps_conditioning: bool = False  # if not, the conditioning is freed when none of the rows in progress needs it
+    # True: the conditioning is kept for later rows until `release`. False: it is freed when no row in progress uses it.
+    keeps_conditioning: bool = False
 
     def release(self) -> None:
-        """Let go of the conditioning, if it was kept for later rows of the request."""
+        """Release the conditioning that is kept for later rows of the request."""
         if self.keeps_conditioning:
             for held in self.conditioning.values():
                 held.free()
@@ -206,7 +208,10 @@ class RequestRow(Protocol):
 
 
 class RequestState:
-    """One accepted request. Only the engine thread uses the fields from `clock` on. Any thread may call `cancel`."""
+    """One accepted request. Any thread may call `cancel`.
+
+    Only the engine thread uses `clock` and the fields that are set after it.
+    """
 
     def __init__(
         self,
@@ -246,7 +251,10 @@ class RequestState:
         return self._cancelled or self.reply.is_abandoned
 
     def progress(self, queue_position: int | None) -> Progress:
-        """Return the progress of all variations together. Between calls, its stage and fraction never go back."""
+        """Return the progress of all variations together. From one call to the next, stage and fraction never go back.
+
+        `queue_position` is None once the request has started.
+        """
         rows = self.rows
         fraction = sum(row.fraction for row in rows) / len(rows)
         steps_total = sum(len(row.plan.sampler.step_ends) for row in rows)

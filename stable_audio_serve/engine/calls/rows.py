@@ -31,12 +31,12 @@ _ENCODED, _DENOISED = 0.05, 0.9
 
 
 class RowNoise:
-    """The noise that the sampler uses for one row, drawn one step ahead on another thread, so that the device never
-    waits for random numbers. The encoder and the decoder draw their noise from `source` directly.
+    """The noise that the sampler uses for one row. The encoder and the decoder draw their noise from `source` directly.
 
-    `noise_pool` must start its tasks in order, but may run several at a time. Nothing is drawn after the last
-    evaluation that uses noise. The noise of kept frames comes from a separate random generator, so that it does not
-    change the other draws.
+    Noise is drawn on a thread of `noise_pool`, one evaluation ahead, so that the device need not wait for it. The pool
+    must start its tasks in order, but may run several at a time. Nothing is drawn after the last evaluation that uses
+    noise. If an edit keeps frames of the source, the noise for these frames comes from a separate random generator and
+    does not change the other draws.
     """
 
     def __init__(self, source: NoiseSource, plan: SamplerPlan, *, shape: tuple[int, int], noise_pool: Executor) -> None:
@@ -72,7 +72,7 @@ class RowNoise:
         return self._next.result() if self._next else None
 
     def advance(self) -> None:
-        """Drop the current evaluation's noise and start drawing that of the next one."""
+        """Drop the noise of the current evaluation and start drawing the noise of the next one."""
         self._draw_next()
 
     def cancel(self) -> None:
@@ -102,7 +102,10 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The row's noise is being drawn and its source audio encoded. `sources` has the keys init and inpaint, if used."""
+    """The row's noise is being drawn, and its source audio is being encoded.
+
+    `sources` may have the keys init and inpaint.
+    """
 
     noise: RowNoise
     prompts: Prompts
@@ -112,20 +115,24 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Stepping:
-    """The row is being denoised. `held` is its device memory: registers (its latents), then blend inputs, if any."""
+    """The row is being denoised.
+
+    `held` is the device memory of its registers (latents), followed by the mask, source and noise of kept frames, if
+    any.
+    """
 
     noise: RowNoise
     conditioning: HeldConditioning
     numbers: Sequence[StepNumbers]  # one per evaluation
     held: HeldFrames
-    slot: Slot | None = None  # of the adapters that the conditioning was made with
-    inpaint: Tensor | None = None  # the source's latents, if the conditioning is made again for other adapters
+    slot: Slot | None = None  # the adapters that `conditioning` was computed with
+    inpaint: Tensor | None = None  # the source's latents, if `conditioning` will be computed again for other adapters
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The row is denoised and its `latents` (channels, frames), float32 on the device, are being decoded. The decoder
-    draws from `noise`.
+    """The row is denoised, and its `latents` (channels, frames) float32 are being decoded on the device. The decoder
+    draws its noise from `noise`.
     """
 
     noise: NoiseSource
@@ -139,7 +146,7 @@ OnePhase = TypeVar("OnePhase", Waiting, Encoding, Stepping, Decoding)
 
 
 class Row:
-    """The mutable state of one row, that is, of one variation of a request. Its tensors are on the model's device."""
+    """The mutable state of one row, that is, of one variation of a request."""
 
     def __init__(self, row_id: RowId, request: RequestState, *, index: int, plan: RowPlan, work: RowWork) -> None:
         """`index` is the number of the variation within the request, from 0."""
@@ -170,7 +177,7 @@ class Row:
 
     @property
     def slot(self) -> Slot | None:
-        """The slot of the adapters that apply to the next evaluation."""
+        """The folded adapters that apply to the row's next evaluation; None if there are none."""
         slots = self.request.slots.by_evaluation
         return slots[self.work.num_done] if slots else None
 
@@ -193,7 +200,7 @@ class Row:
         return _ENCODED * encoded + (_DENOISED - _ENCODED) * denoised + (1.0 - _DENOISED) * decoded
 
     def release(self) -> None:
-        """Free the row's tensors and draw no more noise for it."""
+        """Free the row's tensors and stop drawing noise for the row."""
         if isinstance(self.phase, Encoding | Stepping):
             self.phase.noise.cancel()
         if isinstance(self.phase, Stepping):
@@ -206,9 +213,9 @@ Failures = list[tuple[Row, Exception]]
 
 
 def run_alone(row: Row, action: Callable[[Row], None], *, device: Device) -> Failures:
-    """Call `action(row)`. Return the row with its exception if the action raises, else an empty list.
+    """Call `action(row)`. Returns an empty list, or the row with the exception if `action` raises.
 
-    Raises DeviceLostError.
+    Raises DeviceLostError if the device is lost.
     """
     try:
         action(row)
@@ -221,10 +228,7 @@ def run_alone(row: Row, action: Callable[[Row], None], *, device: Device) -> Fai
 
 
 def row_work(plan: RowPlan, *, hop: int, is_adapted: bool = False) -> RowWork:
-    """Return all work of a row that has not started. A guided evaluation takes two rows of the network's batch.
-
-    `is_adapted`: the row has adapters.
-    """
+    """Return all work of a row that has not started. `is_adapted` says whether adapters apply to the row."""
     sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
     end = min(plan.output_samples, plan.valid_frames * hop)
     return RowWork(
@@ -237,8 +241,9 @@ def row_work(plan: RowPlan, *, hop: int, is_adapted: bool = False) -> RowWork:
 
 
 def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool, device: Device) -> AudioAssembly:
-    """Return the still empty audio of a row. It is decoded in as few windows as possible; with `is_fixed`, in exactly
-    the planned ones.
+    """Return an AudioAssembly for a row. No window is decoded yet.
+
+    With `is_fixed`, the audio is decoded in exactly the windows of `plan`, else in as few windows as possible.
     """
     spans = plan.decode_windows
     if plan.decode_rule is not None and not is_fixed:

@@ -31,8 +31,9 @@ from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
 
 class Stages:
-    """Runs the phases of rows: one method per phase, which returns the rows that failed with their exceptions. Used by
-    the engine thread only.
+    """Runs the phases of rows, with one method per phase. Used by the engine thread only.
+
+    Each of these methods returns the rows that failed, with their exceptions.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Stages:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`noise_pools` has one executor per priority to draw noise. Each must start its tasks in order.
+        """`noise_pools` has one executor for each priority, which draws the noise. It must start its tasks in order.
 
         With `is_fixed`, the audio is decoded in exactly the planned windows.
         """
@@ -77,23 +78,24 @@ class Stages:
         self._executor.fix_memory(fixed)
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """Start drawing the rows' noise and encode their prompts. Rows without source audio are then ready for `begin`.
+        """Start drawing the rows' noise, and encode their prompts.
 
-        Returns the rows that failed.
+        Call `encode` next for rows with source audio, and `begin` for the others. Returns the rows that failed.
         """
         return self._inputs.start(rows)
 
     def encode(self, rows: Sequence[Row]) -> Failures:
-        """Encode the next few windows of each row's source audio. After the last window, the row is ready for `begin`.
+        """Encode the next few windows of each row's source audio. Returns the rows that failed.
 
-        Returns the rows that failed.
+        Call `begin` for a row whose last window was encoded.
         """
         return self._inputs.encode(rows)
 
     def begin(self, rows: Sequence[Row], *, at_once: bool = True) -> Failures:
-        """Give rows whose encoding is all queued their conditioning and initial latents. Returns the rows that failed.
+        """Compute the conditioning and the initial latents of rows whose encoding has been queued on the device.
 
-        With `at_once` False, skip rows whose prompts or sources the device is still encoding.
+        With `at_once` False, rows are skipped while the device is still encoding their prompts or sources. Returns the
+        rows that failed.
         """
         failures: Failures = []
         for row in rows:
@@ -104,9 +106,9 @@ class Stages:
         return failures
 
     def denoise(self, rows: Sequence[Row]) -> Failures:
-        """Run one evaluation of every row. After its last evaluation, a row is ready for `decode`.
+        """Run one evaluation of every row. Returns the rows that failed.
 
-        Returns the rows that failed.
+        A row that has run its last evaluation moves to the phase Decoding.
         """
         failures = self._follow_intervals(rows)
         if failures:
@@ -161,13 +163,16 @@ class Stages:
         return list(failed.values())
 
     def deliver(self, row: Row) -> None:
-        """Register a row whose last window is queued for decoding. When its audio arrives, `delivered` returns it."""
+        """Register a row whose last window is queued for decoding. `delivered` returns the row once its audio is on the
+        host.
+        """
         self._delivering.append((row, row.in_phase(Decoding).ready))
 
     def delivered(self, *, wait: bool = False) -> tuple[list[Row], Failures]:
-        """Return the rows whose audio has arrived on the host, and those of them with non-finite audio as failures.
+        """Return the registered rows whose audio has arrived on the host. Rows with non-finite audio are also returned
+        as failures.
 
-        With `wait`, block until the audio of at least one registered row arrives.
+        With `wait`, block until the audio of at least one registered row has arrived.
         """
         self._device.collect()  # copies what has arrived so far, so that little is left to copy when the row is done
         arrived: list[Row] = []
@@ -189,12 +194,12 @@ class Stages:
         return arrived, failures
 
     def capture(self, *, is_idle: bool) -> bool:
-        """Capture a CUDA graph of one more call shape; see `Executor.capture_next`."""
+        """Capture a CUDA graph of one more call shape. See `Executor.capture_next` for the return value."""
         return self._executor.capture_next(is_idle=is_idle)
 
     @property
     def captures_off_reason(self) -> str:
-        """Why no more calls are captured; empty if they are, or if the device captures nothing."""
+        """Why the engine captures no more CUDA graphs. Empty if it still does, or if the device has no CUDA graphs."""
         return self._executor.captures_off_reason
 
     def require_usable(self, error: Exception) -> None:
@@ -203,7 +208,7 @@ class Stages:
 
     @property
     def second_queue_has_room(self) -> bool:
-        """Whether more windows may be encoded or decoded in the next step. True if few such calls are unfinished."""
+        """Whether more windows may be encoded or decoded in the next step: only few earlier ones are unfinished."""
         return self._times.second_queue_has_room
 
     def keep_pace(self) -> None:
@@ -239,7 +244,8 @@ class Stages:
         row.phase = Stepping(encoding.noise, conditioning, numbers, held, slot=row.slot, inpaint=kept_latents)
 
     def _follow_intervals(self, rows: Sequence[Row]) -> Failures:
-        """Make the conditioning of a row again if other adapters apply to its next evaluation than to the last one.
+        """Compute a row's conditioning again if the adapters of its next evaluation are not those that it was computed
+        with.
 
         Returns the rows that failed.
         """
@@ -257,14 +263,19 @@ class Stages:
         row.phase = replace(stepping, conditioning=held, slot=row.slot)
 
     def _condition(self, row: Row, inpaint: Tensor | None) -> HeldConditioning:
-        """Return the row's conditioning. `inpaint` are the latents (channels, frames) of a source that it edits."""
+        """Return the row's conditioning, which rows with the same prompt share where possible.
+
+        `inpaint` has the latents (channels, frames) of the source audio that the row edits. It is None if the network
+        does not read them.
+        """
         shared, is_shared = row.request.shared, row.request.slots.is_constant
         earlier = shared.conditioning.get(row.plan.prompt) if is_shared else None
         if earlier is not None and not earlier.is_freed:
             return earlier.share()
         held = self._executor.conditioning.hold(self._executor.condition(row, inpaint))
         if is_shared and (inpaint is None or not self._model.spec.noisy_source_encoder):
-            # The memory plan counts rows in progress, so a request without any keeps nothing in memory of a fixed size.
+            # Memory of a fixed size is planned for rows in progress. It has no space for the conditioning of a request
+            # that has no row in progress.
             shared.keeps_conditioning = self._executor.conditioning.fixed is None
             shared.conditioning[row.plan.prompt] = held.share() if shared.keeps_conditioning else held
         return held
@@ -283,7 +294,7 @@ class Stages:
 
 
 def _not_a_number(row: Row) -> StableAudioError:
-    """Return the error of a row whose audio is not finite. With adapters, it is the fault of the request."""
+    """Return the error of a row whose audio is not finite: a client error if the request has adapters."""
     if names := "+".join(lora.name for lora in row.request.request.loras):
         return InvalidRequestError(f"adapter {names!r} makes audio that is not a number", field="loras")
     return GenerationError("the model made audio that is not a number")

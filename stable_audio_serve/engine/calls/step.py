@@ -66,9 +66,9 @@ class Sections(tuple[Section, ...]):
         return sum(section.size for section in self)
 
     def write(self, values: Mapping[str, Sequence[float]], *, device: Device) -> Tensor:
-        """Return a host buffer with these values, each section filled up with zeros.
+        """Return a host buffer with these values. Zeros fill up a section that has fewer values than its size.
 
-        Sections without values must be the last ones, and are uninitialised.
+        `values` may lack the last sections. These are left uninitialised.
         """
         written = bytearray()
         for section in self[: len(values)]:
@@ -87,8 +87,9 @@ class Sections(tuple[Section, ...]):
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """The inputs of one row's evaluation, on the host. `noise` is (channels, frames of this row) float32, or None if
-    the evaluation uses no noise.
+    """The inputs of one row's evaluation, on the host.
+
+    `noise` is (channels, frames) float32, with the row's own number of frames. It is None if the evaluation uses none.
     """
 
     numbers: StepNumbers
@@ -99,16 +100,16 @@ class StepRow:
     held: HeldFrames  # where the registers, then the mask, source and noise of kept frames, are stored
     branches: Sequence[HeldBranch]  # the conditioning: conditional, then unconditional if the row is guided
     noise: Tensor | None
-    draws: bool  # whether any evaluation of this row uses noise, so that all of them have one shape
-    adapter: PlacedSlot | None = None  # the row's adapters in a captured call
+    draws: bool  # whether any evaluation of the row uses noise; not only this one, so that the shape stays the same
+    adapter: PlacedSlot | None = None  # where a captured call finds the row's adapters
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
     """The shape of a padded call: everything that is fixed in its CUDA graph.
 
-    A guided row takes two of the network's `network_rows`. `guides` is None if no row is guided. A call may have fewer
-    rows than `rows`; unused rows have no effect.
+    `network_rows` is the network's batch size, in which a guided row takes two rows. `guides` is None if no row is
+    guided. A call may have fewer rows than `rows`; unused rows have no effect.
     """
 
     rows: int
@@ -121,7 +122,7 @@ class StepShape:
     draws: bool  # whether some row uses noise
     constants: tuple[str, ...]  # the names of the conditioning constants that at least one row has
     by_frame: tuple[str, ...]
-    adapter_pages: int = 0  # the call reads the slots of adapters from so many pages of the table
+    adapter_pages: int = 0  # the call reads adapters from this many first pages of the slot table
 
     @classmethod
     def of(cls, rows: Sequence[StepRow], *, network_rows: int, frames: int, latent_channels: int) -> StepShape:
@@ -142,7 +143,7 @@ class StepShape:
         )
 
     def with_adapters(self, rows: Sequence[StepRow]) -> StepShape:
-        """Return the shape of the same call if it reads the slots of these rows from the table."""
+        """Return the shape of the same call when it reads the adapters of `rows` from the slot table."""
         return replace(
             self, adapter_pages=_bucket(page + 1 for row in rows if row.adapter for page in row.adapter.pages)
         )
@@ -168,7 +169,9 @@ class StepShape:
 
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
-        """The number of values in the input buffer, and the dtype. A buffer of zeros describes a call without rows."""
+        """The number of values in the input buffer, and their dtype. A buffer of zeros describes a call without
+        rows.
+        """
         return self.sections.size, torch.float32
 
     @property
@@ -261,7 +264,10 @@ class StepShape:
 
 
 def _bucket(counts: Iterable[int]) -> int:
-    """Return the largest count, rounded up to a power of two, so that there are few call shapes; 0 if there is none."""
+    """Return the largest of `counts`, rounded up to a power of two so that there are few call shapes.
+
+    Returns 0 if `counts` is empty.
+    """
     most = max(counts, default=0)
     return 1 << (most - 1).bit_length() if most else 0
 
@@ -275,15 +281,16 @@ class Memories:
     by_frame: Mapping[str, Tensor]
 
 
-# Runs the network on latents (B, D, F). Returns its outputs as a function: given the index of one network row for each
-# row, it returns their outputs (B, D, F) float32.
+# Runs the network on latents (B, D, F), and returns a function that reads its output. This function gets the index of
+# one network row for each of the B rows, and returns the outputs (B, D, F) float32 of these network rows.
 Network = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 
 def run_step(denoise: Callable[[StepBatch], Tensor], buffer: Tensor, *, memories: Memories, shape: StepShape) -> None:
-    """Run one evaluation of every row and write the new registers. If the network fails, nothing is written.
+    """Run one evaluation of every row, and write the new registers to `memories`. If the network raises, nothing is
+    written.
 
-    `buffer` is a copy, on the device, of what `shape.write` returned.
+    `buffer` is the host buffer that `shape.write` returned, copied to the device.
     """
     inputs = shape.sections.read(buffer)
     frame = torch.arange(shape.frames, device=buffer.device)
@@ -321,8 +328,8 @@ def evaluate(
 ) -> None:
     """Run the network, guidance and the sampler's update on the registers in `memory`, and write the new registers.
 
-    `inputs` has B rows of F frames, or B pages of 64 frames if rows are packed. `frame`, (F,) or (B, F), is the number
-    of each frame in its row. `add_up` adds up the values of a row.
+    `inputs` has B rows of F frames, or B pages of 64 frames in a packed call. `frame` (F,) or (B, F) is the index of
+    each frame in its row. `add_up` sums the values of each row.
     """
     state, terms = read(memory, inputs["registers"], frames=frame.shape[-1]), StepTerms(inputs["values"], shape.use)
     x = network_input(state, terms)
@@ -345,7 +352,7 @@ def evaluate(
         kept = Kept(mask=mask[:, 0] != 0.0, source=source, noise=noise)
     drawn = inputs["noise"] if shape.draws else None
     moved = advance(state, terms, velocity=velocity, unconditional=unconditional, noise=drawn, kept=kept)
-    # After the last frame of a row, write zeros. A call with more padding reads these values and multiplies them by 0,
-    # which would keep a NaN.
+    # After the last frame of a row, write zeros. A later call with more padding multiplies the values there by 0, and a
+    # NaN would remain NaN.
     is_own = (frame < inputs["frames"][:, None])[:, None, None]
     write(memory, inputs["registers"], values=torch.where(is_own, moved, 0.0))

@@ -38,7 +38,8 @@ _NUM_RUNS = 3  # runs of each shape; the shortest time counts, because other pro
 def step_shapes(policy: BatchPolicy, frames: int, *, max_tokens: int) -> set[tuple[int, int]]:
     """Return the denoiser calls to time for clips of `frames` latent frames, as pairs (batch size, padded frames).
 
-    The calls have one clip, one guided clip, and several clips of at most `max_tokens` latent frames together.
+    There is a call for one clip, one for a guided clip, and one for each number of clips in `_COUNTS` that has at most
+    `max_tokens` latent frames in total.
     """
     groups = [[Lane(1, frames)], [Lane(2, frames)]]
     groups += [[Lane(1, frames)] * count for count in _COUNTS if count * policy.padded(frames) <= max_tokens]
@@ -62,7 +63,10 @@ class _Probe:
 
 
 class WarmUp:
-    """Measures a model and fits `cost` to it. Call `run` on the engine thread before the first request."""
+    """Measures how long a model's calls take and fits `cost` to the times.
+
+    Call `run` on the engine thread before the first request.
+    """
 
     def __init__(
         self,
@@ -76,7 +80,9 @@ class WarmUp:
         device: Device,
         budget_s: float,
     ) -> None:
-        """`max_tokens` limits the latent frames of a step, all rows together; `max_prompts` the prompts per call."""
+        """`max_tokens` limits the latent frames of all rows of a step together. `max_prompts` limits the prompts of a
+        text encoder call.
+        """
         self._model = model
         self._cost = cost
         self._policy = policy
@@ -108,7 +114,7 @@ class WarmUp:
                 self._run_once(probe)
             try:
                 ms = self._best_ms(probe)
-            except torch.OutOfMemoryError:  # the scheduler does not start rows for such a call either
+            except torch.OutOfMemoryError:  # the scheduler does not start rows that would need such a large call
                 log.info("warm-up: no memory for %d rows of %d frames", probe.rows, probe.frames)
                 torch.cuda.empty_cache()
                 continue

@@ -1,6 +1,6 @@
-"""Device memory for values that are kept between denoising steps, divided into numbered pages. A device call gets the
-whole memory and the numbers of the pages to use. One CUDA graph, which needs fixed addresses, therefore works with any
-pages. On a device with CUDA graphs or limited memory, the arenas have a fixed size.
+"""Device memory for values that are stored between denoising steps. An arena is one tensor, in which pages or slots are
+numbered. A device call gets the whole tensor and the numbers of the pages to use. One CUDA graph, which needs fixed
+addresses, therefore works with any pages. On a device with CUDA graphs or limited memory, arenas have a fixed size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FrameArena:
         dtype: torch.dtype = torch.float32,
         num_pages: int | None = None,
     ) -> None:
-        """With `num_pages`, the size is fixed: so many pages can be taken at the same time."""
+        """If `num_pages` is given, the size is fixed, and at most `num_pages` pages can be reserved at a time."""
         self._is_fixed = num_pages is not None
         total = SCRATCH_PAGE + 1 + (_FIRST_PAGES if num_pages is None else num_pages)
         self.memory = torch.empty(total, channels, PAGE_FRAMES, device=device, dtype=dtype)
@@ -75,7 +75,7 @@ class SlotArena:
     """
 
     def __init__(self, like: Tensor, *, num_slots: int | None = None) -> None:
-        """The values have the shape, dtype and device of `like`. With `num_slots`, the size is fixed."""
+        """All values have the shape, dtype and device of `like`. If `num_slots` is given, the size is fixed."""
         self._is_fixed = num_slots is not None
         total = ZERO_PAGE + 1 + (_FIRST_SLOTS if num_slots is None else num_slots)
         self.memory = like.new_empty(total, *like.shape)
@@ -101,7 +101,10 @@ class SlotArena:
 
 
 def _doubled(memory: Tensor, *, is_fixed: bool) -> Tensor:
-    """Return a tensor of twice the length, whose first half is a copy of `memory`. The rest is uninitialised."""
+    """Return a tensor of twice the length, whose first half is a copy of `memory`. The rest is uninitialised.
+
+    Raises RuntimeError if `is_fixed`.
+    """
     if is_fixed:
         raise RuntimeError(f"all {len(memory)} places of this memory are taken")
     larger = memory.new_empty(2 * len(memory), *memory.shape[1:])
@@ -110,9 +113,10 @@ def _doubled(memory: Tensor, *, is_fixed: bool) -> Tensor:
 
 
 def read(memory: Tensor, table: Tensor, *, frames: int) -> Tensor:
-    """Concatenate pages of `memory` along the frames and cut them to `frames` frames. Returns (..., channels, frames).
+    """Read tensors that are stored in pages of `memory`. Returns (..., channels, frames).
 
-    `table` (..., P) int32 has the numbers of the P pages of each result.
+    `table` (..., P) int32 has the numbers of the P pages of each tensor. The pages are concatenated along the frames
+    and cut to `frames` frames.
     """
     found = memory.index_select(0, table.flatten()).view(*table.shape, *memory.shape[1:])
     joined = found.movedim(-3, -2).flatten(-2)
@@ -120,10 +124,10 @@ def read(memory: Tensor, table: Tensor, *, frames: int) -> Tensor:
 
 
 def write(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
-    """Write `values` (..., channels, frames) to pages of `memory`, padded with zeros to whole pages.
+    """Write the tensors `values` (..., channels, frames) to pages of `memory`. Zeros fill up the last page of a tensor.
 
-    `table` (..., P) int32 has the numbers of the P pages for each of the values. Where the number is `ZERO_PAGE`, the
-    values are discarded.
+    `table` (..., P) int32 has the numbers of the P pages of each tensor. Values for pages with the number `ZERO_PAGE`
+    are discarded.
     """
     room = table.shape[-1] * PAGE_FRAMES
     padded = torch.nn.functional.pad(values, (0, room - values.shape[-1]))
@@ -133,7 +137,7 @@ def write(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class HeldFrames:
-    """The pages of one clip. It has several tensors (`parts`) of `frames` frames each, and each has its own pages."""
+    """The pages of one clip's tensors. Each tensor has `frames` frames. `parts` has the pages of each tensor."""
 
     arena: FrameArena
     frames: int
@@ -152,8 +156,8 @@ class HeldFrames:
 def page_table(parts: Sequence[Sequence[Pages]], *, frames: int, num_parts: int) -> list[int]:
     """Return the page numbers of all rows as one list: by row, then by tensor (part) of the row, then by page.
 
-    Every tensor gets as many numbers as `frames` frames need, and every row gets `num_parts` tensors. `ZERO_PAGE` fills
-    up tensors with fewer pages and rows with fewer tensors.
+    `parts[i][j]` has the pages of tensor j of row i. In the list, every row has `num_parts` tensors, and every tensor
+    has the number of pages that `frames` frames need. `ZERO_PAGE` stands for missing pages and tensors.
     """
     width = pages_of(frames)
     table: list[int] = []

@@ -2,9 +2,11 @@
 The rest of the engine never checks the kind of device.
 
 The host queues work on the device, which runs it later. If the host waited for each result, the device would be idle
-until the host queues more work. Results are therefore copied to pinned memory in the background, and the host reads
-them when an event after the copy (a `Moment`) is reached. A device may have a second queue (on CUDA, a second stream)
-that runs in parallel with the first. This module ensures that no queue reuses memory that the other queue still reads.
+until the host queues more work. Results are therefore copied to pinned memory in the background. The host reads a
+result when the device has reached the event that follows the copy (a `Moment`).
+
+A device may have a second queue (on CUDA, a second stream) that runs in parallel with the first. This module ensures
+that no queue reuses memory that the other queue still reads.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _DOWNLOAD_BYTES = 64 * 2**20  # enough for three decoded windows of stereo audio
 
 
 class DeviceLostError(Exception):
-    """The device can no longer be used by this process, which must be replaced. No single row caused this."""
+    """The device can no longer be used by this process. The process must be replaced."""
 
 
 class Moment(Protocol):
@@ -43,7 +45,7 @@ class Moment(Protocol):
         ...
 
     def ms_since(self, earlier: Moment) -> float:
-        """Return the device time in ms from `earlier` to this point. Both must be reached and of the same queue."""
+        """Return the device time in ms from `earlier` to this point. Both must be in the same queue and be reached."""
         ...
 
 
@@ -53,9 +55,9 @@ class Device(Protocol):
     torch_device: torch.device
     default_mode: Mode
     frame_grid: int  # clips are best padded to a multiple of this many latent frames
-    is_proved: bool  # True: it has no features that a check at start must prove right
+    is_proved: bool  # whether the device needs no check of speed features at start, because it has none
     can_capture: bool
-    survives_failed_capture: bool  # if not, the process must be replaced after a capture has failed
+    survives_failed_capture: bool  # if False, the process must be replaced after a capture has failed
     has_second_queue: bool  # if False, work queued within `on_second_queue` goes to the only queue
     prefers_packed: bool  # clips of different lengths run faster if concatenated than if padded to equal length
     shares_calls: bool  # in strict mode, several clips share a call, whose batch size is fixed
@@ -77,8 +79,8 @@ class Device(Protocol):
         ...
 
     def mark(self) -> Moment:
-        """Return the point after all work queued so far. Within `on_second_queue`, it also follows the work that the
-        first queue had when the context was entered.
+        """Return the point after all work that is queued so far. Within `on_second_queue`, this point also comes after
+        all work that was in the first queue when the context was entered.
         """
         ...
 
@@ -86,17 +88,21 @@ class Device(Protocol):
         """Return a context manager within which device work goes to the second queue, if there is one.
 
         The second queue starts this work when all earlier work of both queues is done, and runs it in parallel with
-        later work of the first queue. The first queue may use the results only after `follow`. `reads` are tensors made
-        on the first queue that the second queue reads; their memory is not reused until the second queue is done.
+        later work of the first queue. The first queue may use the results only after `follow`.
+
+        `reads` are tensors from the first queue that the second queue reads. Their memory is not reused until the
+        second queue has finished this work.
         """
         ...
 
     def follow(self, moment: Moment) -> None:
-        """Let all work queued from now on wait until `moment` of the second queue. Does not block the host."""
+        """Make all work that is queued later wait for `moment`, a point in the second queue. Does not block the
+        host.
+        """
         ...
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Capture the device work of `run` as a CUDA graph. Returns a function that repeats it on the same memory.
+        """Capture the device work of `run` as a CUDA graph. Returns a function that replays the graph.
 
         `run` is called at least once and must only queue device work. Requires `can_capture`. A graph captured within
         `on_second_queue` must also be replayed within `on_second_queue`, because all graphs of a queue share memory.
@@ -105,14 +111,15 @@ class Device(Protocol):
         ...
 
     def require_usable(self, error: Exception) -> None:
-        """Raise DeviceLostError if `error` has made the device unusable. A failed launch alone has not.
+        """Raise DeviceLostError if `error` has made the device unusable.
 
-        Waits for all queued work if the error is one of the device's.
+        If the error comes from the device, wait for all queued work to find out. A device is still usable after a
+        launch that failed.
         """
         ...
 
     def restricted(self, features: Features) -> Device:
-        """Return another interface to this device, which uses only these of its features."""
+        """Return another `Device` for the same hardware, which uses only these features."""
         ...
 
     def use(self) -> DeviceUse:
@@ -271,8 +278,8 @@ class CudaDevice:
             # deleted.
             self._kept.append(self._record(lambda: torch.zeros(1, device=self.torch_device), stream=stream, pool=pool))
         stream, pool = self._captures[current]
-        # So that one-time initialisation happens now, not during the capture. On the current stream, because temporary
-        # tensors of another one would take their memory once more.
+        # Run once before the capture, so that one-time initialisation is not captured. This uses the current stream,
+        # because temporary tensors of another stream would take additional memory.
         run()
         stream.wait_stream(current)
         return self._record(run, stream=stream, pool=pool).replay
@@ -321,7 +328,7 @@ class _Event:
         self._event.synchronize()
 
     def hold(self, stream: torch.cuda.Stream) -> None:
-        """Let all work queued on `stream` from now on wait until this point is reached."""
+        """Make all work that is queued on `stream` later wait until this point is reached."""
         stream.wait_event(self._event)
 
     def ms_since(self, earlier: Moment) -> float:

@@ -1,8 +1,8 @@
 """Copies tensors from a device to the host in the background: first to a fixed block of pinned memory, and from there
 to ordinary memory.
 
-If each result had its own pinned memory, the device would wait for each allocation, and the memory would be in use
-until the response is sent. Torch never frees pinned memory, and rounds its size up to a power of two.
+The results have no pinned memory of their own, because the device would wait for each allocation, and the memory would
+be in use until the response is sent. Torch also never frees pinned memory, and rounds its size up to a power of two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-_PIECES = 4  # a copy is split into pieces of at most 1/4 of the ring, so that some arrive while others are collected
+_PIECES = 4  # a tensor is copied in pieces of at most 1/4 of the ring, so that some arrive while others are collected
 _ALIGNMENT = 64
 
 
@@ -65,7 +65,7 @@ class DownloadRing:
             self._next = start + -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def collect(self) -> None:
-        """Fill the `target` of every copy that has arrived in the ring."""
+        """Copy all data that has arrived in the ring to the host tensors."""
         for download in self._pending:
             if not download.is_done and download.arrived.is_reached():
                 download.target.copy_(download.staged)
@@ -74,7 +74,7 @@ class DownloadRing:
             self._pending.popleft()
 
     def _place(self, num_bytes: int) -> int:
-        """Return the offset in the ring of `num_bytes` free bytes. If there are too few, waits for earlier copies."""
+        """Return the offset of `num_bytes` adjacent free bytes in the ring. Waits for earlier copies if necessary."""
         while True:
             if not self._pending:
                 return 0

@@ -1,6 +1,6 @@
-"""Captures model calls as CUDA graphs, one per call shape, because a graph starts with a single launch. A call whose
-shape has no graph runs eagerly and is counted. Shapes that occur often are captured later, one at a time, so that no
-request waits long. The time and the memory of captures are limited.
+"""Captures model calls as CUDA graphs, one per call shape. A graph saves time because the host starts it with a single
+launch. A call whose shape has no graph runs eagerly and is counted. Shapes that occur often are captured later, one at
+a time, so that no request waits long. The time and the memory of captures are limited.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, M
 
 log = logging.getLogger(__name__)
 
-_SHARE = 0.1  # while requests wait, captures take at most this share of the time
-AGREEMENT_DB = 50.0  # least level of results above their difference from the results of a plain call
+_SHARE = 0.1  # while requests wait, captures take at most this fraction of the time
+# The difference between a replayed and an eager call must be at least this far below the level of the eager results.
+AGREEMENT_DB = 50.0
 
 
 def difference_db(actual: Tensor, expected: Tensor) -> float:
-    """Return the level of the difference relative to `expected`, in dB: -inf for equal bits, inf for NaN in one only.
+    """Return the level of `actual - expected` relative to the level of `expected`, in dB.
 
-    Waits for the device.
+    Equal bits give -inf, also if they are NaN. Unequal bits give inf if a value is NaN or infinite, or if `expected` is
+    all zeros. Waits for the device.
     """
     if torch.equal(actual.view(torch.int32), expected.view(torch.int32)):
         return -math.inf
@@ -70,8 +72,8 @@ class Shape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CallMemory:
-    """The tensors from which a CUDA graph reads its inputs and to which it writes its outputs. All graphs of a kind
-    share them, because these graphs never run at the same time.
+    """The tensors from which a CUDA graph reads its inputs and to which it writes its outputs. All graphs of a kind use
+    the same memory, because they never run at the same time.
     """
 
     inputs: Tensor
@@ -79,8 +81,10 @@ class CallMemory:
 
 
 class CaptureRoom:
-    """Limits the memory of CUDA graphs. All graphs of a kind share one pool, which is as large as their largest call;
-    each graph takes some more in the driver. Used by one thread.
+    """Limits the memory of CUDA graphs. Used by one thread.
+
+    All graphs of a kind share one memory pool, which is as large as the largest call needs. In addition, each graph
+    takes some memory of the driver.
     """
 
     def __init__(self, device: Device, *, max_bytes: int | None) -> None:
@@ -92,11 +96,13 @@ class CaptureRoom:
         self.num_bytes = 0
 
     def expect(self, kind: Kind, *, call_bytes: float) -> None:
-        """Set the temporary tensors of calls of a kind, in bytes per latent frame or token."""
+        """Set how many bytes the temporary tensors of a kind of calls take per latent frame or token."""
         self._call_bytes[kind] = call_bytes
 
     def has_room(self, shape: Shape) -> bool:
-        """Whether a graph of this shape is expected to fit. The pool grows only by what larger calls need more."""
+        """Whether a graph of this shape is expected to fit. The pool grows only if the call is the largest so far, and
+        only by the difference.
+        """
         if self._max_bytes is None:
             return True
         longer = max(0, shape.size - self._largest.get(shape.kind, 0))
@@ -104,7 +110,7 @@ class CaptureRoom:
 
     @contextmanager
     def counted(self, shape: Shape) -> Iterator[None]:
-        """Return a context manager for one capture. Its memory is counted even if the capture fails."""
+        """Count the memory that a capture within this context takes, even if the capture fails."""
         before = self._used()
         try:
             yield
@@ -123,9 +129,11 @@ Run = Callable[[Any, CallMemory], None]
 
 @dataclass(slots=True, eq=False)
 class Captured:
-    """A captured call. To run it, write its inputs, call `replay`, and copy the outputs before the next call.
+    """A captured call. To run it, write the inputs to `memory`, call `Graphs.replay`, and copy the outputs before the
+    next call.
 
-    Until `is_confirmed`, run the call eagerly as well, use the eager results and pass both to `Graphs.confirm`.
+    While `is_confirmed` is False, also run the call eagerly, pass both results to `Graphs.confirm`, and use the eager
+    result.
     """
 
     memory: CallMemory
@@ -146,11 +154,13 @@ class Graphs:
         off_file: Path | None = None,
         is_exact: bool = False,
     ) -> None:
-        """Once the graphs use `max_bytes` of device memory, no more are captured. None: no limit.
+        """Once the graphs use `max_bytes` of device memory, no more are captured. If it is None, there is no limit.
 
-        `off_file` outlives the process. It is written if a failed capture ends the process, and says why. As long as it
-        exists, nothing is captured, so that the process is replaced only once. If `is_exact`, a captured call must have
-        the bits of the eager one, else a difference 50 dB below its level is allowed.
+        `off_file` is written if a failed capture ends the process, and contains the reason. While the file exists,
+        nothing is captured, so the process that replaces this one does not fail again.
+
+        If `is_exact`, a captured call must give the same bits as the eager call. Otherwise a difference of 50 dB below
+        the level of the result is allowed.
         """
         self._device = device
         self.room = CaptureRoom(device, max_bytes=max_bytes)
@@ -162,7 +172,7 @@ class Graphs:
         self._captured: dict[Shape, Captured] = {}  # in the order of their last use
         self._candidates: dict[Shape, Run] = {}
         self._misses: Counter[Shape] = Counter()
-        self.off_reason = ""  # why no more calls are captured; "": they are
+        self.off_reason = ""  # why no more calls are captured; empty while calls are captured
         self._off_file = off_file
         self._is_exact = is_exact
         if off_file and off_file.exists():
@@ -172,10 +182,10 @@ class Graphs:
         self._outputs: dict[Kind, Tensor] = {}
 
     def find(self, shape: Shape, run: Run) -> Captured | None:
-        """Return the CUDA graph of a shape; None if there is none, so that the caller must run the call eagerly.
+        """Return the CUDA graph of a shape. Returns None if there is none, and the caller must run the call eagerly.
 
-        If there is none, `run` may be captured later, with inputs of zeros. The device work of `run` must depend only
-        on the shape and the inputs.
+        In this case, `run` may be captured later, with zeros as inputs. The device work that `run` queues must depend
+        only on the shape and the inputs.
         """
         captured = self._captured.pop(shape, None)
         if captured is not None:
@@ -188,12 +198,12 @@ class Graphs:
         return None
 
     def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture a shape that ran without a graph more than once. Returns False if no shape is worth capturing now.
+        """Capture one shape that ran without a graph more than once. Returns False if no capture was tried.
 
-        If the device `is_idle`, take the largest shape, because smaller graphs can then share its memory. Otherwise
-        take the one that ran without a graph most often, because captures take at most a tenth of the time: in
-        simulated mixed traffic, 81 instead of 38 % of all calls are then replayed (small), and 46 instead of 9 %
-        (medium).
+        If `is_idle`, capture the largest shape, because smaller graphs can then use its memory. Otherwise, captures may
+        take only a tenth of the time, so capture the shape that ran without a graph most often. In simulated mixed
+        traffic, this raises the fraction of replayed calls from 38 to 81 % (small model) and from 9 to 46 % (medium
+        model).
         """
         if self.off_reason or not self._record_last_capture(wait=is_idle):
             return False
@@ -238,9 +248,9 @@ class Graphs:
         self._count(shape.kind)
 
     def confirm(self, captured: Captured, replayed: Tensor, *, expected: Tensor) -> None:
-        """Compare the first results of a captured call with those of the same call run eagerly.
+        """Compare the results of the first replay of a captured call with the results of the eager call, `expected`.
 
-        If they differ, all captured calls are dropped, and no more are made in this process. Waits for the device.
+        If they differ too much, drop all graphs, and capture no more in this process. Waits for the device.
         """
         difference = difference_db(replayed, expected)
         captured.is_confirmed = difference <= (-math.inf if self._is_exact else -AGREEMENT_DB)
@@ -249,7 +259,10 @@ class Graphs:
             self._drop_all(f"a captured call differs from the eager one by {difference:.1f} dB (allowed: {allowed})")
 
     def replay(self, captured: Captured) -> bool:
-        """Replay a captured call. If the replay raises, drop all graphs and return False; nothing was computed."""
+        """Replay a captured call. Returns True if it was queued.
+
+        If the replay raises, all graphs are dropped, nothing is computed, and the result is False.
+        """
         try:
             captured.replay()
         except Exception as error:  # noqa: BLE001 - the call can still run without a graph
@@ -273,7 +286,7 @@ class Graphs:
         self._candidates.clear()
 
     def _end_after_failure(self, reason: str) -> None:
-        """Raise DeviceLostError if the device does not survive a failed capture."""
+        """Write `off_file` and raise DeviceLostError, unless the device can still be used after a failed capture."""
         if not self._device.survives_failed_capture:
             try:
                 if self._off_file:
@@ -284,7 +297,10 @@ class Graphs:
             raise DeviceLostError(f"a capture failed, which this torch does not survive: {reason}")
 
     def _record_last_capture(self, *, wait: bool) -> bool:
-        """Record how long the last capture took. Returns False if the device has not finished it and not `wait`."""
+        """Record how long the last capture took. Returns False if the device has not finished it.
+
+        With `wait`, first wait until the device has finished it.
+        """
         if self._measuring is not None:
             began, ended = self._measuring
             if wait:
@@ -296,16 +312,16 @@ class Graphs:
         return True
 
     def _make_room(self) -> None:
-        """Drop the graph that was not used for the longest time if there are already `MOST_GRAPHS`."""
+        """If there are already `MOST_GRAPHS` graphs, drop the least recently used one."""
         if len(self._captured) >= MOST_GRAPHS:
             dropped = next(iter(self._captured))
             del self._captured[dropped]
             self._count(dropped.kind)
 
     def _fixed(self, shared: dict[Kind, Tensor], kind: Kind, *, num: int, dtype: torch.dtype) -> Tensor:
-        """Return the first `num` values of the memory that all graphs of a kind share. Grows that memory if necessary.
+        """Return the first `num` values of the tensor that all graphs of a kind share.
 
-        Graphs that were captured earlier keep the memory from before.
+        If the tensor is too small, it is replaced by a larger one. Graphs that were captured before keep the old one.
         """
         if kind not in shared or len(shared[kind]) < num:
             shared[kind] = torch.zeros(num, dtype=dtype, device=self._device.torch_device)

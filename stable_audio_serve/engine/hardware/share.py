@@ -1,5 +1,5 @@
-"""Divides a device's memory among processes, and the part of one process among weights, cached prompts, clips in
-progress, CUDA graphs and a reserve. Only arithmetic; allocates nothing.
+"""Divides a device's memory among processes, and the memory of one process among weights, cached prompts, clips in
+progress, CUDA graphs and a reserve. Only calculates sizes; allocates nothing.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from stable_audio_serve.core.errors import ConfigError
 WHOLE = 1.0  # the share of a process that has the device to itself
 # Memory that a process on a shared GPU uses in addition to its tensors: the CUDA context, library code and workspaces.
 CONTEXT_BYTES = 512 * 2**20
-# Of the memory that a process may use, this share stays unused, for fragmentation and for what libraries and, on a GPU
-# with several replicas, the driver allocate later.
+# This fraction of the memory that a process may use is left unused. It is for fragmentation, and for memory that
+# libraries (and the driver, on a GPU with several replicas) allocate later.
 _RESERVE = 0.05
-_GRAPHS = 0.15  # of the memory that weights, cached prompts and the reserve leave
+_GRAPHS = 0.15  # CUDA graphs get this fraction of the memory that is left after weights, caches and the reserve
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """A device's memory in bytes. This process's tensors use `held` and may use `allowed`. `free` is what no process
-    uses.
+    """A device's memory in bytes. The tensors of this process use `held` bytes and may use `allowed` bytes. No process
+    uses the `free` bytes.
     """
 
     total: int
@@ -30,7 +30,9 @@ class DeviceMemory:
 
     @property
     def used(self) -> int:
-        """Bytes in use. If the process has the device to itself, they include what the driver and libraries use."""
+        """The bytes in use. If this process may use the whole device, these are all bytes that are not free, including
+        those of the driver and libraries. Otherwise, only the tensors of this process count.
+        """
         return self.total - self.free if self.allowed == self.total else self.held
 
     @property
@@ -59,7 +61,7 @@ class MemoryPlan:
     setting: str = "max_memory_bytes"
 
     def parts(self) -> dict[str, int]:
-        """Return the bytes of each part, which add up to what is divided; empty if memory is not limited."""
+        """Return the bytes of each part of the memory. The result is empty if memory is not limited."""
         if self.rows is None:
             return {}
         return {
@@ -94,8 +96,8 @@ def plan_memory(
     """Return the plan of an engine whose weights are loaded. `memory` is None if the device shares the host's memory.
 
     `max_rows_bytes` is the operator's limit for clips in progress. If it is None, the clips may use most of the
-    remaining memory. With `captures`, a part is for CUDA graphs. Raises ConfigError if `max_rows_bytes` is more than
-    this process may allocate.
+    remaining memory. With `captures`, some memory is set aside for CUDA graphs. Raises ConfigError if `max_rows_bytes`
+    is more than this process may allocate.
     """
     if memory is None:
         return MemoryPlan(rows=max_rows_bytes)
@@ -129,7 +131,7 @@ def plan_memory(
 
 
 def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share: float) -> None:
-    """Raise ConfigError, with the smallest share that works, if a model's weights do not fit into this share."""
+    """Raise ConfigError if a model's weights do not fit into `memory`. The error has the smallest sufficient share."""
     if weights_bytes <= memory.allowed:
         return
     taken = f"its weights take {weights_bytes / 1e9:.3g} GB"
@@ -146,7 +148,10 @@ def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share:
 
 
 def least_share(total: int, *, weights_bytes: int) -> float:
-    """Return the smallest share that holds the weights, rounded up to hundredths; above 1 if none does."""
+    """Return the smallest `share` of a device with `total` bytes in which the weights fit, rounded up to hundredths.
+
+    The result is above 1 if the device is too small.
+    """
     if weights_bytes <= total < weights_bytes + CONTEXT_BYTES:
         return WHOLE  # a process that has the device to itself reserves nothing for the CUDA context
     return -(-100 * (weights_bytes + CONTEXT_BYTES) // total) / 100

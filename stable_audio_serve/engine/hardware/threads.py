@@ -1,8 +1,8 @@
 """Runs a device call on several CPU threads with exactly the result of one thread.
 
 The number of threads decides where vectorised loops end and in which order values are added, so it can change the last
-bits of a result. An operation runs on several threads only if results of its kind and size do not depend on their
-number. Nearly all of the time is spent in such operations. All others run on one thread.
+bits of a result. For some operations, depending on kind and size, it changes nothing. These run on several threads, and
+all others run on one. Nearly all of the time is spent in operations that run on several threads.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _STEADY = (torch.float32, torch.bfloat16)
 # rows, or if the number of outputs is not a multiple of `_WIDTH`.
 _LEAST_ROWS = 64
 _WIDTH = 32
-# The number of threads also changes the result of attention with fewer queries than this, the size of one block. Each
-# thread gets a part of one buffer, and the memory alignment of the parts then depends on the number of threads.
+# The number of threads also changes the result of attention with fewer queries than this (the size of one block). In
+# this case, each thread gets a part of one buffer, and how the parts are aligned depends on the number of threads.
 _LEAST_QUERIES = 32
 
 
 @contextmanager
 def plain_threads(num_threads: int | None) -> Iterator[None]:
-    """Run operations on `num_threads` threads within this context; None: torch's default."""
+    """Run operations on `num_threads` threads within this context. If it is None, use torch's default."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     yield
@@ -37,7 +37,9 @@ def plain_threads(num_threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def steady_threads(num_threads: int | None) -> Iterator[None]:
-    """Within this context, run an operation on `num_threads` threads if its result stays bit-identical, else on one."""
+    """Within this context, run operations on `num_threads` threads if that changes no bit of the result, else on one
+    thread.
+    """
     num_threads = num_threads or torch.get_num_threads()
     torch.set_num_threads(1)
     if num_threads == 1:

@@ -1,5 +1,6 @@
-"""Decides which clips share a device call in a denoising step, and which shape each call has: its batch size and padded
-length, or the capacity of a packed call. There are few shapes, so that a CUDA graph can be captured for each.
+"""Decides which clips share a device call in a denoising step, and which shape each call has. There are few shapes, so
+that a CUDA graph can be captured for each. The shape of a padded call is its batch size and length. The shape of a
+packed call, which concatenates clips without padding, is its capacity.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from stable_audio_serve.engine.scheduling.cost import Groups
 
 CallMs = Callable[[int, int], float]  # predicts the time of a call, from its batch size and its padded length
 
-# The allowed batch sizes of the network. They are few, because each call shape needs a CUDA graph. With powers of two
-# alone, 15 % of all rows would be dummy rows, which fill up a batch.
+# The allowed batch sizes of the network. There are few, because each call shape needs a CUDA graph. Powers of two alone
+# would be too few: 15 % of all rows would be dummy rows, which fill up a batch.
 GRAPH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# Pairs (longest, multiple), both in units of the grid: the length of a row up to `longest` is padded to a multiple of
-# `multiple`. Longer rows are padded to a multiple of `_COARSEST`. Beyond the first pair, padding adds at most an
-# eighth.
+# Pairs (longest, multiple) in units of the grid. A row of at most `longest` is padded to a multiple of `multiple`, by
+# the first pair that fits. Rows longer than all pairs are padded to a multiple of `_COARSEST`. Rows longer than the
+# first pair grow by at most an eighth.
 _GROWTH = ((16, 1), (32, 2))
 _COARSEST = 4
 # The capacity of a packed call, in rows and tokens. Unused rows cost almost no time, so one capacity in rows is enough.
@@ -28,9 +29,9 @@ _COARSEST = 4
 # are rounded up more, because a small call spends most of its time reading the weights.
 PACKED_ROWS = 64
 _LEAST_STEP, _STEPS_PER_OCTAVE = 256, 8
-_SHORT = 4  # clips up to 1/4 of the longest length get call shapes of their own, in which every row is that short
-# The allowed batch sizes of padded calls if calls can also be packed. Fewer are enough, because only single clips and
-# clips of equal length are then padded.
+_SHORT = 4  # packed calls have separate shapes for clips of at most 1/4 of the longest length
+# The allowed batch sizes of padded calls if calls can also be packed. Fewer are enough, because padded calls are then
+# used mainly for single clips and for clips of equal length.
 GRAPH_ROWS_WITH_PACKED = (1, 2, 4, 8, 16, 32)
 
 
@@ -41,7 +42,9 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """The size of a clip in a call: `branches` rows of the network's batch (2 if guided) of `frames` latent frames."""
+    """The size of a clip in a call: it takes `branches` rows of the network's batch (2 if guided), each of `frames`
+    latent frames.
+    """
 
     branches: int
     frames: int
@@ -49,12 +52,13 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One device call for the lanes (clips) with the indices `members`. Its batch size `rows` includes dummy rows, and
-    its length `frames` includes padding.
+    """One device call for the lanes (clips) with the indices `members`.
 
-    A packed call concatenates its rows instead of padding them: `lengths` are the latent frames of each row of the
-    batch, and `frames` is the longest. If it runs as a CUDA graph, `rows`, `frames` and `tokens` are its capacity, of
-    which `num_spare` tokens are unused.
+    The batch size `rows` includes dummy rows, and the length `frames` includes padding.
+
+    A packed call concatenates its rows instead of padding them. `lengths` has the latent frames of each row, and
+    `frames` is the length of the longest row. If a packed call can run as a CUDA graph, `rows`, `frames` and `tokens`
+    are capacities, and `num_spare` of the tokens are unused.
     """
 
     members: tuple[int, ...]
@@ -66,8 +70,9 @@ class Call:
 
     @property
     def groups(self) -> Groups:
-        """The rows from which the call's time is predicted, as pairs (number of rows, frames of each). For this, the
-        unused tokens of a packed call are added to its rows in equal parts.
+        """The rows from which the call's time is predicted, as pairs (number of rows, frames of each row).
+
+        The frames of a row include its share of the call's unused tokens.
         """
         if not self.lengths:
             return ((self.rows, self.frames),)
@@ -76,7 +81,9 @@ class Call:
 
 
 class BatchPolicy(Protocol):
-    """Splits a denoising step into calls. Each lane (clip) is in exactly one call, which has at least its length."""
+    """Splits a denoising step into calls. Each lane (clip) is in exactly one call. A call is at least as long as each
+    of its lanes.
+    """
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]: ...
 
@@ -85,12 +92,12 @@ class BatchPolicy(Protocol):
         ...
 
     def typical_rows(self, branches: int, frames: int) -> int:
-        """Return the batch size of a typical call with a clip of this size while many clips wait."""
+        """Return the batch size of a typical call when many clips of this size are waiting."""
         ...
 
 
 def _by_length(lanes: Sequence[Lane], padded: Callable[[int], int]) -> dict[int, list[int]]:
-    """Return the indices of the lanes by padded length. The order of the lanes is kept."""
+    """Group the indices of the lanes by padded length. The indices of a group are in ascending order."""
     groups: dict[int, list[int]] = {}
     for i, lane in enumerate(lanes):
         groups.setdefault(padded(lane.frames), []).append(i)
@@ -99,7 +106,7 @@ def _by_length(lanes: Sequence[Lane], padded: Callable[[int], int]) -> dict[int,
 
 @dataclass(frozen=True, slots=True)
 class OneRowPerCall:
-    """Strict mode on a CPU: each clip has its own calls, whose length is padded to a multiple of `grid`."""
+    """Strict mode on a CPU: each clip has a call of its own, padded to a multiple of `grid` latent frames."""
 
     grid: int = 1
 
@@ -115,13 +122,16 @@ class OneRowPerCall:
 
 @dataclass(frozen=True, slots=True)
 class FixedSlots:
-    """Strict mode on CUDA: each call has the batch size `slots` and one padded length; dummy rows fill the batch up."""
+    """Strict mode on CUDA: all calls have the batch size `slots`, and dummy rows fill up the batch.
+
+    All clips of a call have the same padded length, a multiple of `grid` latent frames.
+    """
 
     slots: int = 8
     grid: int = 64
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Return calls in which only lanes of equal padded length share a call. The order of the lanes is kept."""
+        """Return calls for all lanes. Only lanes of equal padded length share a call, in the order of `lanes`."""
         calls: list[Call] = []
         for frames, members in _by_length(lanes, self.padded).items():
             group: list[int] = []
@@ -144,9 +154,9 @@ class FixedSlots:
 
 @dataclass(frozen=True, slots=True)
 class AnyRows:
-    """The shapes of calls without CUDA graphs: any batch size, with lengths padded to a multiple of `grid`.
+    """The allowed shapes of calls without CUDA graphs: any batch size, and a length that is a multiple of `grid`.
 
-    A call has at most `max_tokens` latent frames, all rows together.
+    All rows of a call together have at most `max_tokens` latent frames, unless the batch size is 1.
     """
 
     grid: int = 1
@@ -157,15 +167,15 @@ class AnyRows:
         return round_up(frames, self.grid)
 
     def least(self, rows: int) -> int:
-        """Return the number of rows, dummies included, of the smallest call for this many rows."""
+        """Return the smallest allowed batch size for this many rows. It includes dummy rows."""
         return rows
 
     def most(self, rows: int) -> int:
-        """Return the number of rows of the largest call that this many rows fill completely; 0 if there is none."""
+        """Return the largest allowed batch size that is at most this many rows; 0 if there is none."""
         return rows
 
     def most_rows(self, frames: int) -> int:
-        """Return the largest allowed batch size, at least 1, of a call with rows padded to `frames` latent frames."""
+        """Return the largest allowed batch size of a call with rows padded to `frames` latent frames; at least 1."""
         return max(self.most(self.max_tokens // frames), 1)
 
     def cut(self, rows: int, frames: int, *, call_ms: CallMs) -> tuple[float, list[int]]:
@@ -195,10 +205,10 @@ class AnyRows:
 
 @dataclass(frozen=True, slots=True)
 class GraphShapes(AnyRows):
-    """The shapes of calls that run as CUDA graphs: the batch size is one of `rows` (ascending from 1). Lengths are
-    padded to a multiple of `grid`, and those of long rows to a larger multiple.
+    """The allowed shapes of calls that run as CUDA graphs. The batch size is one of `rows` (ascending from 1).
 
-    A call has at most `max_tokens` latent frames, dummy rows and padding included, unless its batch size is 1.
+    Rows are padded to a multiple of `grid`, and long rows to a multiple of 2 or 4 times `grid`. A call has at most
+    `max_tokens` latent frames, dummy rows and padding included, unless its batch size is 1.
     """
 
     grid: int = 64
@@ -222,9 +232,9 @@ class GraphShapes(AnyRows):
 class EqualLengths:
     """Fast mode for a network that cannot mask padding: only clips of equal length share a call.
 
-    `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` is how many latent frames a call needs in
-    total for its fixed cost to be a small share of its time, if its rows have `frames` latent frames each. Of `shapes`,
-    only the batch sizes are used.
+    `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` predicts how many latent frames a call of rows
+    of `frames` latent frames needs in total, so that its fixed cost is a small share of its time. `shapes` has the
+    allowed batch sizes; its padding is not used.
     """
 
     call_ms: CallMs
@@ -266,18 +276,21 @@ class EqualLengths:
 
 @dataclass(frozen=True, slots=True)
 class MergedGrid(EqualLengths):
-    """Fast mode: as EqualLengths, but lengths are padded as in `shapes`, and clips of different lengths share a padded
-    call if that is predicted to be faster than separate calls.
+    """Fast mode for a network that can mask padding. Rows are padded as `shapes` says.
+
+    Clips of different lengths share a padded call if that is predicted to be faster than separate calls.
     """
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Return the calls whose predicted times have the smallest sum."""
+        """Return the calls for all lanes whose total predicted time is smallest. Each call has lanes of adjacent
+        padded lengths.
+        """
         by_length = _by_length(lanes, self.padded)
         lengths = sorted(by_length)
         rows = [sum(lanes[i].branches for i in by_length[length]) for length in lengths]
         call_ms = cache(self.call_ms)
-        # Dynamic programming. best[stop] is for the shortest `stop` lengths: their least predicted ms, and the index of
-        # the shortest length in their last group of calls.
+        # Dynamic programming. best[stop] is the solution for the `stop` shortest lengths: the least predicted ms, and
+        # the index of the shortest length in the last group. The lengths of a group share calls.
         best: list[tuple[float, int]] = [(0.0, 0)]
         for stop, frames in enumerate(lengths, start=1):
             candidates = [
@@ -341,8 +354,9 @@ class PackedShapes:
 @dataclass(frozen=True, slots=True)
 class PackedOrGrid:
     """Fast mode for devices where packed calls (clips concatenated without padding) can be captured as CUDA graphs.
+
     Clips are packed unless padded calls are predicted to be faster. A single clip is never packed. `groups_ms` predicts
-    the time of a packed call.
+    the time of a call from `Call.groups`.
     """
 
     grid: MergedGrid
@@ -357,7 +371,10 @@ class PackedOrGrid:
         return packed if self._ms(packed) < self._ms(padded) else padded
 
     def pack(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Return packed calls for all lanes, of at most PACKED_ROWS network rows each. Requires at least one lane."""
+        """Return packed calls for all lanes. Each call has at most PACKED_ROWS network rows.
+
+        There must be at least one lane.
+        """
         calls: list[Call] = []
         members: list[int] = []
         lengths: list[int] = []

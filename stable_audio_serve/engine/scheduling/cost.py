@@ -1,5 +1,5 @@
 """The cost model: predicts the time of a device call from its batch size and its latent frames. Scheduling, admission,
-Retry-After, autoscaling and routing all use this model. Callers pass in the measured times.
+the Retry-After header, autoscaling and routing all use its predictions. Callers pass measured times to the model.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-_NOISE = 0.02  # relative error of measured times; a term of the formula that explains less is dropped
-_TERM_PRICE = 4.0  # 2 in Akaike's criterion; higher, because a term that fits noise is far off at large shapes
+_NOISE = 0.02  # relative error of measured times; a term of the formula that explains less than this is dropped
+_TERM_PRICE = 4.0  # Akaike's criterion has 2. A term that fits noise mispredicts large shapes, so it must cost more.
 _FIXED, _PER_ROW, _PER_FRAME, _PER_SQUARE = range(4)
 
 Array = npt.NDArray[np.float64]
@@ -56,17 +56,19 @@ class CallCost:
         return max(self.floor_ms, self.fixed_ms + sum(rows * self.row_ms(frames) for rows, frames in groups))
 
     def worthwhile_ms(self, overhead_share: float) -> float:
-        """Return how many ms the rows of a call must take for its overhead to be only this share of the call's time."""
+        """Return how many ms the rows of a call must take, so that the overhead is only `overhead_share` of the call's
+        time.
+        """
         return (1.0 - overhead_share) * max(self.fixed_ms / overhead_share, self.floor_ms)
 
 
 def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
-    """Fit the coefficients to measured times by least squares of relative errors. A larger call never gets a smaller
-    prediction.
+    """Fit the coefficients to measured times by least squares of relative errors. The prediction for a larger call is
+    never less than the prediction for a smaller one.
 
-    If a smaller call took longer than a larger one, another program must have slowed the smaller one down. Its time is
-    then replaced by that of the larger call. A term of the formula is used only if it explains more than the
-    measurement noise. Raises ValueError if there are no measurements.
+    If a small call took longer than a larger one, another program must have slowed it down. The small call then counts
+    with the time of the larger one. A term of the formula is used only if it explains more than the measurement noise.
+    Raises ValueError if there are no measurements.
     """
     points = _undisturbed(measurements)
     if not points:
@@ -77,9 +79,10 @@ def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
 
 
 def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Return one measurement per call shape, in order of time.
+    """Return one measurement per call shape, ordered by time.
 
-    A call cannot be slower than one with at least as many rows and frames, so its time is the least time of all these.
+    Its time is the least of all measured times of this shape and of shapes with at least as many rows and frames,
+    because an undisturbed call is not slower than a larger one.
     """
     measured = [Measurement(m.rows, m.frames, max(m.ms, 1e-6)) for m in measurements]
     shapes = {(m.rows, m.frames) for m in measured}
@@ -91,8 +94,10 @@ def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
 
 
 def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
-    """Yield possible fits as (score, cost); a lower score is better. They differ in how many of the shortest calls are
-    assumed to take the floor time, and in the terms that are used.
+    """Yield possible fits as (score, cost). A lower score is better.
+
+    The fits differ in the terms that they use, and in how many of the shortest calls they assume to take the floor
+    time.
     """
     growth = _PER_FRAME if features[:, _PER_FRAME].any() else _PER_ROW
     for num_flat in range(len(ms)):
@@ -144,9 +149,9 @@ def _solve(features: Array, ms: Array) -> Array | None:
 
 
 def _score(above_ms: Array, ms: Array, *, floor_ms: float, num_terms: int) -> float:
-    """Return Akaike's information criterion, with a higher price per term, of a fit to the measured times `ms`.
+    """Return Akaike's information criterion of a fit to the measured times `ms`. Each term costs `_TERM_PRICE`.
 
-    `above_ms` are the fitted times before the floor is applied.
+    `above_ms` has the fitted times before the floor is applied.
     """
     errors = np.log(np.maximum(above_ms, floor_ms) / ms)
     return float(len(ms) * np.log(np.mean(errors**2) + _NOISE**2) + _TERM_PRICE * num_terms)
@@ -155,22 +160,23 @@ def _score(above_ms: Array, ms: Array, *, floor_ms: float, num_terms: int) -> fl
 _MOST_TOKENS = 2.0**20  # the largest result of `CostModel.knee_tokens`; also its result if rows take no time
 _FIRST_ADAPTED = 1.2  # until a step with adapters is measured
 _FIT_WEIGHT = 4  # the fit at warm-up weighs as much as this many later measurements
-_MAX_RATIO = 3.0  # a measurement that differs from its prediction by a larger factor counts as one with this factor
+_MAX_RATIO = 3.0  # if a measured time differs from its prediction by a larger factor, it counts as this factor
 
 Work = Literal["text", "encode", "denoise", "decode"]
 
 
 class CostModel:
-    """Predicts the times of all kinds of work. Each kind has a `CallCost`, fitted at warm-up, and a factor (scale) that
-    later measurements adjust.
+    """Predicts the times of all kinds of work.
 
-    For the text encoder, `rows` is the number of prompts and `frames` is 0. Only the engine thread may change the
-    model. Other threads may read predictions at any time.
+    Each kind has a `CallCost` that is fitted at warm-up. Later measurements adjust a factor, the scale, by which the
+    times of the CallCost are multiplied. For the text encoder, `rows` is the number of prompts and `frames` is 0.
+
+    Only the engine thread may change the model. Other threads may read predictions at any time.
     """
 
     def __init__(self, *, learning_rate: float = 0.05) -> None:
-        """`learning_rate` (0..1) is the weight of a new measurement against all earlier ones. While there are few
-        measurements, all have the same weight.
+        """`learning_rate` (0..1) is the weight of a new measurement; all earlier ones together have the rest. The first
+        few measurements have equal weights.
         """
         self._learning_rate = learning_rate
         self._costs: dict[Work, CallCost] = {
@@ -192,10 +198,10 @@ class CostModel:
     def correct(self, work: Work, calls: Iterable[Groups], *, measured_ms: float, is_adapted: bool = False) -> None:
         """Adjust the scale of one kind of work to `measured_ms`, the total time of these calls.
 
-        With `is_adapted`, adapters applied to the calls, and only their factor is adjusted.
+        The first measurement of a kind without a fit determines the scale. Any other measurement changes the scale by a
+        limited factor, because another program may have slowed the calls down.
 
-        If the kind has neither a fit nor a measurement yet, the scale becomes exactly right for these calls. Otherwise
-        the scale changes by a limited factor, because another program may have slowed the calls down.
+        `is_adapted` says that adapters applied to the calls. In this case `self.adapted` is adjusted instead.
         """
         predicted_ms = sum(self._costs[work].groups_ms(groups) for groups in calls)
         if predicted_ms <= 0 or measured_ms <= 0:
@@ -218,9 +224,10 @@ class CostModel:
         return self._scales[work] * self._costs[work].groups_ms(groups)
 
     def knee_tokens(self, frames: int, fixed_share: float) -> float:
-        """Return how many latent frames a denoiser call needs for its overhead to be only `fixed_share` of its time.
+        """Return how many latent frames a denoiser call needs in total, so that its overhead is only `fixed_share` of
+        its time.
 
-        The frames are in rows of `frames` each. Overhead is the time of the call minus the time that its rows take.
+        Each row of the call has `frames` latent frames. Overhead is the time of the call minus the time of its rows.
         """
         cost = self._costs["denoise"]
         per_token_ms = cost.row_ms(frames) / max(frames, 1)

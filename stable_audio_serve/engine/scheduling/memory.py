@@ -1,9 +1,8 @@
-"""Divides the device memory of clips in progress (rows), and predicts what each row needs, so that a row starts only if
-it fits.
+"""Predicts how much device memory each clip in progress (row) needs, so that a row starts only if it fits.
 
-A row keeps its registers (latents between steps) and its conditioning in arenas, tensors that are allocated at start
-and never move, because CUDA graphs contain their addresses. The rest of the memory is for temporary tensors. What a
-model needs per latent frame is measured once, by tracking every tensor of a few small calls.
+The registers (latents between steps) and the conditioning of rows are stored in arenas. Arenas are tensors that are
+allocated at start and never move, because CUDA graphs contain their addresses. The rest of the memory is for temporary
+tensors. The memory that a model needs per latent frame is measured once, by tracking every tensor of a few small calls.
 """
 
 from __future__ import annotations
@@ -36,25 +35,30 @@ from stable_audio_serve.models.windows import LONGEST_FRAMES, window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.update import KEPT_PARTS, MAX_REGISTERS
 
-# Durations as shares of the model's longest: of the clip that is measured, and of the shortest clip that must fit.
+# Durations as fractions of the model's longest duration: of the clip that is measured, and of a clip that must fit.
 _MEASURED, _SHORTEST = 1 / 16, 1 / 64
 _WINDOW = 32  # measure encoder and decoder calls of this many latent frames
-_FLOAT_BYTES = 4  # of registers and of a step's own tensors: float32
-# Tensors as large as a register, besides two for each register: noise, network input and output, and final latents.
+_FLOAT_BYTES = 4  # registers and the tensors of the sampler are float32
+# A step creates two tensors of the size of a register for each register, and this many more: noise, network input and
+# output, and final latents.
 _STEP_TENSORS = 6
-_FRAME_COPIES = 2  # a step reads values from pages and then joins the pages
-# The share of rows in progress that may edit a source. Their conditioning by frame takes much more than that of others.
+_FRAME_COPIES = 2  # a step copies conditioning twice: it reads the pages, and then joins them
+# Memory is divided as if this fraction of the rows in progress edits a source. Such rows have much more conditioning.
 _EDITED_SHARE = 0.25
-_MOST_CONTEXT = 0.25  # of the memory for rows, conditioning beyond that of the longest rows takes at most this share,
-_FEW_ROWS = 2  # if there is memory for at least this many of the longest rows
+# If there is memory for at least `_FEW_ROWS` of the longest rows, conditioning slots are added for short rows, as long
+# as all slots together take at most this fraction of the memory for rows.
+_MOST_CONTEXT = 0.25
+_FEW_ROWS = 2
 _MOST_DECODE = 0.25  # of the memory for rows, at most this share is set aside for the second queue
 
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """The sizes of a clip (row) that determine its memory. `num_parts` tensors of `frames` latent frames are kept
-    between steps. `encode_window` and `decode_window` are the latent frames of its longest windows. With `is_edited`,
-    the kept parts of a source are conditioning.
+    """The sizes of a clip (row) that determine how much memory it needs.
+
+    `num_parts` tensors of `frames` latent frames are stored between steps. `encode_window` and `decode_window` are the
+    lengths of the longest windows in latent frames. `is_edited` says whether the network gets the latents of a source
+    as conditioning.
     """
 
     frames: int
@@ -89,7 +93,11 @@ def row_shape(plan: RowPlan, *, is_fixed: bool) -> RowShape:
 
 @dataclass(frozen=True, slots=True)
 class RowNeeds:
-    """What a row takes while it is in progress: pages and slots of the arenas, and bytes of temporary tensors."""
+    """The memory that a row takes while it is in progress, or the memory for all rows.
+
+    `pages` counts pages of registers. `slots`, `frame_pages` and `edit_pages` count slots and pages of conditioning.
+    `call_bytes` is the size of temporary tensors.
+    """
 
     pages: int = 0
     slots: int = 0
@@ -98,18 +106,20 @@ class RowNeeds:
     call_bytes: float = 0.0
 
     def share_of(self, room: RowNeeds) -> float:
-        """Return the largest share that this row takes of any part of `room`.
+        """Return the largest ratio of a field of this value to the same field of `room`.
 
-        Rows whose shares add up to at most 1 fit in every part.
+        Rows whose shares add up to at most 1 fit into `room` together.
         """
         return max(own / max(total, 1e-9) for own, total in zip(astuple(self), astuple(room), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """A model's memory use in bytes. The conditioning of a branch (conditional or unconditional) takes `branch`, plus
-    `branch_frame` per latent frame, plus `edit_frame` per latent frame if the row edits a source. The other fields are
-    the temporary tensors of a call, per latent frame.
+    """A model's memory use in bytes.
+
+    The conditioning of a branch (conditional or unconditional) takes `branch` and, per latent frame, `branch_frame`. If
+    the row edits a source, it takes `edit_frame` more per latent frame. The other fields are the temporary tensors of a
+    call, per latent frame.
     """
 
     branch: float = 0.0
@@ -121,13 +131,16 @@ class MemoryUse:
 
     @property
     def step_frame(self) -> float:
-        """The temporary tensors of a step per latent frame: those of the network and copies of the conditioning."""
+        """The bytes of a step's temporary tensors per latent frame: the network's tensors and copies of the
+        conditioning.
+        """
         return self.denoise_frame + _FRAME_COPIES * (self.branch_frame + self.edit_frame)
 
     def needs(self, shape: RowShape, *, latent_channels: int) -> RowNeeds:
-        """Return what a row of these sizes takes at most at any time.
+        """Return the most memory that a row of these sizes takes at any time.
 
-        A step copies the conditioning of all its rows. If one of them edits a source, it does so for every row.
+        A step copies the conditioning of its rows. If any row edits a source, the copies of all rows are as large as
+        for an edited row, so `edit_frame` counts for every row.
         """
         pages, branches = pages_of(shape.frames), shape.num_branches
         frame = _FLOAT_BYTES * latent_channels
@@ -150,7 +163,7 @@ class MemoryUse:
         return self.branch * needs.slots + PAGE_FRAMES * by_frame
 
     def num_bytes(self, needs: RowNeeds, *, latent_channels: int) -> float:
-        """Return the bytes of everything that `needs` counts."""
+        """Return the total bytes of `needs`."""
         registers = _FLOAT_BYTES * latent_channels * PAGE_FRAMES * needs.pages
         return registers + self.context_bytes(needs) + needs.call_bytes
 
@@ -159,8 +172,8 @@ class MemoryUse:
 class FixedMemory:
     """The fixed sizes of an engine's arenas: pages of registers, and slots and pages of conditioning.
 
-    `frame_pages` has the number of pages by name. `examples` is conditioning with all names. `step_frame` and
-    `decode_frame` are the temporary tensors of calls, in bytes per latent frame.
+    `frame_pages` has the number of pages for each name of conditioning. `examples` contains a value of every name.
+    `step_frame` and `decode_frame` are the temporary tensors of calls, in bytes per latent frame.
     """
 
     pages: int
@@ -172,12 +185,15 @@ class FixedMemory:
 
 
 class RowMemory:
-    """Divides the memory that a `MemoryPlan` has for rows in progress, and predicts the share of each row."""
+    """Divides the memory for rows in progress among arenas and temporary tensors, and predicts how much of it a row
+    needs. `plan.rows` is the size of this memory in bytes.
+    """
 
     def __init__(
         self, spec: ModelSpec, plan: MemoryPlan, *, max_rows: int, is_fixed: bool, has_second_queue: bool = False
     ) -> None:
-        """If `plan.rows` is None, memory is not limited, and the arenas have room for `max_rows` of the longest rows.
+        """If `plan.rows` is None, memory is not limited, and the arenas are large enough for `max_rows` of the longest
+        rows.
 
         With `is_fixed`, the audio is decoded in exactly the planned windows.
         """
@@ -190,10 +206,10 @@ class RowMemory:
         self.plan = plan
 
     def measure(self, model: DiffusionModel, noise_factory: Callable[[int], NoiseSource]) -> FixedMemory:
-        """Measure the model's memory use and divide the memory for rows. Returns the sizes of the arenas.
+        """Measure the model's memory use, and divide the memory for rows. Returns the sizes of the arenas.
 
-        Must be called on the engine thread before the first request. Raises ConfigError if even a short clip does not
-        fit.
+        Must be called on the engine thread before the first request. Raises ConfigError if not even a clip of 1/64 of
+        the longest duration fits.
         """
         examples = example_conditioning(model)
         self.use = measure_use(model, examples, noise=noise_factory(0))
@@ -220,13 +236,13 @@ class RowMemory:
         )
 
     def row_bytes(self, plan: RowPlan) -> int:
-        """Return the row's share of `plan.rows` in bytes; 0 if memory is not limited."""
+        """Return the row's share of the memory for rows in progress, in bytes; 0 if memory is not limited."""
         if self.plan.rows is None:
             return 0
         return int(self._share(row_shape(plan, is_fixed=self._is_fixed)) * self.plan.rows)
 
     def check(self, plan: RowPlan, request: GenerationRequest) -> None:
-        """Raise InvalidRequestError, with the allowed durations, if the row does not even fit alone."""
+        """Raise InvalidRequestError, with the allowed durations, if the row does not fit even when it runs alone."""
         if self.plan.rows is None or (needed := self.row_bytes(plan)) <= self.plan.rows:
             return
         allowed = f"0..{self._longest_s(plan, request):.4g}"
@@ -267,7 +283,7 @@ class RowMemory:
         if total is None:
             count = float(self._max_rows)
         else:
-            if self._has_second_queue:  # memory that torch keeps for one stream does not serve the other
+            if self._has_second_queue:  # torch does not reuse the memory of one stream for the other
                 decode = min(longest.decode_window * use.decode_frame, _MOST_DECODE * total)
             count = min(self._max_rows, (total - decode) / cost)
         room = RowNeeds(
@@ -285,14 +301,16 @@ class RowMemory:
         self.plan = replace(self.plan, context=int(context), decode=int(decode))
 
     def _num_slots(self, count: float, total: int | None) -> int:
-        """Return the slots of conditioning for `count` of the longest rows, and more for short ones if they fit."""
+        """Return the number of conditioning slots: two for each of the `count` longest rows that fit, and more if the
+        memory allows them, because more short rows fit.
+        """
         least = math.ceil(2 * max(count, 1.0))
         if total is None or not self.use.branch or count < _FEW_ROWS:
             return least
         return max(least, min(2 * self._max_rows, int(_MOST_CONTEXT * total / self.use.branch)))
 
     def _longest_s(self, plan: RowPlan, request: GenerationRequest) -> float:
-        """Return the longest duration in seconds for which this request's clip would fit; 0 if none does."""
+        """Return the longest duration in seconds with which the request's clip would fit; 0 if no duration fits."""
         shape, fits = row_shape(plan, is_fixed=self._is_fixed), 0
         step = 2 ** plan.frames.bit_length()
         while step := step // 2:
@@ -303,7 +321,7 @@ class RowMemory:
 
 
 def example_conditioning(model: DiffusionModel) -> tuple[BranchConditioning, BranchConditioning]:
-    """Return the conditioning of a short clip, and that of the same clip with an edited source."""
+    """Return the conditioning of two short clips of the same length: one without a source, one that edits a source."""
     plan = model.plan(_request(model.spec, _MEASURED))[0]
     prompt = model.encode_text(["memory"])[0]
     source = torch.zeros(model.spec.card.latent_channels, plan.frames, device=model.device)
@@ -350,20 +368,22 @@ def _request(spec: ModelSpec, share: float) -> GenerationRequest:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the most bytes that the tensors created by `run` take together at any time. Calls `run` twice.
+    """Return the largest total size in bytes of the tensors that `run` creates and has not freed yet.
+
+    Calls `run` twice. Tensors that the first call leaves behind do not count.
 
     Compiled layers run uncompiled, because torch cannot compile while a dispatch mode counts tensors.
     """
     with torch.compiler.set_stance("force_eager"):
-        run()  # creates tensors that are kept for all later calls, which must not count
+        run()  # creates the tensors that later calls reuse, which must not count
         with _TensorBytes() as counted:
             run()
     return counted.peak
 
 
 class _TensorBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations create within this context, until they are freed (`peak` is the
-    most at any time). Tensors that existed before do not count.
+    """Counts the bytes of the tensors that operations create within this context and that are not freed yet. `peak` is
+    the largest count so far. Tensors that existed before do not count.
     """
 
     def __init__(self) -> None:

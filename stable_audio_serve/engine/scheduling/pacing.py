@@ -1,5 +1,5 @@
-"""Limits how many calls the host queues before the device has done the earlier ones, and measures finished calls, to
-correct the cost model.
+"""Limits how many unfinished calls the host queues on the device. Measures how long finished calls took, to correct the
+cost model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from stable_audio_serve.engine.scheduling.cost import CostModel, Groups, Work
 
 Result = TypeVar("Result")
 
-# Unfinished calls: enough to keep the device busy, few enough that new requests start soon. Simulated latencies are the
-# same for 0, 2 and any number of windows; the simulator has no time of the host.
+# The number of unfinished calls: enough to keep the device busy, and few enough that new requests start soon. For calls
+# that encode or decode, simulated latencies are the same with 0, 2 and any number. The simulator does not model the
+# time of the host.
 _CALLS_AHEAD = 2
 
 
@@ -36,8 +37,8 @@ class CallTimes:
     """Measures how long calls take on the device. Denoising steps run on the device's first queue (CUDA stream), all
     other work on the second. Used by the engine thread only.
 
-    Calls that ran at the same time as work of the other queue are not used to correct the cost model. They are slower
-    only because two calls share the device. The model predicts the time of each call alone, and their sum is right.
+    A call that ran at the same time as work of the other queue does not correct the cost model. It took longer because
+    two calls shared the device, but the cost model predicts the time of a call that runs alone.
     """
 
     def __init__(self, device: Device, *, cost: CostModel, metrics: Metrics) -> None:
@@ -50,9 +51,10 @@ class CallTimes:
     def time(
         self, work: Work, calls: Sequence[Groups], *, run: Callable[[], Result], is_adapted: bool = False
     ) -> Result:
-        """Call `run`, which must queue the device work of `calls`, and measure that work. Returns the result.
+        """Call `run`, which must queue the device work of `calls`, and return its result. The time of the device work
+        is recorded once it has finished.
 
-        `is_adapted`: adapters apply to the calls.
+        `is_adapted` says whether adapters apply to the calls.
         """
         began = self._device.mark()
         result = run()
@@ -70,7 +72,9 @@ class CallTimes:
 
     @property
     def second_queue_has_room(self) -> bool:
-        """Whether more windows may be encoded or decoded: at most `_CALLS_AHEAD` such calls are unfinished."""
+        """Whether more windows may be encoded or decoded. False if more than `_CALLS_AHEAD` earlier steps have windows
+        that the device has not finished.
+        """
         windows = [call for call in self._others if call.work != "text" and not call.ended.is_reached()]
         return len(windows) <= _CALLS_AHEAD
 
@@ -78,7 +82,7 @@ class CallTimes:
         """Wait until the device has only a few unfinished calls, and record how long the finished calls took."""
         self._settle(self._others, wait=False)
         self._settle(self._steps, wait=True)
-        # Only if no step is queued. Otherwise, while the host waits here, the device might finish its last step.
+        # While a step is queued, do not wait: the device could finish its last step and then have nothing to denoise.
         if not self._steps:
             self._settle(self._others, wait=True)
 

@@ -1,21 +1,22 @@
-"""Decides which rows the engine works on next. A row is one clip in the queue or in progress. All picked rows together
-make a step, in which each row is encoded, denoised by one evaluation, or decoded.
+"""Decides which rows the engine works on next. A row is one clip in the queue or in progress. The rows that are picked
+together make a step. In a step, each row is encoded, denoised by one evaluation, or decoded.
 
 Deadlines. The deadline of a row is its arrival time plus `slack` times its predicted time on an idle engine, but at
-most `max_slack_s` after arrival. It never changes. Short rows therefore overtake long ones, but every row has the
-earliest deadline at some point. Round-robin would make all rows finish late.
+most `max_slack_s` after arrival. The deadline never changes. A short row therefore overtakes long ones, but no row is
+overtaken forever. Round-robin would make all rows finish late.
 
-Filling a step. Rows join a step in order of deadline until it has so many latent frames that its fixed cost is small
-(`knee_tokens`). With a long queue, they join until it has a quarter of all waiting frames, because large steps finish
-the queue sooner. A step never has more than `max_tokens` frames. Started rows hold device memory, so their number is
-limited. If a row does not fit into memory, no later row starts. Otherwise small rows could keep a large one waiting
-forever.
+Filling a step. Rows join a step in order of deadline until the step has enough latent frames to make its fixed cost
+small (`knee_tokens`). If the queue is long, rows join until the step has a quarter of all waiting frames, because large
+steps finish the queue sooner. A step of several rows never has more than `max_tokens` frames.
 
-Lending to batch rows. Rows of interactive priority run first. Each of their steps lends device time, `batch_share` of
-its own time, to rows of batch priority. A batch row joins the step if the lent time covers the time that the row adds.
-If the step has no room, lent time accumulates until it covers a separate step for the batch row. An interactive row
-therefore takes at most this share longer, plus one step, and batch rows progress under any interactive load. Lent time
-is dropped when no batch row needs it.
+Starting rows. Started rows hold device memory, so their number is limited. If a row does not fit into memory, no later
+row starts. Otherwise small rows could keep a large row waiting forever.
+
+Batch rows. Rows of interactive priority run first. Each interactive step lends some device time to rows of batch
+priority: `batch_share` of the step's own time. A batch row joins the step if the lent time covers the time that the row
+adds. If the step is already too large, lent time accumulates until it covers a separate step for the batch row. An
+interactive row is therefore delayed by at most `batch_share` of its time, plus one step, and batch rows progress under
+any interactive load. Lent time is dropped when no batch row needs it.
 
 Second queue. On CUDA, rows are encoded or decoded on a second stream (queue) while other rows are denoised. They do not
 count towards the latent frames of the step.
@@ -38,7 +39,7 @@ RowId = NewType("RowId", int)
 
 
 class Phase(Enum):
-    """The kind of work that a row does when next picked."""
+    """The kind of work that is done for a row when it is picked next."""
 
     ENCODE = "encode"
     DENOISE = "denoise"
@@ -49,9 +50,9 @@ class Phase(Enum):
 class RowWork:
     """The remaining work of one row (clip) of `frames` latent frames. The engine's loop updates it.
 
-    `encode_left` and `decode_left` are the lengths of the windows that remain to be encoded and decoded. `branches` has
-    one number per evaluation, the rows that it takes in the network's batch: 2 if guided, else 1. With `is_adapted`,
-    adapters apply to the evaluations.
+    `encode_left` and `decode_left` have the lengths of the windows that are not encoded or decoded yet. `branches` has
+    one number per evaluation: how many rows of the network's batch it takes, 2 if guided, else 1. `is_adapted` says
+    whether adapters apply to the evaluations.
     """
 
     __slots__ = ("_guided_left", "branches", "decode_left", "encode_left", "frames", "is_adapted", "num_done")
@@ -102,8 +103,8 @@ class RowWork:
     def predict_ms(self, cost: CostModel, evaluation_ms: Callable[[int, int], float]) -> float:
         """Return the predicted time of the remaining work, without text encoding.
 
-        `evaluation_ms(branches, frames)` predicts the time of one evaluation, either alone or as a share of a full
-        step.
+        `evaluation_ms(branches, frames)` predicts the time of one evaluation. The caller chooses whether the evaluation
+        runs alone or is one of many in a full step.
         """
         total = sum(cost.call_ms("encode", rows=1, frames=frames) for frames in self.encode_left)
         total += sum(cost.call_ms("decode", rows=1, frames=frames) for frames in self.decode_left)
@@ -118,10 +119,10 @@ class RowWork:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """How many rows may run. With `max_tokens` 0, rows are picked one at a time."""
+    """How many rows may run. If `max_tokens` is 0, rows are picked one at a time."""
 
-    # The most rows in progress, at least 2. A quarter of these places (at least one) is reserved for interactive rows,
-    # and one place for batch rows.
+    # How many rows may be in progress at the same time; at least 2. A quarter of this number (at least one) is reserved
+    # for interactive rows, and one for batch rows.
     max_started: int = 64
     max_tokens: int = 16_384
     slack: float = 6.0
@@ -136,7 +137,7 @@ class _Entry:
     row_id: RowId  # ids increase, so that rows of equal deadline are ordered by arrival
     work: RowWork = field(compare=False)
     priority: Priority = field(compare=False)
-    tokens: int = field(compare=False)  # how much of `Scheduler._waiting_tokens` is this row's
+    tokens: int = field(compare=False)  # the number that `Scheduler._waiting_tokens` includes for this row
     num_bytes: int = field(compare=False)
     started: bool = field(default=False, compare=False)
 
@@ -158,9 +159,9 @@ class _Step:
 
 
 class Scheduler:
-    """Has all rows from their arrival to their end, and picks the rows to run in each turn. Used by one thread.
+    """Holds all rows from `add` to `remove`, and picks the rows to run next. Used by one thread.
 
-    Between two calls of `pick`, only the `work` of the picked rows may change. Unknown ids raise KeyError.
+    Between two calls of `pick`, only the `work` of the picked rows may change. Methods raise KeyError for unknown ids.
     """
 
     def __init__(
@@ -171,9 +172,10 @@ class Scheduler:
         step_ms: Callable[[Sequence[RowWork], int], float],
         has_second_queue: bool = False,
     ) -> None:
-        """`knee_tokens(frames)` returns how many latent frames make the fixed cost of a step small, if its rows have
-        `frames` latent frames each. `step_ms(works, num_new)` predicts the time of a step with these rows, of which
-        `num_new` start with it. With `has_second_queue`, rows are encoded or decoded while other rows are denoised.
+        """`knee_tokens(frames)` predicts how many latent frames a step of rows of `frames` latent frames needs in
+        total, so that its fixed cost is small. `step_ms(works, num_new)` predicts the time of a step of rows with the
+        remaining work `works`, `num_new` of which start in this step. With `has_second_queue`, rows are encoded or
+        decoded while other rows are denoised.
         """
         self._has_second_queue = has_second_queue
         self._limits = limits
@@ -199,8 +201,8 @@ class Scheduler:
     ) -> None:
         """Add a row that arrived at time `arrived_at` (the engine's clock).
 
-        `alone_s` is its predicted time on an idle engine. It needs `num_bytes` of device memory from when it is first
-        picked until it is removed.
+        `alone_s` is the predicted time of the row on an idle engine. The row needs `num_bytes` of device memory from
+        its first pick until it is removed.
         """
         if row_id in self._entries:
             raise ValueError(f"row {row_id} was already added")
@@ -220,12 +222,14 @@ class Scheduler:
         self._waiting_tokens[entry.priority] -= entry.tokens
 
     def pick(self, *, use_second_queue: bool = True) -> list[RowId]:
-        """Return the rows to run now, by priority and then deadline. Empty only if there are no rows.
+        """Return the ids of the rows to run now, ordered by priority and then by deadline. If there are rows, at least
+        one is picked.
 
-        With `use_second_queue` False, rows whose next work would run on the second queue (encoding, decoding) are not
-        picked, so the result may be empty although there are rows. A picked row counts as started until it is removed.
-        A row starts only if fewer than `max_started` rows are started and its memory is free. If its memory is not
-        free, no later row starts before it.
+        With `use_second_queue` False, rows that would be encoded or decoded on the second queue are not picked, so the
+        result may be empty although there are rows.
+
+        A row starts when it is first picked, and counts as started until it is removed. A row starts only if fewer than
+        `max_started` rows are started and enough memory is free. If a row waits for memory, no later row starts.
         """
         self._update_waiting_tokens()
         step = self._fill("interactive", use_second_queue=use_second_queue)
@@ -242,7 +246,7 @@ class Scheduler:
         return [entry.row_id for entry in step.entries]
 
     def _update_waiting_tokens(self) -> None:
-        """Correct the number of waiting latent frames by what the rows of the last pick have done."""
+        """Update the number of waiting latent frames after the work of the rows of the last pick."""
         for entry in self._picked:
             if self._entries.get(entry.row_id) is entry:
                 tokens = self._tokens(entry.work)
@@ -253,12 +257,14 @@ class Scheduler:
         return self._has_second_queue and work.phase is not Phase.DENOISE
 
     def _tokens(self, work: RowWork) -> int:
-        """Return how many latent frames a row with this work adds to a step; 0 if the work is for the second queue."""
+        """Return how many latent frames a row with this work adds to a step; 0 if the second queue does the work."""
         return 0 if self._uses_second_queue(work) else work.tokens
 
     def _fill(self, priority: Priority, *, use_second_queue: bool, waits_for_memory: bool = False) -> _Step:
-        """Return a step with rows of one priority: as many as the limits for denoising, memory and the second queue
+        """Return a step with as many rows of one priority as the limits for denoising, memory and the second queue
         allow.
+
+        With `waits_for_memory`, an earlier row waits for memory, so no row may start.
         """
         step, budget, second_budget, is_full = _Step(waits_for_memory=waits_for_memory), 0.0, 0.0, False
         num_left = self._num_started[priority]  # how many started rows are still to come in this loop
@@ -276,7 +282,7 @@ class Scheduler:
                 if use_second_queue and (not step.second_queue_frames or step.second_queue_frames < second_budget):
                     _take_on_second_queue(step, entry)
                 else:
-                    _reserve(step, entry)  # keeps a place and memory for this row, so that no later row takes them
+                    _reserve(step, entry)  # counts this row as started, so that no later row takes its memory
             elif is_full:
                 continue
             elif not step.tokens:
@@ -291,9 +297,10 @@ class Scheduler:
         return step
 
     def _lend(self, step: _Step, *, use_second_queue: bool) -> _Step:
-        """Add batch rows to an interactive step, as far as lent time covers the device time that they add.
+        """Add batch rows to an interactive step, as long as lent time covers the device time that they add.
 
-        Returns the step, or instead a step of one batch row if that row had no room in the interactive step.
+        Returns the step. If a batch row does not fit into it, and lent time covers a separate step, returns a step of
+        this batch row alone instead.
         """
         if not self._orders["batch"]:
             self._lent_ms = 0.0
@@ -325,7 +332,10 @@ class Scheduler:
         return step
 
     def _may_run(self, entry: _Entry, *, step: _Step) -> bool:
-        """Return whether a row has already started or may start now: a place and its memory must be free."""
+        """Return whether a row has already started or may start now.
+
+        It may start if the limit of started rows is not reached and enough memory is free.
+        """
         if entry.started:
             return True
         if self._limits.max_bytes is not None:
@@ -342,7 +352,9 @@ class Scheduler:
         return num_started < most - reserves_batch_slot
 
     def _budget(self, priority: Priority, frames: int) -> float:
-        """Return how many latent frames to put into a step of this priority, whose first row has `frames`."""
+        """Return how many latent frames to put into a step of this priority, whose first row has `frames` latent
+        frames.
+        """
         cap = self._limits.max_tokens
         if cap == 0:
             return 0.0

@@ -1,4 +1,5 @@
-"""Splits audio and latents into windows, short excerpts that overlap, for the autoencoder, and joins the results."""
+"""Splits audio and latents into windows for the autoencoder, and joins the results. A window is a short excerpt, and
+windows overlap."""
 
 from __future__ import annotations
 
@@ -18,23 +19,25 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 def num_in_turn(lengths: Sequence[int]) -> int:
-    """Return how many of a clip's next windows are encoded or decoded in one turn of the engine: as many as have at
-    most LONGEST_FRAMES latent frames in total, but at least one, if any is left.
+    """Return how many of a clip's next windows to encode or decode in one step of the engine: as many as have at most
+    LONGEST_FRAMES latent frames in total, but at least one if any is left.
 
-    This bounds the device memory of a turn and the time until the engine sees new and cancelled requests. Shorter turns
-    do not help clips that wait for their denoising steps: with 128 frames a turn, simulated p95 latencies on an H200
-    are 9 to 18 % longer, and on a CPU they are the same within 2 %.
+    The limit bounds the device memory of a step, and the time until the engine sees new and cancelled requests. A lower
+    limit does not help clips that wait for denoising: with 128 frames per step, simulated p95 latencies on an H200 are
+    9 to 18 % longer, and on a CPU they are the same within 2 %.
     """
     return max(bisect_right(list(accumulate(lengths)), LONGEST_FRAMES), min(1, len(lengths)))
 
 
 def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
-    """Return the windows that contain some of the clip, which ends at sample `end`. Later ones contain only padding."""
+    """Return the windows whose audio starts before sample `end`, the end of the clip. Later windows have only
+    padding.
+    """
     return [span for span in spans if span.keep_start * hop < end]
 
 
 class SourceEncoding:
-    """The encoding of one source audio, window by window: which windows remain, and the latents of the others."""
+    """The state of encoding one source audio window by window: the remaining windows, and the latents so far."""
 
     def __init__(self, source: SourcePlan, *, stage: str, noise: NoiseSource, hop: int) -> None:
         """`stage` is init or inpaint; `hop` is the number of audio samples per latent frame."""
@@ -51,7 +54,7 @@ class SourceEncoding:
         return window_lengths(self._source.windows[self._num_done :])
 
     def pending(self) -> list[EncodeWindow]:
-        """Return the windows to encode in the next turn."""
+        """Return the windows to encode in the next step."""
         spans = self._source.windows[self._num_done :]
         return [
             EncodeWindow(
@@ -64,7 +67,10 @@ class SourceEncoding:
         ]
 
     def put(self, latents: Tensor) -> None:
-        """Add the latents (channels, frames) float32 of the next window. Must be called in the order of the windows."""
+        """Add the latents (channels, frames) float32 of the next window.
+
+        Must be called once per window, in the order of the windows.
+        """
         span = self._source.windows[self._num_done]
         if self._latents is None:
             self._latents = latents.new_zeros(latents.shape[0], self._source.frames)
@@ -73,7 +79,7 @@ class SourceEncoding:
         self._num_done += 1
 
     def latents(self) -> Tensor:
-        """Return the latents of the source (channels, frames) float32, 0 outside its windows.
+        """Return the latents of the source (channels, frames) float32. Frames outside all windows are 0.
 
         Raises RuntimeError if a window is not encoded yet.
         """
@@ -83,11 +89,11 @@ class SourceEncoding:
 
 
 class AudioAssembly:
-    """The audio of one clip, into which the decoded windows are copied. It has the exact length of the clip, and zeros
-    where nothing was generated.
+    """The audio of one clip, into which the decoded windows are copied. It has the exact length of the clip. Samples
+    that were not generated are 0.
 
-    `audio` and `is_finite` may be read once the device has finished the work of the last `put` and `Device.collect` was
-    called.
+    Read `audio` and `is_finite` only after the device has finished the work of the last `put`, and after a call of
+    `Device.collect`.
     """
 
     def __init__(
@@ -106,8 +112,8 @@ class AudioAssembly:
         self._end = min(output_samples, valid_frames * hop)
         self._left = audible_spans(spans, hop=hop, end=self._end)
         self._audio = torch.zeros(channels, output_samples)
-        # Two flags, computed on the device and copied to the host. At 0: whether the checked latents are finite. At 1:
-        # whether all samples so far are finite.
+        # Two flags, computed on the device and copied to the host. Index 0: whether the checked latents are finite.
+        # Index 1: whether all samples so far are finite.
         self._finite_on_device: dict[int, Tensor] = {}
         self._finite = torch.ones(2, dtype=torch.bool)
 
@@ -117,22 +123,25 @@ class AudioAssembly:
         return window_lengths(self._left)
 
     def pending(self, latents: Tensor, noise: NoiseSource) -> list[DecodeWindow]:
-        """Return the windows of `latents` (channels, frames) to decode in the next turn."""
+        """Return the windows of `latents` (channels, frames) to decode in the next step."""
         return [
             DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
             for span in self._left[: num_in_turn(self.lengths_left)]
         ]
 
     def check(self, latents: Tensor) -> None:
-        """Record whether the latents are finite. Checking the audio is not enough, because NaN or infinite latents can
-        be decoded to finite but wrong samples.
+        """Record whether the latents are finite.
+
+        Checking the audio is not enough, because the decoder can turn NaN or infinite latents into finite but wrong
+        samples.
         """
         self._note_finite(0, latents)
 
     def put(self, audio: Tensor) -> None:
         """Add the decoded audio (channels, samples) float32 of the next window. The tensor is on the device.
 
-        Must be called in the order of the windows. Samples after the window's end are ignored.
+        Must be called in the order of the windows. Only samples that lie within the clip and that no other window
+        supplies are copied.
         """
         span = self._left.pop(0)
         start = span.keep_start * self._hop
