@@ -26,7 +26,7 @@ from dataclasses import replace
 from stable_audio_serve.sampling.plan import Blend, Evaluation, SamplerPlan
 
 NoisePath = Callable[[Evaluation], tuple[float, float]]
-"""The shares of z and eps' in what the network's input register holds at an evaluation."""
+"""Returns the factors alpha and beta of an evaluation: how much of z and eps' the network's input contains."""
 
 
 def sigma_path(evaluation: Evaluation) -> tuple[float, float]:

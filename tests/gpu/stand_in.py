@@ -19,7 +19,7 @@ _PRODUCTS = (torch.ops.aten.linear.default, torch.ops.aten.mm.default, torch.ops
 
 
 def open_honest(device: torch.device) -> LateRecordingDevice:
-    """Returns a device that captures calls, and does the work of its second queue as late as possible."""
+    """Returns a device without faults. It simulates graph captures, and runs its second queue as late as possible."""
     return LateRecordingDevice()
 
 
