@@ -1,8 +1,8 @@
 """Measures the capacity of 1, 2, 4 ... replicas with bursts of requests over HTTP.
 
 The case measures replicas that run the real model, and simulated replicas. The device of a simulated replica is only a
-clock, so that many replicas fit on two cores. One server serves them all: as a model with one replica, a model with two, and
-so on.
+clock, so that many replicas fit on two cores. One server serves several models: one with a single replica, one with two
+replicas, and so on.
 """
 
 from __future__ import annotations

@@ -90,7 +90,10 @@ class SelfAttention(nn.Module):
         self.k_norm = build_head_norm(head_norm, self.head_width)
 
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(batch, tokens, width) -> (batch, tokens, width). `rotary` includes the gain and bias of both norms."""
+        """(batch, tokens, width) -> (batch, tokens, width).
+
+        `rotary` must contain the gain and bias of `q_norm` and `k_norm`.
+        """
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
         if not self.differential:
             normed = without_affine(self.q_norm, parts[:, :, :2], rate=rotary.rate)

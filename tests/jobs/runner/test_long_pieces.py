@@ -160,7 +160,7 @@ async def test_refused_file_costs_only_its_own_section(workshop: Workshop, monke
 
 
 class TestQuota:
-    """Each section of a long piece counts toward the limits of the client's key when it is made."""
+    """A long piece is charged to the client's key section by section, each when it is generated."""
 
     @pytest.fixture
     def now(self) -> Callable[[], float]:
