@@ -58,7 +58,7 @@ class RecordingOperations:
 async def make_admin(
     backend: ToneBackend | None = None, **options: Any
 ) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-    """Yield a client that sends a key with the scope `admin`, and its application.
+    """Yield a client and its application. The client sends a key with the scope `admin`.
 
     The headers `PLAIN` have a valid key without this scope.
     """

@@ -48,7 +48,10 @@ GENERATE |= {f"/v2beta/audio/stable-audio-2/{what}" for what in ("text-to-audio"
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
-    """Returns an application with a key for each scope, whose text is the scope's name, and a key with all scopes."""
+    """Returns an application with one key per scope, a key with all scopes and two keys that name no scope.
+
+    The text of a scope's key is the name of the scope.
+    """
     folder = tmp_path_factory.mktemp("scopes")
     lines = [f"{scope}:{hash_key(scope)} scope={scope}" for scope in SCOPES]
     lines += [f"all:{hash_key('all')} scope={','.join(SCOPES)}", f"plain:{hash_key('plain')}"]

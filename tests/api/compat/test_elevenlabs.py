@@ -333,7 +333,7 @@ async def test_pieces_longer_than_the_longest_clip_have_sections(path: str) -> N
 
 
 class PausingBackend(ToneBackend):
-    """Makes the first clip at once. The others wait for `released`."""
+    """Makes the first clip without a delay. Each later clip waits until `released` is set."""
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None

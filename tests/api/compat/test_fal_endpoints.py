@@ -214,7 +214,7 @@ async def test_numbers_at_their_bounds_are_accepted() -> None:
 
 
 async def test_unset_lengths_shrink_and_longer_ones_are_refused() -> None:
-    """The model small-sfx makes 120 s, medium 380 s; the first clip of 2.5 is shorter than its default of 190 s."""
+    """The model of each request makes clips of at most 120 s. At the endpoint of 2.5, the default length is 190 s."""
     async with serve_all() as (client, backend):
         await post(client, f"{SMALL}/text-to-audio")
         assert backend.last.duration_s == 30

@@ -29,7 +29,7 @@ RESULTS = "/v2beta/audio/results"
 PROMPT = "warm arpeggios on an analog synthesizer"
 SOURCE = make_audio_file(duration_s=7, rate_hz=8000, channels=1)
 WAV = {"output_format": "wav"}  # for long clips, because MP3 takes seconds
-NOTHING = {"none": ""}  # as clients send it to requests, so that a form without files is multipart
+NOTHING = {"none": ""}  # clients pass this to the library `requests`, so that a form without files is multipart
 
 
 async def post(client: httpx.AsyncClient, path: str, *, source: bytes = SOURCE, **fields: Any) -> httpx.Response:
@@ -115,7 +115,7 @@ async def test_other_accept_headers_get_bytes(client: httpx.AsyncClient, accept:
         (TEXT, WAV, (120, 8, 1.0)),  # 120 s is the longest clip of the model
         (TEXT, {"duration": 1, "model": "stable-audio-3", "negative_prompt": "noise", "x": "y"}, (1, 8, 1.0)),
         (TEXT, {"duration": 1, "steps": 4, "cfg_scale": 25}, (1, 4, 25.0)),
-        (TEXT, {"duration": 5, "steps": 8, "cfg_scale": 1, "model": "demo"}, (5, 8, 1.0)),  # 5 s are its longest
+        (TEXT, {"duration": 5, "steps": 8, "cfg_scale": 1, "model": "demo"}, (5, 8, 1.0)),  # demo's longest clip: 5 s
         (TEXT, {"duration": "1.5"}, (1.5, 8, 1.0)),
         (TEXT_2, {"duration": 1}, (1, 8, 1.0)),
         (TEXT_2, {"duration": 1, "model": "stable-audio-2.5", "steps": 4}, (1, 4, 1.0)),
