@@ -1,1 +1,1 @@
-"""One module or package per dialect, an HTTP API that another server defined. They convert requests and responses."""
+"""Dialects: HTTP APIs that other servers defined. Each has a module or package that converts requests and responses."""

@@ -58,7 +58,7 @@ _MUSIC_FORMATS = ("auto", *_FORMATS, *(f"mp3_48000_{kbps}" for kbps in (128, 192
 SoundFormat = StrEnum("SoundFormat", {name.upper(): name for name in _FORMATS})  # type: ignore[misc]
 MusicFormat = StrEnum("MusicFormat", {name.upper(): name for name in _MUSIC_FORMATS})  # type: ignore[misc]
 _DEFAULT_FORMAT = "mp3_44100_128"
-_AUTO = dict.fromkeys(_MUSIC_MODELS[1:], "mp3_48000_192")  # of other models the default
+_AUTO = dict.fromkeys(_MUSIC_MODELS[1:], "mp3_48000_192")  # for other models: _DEFAULT_FORMAT
 
 _STATUS = {
     **{"unauthorized": 401, "forbidden": 403, "upload_too_large": 413, "overloaded": 429, "quota": 429},
@@ -270,7 +270,10 @@ def list_models(catalog: ModelCatalog) -> list[dict[str, Any]]:
 
 
 def _choose(catalog: ModelCatalog, name: str | None) -> ModelCard:
-    """Return the model of the setting: the first for sound effects, else the first Stable Audio 3 model."""
+    """Return the model `name`. If `name` is None, return the first model for sound effects.
+
+    If `name` is None and there is no model for sound effects, return the first Stable Audio 3 model.
+    """
     if name is None:
         name = next((card.name for card in catalog if "sfx" in card.name), None)
     return catalog.choose(name, family=SA3_FAMILY)
@@ -312,7 +315,7 @@ def _named_length(text: str) -> float:
 def _to_music(
     body: MusicBody, card: ModelCard, *, limits: ApiSettings, request_id: str
 ) -> tuple[GenerationRequest, tuple[Section, ...]]:
-    """Return the request for music, and the sections of a piece with a plan or longer than the model's longest clip.
+    """Return the request for music, and the sections of the piece, or () if the piece is a single clip.
 
     Raises RequestValidationError for fields that contradict each other or have no meaning here.
     """

@@ -1,4 +1,4 @@
-"""Descriptions of fal's endpoints, as fal serves them: an OpenAPI document and a text for language models of each."""
+"""Descriptions of fal's endpoints, as fal serves them. Each endpoint has an OpenAPI document and a Markdown text."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _NAMES_OF_25 = {
     "inpaint": "prompt audio_url seconds_total guidance_scale mask_start mask_end num_inference_steps sync_mode seed",
 }
 
-_Seconds = Annotated[  # the range stands before the validator, where it gets into the schema
+_Seconds = Annotated[  # the range precedes the validator, so that the schema contains the range
     int,
     Field(ge=1, le=190, description="Length, seconds; at most the model's longest clip."),
     BeforeValidator(check_whole),
@@ -58,7 +58,7 @@ class Adapter(BaseModel):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One endpoint. `model` is its key in `dialects.fal_models`; None: the default model of the dialects."""
+    """One endpoint. `model` is a key of `dialects.fal_models`; None: the default model of the dialects."""
 
     id: str
     operation: str
@@ -206,7 +206,7 @@ def to_request(
 def _duration_s(endpoint: Endpoint, given: BaseModel, *, card: ModelCard, source: SourceAudio | None) -> float:
     """Return the length of the clip. Lengths that the client did not send shrink to the model's longest clip.
 
-    Raises RequestValidationError for a longer one that the client sent.
+    Raises RequestValidationError if the client sent a length greater than `longest_s`.
     """
     longest_s = min(endpoint.longest_s, card.max_duration_s)
     name, length_s = _length(endpoint, given, source_s=source.duration_s if source else 0.0)

@@ -41,7 +41,7 @@ _KINDS = {
 }
 _RETRYABLE = (429, 503)
 _TEMPORARY = (*_RETRYABLE, 507)  # statuses that the stored error of a queued request never has; it has 500 instead
-_FIELDS = {"audio": "audio_url"}  # the names of our fields that differ here
+_FIELDS = {"audio": "audio_url"}  # our names of fields -> fal's names
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Determine from a request's path and headers which of fal's hosts the client means, and build the links for it.
+"""Determine which of fal's hosts the client of a request means, and build the URLs of a queued request.
 
 fal's JavaScript client can send every call to one URL, the proxy route, and name the intended fal URL in a header.
 Nothing is sent to fal: this server's own routes answer the calls to fal's three hosts.

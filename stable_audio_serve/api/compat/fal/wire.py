@@ -144,5 +144,5 @@ class FalError(BaseModel):
 
 INVALID = "A field is missing, of the wrong type or out of range."
 
-# Returns the `responses` of a route for these statuses.
+# Returns the `responses` of a FastAPI route for the statuses in the call.
 errors = partial(error_responses, FalError)
