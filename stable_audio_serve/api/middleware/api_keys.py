@@ -45,7 +45,7 @@ class ApiKeys:
     def find(self, request: Request, *, takes_bare_key: bool = False) -> ApiKey | None:
         """Return the request's key, or None if the request has no valid key.
 
-        With `takes_bare_key`, the header may also have the key without `Bearer` or `Key`.
+        With `takes_bare_key`, the header Authorization may also have the key without `Bearer` or `Key`.
         """
         if self.ring.is_open:
             return ANYBODY

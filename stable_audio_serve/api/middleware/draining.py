@@ -21,8 +21,8 @@ _STOPPING = "the server is stopping"
 _DRAINING = "an operator is draining this server; send new work to another server"
 _RETRY_AFTER_S = 5.0
 # A load balancer keeps sending requests until two of its checks of /ready have failed, which takes about 3 s. A server
-# that is stopping refuses such requests for this long, so that the balancer can send them to another server. If it
-# exited at once, the connection would break, and the balancer could not know whether the request was executed.
+# that is stopping refuses such requests for this long, so that the balancer can send them to another server. If the
+# server exited at once, connections would break, and the balancer could not know whether requests were executed.
 _NOTICE_S = 5.0
 _READING = frozenset({"GET", "HEAD"})
 
@@ -77,7 +77,7 @@ class Draining:
         return self._refusal is not None
 
     def leave(self) -> None:
-        """End the event streams, because another process replaces this one. Open streams would keep it running.
+        """End the event streams, because another process replaces this one. Open streams would keep this one running.
 
         Other requests are still answered.
         """

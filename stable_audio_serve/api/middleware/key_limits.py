@@ -1,9 +1,9 @@
 """Limits of API keys: seconds of audio per minute, and concurrent requests.
 
 Servers that share a job database apply the limits together. If the key of a request has limits, one transaction admits
-the request. A second transaction follows at the end of a request that counted as concurrent (it had a "place"), or
-whose audio does not count after all. While the database is unavailable, each process applies the limits to its own
-requests only.
+the request. A second transaction follows at the end of the request if the request counted as concurrent (it had a
+"place"), or if its audio does not count after all. While the database is unavailable, each process applies the limits
+to its own requests only.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class Admission:
 
 
 class KeyLimiter:
-    """Applies the limits to one application's requests, on one event loop. Keys without limits need no database."""
+    """Applies the limits of API keys to one application's requests, on one event loop.
+
+    Keys without limits need no database.
+    """
 
     def __init__(
         self,

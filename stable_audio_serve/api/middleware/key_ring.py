@@ -34,8 +34,8 @@ KeyFileState = Literal["unset", "ok", "broken", "unread"]
 class KeyFileHealth:
     """The state of the key file.
 
-    `state` is `broken` if the file cannot be used now; the keys that were read before stay valid. It is `unread` if the
-    file could never be read, so that its keys are unknown. `reason` is a sentence that does not quote the file.
+    `state` is `broken` if the file cannot be used now; the keys that were read before stay valid. `state` is `unread`
+    if the file could never be read, so that its keys are unknown. `reason` is a sentence that does not quote the file.
     """
 
     state: KeyFileState = "unset"

@@ -34,7 +34,7 @@ class ClientTimes:
     """How fast a client must send its request and read its response.
 
     A process receives at most `max_slow` slow bodies at once. A body is slow if the server has waited for its data for
-    more than `grace_s` in total. For each request, this time is randomly changed by up to 50 %.
+    more than `grace_s` in total. For each request, `grace_s` is randomly changed by up to 50 %.
     """
 
     rate_bytes_s: float = 4096.0  # the lowest speed of a body, averaged over `window_s`
