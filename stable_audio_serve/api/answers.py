@@ -137,7 +137,7 @@ def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
 
 
 def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[str, str]:
-    """Return the headers that describe a file's audio and the device that made it.
+    """Return the headers that describe a file's audio, and name the device that generated the audio.
 
     A header has one JSON value per variation, separated by commas. Unknown values are left out. `X-Seed` is the seed of
     the first variation. `X-Seeds` is sent only if the file has several variations.

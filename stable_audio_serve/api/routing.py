@@ -59,7 +59,10 @@ register_url_convertor("job_id", JobIdConvertor())
 
 
 class BoundedRequest(Request):
-    """A request whose body is limited: the nesting and the numbers of JSON, the number and size of a form's parts."""
+    """A request with limits on its body.
+
+    For JSON: the nesting depth and the size of numbers. For a form: the number and the size of its parts.
+    """
 
     async def json(self) -> Any:
         """Return the JSON body.

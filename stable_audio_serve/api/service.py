@@ -182,7 +182,7 @@ class Service:
     async def store_upload(self, upload: UploadFile, source: SourceAudio, *, max_s: float, role: Role) -> JobUpload:
         """Store an uploaded file unchanged for a new job, which decodes `max_s` seconds of it. Raises StorageError.
 
-        `source` is the audio that was decoded from it.
+        `source` is the audio that was decoded from `upload`.
         """
 
         def chunks() -> Iterator[bytes]:
@@ -225,8 +225,8 @@ class Service:
 
         The seconds of audio count when the job is added, not when it runs.
 
-        If the request was sent before, the existing job is returned, even if an adapter has been removed since. Its
-        audio does not count again. The audio of a long piece counts section by section, when a runner makes the
+        If the request was sent before, the existing job is returned, even if an adapter has been removed since. The
+        audio of this job does not count again. The audio of each section of a long piece counts when a runner makes the
         section. So a piece may be longer than the key's limit per minute.
         """
         try:

@@ -109,7 +109,7 @@ class EventStreams:
         """
         number, ref = 0, job.spec.ref
         while True:
-            current = await self._ask(partial(jobs.get, ref))  # before its sections, to miss none at the end
+            current = await self._ask(partial(jobs.get, ref))  # read first, to miss no section at the end
             for section in await self._ask(partial(jobs.sections, ref, after=number)):
                 number = section.number
                 yield section

@@ -191,7 +191,7 @@ def to_request(
 
 
 def to_encoding(fields: Controls) -> Encoding:
-    """Return how a request's file is encoded. `to_request` checks that the format allows it."""
+    """Return how a request's file is encoded. `to_request` checks that the format allows the other values."""
     return Encoding(fields.response_format, fields.bitrate, fields.bit_depth, fields.sample_rate)
 
 

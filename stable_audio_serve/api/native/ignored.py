@@ -51,7 +51,7 @@ def check_names(
 
 
 def ignored_names(request: Request) -> tuple[str, ...]:
-    """Return the names that `check_names` recorded, at most the first few."""
+    """Return the names that `check_names` recorded: at most the first `_MOST_NAMES`."""
     names: tuple[str, ...] = getattr(request.state, "ignored", ())
     return names
 

@@ -67,7 +67,7 @@ _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """Return the job routes, including those of `submission`."""
+    """Return the job routes, including the routes of the module `submission`."""
     router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
     router.include_router(submission.build_router(service))
     jobs, limits = service.jobs, service.settings.api

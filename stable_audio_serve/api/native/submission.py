@@ -170,7 +170,7 @@ class _Submission:
         job_id: JobId | None = None,
         source: SourceAudio | None = None,
     ) -> JobTicket:
-        """Store a new job, or find the job of a request that was sent before. Returns the job's ticket.
+        """Store a new job, or find the existing job if the client repeats a request. Returns the job's ticket.
 
         `source` is the decoded audio of the upload, or None if it is not decoded yet. Raises RequestValidationError,
         and the errors of the job store.
@@ -193,7 +193,7 @@ class _Submission:
             request=generation,
             encoding=to_encoding(fields),
             file_stem=file_stem(card.name),
-            # A section is final before the peak of the whole is known, so a long piece cannot be scaled by it.
+            # A section is final before the peak of the whole piece is known, so that peak cannot scale the sections.
             peaks="limit" if sections and peaks == "scale" else peaks,
             finishing=finishing,
             with_manifest=fields.manifest,

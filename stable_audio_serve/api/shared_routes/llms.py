@@ -7,7 +7,7 @@ from typing import Any
 
 from stable_audio_serve.core.catalog import ModelCatalog
 
-_FOR_PEOPLE = {"Pages", "Operators"}  # tags of operations that programs do not need to generate audio
+_FOR_PEOPLE = {"Pages", "Operators"}  # a program can generate audio without operations that have these tags
 
 
 def describe(document: Mapping[str, Any], catalog: ModelCatalog, *, base: str) -> str:
