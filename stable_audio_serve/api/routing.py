@@ -1,4 +1,4 @@
-"""FastAPI route classes. They limit the parsing of bodies, check requests, and render errors in the dialect's form."""
+"""FastAPI route classes. They limit body parsing, check requests, and render errors in the dialect's format."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def route_class(
     takes_bare_key: bool = False,
     takes_files_in_json: bool = False,
 ) -> type[APIRoute]:
-    """Return a route class that checks requests and renders expected errors in one dialect's form.
+    """Return a route class that checks requests and renders expected errors in one dialect's format.
 
     If keys are configured, a request needs a key with one of `scopes`. The key is checked before the body is read. If
     the request uploads a file, the limits of its key are checked before the body is read too. `enter` is called before

@@ -57,7 +57,7 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
                 await service.encode(partial(writer.write, block))
         await service.encode(writer.close)
     except BaseException:
-        with suppress(OSError):  # on a full disk there is no room for what is still in the file's buffer
+        with suppress(OSError):  # on a full disk there is no space for the data in the file's buffer
             copy.close()
         raise
     kind = media_type(encoding.file_format)

@@ -1,4 +1,4 @@
-"""Build the webhook body of an ended job in the form of its dialect.
+"""Build the webhook body of an ended job in the format of the job's dialect.
 
 The webhook code in `jobs` gets `webhook_bodies` as an argument, so that it does not depend on dialects.
 """

@@ -1,4 +1,4 @@
-"""A stopping server refuses new requests in each dialect's form and finishes the running ones."""
+"""A stopping server refuses new requests in each dialect's format and finishes the running requests."""
 
 from __future__ import annotations
 

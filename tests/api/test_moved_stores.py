@@ -54,7 +54,7 @@ def snapshot(place: Path) -> dict[str, bytes]:
 
 
 async def state_of(client: httpx.AsyncClient) -> tuple[str, str]:
-    """Returns the job store's state and reason. Checks that /health and /ready report the same."""
+    """Returns the job store's state and reason. Checks that /health and /ready report the same values."""
     health, ready = [(await client.get(path)).json() for path in ("/health", "/ready")]
     assert health["job_store"] == ready["job_store"]
     assert ready["ready"] is True  # the routes that need no job store still work

@@ -265,7 +265,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def list_models(catalog: ModelCatalog) -> list[dict[str, Any]]:
-    """Return the served models in ElevenLabs' form."""
+    """Return the served models in ElevenLabs' format."""
     return [{"model_id": card.name, "name": card.name, "description": card.description, **_MODEL} for card in catalog]
 
 

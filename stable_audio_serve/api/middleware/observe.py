@@ -115,7 +115,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def _opaque_answer(scope: Scope) -> Response:
-    """Return a 500 response without details, in the form of the route's dialect if a route matched."""
+    """Return a 500 response without details, in the format of the route's dialect if a route matched."""
     render = scope["state"].get("render_error")
     if render is not None:
         return render(Request(scope), GenerationError("unexpected"))

@@ -33,7 +33,7 @@ from stable_audio_serve.jobs.queue import JobQueue
 
 
 def describe_output(file: File, app: str | None, *, seed: int, prompt: str) -> Output:
-    """Return the output in the form of the application `app`, None = `fal-ai/stable-audio`."""
+    """Return the output in the format of the application `app`, None = `fal-ai/stable-audio`."""
     if app == SA3_APP:
         return PromptedOutput(audio=file, seed=seed, prompt=prompt)
     return SeededOutput(audio=file, seed=seed) if app == SA25_APP else AudioOutput(audio_file=file)

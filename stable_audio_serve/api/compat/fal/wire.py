@@ -20,7 +20,7 @@ ERROR_TYPE = "X-Fal-Error-Type"
 RETRYABLE = "X-Fal-Retryable"
 TIMEOUT_TYPE = "X-Fal-Request-Timeout-Type"
 
-# Headers that pages of other origins may read, in addition to those of the native API.
+# Headers that pages of other origins may read, in addition to the headers of the native API.
 EXPOSED_HEADERS = (REQUEST_ID, ERROR_TYPE, RETRYABLE, TIMEOUT_TYPE)
 
 
