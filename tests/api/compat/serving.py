@@ -46,7 +46,7 @@ async def make_app(
 ) -> AsyncIterator[tuple[FastAPI, ToneBackend]]:
     """Yield an application with these settings and a temporary folder for jobs.
 
-    If `hasty`, the application retries after short pauses and checks its stores on every health request.
+    If `hasty`, the job runner pauses only briefly before it retries, and every health request checks the stores.
     """
     backend = backend or ToneBackend()
     with tempfile.TemporaryDirectory() as folder:

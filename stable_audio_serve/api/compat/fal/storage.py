@@ -159,7 +159,7 @@ class Tickets:
 
 
 def build_storage_routers(service: Service) -> tuple[APIRouter, APIRouter]:
-    """Return the routes that need an API key, and the one whose URLs contain the signed ticket of an announcement."""
+    """Return a router for the routes that need an API key, and a router for uploads to URLs with a signed ticket."""
     limits, jobs, tickets = service.settings.api, service.jobs, Tickets(service.jobs, service.keys.ring)
     private = route_class(render_error, scopes=("generate", "jobs"))
     announcing = APIRouter(route_class=private, strict_content_type=False)
