@@ -58,7 +58,7 @@ class RunnerPauses:
 class AttemptContext:
     """Objects that the attempts of one runner share.
 
-    `reports` has the latest progress of each job if it is not stored in the database yet.
+    `reports` has the latest progress of each job, until this progress is stored in the database.
     """
 
     store: JobStore

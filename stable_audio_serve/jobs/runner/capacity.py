@@ -214,7 +214,7 @@ class StorageGate:
             self._on_open()
 
     async def close(self) -> None:
-        """Stop probing. Deletes the record of the refusal in the database, which health checks read."""
+        """Stop probing. Deletes the database's record of the refusal, which health checks read."""
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
