@@ -44,7 +44,7 @@ def as_loop(request: GenerationRequest, *, max_duration_s: float, loop: LoopStar
 
 
 def with_surplus(request: GenerationRequest, *, max_duration_s: float) -> GenerationRequest:
-    """Return the request for a loop with a longer duration, as the model must generate it. Planning uses this duration.
+    """Return the request for a loop with the longer duration that the model must generate. Planning uses this duration.
 
     Raises InvalidRequestError if the loop is too long.
     """
