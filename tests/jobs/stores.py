@@ -153,7 +153,7 @@ def lease(store: JobStore, owner: str = "me", **options: Any) -> Job:
 
 
 def report(store: JobStore, job: Job, **progress: Any) -> bool:
-    """Report a job's progress as its runner. Returns whether the runner's lease was still valid."""
+    """Report a job's progress in the role of its runner. Returns whether the runner's lease was still valid."""
     return store.runners.report([Report(job, **progress)]) == []
 
 

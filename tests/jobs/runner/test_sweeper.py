@@ -35,7 +35,7 @@ def swept(**numbers: int) -> dict[str, int]:
 
 @dataclass
 class Place:
-    """A job queue with its artifact store. It is also the sweeper's clock, which is `late_s` seconds ahead."""
+    """A job queue with its artifact store. A `Place` is also the sweeper's clock, which is `late_s` seconds ahead."""
 
     queue: JobQueue
     late_s: float = 0.0
