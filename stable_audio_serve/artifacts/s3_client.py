@@ -28,7 +28,7 @@ _RETRY_S = 5.0
 _INSUFFICIENT_STORAGE = 507  # HTTP status
 
 _CHECK_TIMEOUT_S = 3.0  # time limit for connecting, and also for reading a response
-_CHECK_BUDGET_S = 4.0  # no attempt starts later than this after the start, so the check takes at most 10 s
+_CHECK_BUDGET_S = 4.0  # no attempt starts later than this after the check began, so the check takes at most 10 s
 _CHECK_PAUSE_S = 0.2
 
 _BUCKET = "storage.bucket (STABLE_AUDIO_STORAGE_BUCKET, AWS_S3_BUCKET, R2_BUCKET or R2_BUCKET_NAME)"

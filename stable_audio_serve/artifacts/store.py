@@ -70,7 +70,10 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class ObjectPage:
-    """Some files of a folder. Pass `next_cursor` as `cursor` to get the next page. It is None on the last page."""
+    """Some files of a folder.
+
+    Pass `next_cursor` as `cursor` to get the next page. On the last page, `next_cursor` is None.
+    """
 
     objects: tuple[StoredObject, ...]
     next_cursor: str | None

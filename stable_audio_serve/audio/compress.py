@@ -171,7 +171,7 @@ def _with_length(data: memoryview, *, num_samples: int) -> memoryview:
     """Return the constant-rate MP3 file `data` with an "Info" frame, which states where the audio starts and ends.
 
     LAME writes this frame only if it fits into a frame of the file's bit rate. Without it, decoders add silence at both
-    ends. If `data` already has the frame, it is returned unchanged. The frame has the layout of the Xing header, with
+    ends. A file that already has the frame is returned unchanged. The frame has the layout of the Xing header, with
     LAME's extension.
     """
     begin = _id3_bytes(data)

@@ -116,7 +116,7 @@ def check_header(container: str, *, channels: int, frames: int) -> None:
 
 
 def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Mix `block` (samples, channels) to mono or stereo. It has up to 8 channels, in the order of WAV files.
+    """Mix `block` (samples, channels) to mono or stereo. `block` has up to 8 channels, in the order of WAV files.
 
     The peak of the mix is not higher than the peak of `block`.
     """

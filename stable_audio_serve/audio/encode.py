@@ -39,9 +39,10 @@ _UNKNOWN = 0xFFFFFFFF  # the size in the header of a WAV file whose length is un
 
 @cache
 def name_codecs(*, with_aac: bool = False) -> str:
-    """Return the names and versions of the libraries that decode and encode audio. They affect the bytes of files.
+    """Return the names and versions of the libraries that decode and encode audio.
 
-    WAV files and raw samples at the model's rate are written without these libraries.
+    The libraries affect the bytes of files, except WAV files and raw samples at the model's rate, which are written
+    without these libraries.
     """
     import soundfile
     import soxr
@@ -236,7 +237,7 @@ def wav_header(
 def little_endian(
     samples: npt.NDArray[np.int16] | npt.NDArray[np.int32] | npt.NDArray[np.float32],
 ) -> memoryview:
-    """Return the little-endian bytes of interleaved samples (S, C). For int32 they have only the 24 high bits."""
+    """Return the little-endian bytes of interleaved samples (S, C): of int32 samples only the 24 high bits."""
     data = samples.astype(samples.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
     if samples.dtype == np.int32:
         data = np.ascontiguousarray(data.reshape(-1, 4)[:, 1:]).reshape(-1)

@@ -85,7 +85,7 @@ def finish_clip(
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
     """Finish a clip and measure it. Returns the clip (C, S) float32 in -1..1, and its measurements.
 
-    With a target loudness (`finishing.loudness`), the limiter's ceiling is the `true_peak_dbtp` of the target.
+    With a target loudness (`finishing.loudness`), a limiter lets no true peak exceed the target's `true_peak_dbtp`.
 
     `generated` are the parts of the clip that the model generated. None means the whole clip. `is_loop` is whether the
     clip repeats without a seam.

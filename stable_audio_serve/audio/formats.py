@@ -23,7 +23,8 @@ _FROM_KBPS = {
     AudioFormat.MP3: {48_000: 32, 44_100: 32, 32_000: 32, 24_000: 24, 22_050: 24, 16_000: 16, 8000: 8},
     AudioFormat.OGG: {48_000: 64, 44_100: 64, 32_000: 64, 24_000: 48, 22_050: 48, 16_000: 40, 8000: 0},
 }
-# By bit rate in kbit/s, the factor in LAME 3.100. The nearest bit rate counts, and of two equally near ones the lower.
+# Bit rate in kbit/s -> the factor by which LAME 3.100 multiplies the audio. The nearest bit rate counts, and of two
+# equally near ones the lower.
 _MP3_FACTORS = {160: 0.95, 192: 0.97, 224: 0.98, 256: 1.0}
 _NAMES = {"bitrate_kbps": "bitrate", "bit_depth": "bit_depth", "sample_rate_hz": "sample_rate"}
 _INSTALL = "pip install 'stable-audio-serve[aac]'"
@@ -117,7 +118,8 @@ def file_rate(encoding: Encoding, sample_rate_hz: int) -> int:
     """Return the sample rate of a file with this encoding. `sample_rate_hz` is the rate of the audio.
 
     A rate in `encoding` applies as it is. Otherwise, the file has the rate of the audio if the format allows it, else
-    the next higher rate of the format, or the highest. An MP3 or Vorbis file with a low bit rate has a lower rate.
+    the next higher rate of the format, or if there is none, the format's highest rate. An MP3 or Vorbis file with a low
+    bit rate has a lower rate.
     """
     if encoding.sample_rate_hz is not None:
         return encoding.sample_rate_hz

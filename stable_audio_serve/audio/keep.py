@@ -100,7 +100,7 @@ def keep_source(
 ) -> tuple[GeneratedSpan, ...]:
     """Replace `audio` (C, S) float32 by `source` in place, except in `spans`, whose ends are crossfaded.
 
-    Returns each span with the generated audio of its crossfades, as it was before they were applied.
+    Returns each span with the generated audio at its ends, as it was before the crossfades.
 
     `source` must have the same channels and at least S samples. Pad a shorter source with silence.
     """

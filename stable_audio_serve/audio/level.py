@@ -26,9 +26,10 @@ CLOSE_LU = 0.05
 def to_loudness(
     audio: npt.NDArray[np.float32], sample_rate_hz: int, *, loudness: Loudness, is_loop: bool
 ) -> npt.NDArray[np.float32] | None:
-    """Return `audio` (C, S) float32 of any level with the target loudness, as far as its true peaks allow.
+    """Bring `audio` (C, S) float32 to the target loudness, as far as its true peaks allow, and return the result.
 
-    Returns None if the clip is silent or its loudness is undefined, because no gain can be computed then.
+    `audio` may have any level. Returns None if the audio is silent or its loudness is undefined, because no gain can be
+    computed then.
     """
     measured = describe_clip(audio, sample_rate_hz, seed=0).loudness_lufs
     if measured is None:

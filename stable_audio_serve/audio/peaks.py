@@ -29,7 +29,7 @@ _BLOCK = 16  # samples between two points of the piecewise linear gain curve
 _ATTACK_S = 0.005
 _HOLD_S = 0.012  # half a period of 42 Hz, so that the gain does not follow the waveform of higher tones
 _RELEASE_S = 0.1  # time in which the reduction decays by a factor e
-LIMITED_AROUND_S = 1.0  # length of the repetition around a loop that is limited too; any reduction decays in this time
+LIMITED_AROUND_S = 1.0  # a loop is limited with this much repetition on both sides; any reduction decays in this time
 _LEAST_REDUCTION = 1e-4  # smaller reductions are set to 0, so that samples far from any peak stay unchanged
 
 

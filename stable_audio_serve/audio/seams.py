@@ -44,9 +44,9 @@ def as_loop(request: GenerationRequest, *, max_duration_s: float, loop: LoopStar
 
 
 def with_surplus(request: GenerationRequest, *, max_duration_s: float) -> GenerationRequest:
-    """Return the request for a loop with a longer duration, as the model must generate it. Planning uses this duration.
+    """Return the request for a loop, but with the longer duration that the model must generate.
 
-    Raises InvalidRequestError if the loop is too long.
+    Planning uses the longer duration. Raises InvalidRequestError if the loop is too long.
     """
     request = as_loop(request, max_duration_s=max_duration_s)
     return replace(request, duration_s=min(request.duration_s + _SURPLUS_S, max_duration_s))

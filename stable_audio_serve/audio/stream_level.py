@@ -34,7 +34,7 @@ class TruePeakMeter:
     def add(self, block: npt.NDArray[np.float32]) -> None:
         """Measure the next samples (C, S)."""
         waiting = block if self._waiting is None else np.concatenate([self._waiting, block], axis=1)
-        stop = waiting.shape[1] - _REACH  # the values before depend only on samples that have arrived
+        stop = waiting.shape[1] - _REACH  # values before `stop` depend only on samples that have arrived
         if stop > self._num_before:
             self._peak = max(self._peak, float(envelope(waiting)[self._num_before : stop].max()))
             kept = min(_REACH, stop)
@@ -100,7 +100,7 @@ class LoudnessSearch:
 
 
 class PieceFinisher:
-    """Applies the found gain, the limiter and the fades to the blocks of a piece."""
+    """Applies the gain that a `LoudnessSearch` found, the limiter and the fades to the blocks of a piece."""
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ class AudioWriter:
         text: str | None = None,
         is_growing: bool = False,
     ) -> None:
-        """Write to `file`, which must be empty and seekable. `close` does not close it.
+        """Write to `file`, which must be empty and seekable. `close` does not close `file`.
 
         `is_growing` means that the file is read while it is written. The header of a WAV file then states that the
         length is unknown. `text` is embedded in the file, see `encode_audio`.

@@ -103,8 +103,8 @@ class JobError:
 class FinishedSection:
     """A finished section of a long piece. `number` counts from 1.
 
-    `file` has `num_samples` samples as 32-bit floats. From the second section on, it begins with a crossfade of 30 ms,
-    which replaces the last 30 ms of the previous section's file.
+    `file` has `num_samples` samples as 32-bit floats. From the second section on, `file` begins with a crossfade,
+    which lasts 30 ms and replaces the last 30 ms of the previous section's file.
     """
 
     number: int

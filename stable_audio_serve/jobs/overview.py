@@ -48,7 +48,7 @@ class JobsWatch:
         """The constructor makes no query.
 
         `fresh_s` is how many seconds the numbers of unfinished jobs are cached. `counts_fresh_s` is how many seconds
-        the number of jobs in each state is cached. It is longer, because this query reads every job.
+        the number of jobs in each state is cached: longer, because the query for this number reads every job.
         """
         clock = clock or SystemClock()
         self._unfinished = _CachedQuery(jobs.unfinished, fresh_s=fresh_s, clock=clock)

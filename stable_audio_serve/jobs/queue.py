@@ -29,7 +29,7 @@ __all__ = ["CancelOutcome", "JobQueue"]
 class JobQueue:
     """Adds, finds and cancels the jobs of clients.
 
-    `wake` is called when there is work for the runners. If the runners are not reached, they find the work at their
+    `wake` is called when there is work for the runners. Runners that this call does not reach find the work at their
     next poll.
     """
 

@@ -19,7 +19,7 @@ BLOCK = 33_331
 
 
 def make_audio(duration_s: float = 20.0) -> npt.NDArray[np.float32]:
-    """Return noise with some loud samples. The level of both rises."""
+    """Return noise with some loud samples. The noise and the loud samples become louder with time."""
     rng = np.random.default_rng(3)
     audio = 0.05 * rng.standard_normal((2, int(duration_s * RATE_HZ)))
     audio *= np.linspace(0.5, 1.5, audio.shape[1])

@@ -27,7 +27,7 @@ from tests.jobs.conftest import make_spec
 __all__ = ["contract_store_url", "database", "postgres_with_tables", "store", "store_url", "wall"]
 
 KINDS = ("sqlite", pytest.param("postgresql", marks=[pytest.mark.server, pytest.mark.slow]))
-# For tests that run with both databases even when slow tests are left out: what every job store must do.
+# For tests of what every job store must do. They run with both databases even when slow tests are left out.
 CONTRACT_KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.server))
 LEASE_S = 15.0
 FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
@@ -79,7 +79,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(params=CONTRACT_KINDS)
 def contract_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty job database, also on PostgreSQL when slow tests are left out.
+    """Return the URL of an empty job database. Tests use SQLite and PostgreSQL even if slow tests are left out.
 
     Modules that test what every job store must do import this fixture `as store_url`.
     """
@@ -153,7 +153,7 @@ def lease(store: JobStore, owner: str = "me", **options: Any) -> Job:
 
 
 def report(store: JobStore, job: Job, **progress: Any) -> bool:
-    """Report a job's progress as its runner. Returns whether the runner's lease was still valid."""
+    """Report a job's progress in the role of its runner. Returns whether the runner's lease was still valid."""
     return store.runners.report([Report(job, **progress)]) == []
 
 

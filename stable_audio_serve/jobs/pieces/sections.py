@@ -1,7 +1,7 @@
 """Long pieces: check and plan their sections, and read the audio of finished sections.
 
-A section continues the last `overlap_s` seconds of the audio before it. A linear crossfade joins both in the last 30 ms
-of the audio before the section. So the next section changes only the last 30 ms of a finished section.
+A section continues the last `overlap_s` seconds of the audio before it. In the last 30 ms of that audio, a linear
+crossfade leads to the section. So each section changes only the last 30 ms of the section before it.
 """
 
 from __future__ import annotations
@@ -126,7 +126,10 @@ def plan_sections(spec: JobSpec, card: ModelCard) -> list[SectionPlan]:
 
 
 def make_request(spec: JobSpec, plan: SectionPlan, *, card: ModelCard, before: SourceAudio | None) -> GenerationRequest:
-    """Return the request that generates a section. `before` are the `plan.context` samples before it; None if 0."""
+    """Return the request that generates a section.
+
+    `before` are the `plan.context` samples before the section, or None if `plan.context` is 0.
+    """
     rate_hz = card.sample_rate_hz
     # Half a sample more, because engines round down.
     duration_s = min((plan.num_generated + 0.5) / rate_hz, card.max_duration_s)

@@ -58,7 +58,7 @@ class RunnerPauses:
 class AttemptContext:
     """Objects that the attempts of one runner share.
 
-    `reports` has the latest progress of each job if it is not stored in the database yet.
+    `reports` has, for each job, the latest progress that was not sent to the database yet.
     """
 
     store: JobStore

@@ -1,7 +1,7 @@
 """Decide whether a runner may lease another job: the engines need capacity, and the artifact store must accept files.
 
-The capacity of engines is measured in predicted seconds of work per replica. They are computed from the prices (time
-per unit of work) that the engines publish.
+The capacity of engines is measured in predicted seconds of work per replica. These seconds are computed from the
+prices (time per unit of work) that the engines publish.
 
 If the artifact store refuses a job's file, running more jobs would be useless. So the runner starts no job until a test
 file of the same size can be written. Then it starts a single job, and more jobs when the file of that job is stored.
@@ -214,7 +214,7 @@ class StorageGate:
             self._on_open()
 
     async def close(self) -> None:
-        """Stop probing. Deletes the record of the refusal in the database, which health checks read."""
+        """Stop probing. Deletes the database's record of the refusal, which health checks read."""
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)

@@ -49,8 +49,8 @@ class LeaseHeartbeat:
         """`held` returns the runner's current leases. It is called in another thread.
 
         `on_change(lost, to_cancel)` is called if leases were lost, or if clients have cancelled running jobs. `lost`
-        are the lost leases, `to_cancel` the leases of the cancelled jobs. It is called on the event loop on which
-        `start` was called.
+        are the lost leases, `to_cancel` the leases of the cancelled jobs. `on_change` is called on the event loop on
+        which `start` was called.
         """
         self._store = store
         self._owner = owner

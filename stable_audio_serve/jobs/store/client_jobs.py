@@ -103,7 +103,8 @@ class ClientJobs:
     ) -> Page:
         """Return a page of a client's jobs, newest first.
 
-        Raises InvalidRequestError if `cursor` is not from a page of this client's jobs, or its job was deleted.
+        Raises InvalidRequestError if `cursor` is not from a page of this client's jobs, or if the last job of that page
+        was deleted.
         """
         conditions = [_jobs.contract == contract, _jobs.client == client]
         if state is not None:

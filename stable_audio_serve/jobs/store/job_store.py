@@ -1,4 +1,4 @@
-"""The job store: all operations on one job database (SQLite or PostgreSQL), grouped by their users.
+"""The job store: all operations on one job database (SQLite or PostgreSQL), grouped by caller.
 
 The operations block, so call them from worker threads. They raise StorageError while the database is unavailable.
 """

@@ -47,7 +47,7 @@ class Use:
 def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | None:
     """Return the error to raise if the request `use` would exceed a limit, or None.
 
-    `before` are the client's earlier requests, oldest first. `now` is the current time, on the same clock as theirs.
+    `before` are the client's earlier requests, oldest first. `now` is the current time, by the clock that timed them.
     """
     concurrency, rate = use.limits.concurrency, use.limits.audio_seconds_per_minute
     if use.has_place and concurrency is not None and sum(places for _, _, places in before) >= concurrency:

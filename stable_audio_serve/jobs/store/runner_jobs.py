@@ -122,7 +122,7 @@ class RunnerJobs:
         return job
 
     def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[RenewedLease]:
-        """Renew the leases of the jobs `refs` by the runner `owner`: they expire in `lease_s` seconds from now.
+        """Renew the leases that the runner `owner` has of the jobs `refs`, until `lease_s` seconds from now.
 
         Returns the renewed leases. The runner has lost the leases of the other jobs in `refs`.
 

@@ -39,7 +39,7 @@ _Identity = tuple[int, int] | None  # a file's device and inode number; None if 
 class DatabaseFile:
     """Checks that the files that SQLite has open are still in place.
 
-    These are the database file, which must always stay in place, and while a connection is open, its write-ahead log.
+    These are the database file, which must always stay in place, and its write-ahead log while a connection is open.
     """
 
     def __init__(self, path: str, *, may_create: bool) -> None:

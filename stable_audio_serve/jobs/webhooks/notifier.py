@@ -34,7 +34,7 @@ log = structlog.get_logger("stable_audio_serve.jobs")
 WebhookBody = Callable[[Job], Mapping[str, Any]]
 
 RETRY_DELAYS_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 18_000.0)
-_JITTER = 0.2  # delays vary by up to this share, so that notices that failed at once are not retried at once
+_JITTER = 0.2  # delays vary by up to this share, so that notices that failed together are not retried together
 _CLAIM_S = 2 * DELIVERY_TIMEOUT_S
 _MAX_AT_ONCE = 32
 # Most deliveries to the same host at a time. It takes eight slow hosts to use up `_MAX_AT_ONCE` and block other hosts.

@@ -316,7 +316,7 @@ async def test_lease_with_a_lost_answer_is_not_renewed(
 ) -> None:
     """The database's answer to `lease` is lost, so the runner does not know that it has the lease.
 
-    The lease must expire. Otherwise the job would be "running" without being run as long as the runner lives.
+    The lease must expire. Otherwise the job would stay "running" until the runner stops, although nobody runs it.
     """
     workshop.backend.released.clear()
     renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")

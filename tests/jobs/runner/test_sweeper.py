@@ -35,7 +35,7 @@ def swept(**numbers: int) -> dict[str, int]:
 
 @dataclass
 class Place:
-    """A job queue with its artifact store. It is also the sweeper's clock, which is `late_s` seconds ahead."""
+    """A job queue with its artifact store. A `Place` is also the sweeper's clock, which is `late_s` seconds ahead."""
 
     queue: JobQueue
     late_s: float = 0.0
@@ -259,7 +259,7 @@ async def test_failing_object_store_is_swept_later(bucket: Bucket) -> None:
     bucket.late_s = 8 * 24 * HOUR
     bucket.storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
     assert await bucket.sweep() == swept()
-    assert bucket.queue.store.operators.list_all() == []  # their files remain, now without a job
+    assert bucket.queue.store.operators.list_all() == []  # the files of the deleted jobs remain
     assert len(bucket.names()) == 3
     bucket.storage.proxy.faults = Faults()
     assert await bucket.sweep() == swept(orphans=3)

@@ -124,7 +124,7 @@ def test_only_generated_ids_find_jobs_without_a_client(store: JobStore) -> None:
 
 
 class TestRepeatedRequests:
-    """A request with an idempotency key or a chosen id creates one job, however often it is repeated."""
+    """However often a request with an idempotency key or a chosen id is repeated, it creates only one job."""
 
     @pytest.mark.parametrize("by", ["id", "key"])
     def test_return_their_first_job_in_any_state(self, store: JobStore, by: str) -> None:

@@ -249,7 +249,7 @@ def test_every_job_ends_once_with_faulty_runners(store_url: str, wall: Wall) -> 
             job = store.runners.lease(owner, lease_s=LEASE_S)
             if job is None:
                 continue
-            if chance.random() < 0.3:  # let the leases of this job and of the others' jobs expire
+            if chance.random() < 0.3:  # let the leases of all owners expire
                 wall.now += LEASE_S
                 lost.extend(store.runners.reclaim(max_attempts=1000))
             for _ in range(2):

@@ -30,7 +30,7 @@ def upload(key: str) -> JobUpload:
 
 
 class TestRetention:
-    """`purge` deletes old jobs in batches, and returns the keys of their files, which the caller deletes."""
+    """`purge` deletes old jobs in batches. It returns the keys of their files; its caller must delete the files."""
 
     def test_old_jobs_are_deleted_and_their_files_returned(self, store: JobStore, wall: Wall) -> None:
         old, waiting = add(store, upload=upload("uploads/old")), add(store, upload=upload("uploads/waiting"))

@@ -251,7 +251,7 @@ class TestProgress:
 
 
 class TestEnding:
-    """When a job ends, its outcome is final, and one transaction makes all changes of the database."""
+    """The end of a job is final. All changes that it makes in the database are in one transaction."""
 
     def test_success_keeps_the_result_and_publishes_its_file(self, store: JobStore, wall: Wall) -> None:
         add(store)

@@ -1,4 +1,4 @@
-"""At most one job of each other client starts before a client's first job, however many jobs are queued."""
+"""However many jobs are queued, a client's first job waits for at most one job of each other client."""
 
 from __future__ import annotations
 
