@@ -151,7 +151,7 @@ class OpenEngine(OurServer):
         self.can_capture = device.can_capture
 
     async def prepare(self, *requests: GenerationRequest) -> None:
-        """Send the requests together until their calls are captured."""
+        """Send the requests together a few times, and wait until CUDA graphs of their device calls are captured."""
         for _ in range(_BEFORE_CAPTURES):
             await self.together(*requests)
         await self.settle()
