@@ -205,8 +205,8 @@ class Library:
         """Read the database, and then the folders and files if necessary.
 
         Folders and files are read if `is_due` is true, if the database has changed, or if they were last read two
-        seconds ago or earlier. Raises StorageError if the database cannot be read. Folders and files may be read even
-        then.
+        seconds ago or earlier. If the database cannot be read, the first and the last condition still apply, and then
+        StorageError is raised.
         """
         async with self._lock:
             await asyncio.to_thread(self._refresh, is_due)
