@@ -2,7 +2,7 @@
 
 The models have the published shapes on CUDA. On a CPU, tiny checkpoints replace them.
 
-This is the only module of this folder that uses the engine's own parts.
+This is the only module of this folder that imports internal modules of the engine.
 """
 
 from __future__ import annotations

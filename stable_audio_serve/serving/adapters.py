@@ -131,7 +131,7 @@ class Library:
     def _find(self, model: str, name: str) -> AdapterCard:
         """Return the adapter that has this name, or that was loaded from this URL or Hugging Face repository.
 
-        Raises InvalidRequestError if there is none, or if its file is unusable.
+        Raises InvalidRequestError if there is none, or if the adapter's file is unusable.
         """
         known = self._cards.get(model, {})
         by_source = (card for card in known.values() if card.source == name and is_remote(name))

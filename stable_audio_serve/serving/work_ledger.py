@@ -184,8 +184,8 @@ class WorkLedger:
     def left_ms(self, replica: str) -> float:
         """Return the predicted device time of the replica's remaining work, in milliseconds.
 
-        This is the backlog in its last report, minus the time since then, plus the predicted time of the calls since
-        then.
+        This is the backlog in the replica's last report, minus the time since then, plus the predicted time of the
+        calls since then.
         """
         return self._replicas[replica].left_ms(self._clock())
 
