@@ -103,7 +103,7 @@ class Run:
         }
 
     async def _probe(self) -> dict[str, Any]:
-        """Request the same few clips from every server, one at a time, and compare their audio with the reference's.
+        """Compare every server's audio of a few clips with the reference's. Clips are requested one at a time.
 
         The reference is the first server. Also measures how long the reference takes for each clip while it is idle.
         """
@@ -168,7 +168,7 @@ class Run:
     async def _play(self, name: str, arrivals: tuple[Arrival, ...]) -> list[dict[str, Any]]:
         """Send requests to the server `name`, and return the records as dicts.
 
-        If `warms_up` is set, the first call also sends a list of requests to every server, whose times do not count.
+        If `warms_up` is set, the first call also sends every server a list of requests that is not measured.
         """
         if self.options.warms_up and not self._is_warm:
             self._is_warm = True

@@ -83,7 +83,10 @@ class InProcess:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The outcome of one request. Times are seconds from the start of its list. `error` is the message of a failure."""
+    """The outcome of one request. Times are seconds from the start of the list of requests.
+
+    `error` is the message of a failure.
+    """
 
     index: int
     due_at: float

@@ -67,7 +67,10 @@ MIXES = {
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request that is sent `at_s` seconds after the start of its list. Has only fields that all APIs support."""
+    """One request of a list, which is sent `at_s` seconds after the start of the list.
+
+    Has only fields that all APIs support.
+    """
 
     at_s: float
     prompt: str

@@ -29,7 +29,10 @@ _SEEDS_PER_ROUND = 1000
 
 
 async def run_edits(settings: CaseSettings) -> dict[str, Any]:
-    """In each round, generate one variation of every tone with every schedule. Each round has its own seeds."""
+    """In each round, generate one variation of every note with every schedule and noise level.
+
+    Each round has its own seeds.
+    """
     model = load_model(resolve_entry("demo"), device=settings.device)
     options = EngineOptions(mode="strict", torch_threads=settings.threads, max_queue_s=math.inf)
     rate_hz = model.spec.card.sample_rate_hz
@@ -65,9 +68,9 @@ async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[A
 
 
 def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, int]:
-    """Returns the number of clips, and how many of them have the pitch of the tone that they vary.
+    """Returns the number of clips, and how many of them have the pitch of the note that they vary.
 
-    `clips` has the clips of all rounds. In each round, the tones have the pitches `pitches_hz`, in this order.
+    `clips` has the clips of all rounds. In each round, the notes have the pitches `pitches_hz`, in this order.
     """
     wanted = [pitches_hz[number % len(pitches_hz)] for number in range(len(clips))]
     found = map(strongest_hz, clips)

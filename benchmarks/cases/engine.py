@@ -55,7 +55,7 @@ async def run_engine(settings: CaseSettings) -> dict[str, Any]:
 
 
 async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in_flight: int) -> dict[str, float]:
-    """Returns throughput, processor time and latencies. A latency is the time from the start of the first request."""
+    """Returns throughput, processor time and latencies. All latencies count from the start of the first request."""
     used_s = time.process_time()
     ended_at = await send_in_flight(engine.generate, requests, num_in_flight=num_in_flight)
     return {

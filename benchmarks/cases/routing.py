@@ -3,8 +3,9 @@
 Our router selects the replica with the least predicted work. Ray Serve's router selects the one of two random replicas
 that has the shorter queue.
 
-One server has two models, one for each router, with four simulated replicas each. Clips are a tenth as long as in the
-mix, but a latent frame takes ten times as long, so that the server does the same work and sends less audio.
+One server has two models, one for each router, with four simulated replicas each. Clips have a tenth
+of their length in the mix, and the simulated time of a latent frame is ten times as long. Thus the work is the same,
+but the server sends less audio.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ async def _in_process(
 ) -> AsyncIterator[Mapping[str, Asker]]:
     """Open the compared servers in this process, and yield a client for each.
 
-    They share one loaded model, so only one of them may get requests at a time.
+    The servers share one loaded model, so only one of them may get requests at a time.
     """
     model = load_model(entry, device=settings.device)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
@@ -147,7 +147,8 @@ async def _on_one_server(
 ) -> AsyncIterator[Mapping[str, Asker]]:
     """Start one server that has each of the compared servers (`sides`) as a model, and yield a client for each.
 
-    They share the HTTP proxy, the ingress and the audio encoders. Raises ValueError for a model without a folder.
+    The compared servers share the HTTP proxy, the ingress and the audio encoders. Raises ValueError for a model without
+    a folder.
     """
     from benchmarks.servers.process import serving
 

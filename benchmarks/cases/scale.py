@@ -39,9 +39,9 @@ async def run_scale(settings: CaseSettings) -> dict[str, Any]:
 async def _measure(  # noqa: PLR0917
     settings: CaseSettings, mix: Mix, requests: Mapping[int, int], import_path: str
 ) -> dict[str, Any]:
-    """Measure `settings.rounds` rounds. In each round, every number of replicas gets a burst, one after another.
+    """Measure `settings.rounds` rounds. In each round, every model gets a burst of requests, one after another.
 
-    `requests` has the number of requests in the burst for each number of replicas.
+    Each model has its own number of replicas. `requests` has the number of requests in a burst, by number of replicas.
     """
     entry = resolve_model(settings.model)
     card, names = entry.card, {count: f"replicas-{count}" for count in requests}

@@ -101,8 +101,8 @@ async def _play(  # noqa: PLR0917
 ) -> list[list[Audio]]:
     """Send the requests together four times: in their order and in reverse order, and then both once more.
 
-    Between the second and the third time, the engine captures frequent calls. Returns the clips of each time, in the
-    order of the requests.
+    Between the second and the third time, the engine captures frequent calls as CUDA graphs. Returns the clips of each
+    time, in the order of the requests.
     """
     requests = battery(model.spec.card, longest_s=machine.sizes.longest_s)
     async with machine.engine(model, case.features, mode=case.mode) as engine:

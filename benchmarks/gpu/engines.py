@@ -2,7 +2,7 @@
 
 The models have the published shapes on CUDA. On a CPU, tiny checkpoints replace them.
 
-This is the only module of this folder that uses the engine's own parts.
+This is the only module of this folder that imports internal modules of the engine.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class OpenEngine(OurServer):
         self.can_capture = device.can_capture
 
     async def prepare(self, *requests: GenerationRequest) -> None:
-        """Send the requests together until their calls are captured."""
+        """Send the requests together a few times, and wait until CUDA graphs of their device calls are captured."""
         for _ in range(_BEFORE_CAPTURES):
             await self.together(*requests)
         await self.settle()

@@ -85,8 +85,8 @@ async def serving(
 ) -> AsyncIterator[Mapping[str, OverHttp]]:
     """Run a server that has one model under several names. `names` has additional settings for each name.
 
-    `args` has the same meaning as for `write_config`. Yields a client for each name when all replicas are ready. The
-    server's other limits are so high that only the models' queues refuse requests.
+    `args` has the same meaning as for `write_config`. Yields a client for each name when all replicas are ready. Only
+    the queues of the models refuse requests: the server's other limits are too high for that.
     """
     one = {**_source(entry), "threads": threads, "replicas": {"min_replicas": 1, "max_replicas": 1}}
     models: list[dict[str, Any]] = [{"name": name, **one, **own} for name, own in names.items()]

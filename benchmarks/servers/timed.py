@@ -162,7 +162,7 @@ class TimedReplica(StandInReplica):
 
 
 class ShorteningReplica(TimedReplica):
-    """A TimedReplica with the device SHORTENING_DEVICE, for clips of a tenth of the length."""
+    """A TimedReplica with the device SHORTENING_DEVICE, for clips with a tenth of their usual length."""
 
     times = SHORTENING_DEVICE
 

@@ -42,7 +42,7 @@ _SETTLED_S = 1.0  # an idle engine that has captured no CUDA graph for this time
 class Captures(NullMetrics):
     """Receives the engine metrics of one compared server, and counts its captured CUDA graphs.
 
-    `changed_at` is the time of the last change, on the monotonic clock.
+    `changed_at` is the monotonic time of the last capture, or of the last call without a graph, whichever is later.
     """
 
     def __init__(self) -> None:

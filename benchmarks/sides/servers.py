@@ -44,7 +44,7 @@ RunBatch = Callable[[Sequence[GenerationRequest]], Awaitable[Sequence[Generation
 
 @dataclass(frozen=True, slots=True)
 class OneCall:
-    """A batch policy: all rows share one device call, with a number of rows in `shapes`.
+    """A batch policy: all rows share one device call, which is padded to the next number of rows in `shapes`.
 
     All rows are padded to the length of the longest row. If `pads` is true, they are padded further to a length in
     `shapes`.

@@ -1,7 +1,7 @@
 """The engine on a virtual clock: the real scheduler, batching, predictions and cost model, with a formula for the GPU.
 
-Each turn of the loop does the same as in `engine.loop.EngineLoop`: one denoising step on the GPU's first queue (CUDA
-stream), and on the second queue, the text encoding of new rows and the decoding of the next windows.
+Each iteration of the loop does the same as in `engine.loop.EngineLoop`: one denoising step on the GPU's first queue
+(CUDA stream), and on the second queue, the text encoding of new rows and the decoding of the next windows.
 """
 
 from __future__ import annotations

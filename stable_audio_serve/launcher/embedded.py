@@ -131,7 +131,7 @@ def _stop(late_exit_code: int) -> None:
     with exiting_after(_STOP_TIMEOUT_S, exit_code=late_exit_code):
         if ray.is_initialized():
             _stop_serve()
-            # After Ray has stopped, a thread of Ray Serve may still call it, which would log an error.
+            # After Ray has stopped, a thread of Ray Serve may still call Ray, which would log an error.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             ray.shutdown()
 

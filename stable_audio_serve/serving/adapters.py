@@ -131,7 +131,7 @@ class Library:
     def _find(self, model: str, name: str) -> AdapterCard:
         """Return the adapter that has this name, or that was loaded from this URL or Hugging Face repository.
 
-        Raises InvalidRequestError if there is none, or if its file is unusable.
+        Raises InvalidRequestError if there is none, or if the adapter's file is unusable.
         """
         known = self._cards.get(model, {})
         by_source = (card for card in known.values() if card.source == name and is_remote(name))
@@ -205,8 +205,8 @@ class Library:
         """Read the database, and then the folders and files if necessary.
 
         Folders and files are read if `is_due` is true, if the database has changed, or if they were last read two
-        seconds ago or earlier. Raises StorageError if the database cannot be read. Folders and files may be read even
-        then.
+        seconds ago or earlier. If the database cannot be read, the first and the last condition still apply, and then
+        StorageError is raised.
         """
         async with self._lock:
             await asyncio.to_thread(self._refresh, is_due)

@@ -8,8 +8,8 @@ The target number of replicas is the larger of two numbers, rounded up:
   are busy for more than 80 % of the time, requests that arrive at random wait long. Without this number, a busy
   deployment without backlog would lose replicas.
 
-Ray Serve changes the number of replicas when the target has stayed higher for `upscale_delay_s`, or lower for
-`downscale_delay_s`.
+Ray Serve changes the number of replicas when the target has been above this number for `upscale_delay_s`, or below it
+for `downscale_delay_s`.
 
 Ray Serve pickles this module by value into its controller, which calls the policy ten times a second. So nothing here
 may block, and objects with a thread or a lock must be in other modules.

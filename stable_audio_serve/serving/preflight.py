@@ -71,7 +71,7 @@ def check_proxy(settings: Settings, environ: Mapping[str, str], *, print_error: 
     """Warn if HAProxy's hard stop is shorter than the longest possible request, because HAProxy may then cut it off.
 
     When replicas change, a new HAProxy process replaces the old one. The hard stop limits how long the old process
-    still runs. A variable in the environment of `ray start` sets it.
+    still runs. A variable in the environment of `ray start` sets the hard stop.
     """
     if environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         return
@@ -116,7 +116,7 @@ def _check_all(entry: ModelEntry, token: str | None) -> None:
         if entry.folder is not None or entry.card.name in BUILT_IN:
             require_open_family(describe_entry(entry).card.family)
     _check_files(entry, token)
-    # The config says the model's family. Now it has been downloaded.
+    # The config says the model's family. By now, the config has been downloaded.
     if entry.backend == "stable_audio_tools":
         require_open_family(describe_entry(entry).card.family)
 

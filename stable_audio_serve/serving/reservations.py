@@ -85,8 +85,8 @@ def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: flo
 def reserved_cpus(model: ModelSettings, *, num_gpus: float) -> float:
     """Return the number of CPUs that a replica reserves: the setting `num_cpus` if it is set.
 
-    Otherwise it is 1 for a replica with a GPU, and the setting `threads` (1 if unset) for a replica without a GPU. The
-    number of threads that a replica uses by default depends on its machine, which is unknown here.
+    Otherwise the number is 1 for a replica with a GPU, and the setting `threads` (1 if unset) for a replica without a
+    GPU. The number of threads that a replica uses by default depends on its machine, which is unknown here.
     """
     if model.num_cpus is not None:
         return model.num_cpus

@@ -138,7 +138,7 @@ class Trial:
     async def _try(self, entry: ModelEntry, *, pinned: str | None = None, expected: str | None = None) -> Started:
         """Load the model described by `entry`, start its engine, and run the quality gate.
 
-        `pinned` is the id of the quality report that the model must match. None means the report of these weights.
+        `pinned` is the id of the quality report that the model must match. None means the report of the loaded weights.
         `expected` is the hash that the weights must have. None allows any hash. Closes the engine after an error.
         Raises one of `_FAULTS` or ConfigError.
         """

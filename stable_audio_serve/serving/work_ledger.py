@@ -18,8 +18,8 @@ OLD_S = 5.0
 # A replica that was chosen for a call normally accepts the call soon. If it does not within this time, the call no
 # longer counts as work of the replica: the caller has disconnected, or the replica was full.
 _CHOSEN_S = 1.0
-# A report that seems older than this when it arrives is treated as if it were this old. The clocks of the two machines
-# probably differ.
+# A report that seems older than this when it arrives is treated as if it were this old. The clocks of the replica's
+# machine and of this machine probably differ.
 _MOST_AGE_S = 5.0
 _LOAD_MS = 300.0  # of one adapter
 
@@ -184,8 +184,8 @@ class WorkLedger:
     def left_ms(self, replica: str) -> float:
         """Return the predicted device time of the replica's remaining work, in milliseconds.
 
-        This is the backlog in its last report, minus the time since then, plus the predicted time of the calls since
-        then.
+        This is the backlog in the replica's last report, minus the time since then, plus the predicted time of the
+        calls since then.
         """
         return self._replicas[replica].left_ms(self._clock())
 
@@ -209,9 +209,10 @@ class WorkLedger:
         return _LOAD_MS * len({lora.sha256 for lora in call[0].loras} - {*known})
 
     def choose(self, *, replica: str, ms: float) -> None:
-        """Record that a replica was chosen for a call that takes `ms`. From now on, the call counts as its work.
+        """Record that a replica was chosen for a call that takes `ms`.
 
-        If many calls arrive together, replicas are chosen for all of them before the first call is accepted.
+        From now on, the call counts as work of the replica. If many calls arrive together, replicas are chosen for all
+        of them before the first call is accepted.
         """
         if ms > 0:
             self._replicas[replica].chosen.add(_Call(self._clock(), ms))

@@ -1,4 +1,4 @@
-"""The case `ggml` reads the times that sa3.cpp prints. In these tests, a script replaces both programs."""
+"""The case `ggml` reads the times that sa3.cpp prints. In these tests, a script replaces sa3.cpp and our program."""
 
 from __future__ import annotations
 

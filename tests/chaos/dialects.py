@@ -1,6 +1,6 @@
 """Makes the requests that submit a planned job (order), poll it and fetch its audio, and parses the answers.
 
-They differ between the APIs of the server (dialects).
+Requests and answers differ between the APIs of the server (dialects).
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ Target = Literal["engine", "runner", "ingress", "controller", "proxy", "database
 
 @dataclass(frozen=True, slots=True)
 class ProcessKind:
-    """A kind of process. `title` is text in its command line, `number` how many of them a complete server has."""
+    """A kind of process. `title` is text in the command line of such a process.
+
+    `number` is the number of such processes in a complete server.
+    """
 
     title: str
     number: int

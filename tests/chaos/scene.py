@@ -18,8 +18,8 @@ from tests.object_storage import Faults, ObjectStorage, running_object_storage
 from tests.serving.conftest import TINY
 from tests.serving.launched import LaunchedServer, write_config
 
-# A file without a job is deleted at this age. A job first stores its file and then lists it in the database. It needs
-# less time for this.
+# A file without a job is deleted at this age. A job first stores its file and then lists the file in the database,
+# which takes less time.
 ORPHAN_AFTER_S = 30.0
 
 _MODEL = {

@@ -85,7 +85,7 @@ def test_recipe_of_a_long_prompt_passes_the_balancer(
 
 
 def test_server_stopped_under_load_loses_nothing(servers: Sequence[LaunchedServer], tmp_path: Path) -> None:
-    """Each load balancer has its own clients. Only submissions of jobs may be refused, and their clients retry."""
+    """Each load balancer has its own clients. Only submissions of jobs may be refused. Clients repeat refused ones."""
     leaving, _ = servers
     with balancing("nginx", servers, tmp_path) as one, balancing("haproxy", servers, tmp_path) as other:
         with Load(one) as by_nginx, Load(other) as by_haproxy:

@@ -38,7 +38,7 @@ for path in sys.argv[1:]:
 """
 
 
-# For each gRPC service of Ray, a method that runs code or returns data. The comment names the process that serves it.
+# For each gRPC service of Ray, a method that runs code or returns data. Each comment names the service's process.
 _METHODS = (
     "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",  # the control service of the cluster (GCS)
     "ray.rpc.NodeManagerService/GetNodeStats",  # the process that manages a node (raylet)

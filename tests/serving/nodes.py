@@ -29,7 +29,7 @@ APPLICATION = "audio"
 
 
 class Nodes:
-    """The operations on the cluster that tests call by name. Their arguments and results are JSON."""
+    """Operations on the cluster, which tests call by name. Their arguments and results are JSON."""
 
     def __init__(self, directory: Path, *, port: int) -> None:
         from ray.cluster_utils import Cluster

@@ -122,8 +122,8 @@ def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, 
 def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
     """Keep two replicas busy for four fifths of the time, without a backlog.
 
-    Returns the number of replicas in each of the last 15 s. In this time, the autoscaling could remove a replica: it is
-    longer than the time over which the autoscaling averages, and longer than two of its delays.
+    Returns the number of replicas in each of the last 15 s. This is long enough for the autoscaling to remove a
+    replica: its statistics cover a shorter time, and its delays are shorter, too.
     """
     request = GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=0)
     pause_s = DEVICE.stages(request).total_ms / 1000.0 / (0.8 * 2)

@@ -55,7 +55,7 @@ async def test_retry_times_of_refused_clients_vary_by_a_quarter() -> None:
 
 
 async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
-    """The backend refuses further requests of the same client and priority. Other requests still reach the model."""
+    """After the model's refusal, the backend refuses requests of that client and priority. Others reach the model."""
     full = OverloadedError("the model's queue is full", retry_after_s=100.0, full_for_s=30.0, work_s=50.0)
     model = backend(full, full, _RESULT, _RESULT)
     batch = replace(_REQUEST, priority="batch")
@@ -84,7 +84,10 @@ async def test_a_repeated_refusal_ends_when_the_model_has_room() -> None:
 
 
 async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While Ray's head is down, the model's state cannot be read. If the model answers a request, it must be ready."""
+    """While Ray's head is down, the model's state cannot be read.
+
+    If the model answers a request, the backend must report that the model is ready.
+    """
     head_is_back = threading.Event()
 
     def silent(application: str) -> None:

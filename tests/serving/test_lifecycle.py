@@ -225,7 +225,7 @@ def test_stop_ends_although_ray_serves_controller_is_frozen(tmp_path: Path) -> N
 
 
 def test_config_fault_stops_startup_by_name(tmp_path: Path) -> None:
-    """Tests one fault with a real process. Other faults of the configuration are in `tests/cli/test_serving.py`."""
+    """Tests one fault with a real process. `tests/cli/test_serving.py` tests other faults of the configuration."""
     config = write_config(tmp_path, make_args(), htpp_options={})
     assert "htpp_options" in run_to_failure(config, "--port", str(free_port()))
 

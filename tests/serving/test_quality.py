@@ -1,6 +1,6 @@
 """A checkpoint with bad audio is deployed on a server under load. Still, every answer comes from the good weights.
 
-If the machine has room for both, the old replica stays until the new one has passed the quality gate. If it does not,
+If the machine has room for two replicas, the old one stays until the new one has passed the quality gate. Otherwise,
 the new replica uses the last good weights.
 """
 
@@ -128,7 +128,7 @@ def deploy(server: LaunchedServer, revision: str) -> None:
 
 
 def poison_under_load(updated: LaunchedServer) -> None:
-    """Update both models to the bad weights under load. Check that no request fails or gets another clip."""
+    """Update both models to the bad weights under load. Check that every request gets the same clip as before."""
     before = wait_for(
         updated, lambda now: all((model["quality"] or {}).get("gate") == "passed" for model in now.values())
     )

@@ -19,7 +19,7 @@ _EPOCH = 1.79e9
 
 
 class Ledger(WorkLedger):
-    """A ledger of three replicas. `ahead_s` has the seconds by which a replica's clock is ahead, by its name."""
+    """A ledger of three replicas. `ahead_s` has the seconds by which a replica's clock is ahead, by replica name."""
 
     def __init__(self, **ahead_s: float) -> None:
         self.now = 1000.0
