@@ -113,7 +113,7 @@ class AudioAutoencoder(nn.Module):
 
     @property
     def decoder_halo_latents(self) -> int:
-        """How many latents before and after a latent can influence its audio, rounded up to a `latent_multiple`."""
+        """How many latents on each side influence a latent's audio, rounded up to a multiple of `latent_multiple`."""
         reach = self.decoder.halo_latents + -(-self.pretransform.halo_frames // self.decoder.frames_per_latent)
         return -(-reach // self.latent_multiple) * self.latent_multiple
 
