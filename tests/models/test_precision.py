@@ -218,7 +218,7 @@ AROUND: dict[str, Around] = {
 
 @torch.inference_mode()
 def decoded_db(name: str, around: Around) -> float:
-    """Decode stored latents within the context `around`. Returns the signal-to-error ratio to float32 in decibels."""
+    """Decode stored latents within the context `around`. Returns the signal-to-error ratio (dB) against float32."""
     net, latents = loaded(name).autoencoder, load_goldens(name).tensors["ae/latents"]
     audio = net.decode(latents, products=around)
     assert audio.dtype == torch.float32
