@@ -96,7 +96,7 @@ def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
 
 
 def switches() -> list[object]:
-    """Returns whether torch may use TF32, according to its older settings and, if they exist, those of torch 2.9."""
+    """Returns whether torch may use TF32, by its older settings and, if they exist, the settings added in torch 2.9."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     values: list[object] = [matmul.allow_tf32, cudnn.allow_tf32]
     if hasattr(cudnn, "conv"):

@@ -38,7 +38,7 @@ class LayerSlot(NamedTuple):
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Slot:
-    """A folded chain of adapters: for each changed layer, what the chain does to it. `rank` is the largest rank."""
+    """A folded chain of adapters: what the chain does to each changed layer. `rank` is the largest rank of a layer."""
 
     layers: Mapping[str, LayerSlot]
     rank: int

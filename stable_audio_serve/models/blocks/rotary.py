@@ -68,8 +68,8 @@ class HeadAffine:
     """The gain and bias of the query and key norms of one or several layers.
 
     Gain and bias are each stored twice: in the original channel order, and with the two rotated halves swapped. Shapes
-    are ([layers,] 1, 2, 1, head width) float32, where axis -3 has queries, then keys. A tensor is None if the norms do
-    not have it. `rate` is as in RotaryTable.
+    are ([layers,] 1, 2, 1, head width) float32, where axis -3 has queries, then keys. A tensor is None if norms have
+    no such parameter. `rate` is as in RotaryTable.
     """
 
     num_layers: int

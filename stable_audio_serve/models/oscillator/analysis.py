@@ -113,7 +113,7 @@ def _local_median(spectrum: Tensor) -> Tensor:
 
 
 def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the RMS of everything that is not a tone, (frames, bands), and its power in each channel, (2, frames).
+    """Returns the RMS (frames, bands) of what is not a tone, and the power of this noise by channel, (2, frames).
 
     The level of a bin next to a tone is limited to about the local median. Bins whose level can be explained by leakage
     of a tone are ignored.

@@ -57,7 +57,7 @@ class Patched(nn.Module):
 
 
 class SoftNorm(nn.Module):
-    """A bottleneck. Encoding scales and shifts each latent channel and divides all by one standard deviation.
+    """A bottleneck. Encoding scales and shifts each latent channel and divides all channels by one standard deviation.
 
     Decoding multiplies by the standard deviation but does not undo the scale and the shift. If `regularized`, decoding
     first adds weak noise, also at inference.

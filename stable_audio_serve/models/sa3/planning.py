@@ -161,7 +161,7 @@ def _plan_source(
 
 
 def _without_unused_windows(source: SourcePlan, keep_mask: Tensor) -> SourcePlan:
-    """Returns the source of an edit with only those windows that contain a kept frame, or one if no frame is kept.
+    """Returns the source of an edit with only the windows that contain a kept frame, or one window if no frame is kept.
 
     The denoiser gets the latents of kept frames only, so continuing a short source to a long clip encodes the source,
     not the silence after it.
