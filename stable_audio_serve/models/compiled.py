@@ -20,8 +20,8 @@ from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 
 KERNELS = Path("~/.cache/stable-audio-serve/compiled")  # folder of compiled kernels, for reuse by later processes
-# Largest number of compilations per layer. Torch's default of 8 is too small: each combination of differences needs
-# its own compilation, such as one row or several rows, with or without text.
+# Largest number of compilations per layer. Torch's default of 8 is too small: every kind of call needs its own
+# compilation, for example calls with one row and with several rows, each with text and without text.
 _MOST_VARIANTS = 64
 
 

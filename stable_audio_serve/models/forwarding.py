@@ -41,7 +41,7 @@ class ForwardingModel:
         return self._model.adaptable if isinstance(self._model, AdaptableModel) else {}
 
     def runs_in_steps(self, layer: str) -> bool:
-        """Whether `denoise` runs this layer of an adapter file."""
+        """Whether `denoise` runs the layer that adapter files name `layer`."""
         return isinstance(self._model, AdaptableModel) and self._model.runs_in_steps(layer)
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:

@@ -1,8 +1,8 @@
 """A registry of conditioners without weights. They compute features for every latent frame.
 
 A checkpoint's config names a conditioner by its `type`. Model families with local (per-frame) conditioning build their
-conditioners here. Importing a module registers the types that it defines; `models/families.py` imports all of these
-modules.
+conditioners here. Importing a module registers the types that it defines; `models/families.py` imports all modules that
+define conditioners.
 """
 
 from __future__ import annotations

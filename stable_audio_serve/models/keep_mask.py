@@ -16,8 +16,9 @@ def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_
     """Returns a mask (frames,) float32: 1 where the source's latent is kept, 0 where a latent is generated.
 
     A frame is kept if its first sample is at or after the start of the source, before the end of the clip, and outside
-    every inpainting region. Without regions nothing is kept, as in the references. Returns None for a request without
-    source audio to inpaint. `hop` is the number of samples per frame. Raises InvalidRequestError naming the field.
+    every inpainting region. Without regions nothing is kept, as in the reference implementations. Returns None for a
+    request without source audio to inpaint. `hop` is the number of samples per frame. Raises InvalidRequestError naming
+    the field.
 
     With `keep="source"`, a region that continues the source begins at the frame in which the source ends. The latent of
     that frame also encodes silence after the source. If it were kept, the clip could have up to a frame of silence.

@@ -1,8 +1,8 @@
 """The interfaces of the four parts of an audio autoencoder, and a registry of functions that build them.
 
-To add a type of part, decorate its build function (config -> nn.Module) with `register_part(kind, type)`. Import its
-module in `stable_audio_serve/models/families.py`, so that the type is registered before any checkpoint is built.
-Encoding runs pretransform, encoder and bottleneck; decoding runs bottleneck, decoder and pretransform.
+To add a type of part, decorate its build function (config -> nn.Module) with `register_part(kind, type)`. Import the
+function's module in `stable_audio_serve/models/families.py`, so that the type is registered before any checkpoint is
+built. Encoding runs pretransform, encoder and bottleneck; decoding runs bottleneck, decoder and pretransform.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The interface through which the engine uses a model, and the values that they exchange, for all model families.
+"""The interface through which the engine uses a model of any family, and the values that engine and model exchange.
 
 Shapes: B batch rows, C channels, S audio samples, F latent frames, D latent channels, T text tokens.
 """
@@ -113,8 +113,8 @@ class WindowRule:
 class SourcePlan:
     """Source audio prepared for the encoder: `samples` (channels, samples) float32 on the CPU, at the model's rate.
 
-    `samples` are padded or cropped to `frames` latent frames. The encoder processes them in `windows`, whose numbers
-    are latent frames. The engine sets latents that no window keeps to 0.
+    `samples` are padded or cropped to `frames` latent frames. The encoder processes them in `windows`, whose bounds are
+    latent frames. The engine sets latents that no window keeps to 0.
     """
 
     samples: Tensor
@@ -129,7 +129,7 @@ class SourcePlan:
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Everything about one variation of a request that is decided before it reaches the device.
+    """Everything about one variation of a request that is decided before the variation reaches the device.
 
     `frames` is the number of latent frames to generate. It can exceed the clip's length. The first `valid_frames` of
     them take part in attention. `output_samples` is the exact length of the result. `negative_prompt` is None if no
@@ -222,7 +222,7 @@ class StepBatch:
     are padding: they are not keys, and their output is unspecified.
 
     Packed, for a model with `packs_rows`: `x` (1, D, N) has the frames of all rows one after another. `frames` has the
-    number of frames of each row, N in total. `valid_frames` has how many of them, from the first, are valid; `valid` is
+    number of frames of each row, N in total. Only the first `valid_frames` frames of each row are valid; `valid` is
     None. Adjacent rows of equal length are faster.
 
     In these two layouts, `constants` (B, ...) and `by_frame` (B, channels, F) have the conditioning of all rows, by
@@ -283,8 +283,9 @@ class DiffusionModel(Protocol):
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan for each variation of the request.
 
-        `frames` overrides the number of latent frames. It serves to compare a row with a reference that pads the row to
-        the length of its batch. Raises InvalidRequestError naming the field if the model cannot serve the request.
+        `frames` overrides the number of latent frames. It serves to compare a row with a reference implementation that
+        pads the row to the length of its batch. Raises InvalidRequestError naming the field if the model cannot serve
+        the request.
         """
         ...
 
@@ -349,5 +350,5 @@ class AdaptableModel(Protocol):
         ...
 
     def runs_in_steps(self, layer: str) -> bool:
-        """Whether `denoise` runs this layer of an adapter file. The other layers run in `condition`."""
+        """Whether `denoise` runs the layer that adapter files name `layer`. Other layers run in `condition`."""
         ...

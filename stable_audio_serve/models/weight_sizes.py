@@ -11,7 +11,7 @@ from stable_audio_serve.models.config_reader import read_config
 from stable_audio_serve.models.weight_files import read_weights
 
 _DENOISER_KEYS = "model.model."  # prefix of the denoiser's keys, the same in both model families
-_UNUSED = ("decoder.", "lm_head.")  # keys with these texts, in the file of a language model, are not of its encoder
+_UNUSED = ("decoder.", "lm_head.")  # keys that contain these texts do not belong to the text encoder
 _OPEN_TEXT_BYTES = 2  # bytes per weight of a T5, which is loaded as float16 from files of any dtype
 
 

@@ -87,9 +87,10 @@ def load_weights(
     """Fill `modules` from a weight file, one tensor at a time. Returns the tensors that stay memory-mapped.
 
     `modules` maps the prefix of a module's keys in the file to the module, which may be on the meta device. Every
-    parameter and stored buffer is copied to `device` as float32. If a parameter's key begins with a key of `dtypes`, it
-    gets that dtype instead. On a CPU, a tensor that needs no cast stays memory-mapped; `release_pages` can free it.
-    Raises CheckpointError with the first key that is unknown, missing or of another shape, and the number of such keys.
+    parameter and stored buffer is copied to `device` as float32. If a parameter's key begins with a key of `dtypes`,
+    the parameter gets the dtype under that key instead. On a CPU, a tensor that needs no cast stays memory-mapped;
+    `release_pages` can free it. Raises CheckpointError with the first key that is unknown, missing or of another shape,
+    and the number of such keys.
     """
     weights = read_weights(path)
     _check(modules, weights, source=path)

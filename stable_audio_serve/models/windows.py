@@ -11,7 +11,7 @@ from stable_audio_serve.models.protocol import WindowRule, WindowSpan
 WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # as in the reference implementations' chunked encoding and decoding
 LONGEST_FRAMES = 512  # longest window for decoding with a WindowRule
 _REDUNDANT_SHARE = 0.05  # largest number of halo frames (decoded, but not used) per used frame in a window
-WINDOW_GRID = 16  # window lengths are rounded up to multiples, so that windows of different clips can share a batch
+WINDOW_GRID = 16  # window lengths are rounded up to multiples of it, so that windows of several clips can share a batch
 
 
 def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
@@ -40,9 +40,9 @@ def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OV
 def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple: int = 1) -> tuple[WindowSpan, ...]:
     """Returns windows of equal length that overlap by at least `2 * halo` frames.
 
-    The joined results are exact if a frame's result depends on at most `halo` frames before it and `halo` after it.
-    There are as few windows as possible if each keeps at most about `kept` frames, and they are as short as possible.
-    Their length is a multiple of `multiple`.
+    The joined results are exact if a frame's result depends on at most `halo` frames before it and `halo` after it. The
+    number of windows is the smallest with which each keeps at most about `kept` frames. For this number of windows,
+    their length is the smallest possible multiple of `multiple`.
     """
     overlap = 2 * halo
     num_windows = max(math.ceil((frames - overlap) / kept), 1)

@@ -292,7 +292,7 @@ T5_REPO = "google-t5/t5-base"
 
 
 def load_open(home: Path, endpoint: str, **fields: str) -> list[str]:
-    """Check the access to a model, then load it. Returns for each the type of the result, or the error message."""
+    """Check the access to a model, then load it. Returns for each step the type of the result, or the error."""
     entry = resolve_entry("open", **fields)
     actions: tuple[Callable[[ModelEntry], object], ...] = (check_access, load_model)
     results = []

@@ -59,7 +59,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 
 def configure(folder: Path, path: str, value: Any) -> None:
-    """Set the value at the dotted `path` in model_config.json. The value `...` (Ellipsis) removes it."""
+    """Set the value at the dotted `path` in model_config.json. The value `...` (Ellipsis) removes the key."""
     file = folder / "model_config.json"
     config = json.loads(file.read_text())
     *parents, key = path.split(".")

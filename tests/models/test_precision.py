@@ -96,7 +96,7 @@ def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
 
 
 def switches() -> list[object]:
-    """Returns whether torch may use TF32, according to its older settings and, if they exist, those of torch 2.9."""
+    """Returns whether torch may use TF32, by its older settings and, if they exist, the settings added in torch 2.9."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     values: list[object] = [matmul.allow_tf32, cudnn.allow_tf32]
     if hasattr(cudnn, "conv"):
@@ -218,7 +218,7 @@ AROUND: dict[str, Around] = {
 
 @torch.inference_mode()
 def decoded_db(name: str, around: Around) -> float:
-    """Decode stored latents within the context `around`. Returns the signal-to-error ratio to float32 in decibels."""
+    """Decode stored latents within the context `around`. Returns the signal-to-error ratio (dB) against float32."""
     net, latents = loaded(name).autoencoder, load_goldens(name).tensors["ae/latents"]
     audio = net.decode(latents, products=around)
     assert audio.dtype == torch.float32

@@ -1,8 +1,8 @@
 """Applies adapters to the outputs of linear layers, in batches whose rows use different adapters.
 
 A slot (`fold.Slot`) holds the adapters of one row or several. The layer itself runs once for all rows, without
-adapters. A unit is a row of a padded batch or a token of a packed batch. For captured calls, `slot_table` applies the
-slots.
+adapters. A unit is a row of a padded batch or a token of a packed batch. In calls captured as a CUDA graph, the module
+`slot_table` applies the slots.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class LayerSlot(NamedTuple):
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Slot:
-    """A folded chain of adapters: for each changed layer, what the chain does to it. `rank` is the largest rank."""
+    """A folded chain of adapters: what the chain does to each changed layer. `rank` is the largest rank of a layer."""
 
     layers: Mapping[str, LayerSlot]
     rank: int
@@ -139,7 +139,8 @@ def _sum(base: Base, layer: str, *, parts: Sequence[_Part]) -> _Chain:
 def _row_norms(base: Base, layer: str, *, chain: _Chain, parts: Sequence[_Part]) -> Tensor:
     """Returns the row norms (out,) float64 of the changed weight, from scalar products instead of the weight itself.
 
-    Where the adapters almost cancel a row of the base weight, the sum of products loses digits. Such rows are computed.
+    Where the adapters almost cancel a row of the base weight, the sum of products loses digits. The norms of such rows
+    are computed from the rows themselves.
     """
     scale, gains = chain
     squares = scale.square() * base.squared_norms(layer)

@@ -34,7 +34,8 @@ _NEEDED: Mapping[AdapterType, tuple[str, ...]] = {  # tensors of a layer; the fi
 }
 _OPTIONAL = ("U", "V", "baked_vnorm_row")
 _UNSERVED = ("dora-cols", "dora-cols-xs", "bora", "bora-xs")
-_RANK_AXES = {"lora_A": (0,), "lora_B": (1,), "M_xs": (0, 1), "U": (1,), "V": (1,)}  # other tensors are vectors
+# The axes whose length is the rank. Tensors that are not listed are vectors.
+_RANK_AXES = {"lora_A": (0,), "lora_B": (1,), "M_xs": (0, 1), "U": (1,), "V": (1,)}
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _MAX_HEADER_BYTES = 2**20  # the header of a large adapter has 0.2 MB
 _MAX_ALPHA = 2**16
@@ -312,7 +313,8 @@ def _choose_layers(layers: Mapping[str, object], config: Mapping[str, Any]) -> t
 def _expand(patterns: object, warnings: list[str]) -> list[str]:
     """Expand the ranges in patterns: `layers.[0-5]` becomes six texts. Appends to `warnings`.
 
-    A layer is selected if its name contains a text, so that `layers.1` also selects layer 10, as in the reference.
+    A layer is selected if its name contains a text, so that `layers.1` also selects layer 10, as in the reference
+    implementation.
     """
     given = [patterns] if isinstance(patterns, str) else patterns or []
     if not isinstance(given, list) or not all(isinstance(pattern, str) for pattern in given):

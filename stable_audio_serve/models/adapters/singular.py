@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.private_files import make_private_folder, require_own_folder
 
-SINGULAR_VECTORS = Path("~/.cache/stable-audio-serve/singular-vectors")  # folder of files for later processes
+SINGULAR_VECTORS = Path("~/.cache/stable-audio-serve/singular-vectors")  # folder of stored singular vectors
 _REPORT_INTERVAL_S = 5.0
 _CLOSE_VALUES = 1e-4  # relative difference of singular values below which their vectors are ambiguous
 
@@ -138,7 +138,7 @@ def matrix(layer: nn.Module) -> Tensor:
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """Returns 64 hexadecimal digits: the SHA-256 of names, dtypes, shapes and bytes."""
+    """Returns 64 hexadecimal digits: the SHA-256 of the tensors' names, dtypes, shapes and bytes."""
     whole = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         whole.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())

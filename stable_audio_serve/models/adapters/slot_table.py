@@ -1,4 +1,4 @@
-"""Stores slots (folded adapters) at fixed addresses, so that a captured CUDA graph can apply slots stored later."""
+"""Stores slots (folded adapters) at fixed addresses, so that a CUDA graph can apply slots stored after its capture."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class _LayerTable:
 
 
 class SlotTable:
-    """Slots in tensors at fixed addresses, so that a captured CUDA graph applies slots that are written later.
+    """Slots in tensors at fixed addresses, so that a CUDA graph applies slots that are written after its capture.
 
     `a` and `b` of a slot are stored in pages of PAGE_RANK ranks. Index 0 is for rows without adapters. For one thread.
     """

@@ -48,8 +48,8 @@ class Packed:
     """A packed layout that processes one row after another, or adjacent rows of equal length together. This suits a
     CPU, where many small operations are cheap.
 
-    `frames` has the number of latent frames of each row. `valid_frames` has for each row how many of them, counted from
-    the first, are keys in attention.
+    `frames` has the number of latent frames of each row. Of a row's frames, only the first `valid_frames` are keys in
+    attention.
     """
 
     shares_heads = False

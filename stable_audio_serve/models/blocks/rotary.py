@@ -1,7 +1,7 @@
 """Rotary positions in half-split form: channel i of the first rotated half is rotated with channel i of the second.
 
-A table of rotation factors also includes the gain and bias of the norms of queries and keys, so that one operation
-applies both. Independent of attention.
+A table of rotation factors also includes the gain and bias of the norms of queries and keys, so that the operation that
+rotates queries and keys also applies gain and bias. Independent of attention.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RotaryTable(NamedTuple):
 
 
 class RotaryEmbedding(nn.Module):
-    """The rotary frequencies `base^(-2j / rotated)`, in a buffer that the checkpoints contain."""
+    """The frequencies `base^(-2j / rotated)` for `rotated` channels of a head, in a buffer that checkpoints contain."""
 
     inv_freq: Tensor
 
@@ -68,8 +68,8 @@ class HeadAffine:
     """The gain and bias of the query and key norms of one or several layers.
 
     Gain and bias are each stored twice: in the original channel order, and with the two rotated halves swapped. Shapes
-    are ([layers,] 1, 2, 1, head width) float32, where axis -3 has queries, then keys. A tensor is None if the norms do
-    not have it. `rate` is as in RotaryTable.
+    are ([layers,] 1, 2, 1, head width) float32, where axis -3 has queries, then keys. A tensor is None if norms have
+    no such parameter. `rate` is as in RotaryTable.
     """
 
     num_layers: int

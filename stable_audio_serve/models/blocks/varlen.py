@@ -79,7 +79,8 @@ def is_varlen_correct(
 ) -> bool:
     """Whether torch's function `varlen` is correct in the cases that SegmentAttention needs.
 
-    The cases are rows of length 0, rows with fewer keys than queries, and keys in a different order than the rows.
+    The cases are rows of length 0, rows with fewer keys than queries, and contexts stored in another order than the
+    rows.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -120,7 +121,7 @@ class SegmentAttention:
     """
 
     def __init__(self, varlen: VarlenAttention, segments: Segments, *, slots: Tensor | None) -> None:
-        """`slots` (rows,) has the index of each row's context in that tensor; None if no row has a context."""
+        """`slots` (rows,) has the index of each row's context among all contexts; None if no row has a context."""
         self._varlen = varlen
         self._segments = segments
         self._slots = slots

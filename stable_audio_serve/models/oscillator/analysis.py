@@ -25,7 +25,7 @@ from stable_audio_serve.models.oscillator.bank import (
 _PEAK_OVER_MEDIAN = 3.5
 _MEDIAN_BLOCK = 32  # number of spectral bins over which a median is computed
 _LONG, _MIDDLE, _SHORT = 4096, 2048, 512
-# Peaks below this frequency are taken from the long window (exact pitch), higher ones from the middle one (exact time).
+# Peaks below this frequency come from the long window (exact pitch), higher peaks from the middle window (exact time).
 _SPLIT_HZ = 1000.0
 _REGION_EDGES_HZ = (0.0, 700.0, 4000.0, SAMPLE_RATE_HZ / 2 + 1)
 _MAX_SHARPENING = 3.0
@@ -73,7 +73,7 @@ def _spectrum(blocks: Tensor) -> Tensor:
 
 
 class _Peaks:
-    """The spectral peaks between two frequencies: their frequency, their level, and their level in each channel."""
+    """The spectral peaks from `low_hz` to `high_hz`: each peak's frequency, level, and level in each channel."""
 
     def __init__(self, spectrum: Tensor, *, low_hz: float, high_hz: float) -> None:
         both = spectrum.square().mean(dim=0).sqrt()  # level over both channels, (frames, bins)
@@ -91,7 +91,7 @@ class _Peaks:
         self._level = (middle - 0.25 * (left - right) * offset).exp()
 
     def on_oscillators(self) -> Tensor:
-        """Returns amplitudes (frames, oscillators): the level of the strongest peak among those nearest to it."""
+        """Returns amplitudes (frames, oscillators): the level of the strongest peak near each oscillator."""
         index = (A4_INDEX + 24.0 * (self._hertz.clamp(min=1.0) / 440.0).log2()).round().long()
         inside = self._is_peak & (index >= 0) & (index < NUM_OSCILLATORS)
         out = self._level.new_zeros(len(self._level), NUM_OSCILLATORS)
@@ -105,7 +105,7 @@ class _Peaks:
 
 
 def _local_median(spectrum: Tensor) -> Tensor:
-    """Returns the median of the block of _MEDIAN_BLOCK bins that contains each bin, (frames, bins)."""
+    """Returns (frames, bins): for each bin, the median of the block of _MEDIAN_BLOCK bins that contains the bin."""
     num_bins = spectrum.shape[1]
     padded = F.pad(spectrum, (0, -num_bins % _MEDIAN_BLOCK))
     medians = padded.unflatten(1, (-1, _MEDIAN_BLOCK)).median(dim=2).values
@@ -113,7 +113,7 @@ def _local_median(spectrum: Tensor) -> Tensor:
 
 
 def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the RMS of everything that is not a tone, (frames, bands), and its power in each channel, (2, frames).
+    """Returns the RMS (frames, bands) of what is not a tone, and the power of this noise by channel, (2, frames).
 
     The level of a bin next to a tone is limited to about the local median. Bins whose level can be explained by leakage
     of a tone are ignored.

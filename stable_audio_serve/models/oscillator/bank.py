@@ -99,7 +99,7 @@ class OscillatorBank:
         """Returns amplitude, frequency, phase and waves of the oscillators that sound in at least one frame.
 
         Silent oscillators would add exact zeros, so leaving them out changes only the order of summation. On a GPU this
-        returns all oscillators, because the host would have to wait for the device to know which are silent.
+        returns all oscillators: to find the silent ones, the host would have to wait for the device.
         """
         if amplitude.device.type != "cpu":
             return amplitude, self._omega, self._phase, self._waves

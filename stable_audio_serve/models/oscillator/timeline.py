@@ -73,7 +73,7 @@ def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, 
 
 
 class Timeline:
-    """The conditioner of type `timeline`: computes progress through the clip and the beat at the prompt's tempo."""
+    """The conditioner `timeline`. Its features are the progress in the clip, and the beat at the prompt's tempo."""
 
     num_features = NUM_TIMELINE_FEATURES
 

@@ -57,7 +57,7 @@ class Patched(nn.Module):
 
 
 class SoftNorm(nn.Module):
-    """A bottleneck. Encoding scales and shifts each latent channel and divides all by one standard deviation.
+    """A bottleneck. Encoding scales and shifts each latent channel and divides all channels by one standard deviation.
 
     Decoding multiplies by the standard deviation but does not undo the scale and the shift. If `regularized`, decoding
     first adds weak noise, also at inference.
@@ -113,7 +113,7 @@ class AudioAutoencoder(nn.Module):
 
     @property
     def decoder_halo_latents(self) -> int:
-        """How many latents before and after a latent can influence its audio, rounded up to a `latent_multiple`."""
+        """How many latents on each side influence a latent's audio, rounded up to a multiple of `latent_multiple`."""
         reach = self.decoder.halo_latents + -(-self.pretransform.halo_frames // self.decoder.frames_per_latent)
         return -(-reach // self.latent_multiple) * self.latent_multiple
 

@@ -21,7 +21,8 @@ def to_branch(row: DenoiserConditioning) -> BranchConditioning:
     """Returns a single row's conditioning as named tensors.
 
     Local embeddings are in `constants` if they are equal in all frames, else in `by_frame`. A batch can have both kinds
-    of rows, and missing names become zeros. `from_batch` therefore adds the two.
+    of rows, and missing names become zeros. `from_batch` therefore adds the local embeddings in `constants` and in
+    `by_frame`.
     """
     constants, by_frame = {_GLOBAL: row.global_embed[0]}, {}
     if row.context is not None:

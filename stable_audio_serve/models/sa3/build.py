@@ -128,7 +128,7 @@ def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str
 def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components) -> ModelSpec:
     """Returns the model's spec, with `card` completed from the config.
 
-    The card keeps its name and default parameters. Its longest duration becomes that of the config if that is shorter.
+    The card keeps its name and default parameters. Its longest duration is limited to the config's.
     """
     lengths = config.lengths
     longest_s = lengths.max_samples / lengths.sample_rate_hz

@@ -26,10 +26,11 @@ INERT_KEYS = frozenset(
         *("training", "dataset", "svd_bases_path", "distribution_shift_options", "pre_encoded_keys", "checkpointing"),
         *("requires_grad", "enable_grad", "freeze", "freeze_backbone", "zero_init_branch_outputs", "zero_init_output"),
         *("dropout", "attn_dropout", "ff_dropout", "enable_inner_layer_dropout", "cfg_dropout_prob", "dropout_prob"),
-        # The reference ignores the keys on the second line. Those on the first do not change its result: `scale` is 1.
+        # The reference implementation ignores the keys on the second line below. The keys on the first line do not
+        # change its result: `scale` is 1.
         *("iterate_batch", "use_flash", "force_fp32", "auto_scale", "scale", "abs_pos_emb_max_length"),
         *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv"),
-        # The reference behaves as if both keys were true, whatever their values are.
+        # The reference implementation behaves as if both keys were true, whatever their values are.
         *("mask_padding_attention", "use_effective_length_for_schedule"),
         # These keys locate the text encoder. `checkpoint_files` reads them.
         *("model_path", "model_name", "subfolder", "repo_id"),
@@ -38,8 +39,8 @@ INERT_KEYS = frozenset(
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
 MIN_ROTATED = 32  # smallest number of channels with rotary positions in a denoiser head
-# Lengths are rounded to this value if the encoder's config has no `chunk_size`, as in the reference. The encoder itself
-# then uses chunks of 128.
+# Lengths are rounded to this value if the encoder's config has no `chunk_size`, as in the reference implementation. The
+# encoder itself then uses chunks of 128.
 DEFAULT_CHUNK_FRAMES = 32
 
 # The default sampler of each training objective.
@@ -152,7 +153,8 @@ class Sa3Config:
 
     `context_ids` and `global_ids` have ids of conditioners, in the order in which their outputs are concatenated.
     `local_ids` has ids of per-frame inputs, from EDIT_IDS or `frame_conditioners`. `chunked` is true if the reference
-    encodes and decodes in windows. `shift` is the config section about the timestep shift; None: the default shift.
+    implementation encodes and decodes in windows. `shift` is the config section about the timestep shift; None: the
+    default shift.
     """
 
     default_sampler: str

@@ -188,9 +188,9 @@ class Denoiser(nn.Module):
 
     Rows do not affect each other. Invalid frames are never keys, and their output is unspecified. Inputs are cast to
     the weights' dtype, and the result has that dtype. Only the Fourier features of time are computed from the float32
-    value in every precision. (The reference first rounds time to the model's dtype. Near t = 1, the angles of the
-    highest features differ by tens of radians between adjacent float16 numbers, so that a half-precision model would
-    see other times than the sampler uses.)
+    value in every precision. (The reference implementation first rounds time to the model's dtype. Near t = 1, the
+    angles of the highest features differ by tens of radians between adjacent float16 numbers, so that a half-precision
+    model would see other times than the sampler uses.)
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -250,7 +250,8 @@ class Denoiser(nn.Module):
         """Returns the velocity of latents `x` (rows, latent channels, frames) at times `t` (rows,) float32.
 
         `valid` (rows, frames) marks the frames that are not padding; None: all frames. If `packed` is given, `x` and
-        the result are (1, latent channels, frames of all rows), and `conditioning` must be that of a packed batch.
+        the result are (1, latent channels, frames of all rows), and `conditioning` must be the conditioning of a packed
+        batch.
         """
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)

@@ -101,7 +101,7 @@ class Sa3Model(NativeModel):
         return {"model.": self.denoiser} | {f"{CONDITIONERS}{id_}.": net for id_, net in self.numbers.items()}
 
     def runs_in_steps(self, layer: str) -> bool:
-        """Whether `denoise` runs this layer of an adapter file. The other layers run in `condition`."""
+        """Whether `denoise` runs the layer that adapter files name `layer`. Other layers run in `condition`."""
         return layer.startswith("model.") and not any(part in layer for part in CONDITION_LAYERS)
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
@@ -134,7 +134,7 @@ class Sa3Model(NativeModel):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's conditioning, which is the same in all steps. Without guidance it has no second branch.
+        """Returns a row's conditioning, the same in all steps. Without guidance, there is no unconditional branch.
 
         The context of the unconditional branch has the negative prompt and the same numbers as the conditional branch.
         The padding of the negative prompt is zero instead of the learned vector. Without a negative prompt, the

@@ -40,10 +40,10 @@ def plan_rows(
 ) -> tuple[RowPlan, ...]:
     """Returns one plan per variation. The plans differ only in their seed and their prompt.
 
-    `decode_rule` is the rule for decoding in windows. It is not used if the request or the config selects the
-    reference's windows or a single window. `shift` is the model's timestep shift. `frames` overrides the number of
-    latent frames; the duration is then not limited, and a clip that is longer is cut. Raises InvalidRequestError naming
-    the field.
+    `decode_rule` is the rule for decoding in windows. It is not used if the request or the config selects the reference
+    implementation's windows or a single window. `shift` is the model's timestep shift. `frames` overrides the number of
+    latent frames; the duration is then not limited, and a clip longer than these frames is cut. Raises
+    InvalidRequestError naming the field.
     """
     check_request(request)
     for field, level in (("sigma_min", request.sigma_min), ("sigma_max", request.sigma_max), ("rho", request.rho)):
@@ -161,7 +161,7 @@ def _plan_source(
 
 
 def _without_unused_windows(source: SourcePlan, keep_mask: Tensor) -> SourcePlan:
-    """Returns the source of an edit with only those windows that contain a kept frame, or one if no frame is kept.
+    """Returns the source of an edit with only the windows that contain a kept frame, or one window if no frame is kept.
 
     The denoiser gets the latents of kept frames only, so continuing a short source to a long clip encodes the source,
     not the silence after it.

@@ -92,7 +92,7 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
 def _sine_layers(config: ConfigReader, depth: int) -> int:
     """Returns how many layers, counted from the last, use a sine as activation: `sinusoidal_blocks` minus 1.
 
-    The reference also subtracts 1.
+    The reference implementation also subtracts 1.
     """
     if "sinusoidal_blocks" not in config:
         return 0

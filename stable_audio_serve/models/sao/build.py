@@ -24,7 +24,7 @@ from stable_audio_serve.models.weight_files import release_pages
 from stable_audio_serve.models.weights import load_weights, require_exact_float32, skipping_random_weights
 
 DENOISER_KEYS = "model.model."
-_TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the reference
+_TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the reference implementation
 
 
 def load_sao(

@@ -19,8 +19,8 @@ _NUM_FREQUENCIES = 128
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """Load the encoder of a T5. Raises CheckpointError if a file or key is missing.
 
-    For checkpoints, `dtype` must be float16, as in the reference. Compared with float32, float16 changes the output of
-    T5 by up to 1e-2.
+    For checkpoints, `dtype` must be float16, as in the reference implementation. Compared with float32, float16 changes
+    the output of T5 by up to 1e-2.
     """
     tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5)
     width = int(encoder.config.d_model)  # type: ignore[union-attr, arg-type]

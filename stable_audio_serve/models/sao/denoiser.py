@@ -88,8 +88,8 @@ class ScaledLayerNorm(nn.Module):
 class GroupedCrossAttention(nn.Module):
     """Cross-attention to a context without positions. Consecutive query heads may share a head of keys and values.
 
-    Padding tokens of the context are not masked, as in the references. Their values are zero, but their scores are part
-    of the softmax.
+    Padding tokens of the context are not masked, as in the reference implementations. Their values are zero, but their
+    scores are part of the softmax.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:

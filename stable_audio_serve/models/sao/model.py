@@ -123,10 +123,10 @@ class SaoModel(NativeModel):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's conditioning, which is the same in all steps. Without guidance it has no second branch.
+        """Returns a row's conditioning, the same in all steps. Without guidance, there is no unconditional branch.
 
         The context of the unconditional branch has the tokens and numbers of the negative prompt. Without a negative
-        prompt, the unconditional branch has no context. Its global vector is always that of the conditional branch.
+        prompt, the unconditional branch has no context. Both branches have the same global vector.
         """
         numbers = self._embed_numbers(plan.numbers)
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)

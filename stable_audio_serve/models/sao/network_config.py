@@ -66,8 +66,8 @@ class DenoiserConfig:
     """The dimensions of the diffusion transformer.
 
     `key_width` is the total width of the keys, and of the values, in cross-attention. If it is less than `width`, there
-    are fewer heads of keys and values than query heads (`num_heads`), and several query heads share one of them. If
-    `projects_context`, the context is first projected to the network's width.
+    are fewer heads of keys and values than query heads (`num_heads`), and several query heads share a head of keys and
+    values. If `projects_context`, the context is first projected to the network's width.
     """
 
     latent_channels: int
@@ -134,8 +134,8 @@ def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
 class OobleckConfig:
     """The dimensions of the autoencoder.
 
-    `widths` has the channels of each resolution, from audio to latents, and one more entry than `strides`. Encoding
-    divides the latents by `scale`.
+    `widths` has the number of channels at each resolution, from audio to latents: one more number than `strides`.
+    Encoding divides the latents by `scale`.
     """
 
     channels: int

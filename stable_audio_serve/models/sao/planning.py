@@ -34,7 +34,8 @@ from stable_audio_serve.sampling.schedules import (
 )
 from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_path
 
-# The reference's lowest and highest noise level. By default, the lowest level is at most _MIN_SHARE of the highest one.
+# The reference implementation's lowest and highest noise level. By default, the lowest level is at most _MIN_SHARE of
+# the highest one.
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
 
@@ -203,13 +204,13 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
                 message = f"sigma_min must be below the level of the edit, {level:g}, got {request.sigma_min:g}"
                 raise InvalidRequestError(message, field="sigma_min", allowed=f"below {level:g}")
     lowest = request.sigma_min
-    if lowest is None or over_time:  # these samplers ignore the request's sigma_min
+    if lowest is None or over_time:  # samplers over time ignore the request's sigma_min
         lowest = min(SIGMA_MIN, highest * _MIN_SHARE)
     return SigmaRange(lowest, highest, 1.0 if request.rho is None else request.rho)
 
 
 def _first_time(sigma_max: float | None) -> float:
-    """Returns the time at which a flow model starts from noise: `sigma_max` but at most 1, as in the reference."""
+    """Returns the time at which a flow model starts: `sigma_max` but at most 1, as in the reference implementation."""
     time = 1.0 if sigma_max is None else min(sigma_max, 1.0)
     if not time >= MIN_NOISE_LEVEL:
         allowed = f"at least {MIN_NOISE_LEVEL:g}"

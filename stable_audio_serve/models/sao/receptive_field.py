@@ -28,7 +28,7 @@ def decoder_halo(config: OobleckConfig) -> int:
 
 
 def encoder_halo(config: OobleckConfig) -> int:
-    """Returns how many frames of audio on each side of a latent frame can influence the frame's latent."""
+    """Returns how many frames of `hop` samples on each side of a latent frame can influence the frame's latent."""
     low, high = -_CODE_REACH, _CODE_REACH
     for stride in reversed(config.strides):
         padding = math.ceil(stride / 2)

@@ -1,1 +1,1 @@
-"""Runs Stable Audio Open models with the package stable-audio-tools, if their config needs networks not built here."""
+"""Runs Stable Audio Open models with the package stable-audio-tools, if `models.sao` does not support their config."""

@@ -41,7 +41,7 @@ class PromptInput:
 
 @dataclass(frozen=True, slots=True)
 class NumberInput:
-    """A number conditioner. `source` is the number of a request that it embeds, one of `NUMBER_IDS`."""
+    """A number conditioner. `source` (one of `NUMBER_IDS`) is the request's number that the conditioner embeds."""
 
     id: str
     source: str

@@ -89,7 +89,7 @@ class PackageModel:
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
         """Returns the latents (latent channels, frames) float32 of each window.
 
-        When the package's autoencoder draws random numbers, it gets those of the window's `noise`.
+        When the package's autoencoder draws random numbers, it gets values of the window's `noise`.
         """
         latents = []
         for window in windows:
@@ -108,7 +108,7 @@ class PackageModel:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's conditioning, which is the same in all steps. Without guidance it has no second branch.
+        """Returns a row's conditioning, the same in all steps. Without guidance, there is no unconditional branch.
 
         As in the package, the unconditional branch has the context of the negative prompt, or zeros without a negative
         prompt. Its prepended tokens are zero. Its other inputs are the same as in the conditional branch.

@@ -108,7 +108,7 @@ class _Resample:
 
 
 # Stub modules, and the names that stable-audio-tools imports from them. It uses torchaudio and torchvision only for
-# training, or for work that this server does elsewhere. The real torchaudio often does not match the installed torch.
+# training, or for work that this server does itself. The real torchaudio often does not match the installed torch.
 _TORCHAUDIO: Mapping[str, Mapping[str, Any]] = {"torchaudio": {}, "torchaudio.transforms": {"Resample": _Resample}}
 _TORCHVISION: Mapping[str, Mapping[str, Any]] = {
     "torchvision": {},

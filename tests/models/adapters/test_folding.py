@@ -127,7 +127,7 @@ def test_strengths_have_bounds(kind: str) -> None:
 
 @pytest.mark.parametrize("left", [3e-3, 3e-4, 1e-6])
 def test_rows_that_an_adapter_cancels_keep_their_direction(tmp_path: Path, left: float) -> None:
-    """A LoRA of full rank leaves a row of random values times `left`, and a DoRA after it restores the norm to 1."""
+    """A LoRA of full rank changes the weight to random values times `left`. A DoRA then restores row norms of 1."""
     base = make_base()
     weight = base.weight(LINEAR)
     identity, rest = torch.eye(11), torch.randn(7, 11)

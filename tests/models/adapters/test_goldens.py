@@ -1,4 +1,4 @@
-"""With adapters, the denoiser and the number conditioner give the stored outputs of the reference.
+"""With adapters, the denoiser and the number conditioner give the stored outputs of the reference code.
 
 Cases without a stored output are compared with a denoiser whose whole weights are changed in float64.
 """
@@ -96,7 +96,7 @@ def test_a_chain_of_two_matches_the_reference(key: str, strengths: tuple[float, 
 
 
 def test_the_reference_loses_layers_that_are_new_in_a_chain() -> None:
-    """The reference applies a second adapter only to layers that the first one changes; this package to all layers."""
+    """In the reference code, a second adapter changes only layers that the first one changes; here, all layers."""
     first, second = fitted("dora_rows_layers"), read_adapter(FOLDER / "lora_all.safetensors")
     kept = {layer: parts for layer, parts in second.layers.items() if layer in first.layers}
     expected = stored()["stack_dora_rows_layers+lora_all/dit_out"]

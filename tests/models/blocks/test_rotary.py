@@ -25,8 +25,8 @@ def make_norm(kind: str, width: int, seed: int) -> nn.Module:
 def turn_pair_by_pair(x: Tensor, rotated: int) -> Tensor:
     """Apply the rotary embedding to x (batch, positions, heads, channels), one pair of channels after another.
 
-    Only the first `rotated` channels are rotated. Channel j of the first half of these and channel j of their second
-    half form a pair.
+    Only the first `rotated` channels are rotated. Channel j of their first half and channel j of their second half form
+    a pair.
     """
     out, half = x.clone(), rotated // 2
     for position in range(x.shape[1]):

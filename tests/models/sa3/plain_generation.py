@@ -104,7 +104,7 @@ def make_even_schedule(steps: int, level: float) -> list[float]:
 
 
 class PlainRun:
-    """Runs a request for one clip. The latent noise is drawn as in the reference; the autoencoder adds none."""
+    """Runs a request for one clip. The latent noise is drawn as in the reference code; the autoencoder adds none."""
 
     def __init__(self, model: PlainModel, request: GenerationRequest, *, padding_s: float) -> None:
         self.model, self.request = model, request

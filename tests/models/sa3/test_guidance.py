@@ -15,7 +15,7 @@ from tests.models.loaded import assert_near, loaded
 
 WITHIN = 2e-4
 NAME = re.compile(r"dit/cfg(?P<cfg>\d+)_(?P<branch>neg|null)_apg(?P<apg>\d+)(?P<variant>.*)")
-# Without the cases "vzero", in which the reference ran code for CPUs that has no counterpart in the package.
+# Without the cases "vzero", in which the reference code ran a path for CPUs that has no counterpart in the package.
 CASES = [
     (name, key)
     for name in SHARP
@@ -50,7 +50,7 @@ def test_guided_velocity_matches_the_reference(name: str, key: str) -> None:
         row = net.condition(g("cross_attn_cond"), g("global_cond"), local=g("local_add_cond"))
         away = row.without_context()
         if case["branch"] == "neg":
-            # The padding of a negative prompt is zero; that of a prompt is a learned vector.
+            # The padding of a negative prompt is zero; the padding of a prompt is a learned vector.
             context = g("negative_cross_attn_cond") * g("negative_cross_attn_mask")[..., None]
             away = net.condition(context, g("global_cond"), local=g("local_add_cond"))
         out = guide(

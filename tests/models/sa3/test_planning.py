@@ -60,7 +60,7 @@ def test_a_plan_makes_the_references_draws(name: str, case: str) -> None:
     for source in (plan.init_source, plan.inpaint_source):
         if source and model.spec.noisy_source_encoder:
             width = encoder.layers["0"].config.width
-            # The reference also encodes windows of silence that the denoiser does not use.
+            # The reference code also encodes windows of silence that the denoiser does not use.
             expected += [(span.stop - span.start, 1, width) for span in chunked_windows(plan.frames)]
     expected += [(*latents, plan.frames) for evaluation in plan.sampler.evaluations if evaluation.draws_noise]
     for span in plan.decode_windows:
@@ -81,7 +81,7 @@ def test_variations_differ_only_in_their_seed() -> None:
 
 
 def test_only_windows_with_kept_frames_are_encoded() -> None:
-    """A continuation of one second encodes the first window only. A region inside a clip keeps all windows after it."""
+    """A continuation of one second encodes the first window only. With a region inside the clip, all are encoded."""
     model = loaded("sharp-s")
     longest_s = model.spec.card.max_duration_s
     everything = one(duration_s=longest_s, init_audio=make_clip()).init_source

@@ -28,7 +28,7 @@ def test_official_shapes(name: str) -> None:
     conditioners = size(model.prompt, *model.numbers.values())
     assert size(model.denoiser) == denoiser
     with torch.device("meta"):
-        # Built again, because loading changes the parameters, and the published numbers count those in the file.
+        # Built again, because loading changes the parameters. The published numbers count the parameters in the file.
         assert size(AudioAutoencoder(model.config.autoencoder)) == autoencoder
     assert conditioners == (3, 198_144)
     assert denoiser[0] + autoencoder[0] + conditioners[0] == total

@@ -1,6 +1,6 @@
 """Samplers, transformer and autoencoder of the package reproduce whole runs of the reference code.
 
-Random numbers are drawn as in the reference, and the conditioning is that stored with its runs.
+Random numbers are drawn as in the reference code, and the conditioning is stored with the runs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def sampler_of(name: str, arguments: dict[str, Any]) -> str:
 
 
 def make_noise(name: str, arguments: dict[str, Any], shape: tuple[int, int, int]) -> ReplayNoise:
-    """Returns a noise source that draws in the reference's order: initial noise, source encoder, sampler."""
+    """Returns a noise source that draws in the reference code's order: initial noise, source encoder, sampler."""
     steps, sampler, level = arguments["steps"], sampler_of(name, arguments), arguments.get("init_noise_level")
     script: list[ReplayDraw | ReplayPath] = [ReplayDraw("initial", 0, shape)]
     if level is not None:
@@ -99,7 +99,7 @@ def encode_source(name: str, facts: dict[str, Any], noise: ReplayNoise) -> Tenso
 def guided_networks(
     net: Denoiser, wanted: DenoiserConditioning, other: DenoiserConditioning, *, scale: float, phi: float
 ) -> tuple[Network, Network]:
-    """Returns two functions of (x, t): the network with guidance, by the reference's formula, and without a prompt."""
+    """Returns functions of (x, t): the guided network, by the reference code's formula, and the unguided network."""
 
     def unguided(x: Tensor, t: float) -> Tensor:
         return net(x, torch.tensor([t]), conditioning=other)
