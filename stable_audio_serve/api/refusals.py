@@ -71,7 +71,7 @@ class Refusals(Generic[Row, Fault, Answer]):
     internal_message: str
     """May contain `{request_id}`."""
     parse_fault: Callable[[Request, Mapping[str, Any]], Sequence[Fault]]
-    """Converts an entry of FastAPI's list of invalid fields to the dialect's form."""
+    """Converts an entry of FastAPI's list of invalid fields to the faults that the dialect reports."""
     find_fault: Callable[[Request, StableAudioError], Fault | None] = _no_fault
     """Returns the invalid field of an error that the dialect reports like an invalid field, else None."""
     name_field: Callable[[Fault], Any]

@@ -91,7 +91,9 @@ class _Peaks:
         self._level = (middle - 0.25 * (left - right) * offset).exp()
 
     def on_oscillators(self) -> Tensor:
-        """Returns amplitudes (frames, oscillators): the level of the strongest peak near each oscillator."""
+        """Returns the amplitude of each oscillator (frames, oscillators). A peak counts for its nearest oscillator; the
+        strongest peak of an oscillator sets its amplitude.
+        """
         index = (A4_INDEX + 24.0 * (self._hertz.clamp(min=1.0) / 440.0).log2()).round().long()
         inside = self._is_peak & (index >= 0) & (index < NUM_OSCILLATORS)
         out = self._level.new_zeros(len(self._level), NUM_OSCILLATORS)

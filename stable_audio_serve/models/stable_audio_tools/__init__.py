@@ -1,1 +1,1 @@
-"""Runs Stable Audio Open models with the package stable-audio-tools, if `models.sao` does not support their config."""
+"""Runs Stable Audio Open models with the package stable-audio-tools, for configs that `models.sao` does not support."""
