@@ -109,7 +109,7 @@ class StandInDevice:
 
     @contextmanager
     def section(self, name: str) -> Iterator[HostWork]:
-        """Count the work within this context in a new section. It does not count in an outer section."""
+        """Count the work within this context in a new section. Outer sections do not count this work."""
         work = HostWork()
         self.sections.append((name, work))
         self._open.append(work)
@@ -125,7 +125,7 @@ class StandInDevice:
         work.origins[f"wait {reason} {_origin()}"] += 1
 
     def run(self, operation: Any, *, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run and count an operation on this device. It must not be composite, that is, consist of other operations."""
+        """Run and count an operation on this device. Composite operations, which consist of others, are not allowed."""
         name = operations.name_of(operation)
         tensors = [leaf for leaf in operations.leaves((args, *kwargs.values())) if isinstance(leaf, Tensor)]
         target = kwargs.get("device")

@@ -30,7 +30,7 @@ ACROSS_DEVICES = 5e-3
 
 
 class LatentNoiseOnly(SeededNoise):
-    """Noise for the latents, and zeros for the autoencoder, because its noise differs between kinds of device."""
+    """Noise for the latents, and zeros for the autoencoder, whose noise differs between kinds of device."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
