@@ -65,8 +65,8 @@ class Profile:
 async def prove(
     make: Callable[[Features, Mode], Generator], features: Features, *, spec: ModelSpec, mode: Mode
 ) -> Profile:
-    """Run the battery with `features` and without, and compare the audio. Returns a profile with `features` if both
-    agree, else the plain profile with the reason.
+    """Run the battery with `features` and without, and compare the audio. Returns a profile with `features` if
+    the audio agrees, else the plain profile with the reason.
 
     In strict mode, the audio with CUDA graphs, the second stream and asynchronous copies must have the same bits as
     without. With all features, the difference must be at least 50 dB below the audio's level. `make` builds an engine
