@@ -162,7 +162,7 @@ def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None,
     without that paper's momentum.
     """
     clean = _valid_only(clean, valid)
-    # To avoid a division by 0. The values are those of the reference implementations without and with a mask.
+    # To avoid a division by 0. The reference implementations use 1e-12 without a mask and 1e-8 with a mask.
     floor = 1e-12 if valid is None else 1e-8
     direction = clean / add_up(clean * clean).sqrt().clamp(min=floor)
     along = add_up(_valid_only(difference * direction, valid))

@@ -63,7 +63,8 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
     (n/t) x + (1 - n)(1 - e^-h) d', where h = lambda(n) - lambda(t) and lambda(t) = ln((1 - t) / t).
 
     d' is extrapolated from the clean estimates x - t v of the previous and this step, except in the last step. In the
-    step after t = 1, where lambda is -inf, the extrapolation has weight 0. Registers: x, the previous clean estimate.
+    step after t = 1, where lambda is -inf, the extrapolation has weight 0. Registers: x and the clean estimate of the
+    previous step.
     """
     writer, guided = PlanWriter(2), guided_times(guidance)
     values: list[float] = times.tolist()
@@ -84,7 +85,7 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
 def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
     """The classical Runge-Kutta method of order 4. Each step calls the network last at its end time, even if this is 0.
 
-    Registers: x, the network's next input, and x plus the weighted slopes of this step so far.
+    Three registers: x; the network's next input; x plus the weighted slopes of this step so far.
     """
     writer, guided = PlanWriter(3), guided_times(guidance)
     for current, following in itertools.pairwise(times):
