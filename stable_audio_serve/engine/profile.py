@@ -119,8 +119,8 @@ async def _run(engine: Generator, requests: Sequence[GenerationRequest]) -> list
     """Run all requests at once, then again in reverse order. Returns the audio of both runs, each in the order of
     `requests`. Closes the engine.
 
-    In the second run, calls that were captured in the meantime replay their CUDA graphs. These are few, but every graph
-    is compared with the eager call anyway when it is first used (`Graphs.confirm`).
+    In the second run, calls that were captured in the meantime replay their CUDA graphs. Only few calls are captured by
+    then, but every graph is compared with the eager call anyway when the graph is first used (`Graphs.confirm`).
     """
     try:
         await engine.start()

@@ -1,7 +1,8 @@
 """The flow samplers of the Stable Audio Open models. This module has what differs from the samplers of Stable Audio 3.
 
-Euler and ping-pong differ only in their times. DPM-Solver++ here does not limit the log-SNR, which is infinite for pure
-noise, so its second step cannot extrapolate. RK4 here uses evenly spaced times down to 0.
+Euler and ping-pong are the same as for Stable Audio 3, but at other times. DPM-Solver++ here does not limit the
+log-SNR, which is infinite for pure noise, so its second step cannot extrapolate. RK4 here uses evenly spaced times down
+to 0.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class HostWork:
 
 
 class StandInTensor(torch.Tensor):
-    """A tensor that reports the stand-in device. The CPU tensor `held` has its values."""
+    """A tensor that reports the stand-in device. Its values are in the CPU tensor `held`."""
 
     held: Tensor
 
@@ -242,7 +242,7 @@ def _without_lists(index: Any) -> Any:
 
 
 class _Generator(torch.Generator):
-    """A generator that is on the CPU if one on the stand-in device is requested."""
+    """A random generator. If the stand-in device is requested, it is on the CPU instead."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         on_host = "cpu" if torch.device(device).type == DEVICE.type else device
