@@ -302,7 +302,7 @@ def _release_result(job: Future[HeldSlots]) -> None:
 
 
 def _active(loras: Sequence[Lora], t: float) -> tuple[Lora, ...]:
-    """Returns the adapters that apply at time `t`, without those of strength 0. Times are compared in float32."""
+    """Returns the adapters that apply at time `t` and whose strength is not 0. Times are compared in float32."""
     time = np.float32(t)
     return tuple(
         lora for lora in loras if lora.strength and np.float32(lora.interval[0]) <= time <= np.float32(lora.interval[1])

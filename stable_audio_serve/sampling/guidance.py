@@ -170,9 +170,9 @@ def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None,
 
 
 def _rescale(velocity: Tensor, v_cond: Tensor, *, amount: Tensor) -> Tensor:
-    """Scale each frame of `velocity` so that its standard deviation over the channels moves towards that of `v_cond`.
+    """Scale each frame of `velocity` so that its standard deviation over the channels is nearer to the one of `v_cond`.
 
-    If `amount` is 1, the two standard deviations become equal. If it is 0, nothing changes.
+    If `amount` is 1, the two standard deviations become equal. If `amount` is 0, nothing changes.
     """
     matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
     return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)
