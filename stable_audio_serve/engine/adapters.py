@@ -290,7 +290,7 @@ class Adapters:
         return fitted
 
     def _finish_device_work(self) -> None:
-        """Wait for the device. Slots are made on the stream of the loading thread, and used on another stream."""
+        """Wait for the device, because the engine's thread may use slots on another stream than the loading thread."""
         if self._model.device.type != "cpu":
             torch.accelerator.synchronize(self._model.device)
 

@@ -69,9 +69,9 @@ async def prove(
     the audio agrees, else the plain profile with the reason.
 
     In strict mode, the audio with CUDA graphs, the second stream and asynchronous copies must have the same bits as
-    without. With all features, the difference must be at least 50 dB below the audio's level. `make` builds an engine
-    with some features and a mode, and does not start it. The engines of the battery are closed afterwards, so audio
-    from a wrong feature never reaches a client.
+    without these three. With all features, the difference must be at least 50 dB below the audio's level. `make` builds
+    an engine with some features and a mode, and does not start it. The engines of the battery are closed afterwards, so
+    audio from a wrong feature never reaches a client.
     """
     requests = battery(spec)
     try:

@@ -84,7 +84,7 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
 
 
 def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """The classical Runge-Kutta method of order 4. Each step calls the network last at its end time, even if this is 0.
+    """The classical Runge-Kutta method of order 4. The last call of each step is at the step's end, even at time 0.
 
     Three registers: x; the network's next input; x plus the weighted slopes of this step so far.
     """

@@ -103,7 +103,7 @@ class _Operation:
 
 @dataclass(eq=False)
 class _Operations(TorchDispatchMode):
-    """Runs torch operations to get the shapes of their results. Records them, so that they can be undone and redone."""
+    """Runs torch operations to get the shapes of their results. Records the operations, to undo and redo them later."""
 
     operations: list[_Operation] = field(default_factory=list)
 
