@@ -51,7 +51,7 @@ class HeldSlots:
         return len({id(slot) for slot in self.by_evaluation}) <= 1
 
     def release(self) -> None:
-        """Allow the slots to be dropped from memory when other adapters need it. A second call has no effect."""
+        """Allow the slots to be dropped when other adapters need the memory. A second call has no effect."""
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -271,7 +271,7 @@ class Adapters:
     def _adapter(self, lora: Lora) -> FittedAdapter:
         key = _identity(lora, self._fetch)
         if (found := self._cache.take(key)) is not None:
-            self._cache.give_back([key])  # needs no user count: the caller holds a reference until it is folded
+            self._cache.give_back([key])  # needs no user count: the caller refers to the adapter until folding
             assert isinstance(found, FittedAdapter)
             return found
         began = self._clock.monotonic()
@@ -290,7 +290,7 @@ class Adapters:
         return fitted
 
     def _finish_device_work(self) -> None:
-        """Wait for the device, because the engine's thread uses slots on another stream than this thread."""
+        """Wait for the device, because the engine's thread may use slots on another stream than the loading thread."""
         if self._model.device.type != "cpu":
             torch.accelerator.synchronize(self._model.device)
 
@@ -302,7 +302,7 @@ def _release_result(job: Future[HeldSlots]) -> None:
 
 
 def _active(loras: Sequence[Lora], t: float) -> tuple[Lora, ...]:
-    """Returns the adapters that apply at time `t`, without those of strength 0. Times are compared in float32."""
+    """Returns the adapters that apply at time `t` and whose strength is not 0. Times are compared in float32."""
     time = np.float32(t)
     return tuple(
         lora for lora in loras if lora.strength and np.float32(lora.interval[0]) <= time <= np.float32(lora.interval[1])
@@ -310,7 +310,7 @@ def _active(loras: Sequence[Lora], t: float) -> tuple[Lora, ...]:
 
 
 def _identity(lora: Lora, fetch: Callable[[str], Path]) -> Hashable:
-    """Returns a key of the adapter: its hash, or if the request has none, the path, time and size of its file."""
+    """Returns a key of the adapter: its hash, or if the request gives no hash, the path, time and size of its file."""
     if lora.sha256:
         return lora.sha256, lora.has_conditioners
     path = fetch(lora.source)

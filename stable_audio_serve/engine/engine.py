@@ -276,8 +276,8 @@ class Engine:
         return self._model.spec
 
     def describe_profile(self) -> str:
-        """Describe the profile in one line: its name, why it is plain if it is, and each feature of it that could not
-        be used, with the reason.
+        """Describe the profile in one line: its name, the reason if it is plain, and each of its features that could
+        not be used, with the reason.
         """
         own = [str(self.profile)]
         if self.profile.features.packing and self.mode == "fast" and not self.spec.packs_segments:
@@ -400,8 +400,8 @@ def _close_loops(result: GenerationResult, request: GenerationRequest, *, loop: 
 def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: RowPlan) -> GenerationResult:
     """Copy the parts of the source that the request keeps into the audio of `result`, in place.
 
-    Returns `result` with `generated` set to the other parts. Returns it unchanged if the request edits no regions, or
-    if its `keep` is "model".
+    Returns `result` with `generated` set to the parts of each clip that are not copied. Returns `result` unchanged if
+    the request edits no regions, or if the request's `keep` is "model".
     """
     given, source = request.inpaint_audio, plan.inpaint_source
     if given is None or source is None or request.keep == "model" or not request.inpaint_regions_s:

@@ -65,13 +65,13 @@ class Profile:
 async def prove(
     make: Callable[[Features, Mode], Generator], features: Features, *, spec: ModelSpec, mode: Mode
 ) -> Profile:
-    """Run the battery with `features` and without, and compare the audio. Returns a profile with `features` if both
-    agree, else the plain profile with the reason.
+    """Run the battery with `features` and without, and compare the audio. Returns a profile with `features` if
+    the audio agrees, else the plain profile with the reason.
 
     In strict mode, the audio with CUDA graphs, the second stream and asynchronous copies must have the same bits as
-    without. With all features, the difference must be at least 50 dB below the audio's level. `make` builds an engine
-    with some features and a mode, and does not start it. The engines of the battery are closed afterwards, so audio
-    from a wrong feature never reaches a client.
+    without these three. With all features, the difference must be at least 50 dB below the audio's level. `make` builds
+    an engine with some features and a mode, and does not start it. The engines of the battery are closed afterwards, so
+    audio from a wrong feature never reaches a client.
     """
     requests = battery(spec)
     try:
@@ -119,8 +119,8 @@ async def _run(engine: Generator, requests: Sequence[GenerationRequest]) -> list
     """Run all requests at once, then again in reverse order. Returns the audio of both runs, each in the order of
     `requests`. Closes the engine.
 
-    In the second run, calls that were captured in the meantime replay their CUDA graphs. These are few, but every graph
-    is compared with the eager call anyway when it is first used (`Graphs.confirm`).
+    In the second run, calls that were captured in the meantime replay their CUDA graphs. Only few calls are captured by
+    then, but every graph is compared with the eager call anyway when the graph is first used (`Graphs.confirm`).
     """
     try:
         await engine.start()

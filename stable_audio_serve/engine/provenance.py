@@ -42,7 +42,7 @@ def describe_engine(
     depends_on_threads = is_cpu and (is_fast or not is_amd())
     return Provenance(
         version=__version__,
-        torch=str(torch.__version__),  # without `str` it is a class of torch, which must be imported to unpickle it
+        torch=str(torch.__version__),  # without `str`, unpickling the value would import torch
         mode=mode,
         processor=name_processor(device),
         loaded=loaded,
@@ -61,8 +61,8 @@ def complete_provenance(
     """Return `provenance` with the parameters of one request. Parameters that the request does not set have the model's
     defaults.
 
-    If the model reads only the first characters of a prompt, the number of these characters is added. It is the fewest
-    of all variations.
+    If the model reads only the first characters of a prompt, the number of these characters is added. If the number
+    differs between variations, the smallest is added.
     """
     card = spec.card
     edits_by_time = request.init_audio is not None and card.objective != "v"

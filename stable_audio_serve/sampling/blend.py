@@ -7,8 +7,8 @@ Equations" (arXiv 2011.13456, appendix I.2).
 
 A sampler keeps several latents per clip, its registers. Only the register that the network reads next is blended, at
 the noise level of the next evaluation. The other registers (earlier clean estimates or slopes, intermediate points)
-need no blend. Updates are element-wise, so the kept frames of these registers affect only kept frames of other
-registers, and those are replaced before the network reads them.
+need no blend. Updates are element-wise, so the kept frames of a register affect only the kept frames of other
+registers, and a register's kept frames are replaced before the network reads the register.
 
 eps' is drawn once per clip. The kept frames then change smoothly from step to step, which suits samplers that
 extrapolate, and steps need no extra random numbers or copies. Drawing a new eps' in each step is not better overall.

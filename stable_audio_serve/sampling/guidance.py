@@ -162,7 +162,7 @@ def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None,
     without that paper's momentum.
     """
     clean = _valid_only(clean, valid)
-    # To avoid a division by 0. The values are those of the reference implementations without and with a mask.
+    # To avoid a division by 0. The reference implementations use 1e-12 without a mask and 1e-8 with a mask.
     floor = 1e-12 if valid is None else 1e-8
     direction = clean / add_up(clean * clean).sqrt().clamp(min=floor)
     along = add_up(_valid_only(difference * direction, valid))
@@ -170,9 +170,9 @@ def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None,
 
 
 def _rescale(velocity: Tensor, v_cond: Tensor, *, amount: Tensor) -> Tensor:
-    """Scale each frame of `velocity` so that its standard deviation over the channels moves towards that of `v_cond`.
+    """Scale each frame of `velocity` so that its standard deviation over the channels is nearer to the one of `v_cond`.
 
-    If `amount` is 1, the two standard deviations become equal. If it is 0, nothing changes.
+    If `amount` is 1, the two standard deviations become equal. If `amount` is 0, nothing changes.
     """
     matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
     return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)

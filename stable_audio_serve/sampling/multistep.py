@@ -22,8 +22,8 @@ _X = register(0)
 def dpmpp_2m(network: VNetwork, sigmas: Sequence[float]) -> None:
     """DPM-Solver++(2M), arXiv 2211.01095. A step from sigma s to n sets x to (n/s) x + (1 - e^-h) d', h = ln s - ln n.
 
-    d' is extrapolated from the clean estimates of the previous step and of this step. Registers: x, the previous clean
-    estimate.
+    d' is extrapolated from the clean estimates of the previous step and of this step. Registers: x and the clean
+    estimate of the previous step.
     """
     earlier: float | None = None
     for s, n in itertools.pairwise(sigmas):
@@ -42,7 +42,7 @@ def dpmpp_2m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
     """The stochastic form of DPM-Solver++(2M) (arXiv 2211.01095, midpoint variant): each step adds fresh noise, except
     the last.
 
-    Registers: x, the clean estimate of the previous step.
+    Registers: x and the clean estimate of the previous step.
     """
     earlier: float | None = None
     for s, n in itertools.pairwise(sigmas):
@@ -64,7 +64,7 @@ def dpmpp_3m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
     """The stochastic form of DPM-Solver++(3M), as in k-diffusion: each step adds fresh noise, except the last. It has
     order 3, because it uses the clean estimates of the two previous steps.
 
-    Registers: x, the clean estimates of the previous step and of the step before it.
+    Registers: x and the clean estimates of the previous step and of the step before it.
     """
     earlier: list[float] = []  # h = ln s - ln n of the previous steps, the latest first
     for s, n in itertools.pairwise(sigmas):

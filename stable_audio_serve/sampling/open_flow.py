@@ -1,7 +1,8 @@
 """The flow samplers of the Stable Audio Open models. This module has what differs from the samplers of Stable Audio 3.
 
-Euler and ping-pong differ only in their times. DPM-Solver++ here does not limit the log-SNR, which is infinite for pure
-noise, so its second step cannot extrapolate. RK4 here uses evenly spaced times down to 0.
+Euler and ping-pong are the same as for Stable Audio 3, but at other times. DPM-Solver++ here does not limit the
+log-SNR, which is infinite for pure noise, so its second step cannot extrapolate. RK4 here uses evenly spaced times down
+to 0.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
     (n/t) x + (1 - n)(1 - e^-h) d', where h = lambda(n) - lambda(t) and lambda(t) = ln((1 - t) / t).
 
     d' is extrapolated from the clean estimates x - t v of the previous and this step, except in the last step. In the
-    step after t = 1, where lambda is -inf, the extrapolation has weight 0. Registers: x, the previous clean estimate.
+    step after t = 1, where lambda is -inf, the extrapolation has weight 0. Registers: x and the clean estimate of the
+    previous step.
     """
     writer, guided = PlanWriter(2), guided_times(guidance)
     values: list[float] = times.tolist()
@@ -82,9 +84,9 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
 
 
 def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """The classical Runge-Kutta method of order 4. Each step calls the network last at its end time, even if this is 0.
+    """The classical Runge-Kutta method of order 4. The last call of each step is at the step's end, even at time 0.
 
-    Registers: x, the network's next input, and x plus the weighted slopes of this step so far.
+    Three registers: x; the network's next input; x plus the weighted slopes of this step so far.
     """
     writer, guided = PlanWriter(3), guided_times(guidance)
     for current, following in itertools.pairwise(times):

@@ -48,8 +48,8 @@ class SamplerPlan:
 
     `start_register` starts with the initial latents, `source_scale * source + noise_scale * noise`. After the last
     evaluation, the result is in `result_register`. `step_ends[i]` is the number of evaluations after which the
-    requested step i is complete. `start_blend` is applied to the initial latents. Either it and all evaluations have a
-    blend, or none has.
+    requested step i is complete. `start_blend` is applied to the initial latents. Either `start_blend` and the `blend`
+    of every evaluation are set, or all of them are None.
     """
 
     num_registers: int

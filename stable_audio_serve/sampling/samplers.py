@@ -88,7 +88,7 @@ def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
 
 
 def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
-    """DPM-Solver++ of order 2 for flow models. Registers: x, the clean estimate of the previous step.
+    """DPM-Solver++ of order 2 for flow models. Registers: x and the clean estimate of the previous step.
 
     A step from t to t' sets x to (t'/t) x - (1 - t') c D', where c = (t' - t) / ((1 - t') t). D' is extrapolated from
     the clean estimates of the previous and this step. In the first step, in the last step, and where two earlier times
@@ -118,7 +118,7 @@ def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
 def _rk4(times: Tensor, guided: _Guided) -> _Plan:
     """The classical Runge-Kutta method of order 4.
 
-    Registers: x, the network's next input, and x plus the weighted slopes of this step so far.
+    Three registers: x; the network's next input; x plus the weighted slopes of this step so far.
     """
     evaluations: list[Evaluation] = []
     for current, following in itertools.pairwise(times):

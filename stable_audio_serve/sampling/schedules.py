@@ -188,7 +188,7 @@ def edit_times(build: Callable[[float], Tensor], level: float, *, schedule: Edit
     `build(level)` returns the schedule of the reference implementation. The value of `schedule` means:
 
     - "even": the times are evenly spaced in log-SNR.
-    - "scaled": the times are `build(1)`, a run from pure noise, multiplied by `level`. Half of them are almost `level`.
+    - "scaled": the times are `build(1)`, a run from pure noise, multiplied by `level`. Half of these are near `level`.
     - "reference": the times are `build(level)`. For Stable Audio 3, some times after the first exceed `level`.
 
     In a test with 144 variations of held tones, without a prompt, 130 kept their pitch with "even", 112 with "scaled"

@@ -56,8 +56,8 @@ def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """Ancestral DPM-Solver++(2S) (arXiv 2211.01095): each step goes to a level below the next of `sigmas`, and fresh
-    noise raises it to that level.
+    """Ancestral DPM-Solver++(2S) (arXiv 2211.01095): each step goes to a level below the next of `sigmas`. Fresh noise
+    then raises x to the next of `sigmas`.
 
     Registers: x, and x at an intermediate level. The last step, to 0, is an Euler step without noise.
     """
@@ -92,9 +92,9 @@ def dpm_fast(network: VNetwork, steps: int, *, span: SigmaRange) -> None:
     """DPM-Solver-fast (arXiv 2206.00927) with `steps` network calls in total. Most of its solver steps have order 3,
     and each of these makes three calls.
 
-    The last solver steps have a lower order, so that there are exactly `steps` calls. They end at the level
-    `span.sigma_min`, not at 0. Registers: x, x at the next intermediate level, the slope at the start of the solver
-    step.
+    The last solver steps have a lower order, so that there are exactly `steps` calls. The sampler ends at the level
+    `span.sigma_min`, not at 0. Three registers: x; x at the next intermediate level; the slope at the start of the
+    solver step.
     """
     check_steps(steps)
     ends = torch.tensor([span.sigma_max, span.sigma_min], dtype=torch.float32).log().neg()

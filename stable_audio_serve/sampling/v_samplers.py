@@ -1,7 +1,7 @@
 """Builds sampler plans for models that predict v, from the name of the sampler, the noise levels and the number of
 steps.
 
-The names of the samplers are those of stable-audio-tools. Their formulas are in `multistep`, `singlestep` and `ddim`.
+The samplers have the same names as in stable-audio-tools. Their formulas are in `multistep`, `singlestep` and `ddim`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidan
     """Return the plan of `sampler` with `steps` steps over the noise levels of `span`.
 
     A plan starts from noise times `sigma_max`. With a source, that noise is added to the source, so `sigma_max` says
-    how far the result may differ from it. The exceptions are `v-ddim` and `v-ddim-cfgpp`: they use `sigma_max` as a
-    time (at most 1) and ignore the rest of `span`.
+    how far the result may differ from the source. The exceptions are `v-ddim` and `v-ddim-cfgpp`: they use `sigma_max`
+    as a time (at most 1) and ignore the rest of `span`.
     Raises InvalidRequestError if the sampler is unknown, or if `steps` or `rho` is invalid.
     """
     if sampler in OVER_TIME:

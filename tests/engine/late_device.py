@@ -103,7 +103,7 @@ class _Operation:
 
 @dataclass(eq=False)
 class _Operations(TorchDispatchMode):
-    """Runs torch operations to get the shapes of their results. Records them, so that they can be undone and redone."""
+    """Runs torch operations to get the shapes of their results. Records the operations, to undo and redo them later."""
 
     operations: list[_Operation] = field(default_factory=list)
 
@@ -140,7 +140,7 @@ class _Operations(TorchDispatchMode):
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
 
     def redo(self) -> None:
-        """Run the operations again, write their results into the tensors created before, and forget the operations."""
+        """Run the operations again and write the results into the tensors of the first run. Clears `operations`."""
         for operation in self.operations:
             args, kwargs = tree_map(_open_generator, (operation.args, operation.kwargs))
             results = [leaf for leaf in tree_leaves(operation.run(*args, **kwargs)) if isinstance(leaf, Tensor)]

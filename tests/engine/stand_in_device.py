@@ -54,7 +54,7 @@ class HostWork:
 
 
 class StandInTensor(torch.Tensor):
-    """A tensor that reports the stand-in device. The CPU tensor `held` has its values."""
+    """A tensor that reports the stand-in device. Its values are in the CPU tensor `held`."""
 
     held: Tensor
 
@@ -109,7 +109,7 @@ class StandInDevice:
 
     @contextmanager
     def section(self, name: str) -> Iterator[HostWork]:
-        """Count the work within this context in a new section. It does not count in an outer section."""
+        """Count the work within this context in a new section. Outer sections do not count this work."""
         work = HostWork()
         self.sections.append((name, work))
         self._open.append(work)
@@ -125,7 +125,7 @@ class StandInDevice:
         work.origins[f"wait {reason} {_origin()}"] += 1
 
     def run(self, operation: Any, *, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run and count an operation on this device. It must not be composite, that is, consist of other operations."""
+        """Run and count an operation on this device. Composite operations, which consist of others, are not allowed."""
         name = operations.name_of(operation)
         tensors = [leaf for leaf in operations.leaves((args, *kwargs.values())) if isinstance(leaf, Tensor)]
         target = kwargs.get("device")
@@ -242,7 +242,7 @@ def _without_lists(index: Any) -> Any:
 
 
 class _Generator(torch.Generator):
-    """A generator that is on the CPU if one on the stand-in device is requested."""
+    """A random generator. If the stand-in device is requested, it is on the CPU instead."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         on_host = "cpu" if torch.device(device).type == DEVICE.type else device

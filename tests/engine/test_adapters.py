@@ -1,4 +1,4 @@
-"""Requests with different adapters share denoising steps. Each result equals that of a model with changed weights."""
+"""Requests with different adapters share denoising steps. A model with the adapters merged in gives the same audio."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def base() -> Base:
 def change(kind: str, *, seed: int = 0, strength: float = 1.0, conditioners: bool = False) -> Change:
     """Returns an adapter for all layers. Without `conditioners`, it does not change the conditioners' layers.
 
-    Its magnitudes are near the norms of the weights, because those of trained adapters are.
+    Its magnitudes are near the norms of the weights, as in trained adapters.
     """
     layers = [layer for layer in base().layers if conditioners or not layer.startswith("conditioners.")]
     alpha = 5.0 if kind.endswith("-xs") else 0.1  # about the same effect

@@ -90,7 +90,7 @@ def test_idle_engine_admits_work_of_any_size() -> None:
 
 @pytest.mark.parametrize("pace", [0.7, 1.0, 1.4])
 def test_bound_and_retry_after_follow_the_measured_pace(pace: float) -> None:
-    """Requests take `pace` times the predicted 100 ms. After a minute, the queue must hold requests that take 2 s."""
+    """Requests take `pace` times the predicted 100 ms. After a minute, the queue must hold 2 s of such requests."""
     clock = FakeClock()
     admission = Admission(max_queue_s=2.0, clock=clock)
     waiting: list[int] = []

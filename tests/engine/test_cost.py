@@ -49,7 +49,8 @@ def test_fit_on_a_disturbed_machine_is_near_the_true_cost(
 ) -> None:
     """The fit is within 25 % of the true cost at each measured shape.
 
-    If the true cost grows with the work, the fit is also within a factor of two of it at twice the rows or frames.
+    If the true cost grows with the work, the fit at twice the rows or frames is also within a factor of two of the
+    true cost.
     """
     rng = random.Random(seed)
     fitted = fit_call_cost([Measurement(*shape, disturbed(truth.call_ms(*shape), rng)) for shape in shapes])

@@ -36,7 +36,7 @@ Counted = dict[Setting, dict[str, Any]]
 
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
 def counted(request: pytest.FixtureRequest) -> Counted:
-    """Returns for each setting the largest counts of each kind of call. They are counted in a separate process."""
+    """Returns for each setting the largest counts of each kind of call. The calls run in a separate process."""
     few = [FAST, IN_STRICT, Setting("guided", "fast", "float32", "open")]
     settings = few if request.param == "few" else [*STEPS, IN_STRICT]
     return dict(zip(settings, run_apart(count, settings), strict=True))

@@ -25,7 +25,7 @@ OPTIONS = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
 
 
 class Watched(ToyModel):
-    """A toy model that records the first frame of each window that it encodes or decodes."""
+    """A toy model that records the latents of each window that it encodes or decodes."""
 
     def __init__(self) -> None:
         super().__init__(noisy_source_encoder=True, blends=True)

@@ -1,4 +1,4 @@
-"""The predicted memory of rows equals values computed by hand and measured. Rows wait if there is too little memory."""
+"""The predicted memory of rows equals hand-computed values and measured values. Rows wait if memory is too small."""
 
 from __future__ import annotations
 

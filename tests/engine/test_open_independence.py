@@ -27,7 +27,7 @@ SAMPLERS = {"tiny-1.0": V_SAMPLERS, "tiny-small": FLOW_SAMPLERS}
 
 
 def make_requests(name: str) -> list[GenerationRequest]:
-    """Returns a request for each sampler. They differ in guidance, negative prompt, source, edit and steps."""
+    """Returns two requests for each sampler, with various guidance, negative prompts, sources, edits and steps."""
     level = 2.0 if name == "tiny-1.0" else 0.7
     variants: list[dict[str, object]] = [
         {"cfg_scale": 1.0},

@@ -1,4 +1,4 @@
-"""A step whose rows are packed without padding equals the padded step. Its CUDA graph is also right for other rows."""
+"""A step whose rows are packed without padding equals the padded step. A packed step's graph also fits other rows."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class GpuLike(RecordingDevice):
 
 
 class WrongSecondQueue(GpuLike):
-    """Copies to the host are wrong if the second queue is used, as if they began before its work was finished."""
+    """If the second queue is used, copies to the host are wrong, as if begun before the queue's work was finished."""
 
     def download(self, source: Tensor, target: Tensor) -> None:
         super().download(source * 1.001 if self.has_second_queue else source, target)

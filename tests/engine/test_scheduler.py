@@ -253,7 +253,8 @@ def test_batch_rows_get_their_share_of_a_busy_engine_and_no_more(
 ) -> None:
     """Batch rows get at most their share of a busy engine.
 
-    The first batch row waits only until its step fits within `share` times the interactive work since its last step.
+    The first unfinished batch row takes its next step as soon as `share` times the interactive work since the row's
+    last step is as long as the next step.
     """
     scheduler = make_scheduler(max_tokens=max_tokens, batch_share=share, knee=300)
     works = {}

@@ -115,13 +115,13 @@ def waits(operation: OpOverload, args: Sequence[Any]) -> bool:
     if name not in _INDEXING:
         return False
     by_mask = any(isinstance(index, Tensor) and index.dtype in _MASKS for index in args[1])
-    # Writing a host scalar to the elements that a mask selects needs no wait, because their number is not used.
+    # Writing a host scalar to the elements that a mask selects needs no wait: the host need not count them.
     fills = "put" in name and args[2].numel() == 1 and args[2].device.type == "cpu"
     return by_mask and not fills
 
 
 def indices(operation: OpOverload, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Returns an operation's index tensors. These may be on the host while the other tensors are on the device."""
+    """Returns an operation's index tensors. These may be on the host, even if its other tensors are on the device."""
     if name_of(operation) not in _INDEXING:
         return ()
     return tuple(index for index in args[1] if isinstance(index, Tensor))
@@ -133,7 +133,10 @@ def is_blocking(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _are_same_data(first: Tensor, second: Tensor) -> bool:
-    """Whether the two tensors are the same view of the same memory. `x[i] += y` copies such a tensor onto itself."""
+    """Whether the two tensors are the same view of the same memory.
+
+    For example, `x[i] += y` ends with a copy of `x[i]` onto itself.
+    """
     return (
         first.untyped_storage()._cdata == second.untyped_storage()._cdata
         and first.storage_offset() == second.storage_offset()

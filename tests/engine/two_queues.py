@@ -16,7 +16,7 @@ from tests.patience import PATIENCE_S
 class TwoQueues(WaitingDevice):
     """Two simulated CUDA streams (queues). A model calls `take` with the time of each of its calls.
 
-    Work on the second stream begins after all earlier work on the first. While it runs, the first stream stands still.
+    Work on the second stream begins after all earlier work on the first. While the second works, the first waits.
     """
 
     def __init__(self, clock: FakeClock) -> None:

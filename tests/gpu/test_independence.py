@@ -24,13 +24,13 @@ from tests.gpu.loaded import CHECKPOINTS, load_on, open_for
 pytestmark = pytest.mark.gpu
 
 # Allowed difference from the same request alone, in fast mode. The largest observed on a CPU in float32 is 1.2e-5. The
-# rounding error of float16 is 8000 times that of float32.
+# rounding error of float16 is 8000 times as large.
 FAST = {torch.float32: 1e-3, torch.float16: 0.1}
 ACROSS_DEVICES = 5e-3
 
 
 class LatentNoiseOnly(SeededNoise):
-    """Noise for the latents, and zeros for the autoencoder, because its noise differs between kinds of device."""
+    """Noise for the latents, and zeros for the autoencoder, whose noise differs between kinds of device."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device

@@ -48,7 +48,7 @@ class DecodeShape:
     """The shape of a decoder call.
 
     `windows` is the number of windows. Each window has `latents` (channels, frames) and `audio` (channels, samples),
-    and the decoder draws the noise tensors `draws` for it.
+    and the decoder draws the noise tensors `draws` for each window.
     """
 
     windows: int

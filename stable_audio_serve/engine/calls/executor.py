@@ -372,7 +372,7 @@ class Executor:
             run_step(denoise, inputs, memories=memories, shape=shape)
 
     def _denoise_from_table(self, batch: StepBatch, *, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Run the network on a batch whose rows have adapters in the slot table. `inputs` says which."""
+        """Run the network on a batch whose rows have adapters in the slot table. `inputs` has their slots and pages."""
         assert self._slot_table is not None
         rows = TableRows(
             self._slot_table,
@@ -384,7 +384,7 @@ class Executor:
             return self._model.denoise(batch)
 
     def _run_on(self, shape: StepShape | PackedShape, memory: CallMemory) -> None:
-        """Run a step during a graph capture. The step writes its results elsewhere, so `memory.outputs` is not used."""
+        """Run a step during a graph capture. The step writes to the registers, so `memory.outputs` is not used."""
         self._run(shape, memory.inputs)
 
     def _memories(self) -> Memories:

@@ -82,7 +82,7 @@ class RowInputs:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`noise_pools` has one executor for each priority, which draws the noise. It must start its tasks in order."""
+        """`noise_pools` has one executor for each priority, which draws the noise and must start its tasks in order."""
         self._model = model
         self._executor = executor
         self._device = device
@@ -192,7 +192,7 @@ class RowInputs:
     def _open_sources(self, row: Row, encoding: Encoding) -> None:
         """Set `encoding.sources` to a SourceEncoding for each source of the row.
 
-        Rows of the same request share them, unless the encoder draws noise.
+        Rows of the same request share these encodings, unless the encoder draws noise.
         """
         shared = {} if self._model.spec.noisy_source_encoder else row.request.shared.sources
         for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):

@@ -91,7 +91,7 @@ class PackedShape:
                 Section("first_page", (own.rows,)),  # the index, among all pages, of the first page of each row
                 Section("page_rows", (pages,)),  # the index of the row to which each page belongs
                 Section("page_starts", (pages,)),  # which frame of the row is the first of the page
-                Section("registers", (pages, own.num_registers, 1)),  # numbers of memory pages, as is `kept`
+                Section("registers", (pages, own.num_registers, 1)),  # numbers of memory pages, as in `kept`
                 Section("kept", (pages * own.use.blends, KEPT_PARTS, 1)),
                 Section("noise", (pages * own.draws, own.latent_channels, PAGE_FRAMES), torch.float32),
             ]

@@ -34,7 +34,7 @@ from stable_audio_serve.sampling.noise import NoiseSource
 class Inbox:
     """A queue that passes submitted requests from callers to the engine thread.
 
-    The engine thread closes it when it stops reading. A closed inbox accepts no more requests.
+    When the engine thread stops reading, it closes the inbox. A closed inbox accepts no more requests.
     """
 
     def __init__(self) -> None:
@@ -210,7 +210,7 @@ class RequestRow(Protocol):
 class RequestState:
     """One accepted request. Any thread may call `cancel`.
 
-    Only the engine thread uses `clock` and the fields that are set after it.
+    Only the engine thread uses `clock` and the fields that `__init__` sets after `clock`.
     """
 
     def __init__(

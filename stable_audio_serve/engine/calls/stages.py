@@ -49,7 +49,7 @@ class Stages:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`noise_pools` has one executor for each priority, which draws the noise. It must start its tasks in order.
+        """`noise_pools` has one executor for each priority, which draws the noise and must start its tasks in order.
 
         With `is_fixed`, the audio is decoded in exactly the planned windows.
         """
@@ -208,7 +208,7 @@ class Stages:
 
     @property
     def second_queue_has_room(self) -> bool:
-        """Whether more windows may be encoded or decoded in the next step: only few earlier ones are unfinished."""
+        """Whether more windows may be encoded or decoded now. False while too many earlier windows are unfinished."""
         return self._times.second_queue_has_room
 
     def keep_pace(self) -> None:
@@ -244,8 +244,7 @@ class Stages:
         row.phase = Stepping(encoding.noise, conditioning, numbers, held, slot=row.slot, inpaint=kept_latents)
 
     def _follow_intervals(self, rows: Sequence[Row]) -> Failures:
-        """Compute a row's conditioning again if the adapters of its next evaluation are not those that it was computed
-        with.
+        """Compute a row's conditioning again, unless it was computed with the adapters of the row's next evaluation.
 
         Returns the rows that failed.
         """

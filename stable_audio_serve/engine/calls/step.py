@@ -185,7 +185,7 @@ class StepShape:
         return Sections(
             [
                 *self.shared_sections,
-                Section("registers", (rows, self.num_registers, pages)),  # numbers of memory pages, as is `kept`
+                Section("registers", (rows, self.num_registers, pages)),  # numbers of memory pages, as in `kept`
                 Section("kept", (rows * self.use.blends, KEPT_PARTS, pages)),
                 Section("noise", (rows * self.draws, self.latent_channels, self.frames), torch.float32),
             ]
@@ -201,7 +201,7 @@ class StepShape:
             Section("frames", (rows,)),  # the length of each row without the call's padding
             Section("valid_frames", (rows,)),
             Section("conditional", (rows,)),  # the index of each row's conditional network row
-            Section("unconditional", (rows,)),  # the same; equal to `conditional` if the row is not guided
+            Section("unconditional", (rows,)),  # each row's unconditional network row; `conditional` if not guided
             Section("lanes", (network_rows,)),  # the index of the row to which each network row belongs
             Section("constants", (len(self.constants), network_rows)),  # numbers of memory slots
             Section("by_frame", (len(self.by_frame), network_rows, pages)),  # numbers of memory pages

@@ -113,8 +113,8 @@ class Device(Protocol):
     def require_usable(self, error: Exception) -> None:
         """Raise DeviceLostError if `error` has made the device unusable.
 
-        If the error comes from the device, wait for all queued work to find out. A device is still usable after a
-        launch that failed.
+        If the error comes from the device, wait for all queued work: only a lost device then raises again. After a
+        launch that failed, the device is still usable.
         """
         ...
 

@@ -30,8 +30,8 @@ class DeviceMemory:
 
     @property
     def used(self) -> int:
-        """The bytes in use. If this process may use the whole device, these are all bytes that are not free, including
-        those of the driver and libraries. Otherwise, only the tensors of this process count.
+        """The bytes in use. If this process may use the whole device, these are all bytes that are not free, so the
+        driver and libraries count too. Otherwise, only the tensors of this process count.
         """
         return self.total - self.free if self.allowed == self.total else self.held
 

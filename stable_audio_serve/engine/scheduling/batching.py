@@ -259,7 +259,7 @@ class EqualLengths:
         """
         _, rooms = self.shapes.cut(sum(lanes[i].branches for i in members), frames, call_ms=self.call_ms)
         groups: list[list[int]] = [[] for _ in rooms]
-        # Lanes with two network rows (guided) are placed first, so that those with one fill the remaining gaps.
+        # Lanes with two network rows (guided) are placed first, so that lanes with one row fill the remaining gaps.
         for i in sorted(members, key=lambda i: -lanes[i].branches):
             place = next((place for place, room in enumerate(rooms) if room >= lanes[i].branches), len(rooms))
             if place == len(rooms):  # each call of odd size may have one row left, and two are needed
@@ -282,7 +282,7 @@ class MergedGrid(EqualLengths):
     """
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Return the calls for all lanes whose total predicted time is smallest. Each call has lanes of adjacent
+        """Split the lanes into calls so that the total predicted time is smallest. Each call has lanes of adjacent
         padded lengths.
         """
         by_length = _by_length(lanes, self.padded)

@@ -56,8 +56,8 @@ class CallCost:
         return max(self.floor_ms, self.fixed_ms + sum(rows * self.row_ms(frames) for rows, frames in groups))
 
     def worthwhile_ms(self, overhead_share: float) -> float:
-        """Return how many ms the rows of a call must take, so that the overhead is only `overhead_share` of the call's
-        time.
+        """Return how many ms the rows of a call must take, so that the rest of the call's time (the overhead) is only
+        the fraction `overhead_share` of the call's time.
         """
         return (1.0 - overhead_share) * max(self.fixed_ms / overhead_share, self.floor_ms)
 
@@ -66,9 +66,9 @@ def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
     """Fit the coefficients to measured times by least squares of relative errors. The prediction for a larger call is
     never less than the prediction for a smaller one.
 
-    If a small call took longer than a larger one, another program must have slowed it down. The small call then counts
-    with the time of the larger one. A term of the formula is used only if it explains more than the measurement noise.
-    Raises ValueError if there are no measurements.
+    If a small call took longer than a larger one, another program must have slowed down the small call, which then
+    counts with the time of the larger one. A term of the formula is used only if it explains more than the measurement
+    noise. Raises ValueError if there are no measurements.
     """
     points = _undisturbed(measurements)
     if not points:
@@ -96,7 +96,7 @@ def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
 def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
     """Yield possible fits as (score, cost). A lower score is better.
 
-    The fits differ in the terms that they use, and in how many of the shortest calls they assume to take the floor
+    The fits differ in the terms that they use, and in how many of the shortest calls are assumed to take the floor
     time.
     """
     growth = _PER_FRAME if features[:, _PER_FRAME].any() else _PER_ROW

@@ -118,8 +118,8 @@ class MemoryUse:
     """A model's memory use in bytes.
 
     The conditioning of a branch (conditional or unconditional) takes `branch` and, per latent frame, `branch_frame`. If
-    the row edits a source, it takes `edit_frame` more per latent frame. The other fields are the temporary tensors of a
-    call, per latent frame.
+    the row edits a source, its conditioning takes `edit_frame` more per latent frame. The other fields are the
+    temporary tensors of a call, per latent frame.
     """
 
     branch: float = 0.0

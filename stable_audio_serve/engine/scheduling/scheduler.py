@@ -18,8 +18,8 @@ adds. If the step is already too large, lent time accumulates until it covers a 
 interactive row is therefore delayed by at most `batch_share` of its time, plus one step, and batch rows progress under
 any interactive load. Lent time is dropped when no batch row needs it.
 
-Second queue. On CUDA, rows are encoded or decoded on a second stream (queue) while other rows are denoised. They do not
-count towards the latent frames of the step.
+Second queue. On CUDA, rows are encoded or decoded on a second stream (queue) while other rows are denoised. Rows
+on the second stream do not count towards the latent frames of the step.
 """
 
 from __future__ import annotations
