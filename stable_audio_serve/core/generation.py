@@ -157,8 +157,9 @@ class GenerationRequest:
     def starts_from_its_source(self) -> bool:
         """Whether `init_audio` and `inpaint_audio` are the same file.
 
-        If so, and the clip is longer than the file, `init_audio` is extended with repetitions of the file. Otherwise it
-        is extended with silence, as in the original code. Here, silence would make the generated audio quiet.
+        If they are, and the clip is longer than the file, `init_audio` is extended with repetitions of the file,
+        because silence would make the generated audio quiet. If they are not, `init_audio` is extended with silence,
+        as in the original code.
         """
         init, edited = self.init_audio, self.inpaint_audio
         return init is not None and edited is not None and bool(init.sha256) and init.sha256 == edited.sha256

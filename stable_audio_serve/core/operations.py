@@ -76,7 +76,7 @@ class Operations(Protocol):
     """The requests that operators can send to a server. Every method returns within a few seconds."""
 
     async def report(self) -> ServerReport:
-        """Return the state of the server. It may be a second old, because calls within a second share one query."""
+        """Return the state of the server. The state may be 1 s old, because calls within 1 s share one query."""
         ...
 
     async def keep(self, model: str) -> None:
