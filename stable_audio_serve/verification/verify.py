@@ -225,7 +225,7 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
 def compare(report: Report, goldens: Goldens, *, model: DiffusionModel | None, only: Collection[str] = ()) -> None:
     """Run the checks that apply to the model. If `only` is not empty, run only the checks of these components.
 
-    An error counts as a miss of its component. The other checks still run.
+    An error in a check counts as a miss of the check's component. The other checks still run.
     """
     for check in (*SAMPLERS, *NETWORKS, *RUNS):
         if not isinstance(model, check.family) or (only and check.component not in only):
