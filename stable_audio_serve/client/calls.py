@@ -189,7 +189,7 @@ class Connection:
         return {"method": call.method, "url": self.url(call.path), **call.options, "headers": headers}
 
     def url(self, path: str) -> httpx.URL:
-        """Return the URL of the API's path `path`, such as "/jobs". It is appended to the path of the base URL."""
+        """Return the URL of the API's path `path`, such as "/jobs". `path` is appended to the base URL."""
         return self.base_url.join(path.lstrip("/"))
 
     def headers(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
