@@ -132,7 +132,7 @@ def _hidden(it: Subject, match: re.Match[str]) -> Tensor:
 def _adapted(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Apply the adapter or the chain of adapters that the key names, and compare the result.
 
-    The result is the denoiser's output, or the embedding of a number if the key has one.
+    The result is the denoiser's output, or if the key has a number, the embedding of the number.
 
     An adapter of an unsupported type must be refused with a message that has its name and type. The reference's loader
     has a bug: an adapter in a chain changes only layers that all adapters before it also change. If the facts state

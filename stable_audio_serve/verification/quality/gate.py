@@ -167,8 +167,8 @@ class QualityGate:
     async def _save(self, report: Report) -> None:
         """Record the report's weights as last good, and save the report.
 
-        If this setup has a stored report already, only clips with new names are added to it. Earlier clips stay,
-        because replacing them each time would allow slow drift.
+        If a report of the same setup is stored already, only clips with new names are added to the stored report. The
+        earlier clips stay, because replacing them each time would allow slow drift.
         """
         setup = report.setup
         try:
