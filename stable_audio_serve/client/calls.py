@@ -193,7 +193,7 @@ class Connection:
         return self.base_url.join(path.lstrip("/"))
 
     def headers(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return the headers of a request to this server: the headers that all requests have, and those in `more`."""
+        """Return the headers of a request to this server: the headers of every request, and the headers in `more`."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return {"User-Agent": _USER_AGENT, **key, **(more or {})}
 

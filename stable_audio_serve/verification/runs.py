@@ -260,7 +260,7 @@ def draw_script(model: DiffusionModel, case: Case) -> samplers.Script:
 
 
 def _reference_windows(model: DiffusionModel, frames: int) -> tuple[WindowSpan, ...]:
-    """Returns the windows in which the reference encodes a source, including those that the denoiser does not use."""
+    """Returns the windows in which the reference encodes a source, including windows that the denoiser does not use."""
     is_chunked = isinstance(model, Sa3Model) and model.config.chunked
     return chunked_windows(frames) if is_chunked else whole_window(frames)
 

@@ -32,7 +32,7 @@ def keys_of(row: str) -> list[str]:
 
 @cache
 def documented() -> frozenset[str]:
-    """Returns the full paths of the documented keys, except those without effect.
+    """Returns the full paths of the documented keys, except keys without effect.
 
     The docs list only the encoder's keys. This function adds the decoder's keys, which have the same names.
     """
