@@ -54,7 +54,7 @@ def crossfade(old: Samples, new: Samples) -> Samples:
 class GrowingWav:
     """A WAV file to which pieces of audio are added. The file is valid at any time.
 
-    The last `FADE_S` seconds of a piece are written together with the next piece, because the two are crossfaded.
+    The last `FADE_S` seconds of a piece are written together with the next piece, because the pieces are crossfaded.
     """
 
     def __init__(self, path: Path, params: wave._wave_params) -> None:

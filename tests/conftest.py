@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Make Python collect garbage less often, and exclude the loaded modules. The API tests take a fifth less time."""
+    """Make Python collect garbage less often, and never in loaded modules. API tests take a fifth less time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 10, 30)
@@ -60,7 +60,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
         def _reschedule(self, node: Any) -> None:
             # Give a process its next file when it has only one test left. By default, xdist does so when two tests are
-            # left. If these take minutes, this is too early, because another process may be idle sooner.
+            # left. If the two tests take minutes, another process may be idle sooner and should get the file.
             if self._pending_of(self.assigned_work[node]) <= 1:
                 super()._reschedule(node)
 

@@ -250,7 +250,7 @@ class ToyModel:
 
 
 def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP) -> tuple[WindowSpan, ...]:
-    """Returns overlapping windows over `frames` frames. Where two windows overlap, each provides half of the frames."""
+    """Returns overlapping windows over `frames` frames. Each of two neighbours provides half of their overlap."""
     if frames <= window:
         return (WindowSpan(0, frames, 0, frames),)
     starts = list(range(0, frames - window + 1, window - overlap))

@@ -44,7 +44,7 @@ _UPSTREAM_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Faults that the proxy injects. `errors` and `cuts` are shares of the requests, which are chosen at random."""
+    """Faults that the proxy injects. `errors` and `cuts` are the fractions of requests that are hit, at random."""
 
     errors: float = 0.0  # answers 500 InternalError or 503 SlowDown; half of these requests are executed nevertheless
     cuts: float = 0.0  # resets the connection; half of these requests are executed, and only the response is cut
@@ -65,11 +65,11 @@ class _Server(ThreadingHTTPServer):
 
 
 class FaultyProxy:
-    """A proxy in front of one HTTP server that injects `faults`. A test may replace them at any time.
+    """A proxy in front of one HTTP server. The proxy injects `faults`, which a test may replace at any time.
 
-    An item of `fates` decides what happens to the next request whose `METHOD /path?query` contains the item's key. Its
-    value is one of these: `error`, `error-after` (the request is executed first), `cut`, `cut-answer`, `deny` (403), or
-    `lost`. A `lost` request is executed, but answered with NoSuchUpload as if it had been sent before.
+    An item of `fates` decides what happens to the next request whose `METHOD /path?query` contains the item's key. The
+    item's value is one of these: `error`, `error-after` (the request is executed first), `cut`, `cut-answer`, `deny`
+    (403), or `lost`. A `lost` request is executed, but answered with NoSuchUpload as if it had been sent before.
     """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:

@@ -36,7 +36,7 @@ def skip_or_fail(name: str, reason: str) -> None:
 
 
 def _install(name: str, *command: str) -> Path:
-    """Return the folder of a package. If it is missing, create it with `command`, to which a folder is appended."""
+    """Return the folder of a package. If the folder is missing, install with `command` and a folder as argument."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stable-audio-serve-tests"
     installed = cache / name.replace("/", "-")
     if not installed.exists():

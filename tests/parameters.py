@@ -14,7 +14,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 def some(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
     """Return `values` as test parameters. All values that are not in `always` are marked slow.
 
-    A tuple has the values of several arguments.
+    An item that is a tuple has the values of several arguments.
     """
     return [value if value in always else slow(*_arguments(value)) for value in values]
 
@@ -22,7 +22,7 @@ def some(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
 def few(values: Iterable[Any], *, number: int = 2) -> list[Any]:
     """Return `values` as test parameters. All values after the first `number` are marked slow.
 
-    A tuple has the values of several arguments.
+    An item that is a tuple has the values of several arguments.
     """
     return [value if index < number else slow(*_arguments(value)) for index, value in enumerate(values)]
 

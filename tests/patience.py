@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-# The longest waits of the tests take about 30 s on an idle machine, and 150 s on slow, shared cores. The limit is twice
-# this time, so a test reaches it only if the event never happens. Pytest's own limit is longer.
+# The longest waits of the tests take about 30 s on an idle machine, and 150 s on slow, shared cores. The limit is
+# 300 s, so a test reaches the limit only if the event never happens. Pytest's own limit is longer.
 PATIENCE_S = 300.0
 
 _Found = TypeVar("_Found")

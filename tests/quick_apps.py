@@ -38,8 +38,8 @@ _adapters: dict[tuple[Any, str, str], TypeAdapter[Any]] = {}
 def _adapt_once(annotated: Any, *, config: ConfigDict | None = None) -> TypeAdapter[Any]:
     """Replaces pydantic's `TypeAdapter`. Creates only one adapter for each type with the same annotations.
 
-    The key contains the addresses of functions in the annotations. They stay unique, because the cached adapter keeps
-    the functions alive.
+    The key contains the addresses of functions in the annotations. The addresses stay unique, because the cached
+    adapter keeps the functions alive.
     """
     key = (annotated.__origin__, repr(annotated.__metadata__), repr(config))
     if key not in _adapters:

@@ -1,4 +1,4 @@
-"""A real HTTP server for webhooks that records its requests."""
+"""A real HTTP server that records the webhooks that it receives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Receiver:
-    """An HTTP server that records its requests and gives the same response to each."""
+    """An HTTP server that records the requests that it receives, and gives the same response to each request."""
 
     answer: bytes = b"HTTP/1.1 204 No Content\r\n\r\n"
     delay_s: float = 0.0

@@ -123,7 +123,7 @@ def chroma(audio: Audio) -> npt.NDArray[np.float64]:
 
 
 def has_chord(audio: Audio, root: int, *, quality: str) -> bool:
-    """Whether the three strongest pitch classes are those of the triad with this root and quality."""
+    """Whether the triad with this root and quality consists of the three strongest pitch classes."""
     first = (69 + (root - 82) // 2) % 12
     wanted = {(first + step) % 12 for step in _TRIADS[quality]}
     return set(np.argsort(chroma(audio))[-3:].tolist()) == wanted

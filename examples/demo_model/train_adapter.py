@@ -1,8 +1,9 @@
 """Trains the demo model's adapter `octave-down`: `python -m examples.demo_model.train_adapter --out FILE`.
 
-With the adapter, pitched sounds are an octave lower than their prompt. It is trained to do for a caption what the model
-without the adapter does for the same caption an octave lower. Only the low-rank factors of the adapter are trained; the
-demo model keeps its weights. At the end, the adapter is evaluated with prompts of tones.
+With the adapter, pitched sounds are an octave lower than their prompt. The training reduces the difference between two
+outputs of the model: with the adapter for a caption, and without the adapter for the caption of the same sound an
+octave lower. Only the low-rank factors of the adapter are trained; the demo model keeps its weights. At the end, the
+adapter is evaluated with prompts of tones.
 """
 
 from __future__ import annotations
@@ -88,10 +89,10 @@ def add_adapter(network: Network, rank: int) -> dict[str, LowRank]:
 
 
 def adapter_loss(network: Network, adapter: Mapping[str, LowRank], *, batch: Batch) -> Tensor:
-    """Returns the mean squared difference between two velocities: with the adapter, and the target without it.
+    """Returns the mean squared difference between the velocity with the adapter and a target velocity.
 
-    The target is the velocity for the caption that describes what the clip sounds like. Unlike the target of the flow
-    loss, it has no random part, so that far fewer steps suffice.
+    The target is the velocity without the adapter for the caption that describes what the clip sounds like. Unlike the
+    target of the flow loss, this target has no random part, so that far fewer steps suffice.
     """
     noise = torch.randn_like(batch.latents)
     t = draw_times(len(noise))

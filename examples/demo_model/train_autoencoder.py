@@ -258,7 +258,7 @@ def standardise(model: Autoencoder, *, seed: int, num_clips: int = 400) -> None:
 def describe(model: Autoencoder, *, seed: int) -> str:
     """Returns a text with two figures for each kind of scene: the share of frames with the right pitch, and L1 error.
 
-    The pitch of a decoded frame is right if its strongest oscillator is the original frame's or adjacent to it.
+    The pitch of a decoded frame is right if the original frame has the same strongest oscillator or an adjacent one.
     """
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device

@@ -1,5 +1,5 @@
-"""Stage 3 of training the demo model: trains the decoder on latents of the denoiser, which differ slightly from those
-of the encoder. Encoder and denoiser are not changed, so that encoded audio still has the same latents.
+"""Stage 3 of training the demo model: trains the decoder on latents of the denoiser, which differ slightly from the
+encoder's latents. Encoder and denoiser are not changed, so that encoded audio still has the same latents.
 """
 
 from __future__ import annotations

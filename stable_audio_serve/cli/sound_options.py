@@ -164,7 +164,7 @@ def _parse_lora(text: str) -> dict[str, Any]:
 
 
 def with_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that adds the shared options to a command, except those named in `without`.
+    """Return a decorator that adds the shared options to a command, except the options named in `without`.
 
     The command receives the options as its argument `options`.
     """

@@ -1,4 +1,4 @@
-"""`stable-audio-serve status`: show the state of a running server. Large modules are imported only when it runs."""
+"""`stable-audio-serve status`: show the state of a running server. Large modules are imported only for this command."""
 
 from __future__ import annotations
 

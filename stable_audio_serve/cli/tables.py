@@ -115,7 +115,7 @@ def print_status(found: Mapping[str, Any]) -> None:
 
 @contextmanager
 def live_status() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield a function that shows a response of `/v1/status`. On a terminal, it replaces the response shown before."""
+    """Yield a function that shows a response of `/v1/status`. On a terminal, a response replaces the previous one."""
     console = _console()
     if not console.is_terminal:
         yield lambda found: console.print(_draw_status(found))

@@ -142,7 +142,7 @@ class Job:
 class JobPage:
     """One page of the list of the caller's jobs, newest first.
 
-    To get the next page, pass `next_cursor` to `Client.jobs.list` as `cursor`. The last page has None.
+    To get the next page, pass `next_cursor` to `Client.jobs.list` as `cursor`. On the last page, `next_cursor` is None.
     """
 
     jobs: tuple[Job, ...]

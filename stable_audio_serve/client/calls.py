@@ -189,11 +189,11 @@ class Connection:
         return {"method": call.method, "url": self.url(call.path), **call.options, "headers": headers}
 
     def url(self, path: str) -> httpx.URL:
-        """Return the URL of the API's path `path`, such as "/jobs". It is appended to the path of the base URL."""
+        """Return the URL of the API's path `path`, such as "/jobs". `path` is appended to the base URL."""
         return self.base_url.join(path.lstrip("/"))
 
     def headers(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return the headers of a request to this server: the headers that all requests have, and those in `more`."""
+        """Return the headers of a request to this server: the headers of every request, and the headers in `more`."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return {"User-Agent": _USER_AGENT, **key, **(more or {})}
 

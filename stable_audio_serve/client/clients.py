@@ -37,7 +37,7 @@ class Client:
 
     `base_url` defaults to the environment variable STABLE_AUDIO_URL, else to http://127.0.0.1:8000. `api_key` defaults
     to the variable STABLE_AUDIO_API_KEY. A request that fails for a temporary reason is sent again; `retries` sets how
-    often. If the last attempt fails, the method raises its error, a class of `stable_audio_serve.core.errors`.
+    often. If the last attempt fails, the method raises an error of `stable_audio_serve.core.errors`.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class AsyncClient:
 
     `base_url` defaults to the environment variable STABLE_AUDIO_URL, else to http://127.0.0.1:8000. `api_key` defaults
     to the variable STABLE_AUDIO_API_KEY. A request that fails for a temporary reason is sent again; `retries` sets how
-    often. If the last attempt fails, the method raises its error, a class of `stable_audio_serve.core.errors`.
+    often. If the last attempt fails, the method raises an error of `stable_audio_serve.core.errors`.
     """
 
     def __init__(

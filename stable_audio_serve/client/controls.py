@@ -123,7 +123,7 @@ class JobFields(TypedDict, total=False):
 
 
 class Section(TypedDict, total=False):
-    """A section of a long piece: its length in seconds, and its prompt. The default is the job's prompt."""
+    """A section of a long piece: its length in seconds, and its prompt (by default the job's prompt)."""
 
     duration: Required[float]
     prompt: str

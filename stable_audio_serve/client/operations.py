@@ -265,7 +265,7 @@ class Operations:
         return await self._with_audio(job, read)
 
     async def _with_audio(self, job: Job | str, use: Callable[[httpx.Response, Job], Awaitable[T]]) -> T:
-        """Open the download of a job's audio, call `use` with the response and the job, and return its result.
+        """Open the download of a job's audio, call `use` with the response and the job, and return what `use` returns.
 
         After a temporary failure of the download or of `use`, both are repeated.
         """

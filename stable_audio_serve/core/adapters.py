@@ -47,7 +47,7 @@ class AdapterLibrary(Protocol):
     """The adapters of all models."""
 
     def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
-        """Return the adapters of a model by its canonical name, or of all models, in order of their names."""
+        """Return the adapters of the model with this canonical name, or of all models. Sorted by adapter name."""
         ...
 
     def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:

@@ -47,7 +47,7 @@ _actions = _parse(os.environ.get(VARIABLE, ""))
 
 
 def activate(text: str) -> None:
-    """Replace the actions with those in `text`, which has the format of STABLE_AUDIO_FAILPOINTS. Raises ValueError."""
+    """Replace all actions. `text` has the new actions in the format of STABLE_AUDIO_FAILPOINTS. Raises ValueError."""
     global _actions
     _actions = _parse(text)
 

@@ -21,7 +21,7 @@ Keep = Literal["source", "model"]
 # positions. free: the same, but if the clip begins with an attack, its last 50 ms are moved before the attack.
 LoopStart = Literal["free", "bars"]
 Role = Literal["init", "inpaint"]  # what source audio is used for: init = a variation, inpaint = regenerating regions
-Priority = Literal["interactive", "batch"]  # interactive requests run first; batch requests keep a minimum share
+Priority = Literal["interactive", "batch"]  # interactive requests run first; batch requests keep some device time
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +157,9 @@ class GenerationRequest:
     def starts_from_its_source(self) -> bool:
         """Whether `init_audio` and `inpaint_audio` are the same file.
 
-        If so, and the clip is longer than the file, `init_audio` is extended with repetitions of the file. Otherwise it
-        is extended with silence, as in the original code. Here, silence would make the generated audio quiet.
+        If they are, and the clip is longer than the file, `init_audio` is extended with repetitions of the file,
+        because silence would make the generated audio quiet. If they are not, `init_audio` is extended with silence,
+        as in the original code.
         """
         init, edited = self.init_audio, self.inpaint_audio
         return init is not None and edited is not None and bool(init.sha256) and init.sha256 == edited.sha256
@@ -230,7 +231,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Software, processor and parameters of a generation: what the exact bytes depend on, apart from the request.
+    """Software, processor and parameters of a generation: what the audio's bytes depend on, apart from the request.
 
     `processor` names the CPU's instruction sets or the GPU. `threads` is the number of CPU threads, and `slots` is the
     fixed batch size of the network calls. Each is None if the bytes do not depend on it. The fields from `steps` to

@@ -226,7 +226,7 @@ class NullMetrics:
 
 
 class QuietMetrics:
-    """A sink that passes values to another sink. Until `open` is called, it drops values of counters and histograms.
+    """A sink that passes values to another sink. Before `open`, the values of counters and histograms are dropped.
 
     `open` is called after the warm-up runs, which would otherwise count as requests.
     """

@@ -15,7 +15,7 @@ DrainState = Literal["no", "draining", "drained"]
 class ReplicaReport:
     """The last report of one replica, `age_s` seconds old. Values that the replica did not report are None.
 
-    `profile` is text with the name of the engine's profile, the reason if it is plain, and the features that are off.
+    `profile` is text: the name of the engine's profile, the reason for a plain profile, and the features that are off.
     `memory_bytes` maps each purpose of GPU memory to the bytes planned for it. `in_flight` is the number of unfinished
     requests, and `backlog_s` is their predicted device time. `rows_per_step` is the mean number of variations in a
     denoising step over the last ten seconds. `finished_per_minute` is the number of requests that finished in the
@@ -76,7 +76,7 @@ class Operations(Protocol):
     """The requests that operators can send to a server. Every method returns within a few seconds."""
 
     async def report(self) -> ServerReport:
-        """Return the state of the server. It may be a second old, because calls within a second share one query."""
+        """Return the state of the server. The state may be 1 s old, because calls within 1 s share one query."""
         ...
 
     async def keep(self, model: str) -> None:

@@ -63,7 +63,7 @@ class ProgressFeed(Generic[Report]):
     def _wait_s(self, stage: str, due_at: float) -> float | None:
         """Return the seconds until the next report may be yielded, or None if no report is pending.
 
-        `stage` is the stage of the last report. The next one of the same stage may be yielded at `due_at`.
+        `stage` is the stage of the last yielded report. The next report of this stage may be yielded at `due_at`.
         """
         if not self._pending:
             return None

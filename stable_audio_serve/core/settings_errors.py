@@ -16,7 +16,7 @@ Path = tuple[str, ...]
 
 
 def faults(error: ValidationError, *, is_secret: Callable[[Path], bool] = lambda path: False) -> dict[Path, str]:
-    """Return Pydantic's error messages by the path of the setting, except those about unknown keys.
+    """Return Pydantic's error messages by the path of the setting, except messages about unknown keys.
 
     A message shows the invalid value, unless `is_secret` returns True for the path.
     """

@@ -55,8 +55,8 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("storage", "presigned_url_expires_s"): ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES",),
 }
 
-# Pairs of variables for the S3 access key and its secret. The first pair is used in which both variables are set. The
-# session token is used only with the AWS pair.
+# Pairs of variables for the S3 access key and its secret. The first pair with both variables set is used. The session
+# token is used only with the AWS pair.
 _ACCESS_KEYS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY"))
 _SESSION_TOKEN = "AWS_SESSION_TOKEN"
 
@@ -75,8 +75,8 @@ _SECRET = (
 )
 
 # Variables with our prefix that are not settings, but that other code of this project reads. Any further variable with
-# the prefix is an error, except those that Docker and Kubernetes set for a service called "stable-audio"
-# (`_SERVICE_LINK`).
+# the prefix is an error, except the variables that Docker and Kubernetes set for a service called
+# "stable-audio" (`_SERVICE_LINK`).
 _PREFIX = "STABLE_AUDIO_"
 _OTHER_VARIABLES = (
     "STABLE_AUDIO_URL",
@@ -224,8 +224,8 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], *, value: str) -> None:
 def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
     """Set the S3 access key, its secret and its session token in `tree` from environment variables.
 
-    The AWS_* variables are used if the access key and its secret are both set there. Otherwise the R2_* variables are
-    used, which have no session token. The two groups are not mixed, because the parts of different access keys do not
+    The AWS_* variables are used if they set both the access key and its secret. Otherwise the R2_* variables are used,
+    which have no session token. The two groups are not mixed, because the parts of different access keys do not
     work together.
     """
     pair = next((pair for pair in _ACCESS_KEYS if all(_is_set(environ, name) for name in pair)), None)

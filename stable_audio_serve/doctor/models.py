@@ -69,7 +69,7 @@ class ModelChecks:
         yield Finding(f"{self.name}: files", "ok", where)
 
     def memory(self) -> Iterator[Finding]:
-        """Check that the weights and requests fit into the GPU's or the machine's memory, without loading them."""
+        """Check that the weights and requests fit into the GPU's or the machine's memory. Loads no weights."""
         weights = self._weights_bytes()
         if weights is None:
             yield Finding(f"{self.name}: memory", "ok", "the size is unknown until the files are downloaded")

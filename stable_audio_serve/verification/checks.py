@@ -102,7 +102,7 @@ class Subject(NamedTuple):
     model: Any = None
 
     def request(self, audio: Tensor) -> GenerationRequest:
-        """Returns a request whose source is `audio` (C, S) at the model's rate. The result is as long as the source."""
+        """Returns a request with the source `audio` (C, S), at the model's rate, for a clip as long as `audio`."""
         source = SourceAudio(audio.numpy(), self.model.spec.card.sample_rate_hz)
         duration_s = audio.shape[-1] / source.sample_rate_hz
         return GenerationRequest(prompt="", duration_s=duration_s, seed=0, init_audio=source)
@@ -126,9 +126,9 @@ class Check:
     """A check: which stored numbers to compare, and how to compute the values that they must match.
 
     `make` is called for each stored tensor or each case (`over`) whose whole name matches the regular expression
-    `pattern`. If `over` is "once", `make` is called once. It returns the computed tensor, or any number of findings. A
-    string among the findings is the reason why a comparison is skipped. `component` selects the error bound. The check
-    runs only if the model is of the class `family`; the default includes folders without a model.
+    `pattern`. If `over` is "once", `make` is called once. `make` returns the computed tensor, or any number of
+    findings. A string among the findings is the reason why a comparison is skipped. `component` selects the error
+    bound. The check runs only if the model is of the class `family`; the default includes folders without a model.
     """
 
     component: str

@@ -1,4 +1,4 @@
-"""Checks of the conditioners, the denoiser, adapters, and the autoencoder, in one piece and in windows."""
+"""Checks of the conditioners, the denoiser, adapters, and the autoencoder (in one piece and in windows)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from stable_audio_serve.verification.runs import CallOrderNoise, RowNoise
 _OPEN_PHI = "07"  # for keys with `_phi` and no digits, as in the Stable Audio Open family
 _Code = Callable[[Tensor, int], Tensor]  # encode or decode: part of the input, index of its first frame -> output
 _Spans = Sequence[WindowSpan]
-_Units = tuple[int, int]  # number of values per frame, last axis, of the input and of the output
+_Units = tuple[int, int]  # number of values per frame on the last axis: of the input, of the output
 
 
 def _prompts(it: Subject) -> Any:
@@ -80,7 +80,7 @@ def _denoise(it: Subject, *, conditioning: Any = None, **changes: Any) -> Tensor
 
 
 def _output_of(it: Subject, match: re.Match[str], *, path: str) -> Tensor:
-    """Returns the output of a submodule of the denoiser for the stored inputs. `path` is a template for its path."""
+    """Returns the output of a submodule for the stored inputs. `path` is a template for the submodule's path."""
     with calls_of(it.model.denoiser.get_submodule(match.expand(path))) as calls:
         _denoise(it)
     return calls[-1][1]
@@ -90,8 +90,8 @@ def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Compare an output of the denoiser. The output's key states the settings, and `_OUTPUT` parses them.
 
     The reference applies guidance to all rows if t of row 0 is inside the guidance interval. For a key with
-    `_interval_off`, it is outside. For a key with `_interval_swapped`, the reference swapped the two rows, and t of the
-    new row 0 is inside.
+    `_interval_off`, t of row 0 is outside. For a key with `_interval_swapped`, the reference swapped the two rows, and
+    t of the new row 0 is inside.
     """
     component = "denoiser padding" if match["padding"] else "denoiser"
     valid = it.goldens["dit/padding_mask"].bool() if match["padding"] else None
@@ -132,7 +132,7 @@ def _hidden(it: Subject, match: re.Match[str]) -> Tensor:
 def _adapted(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Apply the adapter or the chain of adapters that the key names, and compare the result.
 
-    The result is the denoiser's output, or the embedding of a number if the key has one.
+    The result is the denoiser's output, or if the key has a number, the embedding of the number.
 
     An adapter of an unsupported type must be refused with a message that has its name and type. The reference's loader
     has a bug: an adapter in a chain changes only layers that all adapters before it also change. If the facts state
@@ -163,7 +163,7 @@ def _adapted(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
 
 
 def _code_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units) -> Tensor:
-    """Encode or decode the windows `spans` of `value`. Returns the parts of the results to keep, joined."""
+    """Encode or decode the windows `spans` of `value`. Returns the kept parts of the results, joined."""
     parts = []
     for span in spans:
         made = code(value[..., span.start * units[0] : span.stop * units[0]], span.start)

@@ -134,7 +134,7 @@ def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 
 
 class CallOrderNoise(SeededNoise):
-    """Noise of which each window gets the next draw, in the order of the calls. The reference draws in this order."""
+    """Gives each window the next draw of noise, in the order of the calls. The reference draws in this order."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
@@ -169,7 +169,7 @@ class RowResult(NamedTuple):
     plan: RowPlan
     latents: Tensor
     audio: Tensor
-    calls: samplers.Calls  # the network's input and output of each call; a guided row is in it twice, unguided second
+    calls: samplers.Calls  # input and output of each network call: with guidance, conditional rows, then unconditional
 
 
 class ObservedModel(ForwardingModel):
@@ -260,7 +260,7 @@ def draw_script(model: DiffusionModel, case: Case) -> samplers.Script:
 
 
 def _reference_windows(model: DiffusionModel, frames: int) -> tuple[WindowSpan, ...]:
-    """Returns the windows in which the reference encodes a source, including those that the denoiser does not use."""
+    """Returns the windows in which the reference encodes a source, including windows that the denoiser does not use."""
     is_chunked = isinstance(model, Sa3Model) and model.config.chunked
     return chunked_windows(frames) if is_chunked else whole_window(frames)
 
@@ -275,7 +275,7 @@ def replay_rows(case: Case, script: samplers.Script) -> list[NoiseSource]:
 
 
 def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
-    """Repeat a case with all its rows. Repeat it without noise in the autoencoder if outputs without it are stored."""
+    """Repeat a case with all its rows. If a run without noise in the autoencoder is stored, repeat it too."""
     goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)

@@ -159,7 +159,7 @@ def compare_steps(
 
     `result` (B, D, F) is x after the last step. The stored x is what the reference's callback reported: x after a step
     for Euler, RK4 and all but the last step of DDIM, and x before a step otherwise. The stored estimate is from a
-    step's first network call, but for RK4 from its last.
+    step's first network call, or for RK4 from the step's last network call.
     """
     firsts, near = (0, *plan.step_ends[:-1]), step_levels(plan)[:, None].isclose(torch.tensor(sigmas), rtol=2e-6)
     starts = [calls[first][0] / plan.evaluations[first].input_scale for first in firsts]
@@ -191,7 +191,7 @@ def sampler_script(sampler: str, plan: SamplerPlan, *, shape: tuple[int, ...]) -
 
 
 def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampler: str) -> Iterator[Finding]:
-    """Compare the number, kind and shape of the draws with the reference's.
+    """Compare the number, kind and shape of the draws with the draws of the reference.
 
     Some of the reference's samplers end with draws that they do not use. These are not compared.
     """

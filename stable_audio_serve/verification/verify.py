@@ -62,7 +62,7 @@ if not is_amd():
 # factor times the stated distance.
 TIMES_ROUNDING = 10.0
 
-# Verification fails if a part had no comparison. `REQUIRED` lists the parts for a folder with a model.
+# Verification fails if no component of a group was compared. These are the groups for a folder with a model, by name.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "number": ("number",),
@@ -156,9 +156,9 @@ class Report:
             self.fail(component, f"{key}: {message}" if key else message)
 
     def require_groups(self, required: Mapping[str, tuple[str, ...]]) -> None:
-        """Record each part of `required` as missed if none of its components was compared.
+        """Record each group in `required` as missed if none of the group's components was compared.
 
-        A part that has failed already, or has a failed component, is not recorded again.
+        A group that has failed already, or has a failed component, is not recorded again.
         """
         compared = {comparison.component for comparison in self.comparisons}
         for name, components in required.items():
@@ -225,7 +225,7 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
 def compare(report: Report, goldens: Goldens, *, model: DiffusionModel | None, only: Collection[str] = ()) -> None:
     """Run the checks that apply to the model. If `only` is not empty, run only the checks of these components.
 
-    An error counts as a miss of its component. The other checks still run.
+    An error in a check counts as a miss of the check's component. The other checks still run.
     """
     for check in (*SAMPLERS, *NETWORKS, *RUNS):
         if not isinstance(model, check.family) or (only and check.component not in only):

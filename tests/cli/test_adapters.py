@@ -26,7 +26,7 @@ JOB_ROUTES = ("/jobs", "/jobs/variations", "/jobs/inpaint")
 
 
 class Server(ThreadingHTTPServer):
-    """A fake server that records requests. `answers` has a status and a text by path. Other paths get 404."""
+    """A fake server that records requests. `answers` maps a path to a status and a text; unlisted paths get 404."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

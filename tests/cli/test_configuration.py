@@ -66,9 +66,10 @@ def test_a_mistyped_key_beside_args_is_named(run: Run, tmp_path: Path, command: 
 
 @pytest.mark.server
 def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: Path) -> None:
-    """The error must name the misspelled key. Without the key, the default models apply, but their weights are missing.
+    """The error must name the misspelled key, not a default model.
 
-    The command runs in a new process, because Ray reads the environment when it is imported.
+    If the key were ignored, the server would use the default models, whose weights are missing. The command runs in a
+    new process, because Ray reads the environment when it is imported.
     """
     (tmp_path / "serve_config.yaml").write_text(_MISTYPED)
     done = subprocess.run(

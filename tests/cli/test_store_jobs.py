@@ -77,7 +77,10 @@ def load(result: Result) -> Any:
 
 
 def add_one_of_each(store: JobStore) -> dict[str, Job]:
-    """Add a job in each state, and a failed job that is a dead letter. Returns the jobs by state, and "dead"."""
+    """Add a job in each state, and a failed job that is a dead letter.
+
+    Returns the jobs by state. The key of the dead letter is "dead".
+    """
     jobs = {"succeeded": add(store), "failed": add(store), "dead": add(store), "running": add(store)}
     for _ in jobs:
         lease(store)

@@ -126,7 +126,8 @@ async def test_a_continuation_keeps_its_source_and_its_pitch(engine: Engine) -> 
 async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prompt: str, most_db: float) -> None:
     """The level of the 0.1 s around a seam is near the levels of the 0.25 s before it and the 0.25 s after it.
 
-    It is at most `most_db` below the lower of the two levels and at most `most_db` above the higher one.
+    The level around the seam is at most `most_db` below the lower of the two other levels, and at most `most_db` above
+    the higher one.
     The tones before and after the seam may have different phases. The linear crossfade of 30 ms may therefore lower the
     level by 1 dB.
     """

@@ -25,7 +25,7 @@ class Block:
 
 
 def pages() -> list[str]:
-    """Returns every page of the documentation, including users' pages outside docs/."""
+    """Returns the path of every documentation page in docs/, and of four pages in other folders."""
     found = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md"))
     return ["README.md", "CONTRIBUTING.md", "examples/README.md", "packaging/client/README.md", *found]
 

@@ -24,8 +24,8 @@ from stable_audio_serve.core.settings import Settings
 from tests.api.compat.serving import serve_app
 from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, pages, run_program, text_of
 
-# Language of a code block -> the pages that may have such blocks, because a test covers them. `bash` and `sh` blocks
-# may be anywhere: `test_commands` runs `bash` blocks, and the tests below check `sh` blocks without running them.
+# Language of a code block -> the pages that may have such blocks, because a test covers these blocks. `bash` and `sh`
+# blocks may be anywhere: `test_commands` runs `bash` blocks, and the tests below check `sh` blocks but do not run them.
 PAGES = {
     "js": {"docs/dialects/fal.md", "docs/jobs.md"},  # tests/api/compat/test_fal_node_client.py, test_event_reader.py
     "json": {"docs/api.md", "docs/jobs.md"},

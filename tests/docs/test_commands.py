@@ -48,7 +48,7 @@ TAGS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The commands of a page after their run. `calls` has their requests as METHOD and path, `folder` their files."""
+    """The result of a page's commands. `calls` are their requests as METHOD and path. They write files to `folder`."""
 
     output: str
     calls: list[str]
@@ -65,7 +65,7 @@ class Run:
         return any(re.fullmatch(pattern, call) for call in self.calls)
 
     def named(self, pattern: str) -> list[str]:
-        """Returns the names of written files that match a pattern, because some names contain a random seed."""
+        """Returns the names of the written files that match a pattern. Some names contain a random seed."""
         return [path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern)]
 
     def frames(self, name: str) -> int:

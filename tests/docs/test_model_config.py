@@ -32,9 +32,9 @@ def keys_of(row: str) -> list[str]:
 
 @cache
 def documented() -> frozenset[str]:
-    """Returns the full paths of the documented keys, except those without effect.
+    """Returns the full paths of the documented keys, except keys without effect.
 
-    The docs list only the encoder's keys. The decoder's keys are added here, because they are the same.
+    The docs list only the encoder's keys. This function adds the decoder's keys, which have the same names.
     """
     found = set()
     for section in USED.split("\n### ")[1:]:

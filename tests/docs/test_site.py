@@ -45,7 +45,7 @@ def build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The built website. For each page: addresses of resources that a browser loads, links, and anchors."""
+    """The built website. By page: `loads` are addresses that a browser loads, `links` link targets, `anchors` ids."""
 
     folder: Path
     loads: dict[Path, set[str]]

@@ -1,4 +1,4 @@
-"""The guard process. However the launcher ends, the guard kills the launcher's children and removes its folder."""
+"""The guard process kills the launcher's children and removes the launcher's folder, however the launcher ends."""
 
 from __future__ import annotations
 

@@ -320,8 +320,8 @@ def test_forget_all_asks_first(page: Page) -> None:
     assert page["no-clips"].is_displayed()
 
 
-# Stores each file for which the page creates an object URL in `window.kept`. Scripts cannot load the file from the URL,
-# because the page's security policy forbids this.
+# When the page creates an object URL for a file, stores the file in `window.kept`. Scripts cannot load the file from
+# the URL, because the page's security policy forbids this.
 KEPT = """
 window.kept = {};
 const make = URL.createObjectURL;

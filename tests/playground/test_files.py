@@ -1,4 +1,4 @@
-"""Files of clips that the playground page downloads, and files that the commands copied from the page write."""
+"""Files of clips that the playground page downloads, and files written by commands that are copied from the page."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_copied_commands_give_the_same_file(page: Page, served: str, tmp_path: P
 
 
 def kept_audio(page: Page) -> tuple[bytes, str, bytes]:
-    """Returns the file of the shown clip, and the name and content of its source file."""
+    """Returns the file of the shown clip, and the name and content of the clip's source file."""
     files = page.browser.execute_async_script(
         """
         const [id, done] = arguments;
@@ -105,7 +105,7 @@ def kept_audio(page: Page) -> tuple[bytes, str, bytes]:
 @pytest.mark.slow
 def test_copied_commands_of_edits_and_loops_give_the_same_file(page: Page, tmp_path: Path) -> None:
     def expect_the_same() -> tuple[bytes, bytes]:
-        """Check that the commands of the shown clip write the clip's file.
+        """Check that each copied command of the shown clip writes a file that equals the clip's file.
 
         Returns the clip's file and its source file.
         """

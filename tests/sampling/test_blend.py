@@ -164,15 +164,16 @@ def test_a_blend_without_a_source_is_an_error() -> None:
 def make_pairs(z: Tensor, noise: Tensor) -> Kept:
     """Returns a `Kept` for clips of two frames.
 
-    The first is kept, with the source `z` and `noise`, both (channels,).
+    The first frame is kept. Its source is `z` (channels,), and its noise is `noise` (channels,).
     """
     return Kept(mask=torch.tensor([True, False]), source=z[:, None].repeat(1, 2), noise=noise[:, None].repeat(1, 2))
 
 
 def pair_velocity(x: Tensor, alpha: float, beta: float, *, flow: bool) -> Tensor:
-    """Returns the exact network output at x (batch, channels, 2), if the data are two normal frames with correlation R.
+    """Returns the exact network output at x (batch, channels, 2), if the data are two normal frames (see below).
 
-    Both frames have unit variance. `alpha` and `beta` are the weights of data and noise in x.
+    The two frames have unit variance and the correlation `CORRELATION`. `alpha` and `beta` are the weights of data and
+    noise in x.
     """
     covariance = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
     noisy = alpha**2 * covariance + beta**2 * torch.eye(2, dtype=torch.float64)
@@ -190,12 +191,13 @@ def pair_network(*, flow: bool) -> Callable[[Tensor, float], Tensor]:
 
 
 def next_to_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tensor:
-    """Returns the expected second frame at noise level 0. At each level sigma, the kept first frame is z + sigma eps'.
+    """Returns the expected second frame at noise level 0.
 
-    The second frame x begins as sigma times `start`. Let r be the correlation, u = 1 + sigma^2 and w = u^2 - r^2. Then
-    the derivative (x - D(x)) / sigma, where D is the exact denoiser, is x sigma u / w - r sigma (z + sigma eps') / w.
-    Multiplied by `pull`, the equation has the homogeneous solution w^(pull / 4). `pull` is 1 for the probability flow
-    and 2 for the reverse diffusion, which also adds noise.
+    The kept first frame has the source z and the noise eps'. At each level sigma, it is z + sigma eps'. The second
+    frame x begins as sigma times `start`. Let r be the correlation, u = 1 + sigma^2 and w = u^2 - r^2. Then the
+    derivative (x - D(x)) / sigma, where D is the exact denoiser, is x sigma u / w - r sigma (z + sigma eps') / w. With
+    the derivative multiplied by `pull`, the differential equation has the homogeneous solution w^(pull / 4). `pull` is
+    1 for the probability flow and 2 for the reverse diffusion, which also adds noise.
     """
     levels = torch.logspace(-6, math.log10(sigma), 40_001, dtype=torch.float64)
     w = (1 + levels**2) ** 2 - CORRELATION**2

@@ -57,7 +57,7 @@ def test_a_row_in_a_batch_equals_the_row_alone_bit_for_bit(rows, seed: int) -> N
     )
     for index, (plan, _) in enumerate(rows):
         if plan.start_blend is None:
-            kept.source[index] = float("nan")  # no kept frames: these values must not matter
+            kept.source[index] = float("nan")  # this row has no kept frames, so its source must not matter
     evaluations = [plan.evaluations[at] for plan, at in rows]
     together = advance(
         state, StepTerms.of(evaluations), velocity=velocity, unconditional=unconditional, noise=noise, kept=kept

@@ -35,7 +35,7 @@ CASES = sorted(
 
 
 def loosest(sampler: str) -> float:
-    """Returns the allowed error of the sampler, as a share of the largest value."""
+    """Returns the allowed error of the sampler, relative to the largest value of the expected result."""
     return 1e-6 if "ddim" in sampler else 1e-3 if sampler == "k-heun" else 1e-5
 
 

@@ -12,7 +12,7 @@ from stable_audio_serve.sampling import NoiseSource, SamplerPlan, StepTerms, adv
 
 
 def toy_velocity(x: Tensor, times: Tensor) -> Tensor:
-    """Returns the velocity at x (batch, channels, frames) and `times` (batch,). The stored sampler runs used it."""
+    """Returns the velocity at x (batch, channels, frames) and `times` (batch,). The stored runs used this formula."""
     t = times.reshape(-1, *[1] * (x.dim() - 1))
     return 0.7 * x + 0.3 * t * torch.tanh(x) + 0.1 * torch.cos(3 * t)
 

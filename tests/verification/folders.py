@@ -30,7 +30,7 @@ class Answer:
     report: dict[str, Any]
 
     def line(self, component: str, verdict: str) -> str:
-        """Returns the line of a component with this verdict. Fails the test if there is none."""
+        """Returns the line that has this component and this verdict. Fails the test if there is no such line."""
         found = [line for line in self.lines if line.startswith(f"{component:<23} {verdict:<8} ")]
         assert found, f"no line {component!r} {verdict!r} in\n" + "\n".join(self.lines)
         return found[0]
@@ -46,12 +46,12 @@ def run_verify(folder: Path) -> Answer:
 
 @cache
 def verify_stored(name: str) -> Answer:
-    """Run `verify` on a stored folder and cache its output."""
+    """Run `verify` on a stored folder, and cache the output of `verify`."""
     return run_verify(SA3_GOLDENS / name)
 
 
 def make_quick_copy(target: Path, *, name: str = "sharp-s") -> Path:
-    """Copy a folder with two cases only and without windowed autoencoder runs."""
+    """Copy the folder `name` to `target`. The copy has only two cases, and no windowed autoencoder runs."""
     shutil.copytree(SA3_GOLDENS / name, target)
     edit_facts(target, lambda facts: facts.update(cases={key: facts["cases"][key] for key in QUICK_CASES}))
 

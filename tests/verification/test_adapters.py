@@ -53,7 +53,7 @@ def edit_lora_facts(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 def rename(folder: Path, old: str, new: str, **config: Any) -> None:
-    """Rename an adapter in its file name, the facts and the tensor keys. `config` changes its `lora_config`."""
+    """Rename an adapter in its file name, the facts and the tensor keys. `config` changes the file's `lora_config`."""
     path = folder / "lora" / f"{old}.safetensors"
     with safe_open(path, "pt") as file:
         stated = json.loads(file.metadata()["lora_config"]) | config

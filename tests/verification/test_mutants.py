@@ -59,7 +59,7 @@ def scale_the_negative_prompt(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Returns copies of the folders with a few cases each."""
+    """Returns a copy of each folder in `SHARP`. Each copy has only a few cases."""
     copies = {}
     for name in SHARP:
         copies[name] = Path(shutil.copytree(SA3_GOLDENS / name, tmp_path_factory.mktemp("mutants") / name))

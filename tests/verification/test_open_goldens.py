@@ -59,7 +59,7 @@ def test_the_command_accepts_the_folder_and_compares_every_output(name: str) -> 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a copy of a folder with one run of each kind."""
+    """Returns a copy of a folder. The copy has only one run of each kind."""
     folder = Path(shutil.copytree(OPEN_GOLDENS / "tiny-1.0", tmp_path_factory.mktemp("open") / "folder"))
     kept = ("gen/card", "gen/negative", "gen/init_8.0")
     edit_facts(folder, lambda facts: facts.update(cases={name: facts["cases"][name] for name in kept}))

@@ -36,7 +36,7 @@ Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 class Player:
-    """A model that generates noise from the request's seed, then applies `change` to it."""
+    """A model that generates noise from the request's seed, then applies `change` to the noise."""
 
     def __init__(
         self, change: Change = lambda audio: audio, *, clock: FakeClock | None = None, takes_s: float = 0.0

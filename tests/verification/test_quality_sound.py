@@ -73,7 +73,7 @@ def test_another_pitch_other_noise_and_swapped_channels_fail() -> None:
 
 
 def test_noise_at_minus_30_db_passes_and_at_minus_20_db_fails() -> None:
-    """With noise of power share s added to a sine, the cosine is about 1 / sqrt(1 + s)."""
+    """If noise with s times the power of a sine is added to the sine, the cosine is about 1 / sqrt(1 + s)."""
     tone = sine(1000.0, amplitude=0.5 * math.sqrt(2))
     for share_db, passes in ((-30.0, True), (-20.0, False)):
         disturbed = tone + NOISE * np.float32(0.5 / 0.1 * 10 ** (share_db / 20))

@@ -1,4 +1,4 @@
-"""vLLM-Omni's `/v1/audio/generate` with `requests`, with the same calls as vLLM-Omni's example client."""
+"""Calls vLLM-Omni's `/v1/audio/generate` with `requests`, in the same way as vLLM-Omni's example client."""
 
 from __future__ import annotations
 

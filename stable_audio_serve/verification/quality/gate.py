@@ -42,10 +42,10 @@ Basis = Literal["pinned", "same", "other", "new", "unchecked"]
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """How a model passed. `basis` says what its audio was compared with.
+    """How a model passed. `basis` says what the model's audio was compared with.
 
-    `report` is the id of this setup's report. If `basis` is "unchecked", `problem` is the reason. `adapter_faults` has
-    a message for each bad adapter, by its name.
+    `report` is the id of the report for the model's `Setup`. If `basis` is "unchecked", `problem` is the reason.
+    `adapter_faults` maps the name of each bad adapter to a message.
     """
 
     basis: Basis
@@ -152,7 +152,7 @@ class QualityGate:
         return _Reference("pinned", report)
 
     async def _find_other(self, setup: Setup, source: Source) -> _Reference:
-        """Return the report of the model's last good weights, for the same device and precision.
+        """Return the report of the model's last good weights, for the device and the precision of `setup`.
 
         Raises QualityError if the files of the same commit of a repository have changed since the model last passed.
         """
@@ -167,8 +167,8 @@ class QualityGate:
     async def _save(self, report: Report) -> None:
         """Record the report's weights as last good, and save the report.
 
-        If this setup has a stored report already, only clips with new names are added to it. Earlier clips stay,
-        because replacing them each time would allow slow drift.
+        If a report of the same setup is stored already, only clips with new names are added to the stored report. The
+        earlier clips stay, because replacing them each time would allow slow drift.
         """
         setup = report.setup
         try:

@@ -107,7 +107,7 @@ def dump_last_good(good: LastGood) -> bytes:
 
 
 def parse_last_good(text: bytes, *, name: str) -> LastGood:
-    """Parse the output of `dump_last_good`. Raises QualityReportError that mentions `name` if it is not valid."""
+    """Parse the output of `dump_last_good`. Raises QualityReportError that mentions `name` if `text` is invalid."""
     wire = _parse(_WireLastGood, text, name=name)
     return LastGood(wire.model, wire.weights, Source(**wire.source.model_dump()))
 

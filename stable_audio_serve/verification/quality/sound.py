@@ -55,7 +55,7 @@ def cosine(one: Clip, other: Clip) -> float:
 
 
 def difference_from_same(clip: Clip, reference: Clip) -> str | None:
-    """Return how a clip differs from an earlier clip of the same weights, or None if it is within the limits."""
+    """Return how a clip differs from an earlier clip of the same weights, or None if it differs little enough."""
     if clip.num_samples != reference.num_samples:
         return f"{clip.num_samples} samples, {reference.num_samples} before"
     likeness, louder_db = cosine(clip, reference), clip.level_db - reference.level_db
@@ -67,7 +67,7 @@ def difference_from_same(clip: Clip, reference: Clip) -> str | None:
 
 
 def difference_from_other(clip: Clip, reference: Clip) -> str | None:
-    """Return how a clip's level differs from that of a clip of other weights, or None if it is within the limit."""
+    """Return how the levels of two clips of different weights differ, or None if the difference is small enough."""
     louder_db = clip.level_db - reference.level_db
     if not abs(louder_db) <= OTHER_LEVEL_DB:
         return f"{louder_db:+.2f} dB beside the last good weights, must be within {OTHER_LEVEL_DB:g} dB"
