@@ -102,8 +102,8 @@ def limit_spans(
 ) -> npt.NDArray[np.float32]:
     """Return `audio` (C, S) with each span limited separately, and all other samples clipped to -1..1.
 
-    The limiter gets each span as it was before its crossfades with the source. The limiter's change is then added with
-    the same crossfades.
+    At its ends, `audio` contains a crossfade of each span with the source. The limiter gets the span without these
+    crossfades. The difference that the limiter makes is then faded in and out in the same way, and added to `audio`.
     """
     if find_peak(audio) <= CEILING:
         return audio

@@ -33,9 +33,10 @@ _LONGEST = 1000  # characters per sentence, because proxies limit the size of he
 def check_names(
     request: Request, names: Iterable[str], *, limits: ApiSettings, parameters: Collection[str] = ()
 ) -> None:
-    """Record a request's unknown fields, and query parameters other than `parameters`, for the response.
+    """Record the names that the response lists as ignored: the unknown fields `names` and unknown query parameters.
 
-    Raises RequestValidationError when the server refuses unknown fields.
+    A query parameter is unknown if it is not in `parameters`. Raises RequestValidationError if there are unknown names
+    and the server is configured to refuse them.
     """
     unknown = [("body", name) for name in names]
     unknown += [("query", name) for name in request.query_params if name not in parameters]
