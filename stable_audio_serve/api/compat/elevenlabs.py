@@ -216,7 +216,7 @@ def build_router(service: Service) -> APIRouter:
     ) -> Response:
         """Generate music from a prompt or a composition plan. `/stream` sends it without a Content-Length.
 
-        The stream of a piece with sections begins when the first one is finished, except in Opus.
+        With several sections, the stream begins when the first section is finished; in Opus, when all are.
         """
         card = _resolve(service.backend.catalog, body.model_id, default=default, names=_MUSIC_MODELS)
         generation, sections = _to_music(body, card, limits=service.settings.api, request_id=request.state.request_id)
