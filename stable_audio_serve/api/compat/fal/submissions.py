@@ -27,10 +27,7 @@ _MODES: Mapping[Role | None, Mode] = {None: "text-to-audio", "init": "audio-to-a
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What the path, the headers and the query of a submission ask for.
-
-    Only queued submissions use `priority` and `webhook_url`.
-    """
+    """What path, headers and query of a submission ask for. Only queued ones use `priority` and `webhook_url`."""
 
     request_id: str
     is_queued: bool
