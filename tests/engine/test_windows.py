@@ -31,6 +31,19 @@ def test_source_windows_join_without_seams(frames: int) -> None:
     torch.testing.assert_close(encoding.latents(), samples[:1, ::4], rtol=0, atol=0)
 
 
+def test_latents_outside_the_windows_of_a_source_are_zero() -> None:
+    samples = torch.arange(1, 801.0).repeat(2, 1)
+    first, second, *_ = make_windows(200)
+    noise = SeededNoise(0)
+    encoding = SourceEncoding(SourcePlan(samples, 200, (second,)), stage="inpaint", noise=noise, hop=4)
+    (window,) = encoding.pending()
+    encoding.put(window.samples[:1, ::4])
+    expected = torch.zeros(1, 200)
+    expected[:, second.keep_start : second.keep_stop] = samples[:1, ::4][:, second.keep_start : second.keep_stop]
+    assert first.keep_stop == second.keep_start > 0
+    torch.testing.assert_close(encoding.latents(), expected, rtol=0, atol=0)
+
+
 @given(frames=st.integers(1, 1200), valid_share=st.floats(0, 1), length_share=st.floats(0.01, 1))
 def test_audio_windows_are_joined_trimmed_and_padded_with_silence(
     frames: int, valid_share: float, length_share: float
