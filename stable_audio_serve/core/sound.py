@@ -93,7 +93,8 @@ class ClipFacts:
 
     `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is the integrated loudness (ITU-R BS.1770),
     None for clips shorter than 0.4 s and for clips that never exceed -70 LUFS. `is_silent` means that every sample is
-    below -70 dBFS. `true_peak_dbtp` is only measured if the clip has a target loudness.
+    below -70 dBFS. `true_peak_dbtp` is only measured if the clip has a target loudness. `centroid_hz`, the spectral
+    centroid, is only measured for sections of long pieces.
     """
 
     seed: int
@@ -101,3 +102,4 @@ class ClipFacts:
     loudness_lufs: float | None
     is_silent: bool
     true_peak_dbtp: float | None = None
+    centroid_hz: float | None = None

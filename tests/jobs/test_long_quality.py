@@ -25,9 +25,12 @@ RATE_HZ = 44100
 OWN_S = 6.0
 NUM_SECTIONS = 10
 WINDOW_S = 2.0  # a bar at 120 bpm, so that every window contains the same beats
-STEADY = ("sine tone at 440 Hz", "organ tone at 220 Hz", "white noise", "rain", "G major chord on organ")
 PROMPTS = (
-    *STEADY,
+    "sine tone at 440 Hz",
+    "organ tone at 220 Hz",
+    "white noise",
+    "rain",
+    "G major chord on organ",
     "pad tone at A#2",
     "wind",
     "drum loop 120 bpm",
@@ -56,8 +59,7 @@ async def test_seams_are_no_larger_than_changes_inside_and_nothing_drifts(worksh
             levels = [measure_loudness(np.ascontiguousarray(part), RATE_HZ) for part in (first, last)]
             assert levels[0] is not None
             assert levels[1] == pytest.approx(levels[0], abs=3.0), prompt
-            if prompt in STEADY:
-                assert abs(centroid(last) - centroid(first)) <= 1 / 3, prompt
+            assert abs(centroid(last) - centroid(first)) <= 1 / 3, prompt
     largest, allowed = (np.percentile(changes, 95, axis=0) for changes in (seams, inside))
     print(f"changes of level (dB) and centroid (octaves): seams {largest}, inside {allowed}")
     assert np.all(largest <= allowed)
@@ -93,5 +95,5 @@ def level_db(audio: Audio) -> float:
 def centroid(audio: Audio) -> float:
     """Return the spectral centroid as the binary logarithm of hertz."""
     mono = audio.mean(axis=0)
-    powers = np.abs(np.fft.rfft(mono * np.hanning(len(mono)))) ** 2
+    powers = np.abs(np.fft.rfft(mono)) ** 2
     return float(np.log2((powers * np.fft.rfftfreq(len(mono), 1 / RATE_HZ)).sum() / powers.sum()))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stable_audio_serve.artifacts.store import ArtifactStore
-from stable_audio_serve.audio.section_files import SectionDecoder, join_samples
+from stable_audio_serve.audio.section_files import SectionDecoder
+from stable_audio_serve.audio.section_joins import join_samples
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError, StorageError
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, Section, SourceAudio

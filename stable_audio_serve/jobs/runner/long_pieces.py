@@ -21,9 +21,10 @@ from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import text_of
 from stable_audio_serve.audio.formats import file_rate, media_type
-from stable_audio_serve.audio.loudness import ClipMeter, describe_clip
+from stable_audio_serve.audio.loudness import ClipMeter
 from stable_audio_serve.audio.peaks import treat_peaks
-from stable_audio_serve.audio.section_files import encode_section, join_section
+from stable_audio_serve.audio.section_files import encode_section
+from stable_audio_serve.audio.section_joins import describe_section, join_section
 from stable_audio_serve.audio.stream_level import LoudnessSearch, PieceFinisher
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.audio.writer import AudioWriter
@@ -188,7 +189,7 @@ class LongPieces:
             result,
             before=request.inpaint_audio,
             plan=plan,
-            loudness_lufs=_find_loudness(plans, plan, finished=finished),
+            like=_find_similar(plans, plan, finished=finished),
             peaks=job.spec.peaks,
         )
         file, num_samples, facts = await self._audio.run_encoding(finish)
@@ -301,7 +302,7 @@ def _finish_section(
     *,
     before: SourceAudio | None,
     plan: SectionPlan,
-    loudness_lufs: float | None,
+    like: ClipFacts | None,
     peaks: Peaks,
 ) -> tuple[EncodedFile, int, ClipFacts]:
     """Return a section's file, its number of samples and its measurements. Raises GenerationError."""
@@ -319,25 +320,25 @@ def _finish_section(
             before=before.samples,
             num_own=num_own,
             span=span,
-            loudness_lufs=loudness_lufs,
+            like=like,
             peaks=peaks,
         )
-    return encode_section(own, rate_hz), own.shape[1], describe_clip(own, rate_hz, seed=plan.seed)
+    return encode_section(own, rate_hz), own.shape[1], describe_section(own, rate_hz, seed=plan.seed)
 
 
-def _find_loudness(
+def _find_similar(
     plans: Sequence[SectionPlan], plan: SectionPlan, *, finished: Sequence[FinishedSection]
-) -> float | None:
-    """Return the loudness (LUFS) that a section should have, or None.
+) -> ClipFacts | None:
+    """Return the measurements of the section that the section of `plan` should resemble, or None.
 
-    This is the loudness of an earlier section: the first one of the unbroken run of sections that have the same prompt
-    as `plan` and end with `plan`. None if `plan` itself is the first of this run.
+    This is the first one of the unbroken run of sections that have the same prompt as `plan` and end with `plan`. None
+    if `plan` itself is the first of this run.
     """
     first = plan.number
     while first > 1 and plans[first - 2].prompt == plan.prompt:
         first -= 1
     clips = finished[first - 1].file.clips if first < plan.number else ()
-    return clips[0].loudness_lufs if clips else None
+    return clips[0] if clips else None
 
 
 async def _to_end(work: Awaitable[T]) -> T:
