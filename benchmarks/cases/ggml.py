@@ -25,7 +25,7 @@ from stable_audio_serve.core.processor import has_native_bfloat16
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry
-from stable_audio_serve.serving.placement import KEEP_FREED_MEMORY
+from stable_audio_serve.serving.placement import allocator_variables
 
 Figures = dict[str, float]
 
@@ -48,7 +48,7 @@ async def run_ggml(settings: CaseSettings) -> dict[str, Any]:
                 own.append(_run_theirs(settings, model=model))
             else:
                 command = (sys.executable, "-m", __name__, settings.weights, model, side, threads)
-                text, memory_gb = _run(command, KEEP_FREED_MEMORY)
+                text, memory_gb = _run(command, allocator_variables())
                 own.append(json.loads(text.splitlines()[-1]) | {"peak memory (GB)": memory_gb})
     best = {side: {name: min(run[name] for run in own) for name in own[0]} for side, own in runs.items()}
     return {"model": model, "steps": _STEPS, "sides": best, "rounds": runs}

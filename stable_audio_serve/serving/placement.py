@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from stable_audio_serve.core.catalog import ModelCatalog
@@ -40,14 +41,10 @@ _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregat
 _CONSTRUCTOR_ATTEMPTS = 2  # if a replica fails to start twice, a third attempt would most likely fail too
 _ONE_REPLICA = 1  # extra replicas during an update, in percent; Ray Serve rounds 1 % up to one replica
 _DRAIN_POLL_S = 0.1  # seconds between Ray Serve's checks whether a stopping replica has finished its requests
-# The environment of a replica that computes on a CPU. By default, glibc returns large blocks to the kernel. Then each
-# call of the model spends up to a tenth of its time on new pages. With these settings, glibc keeps up to 1 GiB of free
-# memory. All threads must share one arena, because the settings have no effect on large blocks in threads' own arenas.
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-}
+# The settings for jemalloc are from PyTorch's guide to tuning on CPUs. Freed memory of any size is kept for the next
+# call. All threads share one arena, so that each can use the memory that another has freed.
+_ALLOCATOR = "oversize_threshold:0,narenas:1,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+_ALLOCATOR_PAGE_BYTES = 4096  # jemalloc does not work with larger pages than those of the machine that built it
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +218,26 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         "ray_actor_options": {
             "num_cpus": slot.cpus,
             "num_gpus": slot.gpus,
-            "runtime_env": {} if slot.gpus else {"env_vars": KEEP_FREED_MEMORY},
+            "runtime_env": {} if slot.gpus else {"env_vars": allocator_variables()},
         },
     }
+
+
+def allocator_variables() -> dict[str, str]:
+    """Return the environment variables that give a process jemalloc, from Ray's package, as its allocator.
+
+    A model on a CPU allocates many large blocks. By default, glibc returns them to the kernel, and each call spends up
+    to a tenth of its time on new pages. If glibc keeps them, small objects between them make the memory grow.
+
+    Returns nothing if Ray's package has no jemalloc for this machine, or if LD_PRELOAD is set.
+    """
+    spec = find_spec("ray")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        library = os.path.join(folder, "core", "libjemalloc.so")
+        is_usable = os.path.exists(library) and os.sysconf("SC_PAGE_SIZE") <= _ALLOCATOR_PAGE_BYTES
+        if is_usable and "LD_PRELOAD" not in os.environ:
+            return {"LD_PRELOAD": library, "MALLOC_CONF": _ALLOCATOR}
+    return {}
 
 
 def _engine_options(settings: Settings, *, name: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ print(faults[2])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Ray has the allocator on Linux only")
 def test_a_replica_on_a_cpu_reuses_freed_memory() -> None:
     def third_faults(variables: dict[str, str]) -> int:
         command = [sys.executable, "-c", _BLOCKS]
@@ -105,6 +105,16 @@ def test_a_replica_on_a_cpu_reuses_freed_memory() -> None:
 
 def test_a_replica_on_a_gpu_has_the_usual_environment() -> None:
     assert environment(SFX, cluster_gpus=1) == {}
+
+
+def test_an_allocator_that_the_user_preloads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "/opt/lib/libtcmalloc.so")
+    assert environment(SFX, cluster_gpus=0) == {}
+
+
+def test_pages_that_the_allocator_does_not_support_keep_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 65536)
+    assert environment(SFX, cluster_gpus=0) == {}
 
 
 def test_a_gpu_is_reserved_only_if_there_is_one() -> None:
