@@ -44,7 +44,7 @@ class EngineOptions:
     max_rows: int = 64  # clips in progress at the same time; at most three quarters of them have batch priority
     max_queue_s: float = 120.0  # accepted work in seconds of predicted device time; further requests are refused
     batch_share: float = 0.125  # device time for batch requests, relative to the time for interactive ones
-    fixed_share: float = 0.15  # clips are added to a step until its fixed cost is at most this share of its time
+    fixed_share: float = 0.25  # clips are added to a step until its fixed cost is at most this share of its time
     max_step_tokens: int = 16_384  # the most latent frames of one step, all clips together
     slots: int = 8  # the fixed batch size of a strict call on CUDA; dummy rows fill it up
     # Clips are padded to a multiple of this many latent frames. None: 64 on CUDA; 1 on a CPU, where fast mode packs.
