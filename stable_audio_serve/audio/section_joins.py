@@ -1,7 +1,7 @@
 """Join each section of a long piece to the audio before it, and keep its loudness and its balance of frequencies.
 
-A model often makes a continuation a little louder, darker or brighter than the audio that it continues. Without
-corrections, these changes would add up over the sections.
+A model often makes a continuation a little louder, darker or brighter than the audio that it continues. The corrections
+here keep the sections of a piece close to the first one.
 """
 
 from __future__ import annotations
