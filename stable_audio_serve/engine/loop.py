@@ -131,15 +131,13 @@ class EngineLoop:
 
     def _end_cancelled_and_late(self) -> None:
         now = self._clock.monotonic()
-        for request in list(self._requests.values()):
+        for request in [each for each in self._requests.values() if now >= each.end_at or each.is_abandoned]:
+            self._end(request, outcome="cancelled" if request.is_abandoned else "expired")
             if request.is_abandoned:
-                self._end(request, outcome="cancelled")
                 request.reply.fail(CancelledRequestError("the request was cancelled"))
-            elif request.deadline_at is not None and now >= request.deadline_at:
-                self._end(request, outcome="expired")
+            elif now >= request.deadline_at:
                 request.reply.fail(deadline_error(request.request))
-            elif request.start_by is not None and not request.is_started and now >= request.start_by:
-                self._end(request, outcome="expired")
+            else:
                 request.reply.fail(start_timeout_error(request.request))
 
     def _work(self, picked: Sequence[Row]) -> None:
@@ -148,7 +146,7 @@ class EngineLoop:
         for row in picked:
             row.request.clock.mark("stalled" if row.request.is_started else "queue", now)
         for row in picked:
-            row.request.is_started = True
+            row.request.start()
         phases = {row.id: row.work.phase for row in picked}
         new = [row for row in picked if isinstance(row.phase, Waiting)]
         stepping = [row for row in picked if phases[row.id] is Phase.DENOISE]

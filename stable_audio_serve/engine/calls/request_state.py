@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -83,14 +84,9 @@ class Reply:
 
     def __init__(self, on_progress: ProgressCallback | None) -> None:
         """Must be called within the event loop to which replies are sent."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._on_progress = on_progress
-        self.future: asyncio.Future[GenerationResult] = self._loop.create_future()
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether the caller's event loop is closed."""
-        return self._loop.is_closed()
+        self.future: asyncio.Future[GenerationResult] = self.loop.create_future()
 
     @property
     def wants_progress(self) -> bool:
@@ -111,7 +107,7 @@ class Reply:
 
     def _post(self, action: Callable[[Message], object], message: Message) -> None:
         with suppress(RuntimeError):  # raised if the event loop is closed
-            self._loop.call_soon_threadsafe(self._deliver, action, message)
+            self.loop.call_soon_threadsafe(self._deliver, action, message)
 
     def _deliver(self, action: Callable[[Message], object], message: Message) -> None:
         if not self.future.done():
@@ -231,9 +227,12 @@ class RequestState:
         self.noise_factory = noise_factory
         self.submitted_at = submitted_at
         self.slots = slots or HeldSlots()
-        self.deadline_at = None if request.deadline_s is None else submitted_at + request.deadline_s
-        self.start_by = None if request.start_within_s is None else submitted_at + request.start_within_s
-        self._cancelled = False
+        self.deadline_at = inf if request.deadline_s is None else submitted_at + request.deadline_s
+        # When the request ends unless it has started; once it has started, `deadline_at`.
+        self.end_at = self.deadline_at
+        if request.start_within_s is not None:
+            self.end_at = min(self.deadline_at, submitted_at + request.start_within_s)
+        self._is_cancelled = False
         self.clock = StageClock(submitted_at)
         self.rows: list[RequestRow] = []
         self.audio: dict[int, npt.NDArray[np.float32]] = {}
@@ -243,12 +242,17 @@ class RequestState:
 
     def cancel(self) -> None:
         """End the request at the next step boundary."""
-        self._cancelled = True
+        self._is_cancelled = True
 
     @property
     def is_abandoned(self) -> bool:
         """Whether the request was cancelled or its caller's event loop is closed."""
-        return self._cancelled or self.reply.is_abandoned
+        return self._is_cancelled or self.reply.loop.is_closed()
+
+    def start(self) -> None:
+        """Called when the first of the request's rows is picked."""
+        self.is_started = True
+        self.end_at = self.deadline_at
 
     def progress(self, queue_position: int | None) -> Progress:
         """Return the progress of all variations together. From one call to the next, stage and fraction never go back.
