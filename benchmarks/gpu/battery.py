@@ -23,6 +23,7 @@ from stable_audio_serve.core.generation import GenerationRequest, Mode, SourceAu
 from stable_audio_serve.models.protocol import DiffusionModel
 
 _LONGEST_S = 5.0
+_LEAST_DB = 30.0  # as the engine's own check: in float16, two correct computations differ by the rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,14 @@ CASES = (
     Case("plain"),
     Case("async_copies", frozenset({"async_copies"})),
     Case("second_queue", frozenset({"second_queue"})),
-    Case("shared_calls", mode="fast", least_db=50.0),
-    Case("packed_rows", frozenset({"packed_rows"}), mode="fast", least_db=50.0),
+    Case("shared_calls", mode="fast", least_db=_LEAST_DB),
+    Case("packed_rows", frozenset({"packed_rows"}), mode="fast", least_db=_LEAST_DB),
     Case("tf32_decode", least_db=50.0, precision={"decode": "tf32"}),
     Case("half_decode", least_db=40.0, precision={"decode": "half"}),
     Case("float32_steps", least_db=-900.0, precision={"dtype": torch.float32}),  # any finite audio: has no bound
     Case("captures", frozenset({"captures"})),
     Case("all_exact", EXACT),
-    Case("accelerated", ALL, mode="fast", least_db=50.0, precision={"decode": None}),
+    Case("accelerated", ALL, mode="fast", least_db=_LEAST_DB, precision={"decode": None}),
 )
 _TINY_HALF_DB = 22.0  # bfloat16 on a CPU has three bits less than float16
 

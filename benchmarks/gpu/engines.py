@@ -98,16 +98,22 @@ class Machine:
         if self.is_tiny:
             folder = _GOLDENS / _TINY[name]
             return load_model(resolve_entry(folder.name, path=str(folder)), device=self.device, decode_precision=decode)
-        if name in _SA3:
-            return sa3.build_random_model(_SA3[name], device=self.device, dtype=dtype, decode_precision=decode)
-        config, card = sao.OFFICIAL_CONFIGS[_OPEN], BUILT_IN[_OPEN].card
-        return sao.build_random_model(config, card, device=self.device, dtype=dtype, decode_precision=decode)
+        try:
+            if name in _SA3:
+                return sa3.build_random_model(_SA3[name], device=self.device, dtype=dtype, decode_precision=decode)
+            config, card = sao.OFFICIAL_CONFIGS[_OPEN], BUILT_IN[_OPEN].card
+            return sao.build_random_model(config, card, device=self.device, dtype=dtype, decode_precision=decode)
+        finally:
+            self.free()  # the weights were float32 at first
 
     @asynccontextmanager
     async def engine(
         self, model: DiffusionModel, features: Collection[str] = ALL, *, mode: Mode = "fast"
     ) -> AsyncIterator[OpenEngine]:
-        """Start an engine with these features only, and close it at the end."""
+        """Start an engine with these features only, and close it at the end.
+
+        Callers delete their variable afterwards. Otherwise the next engine would find less free memory.
+        """
         device = cast("Device", _Switched(self.open(self.device), features))
         options = EngineOptions(
             mode=mode,
@@ -122,6 +128,7 @@ class Machine:
             async with engine:
                 yield engine
         finally:
+            del engine
             self.free()
 
     def free(self) -> None:

@@ -34,6 +34,7 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
         started_at = time.perf_counter()
         plain = [(await engine.together(request))[0] for request in requests]
         results.record("plain_clips_per_s", len(plain) / (time.perf_counter() - started_at))
+    del engine
     async with machine.engine(model) as engine:
         await _Minute(machine, engine, results, requests, plain).run()
 

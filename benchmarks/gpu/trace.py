@@ -52,6 +52,7 @@ async def measure(machine: Machine, results: Results) -> None:
                     await engine.together(*requests)  # initialises the kernels
                     traced = await trace(machine.device, partial(engine.together, *requests), operators=True)
                     results.record(f"{name}.{layout}.{what}", traced)
+            del engine
 
 
 async def trace(
