@@ -290,9 +290,13 @@ class Adapters:
         return fitted
 
     def _finish_device_work(self) -> None:
-        """Wait for the device, because the engine's thread may use slots on another stream than the loading thread."""
+        """Wait for this thread's work, because the engine's thread may use the slots on another stream.
+
+        Waits for one stream only: while the engine's thread captures a call, a wait for the whole device would fail and
+        would spoil the capture.
+        """
         if self._model.device.type != "cpu":
-            torch.accelerator.synchronize(self._model.device)
+            torch.accelerator.current_stream(self._model.device).synchronize()
 
 
 def _release_result(job: Future[HeldSlots]) -> None:
