@@ -15,7 +15,7 @@ import torch
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.private_files import make_private_folder, require_own_folder
 from stable_audio_serve.models.forwarding import ForwardingModel
-from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
+from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, SwitchableDecoder
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 
@@ -39,6 +39,11 @@ class CompiledModel(ForwardingModel):
         return replace(
             spec, is_compiled=True, packs_rows=spec.packs_rows and self.device.type != "cpu", packs_segments=False
         )
+
+    def decode_exactly(self, is_exact: bool) -> None:
+        """See `SwitchableDecoder`."""
+        assert isinstance(self._model, SwitchableDecoder)  # as all models of `backend: native`
+        self._model.decode_exactly(is_exact)
 
 
 def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: str = "inductor") -> CompiledModel:

@@ -23,7 +23,7 @@ from stable_audio_serve.models.adapters.adapter import read_adapter
 from stable_audio_serve.models.adapters.base import Base
 from stable_audio_serve.models.adapters.slot_table import SlotTable
 from stable_audio_serve.models.forwarding import ForwardingModel
-from stable_audio_serve.models.protocol import RowConditioning, StepBatch
+from stable_audio_serve.models.protocol import ModelSpec, RowConditioning, StepBatch
 from stable_audio_serve.models.sa3.model import Sa3Model
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts
 from tests.engine.test_captured_calls import RecordedDevice
@@ -231,6 +231,28 @@ async def test_captured_packed_steps_use_the_adapters_of_their_rows(
             if await metrics.are_captured("denoise") and device.num_replays:
                 break
     assert device.num_replays
+
+
+class Compiled(ForwardingModel):
+    """A model with the spec of a compiled one."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return replace(super().spec, is_compiled=True)
+
+
+async def test_a_compiled_model_captures_no_steps_with_adapters(tmp_path: Path) -> None:
+    """Compiled layers ignore the adapters of a captured step."""
+    device, metrics = RecordedDevice(), GraphCounts()
+    adapted = make_clip(duration_s=0.9, loras=(make_lora(tmp_path, change("lora")),))
+    async with running(Compiled(loaded("tiny-s")), "fast", device=device, metrics=metrics, frame_grid=64) as engine:
+        for _ in range(3):
+            await engine.generate(adapted)
+        await metrics.are_captured("denoise")
+        assert metrics.graphs.get("denoise", 0) == 0
+        for _ in range(3):
+            await engine.generate(make_clip(duration_s=0.9))
+        assert await metrics.are_captured("denoise")
 
 
 class Switching(ForwardingModel):

@@ -21,7 +21,7 @@ from stable_audio_serve.models.adapters.base import Base
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.forwarding import ForwardingModel
-from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch
+from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch, SwitchableDecoder
 from stable_audio_serve.models.registry import resolve_entry
 from tests.adapter_files import LAYER, write_file
 from tests.goldens import load_goldens, load_open_goldens
@@ -118,6 +118,16 @@ def test_an_engine_serves_a_compiled_model_in_fast_mode(tmp_path: Path) -> None:
     found, expected = asyncio.run(generate(model)), asyncio.run(generate(load("sharp-s")))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
     assert (found[0] - found[1]).abs().max() > 1e-2
+
+
+def test_a_compiled_model_switches_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = load("sharp-s")
+    model = compile_layers(inner, folder=tmp_path, backend=TRACED)
+    assert isinstance(model, SwitchableDecoder)
+    asked: list[bool] = []
+    monkeypatch.setattr(inner, "decode_exactly", asked.append)
+    model.decode_exactly(True)
+    assert asked == [True]
 
 
 def test_compiled_kernels_are_stored_in_a_private_folder(tmp_path: Path) -> None:

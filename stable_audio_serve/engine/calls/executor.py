@@ -258,14 +258,15 @@ class Executor:
 
         Returns None if the call must run without a CUDA graph: the device has none, or the adapters do not fit into the
         table. In strict mode, any call with adapters runs without one, because the number of pages that a captured call
-        reads depends on the other rows.
+        reads depends on the other rows. So does any call of a compiled model, whose layers would ignore the adapters.
         """
         if not self._device.can_capture:
             return None
         slots = [row.slot for row in rows if row.slot is not None]
         if not slots:
             return step_rows
-        placed = None if self._is_strict or self._slot_table is None else self._slot_table.place(slots)
+        table = None if self._is_strict or self._model.spec.is_compiled else self._slot_table
+        placed = None if table is None else table.place(slots)
         if placed is None:
             return None
         places = iter(placed)
