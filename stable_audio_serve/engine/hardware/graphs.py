@@ -93,6 +93,7 @@ class CaptureRoom:
         self._max_bytes = max_bytes
         self._largest: dict[Kind, int] = {}
         self._call_bytes: dict[Kind, float] = {}
+        self._too_large: dict[Kind, int] = {}
         self.num_bytes = 0
 
     def expect(self, kind: Kind, *, call_bytes: float) -> None:
@@ -103,10 +104,16 @@ class CaptureRoom:
         """Whether a graph of this shape is expected to fit. The pool grows only if the call is the largest so far, and
         only by the difference.
         """
+        if shape.size >= self._too_large.get(shape.kind, math.inf):
+            return False
         if self._max_bytes is None:
             return True
         longer = max(0, shape.size - self._largest.get(shape.kind, 0))
         return self.num_bytes + longer * self._call_bytes.get(shape.kind, 0.0) < self._max_bytes
+
+    def refuse(self, shape: Shape) -> None:
+        """Remember that the device's memory did not suffice for a graph of this shape, so larger ones do not fit."""
+        self._too_large[shape.kind] = min(shape.size, self._too_large.get(shape.kind, shape.size))
 
     @contextmanager
     def counted(self, shape: Shape) -> Iterator[None]:
@@ -225,7 +232,10 @@ class Graphs:
         return True
 
     def _capture(self, shape: Shape) -> None:
-        """Capture a call. If that fails, capture no more calls in this process."""
+        """Capture a call. If that fails, capture no more calls in this process.
+
+        If it fails because the device's memory is full, capture only smaller calls from now on.
+        """
         self._make_room()
         run = self._candidates.pop(shape)
         del self._misses[shape]
@@ -238,6 +248,10 @@ class Graphs:
             replay = self._device.capture(lambda: run(shape, memory))
         except DeviceLostError:
             raise
+        except torch.OutOfMemoryError as error:  # the capture itself has ended properly
+            log.warning("no memory to capture %s: %s", shape, error)
+            self.room.refuse(shape)
+            return
         except Exception as error:  # noqa: BLE001 - the call can still run without a graph
             self._device.require_usable(error)
             reason = f"{shape} cannot be captured: {error}"
