@@ -37,6 +37,7 @@ _LENGTHS_S = (10.0, 30.0)
 _TRIAL_STEPS = 2
 _REPEAT_BELOW_S = 2.0  # the first clip may include one-time work, which matters for short times only
 _CPU_SHARE = 0.8  # share of the machine's memory that weights may take; requests need the rest
+_LEAST_ROWS_BYTES = 100e6  # enough for a short clip of any official model
 
 
 class ModelChecks:
@@ -116,16 +117,19 @@ class ModelChecks:
 
     def _fit_gpu(self, weights: int) -> tuple[str, bool]:
         """Return a description of the GPU's memory, and whether weights and requests fit into its free part."""
-        prompts = EngineOptions().prompt_cache_bytes
         share = engines.memory_share(self._model, gpu_share=self._gpu_share)
         free, total = torch.cuda.mem_get_info(self._device)
-        memory = DeviceMemory(total, allowed_bytes(total, share=share), held=weights, free=max(free - weights, 0))
+        memory = DeviceMemory(total, allowed_bytes(total, share=share), held=0, free=free)
         require_share(memory, name=self.name, weights_bytes=weights, share=share)
-        plan = plan_memory(memory, max_rows_bytes=self._model.max_memory_bytes, prompt_cache_bytes=prompts)
-        words = (
-            f"the GPU's {total / 1e9:.1f} GB ({free / 1e9:.1f} free), requests up to {(plan.rows or 0) / 1e9:.2f} GB"
+        plan = plan_memory(
+            replace(memory, held=weights, free=free - weights),
+            max_rows_bytes=self._model.max_memory_bytes,
+            prompt_cache_bytes=EngineOptions().prompt_cache_bytes,
+            lora_cache_bytes=self._model.lora_cache_bytes,
         )
-        return words, free > weights and memory.left > prompts
+        rows = plan.rows or 0
+        words = f"the GPU's {total / 1e9:.1f} GB ({free / 1e9:.1f} free), requests up to {rows / 1e9:.2f} GB"
+        return words, rows >= _LEAST_ROWS_BYTES
 
     async def _measure(self) -> str:
         began_at = time.monotonic()

@@ -116,6 +116,13 @@ def test_weights_larger_than_the_gpu_need_a_larger_gpu() -> None:
     assert least_share(10 * GB, weights_bytes=10 * GB) == 1.0
 
 
+def test_memory_that_other_programs_use_is_named() -> None:
+    memory = DeviceMemory(10 * GB, allowed=10 * GB, held=1 * GB, free=2 * GB)
+    require_share(memory, name="sfx", weights_bytes=3 * GB, share=1.0)  # in place of what this process holds
+    with pytest.raises(ConfigError, match=r"weights take 4 GB, but only 3 GB of the GPU's 10 GB are free; stop other"):
+        require_share(memory, name="sfx", weights_bytes=4 * GB, share=1.0)
+
+
 def make_engine(device: SharedDevice, on_call: Callable[..., None] = lambda name, items: None) -> Engine:
     options = EngineOptions(mode="fast", warmup_budget_s=0.0, torch_threads=1, prompt_cache_bytes=0)
     return Engine(ToyModel(on_call=on_call), options, device=device)

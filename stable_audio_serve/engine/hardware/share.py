@@ -47,7 +47,7 @@ class MemoryPlan:
 
     `rows` is for all clips in progress. It includes `context`, their stored conditioning, and `decode`, the temporary
     tensors of decoding while other clips are denoised; both are 0 until the engine has measured the model. `setting`
-    names the setting to change if `rows` is too low.
+    names the setting that limits `rows`.
     """
 
     weights: int = 0
@@ -131,9 +131,20 @@ def plan_memory(
 
 
 def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share: float) -> None:
-    """Raise ConfigError if a model's weights do not fit into `memory`. The error has the smallest sufficient share."""
-    if weights_bytes <= memory.allowed:
+    """Raise ConfigError if a model's weights do not fit into `memory`, of which this process may hold a part already.
+
+    The error has the smallest sufficient share, or says that other programs use the memory.
+    """
+    usable = memory.free + memory.held
+    if weights_bytes <= min(memory.allowed, usable):
         return
+    if weights_bytes <= memory.allowed:
+        raise ConfigError(
+            f"models.{name}: the model's weights take {weights_bytes / 1e9:.3g} GB, but only {usable / 1e9:.3g} GB of "
+            f"the GPU's {memory.total / 1e9:.3g} GB are free; stop other programs that use the GPU (nvidia-smi lists "
+            "them)",
+            field="device",
+        )
     taken = f"its weights take {weights_bytes / 1e9:.3g} GB"
     if share < WHOLE:
         taken += f" and CUDA itself up to {CONTEXT_BYTES / 1e9:.2g} GB"

@@ -219,7 +219,8 @@ class RowMemory:
             needed = self.use.num_bytes(self._needs(shortest), latent_channels=self._channels)
             raise ConfigError(
                 f"{self.plan.setting} leaves {self.plan.rows / 1e9:.3g} GB of the device's memory for variations in "
-                f"progress, and the shortest takes {needed / 1e9:.3g} GB",
+                f"progress, and the shortest takes {needed / 1e9:.3g} GB; raise it, lower lora_cache_bytes, or stop "
+                "other programs that use the device",
                 field=self.plan.setting,
             )
         room = self._room
