@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -195,12 +196,16 @@ class RayBackend:
     ) -> None:
         """Check every second whether the model has failed to load. If it has, cancel the call and return.
 
-        Ray Serve would let the call wait forever.
+        Ray Serve would let the call wait forever. If the model was ready after the beginning of the call, return as
+        well: a replica has got the call, and completes it even if an update replaces the replica and fails.
         """
+        began_at = time.monotonic()
         while True:
             await asyncio.sleep(_LOAD_CHECK_S)
-            if (await self.status())[model].stage == "failed":
+            stage = (await self.status())[model].stage
+            if stage == "failed":
                 response.cancel()
+            if stage == "failed" or (stage == "ready" and self.status_age_s < time.monotonic() - began_at):
                 return
 
     async def status(self) -> Mapping[str, ModelStatus]:

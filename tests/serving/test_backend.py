@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from ray.exceptions import NodeDiedError, OwnerDiedError, RayError
+from ray.serve.exceptions import RequestCancelledError
 
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.serving import backend as backend_module
 from stable_audio_serve.serving import model_states
 from stable_audio_serve.serving.backend import RayBackend
 from tests.backends import make_catalog
@@ -103,3 +105,55 @@ async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeyp
         assert {status["small-sfx"].stage for status in statuses} == {"ready"}
     finally:
         head_is_back.set()
+
+
+class PendingCall:
+    """A call of a replica that is answered when `answer` is called."""
+
+    def __init__(self) -> None:
+        self._result: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
+
+    def __await__(self) -> Any:
+        return self._result.__await__()
+
+    def answer(self) -> None:
+        self._result.set_result(_RESULT)
+
+    def cancel(self) -> None:
+        self._result.set_exception(RequestCancelledError())
+
+
+async def test_a_failed_update_cancels_only_calls_that_no_replica_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update stops the only replica, which still works on a call, and the new replica fails to start."""
+    calls: list[PendingCall] = []
+
+    def generate(_: GenerationRequest) -> PendingCall:
+        calls.append(PendingCall())
+        return calls[-1]
+
+    async def statuses(**_: object) -> list[object]:
+        return []
+
+    async def status() -> object:
+        return SimpleNamespace(device="cpu", start_s={}, quality=None)
+
+    running = SimpleNamespace(status="HEALTHY", status_trigger="", replica_states={"RUNNING": 1}, message="")
+    failed = SimpleNamespace(status="DEPLOY_FAILED", status_trigger="", replica_states={"STOPPING": 1}, message="")
+    application = SimpleNamespace(deployments={"small-sfx": running})
+    monkeypatch.setattr(model_states, "read_application", lambda _: application)
+    for module, name in ((backend_module, "_LOAD_CHECK_S"), (model_states, "_TTL_S"), (model_states, "_STALE_S")):
+        monkeypatch.setattr(module, name, 0.02)
+    handle: Any = SimpleNamespace(
+        generate=SimpleNamespace(remote=generate),
+        status=SimpleNamespace(remote=status),
+        broadcast=lambda _: SimpleNamespace(results_async=statuses),
+    )
+    model = RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
+    held = asyncio.create_task(model.generate("small-sfx", _REQUEST))
+    await asyncio.sleep(1.0)  # fifty times as long as the interval in which the backend looks for a replica
+    application.deployments["small-sfx"] = failed
+    with pytest.raises(ModelUnavailableError, match="failed to load"):
+        await model.generate("small-sfx", _REQUEST)
+    assert not held.done()
+    calls[0].answer()
+    assert await held == _RESULT
