@@ -42,7 +42,7 @@ class ReplicaSettings(Section):
     surge: bool | None = Field(
         None,
         description="Whether an update starts a new replica before it stops an old one, which needs the resources and "
-        "memory of one more; unset = yes if Ray has them free at deployment.",
+        "memory of one more; unset = yes if one more fits on the nodes beside the most replicas of all models.",
     )
 
     @model_validator(mode="after")

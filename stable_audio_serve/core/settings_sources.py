@@ -152,7 +152,10 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
 
 
 def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
-    """Raise ConfigError if the settings name a model that `catalog` does not have. The message names the setting."""
+    """Raise ConfigError if the settings name a model that `catalog` does not have, or preload one without replicas.
+
+    The message names the setting.
+    """
     named: list[tuple[tuple[str, ...], str | None]] = [(("default_model",), settings.default_model)]
     named += [(("preload_models",), name) for name in settings.preload_models or ()]
     dialects = settings.dialects
@@ -166,6 +169,13 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
             key = ".".join(path)
             variables = f" ({' or '.join(VARIABLES[path])})" if path in VARIABLES else ""
             raise ConfigError(f"{key}{variables}: {error.message}", field=key) from error
+    idle = {model.name for model in settings.models if model.replicas.min_replicas == 0}
+    for name in settings.preload_models or ():
+        if catalog.find(name).name in idle:
+            raise ConfigError(
+                f"preload_models keeps {name} loaded, but its replicas.min_replicas is 0: remove one of them",
+                field="preload_models",
+            )
 
 
 def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mapping[str, str] = os.environ) -> str:
@@ -181,10 +191,15 @@ def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mappi
 
 
 def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:
-    """Return the canonical names of the models to keep loaded: `preload_models`, or if unset, the default model."""
-    if settings.preload_models is None:
-        return (catalog.default.name,)
-    return tuple(dict.fromkeys(catalog.find(name).name for name in settings.preload_models))
+    """Return the canonical names of the models to keep loaded: `preload_models`.
+
+    If it is unset, this is the default model, unless its `min_replicas` is 0.
+    """
+    if settings.preload_models is not None:
+        return tuple(dict.fromkeys(catalog.find(name).name for name in settings.preload_models))
+    default = catalog.default.name
+    is_idle = any(model.name == default and model.replicas.min_replicas == 0 for model in settings.models)
+    return () if is_idle else (default,)
 
 
 def least_replicas(name: str, settings: Settings, *, catalog: ModelCatalog) -> int:

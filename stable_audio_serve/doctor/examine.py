@@ -17,7 +17,7 @@ from stable_audio_serve.doctor.findings import Finding, run_check
 from stable_audio_serve.doctor.models import ModelChecks
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.preflight import check_proxy
-from stable_audio_serve.serving.reservations import check_gpu_shares, replica_slot
+from stable_audio_serve.serving.reservations import Slot, check_gpu_shares, require_room
 from stable_audio_serve.serving.serve_file import (
     PACKAGED_FILE,
     ServeFile,
@@ -79,9 +79,9 @@ class Examination:
         plan = plan_deployments(settings)
         self.file, self.plan = file, plan
         check_key_file(settings.api.key_file)
-        for model in settings.models:
-            replica_slot(settings, model, cluster_gpus=self._num_gpus)
         check_gpu_shares(settings, cluster_gpus=self._num_gpus)
+        nodes = [Slot(self._num_gpus, plan.num_cpus)]
+        require_room(settings, nodes, least=plan.least_replicas, cluster_gpus=self._num_gpus)
         default = f"{plan.catalog.default.name} is the default ({explain_default(settings, plan.catalog)})"
         yield Finding("configuration", "ok", f"{file.path} serves {', '.join(plan.names)}; {default}")
         problems: list[str] = []

@@ -37,6 +37,7 @@ from stable_audio_serve.launcher.signals import StopSignals
 from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.preflight import require_weights
+from stable_audio_serve.serving.reservations import node_slots, require_room, reserved_gpus
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema
 
 if TYPE_CHECKING:
@@ -126,13 +127,16 @@ def serve(
         watch.lap("ray")
         url = f"http://{_reachable(host)}:{port}{file.route_prefix}"
         with start_errors("Ray Serve"):
+            _require_room(plan)
             _deploy(schema, watch)
             health = _wait_until_ready(file, url, plan=plan, report=report)
         watch.lap("models")
         report(f"cold start: {watch}{_load_stages(health, plan)}")
         report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")
-        if hint := bfloat16_hint(plan, {name: facts["device"] for name, facts in health["models"].items()}):
-            report(hint)
+        devices = {name: facts["device"] for name, facts in health["models"].items()}
+        for hint in (bfloat16_hint(plan, devices), _unused_gpu_hint(plan, devices)):
+            if hint:
+                report(hint)
         report(_ready_text(url, plan))
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
@@ -180,6 +184,34 @@ def _proxy_environment(
         raise ConfigError(f"proxy.kind (STABLE_AUDIO_PROXY, --proxy) is haproxy: {reason}", field="proxy.kind")
     report(f"using Ray Serve's Python proxy instead of HAProxy: {reason}")
     return {}
+
+
+def _require_room(plan: Plan) -> None:
+    import ray
+
+    require_room(plan.settings, node_slots(ray.nodes()), least=plan.least_replicas, cluster_gpus=_num_gpus())
+
+
+def _num_gpus() -> float:
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0.0))
+
+
+def _unused_gpu_hint(plan: Plan, devices: Mapping[str, str | None]) -> str | None:
+    """Return a warning if a model runs on the CPU although Ray reserved a GPU for it. `devices` is from /health."""
+    settings, num_gpus = plan.settings, _num_gpus()
+    names = [
+        model.name
+        for model in settings.models
+        if devices.get(model.name) == "cpu" and reserved_gpus(settings, model, cluster_gpus=num_gpus)
+    ]
+    if not names:
+        return None
+    return (
+        f"warning: torch cannot use this machine's GPU, so {', '.join(names)} runs on the CPU; "
+        "`stable-audio-serve doctor` says why"
+    )
 
 
 def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:

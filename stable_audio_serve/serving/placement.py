@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +16,7 @@ from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_models import LoraSettings
-from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
+from stable_audio_serve.core.settings_sources import check_model_names, least_replicas, preloaded_names
 from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.adapters.sources import is_remote
 from stable_audio_serve.models.registry import DEMO, DEMO_ADAPTERS, ModelEntry, describe_entry, resolve_entry
@@ -66,10 +67,14 @@ class Plan:
         return tuple(card.name for card in self.catalog)
 
     @property
+    def least_replicas(self) -> Mapping[str, int]:
+        """The smallest number of replicas of each model."""
+        return {name: least_replicas(name, self.settings, catalog=self.catalog) for name in self.names}
+
+    @property
     def started(self) -> frozenset[str]:
         """The names of the models that have a replica from the start of the server."""
-        kept = {model.name for model in self.settings.models if model.replicas.min_replicas}
-        return frozenset(kept.union(self.preloaded))
+        return frozenset(name for name, least in self.least_replicas.items() if least)
 
     @property
     def num_cpus(self) -> int:
@@ -97,25 +102,27 @@ def plan_deployments(settings: Settings) -> Plan:
 
 def _with_absolute_paths(settings: Settings) -> Settings:
     """Return the settings with absolute paths, because the replicas' processes have another working directory."""
-    changes: dict[str, Any] = {"output_dir": os.path.abspath(settings.output_dir)}
+    changes: dict[str, Any] = {"output_dir": _absolute(settings.output_dir)}
     if settings.api.key_file is not None:
-        changes["api"] = settings.api.model_copy(update={"key_file": os.path.abspath(settings.api.key_file)})
-    changes["models"] = tuple(_with_adapter_files(model) for model in settings.models)
+        changes["api"] = settings.api.model_copy(update={"key_file": _absolute(settings.api.key_file)})
+    changes["models"] = tuple(_with_absolute_files(model) for model in settings.models)
     return settings.model_copy(update=changes)
 
 
-def _with_adapter_files(model: ModelSettings) -> ModelSettings:
-    """Return the settings with absolute paths of adapters, and with the adapters that the package has for the model."""
+def _with_absolute_files(model: ModelSettings) -> ModelSettings:
+    """Return the settings with absolute paths, and with the adapters that the package has for the model."""
     packaged = DEMO_ADAPTERS if model.name == DEMO and model.path is None and model.repo_id is None else {}
     loras = {name: LoraSettings(path=str(path)) for name, path in packaged.items()} | model.loras
-    if not loras and model.lora_folder is None:
-        return model
-    loras = {
-        name: one if is_remote(one.path) else one.model_copy(update={"path": _absolute(one.path)})
-        for name, one in loras.items()
-    }
-    folder = None if model.lora_folder is None else _absolute(model.lora_folder)
-    return model.model_copy(update={"loras": loras, "lora_folder": folder})
+    return model.model_copy(
+        update={
+            "path": model.path and _absolute(model.path),
+            "lora_folder": model.lora_folder and _absolute(model.lora_folder),
+            "loras": {
+                name: one if is_remote(one.path) else one.model_copy(update={"path": _absolute(one.path)})
+                for name, one in loras.items()
+            },
+        }
+    )
 
 
 def _absolute(path: str) -> str:
@@ -198,14 +205,11 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
     """Return the deployment options of one model on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
     slot = replica_slot(plan.settings, model, cluster_gpus=cluster_gpus)
     replicas = model.replicas
-    min_replicas = replicas.min_replicas
-    if min_replicas is None:
-        min_replicas = 1 if model.name in plan.preloaded else 0
     return {
         **_engine_options(plan.settings, name=model.name),
         "max_surge_percent": _ONE_REPLICA if replicas.surge else 0,
         "autoscaling_config": {
-            "min_replicas": min_replicas,
+            "min_replicas": plan.least_replicas[model.name],
             "max_replicas": replicas.max_replicas,
             "upscale_delay_s": replicas.upscale_delay_s,
             "downscale_delay_s": replicas.downscale_delay_s,

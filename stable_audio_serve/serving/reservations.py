@@ -60,6 +60,26 @@ def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
     )
 
 
+def require_room(settings: Settings, nodes: Sequence[Slot], *, least: Mapping[str, int], cluster_gpus: float) -> None:
+    """Raise ConfigError if a model could never start, because Ray waits forever for resources that no node has.
+
+    `least` has each model's smallest number of replicas. All these replicas must fit on the nodes together, and so must
+    one replica of each other model beside them. `nodes` has the resources of each node.
+    """
+    slots = {model.name: replica_slot(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
+    kept = [Slot(0.0, settings.ingress.num_cpus)] * settings.ingress.replicas
+    for name in sorted(slots, key=lambda name: not least[name]):
+        if not has_room(nodes, kept + [slots[name]] * (least[name] - 1), extra=slots[name]):
+            taken = sum(slot.gpus for slot in kept)
+            raise ConfigError(
+                f"models.{name}: {max(least[name], 1)} replica(s) with num_gpus {slots[name].gpus:g} do not fit on "
+                f"{cluster_gpus:g} GPU(s), of which other models reserve {taken:g}; lower num_gpus or min_replicas, or "
+                "leave num_gpus unset for equal shares",
+                field="num_gpus",
+            )
+        kept += [slots[name]] * least[name]
+
+
 def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: float) -> Settings:
     """Return the settings with `replicas.surge` set for every model: whether updates start an extra replica.
 

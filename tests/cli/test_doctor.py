@@ -107,6 +107,14 @@ def test_a_too_small_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "medium: speed" not in found
 
 
+def test_models_that_do_not_fit_on_one_gpu_together_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = findings(models=[{"name": "medium", "num_gpus": 1}, {"name": "small-music"}])
+    assert found["configuration"]["state"] == "failure"
+    assert "models.small-music: 1 replica(s) with num_gpus 1 do not fit" in found["configuration"]["message"]
+
+
 def test_a_model_that_exceeds_the_machine_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "memory_bytes", lambda: 10_000_000)
     found = findings(models=[{"name": "demo", "device": "cpu"}])

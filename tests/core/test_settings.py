@@ -215,6 +215,14 @@ def test_the_default_model_is_preloaded_by_default() -> None:
     assert preloaded_names(Settings(preload_models=("X", "b", "a")), catalog) == ("a", "b")
 
 
+def test_a_model_with_no_least_replica_is_not_preloaded() -> None:
+    catalog = ModelCatalog([ModelCard("a", "f", aliases=("x",)), ModelCard("b", "f")])
+    idle = {"models": [{"name": "a", "replicas": {"min_replicas": 0}}, {"name": "b"}]}
+    assert preloaded_names(Settings.model_validate(idle), catalog) == ()
+    with pytest.raises(ConfigError, match="preload_models keeps x loaded"):
+        check_model_names(Settings.model_validate(idle | {"preload_models": ["b", "x"]}), catalog)
+
+
 def test_every_key_is_described_and_every_variable_sets_one() -> None:
     pending: list[type[BaseModel]] = [Settings, ModelSettings]
     while pending:

@@ -16,7 +16,7 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.serving.placement import ingress_options, model_options, plan_deployments
-from stable_audio_serve.serving.reservations import Slot, decide_surge
+from stable_audio_serve.serving.reservations import Slot, decide_surge, require_room
 
 
 def make_options(*models: dict[str, Any], cluster_gpus: float = 0, **settings: Any) -> dict[str, dict[str, Any]]:
@@ -167,11 +167,19 @@ def test_serve_never_queues_requests_before_the_ingress() -> None:
     assert options.get("max_queued_requests", -1) == -1
 
 
-def test_job_folder_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    plan = plan_deployments(Settings(models=(ModelSettings(name="demo"),), output_dir="out"))
+    plan = plan_deployments(Settings(models=(ModelSettings(name="mine", path="model"),), output_dir="out"))
     assert plan.settings.output_dir == str(tmp_path / "out")
+    assert plan.settings.models[0].path == str(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_may_be_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plan = plan_deployments(Settings(models=(ModelSettings(name="mine", path="~/model"),), output_dir="~/out"))
+    assert plan.settings.output_dir == str(tmp_path / "out")
+    assert plan.settings.models[0].path == str(tmp_path / "model")
 
 
 def test_unusable_database_stops_startup() -> None:
@@ -228,3 +236,26 @@ def test_embedded_ray_counts_cpus_for_a_configured_surge() -> None:
     assert plan_deployments(Settings.model_validate({"models": [model]})).num_cpus == 200
     assert make_options(model)["small-sfx"]["max_surge_percent"] == 1
     assert make_options(SFX)["small-sfx"]["max_surge_percent"] == 0
+
+
+def refused_room(*models: dict[str, Any], gpus: float = 1.0) -> str:
+    """Return the error of `require_room` on one machine with this many GPUs; empty if there is room."""
+    plan = plan_deployments(Settings.model_validate({"models": models}))
+    try:
+        require_room(plan.settings, [Slot(gpus, plan.num_cpus)], least=plan.least_replicas, cluster_gpus=gpus)
+    except ConfigError as error:
+        return error.message
+    return ""
+
+
+def test_a_model_that_could_never_be_placed_is_refused() -> None:
+    whole, idle = SFX | {"num_gpus": 1}, MUSIC | {"replicas": {"min_replicas": 0}}
+    assert refused_room(SFX, MUSIC) == ""  # equal shares
+    assert refused_room(whole) == ""
+    assert "models.small-music: 1 replica(s) with num_gpus 1 do not fit on 1 GPU(s)" in refused_room(whole, idle)
+    assert refused_room(whole, idle, gpus=2) == ""
+    assert "other models reserve 1" in refused_room(whole, MUSIC | {"num_gpus": 0.5})
+    assert "models.small-sfx: 2 replica(s)" in refused_room(
+        whole | {"replicas": {"min_replicas": 2, "max_replicas": 2}}
+    )
+    assert "0 GPU(s)" in refused_room(whole, gpus=0)
