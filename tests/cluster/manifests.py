@@ -120,9 +120,8 @@ def _cluster_problems(documents: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _group_problems(group: Group, documents: list[dict[str, Any]]) -> Iterator[str]:
-    args = serve_config(documents)["applications"][0]["args"]
-    yield from _probe_problems(group, drain_s=args["drain_s"])
-    yield from _stop_problems(group, drain_s=args["drain_s"])
+    yield from _probe_problems(group)
+    yield from _stop_problems(group)
     yield from _memory_problems(group)
     yield from _confinement_problems(group)
     policies = [each["spec"]["podSelector"] for each in of_kind(documents, "NetworkPolicy")]
@@ -142,7 +141,7 @@ def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     return selector["matchLabels"].items() <= labels.items()
 
 
-def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
+def _probe_problems(group: Group) -> Iterator[str]:
     if group.name == "head":
         if "readinessProbe" in group.container:
             yield "a readinessProbe, for which KubeRay would wait before it deploys"
@@ -153,8 +152,8 @@ def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
     unready_s = ready.get("periodSeconds", 10) * ready.get("failureThreshold", 3)
     if unready_s < _SLOW_ANSWERS_S:
         yield f"readinessProbe removes a slow server after {unready_s} s"
-    if unready_s + ready.get("timeoutSeconds", 1) > drain_s:
-        yield "readinessProbe keeps a server that drains in the Service until drain_s is over"
+    if unready_s + ready.get("timeoutSeconds", 1) > _drain_s(group):
+        yield "readinessProbe keeps a server that drains in the Service until it stops"
     if "livenessProbe" not in group.container:
         yield "no livenessProbe"
     # If these probes fail, Kubernetes restarts the pod, so they must not depend on the application.
@@ -164,21 +163,27 @@ def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
             yield f"{name} checks the application instead of Ray in its pod"
 
 
-def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:
-    grace = group.pod.get("terminationGracePeriodSeconds", 30)
-    if grace <= drain_s:
-        yield f"terminationGracePeriodSeconds {grace} is not above drain_s {drain_s}"
+def _stop_problems(group: Group) -> Iterator[str]:
     if group.name != "head":
-        words = " ".join(group.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", []))
+        grace = group.pod.get("terminationGracePeriodSeconds", 30)
+        words = _stop_command(group)
         limit = re.search(r"timeout (\d+) ray", words)
-        asleep = re.search(r"sleep (\d+); ray stop", words)
-        longest_s = int(limit[1]) if limit else 0
-        if asleep is None or not drain_s <= int(asleep[1]) < grace - longest_s:
-            yield "preStop does not wait for drain_s within the grace period"
+        if not 0 < _drain_s(group) < grace - (int(limit[1]) if limit else 0):
+            yield f"preStop does not wait for requests within the grace period of {grace} s"
         if not _drains_own_node(words):
             yield "preStop does not drain its node"
         if not limit:
             yield "preStop may wait for a head that is away"
+
+
+def _stop_command(group: Group) -> str:
+    return " ".join(group.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", []))
+
+
+def _drain_s(group: Group) -> int:
+    """How long a deleted pod waits for its requests, seconds; 0 if it does not wait."""
+    found = re.search(r"sleep (\d+); ray stop", _stop_command(group))
+    return int(found[1]) if found else 0
 
 
 def _drains_own_node(words: str) -> bool:

@@ -200,7 +200,7 @@ PROBLEMS: dict[str, Change] = {
     ),
     "gpu: no livenessProbe": lambda d: groups(d)[2].container.pop("livenessProbe"),
     "KubeRay would wait": lambda d: groups(d)[0].container.update(readinessProbe={"httpGet": {"path": "/ready"}}),
-    "is not above drain_s": lambda d: _worker(d).pod.update(terminationGracePeriodSeconds=60),
+    "grace period of 60 s": lambda d: _worker(d).pod.update(terminationGracePeriodSeconds=60),
     "preStop does not wait": lambda d: _worker(d).container.pop("lifecycle"),
     "gpu: preStop does not wait": lambda d: _change_stop(groups(d)[2], "timeout 15", "timeout 60"),
     "ingress: preStop does not drain": lambda d: _change_stop(_worker(d), "drain-node", "status"),
@@ -249,8 +249,8 @@ def test_operational_fault_is_detected(problem: str) -> None:
 def test_unknown_setting_in_the_config_is_refused(tmp_path: Path) -> None:
     documents = rendered("demo")
     service = _service(documents)
-    service["serveConfigV2"] = service["serveConfigV2"].replace("drain_s", "drain_seconds")
-    with pytest.raises((ConfigError, ValueError), match="drain_seconds"):
+    service["serveConfigV2"] = service["serveConfigV2"].replace("ingress:", "ingres:")
+    with pytest.raises((ConfigError, ValueError), match="ingres"):
         check_serve_config(documents, tmp_path)
 
 
