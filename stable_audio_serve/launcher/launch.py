@@ -36,7 +36,7 @@ from stable_audio_serve.launcher.precision import bfloat16_hint
 from stable_audio_serve.launcher.signals import StopSignals
 from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 from stable_audio_serve.serving.placement import Plan, plan_deployments
-from stable_audio_serve.serving.preflight import require_weights
+from stable_audio_serve.serving.preflight import names_to_download, require_weights
 from stable_audio_serve.serving.reservations import node_slots, require_room, reserved_gpus
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema
 
@@ -110,6 +110,8 @@ def serve(
             # Models that start later are not checked here: their weights are checked when they load.
             started = [model for model in plan.settings.models if model.name in plan.started]
             require_weights(plan, started, print_error=print_error)
+            if missing := names_to_download(started):
+                report(f"the files of {', '.join(missing)} are downloaded first, which may take many minutes")
             report(prepare_stores(plan.settings).description)
 
         # A thread of Ray prints log lines. It writes the text of a line and the newline separately. An error message

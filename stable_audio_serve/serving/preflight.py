@@ -46,6 +46,11 @@ def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error:
             print_error(f"warning: model {name} cannot be loaded: {error.message}")
 
 
+def names_to_download(models: Iterable[ModelSettings]) -> list[str]:
+    """Return the names of those `models` of which some files are not on this machine yet."""
+    return [model.name for model in models if not _is_local(model_entry(model))]
+
+
 def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
     """Download the configs of `models`, so that this node can describe the models to clients.
 
@@ -119,6 +124,14 @@ def _check_all(entry: ModelEntry, token: str | None) -> None:
     # The config says the model's family. By now, the config has been downloaded.
     if entry.backend == "stable_audio_tools":
         require_open_family(describe_entry(entry).card.family)
+
+
+def _is_local(entry: ModelEntry) -> bool:
+    if entry.folder is not None and find_text_encoder(Path(entry.folder)) is not None:
+        return True
+    from stable_audio_serve.models.download import find_local  # here, because huggingface_hub is slow to import
+
+    return find_local(entry) is not None
 
 
 def _check_files(entry: ModelEntry, token: str | None) -> None:
