@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # The level of the plain audio must be at least this far above the level of the difference, by the denoiser's precision.
 # In half precision, two correct computations of a step in another order differ by as much as the rounding.
-LEAST_DB = {torch.float32: 50.0, torch.float16: 30.0, torch.bfloat16: 18.0}
+_LEAST_DB = {torch.float32: 50.0, torch.float16: 30.0, torch.bfloat16: 18.0}
 _LENGTHS = (1.0, 0.4, 0.7, 0.55)  # durations of the requests, as fractions of the longest one
 _LONGEST_S = 5.0
 _STEPS = 2
@@ -71,7 +71,7 @@ async def prove(
     the audio agrees, else the plain profile with the reason.
 
     In strict mode, the audio with CUDA graphs, the second stream and asynchronous copies must have the same bits as
-    without these three. With all features, the difference must be `LEAST_DB` below the audio's level. `make` builds
+    without these three. With all features, the difference must be `_LEAST_DB` below the audio's level. `make` builds
     an engine with some features and a mode, and does not start it. The engines of the battery are closed afterwards, so
     audio from a wrong feature never reaches a client.
     """
@@ -88,7 +88,7 @@ async def prove(
             exact = replace(_EXACT, captures=features.captures, second_queue=features.second_queue)
             _require(plain, await run(exact, "strict"), least_db=float("inf"))
         plain = await run(PLAIN, mode)
-        _require(plain, await run(features, mode), least_db=LEAST_DB[spec.dtype])
+        _require(plain, await run(features, mode), least_db=_LEAST_DB[spec.dtype])
     except Exception as error:  # noqa: BLE001 - whatever a feature does, the plain path serves
         log.warning("the speed features of this engine are off: %s", error or repr(error))
         profile = Profile(PLAIN, f"{type(error).__name__}: {error}")
