@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_serve.core.generation import Loaded
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Loaded
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.options import PLAIN, Features
+from stable_audio_serve.engine.profile import prove
 from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.factories import make_request
 from tests.models.loaded import loaded
@@ -129,3 +131,27 @@ async def test_the_operator_may_choose_the_profile(expected: np.ndarray) -> None
     assert engine.profile.features == Features(second_queue=False)
     engine, audio = await serve(WrongSecondQueue(), profile="accelerated")  # unchecked
     assert not np.array_equal(audio, expected)
+
+
+class Rounding:
+    """An engine whose audio, with packed rows, differs by 41 dB, as float16 does if the order of a sum changes."""
+
+    def __init__(self, features: Features) -> None:
+        self._level = 10 ** (-41 / 20) * features.packing
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        noise, error = np.random.default_rng(request.seed).standard_normal((2, 1, 1000)).astype(np.float32)
+        return GenerationResult((noise + self._level * error,), 44100, "toy", (request.seed,))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float32, "plain"), (torch.float16, "accelerated"), (torch.bfloat16, "accelerated")]
+)
+async def test_the_check_allows_the_rounding_of_the_precision(dtype: torch.dtype, name: str) -> None:
+    spec = replace(loaded("tiny-s").spec, dtype=dtype)
+    profile = await prove(lambda features, _: Rounding(features), Features(), spec=spec, mode="fast")
+    assert profile.name == name
