@@ -121,13 +121,14 @@ class ModelChecks:
         free, total = torch.cuda.mem_get_info(self._device)
         memory = DeviceMemory(total, allowed_bytes(total, share=share), held=0, free=free)
         require_share(memory, name=self.name, weights_bytes=weights, share=share)
+        loaded = replace(memory, held=weights, free=free - weights)
         plan = plan_memory(
-            replace(memory, held=weights, free=free - weights),
+            loaded,
             max_rows_bytes=self._model.max_memory_bytes,
             prompt_cache_bytes=EngineOptions().prompt_cache_bytes,
             lora_cache_bytes=self._model.lora_cache_bytes,
         )
-        rows = plan.rows or 0
+        rows = max(0, min(plan.rows or 0, loaded.left - plan.prompts - plan.adapters))
         words = f"the GPU's {total / 1e9:.1f} GB ({free / 1e9:.1f} free), requests up to {rows / 1e9:.2f} GB"
         return words, rows >= _LEAST_ROWS_BYTES
 

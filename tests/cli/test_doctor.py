@@ -83,17 +83,31 @@ def test_a_missing_licence_fails_and_names_the_page(tmp_path: Path, monkeypatch:
     assert "lab: speed" not in found
 
 
-@pytest.mark.parametrize(("gigabytes", "state"), [(4, "failure"), (24, "ok")])
-def test_a_too_small_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: int, state: str) -> None:
-    facts = SimpleNamespace(name="Stand-in", major=9, minor=0)
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *, free: int, total: int) -> None:
     for name, value in {
         "is_available": True,
         "device_count": 1,
-        "get_device_properties": facts,
+        "get_device_properties": SimpleNamespace(name="Stand-in", major=9, minor=0),
         "get_device_capability": (9, 0),
-        "mem_get_info": (gigabytes * 10**9, gigabytes * 10**9),
+        "mem_get_info": (free, total),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+@pytest.mark.parametrize("max_memory_bytes", [None, 2 * 10**9])
+def test_a_gpu_that_other_programs_fill_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_memory_bytes: int | None
+) -> None:
+    pretend_gpu(monkeypatch, free=7_500_000_000, total=24 * 10**9)
+    with pointing_library_at(f"http://{CLOSED}", tmp_path / "hub", is_offline=True):
+        found = findings(models=[{"name": "medium", "max_memory_bytes": max_memory_bytes}])
+    assert found["medium: memory"]["state"] == "failure"
+    assert "(7.5 free), requests up to 0.00 GB" in found["medium: memory"]["message"]
+
+
+@pytest.mark.parametrize(("gigabytes", "state"), [(4, "failure"), (24, "ok")])
+def test_a_too_small_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: int, state: str) -> None:
+    pretend_gpu(monkeypatch, free=gigabytes * 10**9, total=gigabytes * 10**9)
     with pointing_library_at(f"http://{CLOSED}", tmp_path / "hub", is_offline=True):
         found = findings(models=[{"name": "medium"}])
     assert found["GPU 0"]["state"] == "failure"  # the fake GPU cannot run kernels
