@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from stable_audio_serve.core.errors import ConfigError
@@ -117,8 +118,8 @@ def reserved_gpus(settings: Settings, model: ModelSettings, *, cluster_gpus: flo
     """Return the number of GPUs that a replica reserves: the setting `num_gpus` if it is set.
 
     Otherwise the number is 0 for a model that does not run on a GPU. For other models, it is one GPU, or an equal share
-    if there are not enough GPUs for all models. Raises ConfigError if the model's device is a GPU but the cluster has
-    none.
+    of a GPU if there are not enough GPUs for all models. Raises ConfigError if the model's device is a GPU but the
+    cluster has none.
     """
     if model.num_gpus is not None:
         return model.num_gpus
@@ -136,8 +137,19 @@ def reserved_gpus(settings: Settings, model: ModelSettings, *, cluster_gpus: flo
     rivals = [other for other in settings.models if other.num_gpus is None and may_use_gpu(settings, other)]
     taken = sum((other.num_gpus or 0) * (other.replicas.min_replicas or 1) for other in settings.models)
     places = sum(other.replicas.min_replicas or 1 for other in rivals)
-    share = math.floor((cluster_gpus - taken) / places * _GPU_PRECISION) / _GPU_PRECISION
-    return min(1.0, share) if share > 0 else 1.0
+    return _equal_share(cluster_gpus - taken, places=places)
+
+
+def _equal_share(gpus: float, *, places: int) -> float:
+    """Return the largest share (0..1) of a GPU that `places` replicas can each have. No replica spans two GPUs.
+
+    `gpus` is the number of free GPUs, whose fraction is the rest of a GPU that other replicas use in part. Returns 1 if
+    none is free.
+    """
+    whole, rest = divmod(max(math.floor(gpus * _GPU_PRECISION + _TOLERANCE), 0), _GPU_PRECISION)
+    shares = [Fraction(room, count) for room in (_GPU_PRECISION, rest) for count in range(1, places + 1) if room]
+    fitting = [share for share in shares if whole * (_GPU_PRECISION // share) + rest // share >= places]
+    return math.floor(max(fitting, default=_GPU_PRECISION)) / _GPU_PRECISION
 
 
 def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
@@ -202,22 +214,48 @@ def _bundles(count: int) -> Iterator[int]:
 
 def has_room(nodes: Sequence[Slot], taken: Iterable[Slot], *, extra: Slot) -> bool:
     """Return True if `extra` fits on one of `nodes` after the slots in `taken` were placed on them, largest first."""
-    free = [[node.gpus, node.cpus] for node in nodes]
+    free = [_FreeNode.of(node) for node in nodes]
     largest_first = sorted(taken, key=lambda slot: (slot.gpus, slot.cpus), reverse=True)
     return all(_place(free, slot) for slot in (*largest_first, extra))
 
 
-def _place(free: list[list[float]], slot: Slot) -> bool:
+@dataclass(slots=True)
+class _FreeNode:
+    """The free resources of a node. `gpus` has the free share (0..1) of each GPU."""
+
+    gpus: list[float]
+    cpus: float
+
+    @classmethod
+    def of(cls, node: Slot) -> _FreeNode:
+        rest = node.gpus - int(node.gpus)
+        return cls([1.0] * int(node.gpus) + [rest] * bool(rest), node.cpus)
+
+    def places(self, slot: Slot) -> list[int] | None:
+        """Return the indices of the GPUs that a slot would get: the fullest one with room, or several whole GPUs.
+
+        Returns None if the slot does not fit.
+        """
+        count = math.ceil(slot.gpus)
+        each = min(slot.gpus, 1.0)
+        fitting = sorted((free, index) for index, free in enumerate(self.gpus) if free + _TOLERANCE >= each)
+        if len(fitting) < count or self.cpus + _TOLERANCE < slot.cpus:
+            return None
+        return [index for _, index in fitting[:count]]
+
+
+def _place(free: list[_FreeNode], slot: Slot) -> bool:
     """Subtract a slot from the resources of the fullest node that has room for it. Returns False if no node has room.
 
-    Ray also prefers the fullest node. `free` has the free GPUs and CPUs of each node.
+    Ray Serve also prefers the fullest node if RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY is 1.
     """
-    fitting = [node for node in free if node[0] + _TOLERANCE >= slot.gpus and node[1] + _TOLERANCE >= slot.cpus]
+    fitting = [node for node in free if node.places(slot) is not None]
     if not fitting:
         return False
-    node = min(fitting)
-    node[0] -= slot.gpus
-    node[1] -= slot.cpus
+    node = min(fitting, key=lambda node: (sum(node.gpus), node.cpus))
+    for index in node.places(slot) or ():
+        node.gpus[index] -= min(slot.gpus, 1.0)
+    node.cpus -= slot.cpus
     return True
 
 

@@ -107,14 +107,29 @@ def test_a_replica_on_a_gpu_has_the_usual_environment() -> None:
     assert environment(SFX, cluster_gpus=1) == {}
 
 
+def test_a_replica_without_a_reserved_gpu_sees_none() -> None:
+    hidden = ("CUDA_VISIBLE_DEVICES", "")
+    assert hidden in environment(SFX | {"num_gpus": 0}, cluster_gpus=1).items()
+    assert hidden in environment(SFX, cluster_gpus=0).items()  # a machine with a GPU may join the cluster later
+    assert hidden not in environment(SFX | {"num_gpus": 0, "device": "cuda"}, cluster_gpus=1).items()
+
+
+def test_a_numbered_gpu_is_refused_because_a_replica_sees_one_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"models.small-sfx: .*cuda:1.*CUDA_VISIBLE_DEVICES"):
+        plan_deployments(Settings.model_validate({"models": [SFX | {"device": "cuda:1"}]}))
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        plan_deployments(Settings.model_validate({"models": [SFX], "device": "cuda:1"}))
+    plan_deployments(Settings.model_validate({"models": [SFX | {"device": "cuda:0"}]}))
+
+
 def test_an_allocator_that_the_user_preloads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/opt/lib/libtcmalloc.so")
-    assert environment(SFX, cluster_gpus=0) == {}
+    assert not environment(SFX, cluster_gpus=0).keys() & {"LD_PRELOAD", "MALLOC_CONF"}
 
 
 def test_pages_that_the_allocator_does_not_support_keep_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", lambda name: 65536)
-    assert environment(SFX, cluster_gpus=0) == {}
+    assert not environment(SFX, cluster_gpus=0).keys() & {"LD_PRELOAD", "MALLOC_CONF"}
 
 
 def test_a_gpu_is_reserved_only_if_there_is_one() -> None:
@@ -126,7 +141,13 @@ def test_a_gpu_is_reserved_only_if_there_is_one() -> None:
 def test_models_share_scarce_gpus_and_always_fit() -> None:
     shares = gpus(SFX, MUSIC, {"name": "medium"}, cluster_gpus=1)
     assert shares == [0.3333] * 3
-    assert gpus(SFX | {"replicas": {"min_replicas": 2, "max_replicas": 2}}, MUSIC, cluster_gpus=2) == [0.6666] * 2
+    # No replica spans two GPUs, so three replicas cannot have two thirds of a GPU each on two GPUs.
+    assert gpus(SFX | {"replicas": {"min_replicas": 2, "max_replicas": 2}}, MUSIC, cluster_gpus=2) == [0.5] * 2
+    assert gpus(*({"name": name, "path": "/models"} for name in "abcde"), cluster_gpus=4) == [0.5] * 5
+    assert gpus(*({"name": name, "path": "/models"} for name in "abcde"), cluster_gpus=2) == [0.3333] * 5
+    assert gpus(SFX | {"num_gpus": 0.5}, MUSIC, {"name": "medium"}, cluster_gpus=2) == [0.5, 0.5, 0.5]
+    assert gpus(SFX | {"num_gpus": 0.4}, MUSIC, {"name": "medium"}, cluster_gpus=2) == [0.4, 0.6, 0.6]
+    assert gpus(SFX | {"num_gpus": 0.4}, MUSIC, {"name": "medium"}, cluster_gpus=1) == [0.4, 0.3, 0.3]
 
 
 def test_settings_decide_gpus_and_cpu_models_reserve_none() -> None:
@@ -209,7 +230,9 @@ def test_update_starts_the_new_replica_first_on_a_spare_gpu() -> None:
 
 def test_two_half_gpus_do_not_make_a_whole() -> None:
     halves = {"num_gpus": 0.5, "replicas": {"max_replicas": 1}}
-    assert surges([ONE_GPU, ONE_GPU], SFX | halves, MUSIC | {"num_gpus": 1}) == [True, False]
+    for nodes in ([ONE_GPU, ONE_GPU], [TWO_GPUS]):
+        assert surges(nodes, SFX | halves, MUSIC | {"num_gpus": 1}) == [True, False]
+    assert surges([TWO_GPUS], *(model | halves | {"num_gpus": 0.6} for model in (SFX, MUSIC))) == [False, False]
 
 
 def test_no_surge_without_room_for_all_replicas() -> None:
@@ -259,3 +282,7 @@ def test_a_model_that_could_never_be_placed_is_refused() -> None:
         whole | {"replicas": {"min_replicas": 2, "max_replicas": 2}}
     )
     assert "0 GPU(s)" in refused_room(whole, gpus=0)
+    one = {"num_gpus": 0.6, "replicas": {"min_replicas": 1}}
+    shared = [model | one for model in (SFX, MUSIC, {"name": "medium"})]
+    assert "1 replica(s) with num_gpus 0.6" in refused_room(*shared, gpus=2)  # no replica spans two GPUs
+    assert refused_room({"name": "medium", "num_gpus": 2}, SFX | {"num_gpus": 0.5}, gpus=3) == ""
