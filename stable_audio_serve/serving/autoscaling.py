@@ -71,12 +71,13 @@ class WorkPolicy:
         """Return the target number of replicas.
 
         `context` has the statistics that the replicas published in the last `look_back_period_s`. For each replica, the
-        highest `busy_share` is used, and the last value of every other statistic.
+        mean of `busy_share` is used, and the last value of every other statistic. With the highest `busy_share`, each
+        replica that had a request in this period would count as busy all the time, and replicas would only be added.
         """
         published = context.raw_metrics or {}
         work = {str(replica): series[-1].value for replica, series in published.get(_WORK, {}).items() if series}
         waiting_s = max((series[-1].value for series in _series(published, _WAITING)), default=0.0)
-        busy = sum(max(point.value for point in series) for series in _series(published, _BUSY))
+        busy = sum(sum(point.value for point in series) / len(series) for series in _series(published, _BUSY))
         wanted = max(_ceil((sum(work.values()) + waiting_s) / self._target_wait_s), _ceil(busy / _USED_SHARE))
         is_kept = any(series[-1].value for series in _series(published, _KEPT))
         # `total_num_requests` includes requests that wait until the model's first replica starts.

@@ -132,7 +132,7 @@ def _configured_dtype(settings: Settings, model: ModelSettings) -> str | None:
 
 
 def first_device() -> str:
-    """Return the fastest device type that this process may use. Ray hides GPUs from replicas that reserved none."""
+    """Return the fastest device type that this process may use. Replicas that reserved no GPU see none."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -88,16 +88,29 @@ class Plan:
 
 
 def plan_deployments(settings: Settings) -> Plan:
-    """Return the plan for these settings. Raises ConfigError for invalid model names, folders or storage settings.
+    """Return the plan for these settings. Raises ConfigError for invalid model names, devices or storage settings.
 
     Reads the models' configs, but none of their other files. A model whose config cannot be read gets the same card as
     a model that is not downloaded yet. `preflight` reports the reason later.
     """
     catalog = _catalog(settings)
     check_model_names(settings, catalog)
+    _check_devices(settings)
     settings = _with_absolute_paths(settings)
     check_stores(settings)
     return Plan(settings, catalog, preloaded_names(settings, catalog))
+
+
+def _check_devices(settings: Settings) -> None:
+    """Raise ConfigError if a device is a GPU with a number, because each replica sees only the GPUs it has reserved."""
+    for model in settings.models:
+        device = model.device or settings.device or ""
+        if device.startswith("cuda:") and device != "cuda:0":
+            raise ConfigError(
+                f"models.{model.name}: device {device} cannot be chosen, because Ray assigns the GPUs; set it to cuda, "
+                "and CUDA_VISIBLE_DEVICES to the GPUs that the server may use",
+                field="device",
+            )
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:
@@ -222,9 +235,19 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         "ray_actor_options": {
             "num_cpus": slot.cpus,
             "num_gpus": slot.gpus,
-            "runtime_env": {} if slot.gpus else {"env_vars": allocator_variables()},
+            "runtime_env": {} if slot.gpus else {"env_vars": _without_gpu(plan.settings, model)},
         },
     }
+
+
+def _without_gpu(settings: Settings, model: ModelSettings) -> dict[str, str]:
+    """Return the environment variables of a replica that reserves no GPU.
+
+    They hide all GPUs, which Ray 2.60 does not do, unless the settings say that the model runs on a GPU.
+    """
+    device = model.device or settings.device or ""
+    hidden = {} if device.startswith("cuda") else {"CUDA_VISIBLE_DEVICES": ""}
+    return hidden | allocator_variables()
 
 
 def allocator_variables() -> dict[str, str]:

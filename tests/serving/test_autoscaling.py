@@ -62,11 +62,16 @@ def test_replicas_can_finish_all_work_within_the_target_wait(target_wait_s: floa
     assert decide(context, target_wait_s=target_wait_s) == replicas
 
 
-def test_busiest_recent_second_keeps_replicas_without_a_backlog() -> None:
-    used = [stats(busy_share=0.3), stats(busy_share=0.8), stats(busy_share=0.5)]
+def test_busy_devices_keep_replicas_without_a_backlog() -> None:
+    used = [stats(busy_share=0.4), stats(busy_share=0.8), stats(busy_share=0.6)]
     assert decide(publish(used, used)) == 2
-    assert decide(publish(used, [stats(busy_share=0.1)])) == 2
-    assert decide(publish(used, [stats()])) == 1
+    assert decide(publish(used, [stats(busy_share=0.3)])) == 2
+    assert decide(publish(used, [stats(busy_share=0.1)])) == 1
+
+
+def test_one_client_at_a_time_needs_one_replica_however_many_there_are() -> None:
+    a_request_in_ten_seconds = [stats()] * 4 + [stats(busy_share=1.0)] * 2 + [stats()] * 4
+    assert decide(publish(*[a_request_in_ten_seconds] * 4)) == 1
 
 
 def test_waiting_jobs_count_once_however_many_replicas_report_them() -> None:
