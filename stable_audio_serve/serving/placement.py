@@ -88,29 +88,16 @@ class Plan:
 
 
 def plan_deployments(settings: Settings) -> Plan:
-    """Return the plan for these settings. Raises ConfigError for invalid model names, devices or storage settings.
+    """Return the plan for these settings. Raises ConfigError for invalid model names, folders or storage settings.
 
     Reads the models' configs, but none of their other files. A model whose config cannot be read gets the same card as
     a model that is not downloaded yet. `preflight` reports the reason later.
     """
     catalog = _catalog(settings)
     check_model_names(settings, catalog)
-    _check_devices(settings)
     settings = _with_absolute_paths(settings)
     check_stores(settings)
     return Plan(settings, catalog, preloaded_names(settings, catalog))
-
-
-def _check_devices(settings: Settings) -> None:
-    """Raise ConfigError if a device is a GPU with a number, because each replica sees only the GPUs it has reserved."""
-    for model in settings.models:
-        device = model.device or settings.device or ""
-        if device.startswith("cuda:") and device != "cuda:0":
-            raise ConfigError(
-                f"models.{model.name}: device {device} cannot be chosen, because Ray assigns the GPUs; set it to cuda, "
-                "and CUDA_VISIBLE_DEVICES to the GPUs that the server may use",
-                field="device",
-            )
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:

@@ -119,14 +119,20 @@ def reserved_gpus(settings: Settings, model: ModelSettings, *, cluster_gpus: flo
 
     Otherwise the number is 0 for a model that does not run on a GPU. For other models, it is one GPU, or an equal share
     of a GPU if there are not enough GPUs for all models. Raises ConfigError if the model's device is a GPU but the
-    cluster has none.
+    cluster has none, or a GPU with a number, because a replica sees only the GPUs that it reserves.
     """
+    device = model.device or settings.device
+    if device is not None and device.startswith("cuda:") and device != "cuda:0":
+        raise ConfigError(
+            f"models.{model.name}: device {device} cannot be chosen, because Ray assigns the GPUs; set it to cuda, and "
+            "CUDA_VISIBLE_DEVICES to the GPUs that the server may use",
+            field="device",
+        )
     if model.num_gpus is not None:
         return model.num_gpus
     if not may_use_gpu(settings, model):
         return 0.0
     if not cluster_gpus:
-        device = model.device or settings.device
         if device is None:
             return 0.0
         raise ConfigError(

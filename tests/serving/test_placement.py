@@ -116,10 +116,10 @@ def test_a_replica_without_a_reserved_gpu_sees_none() -> None:
 
 def test_a_numbered_gpu_is_refused_because_a_replica_sees_one_gpu() -> None:
     with pytest.raises(ConfigError, match=r"models.small-sfx: .*cuda:1.*CUDA_VISIBLE_DEVICES"):
-        plan_deployments(Settings.model_validate({"models": [SFX | {"device": "cuda:1"}]}))
+        gpus(SFX | {"device": "cuda:1"}, cluster_gpus=2)
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
-        plan_deployments(Settings.model_validate({"models": [SFX], "device": "cuda:1"}))
-    plan_deployments(Settings.model_validate({"models": [SFX | {"device": "cuda:0"}]}))
+        gpus(SFX | {"num_gpus": 1}, cluster_gpus=2, device="cuda:1")
+    assert gpus(SFX | {"device": "cuda:0"}, cluster_gpus=2) == [1]
 
 
 def test_an_allocator_that_the_user_preloads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
