@@ -153,7 +153,9 @@ def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
     """
     if not _has_applications(text):
         return text
-    return _replace(text, r"^( *)http-reuse always$", replacement=r"\1http-reuse never\n\1option http-server-close")
+    replacement = r"\1http-reuse never\n\1option http-server-close"
+    # Each Ray Serve application of the cluster has its own backend.
+    return _replace(text, r"^( *)http-reuse always$", replacement=replacement, is_repeated=True)
 
 
 def _answer_503_without_routes(text: str, options: ProxyOptions) -> str:
@@ -208,10 +210,13 @@ def _bind(text: str, section: str, *, host: str) -> str:
     return _replace(text, rf"^({section}\n +bind) \S*:(\d+)$", replacement=rf"\1 {address}:\2{families}")
 
 
-def _replace(text: str, pattern: str, *, replacement: str) -> str:
-    """Replace the only match of `pattern`. Raises ConfigurationChangedError unless there is exactly one."""
+def _replace(text: str, pattern: str, *, replacement: str, is_repeated: bool = False) -> str:
+    """Replace the only match of `pattern`, or with `is_repeated` all matches, of which there must be at least one.
+
+    Raises ConfigurationChangedError if there is another number of matches.
+    """
     text, count = re.subn(pattern, replacement, text, flags=re.MULTILINE)
-    if count != 1:
+    if count == 0 or (count > 1 and not is_repeated):
         raise ConfigurationChangedError(
             f"this version of Ray writes an HAProxy configuration in which {pattern!r} is found {count} times instead "
             "of once, so its listeners and time limits cannot be made safe: use the Ray of constraints.txt, or "

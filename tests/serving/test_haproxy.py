@@ -392,6 +392,9 @@ async def test_every_edit_applies_once_or_stops_startup(tmp_path: Path, monkeypa
         rendered = proxy.config.read_text()
     options = ProxyOptions(public_host=_PUBLIC)
     assert finish(finished, options) == finished
+    backend = rendered[rendered.index("\nbackend http-") : rendered.index("\nlisten stats")]
+    another = finish(rendered + backend.replace("backend http-", "backend another-", 1), options)
+    assert another.count("http-reuse never") == 2  # a cluster may have more applications than this one
     lines = rendered.splitlines(keepends=True)
     for gone in _EDITED:
         changed = "".join(line for line in lines if gone not in line)
