@@ -180,6 +180,9 @@ def base_environment(settings: Settings) -> dict[str, str]:
         # Without this, a thread of Ray Serve that calls Ray after Ray was stopped would start a new Ray instance.
         "RAY_ENABLE_AUTO_CONNECT": "0",
         "RAY_DEDUP_LOGS": "0",
+        # Ray does not limit the log files of replicas by default.
+        "RAY_ROTATION_MAX_BYTES": "50000000",
+        "RAY_ROTATION_BACKUP_COUNT": "2",
         "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "stable_audio_serve.serving.logs.tidy_controller_log",
         # Ray's memory monitor is off: it would kill replicas if other programs used too much memory.
         "RAY_memory_monitor_refresh_ms": "0",

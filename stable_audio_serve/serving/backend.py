@@ -234,6 +234,7 @@ async def _receive(
 def _unloadable(model: str) -> ModelUnavailableError:
     """Return the error for a model that failed to load.
 
-    The error has no retry time, because a failed deployment does not start before someone deploys it again.
+    The error has no retry time, because most causes need an operator. Ray Serve starts the deployment again when its
+    options change, or if it has no minimum of replicas, after no request has come for `downscale_delay_s`.
     """
     return ModelUnavailableError(f"model {model} failed to load; the server's log says why")

@@ -21,6 +21,7 @@ import yaml
 from stable_audio_serve import __version__
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.serving.placement import RUNNER_NAME
 from stable_audio_serve.serving.serve_file import deploy_schema, read_serve_file
 from tests.cluster import manifests
 from tests.cluster.manifests import OVERLAYS, Group, groups, of_kind, problems, render, serve_config
@@ -103,12 +104,25 @@ def test_overlay_replaces_the_placeholder_images() -> None:
 
 def test_groups_have_room_for_every_replica() -> None:
     _, ingress, gpu = groups(rendered("multi-gpu"))
-    args = serve_config(rendered("multi-gpu"))["applications"][0]["args"]
+    application = serve_config(rendered("multi-gpu"))["applications"][0]
+    args = application["args"]
     for replicas in ("min", "max"):
         wanted = sum(model["num_gpus"] * model["replicas"][f"{replicas}_replicas"] for model in args["models"])
         assert gpu.spec[f"{replicas}Replicas"] * int(gpu.spec["rayStartParams"]["num-gpus"]) >= wanted
     places = ingress.spec["minReplicas"] * int(ingress.spec["rayStartParams"]["num-cpus"])
-    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]
+    (runner,) = application["deployments"]
+    cpus = args["ingress"]["replicas"] * args["ingress"]["num_cpus"]
+    cpus += args["jobs"]["runners"] * runner["ray_actor_options"]["num_cpus"]
+    assert places == cpus
+    assert int(gpu.spec["rayStartParams"]["num-cpus"]) == 0  # a runner would keep a GPU node alive
+
+
+def test_no_job_runner_is_placed_on_the_head() -> None:
+    for overlay in OVERLAYS:
+        head, *_ = groups(rendered(overlay))
+        (runner,) = serve_config(rendered(overlay))["applications"][0]["deployments"]
+        assert runner["name"] == RUNNER_NAME
+        assert int(head.spec["rayStartParams"]["num-cpus"]) == 0 < runner["ray_actor_options"]["num_cpus"]
 
 
 def test_redis_stores_the_heads_state_if_workers_outlive_it() -> None:
