@@ -147,7 +147,7 @@ class ModelSettings(Section):
         None,
         gt=0,
         le=1,
-        description="Share of a GPU's memory a replica may use, weights included; unset = `num_gpus` if below 1.",
+        description="Share of a GPU's memory a replica may use, weights included; at most `num_gpus`, the default.",
     )
     max_queue_s: Seconds = Field(
         300.0,

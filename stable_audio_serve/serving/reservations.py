@@ -1,15 +1,13 @@
 """Compute the CPUs and GPUs that each replica reserves. Imports no torch and needs no running Ray.
 
 Also checks that the replicas on one GPU fit into its memory, and decides which models may start an extra replica during
-updates. Ray places replicas on a GPU as long as the sum of their GPU shares is at most 1, and does not count memory.
-The shares are multiples of 1/10,000.
+updates.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,7 +16,6 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 
 _GPU_PRECISION = 10_000  # Ray counts GPUs in multiples of 1/10,000
-_WHOLE = 1 + 1e-9
 _TOLERANCE = 1e-6  # a sum of fractions may exceed its limit by this, because of rounding
 
 
@@ -30,16 +27,6 @@ class Slot:
     cpus: float
 
 
-@dataclass(frozen=True, slots=True)
-class GpuReplicas:
-    """Up to `count` replicas of a model. Each takes a share (0..1) of a GPU and of the GPU's memory."""
-
-    model: str
-    gpu: float
-    memory: float
-    count: int
-
-
 def replica_slot(settings: Settings, model: ModelSettings, *, cluster_gpus: float) -> Slot:
     """Return what a model's replica reserves on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
     gpus = reserved_gpus(settings, model, cluster_gpus=cluster_gpus)
@@ -47,18 +34,18 @@ def replica_slot(settings: Settings, model: ModelSettings, *, cluster_gpus: floa
 
 
 def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
-    """Raise ConfigError if Ray might place replicas on one GPU that together need more than the GPU's memory."""
-    gpus = {model.name: reserved_gpus(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
-    check_shares(
-        GpuReplicas(
-            model.name,
-            gpu=gpus[model.name],
-            memory=model.memory_share or min(gpus[model.name], 1.0),
-            count=model.replicas.max_replicas,
-        )
-        for model in settings.models
-        if gpus[model.name] <= 1
-    )
+    """Raise ConfigError if a replica may use a larger share of a GPU's memory than it reserves of the GPU.
+
+    Ray places replicas on a GPU as long as the sum of their GPU shares is at most 1, and does not count memory.
+    """
+    for model in settings.models:
+        gpus = reserved_gpus(settings, model, cluster_gpus=cluster_gpus)
+        if model.memory_share is not None and 0 < gpus < model.memory_share - _TOLERANCE:
+            raise ConfigError(
+                f"models.{model.name}: memory_share {model.memory_share:g} is larger than num_gpus {gpus:g}, so other "
+                "replicas on the same GPU could lack memory; lower memory_share, or raise num_gpus",
+                field="memory_share",
+            )
 
 
 def require_room(settings: Settings, nodes: Sequence[Slot], *, least: Mapping[str, int], cluster_gpus: float) -> None:
@@ -162,60 +149,6 @@ def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
     """Return True if the model would run on a GPU if there is one."""
     device = model.device or settings.device
     return device is None or device.startswith("cuda")
-
-
-def check_shares(models: Iterable[GpuReplicas]) -> None:
-    """Raise ConfigError if there are replicas whose `gpu` shares fit on one GPU, but whose `memory` shares exceed 1."""
-    models = [model for model in models if model.gpu > 0]
-    if all(model.memory <= model.gpu * _WHOLE for model in models):
-        return
-    fullest = _fullest(models)
-    memory = {model.model: model.memory for model in models}
-    total = sum(count * memory[name] for name, count in fullest.items())
-    if total > _WHOLE:
-        gpu = {model.model: model.gpu for model in models}
-        listed = ", ".join(
-            f"{count} of {name} (num_gpus {gpu[name]:g}, memory_share {memory[name]:g})"
-            for name, count in sorted(fullest.items())
-        )
-        raise ConfigError(
-            f"memory_share: on one GPU there may be {listed}: together {total:.4g} of its memory; "
-            "lower memory_share, or raise num_gpus",
-            field="memory_share",
-        )
-
-
-def _fullest(models: list[GpuReplicas]) -> Counter[str]:
-    """Return the set of replicas that needs the most memory, of all sets whose `gpu` shares fit on one GPU.
-
-    The result is the number of replicas of each model. This is a knapsack problem, solved by dynamic programming.
-    """
-    sizes = [max(1, round(model.gpu * _GPU_PRECISION)) for model in models]
-    unit = math.gcd(_GPU_PRECISION, *sizes)
-    room = _GPU_PRECISION // unit
-    # Of the sets of replicas that take at most n units of a GPU, best[n] describes the one that needs the most memory:
-    # (the memory, the replicas).
-    best: list[tuple[float, tuple[tuple[str, int], ...]]] = [(0.0, ())] * (room + 1)
-    for model, size in zip(models, sizes, strict=True):
-        for count in _bundles(min(model.count, _GPU_PRECISION // size)):
-            taken = count * size // unit
-            for place in range(room, taken - 1, -1):
-                memory, chosen = best[place - taken]
-                if memory + count * model.memory > best[place][0]:
-                    best[place] = memory + count * model.memory, (*chosen, (model.model, count))
-    fullest = Counter[str]()
-    for name, count in best[room][1]:
-        fullest[name] += count
-    return fullest
-
-
-def _bundles(count: int) -> Iterator[int]:
-    """Yield 1, 2, 4, ... and a remainder, so that any number up to `count` is the sum of some of them."""
-    size = 1
-    while count > 0:
-        yield min(size, count)
-        count -= size
-        size *= 2
 
 
 def has_room(nodes: Sequence[Slot], taken: Iterable[Slot], *, extra: Slot) -> bool:
