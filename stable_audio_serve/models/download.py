@@ -52,6 +52,7 @@ from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
 # All errors of huggingface_hub. It raises ValueError for a token with invalid characters, and for a response that does
 # not come from a model hub.
 _ERRORS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
+_RETRY_AFTER_S = 30.0
 _REQUEST_TIMEOUT_S = 4.0  # timeout of a request to the hub that is not a download
 
 
@@ -167,7 +168,7 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
         if encoder is not None:
             _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
     except _ERRORS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+        raise _failure(error, entry, cache_dir=cache_dir) from error
     _require_space(_with_weights(entry, weights), info, cache_dir=cache_dir)
     return folder, encoder
 
@@ -181,7 +182,7 @@ def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path
         check_encoder(_files_of(info, entry))
         _require_readable(repo_id, "config.json", info=info, token=token)
     except _ERRORS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+        raise _failure(error, entry, cache_dir=cache_dir) from error
     _require_space(entry, info, cache_dir=cache_dir)
 
 
@@ -190,7 +191,7 @@ def _find_in_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path
     try:
         info = _fetch_info(entry, token)
     except _ERRORS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+        raise _failure(error, entry, cache_dir=cache_dir) from error
     return choose_weights(_files_of(info, entry))
 
 
@@ -233,7 +234,7 @@ def _download(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -
             allow_patterns=list(entry.files),
         )
     except _ERRORS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+        raise _failure(error, entry, cache_dir=cache_dir) from error
     return Path(folder)
 
 
@@ -250,7 +251,7 @@ def _snapshot(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except _ERRORS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+        raise _failure(error, entry, cache_dir=cache_dir) from error
     return Path(folder)
 
 
@@ -287,9 +288,19 @@ def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None
         )
 
 
-def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> str:
+def _failure(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> CheckpointError:
+    """Returns the error to raise for an error of huggingface_hub. It has a retry time if the hub did not answer."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # report the hub's response instead of the missing cache entry that followed
+    if isinstance(error, HfHubHTTPError):
+        is_temporary = error.response.status_code >= 500 or error.response.status_code == 429
+    else:
+        is_temporary = isinstance(error, LocalEntryNotFoundError | HTTPError) and not constants.is_offline_mode()
+    message = _explain(error, entry, cache_dir=cache_dir)
+    return CheckpointError(message, retry_after_s=_RETRY_AFTER_S if is_temporary else None)
+
+
+def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> str:
     repo_id, place = entry.repo_id, cache_dir or Path(constants.HF_HUB_CACHE)
     page = f"{constants.ENDPOINT}/{repo_id}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.generation import Loaded
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 # This file is written after the capture of a CUDA graph has ended the process, and turns off further captures. Torch's
 # version is in the name, because another version may not have the error.
 _CAPTURES_OFF = Path(f"~/.cache/stable-audio-serve/captures-off-torch-{torch.__version__}")
+
+_HUB_PAUSES_S = (2.0, 5.0, 10.0, 20.0, 30.0)
 
 
 def load_engine(
@@ -80,6 +84,23 @@ def load_named_engine(settings: Settings, model: ModelSettings) -> Engine:
     engine = load_engine(settings, model)
     engine.name_checkpoint(hash_model(settings, model))
     return engine
+
+
+def fetch_files(settings: Settings, model: ModelSettings, *, pauses_s: Iterable[float] = _HUB_PAUSES_S) -> None:
+    """Download a model's files if they are missing. While the hub does not answer, try again after these pauses.
+
+    Otherwise Ray Serve would give the model up after two attempts within seconds. Raises no error if a file cannot be
+    downloaded, because loading the model then raises it. Blocking.
+    """
+    for pause_s in pauses_s:
+        try:
+            find_files(model_entry(model), token=settings.hub_token)
+        except CheckpointError as error:
+            if error.retry_after_s is not None:
+                logger.warning("download: model=%s %s; trying again in %g s", model.name, error.message, pause_s)
+                time.sleep(pause_s)
+                continue
+        return
 
 
 def hash_model(settings: Settings, model: ModelSettings) -> str:

@@ -75,8 +75,10 @@ class ModelReplica:
 
     async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
-            from stable_audio_serve.serving.engines import hash_model, load_engine
+            from stable_audio_serve.serving.engines import fetch_files, hash_model, load_engine
             from stable_audio_serve.serving.trial import Trial
+        with self._stage("load"):
+            fetch_files(settings, model)
         metrics = self._meter = StepMeter(RayMetrics(model=model.name))
         quiet = QuietMetrics(metrics)
         load = partial(

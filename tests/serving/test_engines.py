@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from stable_audio_serve.core.settings import EngineSettings, Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.options import Features
-from stable_audio_serve.serving.engines import engine_options
+from stable_audio_serve.serving.engines import engine_options, fetch_files
 from stable_audio_serve.serving.serve_file import read_serve_file
+from tests.goldens import SA3_GOLDENS
+from tests.models.hub import Repo, checkpoint_files, pointing_library_at, running_hub
 
 # Every key of `engine:` -> a valid value that is not the default, and values that are out of range.
 ENGINE_KEYS: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -84,3 +87,27 @@ def test_mistyped_key_is_named_with_the_nearest(tmp_path: Path) -> None:
         settings_of(tmp_path, {"engine": {"feature": {}}})
     with pytest.raises(ConfigError, match=r"models\.0\.warmup_budget_s: unknown; valid: name, .*, engine"):
         settings_of(tmp_path, {"warmup_budget_s": 4})
+
+
+def fetch(repo: Repo, cache: Path, *, pauses_s: Iterator[float]) -> list[str]:
+    """Fetch the files of a model from a hub with this repository. Return the names of the downloaded files."""
+    settings = Settings.model_validate({"models": [{"name": "mine", "repo_id": "lab/model"}]})
+    with running_hub({"lab/model": repo}) as hub, pointing_library_at(hub.url, cache):
+        fetch_files(settings, settings.models[0], pauses_s=pauses_s)
+        return hub.fetched
+
+
+def test_a_hub_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
+    repo = Repo(checkpoint_files(SA3_GOLDENS / "tiny-s"), status=503)
+
+    def pauses_s() -> Iterator[float]:
+        yield 0.0
+        repo.status = None  # before the second attempt
+        yield 0.0
+
+    assert "model.safetensors" in fetch(repo, tmp_path, pauses_s=pauses_s())
+
+
+def test_a_hub_that_refuses_access_is_asked_once(tmp_path: Path) -> None:
+    repo = Repo(checkpoint_files(SA3_GOLDENS / "tiny-s"), gated=True, token="good")
+    assert fetch(repo, tmp_path, pauses_s=iter([3600.0])) == []  # without a pause, and loading raises the error
