@@ -96,6 +96,8 @@ async def test_times_are_those_of_the_source_and_duration_follows(
         ({"extend_after_s": "long"}, ["extend_after_s"]),
         ({"extend_after_s": "119.5"}, ["extend_after_s"]),
         ({"extend_before_s": "1e300"}, ["extend_before_s"]),
+        ({"extend_before_s": "1e308"}, ["extend_before_s"]),  # more samples than a float can count
+        ({"extend_before_s": "1e308", "extend_after_s": "1e308"}, ["extend_before_s", "extend_after_s"]),
         ({"extend_before_s": "60", "extend_after_s": "60"}, ["extend_before_s", "extend_after_s"]),
         ({"extend_after_s": "3", "duration": "3"}, ["duration"]),
         ({"extend_after_s": "3", "duration": "5"}, ["duration"]),

@@ -27,6 +27,10 @@ WRONG: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = [
     ({"model": "demo", "sections": [{"duration": 2}, {"duration": 3}]}, [("sections", 1, "duration")]),
     ({"sections": [{"duration": 4, "prompt": " "}]}, [("sections", 0, "prompt")]),
     ({"sections": [{"duration": 100}] * 19}, [("sections",)]),
+    (
+        {"sections": [{"duration": 1e308}] * 2},
+        [("sections", 0, "duration"), ("sections", 1, "duration"), ("sections",)],
+    ),
     ({"sections": [{"duration": 4}], "overlap_s": 61}, [("overlap_s",)]),
     ({"sections": [{"duration": 4}], "overlap_s": 0.01}, [("overlap_s",)]),
     ({"overlap_s": 2}, [("overlap_s",)]),

@@ -15,6 +15,7 @@ from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.core.settings import ApiSettings
 
+_MOST_S = 1e9  # in place of longer extensions, whose number of samples may be infinite
 TIME_FIELDS = {name for name in InpaintForm.model_fields if name.startswith("inpaint_")}
 
 
@@ -62,7 +63,9 @@ def to_inpainting(
         regions = parse_regions(times, duration_s=generation.duration_s)
         return replace(generation, inpaint_regions_s=regions, keep=form.keep)
     rate_hz = card.sample_rate_hz
-    num_before, num_after = (int((extra_s or 0) * rate_hz) for extra_s in (form.extend_before_s, form.extend_after_s))
+    num_before, num_after = (
+        int(min(extra_s or 0, _MOST_S) * rate_hz) for extra_s in (form.extend_before_s, form.extend_after_s)
+    )
     end = num_before + source.resampled_length(to_hz=rate_hz)
     before_s, end_s, duration_s = (_seconds(count, rate_hz) for count in (num_before, end, end + num_after))
     _check_duration(form, duration_s, longest_s=min(card.max_duration_s, limits.max_duration_s))

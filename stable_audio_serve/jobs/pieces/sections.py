@@ -6,7 +6,6 @@ crossfade leads to the section. So each section changes only the last 30 ms of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -97,7 +96,7 @@ def find_faults(
 
 def total_duration_s(sections: Sequence[Section]) -> float:
     """Return the length of a long piece, seconds."""
-    return round(math.fsum(section.duration_s for section in sections), 9)  # without the rounding errors of sums
+    return round(sum(section.duration_s for section in sections), 9)  # without the rounding errors of sums
 
 
 def plan_sections(spec: JobSpec, card: ModelCard) -> list[SectionPlan]:
