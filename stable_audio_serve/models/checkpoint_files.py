@@ -141,7 +141,7 @@ def check_folder(folder: Path) -> None:
 
 def damaged(path: Path, error: Exception) -> CheckpointError:
     """Returns the error for a corrupt or truncated weight file."""
-    return CheckpointError(f"{path} is corrupt or incomplete ({error}); fetch it again")
+    return CheckpointError(f"{path} is corrupt or incomplete ({str(error) or type(error).__name__}); fetch it again")
 
 
 def _encoder_folder(config: ConfigReader, files: FileList) -> str | None:
@@ -180,10 +180,13 @@ def encoder_weights(folder: Path) -> Iterator[Path]:
         return
     try:
         shards = sorted(set(json.loads((folder / _SHARD_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if not all(isinstance(name, str) for name in shards):
+            raise TypeError("weight_map must contain names of files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder / _SHARD_INDEX, error) from error
+    files = list_folder(folder)
     for name in shards:
-        if not (folder / name).is_file():
+        if not files.has(name):
             raise CheckpointError(f"{folder} holds no {name}, which its {_SHARD_INDEX} names")
         yield folder / name
 

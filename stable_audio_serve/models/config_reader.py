@@ -15,7 +15,10 @@ CONFIG_FILE = "model_config.json"
 # memory before the weights are checked.
 MAX_SIZE = 2**16
 MAX_DEPTH = 2**10
-MAX_SAMPLES = 2**40
+MAX_TOKENS = 2**12  # of a prompt, and of a chunk of the autoencoder
+MAX_SAMPLES = 2**28
+MAX_NUMBER = 1e9
+_MOST_CHARS = 255  # of a text, which may be the name of a file
 
 
 class ConfigReader:
@@ -49,20 +52,29 @@ class ConfigReader:
 
     def integer(self, key: str, *, default: int | None = None, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
         """Returns the value of `key`, a whole number from `at_least` to `at_most`."""
-        value = self.number(key, default=default, at_least=at_least)
+        value = self.number(key, default=default, at_least=at_least, at_most=math.inf)
         if value != int(value):
             raise self.unusable(key, "a whole number")
         if value > at_most:
             raise self.unusable(key, f"at most {at_most}")
         return int(value)
 
-    def number(self, key: str, *, default: float | None = None, at_least: float = -math.inf) -> float:
-        """Returns the value of `key`, a finite number of at least `at_least`."""
+    def number(
+        self,
+        key: str,
+        *,
+        default: float | None = None,
+        at_least: float = -MAX_NUMBER,
+        at_most: float = MAX_NUMBER,
+    ) -> float:
+        """Returns the value of `key`, a finite number from `at_least` to `at_most`."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
             raise self.unusable(key, "a number")
         if value < at_least:
             raise self.unusable(key, f"at least {at_least:g}")
+        if value > at_most:
+            raise self.unusable(key, f"at most {at_most:g}")
         return value
 
     def flag(self, key: str, *, default: bool) -> bool:
@@ -73,8 +85,8 @@ class ConfigReader:
 
     def text(self, key: str, *, default: str | None = None) -> str:
         value = self._get(key, default)
-        if not isinstance(value, str):
-            raise self.unusable(key, "a string")
+        if not isinstance(value, str) or len(value) > _MOST_CHARS:
+            raise self.unusable(key, f"a string of at most {_MOST_CHARS} characters")
         return value
 
     def choice(self, key: str, allowed: Sequence[str], *, default: str | None = None) -> str:
@@ -167,7 +179,7 @@ def read_config(folder: Path) -> ConfigReader:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; a checkpoint folder needs a {CONFIG_FILE}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also numbers of too many digits, and endless nesting
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object")

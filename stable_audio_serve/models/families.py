@@ -13,6 +13,7 @@ import torch
 
 from stable_audio_serve.core.catalog import OPEN_FAMILY, SA3_FAMILY, DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.models.checkpoint_files import check_encoder, list_folder
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.download import download_entry, download_text_encoder
 from stable_audio_serve.models.oscillator import parts as oscillator_parts
@@ -67,6 +68,7 @@ def load_model(
     target = resolve_device(device)
     precision, decoding = resolve_dtype(target, dtype), resolve_decode_precision(target, decode_precision)
     folder, text_encoder = find_files(entry, token=token)
+    check_encoder(list_folder(text_encoder))
     card = describe_entry(replace(entry, folder=str(folder))).card
     load = _LOADERS[card.family]
     if entry.backend == "stable_audio_tools":

@@ -5,6 +5,7 @@ Each model family chooses the network and interprets its output.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from stable_audio_serve.models.protocol import PromptTokens
 
 # Called with a folder. Returns the network and the loading report of transformers (`output_loading_info`).
 NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
+
+
+_TRIAL, _TRIAL_TOKENS = "a bright tone, 440 Hz", 16  # a prompt whose tokens are checked at load
 
 
 class TextEncoder:
@@ -67,8 +71,9 @@ def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
 def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:
     """Returns the tokenizer and the network in a folder, ready for inference.
 
-    Raises CheckpointError if a file or weight is missing. Without this check, transformers would replace missing
-    weights with random numbers.
+    Raises CheckpointError if a file or weight is missing, if the network has fewer layers than the weights, or if the
+    tokenizer does not fit the network. Without this check, transformers would replace missing weights with random
+    numbers, and ignore weights of further layers.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -77,10 +82,21 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
     try:
         encoder, report = load_network(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
+        ids = tokenizer(_TRIAL, truncation=True, max_length=_TRIAL_TOKENS, padding="max_length")["input_ids"]
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}") from error
     absent = sorted([*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", ()))])
     if absent:
         raise CheckpointError(f"the text encoder in {folder} lacks {len(absent)} weights, the first is {absent[0]}")
+    if unused := sorted(key for key in report.get("unexpected_keys", ()) if _is_of_a_layer(key)):
+        raise CheckpointError(f"the text encoder in {folder} has weights that its config.json does not: {unused[0]}")
+    known: int = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if max(ids) >= known:
+        raise CheckpointError(f"the tokenizer in {folder} makes token {max(ids)}, but the text encoder knows {known}")
     return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def _is_of_a_layer(key: str) -> bool:
+    """Whether a key of a T5 or T5Gemma belongs to a numbered layer of the encoder. The decoder is not used."""
+    return "decoder" not in key and re.search(r"\b(block|layers)\.\d+\.", key) is not None

@@ -45,6 +45,8 @@ def release_pages(path: Path, tensors: Iterable[Tensor]) -> None:
         return
     libc = ctypes.CDLL(None)
     for tensor in tensors:
+        if not tensor.is_contiguous():
+            continue  # the values of an expanded tensor take less memory than `nbytes`
         # Only whole pages, because the first and the last page may hold other data.
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
@@ -53,8 +55,21 @@ def release_pages(path: Path, tensors: Iterable[Tensor]) -> None:
 
 
 def _is_mapped(path: Path) -> bool:
-    """Whether a file can be memory-mapped. Pickles from before torch 1.6 cannot: they are not zip archives."""
-    return path.suffix != ".ckpt" or zipfile.is_zipfile(path)
+    """Whether a file can be memory-mapped.
+
+    Pickles from before torch 1.6 cannot, because they are not zip archives, nor can those of a machine with another
+    byte order. Raises CheckpointError for compressed archives, which torch would map as if they were not compressed.
+    """
+    if path.suffix != ".ckpt":
+        return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise CheckpointError(f"{path} is a compressed archive; save it again with torch.save")
+        orders = [member for member in members if member.filename.endswith("/byteorder") and member.file_size < 16]
+        return all(archive.read(order) == sys.byteorder.encode() for order in orders)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -73,9 +88,21 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is corrupt or holds more than tensors, which is not loaded for safety; convert it to safetensors"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged bytes can raise any error
         raise damaged(path, error) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_dense(state[key]) for key in state):
         raise CheckpointError(f"{path} does not hold a state_dict of tensors")
     return dict(state)
+
+
+def _is_dense(value: object) -> bool:
+    """Whether a value is an ordinary tensor: with values, not sparse and not nested."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,62 @@ def test_pickles_of_tensors_load(folder: Path) -> None:
     assert torch.equal(model.denoiser.transformer.memory_tokens, loaded("sharp-s").denoiser.transformer.memory_tokens)
 
 
+def as_pickle(folder: Path, change: Callable[[dict[str, torch.Tensor]], None] = lambda weights: None) -> Path:
+    """Replace the weights by a pickle of them, changed. Return its path."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    change(weights)
+    torch.save({"state_dict": weights}, folder / "model.ckpt")
+    return folder / "model.ckpt"
+
+
+def test_expanded_tensors_in_a_pickle_load(folder: Path) -> None:
+    """Their values take less memory than their shape suggests, and pages of other memory must not be released."""
+    key = "model.model.transformer.layers.0.ff.ff.0.proj.weight"
+
+    def expand(weights: dict[str, torch.Tensor]) -> None:
+        weights[key] = torch.full((1,), 0.01, dtype=weights[key].dtype).expand(weights[key].shape)
+
+    as_pickle(folder, expand)
+    for _ in range(3):
+        assert load(folder).denoiser.state_dict()[key.removeprefix("model.model.")].eq(0.01).all()
+
+
+def test_compressed_pickles_are_refused(folder: Path) -> None:
+    """Torch would map the compressed bytes as numbers."""
+    path = as_pickle(folder)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, (name, content) in enumerate(members.items()):
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if number == 5 else zipfile.ZIP_STORED)
+    assert "model.ckpt is a compressed archive" in failure(folder)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {1: torch.zeros(2)},
+        {"a": torch.zeros(2, 2).to_sparse()},
+        {"a": torch.zeros(2, device="meta")},
+        {"a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])},
+    ],
+)
+def test_pickles_of_other_things_than_dense_tensors_are_refused(folder: Path, state: dict[Any, Any]) -> None:
+    torch.save(state, as_pickle(folder))
+    assert "does not hold a state_dict of tensors" in failure(folder)
+
+
+def test_damaged_pickles_are_refused(folder: Path) -> None:
+    path = folder / "model.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(64)}}, path, _use_new_zipfile_serialization=False)
+    (folder / "model.safetensors").unlink()
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        failure(folder)
+
+
 class _Trap:
     """An object that runs code when it is unpickled."""
 
@@ -173,6 +230,33 @@ def test_text_encoder_with_a_missing_weight_is_refused(folder: Path) -> None:
     del weights["encoder.norm.weight"]
     save_file(weights, path, metadata={"format": "pt"})
     assert "encoder.norm.weight" in failure(folder)
+
+
+def test_a_text_encoder_without_weights_is_refused_before_its_size_is_read(folder: Path) -> None:
+    (folder / "t5gemma" / "model.safetensors").unlink()
+    entry = ModelEntry(ModelCard("spoilt", "stable-audio-3"), folder=str(folder))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_model(entry, check_size=lambda num_bytes: None)
+
+
+def test_a_text_encoder_with_fewer_layers_than_weights_is_refused(folder: Path) -> None:
+    path = folder / "t5gemma" / "config.json"
+    config = json.loads(path.read_text())
+    config["encoder"] |= {"num_hidden_layers": 1, "layer_types": config["encoder"]["layer_types"][:1]}
+    path.write_text(json.dumps(config))
+    assert "has weights that its config.json does not: " in failure(folder)
+
+
+def test_a_tokenizer_that_does_not_fit_the_text_encoder_is_refused(folder: Path) -> None:
+    path = folder / "t5gemma" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        tokenizer["model"]["vocab"] = {text: number + 10_000 for text, number in vocabulary.items()}
+    else:
+        tokenizer["model"]["vocab"] = [["filler", -99.0]] * 10_000 + vocabulary
+    path.write_text(json.dumps(tokenizer))
+    assert "t5gemma" in failure(folder)
 
 
 @pytest.mark.parametrize("spoilt", ["tokenizer.json", "model.safetensors", "config.json"])
@@ -390,6 +474,31 @@ def with_sections(folder: Path, path: str) -> Any:
     for part in path.split(".")[:-1]:
         place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
     return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("sample_rate", 10**400),
+        ("sample_size", 10**9),
+        ("model.diffusion.config.ff_kwargs.mult", 1e308),
+        ("model.diffusion.config.ff_kwargs.mult", 10**30),
+        ("model.pretransform.config.encoder.config.chunk_size", 65_536),
+        ("model.conditioning.configs.0.config.max_length", 65_536),
+        ("model.conditioning.configs.0.config.model_path", "x" * 5000),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_by_name(folder: Path, path: str, value: Any) -> None:
+    (folder / "model_config.json").write_text(json.dumps(with_sections(folder, path)))
+    configure(folder, path, value)
+    name = path.replace(".0.", "[0].")
+    assert f"{name} must be" in failure(folder)
+
+
+@pytest.mark.parametrize("text", ['{"sample_rate": ' + "1" * 5000 + "}", '{"a":' * 100_000 + "1" + "}" * 100_000])
+def test_json_that_python_cannot_read_is_refused(folder: Path, text: str) -> None:
+    (folder / "model_config.json").write_text(text)
+    assert "model_config.json cannot be read as JSON" in failure(folder)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) ->
     """
     tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5gemma)
     config: Any = encoder.config.encoder  # type: ignore[union-attr]
+    if not isinstance(config.sliding_window, int):
+        raise CheckpointError(f"the text encoder in {folder} has no sliding_window in its config.json")
     if max_length > config.sliding_window // 2:  # longer prompts would need another mask in sliding-window layers
         raise CheckpointError(f"prompts of {max_length} tokens are longer than the text encoder's windows in {folder}")
     return TextEncoder(tokenizer, encoder.to(device), width=int(config.hidden_size), max_length=max_length)

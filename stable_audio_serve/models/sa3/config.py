@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
-from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
+from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, MAX_TOKENS, ConfigReader
 from stable_audio_serve.models.frame_conditioners import (
     FrameConditioner,
     build_frame_conditioner,
@@ -255,7 +255,7 @@ def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
     return PromptConfig(
         id=item.text("id"),
         width=width,
-        max_length=config.integer("max_length", default=128),
+        max_length=config.integer("max_length", default=128, at_most=MAX_TOKENS),
         project_out=config.flag("project_out", default=False),
     )
 

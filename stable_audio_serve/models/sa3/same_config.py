@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
+from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_TOKENS, ConfigReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
     for key, values in (("strides", strides), ("transformer_depths", depths), ("c_mults", mults)):
         if len(values) != 1:
             raise config.unusable(key, "a list of one number: stacked resampling blocks are not supported")
-    stride, chunk_frames = strides[0], config.integer("chunk_size", default=128)
+    stride, chunk_frames = strides[0], config.integer("chunk_size", default=128, at_most=MAX_TOKENS)
     width, head_width = config.integer("channels") * mults[0], config.integer("dim_heads", default=128)
     if width % head_width or head_width % 4:
         raise config.unusable("dim_heads", f"a multiple of 4 that divides the width ({width})")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stable_audio_serve.models.config_reader import MAX_SAMPLES, ConfigReader
+from stable_audio_serve.models.config_reader import MAX_SAMPLES, MAX_TOKENS, ConfigReader
 from stable_audio_serve.models.sao.network_config import (
     DenoiserConfig,
     OobleckConfig,
@@ -131,7 +131,7 @@ def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
     return PromptConfig(
         id=item.text("id"),
         width=width,
-        max_length=config.integer("max_length", default=128),
+        max_length=config.integer("max_length", default=128, at_most=MAX_TOKENS),
         encoder=config.text("t5_model_name", default="t5-base"),
         project_out=config.flag("project_out", default=False),
     )

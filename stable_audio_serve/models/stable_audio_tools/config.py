@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.config_reader import MAX_TOKENS, ConfigReader
 from stable_audio_serve.models.sao.config import NUMBER_IDS, SHIFT_KEY
 
 _USES = ("cross_attention_cond_ids", "global_cond_ids", "prepend_cond_ids", "input_concat_ids")
@@ -104,7 +104,7 @@ def _parse_conditioners(conditioning: ConfigReader) -> Inputs:
 
 def _parse_prompt(id_: str, config: ConfigReader) -> PromptInput:
     config.refuse_unknown(("t5_model_name", "max_length", "project_out", "enable_grad"))
-    max_length = config.integer("max_length", default=128)
+    max_length = config.integer("max_length", default=128, at_most=MAX_TOKENS)
     return PromptInput(id_, max_length, projects=config.flag("project_out", default=False))
 
 
