@@ -68,7 +68,7 @@ def load_model(
     target = resolve_device(device)
     precision, decoding = resolve_dtype(target, dtype), resolve_decode_precision(target, decode_precision)
     folder, text_encoder = find_files(entry, token=token)
-    check_encoder(list_folder(text_encoder))
+    check_encoder(replace(list_folder(text_encoder), place=f"the text encoder in {text_encoder}"))
     card = describe_entry(replace(entry, folder=str(folder))).card
     load = _LOADERS[card.family]
     if entry.backend == "stable_audio_tools":
