@@ -250,9 +250,11 @@ async def test_a_compiled_model_captures_no_steps_with_adapters(tmp_path: Path) 
             await engine.generate(adapted)
         await metrics.are_captured("denoise")
         assert metrics.graphs.get("denoise", 0) == 0
-        for _ in range(3):
+        for _ in range(20):
             await engine.generate(make_clip(duration_s=0.9))
-        assert await metrics.are_captured("denoise")
+            if await metrics.are_captured("denoise"):
+                return
+    pytest.fail("no step without adapters was captured")
 
 
 class Switching(ForwardingModel):
