@@ -122,7 +122,9 @@ class Controls(BaseModel):
         description="Canonical name or alias, with adapters as in `medium:vinyl+bells`; unset = the default model.",
         json_schema_extra=_without_default,
     )
-    negative_prompt: str | None = Field(None, description="Sounds to avoid; needs cfg_scale above 1.")
+    negative_prompt: str | None = Field(
+        None, max_length=100_000, description="Sounds to avoid; needs cfg_scale above 1."
+    )
     duration: Finite = Field(7.0, gt=0, description="Length, seconds, within the limits of server and model.")
     steps: int = Field(8, ge=1, description="Denoising steps; unset = the model's default.")
     cfg_scale: Finite = Field(1.0, ge=0, le=20, description="Guidance; unset = the model's default.")
