@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from stable_audio_serve.audio.formats import BITRATES_KBPS, SAMPLE_RATES_HZ, available_formats, require_format
 from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import MAX_PROMPT_CHARS
 from stable_audio_serve.core.sound import AudioFormat, BitDepth
 
 NOT_BLANK = r"\S"
@@ -20,7 +21,7 @@ PEAKS_DESCRIPTION = (
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Prompt = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=100_000),
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT_CHARS),
     Field(json_schema_extra={"pattern": NOT_BLANK}),
 ]
 

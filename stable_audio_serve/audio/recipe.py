@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from stable_audio_serve.audio.formats import available_formats
 from stable_audio_serve.core.generation import (
+    MAX_PROMPT_CHARS,
     SEED_LIMIT,
     EditSchedule,
     GenerationRequest,
@@ -141,7 +142,7 @@ class RecipeMaker(_Part):
 class RecipeSection(_Part):
     """One section of a long piece."""
 
-    prompt: Annotated[str, Field(max_length=100_000)] | None = _unset("Unset = the prompt of the whole.")
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = _unset("Unset = the prompt of the whole.")
     duration: Annotated[float, Field(gt=0, le=1e6)] = Field(description="Seconds.")
     checkpoint: _Sha256 | None = _unset("Hash of config, weights and text encoder; unset = that of the whole.")
     made_on: RecipeMaker | None = _unset("Software and hardware; unset = those of the whole.")
@@ -153,7 +154,7 @@ class Recipe(_Part):
     recipe: Annotated[Literal[1], _WHOLE] = Field(description="Version of the recipe format.")
     model: _ShortText
     checkpoint: _Sha256 | None = _unset("Hash of config, weights and text encoder.")
-    prompt: Annotated[str, Field(max_length=100_000)]
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
     negative_prompt: str | None = _unset()
     duration: Annotated[float, Field(gt=0, le=1e6)] = Field(description="Seconds.")
     seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT), _WHOLE]

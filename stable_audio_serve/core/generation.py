@@ -97,6 +97,9 @@ class Lora:
     has_conditioners: bool = False
 
 
+MAX_PROMPT_CHARS = 100_000  # of a prompt or a negative prompt; a text encoder takes seconds to read a megabyte
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...) and their prompt.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import MAX_PROMPT_CHARS, GenerationRequest
 
 
 def check_request(request: GenerationRequest) -> None:
@@ -17,6 +17,9 @@ def check_request(request: GenerationRequest) -> None:
             text.encode()  # raises an error for lone surrogates: JSON can contain them, but tokenizers cannot read them
         except UnicodeEncodeError:
             raise InvalidRequestError(f"{field} is not valid Unicode text", field=field) from None
+        if len(text) > MAX_PROMPT_CHARS:
+            message = f"{field} must have at most {MAX_PROMPT_CHARS} characters"
+            raise InvalidRequestError(message, field=field, allowed=f"0..{MAX_PROMPT_CHARS} characters")
     if request.batch_size < 1:
         raise InvalidRequestError("batch_size must be at least 1", field="batch_size", allowed=">= 1")
     for field, values in (("prompts", request.variation_prompts), ("seeds", request.variation_seeds)):

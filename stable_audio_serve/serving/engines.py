@@ -95,12 +95,12 @@ def fetch_files(settings: Settings, model: ModelSettings, *, pauses_s: Iterable[
     for pause_s in pauses_s:
         try:
             find_files(model_entry(model), token=settings.hub_token)
+            return
         except CheckpointError as error:
-            if error.retry_after_s is not None:
-                logger.warning("download: model=%s %s; trying again in %g s", model.name, error.message, pause_s)
-                time.sleep(pause_s)
-                continue
-        return
+            if error.retry_after_s is None:
+                return
+            logger.warning("download: model=%s %s; trying again in %g s", model.name, error.message, pause_s)
+            time.sleep(pause_s)
 
 
 def hash_model(settings: Settings, model: ModelSettings) -> str:

@@ -171,3 +171,11 @@ async def test_shortest_clip(client: httpx.AsyncClient) -> None:
 
 async def test_json_without_a_content_type(client: httpx.AsyncClient) -> None:
     assert (await client.post(URL, content=b'{"prompt": "x", "duration": 0.1}')).status_code == 200
+
+
+async def test_a_negative_prompt_has_the_same_limit_as_a_prompt(client: httpx.AsyncClient) -> None:
+    """A longer text would keep the text encoder, and so all other clients, busy for seconds."""
+    for field in ("prompt", "negative_prompt"):
+        reply = await client.post(URL, json={"prompt": "x", field: "q " * 50_001})
+        assert reply.status_code == 422
+        assert reply.json()["detail"][0]["loc"] == ["body", field]

@@ -124,12 +124,12 @@ def test_a_numbered_gpu_is_refused_because_a_replica_sees_one_gpu() -> None:
 
 def test_an_allocator_that_the_user_preloads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/opt/lib/libtcmalloc.so")
-    assert not environment(SFX, cluster_gpus=0).keys() & {"LD_PRELOAD", "MALLOC_CONF"}
+    assert environment(SFX, cluster_gpus=0) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_pages_that_the_allocator_does_not_support_keep_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", lambda name: 65536)
-    assert not environment(SFX, cluster_gpus=0).keys() & {"LD_PRELOAD", "MALLOC_CONF"}
+    assert environment(SFX, cluster_gpus=0) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_a_gpu_is_reserved_only_if_there_is_one() -> None:

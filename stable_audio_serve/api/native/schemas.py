@@ -21,7 +21,7 @@ from stable_audio_serve.api.fields import (
     SampleRate,
 )
 from stable_audio_serve.audio.recipe import MOST_SECTIONS
-from stable_audio_serve.core.generation import EditSchedule, Keep, Priority, Stacking
+from stable_audio_serve.core.generation import MAX_PROMPT_CHARS, EditSchedule, Keep, Priority, Stacking
 from stable_audio_serve.core.sound import AudioFormat, Peaks
 
 RESERVED_SAMPLER_KWARGS = frozenset(
@@ -123,7 +123,7 @@ class Controls(BaseModel):
         json_schema_extra=_without_default,
     )
     negative_prompt: str | None = Field(
-        None, max_length=100_000, description="Sounds to avoid; needs cfg_scale above 1."
+        None, max_length=MAX_PROMPT_CHARS, description="Sounds to avoid; needs cfg_scale above 1."
     )
     duration: Finite = Field(7.0, gt=0, description="Length, seconds, within the limits of server and model.")
     steps: int = Field(8, ge=1, description="Denoising steps; unset = the model's default.")

@@ -167,6 +167,7 @@ def test_the_request_sets_padding_and_windows() -> None:
     ("fields", "field"),
     [
         ({"prompt": "a lone \ud800 surrogate"}, "prompt"),
+        ({"negative_prompt": "x" * 100_001}, "negative_prompt"),
         ({"negative_prompt": "\udfff"}, "negative_prompt"),
         ({"duration_s": 0.0}, "duration"),
         ({"duration_s": -1.0}, "duration"),

@@ -20,7 +20,7 @@ from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.audio.formats import BITRATES_KBPS, available_formats
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import UnknownModelError
-from stable_audio_serve.core.generation import GenerationRequest, Lora, SourceAudio
+from stable_audio_serve.core.generation import MAX_PROMPT_CHARS, GenerationRequest, Lora, SourceAudio
 from stable_audio_serve.core.settings import DialectSettings, FalCheckpoint
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 
@@ -90,7 +90,7 @@ class Endpoint:
         share: dict[str, Any] = {"le": 1, "description": "Noise that is mixed in: low keeps more of the source."}
         return {
             "prompt": (Prompt, Field(description="Description of the sound.")),
-            "negative_prompt": (str, Field("", max_length=100_000, description="What to avoid.")),
+            "negative_prompt": (str, Field("", max_length=MAX_PROMPT_CHARS, description="What to avoid.")),
             "duration": (_Number, Field(30.0, ge=1, le=longest_s, description="Length, seconds.")),
             "seconds_total": (_Seconds if self.operation == "text-to-audio" else _Seconds | None, 190),
             "total_seconds": (_Seconds | None, None),

@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from stable_audio_serve.api.fields import NOT_BLANK
 from stable_audio_serve.audio.loops import BAR_COUNTS, read_tempo
+from stable_audio_serve.core.generation import MAX_PROMPT_CHARS
 
 _RULE = "rule"  # type of the errors raised in this file, whose messages are sent to clients unchanged
 _WHOLE_SECONDS = {
@@ -83,7 +84,7 @@ def _or_default(default: Any) -> BeforeValidator:
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True)]
 _FILLED = Field(json_schema_extra={"minLength": 1, "pattern": NOT_BLANK})
-Prompt = Annotated[Text, Field(max_length=100_000), AfterValidator(_check_prompt), _FILLED]
+Prompt = Annotated[Text, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_check_prompt), _FILLED]
 LoopPrompt = Annotated[
     Prompt, AfterValidator(_check_tempo), Field(description="Must name a tempo: digits, then bpm.", examples=["120bpm"])
 ]

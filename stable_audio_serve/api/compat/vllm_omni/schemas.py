@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
+from stable_audio_serve.core.generation import MAX_PROMPT_CHARS
 from stable_audio_serve.core.sound import Peaks
 
 
@@ -64,7 +65,7 @@ class AudioBody(BaseModel):
         None, description="Start of the clip within a longer piece, 0 to 512 seconds; only used with audio_length."
     )
     negative_prompt: str | None = Field(
-        None, max_length=100_000, description="Sounds to avoid; needs guidance above 1."
+        None, max_length=MAX_PROMPT_CHARS, description="Sounds to avoid; needs guidance above 1."
     )
     guidance_scale: Finite | None = Field(None, ge=0, le=1000, description="Guidance; on above 1; null = 7.")
     num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps; null = 50.")
