@@ -93,13 +93,22 @@ class BoundedRequest(Request):
 
 
 class _WholeFormParser(MultiPartParser):
-    """Refuses a form whose closing boundary is missing. Starlette would accept it without its last field."""
+    """Refuses a form whose closing boundary is missing. Starlette would accept it without its last field. Names the
+    field that is too large.
+    """
 
     _is_cut_off = False
 
     def on_part_begin(self) -> None:
         self._is_cut_off = True
         super().on_part_begin()
+
+    def on_part_data(self, data: bytes, *span: int) -> None:
+        try:
+            super().on_part_data(data, *span)
+        except MultiPartException as error:
+            name = self._current_part.field_name[:100]
+            raise MultiPartException(f"{name}: a field must not exceed {self.max_part_size} bytes") from error
 
     def on_end(self) -> None:
         self._is_cut_off = False

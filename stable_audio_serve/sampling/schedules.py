@@ -142,7 +142,7 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
     """Return the shift that a checkpoint's config defines. `options` has its `type` (default "full") and parameters.
 
     Returns the default shift if `options` is None. Raises CheckpointError, whose message contains `key`, if an option
-    is invalid.
+    is invalid, or if the options give levels that no clip can be made with.
     """
     if options is None:
         return DEFAULT_SHIFT
@@ -150,9 +150,12 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
         if not isinstance(options, Mapping):
             raise _BadOption("must be an object")
         kind = options.get("type", FullShift.kind)
-        return _build(str(kind), {name: value for name, value in options.items() if name != "type"})
-    except _BadOption as error:
+        shift = _build(str(kind), {name: value for name, value in options.items() if name != "type"})
+        for length in (1.0, 1e6):
+            build_sigmas(8, shift, length=length)
+    except (_BadOption, InvalidRequestError) as error:
         raise CheckpointError(f"model_config.json: {key}: {error}", field=key) from error
+    return shift
 
 
 def shift_from_override(shift: ScheduleShift) -> TimestepShift:

@@ -201,6 +201,7 @@ async def test_unusable_adapters_are_refused_by_field(site: Site, model: str, lo
         [{"name": "vinyl", "interval": [0.5]}],
         [{"name": "vinyl", "interval": [0.5, 0.25]}],
         [{"name": "vinyl", "interval": [-1, 1]}],
+        [{"name": "vinyl", "weight": 0.5}],
         [{"name": "vinyl"}] * 65,
     ],
 )

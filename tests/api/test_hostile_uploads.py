@@ -127,3 +127,11 @@ async def test_a_form_that_is_cut_off_is_refused(
     assert (reply.status_code, "body: the form is incomplete" in reply.text) == (400, True), reply.text
     assert backend.requests == []
     assert (await client.post(path, content=body + b"\r\n--B--\r\n", headers=headers)).status_code == 200
+
+
+async def test_too_large_field_of_a_form_is_named(client: httpx.AsyncClient) -> None:
+    form = {"prompt": "x", "negative_prompt": "y" * 600_000}
+    reply = await client.post(VARIATIONS, data=form, files={"audio": ("a.wav", WAV)})
+    assert reply.status_code == 400
+    assert "negative_prompt" in reply.json()["detail"]
+    assert "524288" in reply.json()["detail"]

@@ -20,6 +20,7 @@ ID = "0123456789abcdef0123456789abcd"
 WRONG: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = [
     ({"sections": []}, [("sections",)]),
     ({"sections": [{"prompt": "x"}]}, [("sections", 0, "duration")]),
+    ({"sections": [{"duration": 4, "promt": "x"}]}, [("sections", 0, "promt")]),
     (
         {"sections": [{"duration": 4}, {"duration": 0.5}, {"duration": 109}]},
         [("sections", 1, "duration"), ("sections", 2, "duration")],

@@ -46,6 +46,12 @@ def test_config_options_without_a_type_mean_full() -> None:
     assert shift_from_config({"max_shift": 2}) == shift_from_config({"type": "full", "max_shift": 2})
 
 
+@pytest.mark.parametrize("options", [{"base_shift": 1000}, {"max_shift": -1000}, {"type": "logsnr", "rate": 1e30}])
+def test_config_options_without_usable_levels_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"sampling_distribution_shift_options: .*levels"):
+        shift_from_config(options)
+
+
 def test_override_equals_the_same_config_options() -> None:
     override = ScheduleShift("flux", (("alpha_min", 2.0), ("alpha_max", 3.0)))
     assert shift_from_override(override) == shift_from_config({"type": "flux", "alpha_min": 2, "alpha_max": 3})
@@ -128,4 +134,4 @@ def test_an_edit_at_full_noise_has_the_times_of_text_to_audio(schedule: EditSche
 
 def test_a_shift_that_reaches_zero_early_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="above 0"):
-        build_sigmas(8, shift_from_config({"type": "logsnr", "logsnr_end": 1e4}), length=10)
+        build_sigmas(8, shift_from_override(ScheduleShift("logsnr", (("logsnr_end", 1e4),))), length=10)

@@ -26,9 +26,9 @@ def parse_regions(values: dict[str, str | None], *, duration_s: float) -> tuple[
         raise _error(_START, f"and {_END} must have the same length, not {len(starts)} and {len(ends)}")
     for start, end in zip(starts, ends, strict=True):
         if start >= end:
-            raise _error(_START, f"must be before {_END}, but {start:g} >= {end:g}")
+            raise _error(_START, f"must be before {_END}, but {start} >= {end}")
         if end > duration_s:
-            raise _error(_END, f"must not exceed the duration, but {end:g} > {duration_s:g}")
+            raise _error(_END, f"must not exceed the duration, but {end} > {duration_s}")
     return tuple(zip(starts, ends, strict=True))
 
 

@@ -77,7 +77,7 @@ _Time = Annotated[Finite, Field(ge=0, le=1)]
 class LoraBody(BaseModel):
     """One adapter of a request."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, max_length=100, description="Name of an adapter of the model.")
     strength: Finite = Field(
@@ -309,7 +309,7 @@ class JobControls(BaseModel):
 class SectionBody(BaseModel):
     """One section of a long piece."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: Prompt | None = Field(None, description="Description of the sound; unset = the prompt of the job.")
     duration: Finite = Field(gt=0, description="Length, seconds; with `overlap_s` at most the model's maximum.")
