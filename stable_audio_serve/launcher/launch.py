@@ -35,8 +35,9 @@ from stable_audio_serve.launcher.embedded import (
 from stable_audio_serve.launcher.precision import bfloat16_hint
 from stable_audio_serve.launcher.signals import StopSignals
 from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
+from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.serving.placement import Plan, plan_deployments
-from stable_audio_serve.serving.preflight import names_to_download, require_weights
+from stable_audio_serve.serving.preflight import describe_downloads, entries_to_download, require_weights
 from stable_audio_serve.serving.reservations import node_slots, require_room, reserved_gpus
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema
 
@@ -110,7 +111,7 @@ def serve(
             # Models that start later are not checked here: their weights are checked when they load.
             started = [model for model in plan.settings.models if model.name in plan.started]
             require_weights(plan, started, print_error=print_error)
-            if missing := names_to_download(started):
+            if missing := entries_to_download(started):
                 report(f"the files of {', '.join(missing)} are downloaded first, which may take many minutes")
             report(prepare_stores(plan.settings).description)
 
@@ -131,7 +132,7 @@ def serve(
         with start_errors("Ray Serve"):
             _require_room(plan)
             _deploy(schema, watch)
-            health = _wait_until_ready(file, url, plan=plan, report=report)
+            health = _wait_until_ready(file, url, plan=plan, downloads=missing, report=report)
         watch.lap("models")
         report(f"cold start: {watch}{_load_stages(health, plan)}")
         report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")
@@ -238,8 +239,13 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
     ray_internals.deploy(schema)
 
 
-def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:
-    """Wait until the preloaded models' replicas run and /health lists these models. Returns the body of /health."""
+def _wait_until_ready(
+    file: ServeFile, url: str, *, plan: Plan, downloads: Mapping[str, ModelEntry], report: Report
+) -> Mapping[str, Any]:
+    """Wait until the preloaded models' replicas run and /health lists these models. Returns the body of /health.
+
+    Reports now and then that models are loading, and how much of `downloads` is on this machine.
+    """
     from stable_audio_serve.serving.model_states import read_application
 
     next_report_at = time.monotonic() + _STILL_LOADING_EVERY_S
@@ -250,7 +256,8 @@ def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) 
             if application.status == "RUNNING" and (health := _health(url, plan)):
                 return health
         if time.monotonic() >= next_report_at:
-            report("still loading ...")
+            so_far = describe_downloads(downloads)
+            report(f"still loading ... ({so_far} downloaded)" if so_far else "still loading ...")
             next_report_at += _STILL_LOADING_EVERY_S
         time.sleep(_POLL_S)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,15 @@ def find_local(entry: ModelEntry, *, cache_dir: Path | None = None) -> tuple[Pat
         other = text_encoder_entry(text_encoder_repository(read_config(folder)))
         encoder = _cached_text_encoder(other, cache_dir=cache_dir)
     return None if encoder is None else (folder, encoder)
+
+
+def downloaded_bytes(entry: ModelEntry, *, cache_dir: Path | None = None) -> int:
+    """Returns the size of an entry's files in the cache, including the parts of unfinished files. Sends no request."""
+    total = 0
+    for file in _blobs(cache_dir or Path(constants.HF_HUB_CACHE), _repository(entry)).glob("*"):
+        with suppress(FileNotFoundError):  # the name of a file changes when it is complete
+            total += file.stat().st_size
+    return total
 
 
 def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> None:
@@ -273,7 +283,7 @@ def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | 
 
 def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None) -> None:
     root = cache_dir or Path(constants.HF_HUB_CACHE)
-    blobs = root / f"models--{info.id.replace('/', '--')}" / "blobs"
+    blobs = _blobs(root, info.id)
     needed = 0
     for file in filter_repo_objects(info.siblings or (), allow_patterns=list(entry.files), key=lambda f: f.rfilename):
         blob = file.lfs.sha256 if file.lfs else file.blob_id
@@ -286,6 +296,10 @@ def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None
             f"{entry.repo_id} takes {needed / 1e9:.2f} GB of {root}, where {free / 1e9:.2f} GB are free: "
             "make room, or set HF_HOME to a folder with more"
         )
+
+
+def _blobs(root: Path, repo_id: str) -> Path:
+    return root / f"models--{repo_id.replace('/', '--')}" / "blobs"
 
 
 def _failure(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> CheckpointError:

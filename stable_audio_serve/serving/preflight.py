@@ -46,9 +46,18 @@ def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error:
             print_error(f"warning: model {name} cannot be loaded: {error.message}")
 
 
-def names_to_download(models: Iterable[ModelSettings]) -> list[str]:
-    """Return the names of those `models` of which some files are not on this machine yet."""
-    return [model.name for model in models if not _is_local(model_entry(model))]
+def entries_to_download(models: Iterable[ModelSettings]) -> dict[str, ModelEntry]:
+    """Return the registry entries, by name, of those `models` of which some files are not on this machine yet."""
+    entries = {model.name: model_entry(model) for model in models}
+    return {name: entry for name, entry in entries.items() if not _is_local(entry)}
+
+
+def describe_downloads(entries: Mapping[str, ModelEntry]) -> str:
+    """Return text on how much of each entry's repository was downloaded so far, as "medium: 2.10 GB"."""
+    from stable_audio_serve.models.download import downloaded_bytes  # here, because huggingface_hub is slow to import
+
+    sizes = {name: downloaded_bytes(entry) for name, entry in entries.items() if entry.folder is None}
+    return ", ".join(f"{name}: {size / 1e9:.2f} GB" for name, size in sizes.items())
 
 
 def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.models.stable_audio_tools import package
 from stable_audio_serve.serving.placement import Plan, plan_deployments
-from stable_audio_serve.serving.preflight import names_to_download, require_weights
+from stable_audio_serve.serving.preflight import describe_downloads, entries_to_download, require_weights
 from tests.goldens import OPEN_GOLDENS
 from tests.models.hub import Repo, checkpoint_files, fill_cache, hub_environment, running_hub, silent_hub
 from tests.serving.conftest import TINY
@@ -61,7 +61,15 @@ def test_silent_hub_stops_startup_soon(tmp_path: Path) -> None:
 def test_models_to_download_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     plan = make_plan(HUB_MODEL, {"name": "tiny", "path": TINY}, {"name": "demo"})
-    assert names_to_download(plan.settings.models) == ["lab"]
+    entries = entries_to_download(plan.settings.models)
+    assert list(entries) == ["lab"]
+    assert describe_downloads(entries) == "lab: 0.00 GB"
+    blobs = tmp_path / "models--lab--model" / "blobs"
+    blobs.mkdir(parents=True)
+    for name, megabytes in (("0123", 30), ("4567.incomplete", 20)):
+        with (blobs / name).open("wb") as file:
+            file.truncate(megabytes * 1_000_000)
+    assert describe_downloads(entries) == "lab: 0.05 GB"
 
 
 def test_missing_folder_stops_startup(tmp_path: Path) -> None:
