@@ -32,8 +32,8 @@ install: $(VENV)/.installed ## create .venv and install the tested versions of a
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 install-stable-audio-tools: install ## also install stable-audio-tools, for models with `backend: stable_audio_tools`
