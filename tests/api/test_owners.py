@@ -50,7 +50,7 @@ OTHER_NAMES |= {"model": "small-sfx", "report_id": "0" * 32, "path": "main.js"}
 
 ALICE, BOB = "alice-1", "bob-1"
 HASHES = [f"alice:{hash_key(ALICE)}", f"alice:{hash_key('alice-2')}", f"bob:{hash_key(BOB)}", hash_key("unnamed")]
-BODY = {"prompt": "x", "duration": 1, "steps": 2}
+BODY = {"prompt": "x", "duration": 1, "steps": 2, "seconds_total": 1, "music_length_ms": 3000}  # of all APIs
 MISSING = {"sa3": "e" * 32, "stability": "e" * 64}
 MISSING |= dict.fromkeys(("fal", "aiml"), "00000000-0000-4000-8000-000000000000")
 
