@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from stable_audio_serve.api.service import Output
@@ -51,10 +52,18 @@ RECIPE_HEADER: dict[str, Any] = {
         "out and named in `left_out`; the file always has them. Absent if still above 4 kB.",
     }
 }
+# OpenAPI descriptions of the answers to requests for a part of a file, and for a file that the client has already.
+PART_RESPONSES: dict[int | str, dict[str, Any]] = {
+    206: {"description": "The part of the file that the header Range names."},
+    304: {"description": "The file is one that the header If-None-Match names."},
+}
 _MOST_RECIPE_BYTES = 4096
 # Response headers that web pages of other origins may read (Access-Control-Expose-Headers).
 EXPOSED_HEADERS = (
+    "Accept-Ranges",
     "Content-Disposition",
+    "Content-Range",
+    "ETag",
     "Idempotent-Replayed",
     "Retry-After",
     "Server-Timing",
@@ -69,6 +78,7 @@ EXPOSED_HEADERS = (
     *SOUND_HEADERS,
 )
 _STREAM_ABOVE_BYTES = 1_048_576
+_RANGE = re.compile(r"bytes=([0-9]{0,30})-([0-9]{0,30})")
 _BYTES = "application/octet-stream"
 _AUDIO = re.compile(
     r"audio/[a-z0-9.-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?"
@@ -83,13 +93,21 @@ def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
     return StreamingResponse(file_chunks(file), headers=headers, media_type=file.media_type)
 
 
-async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipes: Sequence[Recipe] = ()) -> Response:
-    """Return the response to a download of a stored file. For a HEAD request it has only the headers.
+async def file_answer(
+    request: Request, file: StoredFile, *, jobs: JobQueue, recipes: Sequence[Recipe] = ()
+) -> Response:
+    """Return the response to a download of a stored file, or of the part that the header `Range` names.
 
-    A response header lists `recipes`, one for each clip in the file. Raises HTTPException 404 when the file no longer
-    exists.
+    Browsers need such parts to seek in audio, and Safari to play it at all. A HEAD request gets only the headers. A
+    response header lists `recipes`, one for each clip in the file. Raises HTTPException 404 when the file no longer
+    exists, and 416 when it ends before the part.
     """
-    chunks = jobs.read(file)
+    etag, is_head = f'"{file.sha256}"', request.method == "HEAD"
+    known = {each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")}
+    is_known = not known.isdisjoint({etag, "*"})
+    part = None if is_head or is_known else _find_part(request, num_bytes=file.num_bytes, etag=etag)
+    start, stop = part or (0, file.num_bytes)
+    chunks = _cut(jobs.read(file), start=start, stop=stop)
     try:
         first = await anext(chunks, b"")
     except FileNotFoundError as error:
@@ -98,13 +116,55 @@ async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipe
         **attachment(file.file_name),
         **sound_headers(file.clips, file.made_on),
         **_recipe_header(recipes),
-        "Content-Length": str(file.num_bytes),
+        "Accept-Ranges": "bytes",
+        "ETag": etag,
+        "Content-Length": str(stop - start),
     }
     media_type = file.media_type if file.media_type == "application/zip" else audio_type(file.media_type)
-    if is_head:
+    if is_head or is_known:
         await chunks.aclose()
-        return Response(headers=headers, media_type=media_type)
-    return StreamingResponse(chain(first, chunks), headers=headers, media_type=media_type)
+        return Response(None, 304, {"ETag": etag}) if is_known else Response(headers=headers, media_type=media_type)
+    if part is None:
+        return StreamingResponse(chain(first, chunks), headers=headers, media_type=media_type)
+    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.num_bytes}"
+    return StreamingResponse(chain(first, chunks), 206, headers, media_type)
+
+
+def _find_part(request: Request, *, num_bytes: int, etag: str) -> tuple[int, int] | None:
+    """Return the bytes [start, stop) that the header `Range` of a request asks for, None for the whole file.
+
+    As RFC 9110 allows, the whole file is also sent if the header is invalid or names several ranges. It must be sent if
+    the header `If-Range` names another file. Raises HTTPException 416.
+    """
+    found = _RANGE.fullmatch(request.headers.get("range", "").strip())
+    if found is None or request.headers.get("if-range", etag) != etag:
+        return None
+    first, last = (int(text) if text else None for text in found.groups())
+    if first is None:
+        if last is None:
+            return None
+        start, stop = max(num_bytes - last, 0), num_bytes
+    else:
+        if last is not None and last < first:
+            return None
+        start, stop = first, num_bytes if last is None else min(last + 1, num_bytes)
+    if start >= stop:
+        headers = {"Content-Range": f"bytes */{num_bytes}"}
+        raise HTTPException(416, f"Range: the file has {num_bytes} bytes", headers)
+    return start, stop
+
+
+async def _cut(chunks: AsyncGenerator[bytes], *, start: int, stop: int) -> AsyncGenerator[bytes]:
+    """Yield the bytes [start, stop) of a file. The bytes before `start` are read too, because files are verified."""
+    position = 0
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            part = chunk[max(start - position, 0) : max(stop - position, 0)]
+            position += len(chunk)
+            if part:
+                yield part
+            if position > stop:
+                return
 
 
 def result_headers(output: Output) -> dict[str, str]:

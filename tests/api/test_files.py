@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import httpx
 import pytest
 
@@ -48,6 +50,69 @@ async def test_head_describes_the_download(client: httpx.AsyncClient, jobs: JobQ
     for name in ("content-length", "content-type", "content-disposition", "x-content-type-options"):
         assert head.headers[name] == reply.headers[name]
     assert (await client.head(url.replace("a.wav", "b.wav"))).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("value", "span"),
+    [
+        ("bytes=0-9", slice(0, 10)),
+        ("bytes=0-0", slice(0, 1)),
+        ("bytes=1048570-1048580", slice(1_048_570, 1_048_581)),
+        ("bytes=2999999-", slice(2_999_999, None)),
+        ("bytes=100-99999999999999999999", slice(100, None)),
+        ("bytes=-10", slice(-10, None)),
+        ("bytes=-5000000", slice(0, None)),
+    ],
+)
+async def test_range_returns_a_part_of_the_file(
+    client: httpx.AsyncClient, jobs: JobQueue, value: str, span: slice
+) -> None:
+    data = random.Random(0).randbytes(3_000_000)
+    reply = await client.get(await publish(jobs, data=data), headers={"Range": value})
+    start, stop, _ = span.indices(len(data))
+    assert (reply.status_code, reply.content) == (206, data[span])
+    assert reply.headers["content-range"] == f"bytes {start}-{stop - 1}/3000000"
+    assert reply.headers["content-length"] == str(stop - start)
+
+
+@pytest.mark.parametrize("value", ["bytes=3000-", "bytes=3000-4000", "bytes=-0"])
+async def test_range_past_the_end_is_416(client: httpx.AsyncClient, jobs: JobQueue, value: str) -> None:
+    reply = await client.get(await publish(jobs, data=bytes(3000)), headers={"Range": value})
+    assert reply.status_code == 416
+    assert reply.headers["content-range"] == "bytes */3000"
+    assert "Range" in reply.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        *({"Range": value} for value in ("bytes=5-2", "bytes=-", "bytes=a-b", "items=0-1", "bytes=0-1,5-6", "")),
+        {"Range": "bytes=0-1", "If-Range": '"another"'},
+        {"Range": "bytes=0-1", "If-Range": "Wed, 25 Nov 2026 00:00:00 GMT"},
+        {"If-None-Match": '"another"'},
+    ],
+    ids=str,
+)
+async def test_other_ranges_and_tags_return_the_whole_file(
+    client: httpx.AsyncClient, jobs: JobQueue, headers: dict[str, str]
+) -> None:
+    reply = await client.get(await publish(jobs, data=b"x" * 3000), headers=headers)
+    assert (reply.status_code, reply.content, reply.headers["accept-ranges"]) == (200, b"x" * 3000, "bytes")
+
+
+async def test_tag_identifies_the_content(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+    url, other = await publish(jobs, data=b"one"), await publish(jobs, data=b"two")
+    tag = (await client.get(url)).headers["etag"]
+    for value in (tag, f'"x", W/{tag}', "*"):
+        for reply in (
+            await client.get(url, headers={"If-None-Match": value, "Range": "bytes=9-"}),
+            await client.head(url, headers={"If-None-Match": value}),
+        ):
+            assert (reply.status_code, reply.content, reply.headers["etag"]) == (304, b"", tag)
+    assert (await client.get(other, headers={"If-None-Match": tag})).content == b"two"
+    part = {"Range": "bytes=1-", "If-Range": tag}
+    assert (await client.get(url, headers=part)).content == b"ne"
+    assert (await client.get(other, headers=part)).content == b"two"
 
 
 async def test_empty_file_can_be_downloaded(client: httpx.AsyncClient, jobs: JobQueue) -> None:

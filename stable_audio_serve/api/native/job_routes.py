@@ -12,7 +12,7 @@ from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from stable_audio_serve.api.answers import RECIPE_HEADER, SOUND_HEADERS, file_answer
+from stable_audio_serve.api.answers import PART_RESPONSES, RECIPE_HEADER, SOUND_HEADERS, file_answer
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native import submission
@@ -50,10 +50,11 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {kind: {} for kind in MEDIA_TYPES},
         "headers": {**SOUND_HEADERS, **RECIPE_HEADER, **WARNING_HEADER},
     },
+    **PART_RESPONSES,
     404: {"model": ErrorBody, "description": "No such job or section, or its file no longer exists."},
     409: {"model": ErrorBody, "description": "The job has no audio, or none yet."},
     422: {"model": ValidationErrors, "description": "A parameter is wrong, or unknown if the server refuses those."},
-    **error_responses(ErrorBody, 429, 500, 503),
+    **error_responses(ErrorBody, 416, 429, 500, 503),
 }
 _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -187,8 +188,8 @@ def _build_links(service: Service) -> APIRouter:
             return follow_answer(service, request, job=job)
         if job.result is None:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")
-        file, is_head = job.result.file, request.method == "HEAD"
-        response = await file_answer(file, jobs, is_head=is_head, recipes=recipes_of(job) or ())
+        file = job.result.file
+        response = await file_answer(request, file, jobs=jobs, recipes=recipes_of(job) or ())
         response.headers.update(warning_headers(request, file.made_on))
         return response
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from stable_audio_serve.api.answers import file_answer
+from stable_audio_serve.api.answers import PART_RESPONSES, file_answer
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody
@@ -27,7 +27,8 @@ def build_router(service: Service) -> APIRouter:
         response_class=Response,
         responses={
             200: {"description": "The file.", "content": {"application/octet-stream": {}}},
-            **error_responses(ErrorBody, 500, 503),
+            **PART_RESPONSES,
+            **error_responses(ErrorBody, 416, 500, 503),
             404: {"model": ErrorBody, "description": "No such file, or it no longer exists."},
         },
     )
@@ -36,6 +37,6 @@ def build_router(service: Service) -> APIRouter:
         file = await service.jobs.find_file(file_id)
         if file is None or file.file_name != file_name:
             raise HTTPException(404, "file not found")
-        return await file_answer(file, service.jobs, is_head=request.method == "HEAD")
+        return await file_answer(request, file, jobs=service.jobs)
 
     return router
