@@ -107,7 +107,8 @@ async def file_answer(
     is_known = not known.isdisjoint({etag, "*"})
     part = None if is_head or is_known else _find_part(request, num_bytes=file.num_bytes, etag=etag)
     start, stop = part or (0, file.num_bytes)
-    chunks = _cut(jobs.read(file), start=start, stop=stop)
+    is_whole = (start, stop) == (0, file.num_bytes)
+    chunks = jobs.read(file) if is_whole else jobs.read_part(file, start=start, stop=stop)
     try:
         first = await anext(chunks, b"")
     except FileNotFoundError as error:
@@ -152,19 +153,6 @@ def _find_part(request: Request, *, num_bytes: int, etag: str) -> tuple[int, int
         headers = {"Content-Range": f"bytes */{num_bytes}"}
         raise HTTPException(416, f"Range: the file has {num_bytes} bytes", headers)
     return start, stop
-
-
-async def _cut(chunks: AsyncGenerator[bytes], *, start: int, stop: int) -> AsyncGenerator[bytes]:
-    """Yield the bytes [start, stop) of a file. The bytes before `start` are read too, because files are verified."""
-    position = 0
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            part = chunk[max(start - position, 0) : max(stop - position, 0)]
-            position += len(chunk)
-            if part:
-                yield part
-            if position > stop:
-                return
 
 
 def result_headers(output: Output) -> dict[str, str]:

@@ -31,6 +31,7 @@ from stable_audio_serve.artifacts.store import (
     StoredFile,
     StoredObject,
     StoreThreads,
+    first_bytes,
     require_size,
     until_stopped,
     verified,
@@ -140,6 +141,9 @@ class LocalArtifacts:
         chunks = verified(file, self._read(self._path(file.key)), metrics=self._metrics)
         return self._threads.stream(chunks)
 
+    def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
+        return self._threads.stream(first_bytes(self._read(self._path(file.key), start), stop - start))
+
     async def delete(self, key: ArtifactKey) -> None:
         path = self._path(key)
 
@@ -246,9 +250,9 @@ class LocalArtifacts:
             raise _storage_error(error) from error
         return _write(path, chunks, stop=stop)
 
-    def _read(self, path: Path) -> Generator[bytes]:
+    def _read(self, path: Path, start: int = 0) -> Generator[bytes]:
         self._folder.require()
-        yield from _read(path)
+        yield from _read(path, start)
 
     def _path(self, key: ArtifactKey) -> Path:
         parts = key.split("/")
@@ -304,9 +308,10 @@ def _write(path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, s
     return num_bytes, digest.hexdigest()
 
 
-def _read(path: Path) -> Generator[bytes]:
+def _read(path: Path, start: int) -> Generator[bytes]:
     try:
         with path.open("rb") as file:
+            file.seek(start)
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
     except FileNotFoundError:

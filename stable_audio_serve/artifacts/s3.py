@@ -31,6 +31,7 @@ from stable_audio_serve.artifacts.store import (
     StoredFile,
     StoredObject,
     StoreThreads,
+    first_bytes,
     require_size,
     until_stopped,
     verified,
@@ -80,6 +81,9 @@ class S3Artifacts:
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         return self._threads.stream(verified(file, self._read(file), metrics=self._metrics))
+
+    def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
+        return self._threads.stream(first_bytes(self._read(file, start), stop - start))
 
     async def delete(self, key: ArtifactKey) -> None:
         await self._threads.call(partial(self._delete, key))
@@ -250,14 +254,15 @@ class S3Artifacts:
         with storage_errors("delete"):
             self._client.delete_object(**self._at(key))
 
-    def _read(self, file: StoredFile) -> Generator[bytes]:
-        """Yield the object's bytes. If the connection breaks, open another one and continue from the same byte.
+    def _read(self, file: StoredFile, start: int = 0) -> Generator[bytes]:
+        """Yield the object's bytes from `start` on. If the connection breaks, open another one and continue from the
+        same byte.
 
         Raises FileNotFoundError, StorageError.
         """
         num_read = num_breaks = 0
         with storage_errors("read"):
-            while (body := self._open(file.key, num_read)) is not None:
+            while (body := self._open(file.key, start + num_read)) is not None:
                 with closing(body):
                     try:
                         for chunk in body.iter_chunks(_CHUNK_BYTES):

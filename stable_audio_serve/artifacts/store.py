@@ -102,6 +102,13 @@ class ArtifactStore(Protocol):
         """
         ...
 
+    def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
+        """Yield the bytes [start, stop) of the file in chunks. Their content is not verified.
+
+        Raises the same errors as `read`, DamagedFileError if the file ends before `stop`.
+        """
+        ...
+
     async def delete(self, key: ArtifactKey) -> None:
         """Remove a file, if it exists. Raises StorageError."""
         ...
@@ -256,6 +263,17 @@ def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) ->
         raise DamagedFileError("the stored file is damaged")
     if held:
         yield held
+
+
+def first_bytes(chunks: Generator[bytes], num_bytes: int) -> Generator[bytes]:
+    """Yield the first `num_bytes` bytes of `chunks`. Raises DamagedFileError if there are fewer."""
+    with closing(chunks):
+        for chunk in chunks:
+            yield chunk[:num_bytes]
+            num_bytes -= len(chunk)
+            if num_bytes <= 0:
+                return
+    raise DamagedFileError("the stored file is damaged")
 
 
 def require_size(data: bytes, max_bytes: int) -> bytes:

@@ -200,6 +200,10 @@ class JobQueue:
         """Return the content of a file in chunks, see `ArtifactStore.read`."""
         return self.artifacts.read(file)
 
+    def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
+        """Return the bytes [start, stop) of a file in chunks, see `ArtifactStore.read_part`."""
+        return self.artifacts.read_part(file, start=start, stop=stop)
+
     async def close(self) -> None:
         """Close the database and the artifact store."""
         await self.watch.close()

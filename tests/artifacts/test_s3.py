@@ -109,6 +109,10 @@ async def test_interrupted_download_resumes(object_storage: ObjectStorage, store
     object_storage.proxy.fates["GET"] = "cut-answer"
     assert await read(store, file) == data
     assert sum(request.startswith("GET") for request in object_storage.proxy.requests) == 2
+    object_storage.proxy.fates["GET"] = "cut-answer"
+    part = store.read_part(file, start=MIB + 5, stop=6 * MIB - 3)
+    assert b"".join([chunk async for chunk in part]) == data[MIB + 5 : 6 * MIB - 3]
+    assert sum(request.startswith("GET") for request in object_storage.proxy.requests) == 4
 
 
 async def test_file_deleted_during_a_download_is_an_error(object_storage: ObjectStorage, store: S3Artifacts) -> None:

@@ -91,6 +91,29 @@ async def test_read_returns_what_was_put(place: Place, num_bytes: int) -> None:
     assert place.names() == [KEY]
 
 
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 1), (MIB - 1, MIB + 1), (5, 2 * MIB + 7), (3 * MIB - 1, 3 * MIB), (0, 3 * MIB)]
+)
+async def test_a_part_has_exactly_its_bytes(place: Place, start: int, stop: int) -> None:
+    data = os.urandom(3 * MIB)
+    file = await put(place, data)
+    chunks = [chunk async for chunk in place.store.read_part(file, start=start, stop=stop)]
+    assert b"".join(chunks) == data[start:stop]
+    assert max(map(len, chunks)) <= MIB
+
+
+async def test_a_missing_part_is_an_error(place: Place) -> None:
+    file = await put(place, bytes(3000))
+    place.write(KEY, bytes(2000))
+    chunks = place.store.read_part(file, start=1000, stop=3000)
+    assert await anext(chunks) == bytes(1000)
+    with pytest.raises(DamagedFileError):
+        await anext(chunks)
+    await place.store.delete(KEY)
+    with pytest.raises(FileNotFoundError):
+        await anext(place.store.read_part(file, start=1000, stop=3000))
+
+
 async def test_a_second_put_replaces_the_file_as_a_whole(place: Place) -> None:
     await put(place, b"first and longer")
     second = await put(place, b"second")
