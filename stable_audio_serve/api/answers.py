@@ -125,10 +125,9 @@ async def file_answer(
     if is_head or is_known:
         await chunks.aclose()
         return Response(None, 304, {"ETag": etag}) if is_known else Response(headers=headers, media_type=media_type)
-    if part is None:
-        return StreamingResponse(chain(first, chunks), headers=headers, media_type=media_type)
-    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.num_bytes}"
-    return StreamingResponse(chain(first, chunks), 206, headers, media_type)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.num_bytes}"
+    return StreamingResponse(chain(first, chunks), 200 if part is None else 206, headers, media_type)
 
 
 def _find_part(request: Request, *, num_bytes: int, etag: str) -> tuple[int, int] | None:
