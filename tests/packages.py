@@ -36,9 +36,12 @@ def skip_or_fail(name: str, reason: str) -> None:
 
 
 def _install(name: str, *command: str) -> Path:
-    """Return the folder of a package. If the folder is missing, install with `command` and a folder as argument."""
+    """Return the folder of a package. If the folder is missing, install with `command` and a folder as argument.
+
+    Each Python version has its own folder, because packages may have compiled parts.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stable-audio-serve-tests"
-    installed = cache / name.replace("/", "-")
+    installed = cache / f"{name.replace('/', '-')}-{sys.implementation.cache_tag}"
     if not installed.exists():
         cache.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=cache)

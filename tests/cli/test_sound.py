@@ -276,7 +276,7 @@ async def test_ctrl_c_cancels_the_request(shell: Shell) -> None:
     async with asyncio.timeout(PATIENCE_S):
         _, errors = await process.communicate()
     assert process.returncode == 130, errors
-    assert errors.decode().strip() == "error: interrupted"
+    assert errors.decode().splitlines()[-1] == "error: interrupted"  # on a slow machine, another line is before it
     await until(lambda: shell.backend.num_cancelled)
     assert await shell.files() == []
 
