@@ -78,7 +78,8 @@ EXPOSED_HEADERS = (
     *SOUND_HEADERS,
 )
 _STREAM_ABOVE_BYTES = 1_048_576
-_RANGE = re.compile(r"bytes=([0-9]{0,30})-([0-9]{0,30})")
+# The first and perhaps the last byte of a part, or the number of bytes at the end of the file.
+_RANGE = re.compile(r"bytes=(?:([0-9]{1,30})-([0-9]{0,30})|-([0-9]{1,30}))")
 _BYTES = "application/octet-stream"
 _AUDIO = re.compile(
     r"audio/[a-z0-9.-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?"
@@ -139,15 +140,13 @@ def _find_part(request: Request, *, num_bytes: int, etag: str) -> tuple[int, int
     found = _RANGE.fullmatch(request.headers.get("range", "").strip())
     if found is None or request.headers.get("if-range", etag) != etag:
         return None
-    first, last = (int(text) if text else None for text in found.groups())
-    if first is None:
-        if last is None:
-            return None
-        start, stop = max(num_bytes - last, 0), num_bytes
+    first, last, num_last = found.groups()
+    if num_last:
+        start, stop = max(num_bytes - int(num_last), 0), num_bytes
     else:
-        if last is not None and last < first:
+        start, stop = int(first), min(int(last) + 1, num_bytes) if last else num_bytes
+        if last and int(last) < start:
             return None
-        start, stop = first, num_bytes if last is None else min(last + 1, num_bytes)
     if start >= stop:
         headers = {"Content-Range": f"bytes */{num_bytes}"}
         raise HTTPException(416, f"Range: the file has {num_bytes} bytes", headers)

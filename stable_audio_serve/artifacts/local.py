@@ -142,7 +142,8 @@ class LocalArtifacts:
         return self._threads.stream(chunks)
 
     def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
-        return self._threads.stream(first_bytes(self._read(self._path(file.key), start), stop - start))
+        chunks = self._read(self._path(file.key), start)
+        return self._threads.stream(first_bytes(file, chunks, num_bytes=stop - start, metrics=self._metrics))
 
     async def delete(self, key: ArtifactKey) -> None:
         path = self._path(key)

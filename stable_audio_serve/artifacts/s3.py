@@ -83,7 +83,8 @@ class S3Artifacts:
         return self._threads.stream(verified(file, self._read(file), metrics=self._metrics))
 
     def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
-        return self._threads.stream(first_bytes(self._read(file, start), stop - start))
+        chunks = self._read(file, start)
+        return self._threads.stream(first_bytes(file, chunks, num_bytes=stop - start, metrics=self._metrics))
 
     async def delete(self, key: ArtifactKey) -> None:
         await self._threads.call(partial(self._delete, key))

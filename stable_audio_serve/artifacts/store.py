@@ -258,22 +258,27 @@ def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) ->
                 yield held
             held = chunk
     if num_bytes != file.num_bytes or digest.hexdigest() != file.sha256:
-        log.error("a stored file is damaged", key=file.key, num_bytes=num_bytes, expected_num_bytes=file.num_bytes)
-        metrics.increment("damaged_files")
-        raise DamagedFileError("the stored file is damaged")
+        raise _report_damaged(file, num_bytes=num_bytes, expected=file.num_bytes, metrics=metrics)
     if held:
         yield held
 
 
-def first_bytes(chunks: Generator[bytes], num_bytes: int) -> Generator[bytes]:
-    """Yield the first `num_bytes` bytes of `chunks`. Raises DamagedFileError if there are fewer."""
+def first_bytes(file: StoredFile, chunks: Generator[bytes], *, num_bytes: int, metrics: Metrics) -> Generator[bytes]:
+    """Yield the first `num_bytes` bytes of `chunks`, a part of `file`. Raises DamagedFileError if there are fewer."""
+    num_read = 0
     with closing(chunks):
         for chunk in chunks:
-            yield chunk[:num_bytes]
-            num_bytes -= len(chunk)
-            if num_bytes <= 0:
+            yield chunk[: num_bytes - num_read]
+            num_read += len(chunk)
+            if num_read >= num_bytes:
                 return
-    raise DamagedFileError("the stored file is damaged")
+    raise _report_damaged(file, num_bytes=num_read, expected=num_bytes, metrics=metrics)
+
+
+def _report_damaged(file: StoredFile, *, num_bytes: int, expected: int, metrics: Metrics) -> DamagedFileError:
+    log.error("a stored file is damaged", key=file.key, num_bytes=num_bytes, expected_num_bytes=expected)
+    metrics.increment("damaged_files")
+    return DamagedFileError("the stored file is damaged")
 
 
 def require_size(data: bytes, max_bytes: int) -> bytes:

@@ -151,10 +151,13 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
             raise _BadOption("must be an object")
         kind = options.get("type", FullShift.kind)
         shift = _build(str(kind), {name: value for name, value in options.items() if name != "type"})
+    except _BadOption as error:
+        raise CheckpointError(f"model_config.json: {key}: {error}", field=key) from error
+    try:
         for length in (1.0, 1e6):
             build_sigmas(8, shift, length=length)
-    except (_BadOption, InvalidRequestError) as error:
-        raise CheckpointError(f"model_config.json: {key}: {error}", field=key) from error
+    except InvalidRequestError as error:
+        raise CheckpointError(f"model_config.json: {key}: not all noise levels are above 0", field=key) from error
     return shift
 
 

@@ -17,7 +17,7 @@ from stable_audio_serve.artifacts.keys import artifact_key, file_key, upload_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
-from stable_audio_serve.core.errors import DamagedFileError
+from stable_audio_serve.core.errors import DamagedFileError, StorageError
 from tests.artifacts.metrics import CountingMetrics
 from tests.object_storage import ObjectStorage
 from tests.patience import PATIENCE_S
@@ -109,6 +109,9 @@ async def test_a_missing_part_is_an_error(place: Place) -> None:
     assert await anext(chunks) == bytes(1000)
     with pytest.raises(DamagedFileError):
         await anext(chunks)
+    assert place.metrics.counts == {"damaged_files": 1}
+    with pytest.raises(StorageError):  # nothing of the part exists
+        await anext(place.store.read_part(file, start=2500, stop=3000))
     await place.store.delete(KEY)
     with pytest.raises(FileNotFoundError):
         await anext(place.store.read_part(file, start=1000, stop=3000))

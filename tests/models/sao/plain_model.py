@@ -74,6 +74,9 @@ class PlainModel:
     def norm(self, name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.gamma"], self.weights[f"{name}.beta"], 1e-5)
 
+    def head_norm(self, name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], 1e-6)
+
     def heads(self, x: Tensor) -> Tensor:
         width = self.network["embed_dim"] // self.network["num_heads"]
         return x.unflatten(-1, (-1, width)).transpose(0, 1)
@@ -81,12 +84,7 @@ class PlainModel:
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, *, rotary: bool) -> Tensor:
         """Returns the attention of queries (heads, tokens, width) to keys and values with as many heads or fewer."""
         if self.network.get("attn_kwargs", {}).get("qk_norm") == "ln":
-            q, k = (
-                F.layer_norm(
-                    each, each.shape[-1:], *(self.weights[f"{name}.{kind}_norm.{part}"] for part in parts), 1e-6
-                )
-                for each, kind, parts in ((q, "q", ("weight", "bias")), (k, "k", ("weight", "bias")))
-            )
+            q, k = self.head_norm(f"{name}.q_norm", q), self.head_norm(f"{name}.k_norm", k)
         if rotary:
             q, k = rotate(q), rotate(k)
         k, v = (each.repeat_interleave(len(q) // len(each), dim=0) for each in (k, v))
