@@ -37,6 +37,7 @@ _GENERATING_SCOPES = frozenset({"generate", "jobs"})
 _MAX_FILES = 8
 _MAX_FIELDS = 64
 _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
+_COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
 
 
 class HexIdConvertor(StringConvertor):
@@ -211,6 +212,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], Awaitable[N
                 bounded = BoundedRequest(request.scope, request.receive)
                 try:
                     await admit(request)
+                    _refuse_compressed_body(request)
                     return await handle(bounded)
                 except EXPECTED_ERRORS as error:
                     response = render(request, error)
@@ -223,6 +225,14 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], Awaitable[N
             return handle_and_render
 
     return DialectRoute
+
+
+def _refuse_compressed_body(request: Request) -> None:
+    """Raise HTTPException with status 415 (RFC 9110, 15.5.16) if the body is compressed: it would not be decoded."""
+    encodings = request.headers.get("content-encoding", "").lower().replace(" ", "").split(",")
+    if used := sorted(_COMPRESSIONS.intersection(encodings)):
+        message = f"Content-Encoding: the body must not be compressed (got {', '.join(used)}); allowed: identity"
+        raise HTTPException(415, message, {"Accept-Encoding": "identity"})
 
 
 async def _admit_always(_: Request) -> None:

@@ -7,6 +7,7 @@ test_hostile_uploads.py covers hostile audio, and test_fuzz.py generated request
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import re
@@ -335,6 +336,13 @@ def other_types(route: Route) -> Iterator[Sent]:
             yield f"{content_type[:60]} {content[:20]!r}", {"content": content, "headers": headers}
 
 
+def compressed(route: Route) -> Iterator[Sent]:
+    request = httpx.Request("POST", "http://server", **good(route))
+    for encoding in ("gzip", "identity, BR"):
+        headers = {"content-type": request.headers["content-type"], "content-encoding": encoding}
+        yield encoding, {"content": gzip.compress(request.read()), "headers": headers}
+
+
 def text_for_a_file(route: Route) -> Iterator[Sent]:
     if route.file is not None:
         fields = {name: (None, str(value)) for name, value in route.good.items()}
@@ -405,6 +413,13 @@ def refused_as_too_large(route: Route, label: str, reply: httpx.Response) -> Non
     assert reply.status_code == 413 or (label == "streamed" and route.file is not None)
 
 
+def refused_as_compressed(route: Route, _: str, reply: httpx.Response) -> None:
+    assert reply.status_code == 415, (reply.status_code, reply.text[:500])
+    assert reply.headers["accept-encoding"] == "identity"
+    assert "Content-Encoding" in reply.text
+    route.check_error(reply.json())
+
+
 def taken(_: Route, __: str, reply: httpx.Response) -> None:
     assert reply.status_code in (200, 202), reply.text[:500]
     assert "x-evil" not in reply.headers
@@ -461,6 +476,7 @@ CASES = [
     Case("a body above its limit", too_large, refused_as_too_large),
     Case("lengths that lie", lying_lengths, answered),
     Case("other types", other_types, answered),
+    Case("a compressed body", compressed, refused_as_compressed),
     # Forms
     Case("cut forms", forms(b"", END, b"--B\r\n", part(b"prompt", b"x")[:-3])),
     Case("parts without a name", forms(*NAMELESS)),
