@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.cached_query import CachedQuery
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.job import State
 from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs, Unfinished
 
 T = TypeVar("T")
-
-_TIMEOUT_S = 0.8  # how long a caller waits for the database before it gets the cached answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,75 +30,50 @@ class JobsOverview:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Numbers(Generic[T]):
+    """The last numbers that a query returned, and when. `reason` says why the query after it failed, if it did."""
+
+    numbers: T | None = None
+    at: float | None = None
+    reason: str | None = None
+
+
 class JobsWatch:
     """Caches the numbers of jobs, and queries the database again when the cached numbers are old.
 
-    At most one query of each kind runs at a time. Use the object on one event loop only.
+    Use the object on one event loop only.
     """
 
-    def __init__(
-        self,
-        jobs: OperatorJobs,
-        *,
-        fresh_s: float = 1.0,
-        counts_fresh_s: float = 15.0,
-        clock: Clock | None = None,
-    ) -> None:
+    def __init__(self, jobs: OperatorJobs, *, fresh_s: float = 1.0, counts_fresh_s: float = 15.0) -> None:
         """The constructor makes no query.
 
         `fresh_s` is how many seconds the numbers of unfinished jobs are cached. `counts_fresh_s` is how many seconds
         the number of jobs in each state is cached: longer, because the query for this number reads every job.
         """
-        clock = clock or SystemClock()
-        self._unfinished = _CachedQuery(jobs.unfinished, fresh_s=fresh_s, clock=clock)
-        self._counts = _CachedQuery(jobs.counts, fresh_s=counts_fresh_s, clock=clock)
+        self._unfinished = _cached(jobs.unfinished, fresh_s=fresh_s)
+        self._counts = _cached(jobs.counts, fresh_s=counts_fresh_s)
 
     async def overview(self) -> JobsOverview:
         """Return the numbers of jobs within a second. If the database is slow, return the cached numbers."""
-        await asyncio.gather(self._unfinished.refresh(), self._counts.refresh())
-        unfinished, counts = self._unfinished, self._counts
-        return JobsOverview(unfinished.answer, counts.answer, unfinished.age_s, unfinished.reason or counts.reason)
+        in_time = await asyncio.gather(self._unfinished.refresh(), self._counts.refresh())
+        unfinished, counts = self._unfinished.result, self._counts.result
+        age_s = None if unfinished.at is None else time.monotonic() - unfinished.at
+        reason = unfinished.reason or counts.reason if all(in_time) else "the job database does not answer"
+        return JobsOverview(unfinished.numbers, counts.numbers, age_s, reason)
 
     async def close(self) -> None:
-        """Wait at most `_TIMEOUT_S` for queries in progress."""
+        """Wait less than a second for queries in progress."""
         await asyncio.gather(self._unfinished.wait(), self._counts.wait())
 
 
-class _CachedQuery(Generic[T]):
-    """A blocking database query, and its last answer."""
-
-    def __init__(self, query: Callable[[], T], *, fresh_s: float, clock: Clock) -> None:
-        self._query = query
-        self._fresh_s = fresh_s
-        self._clock = clock
-        self._queried_at = float("-inf")
-        self._answered_at: float | None = None
-        self._refreshing: asyncio.Task[None] | None = None
-        self.answer: T | None = None
-        self.reason: str | None = None
-
-    @property
-    def age_s(self) -> float | None:
-        return None if self._answered_at is None else self._clock.monotonic() - self._answered_at
-
-    async def refresh(self) -> None:
-        if self._refreshing is None and self._clock.monotonic() - self._queried_at >= self._fresh_s:
-            self._refreshing = asyncio.create_task(self._run())
-        if not await self.wait():
-            self.reason = "the job database does not answer"
-
-    async def wait(self) -> bool:
-        """Wait at most `_TIMEOUT_S` for a query in progress. Returns False if it is still in progress afterwards."""
-        if self._refreshing is None:
-            return True
-        done, _ = await asyncio.wait({self._refreshing}, timeout=_TIMEOUT_S)
-        return bool(done)
-
-    async def _run(self) -> None:
+def _cached(query: Callable[[], T], *, fresh_s: float) -> CachedQuery[_Numbers[T]]:
+    async def numbers() -> _Numbers[T]:
         try:
-            self.answer = await asyncio.to_thread(self._query)
-            self._answered_at, self.reason = self._clock.monotonic(), None
+            return _Numbers(await asyncio.to_thread(query), time.monotonic())
         except StorageError as error:
-            self.reason = error.message
-        finally:
-            self._queried_at, self._refreshing = self._clock.monotonic(), None
+            return replace(cached.result, reason=error.message)
+
+    nothing: _Numbers[T] = _Numbers()
+    cached = CachedQuery(numbers, first=nothing, fresh_s=fresh_s)
+    return cached

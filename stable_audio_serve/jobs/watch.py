@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 
 from stable_audio_serve.artifacts.store import ArtifactStore
-from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.cached_query import CachedQuery
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, health_of
 
-_TIMEOUT_S = 0.8  # how long a caller waits for the stores before it gets the cached answer
 _SILENT_AFTER_S = 10.0
 _SILENCE = StoreHealth("unavailable", "the job database does not answer")
 
@@ -25,13 +24,7 @@ class StoreWatch:
     """
 
     def __init__(
-        self,
-        database: Database,
-        artifacts: ArtifactStore,
-        *,
-        fresh_s: float = 5.0,
-        fresh_if_bad_s: float = 1.0,
-        clock: Clock | None = None,
+        self, database: Database, artifacts: ArtifactStore, *, fresh_s: float = 5.0, fresh_if_bad_s: float = 1.0
     ) -> None:
         """A result is cached for `fresh_s` seconds, or for `fresh_if_bad_s` seconds if a store is down.
 
@@ -40,13 +33,11 @@ class StoreWatch:
         self._database = database
         self._refusals = Refusals(database)
         self._artifacts = artifacts
-        self._fresh_s = fresh_s
-        self._fresh_if_bad_s = fresh_if_bad_s
-        self._clock = clock or SystemClock()
-        self._latest = StoreHealth()
-        self._checked_at = float("-inf")
-        self._began_at = float("-inf")
-        self._checking: asyncio.Task[None] | None = None
+        self._check = CachedQuery(
+            lambda: asyncio.to_thread(self._find),
+            first=StoreHealth(),
+            fresh_s=lambda health: fresh_s if health.state == "ok" else fresh_if_bad_s,
+        )
 
     async def health(self) -> StoreHealth:
         """Return the health of the stores within a second.
@@ -54,22 +45,8 @@ class StoreWatch:
         If a check takes longer, returns the cached health. After `_SILENT_AFTER_S` seconds without a result, the state
         is "unavailable".
         """
-        fresh_s = self._fresh_s if self._latest.state == "ok" else self._fresh_if_bad_s
-        if self._checking is None and self._clock.monotonic() - self._checked_at < fresh_s:
-            return self._latest
-        if self._checking is None:
-            self._began_at = self._clock.monotonic()
-            self._checking = asyncio.create_task(self._check())
-        done, _ = await asyncio.wait({self._checking}, timeout=_TIMEOUT_S)
-        is_silent = not done and self._clock.monotonic() - self._began_at > _SILENT_AFTER_S
-        return _SILENCE if is_silent else self._latest
-
-    async def _check(self) -> None:
-        try:
-            self._latest = await asyncio.to_thread(self._find)
-        finally:
-            self._checked_at = self._clock.monotonic()
-            self._checking = None
+        health = await self._check.answer()
+        return _SILENCE if self._check.running_s > _SILENT_AFTER_S else health
 
     def _find(self) -> StoreHealth:
         try:
@@ -82,6 +59,5 @@ class StoreWatch:
         return refusals[0] if refusals else StoreHealth()
 
     async def close(self) -> None:
-        """Wait at most `_TIMEOUT_S` for a check in progress."""
-        if self._checking is not None:
-            await asyncio.wait({self._checking}, timeout=_TIMEOUT_S)
+        """Wait less than a second for a check in progress."""
+        await self._check.wait()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.cached_query import CachedQuery
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
 from stable_audio_serve.jobs.store.database import Database
@@ -32,12 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _OLD_S = 5.0
 _QUERY_TIMEOUT_S = 2.0
-_QUERY_EVERY_S = 1.0
-_TIMEOUT_S = 1.0  # how long a caller waits for a new answer before it gets the cached answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +73,8 @@ class RayOperations:
         self._settings = settings
         self._ingress = ingress
         self._runner = runner
-        self._drain = CachedQuery(self._query_drain, first=DrainReport("draining", None, None))
-        self._waiting = CachedQuery(self._query_waiting, first=None)
+        self._drain = CachedQuery(self._query_drain, first=DrainReport("draining", None, None), kept_s=_OLD_S)
+        self._waiting = CachedQuery(self._query_waiting, first=None, kept_s=_OLD_S)
 
     async def report(self) -> ServerReport:
         """See `Operations.report`."""
@@ -163,39 +159,3 @@ def _sum(progress: Sequence[DrainProgress | None]) -> int | None:
     """Return the sum of `num_left`, or None if a process does not answer or has not begun to drain."""
     known = [one.num_left for one in progress if one is not None and one.has_begun]
     return sum(known) if len(known) == len(progress) else None
-
-
-class CachedQuery(Generic[T]):
-    """Caches the result of an async query. Use it on one event loop only."""
-
-    def __init__(self, query: Callable[[], Awaitable[T]], *, first: T, clock: Clock = SystemClock()) -> None:
-        """`query` must not raise. `first` is the answer while there is no result, or only one that is too old."""
-        self._query = query
-        self._clock = clock
-        self._first = self._answer = first
-        self._queried_at = float("-inf")
-        self._refreshing: asyncio.Task[None] | None = None
-
-    async def answer(self) -> T:
-        """Return the query's result, at most about a second old, or five seconds if the query is slow."""
-        if self._refreshing is None or self._refreshing.done():
-            if self._age_s < _QUERY_EVERY_S:
-                return self._answer
-            self._refreshing = asyncio.create_task(self._refresh())
-        await asyncio.wait({self._refreshing}, timeout=_TIMEOUT_S)
-        return self._answer if self._age_s < _OLD_S else self._first
-
-    def invalidate(self) -> None:
-        """Drop the cached result, so that the next call queries again. Cancels a query in progress."""
-        self._queried_at = float("-inf")
-        if self._refreshing is not None:
-            self._refreshing.cancel()
-            self._refreshing = None
-
-    @property
-    def _age_s(self) -> float:
-        return self._clock.monotonic() - self._queried_at
-
-    async def _refresh(self) -> None:
-        self._answer = await self._query()
-        self._queried_at = self._clock.monotonic()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-
-from stable_audio_serve.serving import operations as module
-from stable_audio_serve.serving.operations import CachedQuery
+from stable_audio_serve.core.cached_query import CachedQuery
 from tests.factories import FakeClock
 
 
@@ -26,14 +23,13 @@ class CountedQuery:
         return answer
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_TIMEOUT_S", 0.05)
+def cached(counted: CountedQuery, clock: FakeClock) -> CachedQuery[int]:
+    return CachedQuery(counted, first=0, kept_s=5.0, timeout_s=0.05, clock=clock)
 
 
 async def test_concurrent_callers_share_one_query_per_second() -> None:
     clock, counted = FakeClock(), CountedQuery()
-    query = CachedQuery(counted, first=0, clock=clock)
+    query = cached(counted, clock)
     assert set(await asyncio.gather(*(query.answer() for _ in range(5000)))) == {1}
     clock.now += 0.9
     assert await query.answer() == 1
@@ -43,7 +39,7 @@ async def test_concurrent_callers_share_one_query_per_second() -> None:
 
 async def test_late_answer_is_awaited_briefly_then_the_cached_one_expires() -> None:
     clock, counted = FakeClock(), CountedQuery()
-    query = CachedQuery(counted, first=0, clock=clock)
+    query = cached(counted, clock)
     counted.is_free.clear()
     assert await query.answer() == 0
     counted.is_free.set()
@@ -59,7 +55,7 @@ async def test_late_answer_is_awaited_briefly_then_the_cached_one_expires() -> N
 
 async def test_invalidate_discards_the_query_in_progress() -> None:
     clock, counted = FakeClock(), CountedQuery()
-    query = CachedQuery(counted, first=0, clock=clock)
+    query = cached(counted, clock)
     assert await query.answer() == 1
     clock.now += 2.0
     counted.is_free.clear()
@@ -67,3 +63,39 @@ async def test_invalidate_discards_the_query_in_progress() -> None:
     query.invalidate()
     counted.is_free.set()
     assert await query.answer() == 3
+
+
+async def test_query_that_raised_is_repeated() -> None:
+    answers = iter((1, ValueError("a defect"), 2))
+
+    async def query() -> int:
+        answer = next(answers)
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
+
+    failing = CachedQuery(query, first=0, fresh_s=0.0)
+    assert [await failing.answer() for _ in range(3)] == [1, 1, 2]
+
+
+async def test_time_until_the_next_query_can_depend_on_the_result() -> None:
+    clock, counted = FakeClock(), CountedQuery()
+    query = CachedQuery(counted, first=0, fresh_s=lambda answer: 10.0 * answer, clock=clock)
+    found = []
+    for now in (0.0, 9.0, 10.0, 29.0, 30.0):
+        clock.now = now
+        found.append(await query.answer())
+    assert found == [1, 1, 2, 2, 3]
+
+
+async def test_late_query_says_how_long_it_has_run() -> None:
+    clock, counted = FakeClock(), CountedQuery()
+    query = cached(counted, clock)
+    assert query.running_s == 0.0
+    counted.is_free.clear()
+    assert not await query.refresh()
+    clock.now += 7.0
+    assert query.running_s == 7.0
+    counted.is_free.set()
+    assert await query.refresh()
+    assert (query.running_s, query.result) == (0.0, 1)
