@@ -17,7 +17,6 @@ from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, Encoding, Finishing,
 
 Contract = Literal["sa3", "aiml", "fal", "stability", "elevenlabs"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-# Servers of earlier versions cannot parse the mode long-piece. So their runners leave such jobs to other runners.
 Mode = Literal["text-to-audio", "audio-to-audio", "inpainting", "long-piece"]
 
 

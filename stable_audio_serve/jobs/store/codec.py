@@ -15,7 +15,6 @@ from pydantic import BaseModel, TypeAdapter, create_model
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.jobs.job import FinishedSection, JobError, JobResult, JobSpec
 from stable_audio_serve.jobs.store.tables import storable
 
@@ -36,8 +35,7 @@ def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: 
 
 # A job's source audio is not in this JSON: it is a file in the artifact store, which the runner decodes.
 _Request = _model_of(GenerationRequest, without=frozenset({"init_audio", "inpaint_audio"}))
-_OLD_FORMAT = "file_format"  # older versions store and read only this part of a job's encoding
-_Spec = create_model("Stored", __base__=_model_of(JobSpec, request=_Request), file_format=(AudioFormat, "wav"))
+_Spec = _model_of(JobSpec, request=_Request)
 _RESULT = TypeAdapter(JobResult)
 _ERROR = TypeAdapter(JobError)
 _FILE = TypeAdapter(StoredFile)
@@ -46,13 +44,10 @@ _SECTION = TypeAdapter(FinishedSection)
 
 def dump(value: JobSpec | JobResult | JobError | StoredFile | FinishedSection) -> str:
     """Return `value` as JSON text. U+FFFD replaces lone surrogates, which UTF-8 cannot encode."""
-    stored: Any = value
-    if isinstance(value, JobSpec):
-        stored = {**_to_plain(value), _OLD_FORMAT: value.encoding.file_format}
     try:
-        return pydantic_core.to_json(stored).decode()
+        return pydantic_core.to_json(value).decode()
     except pydantic_core.PydanticSerializationError:
-        return storable(json.dumps(stored, default=_to_plain, ensure_ascii=False))
+        return storable(json.dumps(value, default=_to_plain, ensure_ascii=False))
 
 
 def _to_plain(value: Any) -> dict[str, Any]:
@@ -63,11 +58,7 @@ def _to_plain(value: Any) -> dict[str, Any]:
 
 def load_spec(text: str) -> JobSpec:
     """Parse the JSON text of a job's specification. Raises ValueError."""
-    stored = _Spec.model_validate_json(text)
-    spec = dict(stored)
-    file_format = spec.pop(_OLD_FORMAT)
-    if "encoding" not in stored.model_fields_set:
-        spec["encoding"] = Encoding(file_format)
+    spec = dict(_Spec.model_validate_json(text))
     return JobSpec(**spec | {"request": GenerationRequest(**dict(spec["request"]))})
 
 

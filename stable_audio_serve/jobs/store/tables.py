@@ -38,8 +38,7 @@ def storable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
-# Maps each column that stores a part of a job's `core.pricing.WorkSize` to the field of that class. In jobs that were
-# added before the columns existed, the values are 0.
+# Maps each column that stores a part of a job's `core.pricing.WorkSize` to the field of that class.
 WORK = {f"work_{field.name}": field.name for field in fields(WorkSize)}
 
 _Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite's AUTOINCREMENT needs the type INTEGER
@@ -149,7 +148,6 @@ UPLOADS = sa.Table(
     "uploads",
     METADATA,
     sa.Column("name", _Text, primary_key=True),
-    sa.Column("ticket", _Text, nullable=False),  # not used: revisions remove no columns, so that older servers work
     sa.Column("client", _Text, nullable=False),
     sa.Column("num_bytes", sa.BigInteger, nullable=False),
     sa.Column("expires_at", sa.Double, nullable=False),

@@ -39,7 +39,7 @@ class Uploads:
         with self._database.writing_alone(lock) as connection:
             connection.execute(sa.delete(UPLOADS).where(_uploads.expires_at <= self._database.now))
             connection.execute(sa.delete(UPLOADS).where(_uploads.name == name))
-            row = {"name": name, "ticket": name, "client": client, "num_bytes": num_bytes}
+            row = {"name": name, "client": client, "num_bytes": num_bytes}
             connection.execute(sa.insert(UPLOADS).values(row | {"expires_at": self._database.now + self._life_s}))
             total = sa.select(sa.func.sum(_uploads.num_bytes)).where(_uploads.client == client)
             if connection.execute(total).scalar_one() > self._max_bytes:

@@ -111,13 +111,6 @@ def test_text_of_another_version_can_be_read() -> None:
     assert (spec.file_stem, spec.request.apg_scale) == ("audio", None)
 
 
-def test_format_is_exchanged_with_older_versions() -> None:
-    text = json.loads(codec.dump(replace(SPEC, encoding=Encoding(AudioFormat.MP3, 128))))
-    assert text["file_format"] == "mp3"
-    del text["encoding"]
-    assert codec.load_spec(json.dumps(text)).encoding == Encoding(AudioFormat.MP3)
-
-
 def test_source_audio_is_never_written() -> None:
     source = SourceAudio(np.zeros((2, 10), dtype=np.float32), 44100)
     with pytest.raises(ValueError):

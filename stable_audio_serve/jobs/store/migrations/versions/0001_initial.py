@@ -10,6 +10,7 @@ down_revision = None
 
 _NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _NO = sa.false()
+_WORK = ("work_rows", "work_evaluations", "work_evaluated_s", "work_audio_s")
 
 
 def upgrade() -> None:
@@ -24,7 +25,14 @@ def upgrade() -> None:
         sa.Column("fraction", sa.Double, nullable=False),
         sa.Column("eta_s", sa.Double),
         sa.Column("message", sa.Text),
+        sa.Column("num_sections", sa.Integer, nullable=False, server_default="0"),
         sqlite_autoincrement=True,
+    )
+    op.create_table(
+        "job_sections",
+        sa.Column("job", _NUMBER, sa.ForeignKey("jobs.seq", ondelete="CASCADE"), primary_key=True),
+        sa.Column("number", sa.Integer, primary_key=True),
+        *(_text(name) for name in ("key", "section")),
     )
     op.create_table(
         "turns",
@@ -39,6 +47,13 @@ def upgrade() -> None:
         *(_text(name) for name in ("key", "file")),
         sa.Column("created_at", sa.Double, nullable=False),
     )
+    op.create_table(
+        "uploads",
+        sa.Column("name", sa.Text, primary_key=True),
+        _text("client"),
+        sa.Column("num_bytes", sa.BigInteger, nullable=False),
+        sa.Column("expires_at", sa.Double, nullable=False),
+    )
     op.create_table("identity", sa.Column("seq", _NUMBER, primary_key=True), _text("id"), _text("secret"))
     op.create_table(
         "refusals",
@@ -47,10 +62,28 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text),
         sa.Column("until", sa.Double, nullable=False),
     )
+    op.create_table(
+        "key_uses",
+        sa.Column("id", sa.Text, primary_key=True),
+        _text("client"),
+        *(sa.Column(name, sa.Double, nullable=False) for name in ("at", "audio_s", "place_until")),
+    )
+    op.create_table(
+        "operator_settings", *(sa.Column(name, sa.Text, primary_key=True) for name in ("server", "setting", "model"))
+    )
+    op.create_table(
+        "loaded_adapters",
+        *(sa.Column(name, sa.Text, primary_key=True) for name in ("server", "model", "name")),
+        _text("source"),
+    )
     op.create_index("events_of_job", "events", ["job", "id"])
+    op.create_index("job_sections_by_key", "job_sections", ["key"])
     op.create_index("turns_in_order", "turns", ["priority", "served", "seq"])
     op.create_index("files_by_key", "files", ["key"])
     op.create_index("files_by_age", "files", ["created_at"])
+    op.create_index("uploads_of_client", "uploads", ["client"])
+    op.create_index("uploads_by_age", "uploads", ["expires_at"])
+    op.create_index("key_uses_of_client", "key_uses", ["client"])
     _make_indexes_of_jobs()
 
 
@@ -76,12 +109,14 @@ def _make_jobs() -> None:
         sa.Column("fraction", sa.Double, nullable=False, server_default="0"),
         sa.Column("eta_s", sa.Double),
         sa.Column("engine_position", sa.Integer),
+        sa.Column("num_sections", sa.Integer, nullable=False, server_default="0"),
         *(sa.Column(name, sa.Text) for name in ("result", "error", "idempotency_key")),
         _text("fingerprint"),
         *(sa.Column(name, sa.Text) for name in ("upload_key", "result_key", "webhook_url", "webhook_host")),
         sa.Column("webhook_at", sa.Double),
         sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
         sa.Column("retries", sa.Integer, nullable=False, server_default="0"),
+        *(sa.Column(name, sa.Double, nullable=False, server_default="0") for name in _WORK),
         sa.UniqueConstraint("id", "contract", "client"),
         sqlite_autoincrement=True,
     )
@@ -91,6 +126,7 @@ def _make_indexes_of_jobs() -> None:
     queued, running = sa.text("state = 'queued'"), sa.text("state = 'running'")
     _index("jobs_in_line", "priority", "model", "client", "seq", of=queued)
     _index("jobs_waiting_of_client", "client", of=queued)
+    _index("jobs_waiting_work", "model", *_WORK, of=queued)
     _index("jobs_by_delay", "not_before", of=queued)
     _index("jobs_by_lateness", "start_before", of=sa.text("start_before IS NOT NULL"))
     _index("jobs_by_lease", "lease_until", of=running)
