@@ -8,29 +8,29 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from stable_audio_serve.audio.formats import mp3_factor, mp3_level
-from stable_audio_serve.core.sound import AudioFormat
+from stable_audio_serve.audio.pcm import to_pcm16, to_pcm32
+from stable_audio_serve.core.sound import AudioFormat, Encoding
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from soundfile import SoundFile
 
-    Samples = npt.NDArray[np.int16] | npt.NDArray[np.int32] | npt.NDArray[np.float32]
-
-BLOCK = 16_384  # samples written at once: libsndfile crashes on longer Vorbis writes
+_BLOCK = 16_384  # samples written at once: libsndfile crashes on longer Vorbis writes
 # libsndfile ends an Opus file with a click. So this many seconds of silence are encoded after the clip, and trimmed
 # from the finished file.
-OPUS_TAIL_S = 0.02
-OPUS_RATE_HZ = 48_000  # the unit of positions in Opus files
+_OPUS_TAIL_S = 0.02
+_OPUS_RATE_HZ = 48_000  # the unit of positions in Opus files
 _OPUS_KBPS = (6, 256)  # bit rate per channel at libsndfile's compression levels 1 and 0
 _OGG_KBPS = 2.5  # bit rate that the Ogg container adds to Opus
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
-SUBTYPES = {
+_SUBTYPES = {
     AudioFormat.MP3: ("MP3", "MPEG_LAYER_III"),
     AudioFormat.OGG: ("OGG", "VORBIS"),
     AudioFormat.OPUS: ("OGG", "OPUS"),
@@ -47,53 +47,135 @@ _MP3_KBPS = {
     0: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG 2 and 2.5
 }
 _SYNC = b"\xff"  # the first byte of an MP3 frame
-AAC_KBPS = 128
-AAC_CONTAINERS = {AudioFormat.M4A: "ipod", AudioFormat.AAC: "adts"}
+_AAC_KBPS = 128
+_AAC_CONTAINERS = {AudioFormat.M4A: "ipod", AudioFormat.AAC: "adts"}
 
 
-def compress_flac(samples: Samples, sample_rate_hz: int, *, text: str | None = None) -> memoryview:
-    """Return a FLAC file of integer samples (S, C).
+class Writable(Protocol):
+    """A file object that libsndfile can write to."""
 
-    The file has 16 bits per sample for int16, and the 24 high bits of each sample for int32.
-    """
-    subtype = "PCM_16" if samples.dtype == np.int16 else "PCM_24"
-    return _write(samples, sample_rate_hz, container="FLAC", subtype=subtype, text=text).getbuffer()
+    def write(self, data: bytes, /) -> int: ...
+    def read(self, num_bytes: int = -1, /) -> bytes: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def tell(self) -> int: ...
+
+
+class Encoder(Protocol):
+    """Encodes one file block by block."""
+
+    def write(self, block: npt.NDArray[np.float32]) -> None:
+        """Encode the next samples (C, S). Values beyond -1..1 are clipped."""
+        ...
+
+    def close(self) -> None:
+        """Complete the file."""
+        ...
 
 
 def compress(
-    samples: npt.NDArray[np.float32],
-    sample_rate_hz: int,
-    *,
-    file_format: AudioFormat,
-    bitrate_kbps: int | None = None,
-    text: str | None = None,
+    audio: npt.NDArray[np.float32], sample_rate_hz: int, *, encoding: Encoding, text: str | None = None
 ) -> memoryview:
-    """Return a lossy file of `samples` (S, C) in -1..1. G.711 files have no header.
-
-    An MP3 file has the constant bit rate `bitrate_kbps`. A Vorbis or Opus file has about this bit rate on average, or
-    the nearest one that libsndfile can reach. Without `bitrate_kbps`, AAC files have the bit rate AAC_KBPS, and the
-    other formats have libsndfile's default quality.
-    """
-    if file_format in AAC_CONTAINERS:
-        return _compress_aac(samples, sample_rate_hz, file_format=file_format, bitrate_kbps=bitrate_kbps or AAC_KBPS)
-    container, subtype = SUBTYPES[file_format]
-    options = find_options(samples, sample_rate_hz, file_format=file_format, bitrate_kbps=bitrate_kbps)
-    tail = round(OPUS_TAIL_S * sample_rate_hz) if file_format is AudioFormat.OPUS else 0
-    samples = at_level(samples, file_format=file_format, bitrate_kbps=bitrate_kbps)
-    stream = _write(samples, sample_rate_hz, container=container, subtype=subtype, text=text, tail=tail, **options)
-    if container == "OGG":
-        rewrite_ogg(stream, trim_samples=tail * OPUS_RATE_HZ // sample_rate_hz)
-    if file_format is AudioFormat.MP3 and bitrate_kbps is not None:
-        return _with_length(stream.getbuffer(), num_samples=len(samples))
+    """Return a compressed file of `audio` (C, S), see `open_encoder`."""
+    stream = io.BytesIO()
+    encoder = open_encoder(stream, sample_rate_hz, encoding=encoding, first=audio, text=text)
+    encoder.write(audio)
+    encoder.close()
+    if encoding.file_format is AudioFormat.MP3 and encoding.bitrate_kbps is not None:
+        return _with_length(stream.getbuffer(), num_samples=audio.shape[1])
     return stream.getbuffer()
 
 
-def find_options(
-    samples: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat, bitrate_kbps: int | None
-) -> dict[str, Any]:
+def open_encoder(
+    file: Writable, sample_rate_hz: int, *, encoding: Encoding, first: npt.NDArray[np.float32], text: str | None = None
+) -> Encoder:
+    """Begin a compressed file: write to the empty file object `file`. `first` (C, S) has the first samples.
+
+    FLAC files have 16 or 24 bits per sample. G.711 files have no header. An MP3 file has the constant bit rate
+    `encoding.bitrate_kbps`. A Vorbis or Opus file has about this bit rate on average, or the nearest one that
+    libsndfile can reach. Without a bit rate, AAC files have the bit rate _AAC_KBPS, and the other formats have
+    libsndfile's default quality.
+    """
+    if encoding.file_format in _AAC_CONTAINERS:
+        return _AacEncoder(file, sample_rate_hz, channels=len(first), encoding=encoding)
+    return _SoundFileEncoder(file, sample_rate_hz, encoding=encoding, first=first, text=text)
+
+
+class _SoundFileEncoder:
+    def __init__(
+        self,
+        file: Writable,
+        sample_rate_hz: int,
+        *,
+        encoding: Encoding,
+        first: npt.NDArray[np.float32],
+        text: str | None,
+    ) -> None:
+        import soundfile
+
+        self._file, self._encoding, self._channels = file, encoding, len(first)
+        file_format = encoding.file_format
+        depth = "PCM_24" if encoding.bit_depth == 24 else "PCM_16"
+        container, subtype = ("FLAC", depth) if file_format is AudioFormat.FLAC else _SUBTYPES[file_format]
+        options = _find_options(np.clip(first.T, -1.0, 1.0), sample_rate_hz, encoding=encoding)
+        self._tail = round(_OPUS_TAIL_S * sample_rate_hz) if file_format is AudioFormat.OPUS else 0
+        self._trim = self._tail * _OPUS_RATE_HZ // sample_rate_hz
+        self._sound = soundfile.SoundFile(
+            file, "w", sample_rate_hz, len(first), format=container, subtype=subtype, **options
+        )
+        if text is not None:
+            self._sound.comment = text
+
+    def write(self, block: npt.NDArray[np.float32]) -> None:
+        if self._encoding.file_format is AudioFormat.FLAC:
+            self._put(to_pcm32(block) if self._encoding.bit_depth == 24 else to_pcm16(block))
+        else:
+            self._put(_at_level(np.clip(block.T, -1.0, 1.0), encoding=self._encoding))
+
+    def close(self) -> None:
+        if self._tail:
+            self._put(np.zeros((self._tail, self._channels), np.float32))
+        self._sound.close()
+        if self._encoding.file_format in (AudioFormat.OGG, AudioFormat.OPUS):
+            _rewrite_ogg(self._file, trim_samples=self._trim)
+
+    def _put(self, samples: npt.NDArray[Any]) -> None:
+        _write(self._sound, samples)
+
+
+class _AacEncoder:
+    def __init__(self, file: Writable, sample_rate_hz: int, *, channels: int, encoding: Encoding) -> None:
+        import av
+
+        self._rate_hz, self._num_samples = sample_rate_hz, 0
+        self._layout = "mono" if channels == 1 else "stereo"
+        name = _AAC_CONTAINERS[encoding.file_format]
+        self._container: Any = av.open(file, "w", format=name, options={"fflags": "+bitexact"})
+        self._track: Any = self._container.add_stream("aac", rate=sample_rate_hz, layout=self._layout)
+        self._track.bit_rate = (encoding.bitrate_kbps or _AAC_KBPS) * 1000
+        self._track.codec_context.flags |= av.codec.context.Flags.bitexact
+
+    def write(self, block: npt.NDArray[np.float32]) -> None:
+        import av
+
+        if not block.shape[1]:
+            return
+        planes = np.ascontiguousarray(np.clip(block, -1.0, 1.0))
+        frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=self._layout)
+        frame.sample_rate, frame.pts = self._rate_hz, self._num_samples
+        self._num_samples += block.shape[1]
+        self._container.mux(self._track.encode(frame))
+
+    def close(self) -> None:
+        if not self._num_samples:  # PyAV cannot write a file without samples
+            self.write(np.zeros((1 if self._layout == "mono" else 2, 1), np.float32))
+        self._container.mux(self._track.encode(None))
+        self._container.close()
+
+
+def _find_options(samples: npt.NDArray[np.float32], sample_rate_hz: int, *, encoding: Encoding) -> dict[str, Any]:
     """Return the libsndfile options that give a file its bit rate. For Vorbis they depend on `samples` (S, C)."""
-    if bitrate_kbps is not None:
-        match file_format:
+    if (bitrate_kbps := encoding.bitrate_kbps) is not None:
+        match encoding.file_format:
             case AudioFormat.MP3:
                 return {"bitrate_mode": "CONSTANT", "compression_level": mp3_level(bitrate_kbps, sample_rate_hz)}
             case AudioFormat.OPUS:
@@ -105,43 +187,19 @@ def find_options(
     return {}
 
 
-def at_level(
-    samples: npt.NDArray[np.float32], *, file_format: AudioFormat, bitrate_kbps: int | None
-) -> npt.NDArray[np.float32]:
+def _at_level(samples: npt.NDArray[np.float32], *, encoding: Encoding) -> npt.NDArray[np.float32]:
     """Return `samples` scaled so that the file that libsndfile writes has the level of the original samples.
 
     LAME lowers the level of MP3 files with a constant bit rate, so their samples are raised, perhaps beyond -1..1.
     """
-    if file_format is not AudioFormat.MP3 or bitrate_kbps is None:
+    if encoding.file_format is not AudioFormat.MP3 or encoding.bitrate_kbps is None:
         return samples
-    return samples / np.float32(mp3_factor(bitrate_kbps))
+    return samples / np.float32(mp3_factor(encoding.bitrate_kbps))
 
 
-def _write(
-    samples: Samples,
-    sample_rate_hz: int,
-    *,
-    container: str,
-    subtype: str,
-    text: str | None = None,
-    tail: int = 0,
-    **options: Any,
-) -> io.BytesIO:
-    """Write a file with libsndfile, with `tail` samples of silence after the audio."""
-    import soundfile
-
-    stream = io.BytesIO()
-    channels = samples.shape[1]
-    with soundfile.SoundFile(
-        stream, "w", sample_rate_hz, channels, format=container, subtype=subtype, **options
-    ) as file:
-        if text is not None:
-            file.comment = text
-        for start in range(0, len(samples), BLOCK):
-            file.write(samples[start : start + BLOCK])
-        if tail:
-            file.write(np.zeros((tail, channels), dtype=np.float32))
-    return stream
+def _write(file: SoundFile, samples: npt.NDArray[Any]) -> None:
+    for start in range(0, len(samples), _BLOCK):
+        file.write(samples[start : start + _BLOCK])
 
 
 def _find_vorbis_level(samples: npt.NDArray[np.float32], sample_rate_hz: int, *, bitrate_kbps: int) -> float:
@@ -154,17 +212,26 @@ def _find_vorbis_level(samples: npt.NDArray[np.float32], sample_rate_hz: int, *,
     if len(samples) > _VORBIS_EXCERPTS * size:
         starts = np.linspace(0, len(samples) - size, _VORBIS_EXCERPTS).astype(int)
         samples = np.concatenate([samples[start : start + size] for start in starts])
-    container, subtype = SUBTYPES[AudioFormat.OGG]
-    empty = _write(samples[:0], sample_rate_hz, container=container, subtype=subtype).tell()
+    empty = _vorbis_bytes(samples[:0], sample_rate_hz, level=0.5)
     low, high = 0.0, 1.0  # the bit rate is highest at level 0
     for _ in range(_VORBIS_TRIES):
         level = (low + high) / 2
-        file = _write(samples, sample_rate_hz, container=container, subtype=subtype, compression_level=level)
-        ratio = (file.tell() - empty) * 8 * sample_rate_hz / (max(len(samples), 1) * bitrate_kbps * 1000)
+        num_bytes = _vorbis_bytes(samples, sample_rate_hz, level=level) - empty
+        ratio = num_bytes * 8 * sample_rate_hz / (max(len(samples), 1) * bitrate_kbps * 1000)
         if abs(ratio - 1) <= _VORBIS_TOLERANCE:
             return level
         low, high = (level, high) if ratio > 1 else (low, level)
     return (low + high) / 2
+
+
+def _vorbis_bytes(samples: npt.NDArray[np.float32], sample_rate_hz: int, *, level: float) -> int:
+    import soundfile
+
+    stream, (container, subtype) = io.BytesIO(), _SUBTYPES[AudioFormat.OGG]
+    form = {"format": container, "subtype": subtype, "compression_level": level}
+    with soundfile.SoundFile(stream, "w", sample_rate_hz, samples.shape[1], **form) as file:
+        _write(file, samples)
+    return stream.tell()
 
 
 def _with_length(data: memoryview, *, num_samples: int) -> memoryview:
@@ -213,26 +280,7 @@ def _id3_bytes(data: memoryview) -> int:
     return 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
 
 
-def _compress_aac(
-    samples: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat, bitrate_kbps: int
-) -> memoryview:
-    import av
-
-    stream = io.BytesIO()
-    layout = "mono" if samples.shape[1] == 1 else "stereo"
-    with av.open(stream, "w", format=AAC_CONTAINERS[file_format], options={"fflags": "+bitexact"}) as container:
-        track = container.add_stream("aac", rate=sample_rate_hz, layout=layout)
-        track.bit_rate = bitrate_kbps * 1000
-        track.codec_context.flags |= av.codec.context.Flags.bitexact
-        planes = np.ascontiguousarray(samples.T) if len(samples) else np.zeros((samples.shape[1], 1), dtype=np.float32)
-        frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=layout)
-        frame.sample_rate, frame.pts = sample_rate_hz, 0
-        for part in (frame, None):
-            container.mux(track.encode(part))
-    return stream.getbuffer()
-
-
-def rewrite_ogg(file: Any, *, trim_samples: int) -> None:
+def _rewrite_ogg(file: Writable, *, trim_samples: int) -> None:
     """Set a fixed serial number in every page of an Ogg file, and trim `trim_samples` from its end.
 
     `file` is a file object that can be read and written. libsndfile writes a random serial number, but equal audio must
@@ -252,7 +300,7 @@ def rewrite_ogg(file: Any, *, trim_samples: int) -> None:
         page[22:26] = bytes(4)
         page[22:26] = _ogg_checksum(page)
         file.seek(start)
-        file.write(page)
+        file.write(bytes(page))
         start += len(page)
 
 

@@ -21,11 +21,11 @@ from stable_audio_serve.audio.encode import (
     encode_audio,
     encode_wav,
     make_zip,
-    to_full_scale_pcm16,
 )
 from stable_audio_serve.audio.formats import TEXT_FORMATS, file_rate
 from stable_audio_serve.audio.level import fade, to_loudness, true_peak_dbtp
 from stable_audio_serve.audio.loudness import describe_clip
+from stable_audio_serve.audio.pcm import to_full_scale_pcm16
 from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.audio.recipe import MOST_BYTES, Recipe, RecipeSource, sources_of, write_recipes
 from stable_audio_serve.core.generation import GeneratedSpan, GenerationRequest, GenerationResult, Role

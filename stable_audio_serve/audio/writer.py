@@ -11,43 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.compress import (
-    AAC_CONTAINERS,
-    AAC_KBPS,
-    BLOCK,
-    OPUS_RATE_HZ,
-    OPUS_TAIL_S,
-    SUBTYPES,
-    at_level,
-    find_options,
-    rewrite_ogg,
-)
+from stable_audio_serve.audio.compress import Encoder, Writable, open_encoder
 from stable_audio_serve.audio.embedded_text import make_wav_chunk
-from stable_audio_serve.audio.encode import little_endian, to_pcm16, to_pcm32, wav_header
 from stable_audio_serve.audio.formats import file_rate
+from stable_audio_serve.audio.pcm import little_endian, to_pcm16, to_pcm32, wav_header
 from stable_audio_serve.core.errors import StorageFullError
 from stable_audio_serve.core.sound import AudioFormat, BitDepth, Encoding
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-
-class Writable(Protocol):
-    """A file object that libsndfile can write to."""
-
-    def write(self, data: bytes, /) -> int: ...
-    def read(self, num_bytes: int = -1, /) -> bytes: ...
-    def seek(self, offset: int, whence: int = 0, /) -> int: ...
-    def tell(self) -> int: ...
-
-
-class _Encoder(Protocol):
-    def write(self, block: npt.NDArray[np.float32]) -> None: ...
-    def close(self) -> None: ...
 
 
 class AudioWriter:
@@ -74,7 +50,7 @@ class AudioWriter:
         self._text = text
         self._is_growing = is_growing
         self._resampler: _Resampler | None = None
-        self._encoder: _Encoder | None = None
+        self._encoder: Encoder | None = None
 
     def write(self, block: npt.NDArray[np.float32]) -> None:
         """Encode the next samples (C, S) float32 in -1..1. Raises StorageFullError if the file has no room."""
@@ -103,19 +79,17 @@ class AudioWriter:
             self._encoder = self._encoder or self._open(block)
             self._encoder.write(block)
 
-    def _open(self, block: npt.NDArray[np.float32]) -> _Encoder:
+    def _open(self, block: npt.NDArray[np.float32]) -> Encoder:
         """Return the encoder of the file. `block` has the first samples."""
-        encoding, rate_hz, file_format = self._encoding, self._file_rate_hz, self._encoding.file_format
-        if file_format is AudioFormat.WAV:
+        encoding, rate_hz = self._encoding, self._file_rate_hz
+        if encoding.file_format is AudioFormat.WAV:
             depth = encoding.bit_depth or 16
             return _WavEncoder(
                 self._file, rate_hz, channels=len(block), bit_depth=depth, text=self._text, is_growing=self._is_growing
             )
-        if file_format is AudioFormat.PCM:
+        if encoding.file_format is AudioFormat.PCM:
             return _RawEncoder(self._file)
-        if file_format in AAC_CONTAINERS:
-            return _AacEncoder(self._file, rate_hz, channels=len(block), encoding=encoding)
-        return _SoundFileEncoder(self._file, rate_hz, encoding=encoding, first=block, text=self._text)
+        return open_encoder(self._file, rate_hz, encoding=encoding, first=block, text=self._text)
 
 
 @contextmanager
@@ -144,10 +118,6 @@ class _Resampler:
         return np.clip(resampled, -1.0, 1.0).T
 
 
-def _to_integers(block: npt.NDArray[np.float32], bit_depth: BitDepth) -> npt.NDArray[np.int16] | npt.NDArray[np.int32]:
-    return to_pcm32(block) if bit_depth == 24 else to_pcm16(block)
-
-
 class _WavEncoder:
     def __init__(
         self,
@@ -170,9 +140,14 @@ class _WavEncoder:
 
     def write(self, block: npt.NDArray[np.float32]) -> None:
         self._frames += block.shape[1]
-        is_float = self._depth == "float"
-        samples = np.ascontiguousarray(block.T) if is_float else _to_integers(block, self._depth)
-        self._file.write(bytes(little_endian(samples)))
+        match self._depth:
+            case "float":
+                samples = little_endian(np.ascontiguousarray(block.T))
+            case 24:
+                samples = little_endian(to_pcm32(block))
+            case _:
+                samples = little_endian(to_pcm16(block))
+        self._file.write(bytes(samples))
 
     def close(self) -> None:
         end = bytes(self._frames * self._frame_bytes % 2) + (make_wav_chunk(self._text) if self._text else b"")
@@ -191,79 +166,6 @@ class _RawEncoder:
 
     def close(self) -> None:
         """Do nothing: the file has no header."""
-
-
-class _SoundFileEncoder:
-    def __init__(
-        self,
-        file: Writable,
-        sample_rate_hz: int,
-        *,
-        encoding: Encoding,
-        first: npt.NDArray[np.float32],
-        text: str | None,
-    ) -> None:
-        import soundfile
-
-        self._file, self._encoding, self._channels = file, encoding, len(first)
-        file_format = encoding.file_format
-        depth = "PCM_24" if encoding.bit_depth == 24 else "PCM_16"
-        container, subtype = ("FLAC", depth) if file_format is AudioFormat.FLAC else SUBTYPES[file_format]
-        options = find_options(
-            np.clip(first.T, -1.0, 1.0), sample_rate_hz, file_format=file_format, bitrate_kbps=encoding.bitrate_kbps
-        )
-        self._tail = round(OPUS_TAIL_S * sample_rate_hz) if file_format is AudioFormat.OPUS else 0
-        self._trim = self._tail * OPUS_RATE_HZ // sample_rate_hz
-        self._sound = soundfile.SoundFile(
-            file, "w", sample_rate_hz, len(first), format=container, subtype=subtype, **options
-        )
-        if text is not None:
-            self._sound.comment = text
-
-    def write(self, block: npt.NDArray[np.float32]) -> None:
-        if self._encoding.file_format is AudioFormat.FLAC:
-            self._put(_to_integers(block, self._encoding.bit_depth or 16))
-        else:
-            encoding = self._encoding
-            samples = np.clip(block.T, -1.0, 1.0)
-            self._put(at_level(samples, file_format=encoding.file_format, bitrate_kbps=encoding.bitrate_kbps))
-
-    def close(self) -> None:
-        if self._tail:
-            self._put(np.zeros((self._tail, self._channels), np.float32))
-        self._sound.close()
-        if self._encoding.file_format in (AudioFormat.OGG, AudioFormat.OPUS):
-            rewrite_ogg(self._file, trim_samples=self._trim)
-
-    def _put(self, samples: npt.NDArray[Any]) -> None:
-        for start in range(0, len(samples), BLOCK):
-            self._sound.write(samples[start : start + BLOCK])
-
-
-class _AacEncoder:
-    def __init__(self, file: Writable, sample_rate_hz: int, *, channels: int, encoding: Encoding) -> None:
-        import av
-
-        self._rate_hz, self._num_samples = sample_rate_hz, 0
-        self._layout = "mono" if channels == 1 else "stereo"
-        name = AAC_CONTAINERS[encoding.file_format]
-        self._container: Any = av.open(file, "w", format=name, options={"fflags": "+bitexact"})
-        self._track: Any = self._container.add_stream("aac", rate=sample_rate_hz, layout=self._layout)
-        self._track.bit_rate = (encoding.bitrate_kbps or AAC_KBPS) * 1000
-        self._track.codec_context.flags |= av.codec.context.Flags.bitexact
-
-    def write(self, block: npt.NDArray[np.float32]) -> None:
-        import av
-
-        planes = np.ascontiguousarray(np.clip(block, -1.0, 1.0))
-        frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=self._layout)
-        frame.sample_rate, frame.pts = self._rate_hz, self._num_samples
-        self._num_samples += block.shape[1]
-        self._container.mux(self._track.encode(frame))
-
-    def close(self) -> None:
-        self._container.mux(self._track.encode(None))
-        self._container.close()
 
 
 class StreamFile:

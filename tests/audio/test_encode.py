@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from stable_audio_serve.audio.encode import encode_audio, make_zip, to_full_scale_pcm16, to_pcm16
+from stable_audio_serve.audio.encode import encode_audio, make_zip
 from stable_audio_serve.audio.formats import available_formats, media_type
+from stable_audio_serve.audio.pcm import to_full_scale_pcm16, to_pcm16
 from stable_audio_serve.core.sound import AudioFormat, Encoding
 
 

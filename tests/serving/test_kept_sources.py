@@ -16,7 +16,7 @@ import pytest_asyncio
 import soundfile
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.audio.encode import to_pcm16
+from stable_audio_serve.audio.pcm import to_pcm16
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.generation import SourceAudio
 from stable_audio_serve.core.settings import Settings
