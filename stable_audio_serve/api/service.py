@@ -223,36 +223,41 @@ class Service:
     async def add_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> Added:
         """Add a job within the limits of its API key.
 
-        The seconds of audio count when the job is added, not when it runs.
+        The seconds of audio count when the job is added, not when it runs. The audio of each section of a long piece
+        counts when a runner makes the section. So a piece may be longer than the key's limit per minute.
 
-        If the request was sent before, the existing job is returned, even if an adapter has been removed since. The
-        audio of this job does not count again. The audio of each section of a long piece counts when a runner makes the
-        section. So a piece may be longer than the key's limit per minute.
+        If the request was sent before, the existing job is returned, even if the request would be refused now because
+        its key has reached a limit or an adapter was removed. The audio of this job does not count again.
         """
         try:
-            whole_s = audio_s = _audio_s(spec.request)
-            if spec.sections:
-                audio_s = 0.0
-                self.limiter.require_possible(caller.key, audio_s=max(one.duration_s for one in spec.sections))
-                spec = replace(spec, limits=caller.key.limits)
+            return await self._add_job(spec, card=card, caller=caller)
+        except (QuotaError, ForbiddenError, InvalidRequestError):
             try:
-                _, request = self.adapted(card, spec.request)
-            except InvalidRequestError:
-                if (earlier := await self.jobs.find_same(spec)) is None:
-                    raise
+                earlier = await self.jobs.find_same(spec)
+            finally:
                 await self.jobs.drop(spec)
-                return Added(earlier, is_new=False)
-            spec = replace(spec, request=replace(request, client=caller.name))
-            async with self.limiter.admitted(
-                caller.key, audio_s=audio_s, takes_place=False, metered_s=whole_s
-            ) as admission:
-                added = await self.jobs.add(spec)
-                if not added.is_new:
-                    admission.give_back()
-                return added
-        except (QuotaError, ForbiddenError, ConflictError, InvalidRequestError):
+            if earlier is None:
+                raise
+            return Added(earlier, is_new=False)
+        except ConflictError:
             await self.jobs.drop(spec)
             raise
+
+    async def _add_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> Added:
+        whole_s = audio_s = _audio_s(spec.request)
+        if spec.sections:
+            audio_s = 0.0
+            self.limiter.require_possible(caller.key, audio_s=max(one.duration_s for one in spec.sections))
+            spec = replace(spec, limits=caller.key.limits)
+        _, request = self.adapted(card, spec.request)
+        spec = replace(spec, request=replace(request, client=caller.name))
+        async with self.limiter.admitted(
+            caller.key, audio_s=audio_s, takes_place=False, metered_s=whole_s
+        ) as admission:
+            added = await self.jobs.add(spec)
+            if not added.is_new:
+                admission.give_back()
+            return added
 
     async def run_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> StoredFile:
         """Add a job like `add_job`, wait for its end and return its file. If the wait is cancelled, so is the job.

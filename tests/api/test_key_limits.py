@@ -163,6 +163,18 @@ async def test_a_repeated_job_is_charged_once(pair: Pair) -> None:
         assert (reply.status_code, "idempotent-replayed" in reply.headers) == (202, n > 0)
 
 
+async def test_job_of_a_repeated_request_is_returned_at_the_limit(pair: Pair) -> None:
+    body = {"prompt": "x", "duration": 30}
+    headers = [{"Authorization": "Bearer alice", "Idempotency-Key": name} for name in ("one", "two", "three")]
+    first, second, third = [await pair[0].post("/jobs", json=body, headers=each) for each in headers]
+    assert (first.status_code, second.status_code, third.status_code) == (202, 202, 429)
+    again = await pair[1].post("/jobs", json=body, headers=headers[0])
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    assert "idempotent-replayed" in again.headers
+    other = await pair[1].post("/jobs", json={**body, "duration": 31}, headers=headers[0])
+    assert (other.status_code, other.json()["code"]) == (409, "idempotency_key_reused")
+
+
 async def test_synchronous_requests_work_without_the_database(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Database) -> None:
         raise OSError("away")

@@ -133,7 +133,7 @@ class LongPieces:
     async def _charged(self, job: Job, plan: SectionPlan, *, rate_hz: int) -> AsyncIterator[None]:
         """Count a section's audio toward the limit of the client's key. Raises QuotaError if it exceeds the limit.
 
-        If the block raises an error, the audio does not count.
+        If the block raises an error or is cancelled, the audio does not count.
         """
         limits = job.spec.limits
         if limits.audio_seconds_per_minute is None:
@@ -145,7 +145,7 @@ class LongPieces:
             raise refusal
         try:
             yield
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             with suppress(StorageError):  # then the audio counts, although it was not made
                 await asyncio.to_thread(self._store.key_uses.end, use, counts=False)
             raise

@@ -193,6 +193,19 @@ class TestQuota:
         assert (await workshop.finished(job)).state == "succeeded"
 
 
+    async def test_interrupted_section_is_not_charged(self, workshop: Workshop) -> None:
+        first = await workshop.start_runner()
+        workshop.backend.released.clear()
+        limits = KeyLimits(audio_seconds_per_minute=2.5)
+        job = await workshop.queue.submit(make_long(1.0, 1.0, client=ClientId("c"), limits=limits))
+        await until(lambda: workshop.backend.num_running == 1)
+        await first.close()
+        workshop.backend.released.set()
+        await workshop.start_runner()
+        job = await workshop.finished(job)  # time stands still, so a charge of the first attempt would still count
+        assert (job.state, job.attempts) == ("succeeded", 1)
+
+
 class TestSweeping:
     @pytest.fixture
     def job_settings(self) -> JobSettings:
