@@ -31,7 +31,7 @@ from stable_audio_serve.artifacts.store import (
     StoredFile,
     StoredObject,
     StoreThreads,
-    first_bytes,
+    part,
     require_size,
     until_stopped,
     verified,
@@ -142,8 +142,8 @@ class LocalArtifacts:
         return self._threads.stream(chunks)
 
     def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
-        chunks = self._read(self._path(file.key), start)
-        return self._threads.stream(first_bytes(file, chunks, num_bytes=stop - start, metrics=self._metrics))
+        read = partial(self._read, self._path(file.key))
+        return self._threads.stream(part(file, read, start=start, stop=stop, metrics=self._metrics))
 
     async def delete(self, key: ArtifactKey) -> None:
         path = self._path(key)

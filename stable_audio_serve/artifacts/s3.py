@@ -31,7 +31,7 @@ from stable_audio_serve.artifacts.store import (
     StoredFile,
     StoredObject,
     StoreThreads,
-    first_bytes,
+    part,
     require_size,
     until_stopped,
     verified,
@@ -83,8 +83,8 @@ class S3Artifacts:
         return self._threads.stream(verified(file, self._read(file), metrics=self._metrics))
 
     def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
-        chunks = self._read(file, start)
-        return self._threads.stream(first_bytes(file, chunks, num_bytes=stop - start, metrics=self._metrics))
+        read = partial(self._read, file)
+        return self._threads.stream(part(file, read, start=start, stop=stop, metrics=self._metrics))
 
     async def delete(self, key: ArtifactKey) -> None:
         await self._threads.call(partial(self._delete, key))

@@ -28,6 +28,7 @@ log = structlog.get_logger("stable_audio_serve.artifacts")
 
 T = TypeVar("T")
 
+MAX_VERIFIED_PART = 1_048_576  # parts of files with at most this many bytes are verified
 _WIND_DOWN_S = 1.0  # a cancelled caller waits at most this long for the removal of the file that it was writing
 
 BackendName = Literal["local", "s3"]
@@ -103,7 +104,7 @@ class ArtifactStore(Protocol):
         ...
 
     def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
-        """Yield the bytes [start, stop) of the file in chunks. Their content is not verified.
+        """Yield the bytes [start, stop) of the file in chunks. Verified if the file has at most `MAX_VERIFIED_PART`.
 
         Raises the same errors as `read`, DamagedFileError if the file ends before `stop`.
         """
@@ -263,16 +264,25 @@ def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) ->
         yield held
 
 
-def first_bytes(file: StoredFile, chunks: Generator[bytes], *, num_bytes: int, metrics: Metrics) -> Generator[bytes]:
-    """Yield the first `num_bytes` bytes of `chunks`, a part of `file`. Raises DamagedFileError if there are fewer."""
+def part(
+    file: StoredFile, read: Callable[[int], Generator[bytes]], *, start: int, stop: int, metrics: Metrics
+) -> Generator[bytes]:
+    """Yield the bytes [start, stop) of `file`. `read` yields the bytes of the file from an offset.
+
+    A small file is read and verified as a whole. Of a larger one, only the part is read, and is not verified. Raises
+    DamagedFileError.
+    """
+    if file.num_bytes <= MAX_VERIFIED_PART:
+        yield b"".join(verified(file, read(0), metrics=metrics))[start:stop]
+        return
     num_read = 0
-    with closing(chunks):
+    with closing(read(start)) as chunks:
         for chunk in chunks:
-            yield chunk[: num_bytes - num_read]
+            yield chunk[: stop - start - num_read]
             num_read += len(chunk)
-            if num_read >= num_bytes:
+            if num_read >= stop - start:
                 return
-    raise _report_damaged(file, num_bytes=num_read, expected=num_bytes, metrics=metrics)
+    raise _report_damaged(file, num_bytes=num_read, expected=stop - start, metrics=metrics)
 
 
 def _report_damaged(file: StoredFile, *, num_bytes: int, expected: int, metrics: Metrics) -> DamagedFileError:

@@ -103,18 +103,27 @@ async def test_a_part_has_exactly_its_bytes(place: Place, start: int, stop: int)
 
 
 async def test_a_missing_part_is_an_error(place: Place) -> None:
-    file = await put(place, bytes(3000))
-    place.write(KEY, bytes(2000))
-    chunks = place.store.read_part(file, start=1000, stop=3000)
-    assert await anext(chunks) == bytes(1000)
+    file = await put(place, bytes(3 * MIB))
+    place.write(KEY, bytes(2 * MIB))
+    chunks = place.store.read_part(file, start=MIB, stop=3 * MIB)
+    assert await anext(chunks) == bytes(MIB)
     with pytest.raises(DamagedFileError):
         await anext(chunks)
     assert place.metrics.counts == {"damaged_files": 1}
     with pytest.raises(StorageError):  # nothing of the part exists
-        await anext(place.store.read_part(file, start=2500, stop=3000))
+        await anext(place.store.read_part(file, start=2 * MIB + 5, stop=3 * MIB))
     await place.store.delete(KEY)
     with pytest.raises(FileNotFoundError):
         await anext(place.store.read_part(file, start=1000, stop=3000))
+
+
+@pytest.mark.parametrize("content", [bytes(2000), bytes(4000), bytes(2999) + b"x"], ids=["short", "long", "changed"])
+async def test_parts_of_a_damaged_small_file_are_refused(place: Place, content: bytes) -> None:
+    file = await put(place, bytes(3000))
+    place.write(KEY, content)
+    with pytest.raises(DamagedFileError):
+        await anext(place.store.read_part(file, start=1000, stop=1500))
+    assert place.metrics.counts == {"damaged_files": 1}
 
 
 async def test_a_second_put_replaces_the_file_as_a_whole(place: Place) -> None:

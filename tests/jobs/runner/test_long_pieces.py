@@ -192,7 +192,6 @@ class TestQuota:
         self.time_s += 61.0
         assert (await workshop.finished(job)).state == "succeeded"
 
-
     async def test_interrupted_section_is_not_charged(self, workshop: Workshop) -> None:
         first = await workshop.start_runner()
         workshop.backend.released.clear()
