@@ -47,7 +47,7 @@ class CachedQuery(Generic[T]):
 
     async def refresh(self) -> bool:
         """Query again if the last result is old. Return False if the query has not ended within `timeout_s`."""
-        if self._running is None or self._running.done():
+        if not self._is_running:
             fresh_s = self._fresh_s(self._last) if callable(self._fresh_s) else self._fresh_s
             if self._age_s >= fresh_s:
                 self._began_at = self._clock.monotonic()
@@ -56,9 +56,9 @@ class CachedQuery(Generic[T]):
 
     async def wait(self) -> bool:
         """Wait at most `timeout_s` for a query in progress. Return False if it has not ended."""
-        if self._running is None:
+        if (running := self._running) is None or running.done():
             return True
-        done, _ = await asyncio.wait({self._running}, timeout=self._timeout_s)
+        done, _ = await asyncio.wait({running}, timeout=self._timeout_s)
         return bool(done)
 
     @property
@@ -69,8 +69,7 @@ class CachedQuery(Generic[T]):
     @property
     def running_s(self) -> float:
         """How many seconds the query in progress has run. 0.0 if there is none."""
-        is_running = self._running is not None and not self._running.done()
-        return self._clock.monotonic() - self._began_at if is_running else 0.0
+        return self._clock.monotonic() - self._began_at if self._is_running else 0.0
 
     def invalidate(self) -> None:
         """Drop the last result, so that the next call queries again. Cancels a query in progress."""
@@ -78,6 +77,10 @@ class CachedQuery(Generic[T]):
         if self._running is not None:
             self._running.cancel()
             self._running = None
+
+    @property
+    def _is_running(self) -> bool:
+        return self._running is not None and not self._running.done()
 
     @property
     def _age_s(self) -> float:

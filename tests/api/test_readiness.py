@@ -46,6 +46,8 @@ async def test_default_model_decides_readiness(
     ready, health = await client.get("/ready"), await client.get("/health")
     assert (ready.status_code, health.status_code) == (status, 200)
     assert (health.json()["status"], health.json()["healthy"]) == (word, healthy)
+    vllm_word = (await client.get("/vllm/health")).json()["status"]
+    assert vllm_word == ("healthy" if healthy else word)
     assert (ready.json()["ready"], ready.json()["status"]) == (healthy, word)
     assert ready.json()["reasons"] == health.json()["reasons"]
     if healthy:

@@ -181,7 +181,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get("/v2/generate/audio", summary="Poll (AIML API)", responses=_POLL_RESPONSES)
     async def poll(
-        request: Request, generation_id: Annotated[str, Query(description="The id from the submission.")]
+        request: Request, generation_id: Annotated[str, Query(description="The id from the submission.", min_length=1)]
     ) -> AimlGeneration:
         """Return the current state of a generation, with its file once it is completed."""
         ref = JobRef("aiml", request.state.client, JobId(unquote(generation_id)))  # some clients encode the colon twice

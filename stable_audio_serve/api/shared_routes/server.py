@@ -54,7 +54,10 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
     async def health() -> info.Health:
         """Return the state of the server and its models. The status is 200 while the process runs."""
         status, job_store = await look()
-        return info.describe_health(service, status, job_store=job_store)
+        health = info.describe_health(service, status, job_store=job_store)
+        if dialect == "vllm" and health.healthy:
+            health.status = "healthy"  # vLLM's word for "ok"
+        return health
 
     @router.head("/ready", include_in_schema=False)
     @router.get(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import soundfile
 
@@ -346,10 +347,30 @@ async def test_impossible_edits_are_refused(
         "http://127.0.0.1:1/a.wav", "http://[::1]/a.wav", "http://169.254.169.254/latest", "http://localhost/a.wav",
         "http://user:pass@example.com/a.wav", "http://localhost:1/files/" + "0" * 32 + "/a.wav",
         "http://localhost/files/" + "0" * 32 + "/a.wav", "http://" + "a" * 3000, "data:;base64,",
+        DATA_URI[:200] + " " + DATA_URI[200:], DATA_URI[:-4] + "=" + DATA_URI[-4:], DATA_URI[:-1] + "\u00e9",
     ],
 )  # fmt: skip
 async def test_unusable_sources_are_refused(client: httpx.AsyncClient, url: str) -> None:
     assert fault(await post(client, f"{SMALL}/audio-to-audio", audio_url=url))["loc"] == ["body", "audio_url"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        DATA_URI.rstrip("="), DATA_URI[:22] + DATA_URI[22:].replace("+", "-").replace("/", "_"),
+        "DATA:audio/wav;BASE64," + DATA_URI.partition(",")[2], DATA_URI[:80] + "%0D%0A" + DATA_URI[80:],
+        "data:," + "".join(f"%{byte:02x}" for byte in SOURCE),
+    ],
+    ids=["no padding", "URL-safe", "upper case", "lines", "no base64"],
+)  # fmt: skip
+async def test_data_uris_of_any_spelling_are_sources(client: httpx.AsyncClient, backend: ToneBackend, url: str) -> None:
+    samples = []
+    for source in (DATA_URI, url):
+        reply = await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=source)
+        assert reply.status_code == 200, reply.text
+        assert backend.last.init_audio is not None
+        samples.append(backend.last.init_audio.samples)
+    np.testing.assert_array_equal(*samples)
 
 
 async def test_files_of_this_server_are_sources(client: httpx.AsyncClient, backend: ToneBackend) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
+from base64 import b64decode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import IO
-from urllib.request import DataHandler, Request
+from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import UploadFile
 
@@ -17,6 +18,7 @@ from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, download
 
 FIELD = "audio_url"
+_STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")
 
 
 @asynccontextmanager
@@ -45,8 +47,16 @@ async def opened_source(url: str, service: Service, *, base: str) -> AsyncIterat
 
 
 def _decode(url: str) -> bytes:
+    """Return the content of a data URI (RFC 2397). Its base64 may be URL-safe and may lack the padding."""
+    head, comma, text = url.partition(",")
     try:
-        return DataHandler().data_open(Request(url)).read()
+        if not comma:
+            raise ValueError("no comma")
+        content = unquote_to_bytes(text)
+        if not head.lower().endswith(";base64"):
+            return content
+        digits = content.translate(_STANDARD_BASE64, b"\t\r\n").rstrip(b"=")
+        return b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
     except ValueError as error:
         raise _unusable("is not a valid data URI") from error
 
