@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +14,12 @@ import torch
 
 from stable_audio_serve.core.errors import ModelUnavailableError
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.core.settings import ModelSettings
-from stable_audio_serve.doctor.features import accelerated_features, chosen_profile
+from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.doctor.findings import Finding, run_check
 from stable_audio_serve.doctor.machine import memory_bytes
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.share import DeviceMemory, allowed_bytes, plan_memory, require_share
+from stable_audio_serve.engine.options import PLAIN, Features
 from stable_audio_serve.models.download import find_local
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3 import random_weights as sa3
@@ -29,6 +29,7 @@ from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.weight_sizes import weight_bytes
 from stable_audio_serve.models.weights import DTYPES
 from stable_audio_serve.serving import engines
+from stable_audio_serve.serving.engines import load_engine
 from stable_audio_serve.serving.placement import Plan, model_entry
 from stable_audio_serve.serving.preflight import require_weights
 from stable_audio_serve.serving.reservations import reserved_gpus
@@ -187,3 +188,42 @@ def _official_bytes(name: str, dtype: torch.dtype) -> int:
         model = sa3.build_random_model(name, device="meta", dtype=dtype)
     networks = (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder)
     return sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+
+
+# A feature's name, and a function that tries the feature alone on the device. The function returns a message. It raises
+# an error if the feature fails, or if its results differ from those of an engine without features (the plain path).
+Feature = tuple[str, Callable[[], str]]
+
+
+def chosen_profile(model: ModelSettings, device: torch.device) -> tuple[str, str]:
+    """Return the profile that a replica of the model has on this device, and the reason for it."""
+    if device.type != "cuda":
+        return "plain", "no GPU"
+    if model.engine.profile != "auto":
+        return model.engine.profile, "the setting engine.profile"
+    return "auto", "decided by the check when the replica starts; --features runs it now"
+
+
+def accelerated_features(settings: Settings, model: ModelSettings, *, device: torch.device) -> Sequence[Feature]:
+    """Return the features that can be tried alone with this model; none on a device without CUDA."""
+    if device.type != "cuda":
+        return ()
+
+    def try_alone(feature: str) -> str:
+        only = replace(PLAIN, **{feature: True})
+        tried = model.engine.model_copy(
+            update={"profile": "auto", "features": {each.name: getattr(only, each.name) for each in fields(Features)}}
+        )
+        engine = load_engine(settings, model.model_copy(update={"engine": tried}))
+        asyncio.run(_start(engine))
+        if engine.profile.features != only:
+            raise ValueError(engine.profile.reason)
+        return "agrees with the plain path"
+
+    return [(each.name, partial(try_alone, each.name)) for each in fields(Features)]
+
+
+async def _start(engine: Engine) -> None:
+    """Start an engine, which checks its profile, and close it."""
+    async with engine:
+        pass

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stable_audio_serve.api.native.regions import parse_regions
+from stable_audio_serve.api.native.edits import parse_regions
 from stable_audio_serve.core.errors import InvalidRequestError
 
 START, END = "inpaint_start_seconds", "inpaint_end_seconds"

@@ -19,8 +19,8 @@ from stable_audio_serve.artifacts import s3
 from stable_audio_serve.artifacts.s3_client import check_bucket
 from stable_audio_serve.cli import app
 from stable_audio_serve.doctor import machine, models
-from stable_audio_serve.doctor.features import Feature
 from stable_audio_serve.doctor.issue_report import redact
+from stable_audio_serve.doctor.models import Feature
 from tests.models.hub import Repo, pointing_library_at, running_hub
 from tests.serving.launched import free_port, write_config
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.launcher.precision import bfloat16_hint
+from stable_audio_serve.launcher.launch import bfloat16_hint
 from stable_audio_serve.serving.placement import plan_deployments
 
 ON_CPU = {"small-sfx": "cpu", "demo": "cpu"}

@@ -17,8 +17,8 @@ from stable_audio_serve.models.blocks import Layout
 from stable_audio_serve.models.blocks.packed import Packed
 from stable_audio_serve.models.blocks.packed_segments import PackedSegments
 from stable_audio_serve.models.protocol import StepBatch
-from stable_audio_serve.models.sa3.branches import from_batch, to_branch
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning
+from stable_audio_serve.models.sa3.model import from_batch, to_branch
 from stable_audio_serve.models.segments import Segments
 
 WAYS = ("row by row", "one kernel")

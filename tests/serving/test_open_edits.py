@@ -22,7 +22,6 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.model import SaoModel
-from stable_audio_serve.models.sao.receptive_field import decoder_halo
 from stable_audio_serve.sampling.noise import SeededNoise
 from stable_audio_serve.serving.engines import load_engine
 from stable_audio_serve.serving.local import LocalBackend
@@ -89,7 +88,7 @@ def reconstruct_source(name: str) -> tuple[npt.NDArray[np.float32], float]:
     window = EncodeWindow(samples=samples, start=0, stage="inpaint", noise=SeededNoise(SEED))
     latents = model.encode_audio([window])[0]
     audio = model.decode([DecodeWindow(latents=latents, start=0, noise=SeededNoise(SEED))])[0].numpy()
-    return audio[:, : DURATION_S * RATE_HZ], (decoder_halo(model.config.autoencoder) + 1) * hop / RATE_HZ
+    return audio[:, : DURATION_S * RATE_HZ], (model.config.autoencoder.decoder_halo_latents + 1) * hop / RATE_HZ
 
 
 def differences(audio: npt.NDArray[np.float32], name: str, *, start_s: float, end_s: float) -> npt.NDArray[np.float32]:

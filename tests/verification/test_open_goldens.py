@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from stable_audio_serve.models.protocol import BranchConditioning
-from stable_audio_serve.models.sao import conditioners, denoiser, model, planning, receptive_field
+from stable_audio_serve.models.sao import conditioners, denoiser, model, planning
+from stable_audio_serve.models.sao.network_config import OobleckConfig
 from stable_audio_serve.verification.runs import RowNoise
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
 from tests.parameters import slow
@@ -81,13 +82,15 @@ def cosines_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def decoder_halo_one_short(patch: pytest.MonkeyPatch) -> None:
-    exact = receptive_field.decoder_halo
-    patch.setattr(model, "decoder_halo", lambda config: exact(config) - 1)
+    exact = OobleckConfig.decoder_halo_latents.fget
+    assert exact is not None
+    patch.setattr(OobleckConfig, "decoder_halo_latents", property(lambda config: exact(config) - 1))
 
 
 def encoder_halo_one_short(patch: pytest.MonkeyPatch) -> None:
-    exact = receptive_field.encoder_halo
-    patch.setattr(model, "encoder_halo", lambda config: exact(config) - 1)
+    exact = OobleckConfig.encoder_halo_latents.fget
+    assert exact is not None
+    patch.setattr(OobleckConfig, "encoder_halo_latents", property(lambda config: exact(config) - 1))
 
 
 def unconditional_without_seconds(patch: pytest.MonkeyPatch) -> None:

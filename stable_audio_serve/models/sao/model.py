@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.models.batch_layout import packed_layout
+from stable_audio_serve.models.batch_layout import CONTEXT, packed_layout
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.models.native import NativeModel
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
 from stable_audio_serve.models.protocol import (
+    BranchConditioning,
     DecodeWindow,
     EncodeWindow,
     ModelSpec,
@@ -28,16 +29,16 @@ from stable_audio_serve.models.protocol import (
     StepBatch,
     TextEmbedding,
 )
-from stable_audio_serve.models.sao.branches import from_batch, to_branch, with_context, without_context
 from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.sao.config import SaoConfig
-from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser
+from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser, DenoiserConditioning
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.planning import Halos, plan_rows, read_shift
-from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling.transfer import to_device
+
+_GLOBAL = "global"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class SaoModel(NativeModel):
             components.text, components.prompt, spec=spec, device=device, decode_precision=decode_precision
         )
         self._shift = read_shift(config.shift)
-        self._halos = Halos(decoder_halo(config.autoencoder), encoder_halo(config.autoencoder))
+        self._halos = Halos(config.autoencoder.decoder_halo_latents, config.autoencoder.encoder_halo_latents)
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan per variation. Raises InvalidRequestError naming the field if a value cannot be served."""
@@ -175,3 +176,32 @@ class SaoModel(NativeModel):
         """
         prompt_id = self.config.prompt.id
         return torch.cat([tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids])[None]
+
+
+def to_branch(row: DenoiserConditioning) -> BranchConditioning:
+    """Returns a single row's conditioning as named tensors."""
+    constants = {_GLOBAL: row.global_embed[0]}
+    if row.context is not None:
+        constants[CONTEXT] = row.context[0]
+    return BranchConditioning(constants)
+
+
+def without_context(branch: BranchConditioning) -> BranchConditioning:
+    """Returns the unconditional branch: the row's global vector, and all context tokens zero."""
+    return replace(branch, constants={_GLOBAL: branch.constants[_GLOBAL]})
+
+
+def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> BranchConditioning:
+    """Returns `branch` with the cross-attention context of `other`."""
+    return replace(branch, constants={**branch.constants, CONTEXT: to_branch(other).constants[CONTEXT]})
+
+
+def from_batch(batch: StepBatch) -> DenoiserConditioning:
+    """Returns the denoiser's conditioning for a batch.
+
+    If the batch has `segments`, the result's `context` has the stored contexts of all requests, not one per row.
+    """
+    embed = batch.constants[_GLOBAL]
+    if batch.segments is not None:
+        embed = embed.index_select(0, batch.slots[_GLOBAL])
+    return DenoiserConditioning(embed, batch.constants.get(CONTEXT))

@@ -14,6 +14,10 @@ from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigR
 MIN_ROTATED = 32  # smallest number of channels with rotary positions in a head
 HEAD_NORMS = ("none", "ln")
 DILATIONS = (1, 3, 9)  # dilations of the three residual units at each resolution of the autoencoder
+# How many inputs a convolution reads on each side of its position: (kernel size - 1) / 2, times the dilation.
+_UNIT_REACH = 3 * sum(DILATIONS)  # the three residual units of one resolution together (kernel size 7)
+_ENDS_REACH = 3  # the encoder's first convolution, and the decoder's first and last one (kernel size 7)
+_CODE_REACH = 1  # the encoder's last convolution (kernel size 3)
 
 # Keys of the published configs, each with its only supported value. Keys may be absent.
 _FIXED = {
@@ -149,6 +153,31 @@ class OobleckConfig:
     def hop(self) -> int:
         """The number of audio samples per latent frame."""
         return math.prod(self.strides)
+
+    @property
+    def decoder_halo_latents(self) -> int:
+        """How many latent frames on each side of a latent frame can influence the frame's audio.
+
+        The samples [low, high] are traced back to the latent frames that they depend on, one convolution after another.
+        """
+        low, high = -_ENDS_REACH, self.hop - 1 + _ENDS_REACH
+        for stride in self.strides:
+            low, high = low - _UNIT_REACH, high + _UNIT_REACH
+            padding = math.ceil(stride / 2)
+            low, high = -(-(low + padding - (2 * stride - 1)) // stride), (high + padding) // stride
+        low, high = low - _ENDS_REACH, high + _ENDS_REACH
+        return max(-low, high)
+
+    @property
+    def encoder_halo_latents(self) -> int:
+        """How many frames of `hop` samples on each side of a latent frame can influence the frame's latent."""
+        low, high = -_CODE_REACH, _CODE_REACH
+        for stride in reversed(self.strides):
+            padding = math.ceil(stride / 2)
+            low, high = low * stride - padding, high * stride - padding + 2 * stride - 1
+            low, high = low - _UNIT_REACH, high + _UNIT_REACH
+        low, high = low - _ENDS_REACH, high + _ENDS_REACH
+        return max(math.ceil(-low / self.hop), math.ceil((high - self.hop + 1) / self.hop))
 
 
 def parse_oobleck(model: ConfigReader) -> OobleckConfig:

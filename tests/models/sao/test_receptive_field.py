@@ -12,7 +12,6 @@ from stable_audio_serve.models.sao.config import parse_config
 from stable_audio_serve.models.sao.network_config import OobleckConfig
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
-from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
 from stable_audio_serve.models.windows import halo_windows
 from tests.models.sao.tiny import TINY, load_autoencoder
 
@@ -49,7 +48,7 @@ def test_the_decoders_halo_equals_the_reach_of_gradients(config: OobleckConfig) 
     audio = make_autoencoder(config).decode(latents)
     frame = audio[..., MIDDLE * config.hop : (MIDDLE + 1) * config.hop]
     (gradient,) = torch.autograd.grad(frame.square().sum(), latents)
-    assert reach(gradient[0].abs().sum(0)) == decoder_halo(config)
+    assert reach(gradient[0].abs().sum(0)) == config.decoder_halo_latents
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=lambda config: "x".join(map(str, config.strides)))
@@ -58,14 +57,14 @@ def test_the_encoders_halo_equals_the_reach_of_gradients(config: OobleckConfig) 
     codes = make_autoencoder(config).encoder(audio)
     (gradient,) = torch.autograd.grad(codes[..., MIDDLE].square().sum(), audio)
     by_frame = gradient[0].abs().sum(0).reshape(FRAMES, config.hop).sum(1)
-    assert reach(by_frame) == encoder_halo(config)
+    assert reach(by_frame) == config.encoder_halo_latents
 
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("kept", [7, 16])
 def test_windows_with_a_halo_join_to_the_whole(name: str, kept: int) -> None:
     net = load_autoencoder(name)
-    hop, halo = net.config.hop, max(decoder_halo(net.config), encoder_halo(net.config))
+    hop, halo = net.config.hop, max(net.config.decoder_halo_latents, net.config.encoder_halo_latents)
     audio = torch.randn(1, 2, 60 * hop, generator=torch.Generator().manual_seed(3))
     noise = torch.randn(1, 8, 60, generator=torch.Generator().manual_seed(4))
     latents, decoded = torch.zeros(1, 8, 60), torch.zeros(1, 2, 60 * hop)
@@ -84,4 +83,4 @@ def test_windows_with_a_halo_join_to_the_whole(name: str, kept: int) -> None:
 
 @pytest.mark.parametrize("values", [OPEN_1_0, OPEN_SMALL], ids=["1.0", "small"])
 def test_published_decoders_see_ten_latents_to_each_side(values: dict[str, object]) -> None:
-    assert decoder_halo(parse_config(ConfigReader(values)).autoencoder) == 10
+    assert parse_config(ConfigReader(values)).autoencoder.decoder_halo_latents == 10

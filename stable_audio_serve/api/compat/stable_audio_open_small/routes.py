@@ -11,7 +11,6 @@ from starlette.responses import JSONResponse, Response
 from stable_audio_serve.api.compat.stable_audio_open_small.errors import render_error
 from stable_audio_serve.api.compat.stable_audio_open_small.forms import read_form, read_json, read_json_or_form
 from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_style_clip, make_text_clip
-from stable_audio_serve.api.compat.stable_audio_open_small.info import describe_health, describe_model
 from stable_audio_serve.api.compat.stable_audio_open_small.loops import make_loop, make_riff_loop
 from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary, find_folder
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
@@ -31,6 +30,11 @@ from stable_audio_serve.core.keys import Scope
 
 TAG = "Stable Audio Open Small"
 
+_ENDPOINTS = {
+    "/generate": "Text-to-audio generation",
+    "/generate/loop": "BPM-aware loop generation (text or style transfer)",
+    "/generate/style-transfer": "Audio-to-audio style transfer",
+}
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
@@ -132,7 +136,7 @@ def build_router(service: Service) -> APIRouter:
     @router.get("/model/info", responses=error_responses(Problem, 401, 500))
     async def model_info() -> dict[str, Any]:
         """Describe the model and the parameters that requests accept."""
-        return describe_model(model, await _status_of(service, model))
+        return _describe_model(model, await _status_of(service, model))
 
     return router
 
@@ -151,7 +155,7 @@ def build_health_router(service: Service) -> APIRouter:
     )
     async def health() -> Response:
         """Return the health of the model of these routes."""
-        code, body = describe_health(model, await _status_of(service, model))
+        code, body = _describe_health(model, await _status_of(service, model))
         return JSONResponse(body, code)
 
     return router
@@ -164,3 +168,51 @@ def _scopes_of(request: Request) -> tuple[Scope, ...]:
 
 async def _status_of(service: Service, model: WindowedModel) -> ModelStatus:
     return (await service.status()).get(model.card.name, ModelStatus("loading"))
+
+
+def _describe_model(model: WindowedModel, status: ModelStatus) -> dict[str, Any]:
+    """Return the response of `GET /model/info`: the model and the parameters that requests accept."""
+    card = model.card
+    return {
+        "model_name": card.name,
+        "device": status.device,
+        "config": {
+            **_describe_window(model),
+            "io_channels": card.latent_channels,
+            "max_duration_seconds": round(model.window_s),
+        },
+        "supported_endpoints": _ENDPOINTS,
+        "supported_parameters": {
+            "bars": {"default": "auto", "options": [1, 2, 4, 8], "type": "int"},
+            "cfg_scale": {"default": 6.0, "range": "0-20", "type": "float"},
+            "loop_type": {"default": "auto", "options": ["drums", "instruments", "auto"], "type": "string"},
+            "negative_prompt": {"required": False, "type": "string"},
+            "prompt": {"required": True, "type": "string"},
+            "return_format": {"default": "file", "options": ["file", "base64"], "type": "string"},
+            "seed": {"default": -1, "note": "-1 for random", "type": "int"},
+            "steps": {"default": model.steps(None, at_most=100), "range": "1-100", "type": "int"},
+            "style_strength": {"default": 0.8, "note": "For style transfer", "range": "0.1-1.0", "type": "float"},
+        },
+    }
+
+
+def _describe_health(model: WindowedModel, status: ModelStatus) -> tuple[int, dict[str, Any]]:
+    """Return the status code and the body of the dialect's `GET /health`. A model that is still loading is healthy."""
+    if status.stage == "failed":
+        return 500, {"status": "error", "model_loaded": False, "error": "the model cannot be loaded"}
+    return 200, {
+        "status": "healthy",
+        "model_loaded": status.stage == "ready",
+        "device": status.device,
+        "cuda_available": (status.device or "").startswith("cuda"),
+        "model_info": _describe_window(model),
+    }
+
+
+def _describe_window(model: WindowedModel) -> dict[str, Any]:
+    """Return the sample rate, the longest clip in samples, and the model's objective."""
+    return {
+        "diffusion_objective": model.card.objective,
+        "sample_rate": model.card.sample_rate_hz,
+        "sample_size": model.num_window_samples,
+    }
