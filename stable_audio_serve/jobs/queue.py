@@ -10,7 +10,7 @@ from functools import partial
 
 from stable_audio_serve.artifacts.keys import file_key, upload_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
-from stable_audio_serve.core.errors import StableAudioError, StorageError
+from stable_audio_serve.core.errors import ConflictError, StableAudioError, StorageError
 from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.sound import ClipFacts
@@ -165,8 +165,11 @@ class JobQueue:
     async def drop(self, spec: JobSpec) -> None:
         """Delete the upload of a job that will not run."""
         if spec.upload is not None:
-            with suppress(StorageError):  # then the sweeper deletes the file later
-                await self.artifacts.delete(spec.upload.file.key)
+            await self._delete(spec.upload.file)
+
+    async def _delete(self, file: StoredFile) -> None:
+        with suppress(StorageError):  # then the sweeper deletes the file later
+            await self.artifacts.delete(file.key)
 
     async def put_upload(self, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Store source audio that a client sent for a job, before the job is added. Raises StorageError."""
@@ -185,12 +188,17 @@ class JobQueue:
         """Store a file that anyone with the link can download. Raises StorageError.
 
         Returns the id that the link contains, and the stored file. The id is `file_id`, or random if that is None.
+        Raises ConflictError if the id is in use.
         """
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips, made_on=made_on)
         # The file is not deleted if `publish` fails, because it may have been published although the database did not
         # answer. If it was not published, the sweeper deletes it.
-        return await asyncio.to_thread(lambda: self.store.files.publish(file, file_id=file_id)), file
+        try:
+            return await asyncio.to_thread(lambda: self.store.files.publish(file, file_id=file_id)), file
+        except ConflictError:
+            await self._delete(file)
+            raise
 
     async def find_file(self, file_id: str) -> StoredFile | None:
         """Return the published file, or the audio of a finished job, that has this id; None if there is none."""

@@ -10,6 +10,7 @@ import secrets
 import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.core.errors import ConflictError
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import FILES
@@ -29,14 +30,19 @@ class PublishedFiles:
     def publish(self, file: StoredFile, *, file_id: str | None = None) -> str:
         """Publish a file under the id `file_id`, or if that is None, under a random id. Returns the id.
 
-        Raises StorageError, also if the id is in use.
+        Raises ConflictError if the id is in use, and StorageError.
         """
         file_id = file_id or secrets.token_hex(16)
         with self._database.writing() as connection:
-            self.publish_in(connection, file, file_id=file_id)
+            if not self._insert(connection, file, file_id=file_id):
+                raise ConflictError("a file with this id exists already")
         return file_id
 
     def publish_in(self, connection: sa.Connection, file: StoredFile, *, file_id: str) -> None:
-        """Publish a file under the id `file_id`, in the caller's transaction."""
+        """Publish a file under the id `file_id`, in the caller's transaction. The id must be new."""
+        self._insert(connection, file, file_id=file_id)
+
+    def _insert(self, connection: sa.Connection, file: StoredFile, *, file_id: str) -> bool:
         row = {"id": file_id, "key": file.key, "file": codec.dump(file), "created_at": self._database.now}
-        connection.execute(sa.insert(FILES).values(row))
+        insert = self._database.insert(FILES).values(row).on_conflict_do_nothing().returning(FILES.c.id)
+        return connection.execute(insert).first() is not None

@@ -221,6 +221,27 @@ async def test_client_cannot_exceed_its_storage_limit() -> None:
         assert other.status_code == 200
 
 
+def stored_sizes(folder: Path) -> list[int]:
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return [size for size in sizes if size == len(DATA)]
+
+
+async def test_concurrent_uploads_to_one_url_store_and_count_one_file(tmp_path: Path) -> None:
+    settings = _room_for(5.5) | {"output_dir": str(tmp_path)}
+    async with make_client(**settings) as (client, _):
+        place = await announce(client)
+        others = [bytes([n]) * len(DATA) for n in range(3)]
+        sent = [client.put(place["upload_url"], content=content) for content in (*others, others[0])]
+        replies = await asyncio.gather(*sent)
+        assert {reply.status_code for reply in replies} == {200, 400}
+        winner = (await client.get(place["file_url"])).content
+        accepted = [reply.status_code == 200 for reply in replies]
+        assert accepted == [content == winner for content in (*others, others[0])]
+        assert len(stored_sizes(tmp_path)) == 1
+        uploads = [await client.post("/files/upload", content=DATA, headers=AUTHORIZED) for _ in range(5)]
+        assert [reply.status_code for reply in uploads] == [200] * 4 + [507]  # the fifth would exceed 5.5 files
+
+
 async def test_expired_files_no_longer_count() -> None:
     async with make_client(**_room_for(1), jobs={"retention_s": 0.05}) as (client, _):
         for _ in range(2):

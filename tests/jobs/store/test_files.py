@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.errors import ConflictError
 from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.stores import FILE, database, postgres_with_tables, store, wall
 from tests.jobs.stores import contract_store_url as store_url
@@ -26,6 +26,6 @@ class TestPublishedFiles:
 
     def test_used_id_keeps_its_file(self, store: JobStore) -> None:
         store.files.publish(FILE, file_id="mine")
-        with pytest.raises(StorageError):
+        with pytest.raises(ConflictError):
             store.files.publish(replace(FILE, key="other"), file_id="mine")
         assert store.files.find("mine") == FILE

@@ -35,7 +35,7 @@ from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.limits import accept_file_body
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.core.errors import KeysUnavailableError, StorageError
+from stable_audio_serve.core.errors import ConflictError, KeysUnavailableError, StorageError
 from stable_audio_serve.jobs.queue import JobQueue
 
 _TICKET_LIFE_S = 86_400
@@ -212,19 +212,31 @@ async def _store(jobs: JobQueue, request: Request, *, ticket: Ticket) -> None:
             await body.write(chunk)
             num_bytes += len(chunk)
         await body.seek(0)
-        if (existing := await jobs.find_file(ticket.file_id)) is not None:
-            if (await asyncio.to_thread(file_digest, file, "sha256")).hexdigest() != existing.sha256:
-                raise HTTPException(400, "upload: a different file was uploaded to this URL already")
-            return  # the client lost the response and sends the same file again
-        uploads = jobs.store.uploads
-        add = partial(uploads.add, ticket.file_id, client=ticket.client, num_bytes=num_bytes)
-        await asyncio.to_thread(add)
+        if await _is_stored(jobs, file, ticket=ticket):
+            return
+        # Uploads to the same URL at once are counted separately. Only one of them is stored.
+        uploads, name = jobs.store.uploads, secrets.token_hex(16)
+        await asyncio.to_thread(partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes))
         chunks = partial(_chunks, file)
         try:
             await jobs.publish(chunks, media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id)
-        except StorageError:  # the file was not stored, so it does not count
-            await asyncio.to_thread(uploads.forget, ticket.file_id)
-            raise
+        except (ConflictError, StorageError) as error:  # the file was not stored, so it does not count
+            await asyncio.to_thread(uploads.forget, name)
+            if not (isinstance(error, ConflictError) and await _is_stored(jobs, file, ticket=ticket)):
+                raise
+
+
+async def _is_stored(jobs: JobQueue, file: tempfile.SpooledTemporaryFile[bytes], *, ticket: Ticket) -> bool:
+    """Whether this file was stored for the ticket before: the client lost the response and sends the file again.
+
+    Raises HTTPException 400 if a different file was stored.
+    """
+    if (existing := await jobs.find_file(ticket.file_id)) is None:
+        return False
+    file.seek(0)
+    if (await asyncio.to_thread(file_digest, file, "sha256")).hexdigest() != existing.sha256:
+        raise HTTPException(400, "upload: a different file was uploaded to this URL already")
+    return True
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:
