@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from stable_audio_serve.artifacts.keys import file_key, upload_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
@@ -23,7 +25,12 @@ from stable_audio_serve.jobs.watch import StoreWatch
 _MOST_DELETIONS_AT_ONCE = 8
 _MOST_PER_TRANSACTION = 32  # jobs added in one transaction; 32 take about 20 ms
 
+_NUM_WRITERS = 4
+_WRITE_TIMEOUT_S = 20.0  # longer than a transaction waits for other processes' transactions on SQLite
+
 __all__ = ["CancelOutcome", "JobQueue"]
+
+T = TypeVar("T")
 
 
 class JobQueue:
@@ -46,6 +53,7 @@ class JobQueue:
         self.wake = wake
         self.watch = watch or StoreWatch(store.database, artifacts)
         self.overview = JobsWatch(store.operators)
+        self._writers = ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="job-writes")
         self._submitting: asyncio.Task[None] | None = None
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 
@@ -89,7 +97,7 @@ class JobQueue:
             )
             outcomes: Sequence[Added | Exception]
             try:
-                outcomes = await asyncio.to_thread(self.store.clients.add_all, [spec for spec, _ in submitted])
+                outcomes = await self.write(partial(self.store.clients.add_all, [spec for spec, _ in submitted]))
             except Exception as error:  # noqa: BLE001  # each caller of `_add` raises the error
                 outcomes = [error] * len(submitted)
             for (_, future), outcome in zip(submitted, outcomes, strict=True):
@@ -143,7 +151,7 @@ class JobQueue:
         A queued job ends at once (outcome "removed"). For a running job, its runner is asked to stop it (outcome
         "requested").
         """
-        outcome, job = await asyncio.to_thread(self.store.clients.cancel, ref)
+        outcome, job = await self.write(partial(self.store.clients.cancel, ref))
         if outcome == "removed" and job is not None:
             await self.drop(job.spec)
         if outcome in ("removed", "requested"):
@@ -155,7 +163,7 @@ class JobQueue:
 
         Dead letters are identified by number. Returns the numbers of the deleted ones.
         """
-        forgotten, keys = await asyncio.to_thread(self.store.dead_letters.delete, numbers)
+        forgotten, keys = await self.write(partial(self.store.dead_letters.delete, numbers))
         for start in range(0, len(keys), _MOST_DELETIONS_AT_ONCE):
             deletions = map(self.artifacts.delete, keys[start : start + _MOST_DELETIONS_AT_ONCE])
             # If a deletion fails, the sweeper deletes the file later.
@@ -195,7 +203,7 @@ class JobQueue:
         # The file is not deleted if `publish` fails, because it may have been published although the database did not
         # answer. If it was not published, the sweeper deletes it.
         try:
-            return await asyncio.to_thread(lambda: self.store.files.publish(file, file_id=file_id)), file
+            return await self.write(partial(self.store.files.publish, file, file_id=file_id)), file
         except ConflictError:
             await self._delete(file)
             raise
@@ -212,8 +220,21 @@ class JobQueue:
         """Return the bytes [start, stop) of a file in chunks, see `ArtifactStore.read_part`."""
         return self.artifacts.read_part(file, start=start, stop=stop)
 
+    async def write(self, transaction: Callable[[], T]) -> T:
+        """Run a transaction that writes to the database on a thread for such transactions.
+
+        While they wait for a lock of the database, reads have the other threads. Raises StorageError after
+        `_WRITE_TIMEOUT_S`. The transaction may still take place then.
+        """
+        try:
+            async with asyncio.timeout(_WRITE_TIMEOUT_S):
+                return await asyncio.wrap_future(self._writers.submit(transaction))
+        except TimeoutError as error:
+            raise StorageError("the job database does not answer") from error
+
     async def close(self) -> None:
         """Close the database and the artifact store."""
+        self._writers.shutdown(wait=False)
         await self.watch.close()
         await self.overview.close()
         await self.artifacts.close()

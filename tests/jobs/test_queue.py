@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import closing
 
 import pytest
 import sqlalchemy as sa
@@ -8,6 +10,7 @@ import sqlalchemy as sa
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, StorageError
 from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs import queue as queue_module
 from stable_audio_serve.jobs.store.client_jobs import Added
 from tests.jobs.conftest import Workshop, make_spec
 from tests.jobs.stores import add
@@ -49,6 +52,26 @@ async def test_cancelled_submission_affects_no_other(workshop: Workshop) -> None
     tasks[0].cancel()
     assert (await tasks[1]).is_new
     assert (await asyncio.gather(tasks[0], return_exceptions=True))[0].__class__ is asyncio.CancelledError
+
+
+async def test_reads_do_not_wait_for_writes_to_a_locked_database(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [await workshop.queue.submit(make_spec()) for _ in range(40)]
+    monkeypatch.setattr(queue_module, "_WRITE_TIMEOUT_S", 1.0)
+    path = workshop.queue.store.database.engine.url.database
+    assert path is not None
+    with closing(sqlite3.connect(path, isolation_level=None)) as locking:
+        locking.execute("BEGIN IMMEDIATE")
+        cancelling = [asyncio.create_task(workshop.queue.cancel(job.spec.ref)) for job in jobs]
+        await asyncio.sleep(0.1)
+        for job in jobs:
+            async with asyncio.timeout(5.0):
+                assert await workshop.queue.get(job.spec.ref) is not None
+        outcomes = await asyncio.gather(*cancelling, return_exceptions=True)
+        locking.execute("ROLLBACK")
+    assert {type(outcome) for outcome in outcomes} == {StorageError}
+    assert (await workshop.queue.cancel(jobs[-1].spec.ref))[0] == "removed"
 
 
 async def test_database_error_reaches_every_caller_and_passes(workshop: Workshop) -> None:

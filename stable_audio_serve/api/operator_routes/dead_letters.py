@@ -67,7 +67,7 @@ def build_router(service: Service) -> APIRouter:
     @router.post("/retry", responses=_INVALID)
     async def retry_dead_letters(body: schemas.LetterNumbers) -> schemas.LettersDone:
         """Queue dead letters again, with their attempts reset to 0."""
-        done = await asyncio.to_thread(letters.retry, set(body.numbers))
+        done = await jobs.write(partial(letters.retry, set(body.numbers)))
         jobs.wake()
         return _sort(body, done)
 

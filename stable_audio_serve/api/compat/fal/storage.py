@@ -216,12 +216,12 @@ async def _store(jobs: JobQueue, request: Request, *, ticket: Ticket) -> None:
             return
         # Uploads to the same URL at once are counted separately. Only one of them is stored.
         uploads, name = jobs.store.uploads, secrets.token_hex(16)
-        await asyncio.to_thread(partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes))
+        await jobs.write(partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes))
         chunks = partial(_chunks, file)
         try:
             await jobs.publish(chunks, media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id)
         except (ConflictError, StorageError) as error:  # the file was not stored, so it does not count
-            await asyncio.to_thread(uploads.forget, name)
+            await jobs.write(partial(uploads.forget, name))
             if not (isinstance(error, ConflictError) and await _is_stored(jobs, file, ticket=ticket)):
                 raise
 
