@@ -21,7 +21,7 @@ from stable_audio_serve.audio.writer import AudioWriter, StreamFile
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobSpec
-from stable_audio_serve.jobs.pieces.sections import num_final_samples, read_section
+from stable_audio_serve.jobs.pieces.sections import num_final_samples, plan_sections, read_section
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +107,8 @@ async def make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller
     with service.streams.counted(caller):
         job = (await service.add_job(spec, card=card, caller=caller)).job
         try:
-            async with aclosing(_follow(service, job, encoding=spec.encoding)) as chunks:
+            num_samples = plan_sections(spec, card)[-1].stop
+            async with aclosing(_follow(service, job, encoding=spec.encoding, num_samples=num_samples)) as chunks:
                 async for chunk in chunks:
                     yield chunk
             service.require_file(await service.jobs.get(spec.ref) or job)
@@ -126,8 +127,10 @@ def _require_sections(job: Job) -> None:
         raise HTTPException(409, "the job has no sections: only long pieces have")
 
 
-async def _follow(service: Service, job: Job, *, encoding: Encoding) -> AsyncGenerator[bytes]:
-    """Yield the bytes of a piece's file while it is made.
+async def _follow(
+    service: Service, job: Job, *, encoding: Encoding, num_samples: int | None = None
+) -> AsyncGenerator[bytes]:
+    """Yield the bytes of a piece's file while it is made. `num_samples` is its length in the header, if it has one.
 
     The last 30 ms of each section are sent with the next section, because the join changes them.
     """
@@ -138,7 +141,9 @@ async def _follow(service: Service, job: Job, *, encoding: Encoding) -> AsyncGen
     async with aclosing(service.streams.follow_sections(service.jobs, job)) as sections:
         async for section in sections:
             newest = section
-            writer = writer or AudioWriter(file, section.sample_rate_hz, encoding=encoding, is_growing=True)
+            writer = writer or AudioWriter(
+                file, section.sample_rate_hz, encoding=encoding, is_growing=True, num_samples=num_samples
+            )
             stop = num_final_samples(section, is_last=section.number == last)
             async for data in _encoded(service, read_section(artifacts, section, stop=stop), writer=writer, file=file):
                 yield data

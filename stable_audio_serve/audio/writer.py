@@ -37,11 +37,13 @@ class AudioWriter:
         encoding: Encoding,
         text: str | None = None,
         is_growing: bool = False,
+        num_samples: int | None = None,
     ) -> None:
         """Write to `file`, which must be empty and seekable. `close` does not close `file`.
 
-        `is_growing` means that the file is read while it is written. The header of a WAV file then states that the
-        length is unknown. `text` is embedded in the file, see `encode_audio`.
+        `is_growing` means that the file is read while it is written. The header of a WAV file then has the length
+        `num_samples` (samples per channel), or states that the length is unknown if that is None or if the audio is
+        resampled. `text` is embedded in the file, see `encode_audio`.
         """
         self._file = file
         self._rate_hz = sample_rate_hz
@@ -49,6 +51,7 @@ class AudioWriter:
         self._encoding = encoding
         self._text = text
         self._is_growing = is_growing
+        self._num_samples = num_samples if self._rate_hz == self._file_rate_hz else None
         self._resampler: _Resampler | None = None
         self._encoder: Encoder | None = None
 
@@ -85,7 +88,13 @@ class AudioWriter:
         if encoding.file_format is AudioFormat.WAV:
             depth = encoding.bit_depth or 16
             return _WavEncoder(
-                self._file, rate_hz, channels=len(block), bit_depth=depth, text=self._text, is_growing=self._is_growing
+                self._file,
+                rate_hz,
+                channels=len(block),
+                bit_depth=depth,
+                text=self._text,
+                is_growing=self._is_growing,
+                num_samples=self._num_samples,
             )
         if encoding.file_format is AudioFormat.PCM:
             return _RawEncoder(self._file)
@@ -128,6 +137,7 @@ class _WavEncoder:
         bit_depth: BitDepth,
         text: str | None,
         is_growing: bool,
+        num_samples: int | None,
     ) -> None:
         self._file = file
         self._depth = bit_depth
@@ -136,7 +146,8 @@ class _WavEncoder:
         self._text = text
         self._is_growing = is_growing
         self._make_header = partial(wav_header, sample_rate_hz, channels=channels, bit_depth=bit_depth)
-        file.write(self._make_header(frames=None))
+        num_more = 0 if num_samples is None else num_samples * self._frame_bytes % 2
+        file.write(self._make_header(frames=num_samples, num_more=num_more))
 
     def write(self, block: npt.NDArray[np.float32]) -> None:
         self._frames += block.shape[1]

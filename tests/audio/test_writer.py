@@ -77,18 +77,21 @@ def test_resampled_blocks_give_the_length_of_the_whole(encoding: Encoding) -> No
         assert np.abs(found[:both] - expected[:both]).max() < 1e-3
 
 
-def test_growing_file_says_that_its_length_is_unknown() -> None:
+@pytest.mark.parametrize("is_known", [False, True])
+def test_growing_file_says_whether_its_length_is_known(is_known: bool) -> None:
     audio, file = make_audio(), StreamFile()
-    writer = AudioWriter(file, RATE_HZ, encoding=Encoding(), is_growing=True)
+    num_samples = audio.shape[1] if is_known else None
+    writer = AudioWriter(file, RATE_HZ, encoding=Encoding(), is_growing=True, num_samples=num_samples)
     parts = []
     for start in range(0, audio.shape[1], 20_011):
         writer.write(audio[:, start : start + 20_011])
         parts.append(file.take())
     writer.close()
     parts.append(file.take())
-    data = b"".join(parts)
-    assert (data[4:8], data[40:44]) == (b"\xff" * 4, b"\xff" * 4)
-    assert data[44:] == encode_audio(audio, RATE_HZ).to_bytes()[44:]
+    data, whole = b"".join(parts), encode_audio(audio, RATE_HZ).to_bytes()
+    sizes = (whole[4:8], whole[40:44]) if is_known else (b"\xff" * 4, b"\xff" * 4)
+    assert (data[4:8], data[40:44]) == sizes
+    assert data[44:] == whole[44:]
 
 
 def test_section_files_read_back_exactly_in_chunks_of_any_size() -> None:

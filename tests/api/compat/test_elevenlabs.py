@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import wave
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -371,6 +372,16 @@ async def test_stream_begins_with_the_first_section() -> None:
         async with client.stream("POST", STREAM, **request) as reply:
             await anext(reply.aiter_bytes())
         await until(lambda: backend.num_cancelled == 1)
+
+
+@pytest.mark.server
+async def test_streamed_wav_file_states_its_length() -> None:
+    async with with_models(SHORT) as (client, _):
+        request = {"params": {"output_format": "wav_44100"}, "json": {"prompt": "x", "music_length_ms": 12_345}}
+        reply = await client.post(STREAM, **request)
+        with wave.open(io.BytesIO(reply.content)) as file:
+            num_frames = file.getnframes()
+            assert num_frames == int(12.345 * 44_100) == len(file.readframes(num_frames)) // 4
 
 
 @pytest.mark.server
