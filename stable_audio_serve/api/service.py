@@ -42,6 +42,7 @@ from stable_audio_serve.core.errors import (
     GenerationError,
     InvalidRequestError,
     InvalidUploadError,
+    ModelUnavailableError,
     OverloadedError,
     QuotaError,
     StoppingError,
@@ -262,8 +263,8 @@ class Service:
     async def run_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> StoredFile:
         """Add a job like `add_job`, wait for its end and return its file. If the wait is cancelled, so is the job.
 
-        Raises GenerationError or DeadlineExceededError if the job fails, and StoppingError if this process stops first.
-        Also raises the errors of `EventStreams.counted`.
+        Raises GenerationError, DeadlineExceededError or ModelUnavailableError if the job fails, and StoppingError if
+        this process stops first. Also raises the errors of `EventStreams.counted`.
         """
         with self.streams.counted(caller):
             job = (await self.add_job(spec, card=card, caller=caller)).job
@@ -283,7 +284,8 @@ class Service:
         if not job.is_over:
             raise StoppingError(UNAVAILABLE)
         failed = job.error or JobError(job.state, "the generation was cancelled")
-        raise (DeadlineExceededError if failed.code == DeadlineExceededError.kind else GenerationError)(failed.message)
+        kinds = {kind.kind: kind for kind in (DeadlineExceededError, ModelUnavailableError)}
+        raise kinds.get(failed.code, GenerationError)(failed.message)
 
     async def _generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
         budget_s = request.deadline_s or min(_BUDGET_S, self.settings.api.max_deadline_s)

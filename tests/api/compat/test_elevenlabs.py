@@ -390,6 +390,10 @@ async def test_long_pieces_fail_and_are_refused_like_clips() -> None:
         long = {"prompt": "x", "music_length_ms": 20_000}
         backend.error = GenerationError("secret")
         assert "secret" not in detail(await client.post(MUSIC, json=long), 500)["message"]
+    jobs = {"max_attempts": 1}
+    async with make_client(ToneBackend(catalog=ModelCatalog([SHORT])), jobs=jobs) as (client, backend):
+        backend.error = ModelUnavailableError("model short failed to load; the server's log says why")
+        assert "failed to load" in detail(await client.post(MUSIC, json=long), 503)["message"]
     limits = StreamLimits(max_open_per_client=0)
     async with make_client(ToneBackend(catalog=ModelCatalog([SHORT])), stream_limits=limits) as (client, _):
         for path in (MUSIC, STREAM):
