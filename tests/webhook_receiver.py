@@ -15,6 +15,7 @@ class Receiver:
 
     answer: bytes = b"HTTP/1.1 204 No Content\r\n\r\n"
     delay_s: float = 0.0
+    host: str = "127.0.0.1"
     requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     num_connections: int = 0
     port: int = 0
@@ -42,7 +43,7 @@ class Receiver:
 @asynccontextmanager
 async def receiving(**options: Any) -> AsyncIterator[Receiver]:
     receiver = Receiver(**options)
-    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(receiver.serve, receiver.host, 0)
     receiver.port = server.sockets[0].getsockname()[1]
     async with server:
         yield receiver

@@ -41,13 +41,18 @@ class Outbox:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def claim(self, *, for_s: float, except_hosts: Collection[str] = ()) -> Notice | None:
-        """Claim the notice that has been due longest, and return it. Notices to `except_hosts` are left out.
+    def claim(
+        self, *, for_s: float, except_hosts: Collection[str] = (), except_clients: Collection[str] = ()
+    ) -> Notice | None:
+        """Claim the notice that has been due longest, and return it.
+
+        Notices to `except_hosts`, and of jobs of `except_clients`, are left out.
 
         Other processes cannot claim the same notice for `for_s` seconds. Returns None if no notice is due.
         """
         now = self._database.now
-        is_due = (_jobs.webhook_at <= now, _jobs.webhook_host.not_in(except_hosts))
+        is_allowed = (_jobs.webhook_host.not_in(except_hosts), _jobs.client.not_in(except_clients))
+        is_due = (_jobs.webhook_at <= now, *is_allowed)
         first = sa.select(_jobs.seq).where(*is_due).order_by(_jobs.webhook_at).limit(1)
         change = sa.update(JOBS).where(_jobs.seq == first.with_for_update(skip_locked=True).scalar_subquery(), *is_due)
         values = change.values(webhook_at=now + for_s, webhook_attempts=_jobs.webhook_attempts + 1)

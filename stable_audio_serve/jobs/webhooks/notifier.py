@@ -22,6 +22,7 @@ import structlog
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.ids import ClientId
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job
@@ -37,8 +38,9 @@ RETRY_DELAYS_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 18_000.0)
 _JITTER = 0.2  # delays vary by up to this share, so that notices that failed together are not retried together
 _CLAIM_S = 2 * DELIVERY_TIMEOUT_S
 _MAX_AT_ONCE = 32
-# Most deliveries to the same host at a time. It takes eight slow hosts to use up `_MAX_AT_ONCE` and block other hosts.
+# Most deliveries at a time to the same host, and of the same API key: slow hosts do not use up `_MAX_AT_ONCE`.
 _MAX_PER_HOST = 4
+_MAX_PER_CLIENT = 16
 
 
 class Notifier:
@@ -66,7 +68,9 @@ class Notifier:
         self._retry_delays_s = tuple(retry_delays_s)
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
-        self._hosts: Counter[str] = Counter()  # number of deliveries in progress to each host
+        # The numbers of deliveries in progress to each host, and of each client.
+        self._hosts: Counter[str] = Counter()
+        self._clients: Counter[ClientId] = Counter()
         self._deliveries: set[asyncio.Task[None]] = set()
         self._due = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
@@ -103,18 +107,24 @@ class Notifier:
                 log.exception("webhooks cannot be delivered")
 
     async def _claim(self) -> Notice | None:
-        busy = [host for host, count in self._hosts.items() if count >= _MAX_PER_HOST]
-        return await asyncio.to_thread(partial(self._outbox.claim, for_s=_CLAIM_S, except_hosts=busy))
+        hosts = [host for host, count in self._hosts.items() if count >= _MAX_PER_HOST]
+        clients = [client for client, count in self._clients.items() if client and count >= _MAX_PER_CLIENT]
+        claim = partial(self._outbox.claim, for_s=_CLAIM_S, except_hosts=hosts, except_clients=clients)
+        return await asyncio.to_thread(claim)
 
     def _begin(self, notice: Notice) -> None:
+        client = notice.job.spec.client
         self._hosts[notice.host] += 1
+        self._clients[client] += 1
         task = asyncio.create_task(self._deliver(notice))
         self._deliveries.add(task)
 
         def end(_: asyncio.Task[None]) -> None:
             self._deliveries.discard(task)
             self._hosts[notice.host] -= 1
+            self._clients[client] -= 1
             self._hosts += Counter()  # removes hosts whose count is 0
+            self._clients += Counter()
             self._due.set()  # there is room for another delivery
 
         task.add_done_callback(end)

@@ -5,6 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import standardwebhooks
 from pydantic import SecretStr
 
 from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.ids import ClientId
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.webhooks import delivery, notifier
 from stable_audio_serve.jobs.webhooks.notifier import RETRY_DELAYS_S, Notifier
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec
 from tests.patience import PATIENCE_S, until
@@ -172,6 +175,25 @@ async def test_hanging_receiver_delays_no_job_and_no_other_receiver(workshop: Wo
             assert job.state == "succeeded"
             await until(lambda: bool(receiver.requests))
         assert len(hanging.requests) <= 8
+
+
+async def test_hanging_receivers_of_one_client_do_not_delay_another_client(
+    workshop: Workshop, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifier, "post_json", partial(delivery.post_json, timeout_s=PATIENCE_S))
+    async with receiving(delay_s=PATIENCE_S, host="0.0.0.0") as hanging:
+        hosts = [f"127.0.1.{number}" for number in range(1, 9)]  # 4 deliveries to each would be all that run at a time
+        settings = {"webhook_allow_hosts": ("127.0.0.1", *hosts)}
+        for host in hosts * 8:
+            url = hanging.url.replace("127.0.0.1", host)
+            job = await workshop.queue.submit(make_spec(webhook_url=url, client=ClientId("greedy")))
+            await workshop.queue.cancel(job.spec.ref)
+        await workshop.start_runner(notifier=make_notifier(workshop, settings=settings))
+        await until(lambda: len(hanging.requests) == 16)
+        job = await workshop.queue.submit(make_spec(webhook_url=receiver.url, client=ClientId("other")))
+        await workshop.queue.cancel(job.spec.ref)
+        await until(lambda: bool(receiver.requests))
+        assert len(hanging.requests) == 16
 
 
 async def test_notice_claimed_by_a_dead_process_is_retried(workshop: Workshop, receiver: Receiver) -> None:
