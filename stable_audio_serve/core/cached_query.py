@@ -27,9 +27,9 @@ class CachedQuery(Generic[T]):
     ) -> None:
         """Make no query yet. `query` must not raise.
 
-        `fresh_s` is how many seconds a result is used without a new query. It may depend on the result. `timeout_s` is
-        how many seconds a caller waits for a query before it gets the last result. `first` is the result until there is
-        another one, and if the last one is older than `kept_s` seconds.
+        `fresh_s` is how many seconds a result is used without a new query. It may depend on the result. When a query
+        has run for `timeout_s` seconds, its callers get the last result. `first` is the result until there is another
+        one, and if the last one is older than `kept_s` seconds.
         """
         self._query = query
         self._first = self._last = first
@@ -46,20 +46,17 @@ class CachedQuery(Generic[T]):
         return self.result
 
     async def refresh(self) -> bool:
-        """Query again if the last result is old. Return False if the query has not ended within `timeout_s`."""
+        """Query again if the last result is old. Return False if the query does not end within `timeout_s`."""
         if not self._is_running:
             fresh_s = self._fresh_s(self._last) if callable(self._fresh_s) else self._fresh_s
             if self._age_s >= fresh_s:
                 self._began_at = self._clock.monotonic()
                 self._running = asyncio.create_task(self._run())
-        return await self.wait()
+        return await self._wait(self._timeout_s - self.running_s)
 
     async def wait(self) -> bool:
         """Wait at most `timeout_s` for a query in progress. Return False if it has not ended."""
-        if (running := self._running) is None or running.done():
-            return True
-        done, _ = await asyncio.wait({running}, timeout=self._timeout_s)
-        return bool(done)
+        return await self._wait(self._timeout_s)
 
     @property
     def result(self) -> T:
@@ -85,6 +82,13 @@ class CachedQuery(Generic[T]):
     @property
     def _age_s(self) -> float:
         return self._clock.monotonic() - self._ended_at
+
+    async def _wait(self, timeout_s: float) -> bool:
+        if (running := self._running) is None or running.done():
+            return True
+        if timeout_s > 0:
+            await asyncio.wait({running}, timeout=timeout_s)
+        return running.done()
 
     async def _run(self) -> None:
         self._last = await self._query()

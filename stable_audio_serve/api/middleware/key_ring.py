@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import structlog
 
-from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.cached_query import CachedQuery
+from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.key_file import load_key_file, merge_keys, parse_key_file, read_key_file
 from stable_audio_serve.core.keys import ApiKey, parse_key_hash
@@ -60,14 +62,16 @@ class KeyRing:
         self._configured = [parse_key_hash(text) for text in settings.key_hashes]
         self._path = settings.key_file
         self._metrics = metrics or NullMetrics()
-        self._clock = clock or SystemClock()
         self._data: bytes | None = None
-        self._looked_at = self._began_at = self._clock.monotonic()
-        self._looking: asyncio.Task[None] | None = None
         self.keys: Mapping[str, ApiKey] = merge_keys(self._configured, ())
         self._known = KeyFileHealth("unset" if self._path is None else "unread")
+        self._check: CachedQuery[None] | None = None
         if self._path is not None:
-            self._look_once(self._path)
+            look = partial(self._look, self._path)
+            look()
+            self._check = CachedQuery(
+                lambda: asyncio.to_thread(look), first=None, fresh_s=_LOOK_EVERY_S, timeout_s=_PATIENCE_S, clock=clock
+            )
 
     @property
     def is_open(self) -> bool:
@@ -77,7 +81,7 @@ class KeyRing:
     @property
     def health(self) -> KeyFileHealth:
         """The state of the file at the last check."""
-        if self._looking is not None and self._clock.monotonic() - self._began_at > _SILENT_AFTER_S:
+        if self._check is not None and self._check.running_s > _SILENT_AFTER_S:
             return KeyFileHealth(self._bad_state, "the file does not answer")
         return self._known
 
@@ -86,30 +90,14 @@ class KeyRing:
 
         Waits at most half a second. A longer check continues in the background.
         """
-        if self._path is None:
-            return
-        now = self._clock.monotonic()
-        if self._looking is None:
-            if now - self._looked_at < _LOOK_EVERY_S:
-                return
-            self._began_at = now
-            self._looking = asyncio.create_task(self._look(self._path))
-        left_s = _PATIENCE_S - (now - self._began_at)
-        if left_s > 0:
-            await asyncio.wait({self._looking}, timeout=left_s)
-
-    async def _look(self, path: str) -> None:
-        try:
-            await asyncio.to_thread(self._look_once, path)
-        finally:
-            self._looked_at = self._clock.monotonic()
-            self._looking = None
+        if self._check is not None:
+            await self._check.refresh()
 
     @property
     def _bad_state(self) -> KeyFileState:
         return "unread" if self._data is None else "broken"
 
-    def _look_once(self, path: str) -> None:
+    def _look(self, path: str) -> None:
         """Read the file, and load its keys if it has changed. An invalid file is parsed at every check."""
         try:
             data = read_key_file(path)
