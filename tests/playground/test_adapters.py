@@ -81,7 +81,8 @@ def move(page: Page, name: str, strength: float) -> None:
 def test_sliders_are_labelled_bounded_and_off(adapted: Page) -> None:
     assert strengths(adapted) == {"vinyl": "off", "tape": "off"}
     sliders = [adapted["lora-0"], adapted["lora-1"]]
-    assert [slider.accessible_name for slider in sliders] == ["vinyl", "tape"]
+    names = [slider.accessible_name.strip() for slider in sliders]  # Chromium 150 keeps the space before the strength
+    assert names == ["vinyl", "tape"]
     bounds = [[slider.get_attribute(name) for name in ("min", "max", "step", "value")] for slider in sliders]
     assert bounds == [["0", "2", "0.05", "0"], ["-2", "2", "0.05", "0"]]
     sliders[0].send_keys(Keys.ARROW_RIGHT)
