@@ -200,7 +200,7 @@ class JobQueue:
         """
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips, made_on=made_on)
-        # The file is not deleted if `publish` fails, because it may have been published although the database did not
+        # After a StorageError the file is not deleted, because it may have been published although the database did not
         # answer. If it was not published, the sweeper deletes it.
         try:
             return await self.write(partial(self.store.files.publish, file, file_id=file_id)), file
@@ -234,8 +234,8 @@ class JobQueue:
 
     async def close(self) -> None:
         """Close the database and the artifact store."""
-        self._writers.shutdown(wait=False)
         await self.watch.close()
         await self.overview.close()
         await self.artifacts.close()
         await asyncio.to_thread(self.store.database.close)
+        self._writers.shutdown(wait=False)
