@@ -1,14 +1,15 @@
 """Runs four different requests in engines with one fast feature each, and compares the audio with a plain engine's.
 
 The plain engine has no fast features: it runs in strict mode, without CUDA graphs, with padded rows, on one queue, with
-blocking copies and float32 decoding.
+blocking copies and float32 decoding. Also starts engines that check their features themselves.
 """
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,24 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
         plain = plain or plays[0]
         bound_db = _TINY_HALF_DB if machine.is_tiny and case.name == "half_decode" else case.least_db
         results.compare(case.name, plays, plain=plain, least_db=bound_db)
+
+
+async def measure_start(machine: Machine, results: Results) -> None:
+    """Store how long an engine with the options of a server takes to start, which profile it uses, and its memory plan.
+
+    On CUDA, a profile other than `accelerated` counts as a difference.
+    """
+    for name in ("small", "medium", "open"):
+        model = machine.load(name, decode=None)
+        started_at = time.perf_counter()
+        async with machine.served(model) as engine:
+            taken_s = time.perf_counter() - started_at
+            figures = {"s": taken_s, "profile": engine.describe_profile(), "memory": asdict(engine.memory)}
+            results.record(f"start.{name}", figures)
+            if not engine.is_accelerated and not machine.is_tiny:
+                results.differ(f"{name}: {engine.describe_profile()}")
+            await engine.together(*battery(model.spec.card, longest_s=machine.sizes.longest_s))
+        del engine, model
 
 
 async def _play(  # noqa: PLR0917

@@ -41,6 +41,7 @@ _LOG_LENGTH = 3000  # characters of a failed part's output
 PARTS: Mapping[str, tuple[Callable[[Machine, Results], Coroutine[Any, Any, None]], float]] = {
     "battery-small": (partial(battery.measure, name="small"), 70.0),
     "battery-medium": (partial(battery.measure, name="medium"), 90.0),
+    "start": (battery.measure_start, 60.0),
     "load-small": (partial(load.measure, name="small"), 110.0),
     "times-small": (partial(times.measure, name="small"), 50.0),
     "times-medium": (partial(times.measure, name="medium"), 70.0),

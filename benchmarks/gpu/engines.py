@@ -131,6 +131,17 @@ class Machine:
             del engine
             self.free()
 
+    @asynccontextmanager
+    async def served(self, model: DiffusionModel) -> AsyncIterator[OpenEngine]:
+        """Start an engine with the options of a server, which checks its features at start, and close it at the end."""
+        engine = OpenEngine(model, EngineOptions(), device=self.open(self.device))
+        try:
+            async with engine:
+                yield engine
+        finally:
+            del engine
+            self.free()
+
     def free(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
@@ -156,6 +167,10 @@ class OpenEngine(OurServer):
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: Device) -> None:
         super().__init__(model, options, device=device)
         self.can_capture = device.can_capture
+
+    @property
+    def is_accelerated(self) -> bool:
+        return self.profile.name == "accelerated"
 
     async def prepare(self, *requests: GenerationRequest) -> None:
         """Send the requests together a few times, and wait until CUDA graphs of their device calls are captured."""

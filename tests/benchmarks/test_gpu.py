@@ -43,6 +43,7 @@ def test_every_part_is_done_and_nothing_differs(tmp_path: Path) -> None:
         assert features["captures"]["captured"] > 0
         assert features["captures"]["identical"] == features["captures"]["clips"] == 16
         assert results["kernels"][name]["padded"]["battery"]["attention"]
+        assert results["start"]["start"][name]["profile"] == "plain: the device cpu has no speed features"
     assert results["load-small"]["load"]["compared"] > 0
     assert results["leak"]["growth_share"].keys() >= {"host_peak"}
     assert results["rows"]["rows"].keys() == {
