@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stable_audio_serve.models.blocks import Layout, Packed, PackedSegments
-from stable_audio_serve.models.blocks.varlen import find_varlen
+from stable_audio_serve.models.blocks.varlen import attend_packed
 from stable_audio_serve.models.protocol import StepBatch
 
 CONTEXT = "context"  # key in StepBatch.constants: the cross-attention keys and values of every layer
@@ -12,12 +12,9 @@ CONTEXT = "context"  # key in StepBatch.constants: the cross-attention keys and 
 def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:
     """Returns the layout of a packed batch, in which each row has `num_prefix` tokens before its frames.
 
-    Returns None for a padded batch. Raises RuntimeError if the batch has `segments`, but the installed torch has no
-    attention kernel for sequences of different lengths.
+    Returns None for a padded batch.
     """
     if batch.segments is not None:
-        varlen = find_varlen()
-        if varlen is None:
-            raise RuntimeError("the installed torch has no attention for packed rows")
-        return PackedSegments(batch.segments, num_prefix=num_prefix, slots=batch.slots.get(CONTEXT), varlen=varlen)
+        slots = batch.slots.get(CONTEXT)
+        return PackedSegments(batch.segments, num_prefix=num_prefix, slots=slots, varlen=attend_packed)
     return Packed(batch.frames, batch.valid_frames, num_prefix=num_prefix) if batch.frames else None

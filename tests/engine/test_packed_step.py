@@ -51,7 +51,7 @@ def load_open(name: str) -> DiffusionModel:
 
 @pytest.fixture(autouse=True)
 def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stable_audio_serve.models.batch_layout.find_varlen", lambda: attend_varlen)
+    monkeypatch.setattr("stable_audio_serve.models.batch_layout.attend_packed", attend_varlen)
 
 
 @pytest.fixture(params=["sharp-s", slow("sharp-l")])
@@ -142,8 +142,8 @@ def test_a_step_without_rows_writes_no_register(bench: Bench) -> None:
 
 
 def test_kernel_check_accepts_the_reference_and_rejects_wrong_ones() -> None:
-    def check(varlen: Callable[..., Tensor], *, num_key_heads: int = 2) -> bool:
-        heads = {"num_heads": 4, "num_key_heads": num_key_heads, "head_width": 16}
+    def check(varlen: Callable[..., Tensor]) -> bool:
+        heads = {"num_heads": 4, "num_key_heads": 2, "head_width": 16}
         return is_varlen_correct(varlen, device=torch.device("cpu"), dtype=torch.float32, **heads)
 
     def ignoring_keys(*args: Tensor, seqused_k: Tensor, **kwargs: bool) -> Tensor:
@@ -152,12 +152,7 @@ def test_kernel_check_accepts_the_reference_and_rejects_wrong_ones() -> None:
     def expecting_order(*args: Tensor, **kwargs: Tensor) -> Tensor:
         return attend_varlen(*args[:4], args[4].sort().values, *args[5:], **kwargs)
 
-    def without_grouped_heads(*args: Tensor, seqused_k: Tensor) -> Tensor:
-        """The kernel's signature before April 2026."""
-        return attend_varlen(*args, seqused_k=seqused_k)
-
     assert check(attend_varlen)
-    assert check(without_grouped_heads, num_key_heads=4)
     assert not check(ignoring_keys)
     assert not check(expecting_order)
 

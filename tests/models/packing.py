@@ -34,17 +34,13 @@ def attend_varlen(
     max_q: int,
     max_k: int,
     *,
-    seqused_k: Tensor | None = None,
-    enable_gqa: bool = False,
+    seqused_k: Tensor,
 ) -> Tensor:
-    """A plain implementation of `torch.nn.attention.varlen.varlen_attn` for tensors (tokens, heads, channels).
+    """A plain implementation of `attend_packed`.
 
     The result is NaN at tokens that belong to no row.
     """
-    assert seqused_k is not None
-    return torch.ops.tests.attend_varlen(
-        query, key, value, cu_seq_q, cu_seq_k, seqused_k, longest=[max_q, max_k], enable_gqa=enable_gqa
-    )
+    return torch.ops.tests.attend_varlen(query, key, value, cu_seq_q, cu_seq_k, seqused_k, longest=[max_q, max_k])
 
 
 @torch.library.custom_op("tests::attend_varlen", mutates_args={})
@@ -56,7 +52,6 @@ def _attend_varlen(
     cu_seq_k: Tensor,
     seqused_k: Tensor,
     longest: list[int],
-    enable_gqa: bool,
 ) -> Tensor:
     assert cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32
     assert len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1
@@ -69,7 +64,7 @@ def _attend_varlen(
         keys = slice(int(cu_seq_k[row]), int(cu_seq_k[row]) + num_keys)
         q, k, v = (part.transpose(0, 1) for part in (query[queries], key[keys], value[keys]))
         if q.shape[1]:
-            out[queries] = F.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa).transpose(0, 1)
+            out[queries] = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(0, 1)
     return out
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,24 +18,36 @@ from stable_audio_serve.models.segments import Segments
 
 log = logging.getLogger(__name__)
 
-# (queries, keys, values, query offsets, key offsets, max queries, max keys), as in torch
-VarlenAttention = Callable[..., Any]
+# (queries, keys, values, query offsets, key offsets, max queries, max keys, seqused_k=...), as `attend_packed`
+VarlenAttention = Callable[..., Tensor]
 
 _HALF = (torch.float16, torch.bfloat16)
 _TOLERANCE = 0.02  # largest acceptable error of half-precision attention, for inputs drawn from N(0, 1)
 
 
-@lru_cache(maxsize=1)
-def find_varlen() -> VarlenAttention | None:
-    """Returns torch's attention function for packed rows; None if the installed torch does not have it.
+def attend_packed(  # noqa: PLR0917  # the signature of torch's operator
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    seqused_k: Tensor,
+) -> Tensor:
+    """Returns softmax attention within each of several sequences of different lengths, on CUDA in half precision.
 
-    The import takes a second and 90 MB, because it also imports torch's compiler.
+    `query` and the result are (query tokens, heads, head width); `key` and `value` are (key tokens, key heads, head
+    width), where the number of heads is a multiple of the number of key heads. The tokens of sequence i begin at index
+    `cu_seq_q[i]` and `cu_seq_k[i]`, int32, and its queries see its first `seqused_k[i]` keys. `max_q` and `max_k` are
+    upper bounds of the lengths.
+
+    This is the operator behind torch's `varlen_attn`, which has no `seqused_k` before torch 2.12.
     """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+    attend = torch.ops.aten._flash_attention_forward
+    out: Tensor = attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, False, False, seqused_k=seqused_k)[0]
+    return out
 
 
 def has_varlen(
@@ -45,25 +55,22 @@ def has_varlen(
 ) -> bool:
     """Whether a network with these heads can process packed rows on this device in this dtype.
 
-    Runs the kernel once to check its results. Logs a warning if torch has the kernel, but the kernel fails or its
-    results are wrong. If this returns false, rows have to be padded to one length.
+    Runs the kernel once to check its results. Logs a warning if the kernel fails or its results are wrong. If this
+    returns false, rows have to be padded to one length.
     """
     if device.type != "cuda" or dtype not in _HALF:
         return False
-    varlen = find_varlen()
-    if varlen is None:
-        return False
     try:
         return is_varlen_correct(
-            varlen,
+            attend_packed,
             device=device,
             dtype=dtype,
             num_heads=num_heads,
             num_key_heads=num_key_heads,
             head_width=head_width,
         )
-    except (RuntimeError, TypeError, ValueError):  # an older torch with other parameters, or an unsupported head width
-        log.warning("rows are padded: torch's attention for packed rows does not run here", exc_info=True)
+    except (RuntimeError, TypeError, ValueError) as error:  # another torch, or an unsupported head width
+        log.warning("rows are padded: torch's attention for packed rows does not run here: %s", error)
         return False
 
 
@@ -77,7 +84,7 @@ def is_varlen_correct(
     num_key_heads: int,
     head_width: int,
 ) -> bool:
-    """Whether torch's function `varlen` is correct in the cases that SegmentAttention needs.
+    """Whether `varlen` is correct in the cases that SegmentAttention needs.
 
     The cases are rows of length 0, rows with fewer keys than queries, and contexts stored in another order than the
     rows.
@@ -131,7 +138,7 @@ class SegmentAttention:
     def within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
         """Self-attention within each row. Arguments and result are (1, heads, tokens of all rows, head width)."""
         segments = self._segments
-        out: Tensor = self._varlen(
+        out = self._varlen(
             *(part[0].transpose(0, 1) for part in (q, k, v)),
             segments.offsets,
             segments.offsets,
@@ -168,7 +175,7 @@ class SegmentAttention:
         """
         segments, starts = self._segments, self._starts
         assert starts is not None
-        out: Tensor = self._varlen(
+        out = self._varlen(
             q[0].transpose(0, 1),
             key,
             value,
@@ -177,6 +184,5 @@ class SegmentAttention:
             segments.longest,
             self._num_context,
             seqused_k=torch.full_like(starts[1:], self._num_context),
-            **({"enable_gqa": True} if key.shape[1] != q.shape[1] else {}),  # unknown to torch before April 2026
         )
         return out.transpose(0, 1)[None]
