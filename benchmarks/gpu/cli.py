@@ -45,6 +45,8 @@ PARTS: Mapping[str, tuple[Callable[[Machine, Results], Coroutine[Any, Any, None]
     "load-small": (partial(load.measure, name="small"), 110.0),
     "times-small": (partial(times.measure, name="small"), 50.0),
     "times-medium": (partial(times.measure, name="medium"), 70.0),
+    "decoders": (times.measure_decoders, 60.0),
+    "compiled": (times.measure_compiled, 120.0),
     "load-medium": (partial(load.measure, name="medium"), 130.0),
     "kernels": (trace.measure, 60.0),
     "leak": (load.measure_leak, 50.0),

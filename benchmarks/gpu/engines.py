@@ -27,6 +27,7 @@ from stable_audio_serve.core.generation import GenerationRequest, Mode
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.options import Features
+from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import BUILT_IN, resolve_entry
@@ -105,6 +106,10 @@ class Machine:
             return sao.build_random_model(config, card, device=self.device, dtype=dtype, decode_precision=decode)
         finally:
             self.free()  # the weights were float32 at first
+
+    def compiled(self, model: DiffusionModel) -> DiffusionModel:
+        """Returns the model with compiled layers. On a CPU, the compiler's back end is one that compiles nothing."""
+        return compile_layers(model, backend="eager" if self.is_tiny else "inductor")
 
     @asynccontextmanager
     async def engine(

@@ -1,4 +1,4 @@
-"""Measures the times of clips, rows, adapters and noise.
+"""Measures the times of clips, decoders, compiled layers, rows, adapters and noise.
 
 Single clips, with and without CUDA graphs, are compared with the published TensorRT pipeline. Rows of different lengths
 are measured packed and padded. Also measured are rows with different adapters, and the drawing of noise.
@@ -14,18 +14,26 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.gpu.engines import ALL, Machine
 from benchmarks.gpu.goals import CLIPS, FLOPS
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.load import LEAST_DB
+from benchmarks.gpu.results import Results, clip_db
+from benchmarks.load import Audio
 from benchmarks.models import write_adapters
+from stable_audio_serve.core.catalog import DecodePrecision
+from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling import SeededNoise
 
 _LONGEST_S = 120.0
 _ADAPTED_S = 10.0
+_COMPILED_S = 30.0
+_DECODED_S = 30.0
+_ENOUGH_S = 1.5  # a measurement ends after this time if it has at least `_LEAST_REPEATS` repetitions
+_LEAST_REPEATS = 3
 _GRAPHS_GB = 2.0  # memory allowed beyond the published peak
 _STEP_TOKENS, _ROWS = 16_384, 16  # number of tokens in the largest step, and the number of equally long rows in it
 _THREADS = (1, 4)
@@ -71,6 +79,51 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
             needed_gb = (weights + memory["peak"] - held) / 1e9
             figures["peak_over_allowed_gb"] = needed_gb - (row.peak_gb * 1.1 + _GRAPHS_GB)
         results.record(f"clips.{row.name}", figures)
+
+
+async def measure_compiled(machine: Machine, results: Results) -> None:
+    """Store the times of clips with and without `compile: true`, the time until the compiled engine is ready, and how
+    close its clips are to those of the other engine.
+    """
+    for name in ("small", "medium"):
+        model, repeats, clips = machine.load(name, decode=None), machine.sizes.repeats, list[Audio]()
+        crowd = [_clip(machine, model, duration_s=_COMPILED_S, seed=seed) for seed in range(machine.sizes.together)]
+        for kind in ("plain", "compiled"):
+            model = machine.compiled(model) if kind == "compiled" else model
+            started_at = time.perf_counter()
+            async with machine.engine(model) as engine:
+                figures: dict[str, float] = {"ready_s": time.perf_counter() - started_at}
+                await engine.prepare(crowd[0])
+                figures["alone_ms"] = await _median_ms(partial(engine.together, crowd[0]), repeats=repeats)
+                await engine.prepare(*crowd)
+                figures["crowd_ms"] = await _median_ms(partial(engine.together, *crowd), repeats=repeats) / len(crowd)
+                made = await engine.together(*crowd)
+                figures["captured"] = engine.captures.num_captured
+                results.record(f"compiled.{name}.{kind}", figures)
+            del engine
+            if clips:
+                results.compare(f"{name}_compiled", [made], plain=clips, least_db=LEAST_DB)
+            clips = made
+
+
+async def measure_decoders(machine: Machine, results: Results) -> None:
+    """Store the time to decode one clip in each precision, and how close the clip is to the one decoded in float32."""
+    for name in ("small", "medium"):
+        plain: list[Audio] = []
+        for precision in get_args(DecodePrecision):
+            try:
+                model = machine.load(name, decode=precision)
+            except ConfigError:  # this device does not have the precision
+                continue
+            request = replace(_clip(machine, model, duration_s=_DECODED_S), steps=1, cfg_scale=1.0)
+            async with machine.engine(model) as engine:
+                await engine.prepare(request)
+                made = [await engine.generate(request) for _ in range(machine.sizes.repeats)]
+            del engine, model
+            clips = [made[0].audio[0]]
+            plain = plain or clips
+            decode_ms = median(result.timings.decode_ms for result in made if result.timings is not None)
+            results.record(f"decoders.{name}.{precision}", {"ms": decode_ms, "db": clip_db(clips[0], plain[0])})
 
 
 async def measure_rows(machine: Machine, results: Results) -> None:
@@ -137,10 +190,11 @@ def _clip(machine: Machine, model: DiffusionModel, *, duration_s: float, seed: i
 
 
 async def _median_ms(run: Callable[[], Awaitable[object]], *, repeats: int) -> float:
-    """Returns the median time of `repeats` calls in milliseconds. One call before them does not count."""
-    taken_ms = []
-    for _ in range(1 + repeats):
+    """Returns the median time of up to `repeats` calls in milliseconds. One call before them does not count."""
+    await run()
+    taken_s: list[float] = []
+    while len(taken_s) < repeats and (sum(taken_s) < _ENOUGH_S or len(taken_s) < _LEAST_REPEATS):
         started_at = time.perf_counter()
         await run()
-        taken_ms.append((time.perf_counter() - started_at) * 1000.0)
-    return median(taken_ms[1:])
+        taken_s.append(time.perf_counter() - started_at)
+    return median(taken_s) * 1000.0

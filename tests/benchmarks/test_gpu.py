@@ -49,6 +49,8 @@ def test_every_part_is_done_and_nothing_differs(tmp_path: Path) -> None:
     assert results["rows"]["rows"].keys() == {
         f"{layout}_{how}" for layout in ("padded", "packed") for how in ("captured", "eager")
     }
+    assert results["decoders"]["decoders"]["small"]["float32"]["ms"] > 0
+    assert results["compiled"]["features"]["medium_compiled"]["clips"] > 0
     assert results["adapters"]["adapters"].keys() == {"captured", "eager"}
     clip = results["times-small"]["clips"]["small 5 s"]
     assert clip.keys() >= {"step_ms", "decode_ms", "eager_over_captured_ratio", "over_tensorrt_ratio"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
 from stable_audio_serve.verification.checks import Goldens
 from stable_audio_serve.verification.verify import BOUNDS, Report, compare
@@ -106,3 +107,9 @@ def test_half_precision_denoiser_is_close_to_the_reference(device: torch.device,
     valid = load_goldens(name).tensors["dit/padding_mask"].bool()[:, None].expand_as(expected)
     difference = (denoise(device, name, dtype) - expected)[valid]
     assert difference.square().mean().sqrt() <= HALF[dtype] * expected[valid].square().mean().sqrt()
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_attention_for_packed_rows_works(device: torch.device, dtype: torch.dtype) -> None:
+    assert has_varlen(device, dtype, num_heads=16, num_key_heads=8, head_width=64)
