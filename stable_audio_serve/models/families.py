@@ -59,14 +59,15 @@ def load_model(
     """Load `entry` onto `device`.
 
     `dtype` is the denoiser's precision (see `resolve_dtype`). `decode_precision` is the precision of matrix products
-    and convolutions in the decoder (default tf32 on CUDA, else float32). `compile` compiles the denoiser's layers.
+    and convolutions in the decoder (see `resolve_decode_precision`). `compile` compiles the denoiser's layers.
     `check_size` is called with the size of the weights in bytes before they are loaded; it may raise an error.
 
     Takes seconds to minutes; downloads missing files. Raises CheckpointError with one sentence that says what to do,
     and ConfigError for a device or precision that cannot be used.
     """
     target = resolve_device(device)
-    precision, decoding = resolve_dtype(target, dtype), resolve_decode_precision(target, decode_precision)
+    precision = resolve_dtype(target, dtype)
+    decoding = resolve_decode_precision(target, decode_precision, dtype=precision)
     folder, text_encoder = find_files(entry, token=token)
     check_encoder(replace(list_folder(text_encoder), place=f"the text encoder in {text_encoder}"))
     card = describe_entry(replace(entry, folder=str(folder))).card

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
-from stable_audio_serve.models.precision import decoder_products
+from stable_audio_serve.models.precision import decoder_products, stores_half
 from stable_audio_serve.models.protocol import ModelSpec, TextEmbedding
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -38,9 +38,9 @@ class NativeModel:
     def decode_exactly(self, is_exact: bool) -> None:
         """If `is_exact`, decode with float32 matrix products from now on, else with the configured precision.
 
-        Has no effect on a decoder whose weights are in half precision.
+        Has no effect on a decoder whose weights are stored in half precision.
         """
-        if self._decode_precision != "half":
+        if not stores_half(self._decode_precision, self._device):
             self._products = decoder_products("float32" if is_exact else self._decode_precision, self._device)
 
     @property

@@ -67,15 +67,14 @@ def load_engine(
         check_size=partial(_require_room, model.name, device, share) if device.memory() else None,
     )
     threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
+    decoding = resolve_decode_precision(loaded.device, model.decode_precision, dtype=loaded.spec.dtype)
     return Engine(
         loaded,
         engine_options(model, threads=threads),
         metrics=metrics,
         device=device,
         fetch_adapter=adapter_fetcher(settings),
-        loaded=Loaded(
-            decode_precision=resolve_decode_precision(loaded.device, model.decode_precision), networks=model.backend
-        ),
+        loaded=Loaded(decode_precision=decoding, networks=model.backend),
     )
 
 
@@ -144,7 +143,7 @@ def precisions(settings: Settings, model: ModelSettings, *, device: torch.device
     return {
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "decode_precision": resolve_decode_precision(device, model.decode_precision),
+        "decode_precision": resolve_decode_precision(device, model.decode_precision, dtype=dtype),
     }
 
 

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.precision import decoder_products, resolve_decode_precision
+from stable_audio_serve.models.protocol import DecodeWindow, SwitchableDecoder
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.sampling import SeededNoise
 from tests.goldens import SHARP, load_goldens
-from tests.gpu.loaded import load_on
+from tests.gpu.loaded import gpu_only, load_on
 from tests.models.precisions import LEAST_DB, noise_ratio_db
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +25,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(params=get_args(DecodePrecision))
 def precision(request: pytest.FixtureRequest, device: torch.device) -> DecodePrecision:
     try:
-        return resolve_decode_precision(device, request.param)
+        return resolve_decode_precision(device, request.param, dtype=torch.float32)
     except ConfigError as error:
         pytest.skip(str(error))
 
@@ -45,3 +49,19 @@ def test_decoded_audio_is_close_to_float32(device: torch.device, name: str, prec
     ratio_db = noise_ratio_db(audio, exact)
     print(f"{name} {precision}: {ratio_db:.1f} dB")
     assert ratio_db >= LEAST_DB[kind][name]
+
+
+@gpu_only
+@torch.inference_mode()
+def test_a_decoder_in_half_precision_can_also_decode_exactly(device: torch.device) -> None:
+    folder, window = load_goldens("sharp-s").folder, load_goldens("sharp-s").tensors["ae/latents"][0]
+    half, exact = (
+        load_model(resolve_entry(folder.name, path=str(folder)), device=device, decode_precision=precision)
+        for precision in (None, "float32")
+    )
+    windows = [DecodeWindow(window, 0, SeededNoise(0))]
+    expected = exact.decode(windows)[0]
+    assert not torch.equal(half.decode(windows)[0], expected)
+    assert isinstance(half, SwitchableDecoder)
+    half.decode_exactly(True)
+    assert torch.equal(half.decode(windows)[0], expected)

@@ -42,19 +42,24 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 Around = Callable[[], AbstractContextManager[Any]]
 
 
+resolve = partial(resolve_decode_precision, dtype=torch.float32)
+
+
 def test_each_device_has_a_default_and_refuses_other_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_decode_precision(CPU, None) == "float32"
+    assert resolve(CPU, None) == "float32"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert resolve_decode_precision(CUDA, None) == "tf32"
-    assert resolve_decode_precision(CUDA, "half") == "half"
+    assert resolve(CUDA, None) == "tf32"
+    assert resolve_decode_precision(CUDA, None, dtype=torch.float16) == "half"
+    assert resolve_decode_precision(CPU, None, dtype=torch.bfloat16) == "float32"
+    assert resolve(CUDA, "half") == "half"
     with pytest.raises(ConfigError, match="decode_precision 'tf32' cannot be used on this processor"):
-        resolve_decode_precision(CPU, "tf32")
+        resolve(CPU, "tf32")
     with pytest.raises(ConfigError, match=r"'float8' is unknown; on cuda:0; allowed: float32, tf32, half"):
-        resolve_decode_precision(CUDA, "float8")
+        resolve(CUDA, "float8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
-    assert resolve_decode_precision(CUDA, None) == "float32"
+    assert resolve(CUDA, None) == "float32"
     with pytest.raises(ConfigError, match="allowed: float32, half"):
-        resolve_decode_precision(CUDA, "tf32")
+        resolve(CUDA, "tf32")
 
 
 @pytest.mark.parametrize(
@@ -71,9 +76,9 @@ def test_a_processor_offers_precisions_that_its_bfloat16_speeds_up(
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda: is_native)
     monkeypatch.setattr(precision, "has_matrix_bfloat16", lambda: by_matrices)
     with pytest.raises(ConfigError, match=f"{expected}$"):
-        resolve_decode_precision(CPU, "tf32")
+        resolve(CPU, "tf32")
     for choice in expected.split("allowed: ")[1].split(", "):
-        assert resolve_decode_precision(CPU, choice) == choice
+        assert resolve(CPU, choice) == choice
 
 
 def test_the_loader_uses_the_setting() -> None:

@@ -13,7 +13,7 @@ from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
-from stable_audio_serve.models.precision import Products, decoder_products, store_half, stored_dtypes
+from stable_audio_serve.models.precision import Products, decoder_products, store_half, stored_dtypes, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.conditioners import (
@@ -43,7 +43,7 @@ def load_sa3(
     """Load the checkpoint and the text encoder.
 
     The denoiser has the dtype `dtype`, the text encoder the dtype of its files, and the other networks float32. If
-    `decode_precision` is "half", the decoder's linear layers are stored in half precision.
+    `decode_precision` is "half" on a CPU, the decoder's linear layers are stored in half precision.
 
     The keys of the weight files must match the networks. Raises CheckpointError, which names the file or key, if not.
     """
@@ -60,7 +60,7 @@ def load_sa3(
     reader.refuse_unread(inert=INERT_KEYS)
     modules = checkpoint_modules(components, config)
     dtypes = {DENOISER_KEYS: dtype}
-    if decode_precision == "half":
+    if stores_half(decode_precision, device):
         halves = stored_dtypes(cast("nn.Module", components.autoencoder.decoder), device)
         dtypes |= {f"{AUTOENCODER_KEYS}decoder.{name}.": half for name, half in halves.items()}
     mapped = load_weights(modules, weights_file, device=device, dtypes=dtypes)
@@ -81,7 +81,7 @@ def assemble(
 ) -> Sa3Model:
     """Returns a model with the given networks, which must already be on `device`."""
     components.autoencoder.resolve()
-    if decode_precision == "half":
+    if stores_half(decode_precision, device):
         store_half(cast("nn.Module", components.autoencoder.decoder), device)
     return Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 

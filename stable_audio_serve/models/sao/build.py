@@ -11,7 +11,7 @@ from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
-from stable_audio_serve.models.precision import store_half
+from stable_audio_serve.models.precision import store_half, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner, load_text_encoder
 from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SaoConfig, parse_config
@@ -39,7 +39,7 @@ def load_sao(
     """Load the checkpoint and the text encoder.
 
     The denoiser has the dtype `dtype`, the text encoder float16, and the other networks float32. If `decode_precision`
-    is "half", the decoder's convolutions are stored in half precision.
+    is "half" on a CPU, the decoder's convolutions are stored in half precision.
 
     The keys of the weight files must match the networks. Raises CheckpointError, which names the file or key, if not.
     """
@@ -71,7 +71,7 @@ def assemble(
 ) -> SaoModel:
     """Returns a model with the given networks, which must already be on `device`."""
     components.autoencoder.resolve()
-    if decode_precision == "half":
+    if stores_half(decode_precision, device):
         store_half(components.autoencoder.decoder, device)
     return SaoModel(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 

@@ -135,7 +135,7 @@ def build_random_model(
         module.eval().requires_grad_(False)
     cast_network(components.denoiser, dtype)
     spec = build_spec(open_card(card, reader, cap_s=None), config)
-    precision = resolve_decode_precision(target, decode_precision)
+    precision = resolve_decode_precision(target, decode_precision, dtype=dtype)
     return assemble(components, config=config, spec=spec, device=target, decode_precision=precision)
 
 
