@@ -28,6 +28,8 @@ from tests.databases import postgres, postgres_url
 __all__ = ["postgres", "postgres_url"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # runs GPU kernels on the CPU; Triton reads it at its import
 _SHARING = ("/served", "/one_ray", "/playground")  # the tests of such a folder share a server, a cluster or a browser
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=500)  # for `make test-all`

@@ -48,6 +48,7 @@ CASES = (
     Case("second_queue", frozenset({"second_queue"})),
     Case("shared_calls", mode="fast", least_db=_LEAST_DB),
     Case("packed_rows", frozenset({"packed_rows"}), mode="fast", least_db=_LEAST_DB),
+    Case("fused_kernels", frozenset({"fused_kernels"}), least_db=_LEAST_DB),
     Case("tf32_decode", least_db=50.0, precision={"decode": "tf32"}),
     Case("half_decode", least_db=40.0, precision={"decode": "half"}),
     Case("float32_steps", least_db=-900.0, precision={"dtype": torch.float32}),  # any finite audio: has no bound
@@ -131,7 +132,8 @@ async def _play(  # noqa: PLR0917
         misses = engine.captures.num_misses
         plays += [(await engine.together(*requests[::step]))[::step] for step in (1, -1)]
     figures = {"captured": engine.captures.num_captured, "misses": engine.captures.num_misses - misses}
-    results.record(f"features.{case.name}", figures | {"can_pack_segments": model.spec.packs_segments})
+    figures |= {"can_pack_segments": model.spec.packs_segments, "has_fused_kernels": model.spec.has_fused_kernels}
+    results.record(f"features.{case.name}", figures)
     if engine.captures.num_off:
         results.differ(f"{case.name}: a captured call failed or differed, so the engine switched captures off")
     elif engine.can_capture and not engine.captures.num_captured:

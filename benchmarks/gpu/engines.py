@@ -43,7 +43,7 @@ _QUEUE_S = 36_000.0  # long enough that no request is refused on any device
 
 # With these features, an engine in strict mode must give the same bytes as without any.
 EXACT = frozenset({"async_copies", "second_queue", "captures"})
-ALL = EXACT | {"packed_rows"}
+ALL = EXACT | {"packed_rows", "fused_kernels"}
 PLAIN: frozenset[str] = frozenset()
 
 OpenDevice = Callable[[torch.device], Device]
@@ -123,6 +123,7 @@ class Machine:
         options = EngineOptions(
             mode=mode,
             frame_grid=None if "packed_rows" in features else device.frame_grid,  # with a grid, rows are padded
+            features=Features(fused_kernels="fused_kernels" in features),
             profile="accelerated",  # uses the features without checking them first; the benchmark itself checks them
             max_queue_s=_QUEUE_S,
             warmup_budget_s=2.0 if features == ALL and not self.is_tiny else 0.0,

@@ -1,7 +1,8 @@
 """Measures the times of clips, decoders, compiled layers, rows, adapters and noise.
 
-Single clips, with and without CUDA graphs, are compared with the published TensorRT pipeline. Rows of different lengths
-are measured packed and padded. Also measured are rows with different adapters, and the drawing of noise.
+Single clips, with and without CUDA graphs and fused kernels, are compared with the published TensorRT pipeline. Rows of
+different lengths are measured packed and padded. Also measured are rows with different adapters, and the drawing of
+noise.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _THREADS = (1, 4)
 
 
 async def measure(machine: Machine, results: Results, *, name: str) -> None:
-    """Store the times of each clip with a published time: alone, without CUDA graphs, and together with equally long
-    clips.
+    """Store the times of each clip with a published time: alone, without CUDA graphs, without fused kernels, and
+    together with equally long clips.
     """
     model, repeats = machine.load(name, decode=None), machine.sizes.repeats
     weights = machine.memory_bytes().get("held", 0)
@@ -62,9 +63,18 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
         async with machine.engine(model, ALL - {"captures"}) as engine:
             eager_ms = await _median_ms(partial(engine.together, request), repeats=repeats)
         del engine
+        async with machine.engine(model, ALL - {"fused_kernels"}) as engine:
+            await engine.prepare(request)
+            unfused_ms = await _median_ms(partial(engine.together, request), repeats=repeats)
+            await engine.prepare(*crowd)
+            unfused_crowd_ms = await _median_ms(partial(engine.together, *crowd), repeats=repeats) / len(crowd)
+        del engine
         figures: dict[str, Any] = {
             "alone_ms": alone_ms,
+            "crowd_ms": crowd_ms,
             "eager_ms": eager_ms,
+            "unfused_ms": unfused_ms,
+            "unfused_crowd_ms": unfused_crowd_ms,
             "eager_over_captured_ratio": eager_ms / alone_ms,
             "text_ms": timings.text_ms,
             "step_ms": timings.denoise_ms / (request.steps or 1),

@@ -65,7 +65,7 @@ class EngineSettings(Section):
         "auto",
         description="Speed features on a GPU: plain = none, accelerated = all, auto = all if a check at start passes.",
     )
-    features: dict[Literal["captures", "second_queue", "packing", "fast_decoding"], bool] = Field(
+    features: dict[Literal["captures", "second_queue", "packing", "fast_decoding", "fused_kernels"], bool] = Field(
         {}, description="Speed features to switch off on a GPU, such as {captures: off}; see the page on operation."
     )
     warmup_budget_s: float = Field(

@@ -46,7 +46,7 @@ from stable_audio_serve.engine.prediction import PriceList
 from stable_audio_serve.engine.profile import Profile, prove
 from stable_audio_serve.engine.provenance import complete_provenance, describe_engine, require_checkpoint
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy
-from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan, SwitchableDecoder
+from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan, SwitchableModel
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
 _STOP_TIMEOUT_S = 30.0  # how long `close` waits at most for the thread to end after its current step
@@ -167,8 +167,10 @@ class Engine:
                 profile = await prove(self._sibling, self.profile.features, spec=self.spec, mode=self.mode)
                 if profile != self.profile:
                     self._assemble(profile)
-            if isinstance(self._model, SwitchableDecoder):
-                self._model.decode_exactly(self._decodes_exactly)
+            if isinstance(self._model, SwitchableModel):
+                self._model.use_features(
+                    fast_decoding=not self._decodes_exactly, fused_kernels=self.profile.features.fused_kernels
+                )
             self._metrics.gauge("engine_profile", 1.0, profile=self.profile.name)
             self._is_proved = True
 
@@ -282,6 +284,8 @@ class Engine:
         own = [str(self.profile)]
         if self.profile.features.packing and self.mode == "fast" and not self.spec.packs_segments:
             own.append("packing off: this torch or precision has no attention for packed rows")
+        if self.profile.features.fused_kernels and not self.spec.has_fused_kernels:
+            own.append("fused_kernels off: Triton's kernels do not work here, or the model is compiled")
         if reason := self._stages.captures_off_reason:
             own.append(f"captures off: {reason}")
         return "; ".join(own)

@@ -20,9 +20,10 @@ class Features:
     second_queue: bool = True  # encode text and sources, and decode, in a second CUDA stream
     packing: bool = True  # clips of different lengths in one call without padding, in fast mode
     fast_decoding: bool = True  # decode in the configured `decode_precision`, not always in float32
+    fused_kernels: bool = True  # kernels that combine several of torch's operations
 
 
-PLAIN = Features(captures=False, second_queue=False, packing=False, fast_decoding=False)
+PLAIN = Features(captures=False, second_queue=False, packing=False, fast_decoding=False, fused_kernels=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ _LEAST_DB = {torch.float32: 50.0, torch.float16: 30.0, torch.bfloat16: 18.0}
 _LENGTHS = (1.0, 0.4, 0.7, 0.55)  # durations of the requests, as fractions of the longest one
 _LONGEST_S = 5.0
 _STEPS = 2
-_EXACT = Features(packing=False, fast_decoding=False)  # the features that must not change any bit in strict mode
+# These features must not change any bit in strict mode.
+_EXACT = Features(packing=False, fast_decoding=False, fused_kernels=False)
 
 
 class Generator(Protocol):

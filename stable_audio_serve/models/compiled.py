@@ -15,7 +15,7 @@ import torch
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.private_files import make_private_folder, require_own_folder
 from stable_audio_serve.models.forwarding import ForwardingModel
-from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, SwitchableDecoder
+from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, SwitchableModel
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 
@@ -30,20 +30,25 @@ class CompiledModel(ForwardingModel):
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's spec with `is_compiled` on, `packs_segments` off and, on a CPU, `packs_rows` off.
+        """The model's spec with `is_compiled` on, `packs_segments` and `has_fused_kernels` off and, on a CPU,
+        `packs_rows` off.
 
         `packs_segments` is untested with compiled layers. On a CPU, packed rows would need a compilation for each
         combination of row lengths.
         """
         spec = self._model.spec
         return replace(
-            spec, is_compiled=True, packs_rows=spec.packs_rows and self.device.type != "cpu", packs_segments=False
+            spec,
+            is_compiled=True,
+            has_fused_kernels=False,
+            packs_rows=spec.packs_rows and self.device.type != "cpu",
+            packs_segments=False,
         )
 
-    def decode_exactly(self, is_exact: bool) -> None:
-        """See `SwitchableDecoder`."""
-        assert isinstance(self._model, SwitchableDecoder)  # as all models of `backend: native`
-        self._model.decode_exactly(is_exact)
+    def use_features(self, *, fast_decoding: bool, fused_kernels: bool) -> None:
+        """See `SwitchableModel`. The compiler makes its own kernels."""
+        assert isinstance(self._model, SwitchableModel)  # as all models of `backend: native`
+        self._model.use_features(fast_decoding=fast_decoding, fused_kernels=False)
 
 
 def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: str = "inductor") -> CompiledModel:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
+from stable_audio_serve.models.blocks.fused import load_kernels, use_kernels
 from stable_audio_serve.models.precision import decoder_products, stores_half
 from stable_audio_serve.models.protocol import ModelSpec, TextEmbedding
 from stable_audio_serve.models.switches import exact
@@ -23,25 +25,30 @@ class NativeModel:
         text: TextEncoder,
         prompt: nn.Module,
         *,
+        networks: Sequence[nn.Module],
         spec: ModelSpec,
         device: torch.device,
         decode_precision: DecodePrecision,
     ) -> None:
-        """`prompt` converts the output of `text` to embeddings and sets the embeddings of padding tokens."""
+        """`prompt` converts the output of `text` to embeddings and sets the embeddings of padding tokens.
+
+        `networks` are the denoiser and the autoencoder.
+        """
         self.text = text
         self.prompt = prompt
-        self._spec = spec
+        self._networks = networks
+        self._spec = replace(spec, has_fused_kernels=load_kernels(device, spec.dtype) is not None)
         self._device = device
         self._decode_precision: DecodePrecision = decode_precision
         self._products = decoder_products(decode_precision, device)
 
-    def decode_exactly(self, is_exact: bool) -> None:
-        """If `is_exact`, decode with float32 matrix products from now on, else with the configured precision.
-
-        Has no effect on a decoder whose weights are stored in half precision.
-        """
+    def use_features(self, *, fast_decoding: bool, fused_kernels: bool) -> None:
+        """See `SwitchableModel`. A decoder whose weights are stored in half precision always decodes in it."""
         if not stores_half(self._decode_precision, self._device):
-            self._products = decoder_products("float32" if is_exact else self._decode_precision, self._device)
+            precision = self._decode_precision if fast_decoding else "float32"
+            self._products = decoder_products(precision, self._device)
+        for network in self._networks:
+            use_kernels(network, load_kernels(self._device, self._spec.dtype) if fused_kernels else None)
 
     @property
     def spec(self) -> ModelSpec:

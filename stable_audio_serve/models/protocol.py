@@ -33,6 +33,7 @@ class ModelSpec:
     pads_rows: bool = True  # the network masks padding; if False, a batch needs rows of equal length
     packs_rows: bool = False  # the network accepts packed batches: rows of different lengths without padding
     packs_segments: bool = False  # the network accepts, and is fast with, packed batches with row lengths on the device
+    has_fused_kernels: bool = False  # the kernels of `blocks.kernels` work on the model's device
     num_prefix: int = 0  # number of tokens that the network puts before each row's frames
     is_compiled: bool = False  # uses torch.compile: a new shape can take seconds, and results may depend on the shape
     dtype: torch.dtype = torch.float32  # the denoiser's precision
@@ -332,11 +333,15 @@ class DiffusionModel(Protocol):
 
 
 @runtime_checkable
-class SwitchableDecoder(Protocol):
-    """A model whose decoder can use float32 matrix products in place of the configured precision."""
+class SwitchableModel(Protocol):
+    """A model whose speed features can be switched off."""
 
-    def decode_exactly(self, is_exact: bool) -> None:
-        """If `is_exact`, decode with float32 matrix products from now on, else with the configured precision."""
+    def use_features(self, *, fast_decoding: bool, fused_kernels: bool) -> None:
+        """From now on, use only these features.
+
+        `fast_decoding` decodes in the configured precision, else with float32 matrix products. `fused_kernels` uses the
+        kernels of `blocks.kernels`, if the spec says that they work, else torch's operations.
+        """
         ...
 
 

@@ -20,7 +20,7 @@ from benchmarks.gpu.goals import GPU_GOALS
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 ROOT = Path(__file__).parents[2]
-BATTERY = {"async_copies", "second_queue", "captures", "packed_rows", "half_decode", "accelerated"}
+BATTERY = {"async_copies", "second_queue", "captures", "packed_rows", "fused_kernels", "half_decode", "accelerated"}
 
 
 def run_first(out: Path, *options: str, device: str) -> tuple[int, dict[str, Any]]:

@@ -113,3 +113,22 @@ def test_half_precision_denoiser_is_close_to_the_reference(device: torch.device,
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_attention_for_packed_rows_works(device: torch.device, dtype: torch.dtype) -> None:
     assert has_varlen(device, dtype, num_heads=16, num_key_heads=8, head_width=64)
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_fused_kernels_match_the_reference(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    model, tensors = load_on(device, name, dtype), load_goldens(name).tensors
+    assert model.spec.has_fused_kernels
+    model.use_features(fast_decoding=True, fused_kernels=True)
+    try:
+        made = denoise(device, name, dtype)
+        with torch.inference_mode():
+            decoded = model.autoencoder.decode(tensors["ae/latents"].to(device)).cpu()
+    finally:
+        model.use_features(fast_decoding=True, fused_kernels=False)
+    assert_near(decoded, tensors["ae/decode_quiet"], within=WIDER * BOUNDS["autoencoder"])
+    valid = tensors["dit/padding_mask"].bool()[:, None].expand_as(made)
+    difference, expected = (made - tensors["dit/out_pad_keymask"])[valid], tensors["dit/out_pad_keymask"][valid]
+    allowed = HALF.get(dtype, WIDER * BOUNDS["denoiser padding"])
+    assert difference.square().mean().sqrt() <= allowed * expected.square().mean().sqrt()

@@ -21,7 +21,7 @@ from stable_audio_serve.models.adapters.base import Base
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.forwarding import ForwardingModel
-from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch, SwitchableDecoder
+from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch, SwitchableModel
 from stable_audio_serve.models.registry import resolve_entry
 from tests.adapter_files import LAYER, write_file
 from tests.goldens import load_goldens, load_open_goldens
@@ -120,14 +120,14 @@ def test_an_engine_serves_a_compiled_model_in_fast_mode(tmp_path: Path) -> None:
     assert (found[0] - found[1]).abs().max() > 1e-2
 
 
-def test_a_compiled_model_switches_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_model_switches_only_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = load("sharp-s")
     model = compile_layers(inner, folder=tmp_path, backend=TRACED)
-    assert isinstance(model, SwitchableDecoder)
-    asked: list[bool] = []
-    monkeypatch.setattr(inner, "decode_exactly", asked.append)
-    model.decode_exactly(True)
-    assert asked == [True]
+    assert isinstance(model, SwitchableModel)
+    asked: list[dict[str, bool]] = []
+    monkeypatch.setattr(inner, "use_features", lambda **features: asked.append(features))
+    model.use_features(fast_decoding=False, fused_kernels=True)
+    assert asked == [{"fast_decoding": False, "fused_kernels": False}]
 
 
 def test_compiled_kernels_are_stored_in_a_private_folder(tmp_path: Path) -> None:

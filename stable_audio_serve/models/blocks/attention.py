@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks.norms import build_head_norm
+from stable_audio_serve.models.blocks.fused import FusedModule
+from stable_audio_serve.models.blocks.norms import RMSNorm, build_head_norm
 from stable_audio_serve.models.blocks.rotary import RotaryTable, rotate, without_affine
 
 # (queries, keys, values) -> output, each of shape (batch, heads, tokens, head width)
@@ -76,7 +77,7 @@ def empty_mask(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.devi
     ]
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(FusedModule):
     """Self-attention. One linear layer computes (q, k, v), or (q, k, v, q', k') for differential attention."""
 
     def __init__(self, width: int, *, num_heads: int, differential: bool, head_norm: str) -> None:
@@ -95,19 +96,26 @@ class SelfAttention(nn.Module):
         `rotary` must contain the gain and bias of `q_norm` and `k_norm`.
         """
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
-        if not self.differential:
+        q, k = self._rotated(parts, rotary)
+        v = torch.cat([parts[:, :, 2]] * 2, dim=2) if self.differential else parts[:, :, 2]
+        out = attend_fn(*map(heads_first, (q, k, v)))
+        return self.to_out(merge_heads(subtract(out) if self.differential else out))
+
+    def _rotated(self, parts: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+        """Returns normalised and rotated queries and keys, each (batch, tokens, heads, head width)."""
+        if self.kernels is not None:
+            return self.kernels.rotated_heads(parts, norm=self.q_norm, table=rotary)
+        if self.differential:
+            # Select the queries and keys of (q, k, v, q', k') and order them as (q, q'), (k, k').
+            pairs = parts.unfold(2, 2, 3).permute(0, 1, 5, 2, 3, 4)
+            normed = without_affine(self.q_norm, pairs, rate=rotary.rate).flatten(3, 4)
+        else:
             normed = without_affine(self.q_norm, parts[:, :, :2], rate=rotary.rate)
-            q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
-            return self.to_out(merge_heads(attend_fn(*map(heads_first, (q, k, parts[:, :, 2])))))
-        # Select the queries and keys of (q, k, v, q', k') and order them as (q, q'), (k, k').
-        pairs = parts.unfold(2, 2, 3).permute(0, 1, 5, 2, 3, 4)
-        normed = without_affine(self.q_norm, pairs, rate=rotary.rate).flatten(3, 4)
         q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
-        v = torch.cat([parts[:, :, 2]] * 2, dim=2)
-        return self.to_out(merge_heads(subtract(attend_fn(*map(heads_first, (q, k, v))))))
+        return q, k
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(FusedModule):
     """Cross-attention to context tokens without positions.
 
     `project_context` computes the context's keys and values once, for reuse in every `forward`.
@@ -141,7 +149,11 @@ class CrossAttention(nn.Module):
 
         If keys and values are zero, the result is exactly zero.
         """
-        q = self.q_norm(self.to_q(x).unflatten(-1, (-1, self.head_width)))
+        q = self.to_q(x).unflatten(-1, (-1, self.head_width))
+        if self.kernels is not None and isinstance(self.q_norm, RMSNorm):
+            q = self.kernels.normed_heads(q, self.q_norm)
+        else:
+            q = self.q_norm(q)
         out = attend_fn(heads_first(q), key, value)
         return self.to_out(merge_heads(subtract(out) if self.differential else out))
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stable_audio_serve.models.blocks.fused import FusedModule
+
 
 def sine(x: Tensor) -> Tensor:
     """`sin(pi x)`, the activation of the last layers in some decoders."""
     return torch.sin(math.pi * x)
 
 
-class GatedLinear(nn.Module):
+class GatedLinear(FusedModule):
     """Returns `value * activation(gate)`, where one linear layer computes value and gate.
 
     The activation must return a new tensor, because the product overwrites it.
@@ -28,7 +30,10 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., inner)."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        both = self.proj(x)
+        if self.kernels is not None:
+            return self.kernels.gated(both, self.activation)
+        value, gate = both.chunk(2, dim=-1)
         activated = self.activation(gate)
         return activated * value if torch.is_grad_enabled() else activated.mul_(value)
 

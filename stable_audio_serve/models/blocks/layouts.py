@@ -19,6 +19,7 @@ class Layout(Protocol):
     """How rows are stored: padded (rows, prefix + frames, width), or packed (1, tokens of all rows, width)."""
 
     shares_heads: bool  # `attend_context` accepts fewer key heads than query heads, as in grouped-query attention
+    rows: Tensor | None  # the row of each token; None if rows are axis 0 or consecutive parts of axis 1
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
         """Returns tokens: each row's `frames` after its `prefix`.
@@ -74,6 +75,7 @@ class Padded:
     """
 
     shares_heads = False
+    rows: Tensor | None = None
 
     def __init__(self, num_frames: int, *, num_prefix: int, valid: Tensor | None, dtype: torch.dtype) -> None:
         self._num_tokens = num_prefix + num_frames

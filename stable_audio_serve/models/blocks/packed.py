@@ -53,6 +53,7 @@ class Packed:
     """
 
     shares_heads = False
+    rows: Tensor | None = None
 
     def __init__(self, frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> None:
         self.num_prefix = num_prefix

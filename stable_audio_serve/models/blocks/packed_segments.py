@@ -23,6 +23,7 @@ class PackedSegments:
     shares_heads = True
 
     def __init__(self, segments: Segments, *, num_prefix: int, slots: Tensor | None, varlen: VarlenAttention) -> None:
+        self.rows: Tensor | None = segments.rows
         self._segments = segments
         self._num_prefix = num_prefix
         self._attention = SegmentAttention(varlen, segments, slots=slots)

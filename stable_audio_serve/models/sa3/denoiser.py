@@ -19,6 +19,7 @@ from stable_audio_serve.models.blocks import (
     CrossAttention,
     ExpoFourier,
     FeedForward,
+    FusedModule,
     Layout,
     Padded,
     RMSNorm,
@@ -68,7 +69,7 @@ class Modulation(NamedTuple):
     gate_ff: Tensor
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(FusedModule):
     """Applies self-attention, cross-attention, local conditioning and the feed-forward network, in this order.
 
     Self-attention and the feed-forward network are modulated and gated (adaptive norms).
@@ -102,18 +103,28 @@ class TransformerLayer(nn.Module):
         `layout` defines the shapes of `h` and `local`. `context` has keys and values as `layout.context` returns them.
         `local` is added to frames, but not to memory tokens.
         """
-        normed = self.pre_norm.without_gain(h)
-        normed = layout.modulate(normed, scale=modulation.scale_attn, shift=modulation.shift_attn)
+        normed = self._modulated(
+            self.pre_norm, h, scale=modulation.scale_attn, shift=modulation.shift_attn, layout=layout
+        )
         attended = self.self_attn(normed, rotary=rotary, attend_fn=layout.attend)
-        h = layout.add_gated(h, attended, gate=modulation.gate_attn)
+        h = self._add_gated(h, attended, gate=modulation.gate_attn, layout=layout)
         if context is not None:
             (key, value), normed = context, self.cross_attend_norm(h)
             h = add_branch(h, self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context))
         if local is not None:
             layout.add_local(h, local)  # in place: nothing else uses h
-        normed = self.ff_norm.without_gain(h)
-        normed = layout.modulate(normed, scale=modulation.scale_ff, shift=modulation.shift_ff)
-        return layout.add_gated(h, self.ff(normed), gate=modulation.gate_ff)
+        normed = self._modulated(self.ff_norm, h, scale=modulation.scale_ff, shift=modulation.shift_ff, layout=layout)
+        return self._add_gated(h, self.ff(normed), gate=modulation.gate_ff, layout=layout)
+
+    def _modulated(self, norm: RMSNorm, h: Tensor, *, scale: Tensor, shift: Tensor, layout: Layout) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.modulated_norm(h, scale=scale, shift=shift, rows=layout.rows, eps=norm.eps)
+        return layout.modulate(norm.without_gain(h), scale=scale, shift=shift)
+
+    def _add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor, layout: Layout) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.add_gated(h, update, gate=gate, rows=layout.rows)
+        return layout.add_gated(h, update, gate=gate)
 
 
 class Transformer(nn.Module):

@@ -94,7 +94,12 @@ class Sa3Model(NativeModel):
             dtype=self.denoiser.dtype,
         )
         super().__init__(
-            components.text, components.prompt, spec=spec, device=device, decode_precision=decode_precision
+            components.text,
+            components.prompt,
+            networks=(self.denoiser, self.autoencoder),
+            spec=spec,
+            device=device,
+            decode_precision=decode_precision,
         )
         self._decode_rule = WindowRule(self.autoencoder.decoder_halo_latents, self.autoencoder.latent_multiple)
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")

@@ -1,0 +1,298 @@
+"""Fused GPU kernels in Triton. Each replaces several operations of torch that read and write the same tensors. On an
+H100, such operations took twice as long as the matrix products of a denoising step.
+
+Importing this module imports Triton, which is installed together with torch for CUDA. All kernels compute in float32
+and round once, when they store the result. They are for inference only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.nn import functional as F
+from triton import language as tl
+
+from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
+from stable_audio_serve.models.blocks.rotary import RotaryTable
+
+_GATED_BLOCK = 1024  # values that one program of `_gated` computes
+_MANY = 1024  # a program that computes more values than this uses eight warps instead of four
+
+
+def modulated_norm(x: Tensor, *, scale: Tensor, shift: Tensor, rows: Tensor | None, eps: float) -> Tensor:
+    """Returns `rms_norm(x) * scale + shift` for tokens x (batch, tokens, width).
+
+    `scale` and `shift` are (rows, width). Token i belongs to row `rows[i]`; if `rows` is None, the rows are axis 0.
+    """
+    _require_rows(x, values=scale, rows=rows)
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    width = x.shape[-1]
+    with torch.cuda.device_of(x):
+        _modulated_norm[x.shape[0] * x.shape[1],](
+            x,
+            scale,
+            shift,
+            x if rows is None else rows,
+            out,
+            x.shape[1],
+            scale.stride(0),
+            shift.stride(0),
+            width,
+            eps,
+            HAS_ROWS=rows is not None,
+            BLOCK=triton.next_power_of_2(width),
+            num_warps=_warps(width),
+        )
+    return out
+
+
+def add_gated(h: Tensor, update: Tensor, *, gate: Tensor, rows: Tensor | None) -> Tensor:
+    """Add `gate * update` to the tokens h (batch, tokens, width) in place, and return h. `gate` is (rows, width).
+
+    `rows` is as in `modulated_norm`.
+    """
+    _require_rows(h, values=gate, rows=rows)
+    assert h.is_contiguous()
+    width = h.shape[-1]
+    with torch.cuda.device_of(h):
+        _add_gated[h.shape[0] * h.shape[1],](
+            h,
+            update.contiguous(),
+            gate,
+            h if rows is None else rows,
+            h.shape[1],
+            gate.stride(0),
+            width,
+            HAS_ROWS=rows is not None,
+            BLOCK=triton.next_power_of_2(width),
+            num_warps=_warps(width),
+        )
+    return h
+
+
+def rotated_heads(parts: Tensor, *, norm: nn.Module, table: RotaryTable) -> tuple[Tensor, Tensor]:
+    """Returns normalised and rotated queries and keys, each (batch, tokens, heads, head width) in the dtype of `parts`.
+
+    `parts` (batch, tokens, 3 or 5, heads, head width) has (q, k, v), or (q, k, v, q', k') for differential attention.
+    The results then have twice as many heads, those of q' and k' last. `table` contains the gain and bias of the norms.
+    """
+    batch, tokens, num_parts, heads, width = parts.shape
+    sets = num_parts // 2
+    parts = parts.contiguous()
+    out = parts.new_empty(batch, tokens, 2, sets * heads, width)
+    shift, rate = table.shift, table.rate
+    assert table.cos.stride(-1) == table.sin.stride(-1) == 1
+    assert table.cos.stride() == table.sin.stride() == (table.cos if shift is None else shift).stride()
+    with torch.cuda.device_of(parts):
+        _rotated_heads[batch * tokens, 2 * sets](
+            parts,
+            table.cos,
+            table.sin,
+            table.cos if shift is None else shift,
+            table.cos if rate is None else rate,
+            out,
+            tokens,
+            heads,
+            width,
+            table.half,
+            table.cos.stride(0),
+            table.cos.stride(1) if table.cos.shape[1] > 1 else 0,
+            _eps(norm),
+            PARTS=num_parts,
+            SETS=sets,
+            NORM=_kind(norm),
+            HAS_SHIFT=shift is not None,
+            HEADS=triton.next_power_of_2(heads),
+            WIDTH=triton.next_power_of_2(width),
+            num_warps=_warps(heads * width),
+        )
+    queries, keys = out.unbind(2)
+    return queries, keys
+
+
+def normed_heads(x: Tensor, norm: RMSNorm) -> Tensor:
+    """Returns `norm(x)` for queries x (batch, tokens, heads, head width)."""
+    batch, tokens, heads, width = x.shape
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(x):
+        _normed_heads[batch * tokens,](
+            x,
+            norm.gamma,
+            out,
+            heads,
+            width,
+            norm.eps,
+            HEADS=triton.next_power_of_2(heads),
+            WIDTH=triton.next_power_of_2(width),
+            num_warps=_warps(heads * width),
+        )
+    return out
+
+
+def gated(x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns `value * activation(gate)` for x (..., 2 * inner), which has the values and then the gates.
+
+    `activation` is `F.silu` or `blocks.sine`.
+    """
+    x = x.contiguous()
+    inner = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], inner)
+    with torch.cuda.device_of(x):
+        _gated[out.numel() // inner, triton.cdiv(inner, _GATED_BLOCK)](
+            x, out, inner, IS_SILU=activation is F.silu, BLOCK=_GATED_BLOCK, num_warps=4
+        )
+    return out
+
+
+def _require_rows(x: Tensor, *, values: Tensor, rows: Tensor | None) -> None:
+    """Raise ValueError unless every token of x has a row of `values`."""
+    if values.stride(-1) != 1 or (len(values) != len(x) if rows is None else len(rows) != x.shape[0] * x.shape[1]):
+        raise ValueError(f"values of shape {tuple(values.shape)} do not fit tokens of shape {tuple(x.shape)}")
+
+
+def _warps(num_values: int) -> int:
+    return 8 if num_values > _MANY else 4
+
+
+def _kind(norm: nn.Module) -> str:
+    if isinstance(norm, RMSNorm):
+        return "rms"
+    if isinstance(norm, nn.LayerNorm):
+        return "ln"
+    return "dyt" if isinstance(norm, DyT) else "none"
+
+
+def _eps(norm: nn.Module) -> float:
+    return float(getattr(norm, "eps", 0.0))
+
+
+# Kernels are not type-checked: Triton compiles their source.
+
+
+@triton.jit(do_not_specialize=["row_tokens"])
+def _modulated_norm(
+    x,
+    scale,
+    shift,
+    rows,
+    out,
+    row_tokens,
+    scale_stride,
+    shift_stride,
+    width,
+    eps,
+    HAS_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    row = token // row_tokens
+    if HAS_ROWS:
+        row = tl.load(rows + token).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(x + token * width + column, mask=inside, other=0.0).to(tl.float32)
+    values = values / tl.sqrt(tl.sum(values * values, axis=0) / width + eps)
+    factor = tl.load(scale + row * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(shift + row * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, values * factor + offset, mask=inside)
+
+
+@triton.jit(do_not_specialize=["row_tokens"])
+def _add_gated(h, update, gate, rows, row_tokens, gate_stride, width, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    row = token // row_tokens
+    if HAS_ROWS:
+        row = tl.load(rows + token).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place = token * width + column
+    before = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
+    change = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h + place, before + factor * change, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_positions"])
+def _rotated_heads(
+    parts,
+    cos,
+    sin,
+    shift,
+    rate,
+    out,
+    num_positions,
+    heads,
+    width,
+    half,
+    position_stride,
+    which_stride,
+    eps,
+    PARTS: tl.constexpr,
+    SETS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    which = tl.program_id(1) % 2  # 0: queries, 1: keys
+    own_set = tl.program_id(1) // 2  # 1: q' and k' of differential attention
+    head = tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, WIDTH)[None, :]
+    inside = (head < heads) & (channel < width)
+    source = parts + (token * PARTS + which + 3 * own_set) * heads * width + head * width
+    partner = tl.where(channel < half, channel + half, tl.where(channel < 2 * half, channel - half, channel))
+    own = tl.load(source + channel, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
+    if NORM == "rms":
+        level = tl.sqrt(tl.sum(own * own, axis=1)[:, None] / width + eps)
+        own = own / level
+        other = other / level
+    if NORM == "ln":
+        mean = tl.sum(own, axis=1)[:, None] / width
+        own = tl.where(inside, own - mean, 0.0)
+        level = tl.sqrt(tl.sum(own * own, axis=1)[:, None] / width + eps)
+        own = own / level
+        other = (other - mean) / level
+    if NORM == "dyt":
+        alpha = tl.load(rate + which)
+        own = 2.0 * tl.sigmoid(2.0 * alpha * own) - 1.0  # tanh
+        other = 2.0 * tl.sigmoid(2.0 * alpha * other) - 1.0
+    place = (token % num_positions) * position_stride + which * which_stride + channel
+    is_channel = channel < width
+    rotated = own * tl.load(cos + place, mask=is_channel, other=0.0)
+    rotated += other * tl.load(sin + place, mask=is_channel, other=0.0)
+    if HAS_SHIFT:
+        rotated += tl.load(shift + place, mask=is_channel, other=0.0)
+    target = out + ((token * 2 + which) * SETS + own_set) * heads * width + head * width + channel
+    tl.store(target, rotated, mask=inside)
+
+
+@triton.jit
+def _normed_heads(x, gamma, out, heads, width, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, WIDTH)[None, :]
+    inside = (head < heads) & (channel < width)
+    place = token * heads * width + head * width + channel
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    values = values / tl.sqrt(tl.sum(values * values, axis=1)[:, None] / width + eps)
+    gain = tl.load(gamma + channel, mask=channel < width, other=0.0).to(tl.float32)
+    tl.store(out + place, values * gain, mask=inside)
+
+
+@triton.jit
+def _gated(x, out, inner, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < inner
+    value = tl.load(x + 2 * token * inner + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(x + (2 * token + 1) * inner + column, mask=inside, other=0.0).to(tl.float32)
+    if IS_SILU:
+        gate = gate * tl.sigmoid(gate)
+    else:
+        gate = tl.sin(3.141592653589793 * gate)
+    tl.store(out + token * inner + column, value * gate, mask=inside)

@@ -1,0 +1,113 @@
+"""The fused GPU kernels compute what the layers compute without them. Triton's interpreter runs them on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stable_audio_serve.models.blocks import HEAD_NORMS, RotaryEmbedding, SelfAttention, attend, sine
+from stable_audio_serve.models.blocks.fused import Kernels, errors, use_kernels
+from stable_audio_serve.models.blocks.rotary import gather_affine
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.verification.verify import BOUNDS
+from tests.goldens import SHARP, load_goldens
+from tests.models.loaded import assert_near, loaded
+from tests.models.packing import run_packed
+from tests.parameters import slow
+
+CLOSE = 1e-5  # the kernels compute in float32, but in another order
+HEADS, HEAD_WIDTH, TOKENS = 3, 16, 5
+
+
+@pytest.fixture
+def kernels() -> Kernels:
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("tests/gpu runs the kernels on a GPU")
+    from stable_audio_serve.models.blocks import kernels
+
+    return kernels
+
+
+@pytest.fixture(params=[SHARP[0], *map(slow, SHARP[1:])])
+def model(request: pytest.FixtureRequest, kernels: Kernels) -> Iterator[Sa3Model]:
+    """Returns a model of the reference implementation, which uses the kernels."""
+    model = loaded(request.param)
+    for network in (model.denoiser, model.autoencoder):
+        use_kernels(network, kernels)
+    with torch.inference_mode():
+        yield model
+    for network in (model.denoiser, model.autoencoder):
+        use_kernels(network, None)
+
+
+def golden(model: Sa3Model) -> Callable[[str], Tensor]:
+    return load_goldens(model.spec.card.name).tensors.__getitem__
+
+
+def test_each_kernel_passes_the_check_at_start(kernels: Kernels) -> None:
+    found = dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float32))
+    assert set(found) == {"modulated_norm", "add_gated", "gated", "normed_heads", "rotated_heads"}
+    assert max(found.values()) <= CLOSE
+
+
+@pytest.mark.parametrize("kind", HEAD_NORMS)
+@pytest.mark.parametrize("is_differential", [False, True])
+@torch.inference_mode()
+def test_attention_is_the_same_with_each_norm(kernels: Kernels, kind: str, is_differential: bool) -> None:
+    torch.manual_seed(0)
+    layer = SelfAttention(HEADS * HEAD_WIDTH, num_heads=HEADS, differential=is_differential, head_norm=kind)
+    for norm in (layer.q_norm, layer.k_norm):
+        for parameter in norm.parameters():
+            parameter.copy_(0.7 + 0.3 * torch.randn(parameter.shape))
+    rope = RotaryEmbedding(HEAD_WIDTH // 2)
+    affine = gather_affine([(layer.q_norm, layer.k_norm)], half=rope.half_width)
+    table = affine.table(torch.arange(TOKENS).float(), rates=rope.rates(HEAD_WIDTH)).layer(0)
+    x = torch.randn(2, TOKENS, HEADS * HEAD_WIDTH)
+    plain = layer(x, rotary=table, attend_fn=attend)
+    use_kernels(layer, kernels)
+    assert_near(layer(x, rotary=table, attend_fn=attend), plain, within=CLOSE)
+
+
+def test_gated_units_are_the_same_for_both_activations(kernels: Kernels) -> None:
+    x = torch.randn(2, TOKENS, 2 * 1500, generator=torch.Generator().manual_seed(0))
+    value, gate = x.chunk(2, dim=-1)
+    for activation in (F.silu, sine):
+        assert_near(kernels.gated(x, activation), value * activation(gate), within=CLOSE)
+
+
+def test_rows_that_do_not_fit_the_tokens_are_refused(kernels: Kernels) -> None:
+    x, values = torch.zeros(1, TOKENS, 8), torch.zeros(2, 8)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.modulated_norm(x, scale=values, shift=values, rows=None, eps=1e-5)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.add_gated(x, x, gate=values, rows=torch.zeros(TOKENS - 1, dtype=torch.int32))
+
+
+def test_a_padded_step_matches_the_reference(model: Sa3Model) -> None:
+    g, net = golden(model), model.denoiser
+    conditioning = net.condition(g("dit/cross_attn_cond"), g("dit/global_cond"), local=g("dit/local_add_cond"))
+    valid = g("dit/padding_mask").bool()
+    out = net(g("dit/x"), g("dit/t"), conditioning=conditioning, valid=valid)
+    visible = valid[:, None].expand_as(out)
+    assert_near(out[visible], g("dit/out_pad_keymask")[visible], within=BOUNDS["denoiser padding"])
+
+
+def test_a_packed_step_matches_the_reference(model: Sa3Model) -> None:
+    g, net = golden(model), model.denoiser
+    parts = (g(f"dit/{key}").split(1) for key in ("cross_attn_cond", "global_cond", "local_add_cond"))
+    conditions = [net.condition(context, own, local=local) for context, own, local in zip(*parts, strict=True)]
+    out = run_packed(net, g("dit/x").split(1), times=g("dit/t"), conditions=conditions, way="one kernel")
+    assert_near(torch.cat(out), g("dit/out"), within=BOUNDS["denoiser"])
+
+
+def test_decoding_is_the_same_without_kernels(model: Sa3Model) -> None:
+    net, latents = model.autoencoder, golden(model)("ae/latents")[:1, :, :4]  # few: the interpreter is slow
+    fused = net.decode(latents)
+    use_kernels(net, None)
+    assert_near(fused, net.decode(latents), within=BOUNDS["autoencoder"])
