@@ -97,7 +97,8 @@ async def test_features_that_are_off_are_named_with_the_profile() -> None:
     options = EngineOptions(mode="fast", profile="accelerated", warmup_budget_s=0.0, torch_threads=1)
     async with Engine(loaded("sharp-s"), options, device=FullDevice()) as engine:
         assert engine.describe_profile() == (
-            "accelerated; packing off: this torch or precision has no attention for packed rows"
+            "accelerated; packing off: this torch or precision has no attention for packed rows; "
+            "fused_kernels off: Triton's kernels do not work here, or the model is compiled"
         )
         for _ in range(3):
             await engine.generate(REQUEST)
