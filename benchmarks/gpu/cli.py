@@ -43,16 +43,16 @@ PARTS: Mapping[str, tuple[Callable[[Machine, Results], Coroutine[Any, Any, None]
     "battery-medium": (partial(battery.measure, name="medium"), 90.0),
     "start": (battery.measure_start, 60.0),
     "load-small": (partial(load.measure, name="small"), 110.0),
-    "times-small": (partial(times.measure, name="small"), 50.0),
-    "times-medium": (partial(times.measure, name="medium"), 70.0),
-    "decoders": (times.measure_decoders, 60.0),
-    "compiled": (times.measure_compiled, 120.0),
+    "times-small": (partial(times.measure, name="small"), 60.0),
+    "times-medium": (partial(times.measure, name="medium"), 80.0),
     "load-medium": (partial(load.measure, name="medium"), 130.0),
-    "kernels": (trace.measure, 60.0),
-    "leak": (load.measure_leak, 50.0),
     "rows": (times.measure_rows, 50.0),
-    "adapters": (times.measure_adapters, 40.0),
+    "decoders": (times.measure_decoders, 60.0),
+    "leak": (load.measure_leak, 50.0),
     "battery-open": (partial(battery.measure, name="open"), 70.0),
+    "kernels": (trace.measure, 60.0),
+    "adapters": (times.measure_adapters, 40.0),
+    "compiled": (times.measure_compiled, 120.0),
 }
 
 
