@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
-from stable_audio_serve.models.blocks.fused import load_kernels, use_kernels
+from stable_audio_serve.models.blocks.fused import use_kernels
+from stable_audio_serve.models.blocks.kernel_check import load_kernels
 from stable_audio_serve.models.precision import decoder_products, stores_half
 from stable_audio_serve.models.protocol import ModelSpec, TextEmbedding
 from stable_audio_serve.models.switches import exact

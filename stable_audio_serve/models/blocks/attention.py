@@ -151,7 +151,7 @@ class CrossAttention(FusedModule):
         """
         q = self.to_q(x).unflatten(-1, (-1, self.head_width))
         if self.kernels is not None and isinstance(self.q_norm, RMSNorm):
-            q = self.kernels.normed_heads(q, self.q_norm)
+            q = self.kernels.normed_heads(q, gamma=self.q_norm.gamma, eps=self.q_norm.eps)
         else:
             q = self.q_norm(q)
         out = attend_fn(heads_first(q), key, value)

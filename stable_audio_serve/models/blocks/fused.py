@@ -1,30 +1,13 @@
-"""Which layers use the fused kernels of `blocks.kernels`, and the check that the kernels work on this machine."""
+"""Which layers use the fused GPU kernels of `blocks.kernels`."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks.norms import RMSNorm
-from stable_audio_serve.models.blocks.rotary import (
-    RotaryEmbedding,
-    RotaryTable,
-    gather_affine,
-    rotate,
-    without_affine,
-)
-
-log = logging.getLogger(__name__)
-
-_ROWS, _TOKENS, _HEADS, _HEAD_WIDTH = 2, 3, 4, 64
-# Largest acceptable error for values of about 1, by the dtype of the values.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}
+Table = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]  # a `RotaryTable`
 
 
 class Kernels(Protocol):
@@ -34,9 +17,11 @@ class Kernels(Protocol):
 
     def add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor, rows: Tensor | None) -> Tensor: ...
 
-    def rotated_heads(self, parts: Tensor, *, norm: nn.Module, table: RotaryTable) -> tuple[Tensor, Tensor]: ...
+    def rotated_heads(self, parts: Tensor, *, norm: nn.Module, table: Table) -> tuple[Tensor, Tensor]: ...
 
-    def normed_heads(self, x: Tensor, norm: RMSNorm) -> Tensor: ...
+    def normed_heads(self, x: Tensor, *, gamma: Tensor, eps: float) -> Tensor: ...
+
+    def squashed(self, x: Tensor, alpha: Tensor) -> Tensor: ...
 
     def gated(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor: ...
 
@@ -52,57 +37,3 @@ def use_kernels(net: nn.Module, kernels: Kernels | None) -> None:
     for module in net.modules():
         if isinstance(module, FusedModule):
             module.kernels = kernels
-
-
-@cache
-def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
-    """Returns the fused kernels; None if they cannot be used on this device in this dtype and in float32.
-
-    Runs each kernel once to check its results. Logs a warning if Triton is missing, if it cannot compile the kernels
-    (it needs a C compiler), or if a result is wrong.
-    """
-    if device.type != "cuda":
-        return None
-    try:
-        from stable_audio_serve.models.blocks import kernels
-
-        for own in {dtype, torch.float32}:
-            for name, error in errors(kernels, device=device, dtype=own):
-                if not error <= _TOLERANCE[own]:  # unlike `error > _TOLERANCE`, also true if the error is NaN
-                    raise RuntimeError(f"{name} is off by {error:.2g} in {own}")
-    except Exception as error:  # noqa: BLE001 - whatever does not work, torch's operations do
-        log.warning("fused kernels are off: %s", error or repr(error))
-        return None
-    return kernels
-
-
-@torch.inference_mode()
-def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """Yields the name of each kernel and its largest difference from torch's operations in float32."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    def error(actual: Tensor, expected: Tensor) -> float:
-        return float((actual.float() - expected).abs().max())
-
-    width = _HEADS * _HEAD_WIDTH
-    x, update, scale, shift = (draw(_ROWS, count, width) for count in (_TOKENS, _TOKENS, 1, 1))
-    scales, shifts, half = scale[:, 0], shift[:, 0], width // 2
-    packed, rows = x.flatten(0, 1)[None], torch.arange(_ROWS, device=device).repeat_interleave(_TOKENS)
-    expected = torch.addcmul(shift.float(), F.rms_norm(x.float(), (width,), None, 1e-5), scale.float())
-    for tokens, of in ((x, None), (packed, rows.int())):
-        made = kernels.modulated_norm(tokens, scale=scales, shift=shifts, rows=of, eps=1e-5)
-        yield "modulated_norm", error(made.view(x.shape), expected)
-    made = kernels.add_gated(x.clone(), update, gate=scales, rows=None)
-    yield "add_gated", error(made, torch.addcmul(x.float(), scale.float(), update.float()))
-    yield "gated", error(kernels.gated(x, F.silu), x[..., :half].float() * F.silu(x[..., half:].float()))
-    norm, heads = RMSNorm(_HEAD_WIDTH, eps=1e-6).to(device), x.unflatten(-1, (_HEADS, _HEAD_WIDTH))
-    yield "normed_heads", error(kernels.normed_heads(heads, norm), norm(heads.float()))
-    parts, rope = draw(_ROWS, _TOKENS, 3, _HEADS, _HEAD_WIDTH), RotaryEmbedding(_HEAD_WIDTH // 2).to(device)
-    affine = gather_affine([(norm, norm)], half=rope.half_width)
-    table = affine.table(torch.arange(_TOKENS, device=device).float(), rates=rope.rates(_HEAD_WIDTH)).layer(0)
-    made = torch.stack(kernels.rotated_heads(parts, norm=norm, table=table), dim=2)
-    normed = without_affine(norm, parts[:, :, :2].float(), rate=None)
-    yield "rotated_heads", error(made, rotate(normed, table, dtype=torch.float32))

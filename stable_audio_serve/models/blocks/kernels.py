@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triton import language as tl
 
+from stable_audio_serve.models.blocks.fused import Table
 from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
-from stable_audio_serve.models.blocks.rotary import RotaryTable
 
-_GATED_BLOCK = 1024  # values that one program of `_gated` computes
+_BLOCK = 1024  # values that one program of `_squashed` or `_gated` computes
 _MANY = 1024  # a program that computes more values than this uses eight warps instead of four
 
 
@@ -73,33 +73,34 @@ def add_gated(h: Tensor, update: Tensor, *, gate: Tensor, rows: Tensor | None) -
     return h
 
 
-def rotated_heads(parts: Tensor, *, norm: nn.Module, table: RotaryTable) -> tuple[Tensor, Tensor]:
+def rotated_heads(parts: Tensor, *, norm: nn.Module, table: Table) -> tuple[Tensor, Tensor]:
     """Returns normalised and rotated queries and keys, each (batch, tokens, heads, head width) in the dtype of `parts`.
 
     `parts` (batch, tokens, 3 or 5, heads, head width) has (q, k, v), or (q, k, v, q', k') for differential attention.
-    The results then have twice as many heads, those of q' and k' last. `table` contains the gain and bias of the norms.
+    The results then have twice as many heads, those of q' and k' last. `table` is a `RotaryTable`, which contains the
+    norm's gain and bias.
     """
     batch, tokens, num_parts, heads, width = parts.shape
     sets = num_parts // 2
     parts = parts.contiguous()
     out = parts.new_empty(batch, tokens, 2, sets * heads, width)
-    shift, rate = table.shift, table.rate
-    assert table.cos.stride(-1) == table.sin.stride(-1) == 1
-    assert table.cos.stride() == table.sin.stride() == (table.cos if shift is None else shift).stride()
+    cos, sin, shift, rate, half = table
+    assert cos.stride(-1) == 1
+    assert cos.stride() == sin.stride() == (cos if shift is None else shift).stride()
     with torch.cuda.device_of(parts):
         _rotated_heads[batch * tokens, 2 * sets](
             parts,
-            table.cos,
-            table.sin,
-            table.cos if shift is None else shift,
-            table.cos if rate is None else rate,
+            cos,
+            sin,
+            cos if shift is None else shift,
+            cos if rate is None else rate,
             out,
             tokens,
             heads,
             width,
-            table.half,
-            table.cos.stride(0),
-            table.cos.stride(1) if table.cos.shape[1] > 1 else 0,
+            half,
+            cos.stride(0),
+            cos.stride(1) if cos.shape[1] > 1 else 0,
             _eps(norm),
             PARTS=num_parts,
             SETS=sets,
@@ -113,22 +114,33 @@ def rotated_heads(parts: Tensor, *, norm: nn.Module, table: RotaryTable) -> tupl
     return queries, keys
 
 
-def normed_heads(x: Tensor, norm: RMSNorm) -> Tensor:
-    """Returns `norm(x)` for queries x (batch, tokens, heads, head width)."""
+def normed_heads(x: Tensor, *, gamma: Tensor, eps: float) -> Tensor:
+    """Returns the RMS norm with gain `gamma` (head width,) of queries x (batch, tokens, heads, head width)."""
     batch, tokens, heads, width = x.shape
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(x):
         _normed_heads[batch * tokens,](
             x,
-            norm.gamma,
+            gamma,
             out,
             heads,
             width,
-            norm.eps,
+            eps,
             HEADS=triton.next_power_of_2(heads),
             WIDTH=triton.next_power_of_2(width),
             num_warps=_warps(heads * width),
         )
+    return out
+
+
+def squashed(x: Tensor, alpha: Tensor) -> Tensor:
+    """Returns `tanh(alpha * x)` for a scalar `alpha` (1,), in the dtype of autocast if it is enabled, else of x."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=dtype)
+    with torch.cuda.device_of(x):
+        _squashed[triton.cdiv(x.numel(), _BLOCK),](x, alpha, out, x.numel(), BLOCK=_BLOCK, num_warps=4)
     return out
 
 
@@ -141,8 +153,8 @@ def gated(x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     inner = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], inner)
     with torch.cuda.device_of(x):
-        _gated[out.numel() // inner, triton.cdiv(inner, _GATED_BLOCK)](
-            x, out, inner, IS_SILU=activation is F.silu, BLOCK=_GATED_BLOCK, num_warps=4
+        _gated[out.numel() // inner, triton.cdiv(inner, _BLOCK)](
+            x, out, inner, IS_SILU=activation is F.silu, BLOCK=_BLOCK, num_warps=4
         )
     return out
 
@@ -282,6 +294,14 @@ def _normed_heads(x, gamma, out, heads, width, eps, HEADS: tl.constexpr, WIDTH: 
     values = values / tl.sqrt(tl.sum(values * values, axis=1)[:, None] / width + eps)
     gain = tl.load(gamma + channel, mask=channel < width, other=0.0).to(tl.float32)
     tl.store(out + place, values * gain, mask=inside)
+
+
+@triton.jit
+def _squashed(x, alpha, out, num_values, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < num_values
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * tl.load(alpha)
+    tl.store(out + place, 2.0 * tl.sigmoid(2.0 * values) - 1.0, mask=inside)  # tanh
 
 
 @triton.jit

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stable_audio_serve.models.blocks.fused import FusedModule
+
 
 class RMSNorm(nn.Module):
     """`gamma * x / sqrt(mean(x^2) + eps)` over the last axis.
@@ -28,7 +30,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
-class DyT(nn.Module):
+class DyT(FusedModule):
     """Dynamic tanh, a norm without statistics: `gamma * tanh(alpha * x) + beta` with a scalar alpha."""
 
     def __init__(self, width: int, *, alpha: float = 0.5) -> None:
@@ -38,10 +40,10 @@ class DyT(nn.Module):
         self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the normalised x (..., width), in the dtype of x."""
-        squashed = (self.alpha * x).tanh_()
+        """Returns the normalised x (..., width), in the dtype of x; with fused kernels, in the dtype of autocast."""
         if self.gamma is None or self.beta is None:
-            return squashed
+            return (self.alpha * x).tanh_() if self.kernels is None else self.kernels.squashed(x, self.alpha)
+        squashed = (self.alpha * x).tanh_()
         return torch.addcmul(self.beta, self.gamma, squashed)
 
     def fold_into(self, layer: nn.Linear) -> None:

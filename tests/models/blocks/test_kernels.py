@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks import HEAD_NORMS, RotaryEmbedding, SelfAttention, attend, sine
-from stable_audio_serve.models.blocks.fused import Kernels, errors, use_kernels
+from stable_audio_serve.models.blocks import HEAD_NORMS, DyT, RotaryEmbedding, SelfAttention, attend, sine
+from stable_audio_serve.models.blocks.fused import Kernels, use_kernels
+from stable_audio_serve.models.blocks.kernel_check import errors
 from stable_audio_serve.models.blocks.rotary import gather_affine
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.verification.verify import BOUNDS
@@ -52,7 +53,7 @@ def golden(model: Sa3Model) -> Callable[[str], Tensor]:
 
 def test_each_kernel_passes_the_check_at_start(kernels: Kernels) -> None:
     found = dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float32))
-    assert set(found) == {"modulated_norm", "add_gated", "gated", "normed_heads", "rotated_heads"}
+    assert set(found) == {"modulated_norm", "add_gated", "squashed", "gated", "normed_heads", "rotated_heads"}
     assert max(found.values()) <= CLOSE
 
 
@@ -86,6 +87,16 @@ def test_gated_units_are_the_same_for_both_activations(kernels: Kernels) -> None
     value, gate = x.chunk(2, dim=-1)
     for activation in (F.silu, sine):
         assert_near(kernels.gated(x, activation), value * activation(gate), within=CLOSE)
+
+
+def test_a_folded_norm_is_the_same_and_in_the_dtype_of_autocast(kernels: Kernels) -> None:
+    norm, x = DyT(8), torch.randn(2, TOKENS, 8, generator=torch.Generator().manual_seed(0))
+    norm.fold_into(nn.Linear(8, 8))
+    plain = norm(x)
+    use_kernels(norm, kernels)
+    assert_near(norm(x), plain, within=CLOSE)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert_near(norm(x), plain.half(), within=0.0005)
 
 
 def test_rows_that_do_not_fit_the_tokens_are_refused(kernels: Kernels) -> None:
