@@ -134,6 +134,7 @@ class RecipeMaker(_Part):
     is_compiled: bool | None = _unset("Whether the networks were compiled with torch.compile.")
     profile: _ShortText | None = _unset("Speed features of the engine, only on a GPU: plain or accelerated.")
     attention: _ShortText | None = _unset("Kernels of attention, only on a GPU: without and with a mask.")
+    has_fused_kernels: bool | None = _unset("Whether the networks used fused kernels, only on a GPU.")
     codecs: _ShortText | None = _unset(
         "Libraries that read the sources and wrote the file; unset for WAV and PCM without sources."
     )
@@ -420,6 +421,7 @@ def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
         is_compiled=provenance.is_compiled,
         profile=provenance.profile,
         attention=provenance.attention,
+        has_fused_kernels=provenance.has_fused_kernels,
         codecs=codecs,
     )
 

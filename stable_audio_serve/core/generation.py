@@ -252,6 +252,7 @@ class Provenance:
     is_compiled: bool = False
     profile: str | None = None  # profile of the engine's speed features on a GPU: plain or accelerated
     attention: str | None = None  # name of the attention kernels on a GPU
+    has_fused_kernels: bool | None = None  # whether an engine on a GPU uses this package's fused kernels
     transformers: str | None = None
     steps: int | None = None
     cfg_scale: float | None = None

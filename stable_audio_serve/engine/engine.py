@@ -128,7 +128,7 @@ class Engine:
             device=self._model.device,
             mode=self.mode,
             loaded=self._loaded,
-            profile=profile.name,
+            profile=profile,
         )
         parts = build_parts(
             self._model,

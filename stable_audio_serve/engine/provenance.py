@@ -17,6 +17,7 @@ from stable_audio_serve.core.generation import GenerationRequest, Loaded, Mode, 
 from stable_audio_serve.core.processor import has_matrix_bfloat16, is_amd
 from stable_audio_serve.engine.calls.request_state import Prompts
 from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.profile import Profile
 from stable_audio_serve.models.protocol import ModelSpec, TextEmbedding
 from stable_audio_serve.models.sa3.planning import DEFAULT_APG_SCALE
 
@@ -33,7 +34,7 @@ def name_processor(device: torch.device) -> str:
 
 
 def describe_engine(
-    spec: ModelSpec, options: EngineOptions, *, device: torch.device, mode: Mode, loaded: Loaded, profile: str
+    spec: ModelSpec, options: EngineOptions, *, device: torch.device, mode: Mode, loaded: Loaded, profile: Profile
 ) -> Provenance:
     """Return the provenance that is common to all requests of an engine."""
     is_cpu, is_fast = device.type == "cpu", mode == "fast"
@@ -49,8 +50,9 @@ def describe_engine(
         threads=(options.torch_threads or torch.get_num_threads()) if depends_on_threads else None,
         slots=None if is_cpu or is_fast else options.slots,
         is_compiled=spec.is_compiled,
-        profile=None if is_cpu else profile,
+        profile=None if is_cpu else profile.name,
         attention=spec.attention or None,
+        has_fused_kernels=None if is_cpu else profile.features.fused_kernels and spec.has_fused_kernels,
         transformers=version("transformers"),
     )
 
