@@ -56,7 +56,12 @@ class PackageModel:
         self._spec = spec
         self._shift = shift
         self._device = device
+        self._decode_precision: DecodePrecision = decode_precision
         self._products = decoder_products(decode_precision, device)
+
+    def use_features(self, *, fast_decoding: bool, fused_kernels: bool) -> None:
+        """See `SwitchableModel`. The package's networks have no fused kernels."""
+        self._products = decoder_products(self._decode_precision if fast_decoding else "float32", self._device)
 
     @property
     def spec(self) -> ModelSpec:
