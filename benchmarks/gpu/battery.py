@@ -104,7 +104,7 @@ async def measure_start(machine: Machine, results: Results) -> None:
 
     On CUDA, a profile other than `accelerated` counts as a difference.
     """
-    for name in ("small", "medium", "open"):
+    for name in ("small", "medium"):
         model = machine.load(name, decode=None)
         started_at = time.perf_counter()
         async with machine.served(model) as engine:

@@ -35,9 +35,10 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     ["benchmarks.gpu.cli", "transformers.models.t5gemma.modeling_t5gemma", "transformers.models.t5.modeling_t5"]
 )
+_OPTIONAL = ("adapters", "compiled")
 _LOG_LENGTH = 3000  # characters of a failed part's output
 # Each part and the seconds after which it is stopped. The most important parts come first, because the last parts are
-# missing if the time is not sufficient for all.
+# missing if the time is not sufficient for all. `_OPTIONAL` are measured only if `--parts` names them.
 PARTS: Mapping[str, tuple[Callable[[Machine, Results], Coroutine[Any, Any, None]], float]] = {
     "battery-small": (partial(battery.measure, name="small"), 70.0),
     "battery-medium": (partial(battery.measure, name="medium"), 90.0),
@@ -54,6 +55,8 @@ PARTS: Mapping[str, tuple[Callable[[Machine, Results], Coroutine[Any, Any, None]
     "adapters": (times.measure_adapters, 40.0),
     "compiled": (times.measure_compiled, 120.0),
 }
+
+DEFAULT_PARTS = [name for name in PARTS if name not in _OPTIONAL]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the JSON file")
     parser.add_argument("--device", type=torch.device, default="cuda:0", help="cuda:0, or cpu with tiny models")
     parser.add_argument("--open-device", default="", help="MODULE:FUNCTION that opens a stand-in for the device")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=[*PARTS], help=", ".join(PARTS))
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=DEFAULT_PARTS, help=", ".join(PARTS))
     parser.add_argument("--limit-s", type=float, default=_LIMIT_S, help="seconds for all parts together")
     return parser

@@ -1,14 +1,14 @@
 """Measures the times of clips, decoders, compiled layers, rows, adapters and noise.
 
-Single clips, with and without CUDA graphs and fused kernels, are compared with the published TensorRT pipeline. Rows of
-different lengths are measured packed and padded. Also measured are rows with different adapters, and the drawing of
-noise.
+Single clips, with and without CUDA graphs, are compared with the published TensorRT pipeline. Rows of different lengths
+are measured packed and padded, and with and without fused kernels. Also measured are rows with different adapters, and
+the drawing of noise.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -38,11 +38,17 @@ _LEAST_REPEATS = 3
 _GRAPHS_GB = 2.0  # memory allowed beyond the published peak
 _STEP_TOKENS, _ROWS = 16_384, 16  # number of tokens in the largest step, and the number of equally long rows in it
 _THREADS = (1, 4)
+_WITHOUT: Mapping[str, frozenset[str]] = {
+    "all": frozenset(),
+    "padded": frozenset({"packed_rows"}),
+    "eager": frozenset({"captures"}),
+    "unfused": frozenset({"fused_kernels"}),
+}
 
 
 async def measure(machine: Machine, results: Results, *, name: str) -> None:
-    """Store the times of each clip with a published time: alone, without CUDA graphs, without fused kernels, and
-    together with equally long clips.
+    """Store the times of each clip with a published time: alone, without CUDA graphs, and together with equally long
+    clips.
     """
     model, repeats = machine.load(name, decode=None), machine.sizes.repeats
     weights = machine.memory_bytes().get("held", 0)
@@ -63,18 +69,10 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
         async with machine.engine(model, ALL - {"captures"}) as engine:
             eager_ms = await _median_ms(partial(engine.together, request), repeats=repeats)
         del engine
-        async with machine.engine(model, ALL - {"fused_kernels"}) as engine:
-            await engine.prepare(request)
-            unfused_ms = await _median_ms(partial(engine.together, request), repeats=repeats)
-            await engine.prepare(*crowd)
-            unfused_crowd_ms = await _median_ms(partial(engine.together, *crowd), repeats=repeats) / len(crowd)
-        del engine
         figures: dict[str, Any] = {
             "alone_ms": alone_ms,
             "crowd_ms": crowd_ms,
             "eager_ms": eager_ms,
-            "unfused_ms": unfused_ms,
-            "unfused_crowd_ms": unfused_crowd_ms,
             "eager_over_captured_ratio": eager_ms / alone_ms,
             "text_ms": timings.text_ms,
             "step_ms": timings.denoise_ms / (request.steps or 1),
@@ -117,27 +115,29 @@ async def measure_compiled(machine: Machine, results: Results) -> None:
 
 
 async def measure_decoders(machine: Machine, results: Results) -> None:
-    """Store the time to decode one clip in each precision, and how close the clip is to the one decoded in float32."""
-    for name in ("small", "medium"):
-        plain: list[Audio] = []
-        for precision in get_args(DecodePrecision):
-            try:
-                model = machine.load(name, decode=precision)
-            except ConfigError:  # this device does not have the precision
-                continue
-            request = replace(_clip(machine, model, duration_s=_DECODED_S), steps=1, cfg_scale=1.0)
-            async with machine.engine(model) as engine:
-                await engine.prepare(request)
-                made = [await engine.generate(request) for _ in range(machine.sizes.repeats)]
-            del engine, model
-            clips = [made[0].audio[0]]
-            plain = plain or clips
-            decode_ms = median(result.timings.decode_ms for result in made if result.timings is not None)
-            results.record(f"decoders.{name}.{precision}", {"ms": decode_ms, "db": clip_db(clips[0], plain[0])})
+    """Store the time of decoding one clip of medium in each precision, and how close it is to the one in float32.
+
+    The times include one denoising step.
+    """
+    plain: list[Audio] = []
+    for precision in get_args(DecodePrecision):
+        try:
+            model = machine.load("medium", decode=precision)
+        except ConfigError:  # this device does not have the precision
+            continue
+        request = replace(_clip(machine, model, duration_s=_DECODED_S), steps=1, cfg_scale=1.0)
+        async with machine.engine(model) as engine:
+            await engine.prepare(request)
+            made = [await engine.generate(request) for _ in range(machine.sizes.repeats)]
+        del engine, model
+        clips = [made[0].audio[0]]
+        plain = plain or clips
+        decode_ms = median(result.timings.decode_ms for result in made if result.timings is not None)
+        results.record(f"decoders.{precision}", {"ms": decode_ms, "db": clip_db(clips[0], plain[0])})
 
 
 async def measure_rows(machine: Machine, results: Results) -> None:
-    """Store the time of rows of different lengths, padded and packed, with CUDA graphs (captured) and without (eager).
+    """Store the time of rows of different lengths: packed, with CUDA graphs and fused kernels, and without one of them.
 
     Also store the time in which the noise of one step is drawn.
     """
@@ -146,12 +146,11 @@ async def measure_rows(machine: Machine, results: Results) -> None:
         _clip(machine, model, duration_s=_LONGEST_S * share / count, seed=share) for share in range(1, count + 1)
     ]
     results.record("can_pack_segments", model.spec.packs_segments)
-    for padded, eager in ((padded, eager) for padded in ((), ("packed_rows",)) for eager in ((), ("captures",))):
-        async with machine.engine(model, ALL.difference(padded, eager)) as engine:
+    for name, left_out in _WITHOUT.items():
+        async with machine.engine(model, ALL - left_out) as engine:
             await engine.prepare(*requests)
             taken_ms = await _median_ms(partial(engine.together, *requests), repeats=machine.sizes.repeats)
-            layout = f"{'padded' if padded else 'packed'}_{'eager' if eager else 'captured'}"
-            results.record(f"rows.{layout}", {"ms": taken_ms, "captured": engine.captures.num_captured})
+            results.record(f"rows.{name}", {"ms": taken_ms, "captured": engine.captures.num_captured})
         del engine
     shape = model.spec.card.latent_channels, _STEP_TOKENS // _ROWS
     sources = [SeededNoise(seed) for seed in range(_ROWS)]
