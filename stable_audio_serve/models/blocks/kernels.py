@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triton import language as tl
 
+from stable_audio_serve.models.blocks.feedforward import sine
 from stable_audio_serve.models.blocks.fused import Table
 from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
 
@@ -147,8 +148,10 @@ def squashed(x: Tensor, alpha: Tensor) -> Tensor:
 def gated(x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns `value * activation(gate)` for x (..., 2 * inner), which has the values and then the gates.
 
-    `activation` is `F.silu` or `blocks.sine`.
+    `activation` is `F.silu` or `blocks.sine`. Raises ValueError if it is another function.
     """
+    if activation not in (F.silu, sine):
+        raise ValueError("there is no fused kernel for this activation")
     x = x.contiguous()
     inner = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], inner)

@@ -87,6 +87,8 @@ def test_gated_units_are_the_same_for_both_activations(kernels: Kernels) -> None
     value, gate = x.chunk(2, dim=-1)
     for activation in (F.silu, sine):
         assert_near(kernels.gated(x, activation), value * activation(gate), within=CLOSE)
+    with pytest.raises(ValueError, match="no fused kernel"):
+        kernels.gated(x, F.gelu)
 
 
 def test_a_folded_norm_is_the_same_and_in_the_dtype_of_autocast(kernels: Kernels) -> None:
