@@ -48,6 +48,10 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(5000, 10, 30)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # otherwise Triton reports its objects as leaked when the process ends
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Distribute tests like `--dist loadfile`, but run all files of a folder in `_SHARING` in one process."""
