@@ -111,7 +111,7 @@ async def measure_start(machine: Machine, results: Results) -> None:
             taken_s = time.perf_counter() - started_at
             figures = {"s": taken_s, "profile": engine.describe_profile(), "memory": asdict(engine.memory)}
             results.record(f"start.{name}", figures)
-            if not engine.is_accelerated and not machine.is_tiny:
+            if engine.profile.name != "accelerated" and not machine.is_tiny:
                 results.differ(f"{name}: {engine.describe_profile()}")
             await engine.together(*battery(model.spec.card, longest_s=machine.sizes.longest_s))
         del engine, model

@@ -56,8 +56,6 @@ PARTS: Mapping[str, tuple[Callable[[Machine, Results], Coroutine[Any, Any, None]
     "compiled": (times.measure_compiled, 120.0),
 }
 
-DEFAULT_PARTS = [name for name in PARTS if name not in _OPTIONAL]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
@@ -115,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the JSON file")
     parser.add_argument("--device", type=torch.device, default="cuda:0", help="cuda:0, or cpu with tiny models")
     parser.add_argument("--open-device", default="", help="MODULE:FUNCTION that opens a stand-in for the device")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=DEFAULT_PARTS, help=", ".join(PARTS))
+    usual = [name for name in PARTS if name not in _OPTIONAL]
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=usual, help=", ".join(PARTS))
     parser.add_argument("--limit-s", type=float, default=_LIMIT_S, help="seconds for all parts together")
     return parser

@@ -11,7 +11,7 @@ import asyncio
 import gc
 import resource
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -111,10 +111,9 @@ class Machine:
         """Returns the model with compiled layers. On a CPU, the compiler's back end is one that compiles nothing."""
         return compile_layers(model, backend="eager" if self.is_tiny else "inductor")
 
-    @asynccontextmanager
-    async def engine(
+    def engine(
         self, model: DiffusionModel, features: Collection[str] = ALL, *, mode: Mode = "fast"
-    ) -> AsyncIterator[OpenEngine]:
+    ) -> AbstractAsyncContextManager[OpenEngine]:
         """Start an engine with these features only, and close it at the end.
 
         Callers delete their variable afterwards. Otherwise the next engine would find less free memory.
@@ -129,18 +128,17 @@ class Machine:
             warmup_budget_s=2.0 if features == ALL and not self.is_tiny else 0.0,
             torch_threads=1 if self.is_tiny else None,
         )
-        engine = OpenEngine(model, options, device=device)
-        try:
-            async with engine:
-                yield engine
-        finally:
-            del engine
-            self.free()
+        return self._running(model, options, device)
+
+    def served(self, model: DiffusionModel) -> AbstractAsyncContextManager[OpenEngine]:
+        """Start an engine with the options of a server, which checks its features at start, and close it at the end."""
+        return self._running(model, EngineOptions(), self.open(self.device))
 
     @asynccontextmanager
-    async def served(self, model: DiffusionModel) -> AsyncIterator[OpenEngine]:
-        """Start an engine with the options of a server, which checks its features at start, and close it at the end."""
-        engine = OpenEngine(model, EngineOptions(), device=self.open(self.device))
+    async def _running(  # noqa: PLR0917
+        self, model: DiffusionModel, options: EngineOptions, device: Device
+    ) -> AsyncIterator[OpenEngine]:
+        engine = OpenEngine(model, options, device=device)
         try:
             async with engine:
                 yield engine
@@ -173,10 +171,6 @@ class OpenEngine(OurServer):
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: Device) -> None:
         super().__init__(model, options, device=device)
         self.can_capture = device.can_capture
-
-    @property
-    def is_accelerated(self) -> bool:
-        return self.profile.name == "accelerated"
 
     async def prepare(self, *requests: GenerationRequest) -> None:
         """Send the requests together a few times, and wait until CUDA graphs of their device calls are captured."""

@@ -21,23 +21,21 @@ from stable_audio_serve.sampling.transfer import to_device
 class NativeModel:
     """Base class of a model: implements text encoding, `spec` and `device`. Public methods run without gradients."""
 
+    denoiser: nn.Module
+    autoencoder: nn.Module
+
     def __init__(
         self,
         text: TextEncoder,
         prompt: nn.Module,
         *,
-        networks: Sequence[nn.Module],
         spec: ModelSpec,
         device: torch.device,
         decode_precision: DecodePrecision,
     ) -> None:
-        """`prompt` converts the output of `text` to embeddings and sets the embeddings of padding tokens.
-
-        `networks` are the denoiser and the autoencoder.
-        """
+        """`prompt` converts the output of `text` to embeddings and sets the embeddings of padding tokens."""
         self.text = text
         self.prompt = prompt
-        self._networks = networks
         self._spec = replace(spec, has_fused_kernels=load_kernels(device, spec.dtype) is not None)
         self._device = device
         self._decode_precision: DecodePrecision = decode_precision
@@ -48,8 +46,9 @@ class NativeModel:
         if not stores_half(self._decode_precision, self._device):
             precision = self._decode_precision if fast_decoding else "float32"
             self._products = decoder_products(precision, self._device)
-        for network in self._networks:
-            use_kernels(network, load_kernels(self._device, self._spec.dtype) if fused_kernels else None)
+        kernels = load_kernels(self._device, self._spec.dtype) if fused_kernels else None
+        for network in (self.denoiser, self.autoencoder):
+            use_kernels(network, kernels)
 
     @property
     def spec(self) -> ModelSpec:

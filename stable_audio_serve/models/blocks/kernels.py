@@ -187,6 +187,14 @@ def _eps(norm: nn.Module) -> float:
 # Kernels are not type-checked: Triton compiles their source.
 
 
+@triton.jit
+def _row_of(token, rows, row_tokens, HAS_ROWS: tl.constexpr):
+    row = token // row_tokens
+    if HAS_ROWS:
+        row = tl.load(rows + token).to(tl.int64)
+    return row
+
+
 @triton.jit(do_not_specialize=["row_tokens"])
 def _modulated_norm(
     x,
@@ -203,9 +211,7 @@ def _modulated_norm(
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    row = token // row_tokens
-    if HAS_ROWS:
-        row = tl.load(rows + token).to(tl.int64)
+    row = _row_of(token, rows, row_tokens, HAS_ROWS)
     column = tl.arange(0, BLOCK)
     inside = column < width
     values = tl.load(x + token * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -218,9 +224,7 @@ def _modulated_norm(
 @triton.jit(do_not_specialize=["row_tokens"])
 def _add_gated(h, update, gate, rows, row_tokens, gate_stride, width, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    row = token // row_tokens
-    if HAS_ROWS:
-        row = tl.load(rows + token).to(tl.int64)
+    row = _row_of(token, rows, row_tokens, HAS_ROWS)
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = token * width + column

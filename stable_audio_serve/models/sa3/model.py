@@ -66,6 +66,8 @@ class Sa3Model(NativeModel):
     """Implements `DiffusionModel` for the Stable Audio 3 family."""
 
     prompt: PromptConditioner
+    denoiser: Denoiser
+    autoencoder: AudioAutoencoder
 
     def __init__(
         self,
@@ -94,12 +96,7 @@ class Sa3Model(NativeModel):
             dtype=self.denoiser.dtype,
         )
         super().__init__(
-            components.text,
-            components.prompt,
-            networks=(self.denoiser, self.autoencoder),
-            spec=spec,
-            device=device,
-            decode_precision=decode_precision,
+            components.text, components.prompt, spec=spec, device=device, decode_precision=decode_precision
         )
         self._decode_rule = WindowRule(self.autoencoder.decoder_halo_latents, self.autoencoder.latent_multiple)
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")

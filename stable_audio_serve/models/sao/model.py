@@ -61,6 +61,8 @@ class SaoModel(NativeModel):
     """Implements `DiffusionModel` for the Stable Audio Open family."""
 
     prompt: PromptConditioner
+    denoiser: Denoiser
+    autoencoder: OobleckAutoencoder
 
     def __init__(
         self,
@@ -92,12 +94,7 @@ class SaoModel(NativeModel):
             dtype=dtype,
         )
         super().__init__(
-            components.text,
-            components.prompt,
-            networks=(self.denoiser, self.autoencoder),
-            spec=spec,
-            device=device,
-            decode_precision=decode_precision,
+            components.text, components.prompt, spec=spec, device=device, decode_precision=decode_precision
         )
         self._shift = read_shift(config.shift)
         self._halos = Halos(config.autoencoder.decoder_halo_latents, config.autoencoder.encoder_halo_latents)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks import HEAD_NORMS, DyT, RotaryEmbedding, SelfAttention, attend, sine
 from stable_audio_serve.models.blocks.fused import Kernels, use_kernels
-from stable_audio_serve.models.blocks.kernel_check import errors
+from stable_audio_serve.models.blocks.kernel_check import errors, load_kernels
 from stable_audio_serve.models.blocks.rotary import gather_affine
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.verification.verify import BOUNDS
@@ -62,6 +62,13 @@ def test_the_check_at_start_finds_a_wrong_kernel(kernels: Kernels, monkeypatch: 
     found = dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float16))
     assert found.pop("gated") > 0.1
     assert max(found.values()) <= 0.01
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which the kernels cannot run")
+def test_kernels_that_cannot_run_are_off_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    assert load_kernels(torch.device("cuda", 7), torch.float16) is None
+    assert "fused kernels are off: " in caplog.text
+    assert load_kernels(torch.device("cpu"), torch.float16) is None
 
 
 @pytest.mark.parametrize("kind", HEAD_NORMS)
