@@ -29,7 +29,6 @@ from stable_audio_serve.engine.loop import EngineLoop, EngineThread
 from stable_audio_serve.engine.options import EngineOptions, Features
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import (
-    GRAPH_ROWS_WITH_PACKED,
     AnyRows,
     BatchPolicy,
     EqualLengths,
@@ -38,7 +37,7 @@ from stable_audio_serve.engine.scheduling.batching import (
     MergedGrid,
     OneRowPerCall,
     Packed,
-    PackedOrGrid,
+    PackedGraphs,
     PackedShapes,
 )
 from stable_audio_serve.engine.scheduling.cost import CostModel
@@ -101,8 +100,7 @@ def resolve_policy(
         return EqualLengths(call_ms, knee_tokens, shapes)
     if packed is None or options.frame_grid is not None:
         return MergedGrid(call_ms, knee_tokens, shapes)
-    padded_shapes = GraphShapes(grid, options.max_step_tokens, GRAPH_ROWS_WITH_PACKED)
-    return PackedOrGrid(MergedGrid(call_ms, knee_tokens, padded_shapes), packed, partial(cost.groups_ms, "denoise"))
+    return PackedGraphs(knee_tokens, packed)
 
 
 @dataclass(frozen=True, slots=True)

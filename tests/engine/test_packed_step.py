@@ -19,11 +19,7 @@ from stable_audio_serve.engine.calls.packed_step import PackedShape, run_packed_
 from stable_audio_serve.engine.calls.step import Memories, StepRow
 from stable_audio_serve.engine.hardware.arena import SCRATCH_PAGE
 from stable_audio_serve.engine.scheduling.batching import (
-    Call,
-    GraphShapes,
-    Lane,
-    MergedGrid,
-    PackedOrGrid,
+    PackedGraphs,
     PackedShapes,
 )
 from stable_audio_serve.models.blocks.varlen import is_varlen_correct
@@ -157,22 +153,9 @@ def test_kernel_check_accepts_the_reference_and_rejects_wrong_ones() -> None:
     assert not check(expecting_order)
 
 
-class Packing:
+def packing(model: DiffusionModel) -> PackedGraphs:
     """A batch policy that packs the rows, without padding, into calls of a few fixed shapes."""
-
-    def __init__(self, model: DiffusionModel) -> None:
-        grid = MergedGrid(lambda rows, frames: 1.0, lambda frames: 1e9, GraphShapes())
-        shapes = PackedShapes(model.spec.num_prefix, model.spec.max_frames)
-        self._own = PackedOrGrid(grid, shapes, groups_ms=lambda groups: 1.0)
-
-    def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        return self._own.pack(lanes) if lanes else []
-
-    def padded(self, frames: int) -> int:
-        return self._own.padded(frames)
-
-    def typical_rows(self, branches: int, frames: int) -> int:
-        return self._own.typical_rows(branches, frames)
+    return PackedGraphs(lambda frames: 1e9, PackedShapes(model.spec.num_prefix, model.spec.max_frames))
 
 
 CLIP = make_audio(1.2, sample_rate_hz=1000)
@@ -201,7 +184,7 @@ async def test_packed_rows_equal_rows_alone_before_and_after_a_capture(name: str
     alone = [(await generate(model, [request]))[0] for request in CROWD]
     device, metrics = RecordingDevice(), GraphCounts()
     options = EngineOptions(mode="fast", torch_threads=1, warmup_budget_s=0.0, max_queue_s=1e6)
-    async with Engine(model, options, policy=Packing(model), device=device, metrics=metrics) as engine:
+    async with Engine(model, options, policy=packing(model), device=device, metrics=metrics) as engine:
         for _ in range(MOST_ROUNDS):
             results = await asyncio.gather(*map(engine.generate, CROWD))
             for result, expected in zip(results, alone, strict=True):

@@ -24,15 +24,13 @@ GRAPH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # first pair grow by at most an eighth.
 _GROWTH = ((16, 1), (32, 2))
 _COARSEST = 4
-# The capacity of a packed call, in rows and tokens. Unused rows cost almost no time, so one capacity in rows is enough.
-# The capacity in tokens is the needed number rounded up, by at most an eighth and on average a sixteenth. Small numbers
-# are rounded up more, because a small call spends most of its time reading the weights.
-PACKED_ROWS = 64
-_LEAST_STEP, _STEPS_PER_OCTAVE = 256, 8
+# The capacity of a packed call, in rows and tokens. The capacity in rows is the smallest of PACKED_ROWS that is
+# sufficient: unused rows take little time, but their latents are processed. The capacity in tokens is the needed number
+# rounded up, by at most an eighth and on average a sixteenth. Small numbers are rounded up more, because a small call
+# spends most of its time reading the weights.
+PACKED_ROWS = (2, 8, 64)
+_LEAST_STEP, _STEPS_PER_OCTAVE = 64, 8
 _SHORT = 4  # packed calls have separate shapes for clips of at most 1/4 of the longest length
-# The allowed batch sizes of padded calls if calls can also be packed. Fewer are enough, because padded calls are then
-# used mainly for single clips and for clips of equal length.
-GRAPH_ROWS_WITH_PACKED = (1, 2, 4, 8, 16, 32)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -343,54 +341,37 @@ class PackedShapes:
     longest: int  # latent frames of the longest possible row
 
     def call(self, members: Sequence[int], lengths: Sequence[int]) -> Call:
-        """Return the call of the smallest allowed capacity for rows of these lengths; at most PACKED_ROWS rows."""
+        """Return the call of the smallest allowed capacity for rows of these lengths, of which there are at most
+        PACKED_ROWS[-1].
+        """
         needed = sum(lengths) + self.prefix * len(lengths)
         tokens = round_up(needed, max(2 ** (needed.bit_length() - 1) // _STEPS_PER_OCTAVE, _LEAST_STEP))
-        short = -(-self.longest // _SHORT)
-        longest = short if max(lengths) <= short else self.longest
-        return Call(tuple(members), PACKED_ROWS, longest, tuple(lengths), tokens, tokens - needed)
+        rows = PACKED_ROWS[bisect_left(PACKED_ROWS, len(lengths))]
+        longest = min(self.longest, tokens - self.prefix)
+        short = -(-longest // _SHORT)
+        return Call(
+            tuple(members), rows, short if max(lengths) <= short else longest, tuple(lengths), tokens, tokens - needed
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class PackedOrGrid:
+class PackedGraphs(Packed):
     """Fast mode for devices where packed calls (clips concatenated without padding) can be captured as CUDA graphs.
 
-    Clips are packed unless padded calls are predicted to be faster. A single clip is never packed. `groups_ms` predicts
-    the time of a call from `Call.groups`.
+    A single clip is packed, too: attention without a mask takes a third of the time of attention that masks padding.
     """
 
-    grid: MergedGrid
     shapes: PackedShapes
-    groups_ms: Callable[[Groups], float]
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        padded = self.grid.split(lanes)
-        if len(lanes) < 2:
-            return padded
-        packed = self.pack(lanes)
-        return packed if self._ms(packed) < self._ms(padded) else padded
-
-    def pack(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Return packed calls for all lanes. Each call has at most PACKED_ROWS network rows.
-
-        There must be at least one lane.
-        """
+        """Return packed calls for all lanes, sorted by length. Each call has at most PACKED_ROWS[-1] network rows."""
         calls: list[Call] = []
         members: list[int] = []
         lengths: list[int] = []
         for i in sorted(range(len(lanes)), key=lambda i: lanes[i].frames):
-            if len(lengths) + lanes[i].branches > PACKED_ROWS:
+            if len(lengths) + lanes[i].branches > PACKED_ROWS[-1]:
                 calls.append(self.shapes.call(members, lengths))
                 members, lengths = [], []
             members.append(i)
             lengths += [lanes[i].frames] * lanes[i].branches
-        return [*calls, self.shapes.call(members, lengths)]
-
-    def _ms(self, calls: Sequence[Call]) -> float:
-        return sum(self.groups_ms(call.groups) for call in calls)
-
-    def typical_rows(self, branches: int, frames: int) -> int:
-        return self.grid.typical_rows(branches, frames)
-
-    def padded(self, frames: int) -> int:
-        return self.grid.padded(frames)
+        return [*calls, self.shapes.call(members, lengths)] if members else calls
