@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 Table = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]  # a `RotaryTable`
+
+
+class Places(NamedTuple):
+    """To which row each token belongs, and which tokens are frames.
+
+    Of packed rows, `rows` (tokens,) has the row of each token, and `is_frame` (tokens,) bool is false for the tokens
+    before a row's frames. Both are None if rows are padded; the first `num_prefix` tokens of a row are then no frames.
+    """
+
+    rows: Tensor | None
+    is_frame: Tensor | None
+    num_prefix: int
 
 
 class Kernels(Protocol):
@@ -16,6 +28,19 @@ class Kernels(Protocol):
     def modulated_norm(self, x: Tensor, *, scale: Tensor, shift: Tensor, rows: Tensor | None, eps: float) -> Tensor: ...
 
     def add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor, rows: Tensor | None) -> Tensor: ...
+
+    def add_and_norm(
+        self,
+        h: Tensor,
+        update: Tensor,
+        *,
+        gate: Tensor | None,
+        local: Tensor | None,
+        scale: Tensor,
+        shift: Tensor | None,
+        places: Places,
+        eps: float,
+    ) -> Tensor: ...
 
     def rotated_heads(self, parts: Tensor, *, norm: nn.Module, table: Table) -> tuple[Tensor, Tensor]: ...
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks.fused import Kernels
+from stable_audio_serve.models.blocks.fused import Kernels, Places
 from stable_audio_serve.models.blocks.norms import RMSNorm
 from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, gather_affine, rotate, without_affine
 
@@ -64,6 +64,13 @@ def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Ite
         yield "modulated_norm", error(made.view(x.shape), expected)
     made = kernels.add_gated(x.clone(), update, gate=scales, rows=None)
     yield "add_gated", error(made, torch.addcmul(x.float(), scale.float(), update.float()))
+    h, norm_of = x.clone(), partial(F.rms_norm, normalized_shape=(width,), eps=1e-5)
+    made = kernels.add_and_norm(
+        h, update, gate=None, local=scales, scale=scales, shift=None, places=Places(None, None, 1), eps=1e-5
+    )
+    added = x.float() + update.float()
+    added[:, 1:] += scale.float()
+    yield "add_and_norm", max(error(h, added), error(made, norm_of(added) * scale.float()))
     yield "squashed", error(kernels.squashed(x, scale.flatten()[:1].float()), (scale.flatten()[0] * x.float()).tanh())
     yield "gated", error(kernels.gated(x, F.silu), x[..., :half].float() * F.silu(x[..., half:].float()))
     norm, heads = RMSNorm(_HEAD_WIDTH, eps=1e-6).to(device), x.unflatten(-1, (_HEADS, _HEAD_WIDTH))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from triton import language as tl
 
 from stable_audio_serve.models.blocks.feedforward import sine
-from stable_audio_serve.models.blocks.fused import Table
+from stable_audio_serve.models.blocks.fused import Places, Table
 from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
 
 _BLOCK = 1024  # values that one program of `_squashed` or `_gated` computes
@@ -28,26 +28,7 @@ def modulated_norm(x: Tensor, *, scale: Tensor, shift: Tensor, rows: Tensor | No
 
     `scale` and `shift` are (rows, width). Token i belongs to row `rows[i]`; if `rows` is None, the rows are axis 0.
     """
-    _require_rows(x, values=scale, rows=rows)
-    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    width = x.shape[-1]
-    with torch.cuda.device_of(x):
-        _modulated_norm[x.shape[0] * x.shape[1],](
-            x,
-            scale,
-            shift,
-            x if rows is None else rows,
-            out,
-            x.shape[1],
-            scale.stride(0),
-            shift.stride(0),
-            width,
-            eps,
-            HAS_ROWS=rows is not None,
-            BLOCK=triton.next_power_of_2(width),
-            num_warps=_warps(width),
-        )
-    return out
+    return _add_and_norm(x, norm=(scale, shift), rows=rows, eps=eps)
 
 
 def add_gated(h: Tensor, update: Tensor, *, gate: Tensor, rows: Tensor | None) -> Tensor:
@@ -55,23 +36,74 @@ def add_gated(h: Tensor, update: Tensor, *, gate: Tensor, rows: Tensor | None) -
 
     `rows` is as in `modulated_norm`.
     """
-    _require_rows(h, values=gate, rows=rows)
+    return _add_and_norm(h, update, gate=gate, rows=rows)
+
+
+def add_and_norm(
+    h: Tensor,
+    update: Tensor,
+    *,
+    gate: Tensor | None,
+    local: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    places: Places,
+    eps: float,
+) -> Tensor:
+    """Add `gate * update + local` to the tokens h (batch, tokens, width) in place.
+
+    Returns `rms_norm(h) * scale + shift`.
+
+    `gate`, `local`, `scale` and `shift` are (rows, width); one row fits all. A `gate` of None is 1, and a `local` or
+    `shift` of None is 0. `local` is added to frames only, not to the tokens before a row's frames.
+    """
+    return _add_and_norm(h, update, gate=gate, local=local, norm=(scale, shift), eps=eps, **places._asdict())
+
+
+def _add_and_norm(
+    h: Tensor,
+    update: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    local: Tensor | None = None,
+    norm: tuple[Tensor, Tensor | None] | None = None,
+    rows: Tensor | None,
+    is_frame: Tensor | None = None,
+    num_prefix: int = 0,
+    eps: float = 0.0,
+) -> Tensor:
+    """Returns the norm, or h if `norm` (scale, shift) is None."""
+    h = h if update is not None else h.contiguous()  # what is added to must not be a copy
+    scale, shift = norm or (None, None)
+    of_rows = (gate, local, scale, shift)
     assert h.is_contiguous()
+    for values in of_rows:
+        _require_rows(h, values=values, rows=rows)
+    out = h if norm is None else torch.empty_like(h)
     width = h.shape[-1]
     with torch.cuda.device_of(h):
-        _add_gated[h.shape[0] * h.shape[1],](
+        _update_and_norm[h.shape[0] * h.shape[1],](
             h,
-            update.contiguous(),
-            gate,
+            h if update is None else update.contiguous(),
+            *(h if values is None else values for values in of_rows),
             h if rows is None else rows,
+            h if is_frame is None else is_frame,
+            out,
             h.shape[1],
-            gate.stride(0),
+            num_prefix,
+            *(0 if values is None or len(values) == 1 else values.stride(0) for values in of_rows),
             width,
+            eps,
             HAS_ROWS=rows is not None,
+            HAS_UPDATE=update is not None,
+            HAS_GATE=gate is not None,
+            HAS_LOCAL=local is not None,
+            HAS_NORM=scale is not None,
+            HAS_SHIFT=shift is not None,
             BLOCK=triton.next_power_of_2(width),
             num_warps=_warps(width),
         )
-    return h
+    return out
 
 
 def rotated_heads(parts: Tensor, *, norm: nn.Module, table: Table) -> tuple[Tensor, Tensor]:
@@ -162,9 +194,12 @@ def gated(x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     return out
 
 
-def _require_rows(x: Tensor, *, values: Tensor, rows: Tensor | None) -> None:
+def _require_rows(x: Tensor, *, values: Tensor | None, rows: Tensor | None) -> None:
     """Raise ValueError unless every token of x has a row of `values`."""
-    if values.stride(-1) != 1 or (len(values) != len(x) if rows is None else len(rows) != x.shape[0] * x.shape[1]):
+    if values is None:
+        return
+    fits = len(values) in {1, len(x)} if rows is None else len(rows) == x.shape[0] * x.shape[1]
+    if values.dim() != 2 or values.shape[1] != x.shape[-1] or values.stride(1) != 1 or not fits:
         raise ValueError(f"values of shape {tuple(values.shape)} do not fit tokens of shape {tuple(x.shape)}")
 
 
@@ -187,51 +222,60 @@ def _eps(norm: nn.Module) -> float:
 # Kernels are not type-checked: Triton compiles their source.
 
 
-@triton.jit
-def _row_of(token, rows, row_tokens, HAS_ROWS: tl.constexpr):
-    row = token // row_tokens
-    if HAS_ROWS:
-        row = tl.load(rows + token).to(tl.int64)
-    return row
-
-
 @triton.jit(do_not_specialize=["row_tokens"])
-def _modulated_norm(
-    x,
+def _update_and_norm(
+    h,
+    update,
+    gate,
+    local,
     scale,
     shift,
     rows,
+    is_frame,
     out,
     row_tokens,
+    num_prefix,
+    gate_stride,
+    local_stride,
     scale_stride,
     shift_stride,
     width,
     eps,
     HAS_ROWS: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_LOCAL: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    row = _row_of(token, rows, row_tokens, HAS_ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    values = tl.load(x + token * width + column, mask=inside, other=0.0).to(tl.float32)
-    values = values / tl.sqrt(tl.sum(values * values, axis=0) / width + eps)
-    factor = tl.load(scale + row * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(shift + row * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * width + column, values * factor + offset, mask=inside)
-
-
-@triton.jit(do_not_specialize=["row_tokens"])
-def _add_gated(h, update, gate, rows, row_tokens, gate_stride, width, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    row = _row_of(token, rows, row_tokens, HAS_ROWS)
+    if HAS_ROWS:
+        row = tl.load(rows + token).to(tl.int64)
+    else:
+        row = token // row_tokens
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = token * width + column
-    before = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
-    change = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(h + place, before + factor * change, mask=inside)
+    values = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_UPDATE:
+        change = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            change *= tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_LOCAL:
+            if HAS_ROWS:
+                at_frame = tl.load(is_frame + token).to(tl.float32)
+            else:
+                at_frame = (token % row_tokens >= num_prefix).to(tl.float32)
+            change += at_frame * tl.load(local + row * local_stride + column, mask=inside, other=0.0).to(tl.float32)
+        values += change
+        tl.store(h + place, values, mask=inside)
+    if HAS_NORM:
+        values = values / tl.sqrt(tl.sum(values * values, axis=0) / width + eps)
+        values *= tl.load(scale + row * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SHIFT:
+            values += tl.load(shift + row * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + place, values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_positions"])

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.models.blocks.attention import attend, key_mask
+from stable_audio_serve.models.blocks.fused import Places
 
 
 class Layout(Protocol):
     """How rows are stored: padded (rows, prefix + frames, width), or packed (1, tokens of all rows, width)."""
 
     shares_heads: bool  # `attend_context` accepts fewer key heads than query heads, as in grouped-query attention
-    rows: Tensor | None  # the row of each token; None if rows are axis 0 or consecutive parts of axis 1
+    places: Places
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
         """Returns tokens: each row's `frames` after its `prefix`.
@@ -75,11 +76,11 @@ class Padded:
     """
 
     shares_heads = False
-    rows: Tensor | None = None
 
     def __init__(self, num_frames: int, *, num_prefix: int, valid: Tensor | None, dtype: torch.dtype) -> None:
         self._num_tokens = num_prefix + num_frames
         self._num_prefix = num_prefix
+        self.places = Places(None, None, num_prefix)
         self._mask = None if valid is None else key_mask(valid, leading=num_prefix, dtype=dtype)
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.models.blocks.attention import attend
+from stable_audio_serve.models.blocks.fused import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,10 @@ class Packed:
     """
 
     shares_heads = False
-    rows: Tensor | None = None
 
     def __init__(self, frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> None:
         self.num_prefix = num_prefix
+        self.places = Places(None, None, num_prefix)  # not used: only a GPU has kernels that read it
         self._spans = tuple(_spans(frames, valid_frames, num_prefix=num_prefix))
         self.num_tokens = sum(span.count * span.length for span in self._spans)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stable_audio_serve.models.blocks.fused import Places
 from stable_audio_serve.models.blocks.varlen import SegmentAttention, VarlenAttention
 from stable_audio_serve.models.segments import Segments
 
@@ -23,7 +24,7 @@ class PackedSegments:
     shares_heads = True
 
     def __init__(self, segments: Segments, *, num_prefix: int, slots: Tensor | None, varlen: VarlenAttention) -> None:
-        self.rows: Tensor | None = segments.rows
+        self.places = Places(segments.rows, segments.is_frame, num_prefix)
         self._segments = segments
         self._num_prefix = num_prefix
         self._attention = SegmentAttention(varlen, segments, slots=slots)

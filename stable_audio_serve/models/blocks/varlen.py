@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,6 +122,14 @@ def is_varlen_correct(
     return True
 
 
+class _Contexts(NamedTuple):
+    """Where the context tokens of each row are."""
+
+    starts: Tensor  # (rows + 1,) int32: the index of each row's first context token; the last value is not used
+    num_keys: Tensor  # (rows,) int32: the number of context tokens
+    longest: int
+
+
 class SegmentAttention:
     """Self-attention within each packed row, and cross-attention to the row's context.
 
@@ -132,8 +141,7 @@ class SegmentAttention:
         self._varlen = varlen
         self._segments = segments
         self._slots = slots
-        self._starts: Tensor | None = None
-        self._num_context = 0
+        self._contexts: _Contexts | None = None
 
     def within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
         """Self-attention within each row. Arguments and result are (1, heads, tokens of all rows, head width)."""
@@ -158,10 +166,10 @@ class SegmentAttention:
         between = num_layers * 2 * num_heads * num_tokens
         size = (num_slots - 1) * between + num_tokens, num_heads, width
         stride = width, num_tokens * width, 1
-        if self._starts is None:
+        if self._contexts is None:  # all layers share it
             assert self._slots is not None
-            self._starts = F.pad((self._slots * between).to(torch.int32), (0, 1))
-            self._num_context = num_tokens
+            starts = F.pad((self._slots * between).to(torch.int32), (0, 1))
+            self._contexts = _Contexts(starts, torch.full_like(starts[1:], num_tokens), num_tokens)
         first = memory.storage_offset() + 2 * layer * num_heads * num_tokens * width
         key, value = (
             memory.as_strided(size, stride, first + part * num_heads * num_tokens * width) for part in range(2)
@@ -173,16 +181,16 @@ class SegmentAttention:
 
         `q` and the result are (1, heads, tokens of all rows, head width).
         """
-        segments, starts = self._segments, self._starts
-        assert starts is not None
+        segments, contexts = self._segments, self._contexts
+        assert contexts is not None
         out = self._varlen(
             q[0].transpose(0, 1),
             key,
             value,
             segments.offsets,
-            starts,
+            contexts.starts,
             segments.longest,
-            self._num_context,
-            seqused_k=torch.full_like(starts[1:], self._num_context),
+            contexts.longest,
+            seqused_k=contexts.num_keys,
         )
         return out.transpose(0, 1)[None]

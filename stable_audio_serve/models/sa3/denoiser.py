@@ -56,17 +56,14 @@ class DenoiserConditioning:
 
 
 class Modulation(NamedTuple):
-    """Scale, shift and gate of a layer's self-attention and of its feed-forward network, each (rows, width).
+    """Scale, shift and gate of a layer's self-attention or of its feed-forward network, each (rows, width).
 
-    A scale includes the gain of the norm that precedes it.
+    The scale includes the gain of the norm that precedes it.
     """
 
-    scale_attn: Tensor
-    shift_attn: Tensor
-    gate_attn: Tensor
-    scale_ff: Tensor
-    shift_ff: Tensor
-    gate_ff: Tensor
+    scale: Tensor
+    shift: Tensor
+    gate: Tensor
 
 
 class TransformerLayer(FusedModule):
@@ -92,7 +89,7 @@ class TransformerLayer(FusedModule):
         self,
         h: Tensor,
         *,
-        modulation: Modulation,
+        modulations: tuple[Modulation, Modulation],
         layout: Layout,
         rotary: RotaryTable,
         context: tuple[Tensor, Tensor] | None,
@@ -100,31 +97,61 @@ class TransformerLayer(FusedModule):
     ) -> Tensor:
         """Returns the tokens after this layer; may overwrite `h`.
 
-        `layout` defines the shapes of `h` and `local`. `context` has keys and values as `layout.context` returns them.
-        `local` is added to frames, but not to memory tokens.
+        `modulations` are those of the self-attention and of the feed-forward network. `layout` defines the shapes of
+        `h` and `local`. `context` has keys and values as `layout.context` returns them. `local` is added to frames, but
+        not to memory tokens.
         """
-        normed = self._modulated(
-            self.pre_norm, h, scale=modulation.scale_attn, shift=modulation.shift_attn, layout=layout
-        )
-        attended = self.self_attn(normed, rotary=rotary, attend_fn=layout.attend)
-        h = self._add_gated(h, attended, gate=modulation.gate_attn, layout=layout)
+        own, ff = modulations
+        normed = self._norm(self.pre_norm, h, modulation=own, layout=layout)
+        update = self.self_attn(normed, rotary=rotary, attend_fn=layout.attend)
+        gate: Tensor | None = own.gate
         if context is not None:
-            (key, value), normed = context, self.cross_attend_norm(h)
-            h = add_branch(h, self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context))
+            h, normed = self._add_and_norm(h, update, gate=gate, norm=self.cross_attend_norm, layout=layout)
+            key, value = context
+            update = self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context)
+            gate = None
+        h, normed = self._add_and_norm(
+            h, update, gate=gate, local=local, norm=self.ff_norm, modulation=ff, layout=layout
+        )
+        update = self.ff(normed)
+        if self.kernels is not None:
+            return self.kernels.add_gated(h, update, gate=ff.gate, rows=layout.places.rows)
+        return layout.add_gated(h, update, gate=ff.gate)
+
+    def _add_and_norm(
+        self,
+        h: Tensor,
+        update: Tensor,
+        *,
+        gate: Tensor | None,
+        local: Tensor | None = None,
+        norm: RMSNorm,
+        modulation: Modulation | None = None,
+        layout: Layout,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the sum `h + gate * update + local`, and the norm of the sum. May overwrite `h`."""
+        if self.kernels is not None and (local is None or local.shape[1] == 1):
+            normed = self.kernels.add_and_norm(
+                h,
+                update,
+                gate=gate,
+                local=None if local is None else local[:, 0],
+                scale=norm.gamma[None] if modulation is None else modulation.scale,
+                shift=None if modulation is None else modulation.shift,
+                places=layout.places,
+                eps=norm.eps,
+            )
+            return h, normed
+        h = add_branch(h, update) if gate is None else layout.add_gated(h, update, gate=gate)
         if local is not None:
             layout.add_local(h, local)  # in place: nothing else uses h
-        normed = self._modulated(self.ff_norm, h, scale=modulation.scale_ff, shift=modulation.shift_ff, layout=layout)
-        return self._add_gated(h, self.ff(normed), gate=modulation.gate_ff, layout=layout)
+        return h, norm(h) if modulation is None else self._norm(norm, h, modulation=modulation, layout=layout)
 
-    def _modulated(self, norm: RMSNorm, h: Tensor, *, scale: Tensor, shift: Tensor, layout: Layout) -> Tensor:
+    def _norm(self, norm: RMSNorm, h: Tensor, *, modulation: Modulation, layout: Layout) -> Tensor:
+        scale, shift, _ = modulation
         if self.kernels is not None:
-            return self.kernels.modulated_norm(h, scale=scale, shift=shift, rows=layout.rows, eps=norm.eps)
+            return self.kernels.modulated_norm(h, scale=scale, shift=shift, rows=layout.places.rows, eps=norm.eps)
         return layout.modulate(norm.without_gain(h), scale=scale, shift=shift)
-
-    def _add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor, layout: Layout) -> Tensor:
-        if self.kernels is not None:
-            return self.kernels.add_gated(h, update, gate=gate, rows=layout.rows)
-        return layout.add_gated(h, update, gate=gate)
 
 
 class Transformer(nn.Module):
@@ -160,7 +187,7 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             h = layer(
                 h,
-                modulation=modulations[index],
+                modulations=modulations[index],
                 layout=layout,
                 rotary=rotary.layer(index),
                 context=None if context is None else layout.context(context, layer=index),
@@ -178,8 +205,8 @@ class Transformer(nn.Module):
         affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
         return affine.table(positions, rates=self.rotary_pos_emb.rates(self.head_width))
 
-    def _modulate(self, modulation: Tensor) -> list[Modulation]:
-        """Returns each layer's modulation: the shared `modulation` (rows, 6 * width) plus the layer's own offsets.
+    def _modulate(self, modulation: Tensor) -> list[tuple[Modulation, Modulation]]:
+        """Returns each layer's modulations: the shared `modulation` (rows, 6 * width) plus the layer's own offsets.
 
         A gate g is applied as `sigmoid(1 - g)`.
         """
@@ -188,9 +215,10 @@ class Transformer(nn.Module):
         gains = torch.stack([norm.gamma for norm in norms]).to(offsets.dtype).unflatten(0, (-1, 1, 2))
         scale, shift, gate = (offsets[:, None] + modulation).unflatten(-1, (2, 3, -1)).unbind(3)
         parts = torch.addcmul(gains, gains, scale), shift, torch.sigmoid(1 - gate)
+        of_layers = zip(*(part.unbind(0) for part in parts), strict=True)
         return [
-            Modulation(*(part[index, :, branch] for branch in (0, 1) for part in parts))
-            for index in range(len(offsets))
+            (Modulation(*(part[:, 0] for part in layer)), Modulation(*(part[:, 1] for part in layer)))
+            for layer in of_layers
         ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks import HEAD_NORMS, DyT, RotaryEmbedding, SelfAttention, attend, sine
-from stable_audio_serve.models.blocks.fused import Kernels, use_kernels
+from stable_audio_serve.models.blocks.fused import Kernels, Places, use_kernels
 from stable_audio_serve.models.blocks.kernel_check import errors, load_kernels
 from stable_audio_serve.models.blocks.rotary import gather_affine
 from stable_audio_serve.models.sa3.model import Sa3Model
@@ -53,7 +53,8 @@ def golden(model: Sa3Model) -> Callable[[str], Tensor]:
 
 def test_each_kernel_passes_the_check_at_start(kernels: Kernels) -> None:
     found = dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float32))
-    assert set(found) == {"modulated_norm", "add_gated", "squashed", "gated", "normed_heads", "rotated_heads"}
+    names = {"modulated_norm", "add_gated", "add_and_norm", "squashed", "gated", "normed_heads", "rotated_heads"}
+    assert set(found) == names
     assert max(found.values()) <= CLOSE
 
 
@@ -108,8 +109,35 @@ def test_a_folded_norm_is_the_same_and_in_the_dtype_of_autocast(kernels: Kernels
         assert_near(norm(x), plain.half(), within=0.0005)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_sum_and_its_norm_are_the_same_with_every_part(kernels: Kernels, is_packed: bool) -> None:
+    generator, rows, prefix, width = torch.Generator().manual_seed(0), 2, 2, 24
+    h, update = (torch.randn(rows, TOKENS, width, generator=generator) for _ in range(2))
+    gate, local, scale, shift = torch.randn(4, rows, width, generator=generator)
+    is_frame = (torch.arange(TOKENS) >= prefix).repeat(rows)
+    places = Places(torch.arange(rows).repeat_interleave(TOKENS).int(), is_frame, 0)
+    for own_gate, own_local, own_shift in ((gate, local, shift), (None, None, None), (gate[:1], local[:1], None)):
+        expected = h + update * (1 if own_gate is None else own_gate[:, None])
+        if own_local is not None:
+            expected[:, prefix:] += own_local[:, None]
+        tokens = h.flatten(0, 1)[None].clone() if is_packed else h.clone()
+        made = kernels.add_and_norm(
+            tokens,
+            update.view(tokens.shape),
+            gate=own_gate,
+            local=own_local,
+            scale=scale,
+            shift=own_shift,
+            places=places if is_packed else Places(None, None, prefix),
+            eps=1e-5,
+        )
+        norm = F.rms_norm(expected, (width,), None, 1e-5) * scale[:, None]
+        assert_near(tokens.view(h.shape), expected, within=CLOSE)
+        assert_near(made.view(h.shape), norm if own_shift is None else norm + own_shift[:, None], within=CLOSE)
+
+
 def test_rows_that_do_not_fit_the_tokens_are_refused(kernels: Kernels) -> None:
-    x, values = torch.zeros(1, TOKENS, 8), torch.zeros(2, 8)
+    x, values = torch.zeros(1, TOKENS, 8), torch.zeros(2, 8)  # two rows of values for one row of tokens
     with pytest.raises(ValueError, match="do not fit"):
         kernels.modulated_norm(x, scale=values, shift=values, rows=None, eps=1e-5)
     with pytest.raises(ValueError, match="do not fit"):
