@@ -25,14 +25,10 @@ class Places(NamedTuple):
 class Kernels(Protocol):
     """The functions of the module `blocks.kernels`."""
 
-    def modulated_norm(self, x: Tensor, *, scale: Tensor, shift: Tensor, rows: Tensor | None, eps: float) -> Tensor: ...
-
-    def add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor, rows: Tensor | None) -> Tensor: ...
-
     def add_and_norm(
         self,
         h: Tensor,
-        update: Tensor,
+        update: Tensor | None,
         *,
         gate: Tensor | None,
         local: Tensor | None,

@@ -57,20 +57,17 @@ def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Ite
     width = _HEADS * _HEAD_WIDTH
     x, update, scale, shift = (draw(_ROWS, count, width) for count in (_TOKENS, _TOKENS, 1, 1))
     scales, shifts, half = scale[:, 0], shift[:, 0], width // 2
-    packed, rows = x.flatten(0, 1)[None], torch.arange(_ROWS, device=device).repeat_interleave(_TOKENS)
-    expected = torch.addcmul(shift.float(), F.rms_norm(x.float(), (width,), None, 1e-5), scale.float())
-    for tokens, of in ((x, None), (packed, rows.int())):
-        made = kernels.modulated_norm(tokens, scale=scales, shift=shifts, rows=of, eps=1e-5)
-        yield "modulated_norm", error(made.view(x.shape), expected)
-    made = kernels.add_gated(x.clone(), update, gate=scales, rows=None)
-    yield "add_gated", error(made, torch.addcmul(x.float(), scale.float(), update.float()))
-    h, norm_of = x.clone(), partial(F.rms_norm, normalized_shape=(width,), eps=1e-5)
-    made = kernels.add_and_norm(
-        h, update, gate=None, local=scales, scale=scales, shift=None, places=Places(None, None, 1), eps=1e-5
-    )
-    added = x.float() + update.float()
-    added[:, 1:] += scale.float()
-    yield "add_and_norm", max(error(h, added), error(made, norm_of(added) * scale.float()))
+    norm_of = partial(F.rms_norm, normalized_shape=(width,), eps=1e-5)
+    packed, rows = x.flatten(0, 1)[None].clone(), torch.arange(_ROWS, device=device).repeat_interleave(_TOKENS).int()
+    is_frame = (torch.arange(_TOKENS, device=device) > 0).repeat(_ROWS)
+    for h, of in ((x.clone(), Places(None, None, 1)), (packed, Places(rows, is_frame, 1))):
+        made = kernels.add_and_norm(
+            h, update.view(h.shape), gate=scales, local=shifts, scale=scales, shift=shifts, places=of, eps=1e-5
+        )
+        added = torch.addcmul(x.float(), scale.float(), update.float())
+        added[:, 1:] += shift.float()
+        expected = torch.addcmul(shift.float(), norm_of(added), scale.float())
+        yield "add_and_norm", max(error(h.view(x.shape), added), error(made.view(x.shape), expected))
     yield "squashed", error(kernels.squashed(x, scale.flatten()[:1].float()), (scale.flatten()[0] * x.float()).tanh())
     yield "gated", error(kernels.gated(x, F.silu), x[..., :half].float() * F.silu(x[..., half:].float()))
     norm, heads = RMSNorm(_HEAD_WIDTH, eps=1e-6).to(device), x.unflatten(-1, (_HEADS, _HEAD_WIDTH))

@@ -23,25 +23,9 @@ _BLOCK = 1024  # values that one program of `_squashed` or `_gated` computes
 _MANY = 1024  # a program that computes more values than this uses eight warps instead of four
 
 
-def modulated_norm(x: Tensor, *, scale: Tensor, shift: Tensor, rows: Tensor | None, eps: float) -> Tensor:
-    """Returns `rms_norm(x) * scale + shift` for tokens x (batch, tokens, width).
-
-    `scale` and `shift` are (rows, width). Token i belongs to row `rows[i]`; if `rows` is None, the rows are axis 0.
-    """
-    return _add_and_norm(x, norm=(scale, shift), rows=rows, eps=eps)
-
-
-def add_gated(h: Tensor, update: Tensor, *, gate: Tensor, rows: Tensor | None) -> Tensor:
-    """Add `gate * update` to the tokens h (batch, tokens, width) in place, and return h. `gate` is (rows, width).
-
-    `rows` is as in `modulated_norm`.
-    """
-    return _add_and_norm(h, update, gate=gate, rows=rows)
-
-
 def add_and_norm(
     h: Tensor,
-    update: Tensor,
+    update: Tensor | None,
     *,
     gate: Tensor | None,
     local: Tensor | None,
@@ -50,55 +34,36 @@ def add_and_norm(
     places: Places,
     eps: float,
 ) -> Tensor:
-    """Add `gate * update + local` to the tokens h (batch, tokens, width) in place.
+    """Add `gate * update + local` to the tokens h (batch, tokens, width) in place, unless `update` is None.
 
     Returns `rms_norm(h) * scale + shift`.
 
     `gate`, `local`, `scale` and `shift` are (rows, width); one row fits all. A `gate` of None is 1, and a `local` or
     `shift` of None is 0. `local` is added to frames only, not to the tokens before a row's frames.
     """
-    return _add_and_norm(h, update, gate=gate, local=local, norm=(scale, shift), eps=eps, **places._asdict())
-
-
-def _add_and_norm(
-    h: Tensor,
-    update: Tensor | None = None,
-    *,
-    gate: Tensor | None = None,
-    local: Tensor | None = None,
-    norm: tuple[Tensor, Tensor | None] | None = None,
-    rows: Tensor | None,
-    is_frame: Tensor | None = None,
-    num_prefix: int = 0,
-    eps: float = 0.0,
-) -> Tensor:
-    """Returns the norm, or h if `norm` (scale, shift) is None."""
-    h = h if update is not None else h.contiguous()  # what is added to must not be a copy
-    scale, shift = norm or (None, None)
-    of_rows = (gate, local, scale, shift)
     assert h.is_contiguous()
+    assert local is None or update is not None
+    of_rows = (gate, local, scale, shift)
     for values in of_rows:
-        _require_rows(h, values=values, rows=rows)
-    out = h if norm is None else torch.empty_like(h)
-    width = h.shape[-1]
+        _require_rows(h, values=values, rows=places.rows)
+    out, width = torch.empty_like(h), h.shape[-1]
     with torch.cuda.device_of(h):
-        _update_and_norm[h.shape[0] * h.shape[1],](
+        _add_and_norm[h.shape[0] * h.shape[1],](
             h,
             h if update is None else update.contiguous(),
             *(h if values is None else values for values in of_rows),
-            h if rows is None else rows,
-            h if is_frame is None else is_frame,
+            h if places.rows is None else places.rows,
+            h if places.is_frame is None else places.is_frame,
             out,
             h.shape[1],
-            num_prefix,
+            places.num_prefix,
             *(0 if values is None or len(values) == 1 else values.stride(0) for values in of_rows),
             width,
             eps,
-            HAS_ROWS=rows is not None,
+            HAS_ROWS=places.rows is not None,
             HAS_UPDATE=update is not None,
             HAS_GATE=gate is not None,
             HAS_LOCAL=local is not None,
-            HAS_NORM=scale is not None,
             HAS_SHIFT=shift is not None,
             BLOCK=triton.next_power_of_2(width),
             num_warps=_warps(width),
@@ -223,7 +188,7 @@ def _eps(norm: nn.Module) -> float:
 
 
 @triton.jit(do_not_specialize=["row_tokens"])
-def _update_and_norm(
+def _add_and_norm(
     h,
     update,
     gate,
@@ -245,7 +210,6 @@ def _update_and_norm(
     HAS_UPDATE: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_LOCAL: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -270,12 +234,11 @@ def _update_and_norm(
             change += at_frame * tl.load(local + row * local_stride + column, mask=inside, other=0.0).to(tl.float32)
         values += change
         tl.store(h + place, values, mask=inside)
-    if HAS_NORM:
-        values = values / tl.sqrt(tl.sum(values * values, axis=0) / width + eps)
-        values *= tl.load(scale + row * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
-        if HAS_SHIFT:
-            values += tl.load(shift + row * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + place, values, mask=inside)
+    values = values / tl.sqrt(tl.sum(values * values, axis=0) / width + eps)
+    values *= tl.load(scale + row * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        values += tl.load(shift + row * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_positions"])

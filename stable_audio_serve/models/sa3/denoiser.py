@@ -66,6 +66,16 @@ class Modulation(NamedTuple):
     gate: Tensor
 
 
+class Update(NamedTuple):
+    """What is added to the tokens next: `values`, which have the shape of the tokens, times `gate` (rows, width).
+
+    A gate of None is 1.
+    """
+
+    values: Tensor
+    gate: Tensor | None
+
+
 class TransformerLayer(FusedModule):
     """Applies self-attention, cross-attention, local conditioning and the feed-forward network, in this order.
 
@@ -88,52 +98,51 @@ class TransformerLayer(FusedModule):
     def forward(
         self,
         h: Tensor,
+        update: Update | None,
         *,
         modulations: tuple[Modulation, Modulation],
         layout: Layout,
         rotary: RotaryTable,
         context: tuple[Tensor, Tensor] | None,
         local: Tensor | None,
-    ) -> Tensor:
-        """Returns the tokens after this layer; may overwrite `h`.
+    ) -> tuple[Tensor, Update]:
+        """Returns the tokens, and the output of this layer's feed-forward network, which is not added to them yet. May
+        overwrite `h`.
 
-        `modulations` are those of the self-attention and of the feed-forward network. `layout` defines the shapes of
-        `h` and `local`. `context` has keys and values as `layout.context` returns them. `local` is added to frames, but
-        not to memory tokens.
+        `update` is that of the layer before. The sum of tokens and update is computed together with the norm after it,
+        because memory traffic limits both. `modulations` are those of the self-attention and of the feed-forward
+        network. `layout` defines the shapes of `h` and `local`. `context` has keys and values as `layout.context`
+        returns them. `local` is added to frames, but not to memory tokens.
         """
         own, ff = modulations
-        normed = self._norm(self.pre_norm, h, modulation=own, layout=layout)
-        update = self.self_attn(normed, rotary=rotary, attend_fn=layout.attend)
-        gate: Tensor | None = own.gate
+        h, normed = self._add_and_norm(h, update, norm=self.pre_norm, modulation=own, layout=layout)
+        update = Update(self.self_attn(normed, rotary=rotary, attend_fn=layout.attend), own.gate)
         if context is not None:
-            h, normed = self._add_and_norm(h, update, gate=gate, norm=self.cross_attend_norm, layout=layout)
+            h, normed = self._add_and_norm(h, update, norm=self.cross_attend_norm, layout=layout)
             key, value = context
-            update = self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context)
-            gate = None
-        h, normed = self._add_and_norm(
-            h, update, gate=gate, local=local, norm=self.ff_norm, modulation=ff, layout=layout
-        )
-        update = self.ff(normed)
-        if self.kernels is not None:
-            return self.kernels.add_gated(h, update, gate=ff.gate, rows=layout.places.rows)
-        return layout.add_gated(h, update, gate=ff.gate)
+            attended = self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context)
+            update = Update(attended, gate=None)
+        h, normed = self._add_and_norm(h, update, local=local, norm=self.ff_norm, modulation=ff, layout=layout)
+        return h, Update(self.ff(normed), ff.gate)
 
     def _add_and_norm(
         self,
         h: Tensor,
-        update: Tensor,
+        update: Update | None,
         *,
-        gate: Tensor | None,
         local: Tensor | None = None,
         norm: RMSNorm,
         modulation: Modulation | None = None,
         layout: Layout,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the sum `h + gate * update + local`, and the norm of the sum. May overwrite `h`."""
+        """Returns the sum of the tokens, the update and the local conditioning, and the norm of this sum. May overwrite
+        `h`.
+        """
+        values, gate = update or (None, None)
         if self.kernels is not None and (local is None or local.shape[1] == 1):
             normed = self.kernels.add_and_norm(
                 h,
-                update,
+                values,
                 gate=gate,
                 local=None if local is None else local[:, 0],
                 scale=norm.gamma[None] if modulation is None else modulation.scale,
@@ -142,16 +151,13 @@ class TransformerLayer(FusedModule):
                 eps=norm.eps,
             )
             return h, normed
-        h = add_branch(h, update) if gate is None else layout.add_gated(h, update, gate=gate)
+        if values is not None:
+            h = add_branch(h, values) if gate is None else layout.add_gated(h, values, gate=gate)
         if local is not None:
             layout.add_local(h, local)  # in place: nothing else uses h
-        return h, norm(h) if modulation is None else self._norm(norm, h, modulation=modulation, layout=layout)
-
-    def _norm(self, norm: RMSNorm, h: Tensor, *, modulation: Modulation, layout: Layout) -> Tensor:
-        scale, shift, _ = modulation
-        if self.kernels is not None:
-            return self.kernels.modulated_norm(h, scale=scale, shift=shift, rows=layout.places.rows, eps=norm.eps)
-        return layout.modulate(norm.without_gain(h), scale=scale, shift=shift)
+        if modulation is None:
+            return h, norm(h)
+        return h, layout.modulate(norm.without_gain(h), scale=modulation.scale, shift=modulation.shift)
 
 
 class Transformer(nn.Module):
@@ -184,15 +190,19 @@ class Transformer(nn.Module):
         rotary = self.rotary_table(layout.positions(h.device))
         modulations = self._modulate(self.global_cond_embedder(global_embed))
         context, local = conditioning.context, conditioning.local
+        update: Update | None = None
         for index, layer in enumerate(self.layers):
-            h = layer(
+            h, update = layer(
                 h,
+                update,
                 modulations=modulations[index],
                 layout=layout,
                 rotary=rotary.layer(index),
                 context=None if context is None else layout.context(context, layer=index),
                 local=None if local is None else local[:, index],
             )
+        if update is not None and update.gate is not None:
+            h = layout.add_gated(h, update.values, gate=update.gate)
         return self.project_out(layout.frames(h))
 
     @property

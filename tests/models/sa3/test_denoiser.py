@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.models.protocol import StepBatch
-from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning
+from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, Update
 from stable_audio_serve.models.sa3.model import from_batch, to_branch
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import SHARP, load_goldens
@@ -115,8 +115,15 @@ def test_intermediate_values_match_the_reference(name: str) -> None:
         "hidden_after_layer_0": first,
         "hidden_after_layer_1": net.transformer.layers[1],
     }
+
+    def record(key: str, out: Tensor | tuple[Tensor, Update]) -> None:
+        if isinstance(out, tuple):  # a layer leaves the last addition to the layer after it
+            out, (values, gate) = out
+            out = torch.addcmul(out, gate[:, None], values)
+        seen[key] = out.clone()
+
     handles = [
-        module.register_forward_hook(lambda _module, _args, out, key=key: seen.update({key: out.clone()}))
+        module.register_forward_hook(lambda _module, _args, out, key=key: record(key, out))
         for key, module in modules.items()
     ]
     net(g("x"), g("t"), conditioning=conditioning(name))
