@@ -17,7 +17,19 @@ from triton import language as tl
 
 from stable_audio_serve.models.blocks.feedforward import sine
 from stable_audio_serve.models.blocks.fused import Table
+from stable_audio_serve.models.blocks.local_attention import has_local_attention, local_attention
 from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
+
+__all__ = [
+    "add_gated",
+    "gated",
+    "has_local_attention",
+    "local_attention",
+    "modulated_norm",
+    "normed_heads",
+    "rotated_heads",
+    "squashed",
+]
 
 _BLOCK = 1024  # values that one program of `_squashed` or `_gated` computes
 _MANY = 1024  # a program that computes more values than this uses eight warps instead of four

@@ -77,9 +77,12 @@ class SameLayer(nn.Module):
         self.pre_norm.fold_into(self.self_attn.to_qkv)
         self.ff_norm.fold_into(self.ff.first)
 
-    def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(batch, tokens, width) -> (batch, tokens, width). `rotary` is this layer's rotary table."""
-        x = x + self.self_attn(self.pre_norm(x), rotary=rotary, attend_fn=attend_fn)
+    def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend, radius: int) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, width). `rotary` is this layer's rotary table.
+
+        `attend_fn` lets a query see the keys that are at most `radius` tokens away.
+        """
+        x = x + self.self_attn(self.pre_norm(x), rotary=rotary, attend_fn=attend_fn, radius=radius)
         return add_branch(x, self.ff(self.ff_norm(x)))
 
 
@@ -149,7 +152,8 @@ class ResamplingBlock(nn.Module):
         cos, sin = cosines(positions, rates)
         for index, layer in enumerate(self.transformers):
             # Build the rotary table of one layer at a time, because the tables of all layers need much memory.
-            x = layer(x, rotary=affine.layer(index).fold(cos[index], sin[index]), attend_fn=band)
+            table = affine.layer(index).fold(cos[index], sin[index])
+            x = layer(x, rotary=table, attend_fn=band, radius=radius)
         return x
 
     def _transform_chunks(self, x: Tensor) -> Tensor:
@@ -172,7 +176,7 @@ class ResamplingBlock(nn.Module):
         shape = x.shape
         x = x.reshape(-1, self._chunk_tokens, shape[2])
         for index in layers:
-            x = self.transformers[index](x, rotary=table.layer(index), attend_fn=attend)
+            x = self.transformers[index](x, rotary=table.layer(index), attend_fn=attend, radius=self._chunk_tokens)
         return x.reshape(shape)
 
     def _gather_rotary(self) -> _Rotary:
