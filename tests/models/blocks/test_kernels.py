@@ -63,7 +63,7 @@ def golden(model: Sa3Model) -> Callable[[str], Tensor]:
 
 def test_each_kernel_passes_the_check_at_start(kernels: Kernels) -> None:
     found = dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float32))
-    names = {"modulated_norm", "add_gated", "squashed", "gated", "normed_heads", "rotated_heads"}
+    names = {"modulated_norm", "add_gated", "squashed", "add_squashed", "add", "gated", "normed_heads", "rotated_heads"}
     assert set(found) == names
     assert max(found.values()) <= CLOSE
     assert set(dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float16))) == {*names, "local_attention"}
@@ -150,6 +150,36 @@ def test_a_folded_norm_is_the_same_and_in_the_dtype_of_autocast(kernels: Kernels
     assert_near(norm(x), plain, within=CLOSE)
     with torch.autocast("cpu", dtype=torch.float16):
         assert_near(norm(x), plain.half(), within=0.0005)
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+@torch.inference_mode()
+def test_adding_to_the_residual_stream_is_the_same_and_in_place(kernels: Kernels, is_folded: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm, x = DyT(300), torch.randn(2, TOKENS, 300, generator=generator)
+    update = torch.randn(2, TOKENS, 300, generator=generator).half()
+    if is_folded:
+        norm.fold_into(nn.Linear(300, 300))
+    expected, normed = norm.after_adding(x, update)
+    assert torch.equal(expected, x + update)
+    use_kernels(norm, kernels)
+    for kind in (torch.float32, torch.float16):
+        own = x.clone()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=kind == torch.float16):
+            total, found = norm.after_adding(own, update)
+        assert total is own
+        assert torch.equal(total, expected)
+        assert found.dtype == (kind if is_folded else torch.float32)
+        assert_near(found.float(), normed, within=CLOSE if found.dtype == torch.float32 else 0.0005)
+    assert torch.equal(kernels.add(x.clone(), update), expected)
+
+
+def test_gradients_do_not_see_additions_in_place(kernels: Kernels) -> None:
+    norm, x = DyT(8), torch.randn(2, TOKENS, 8, generator=torch.Generator().manual_seed(0))
+    use_kernels(norm, kernels)
+    before = x.clone()
+    norm.after_adding(x, torch.ones_like(x))
+    assert torch.equal(x, before)
 
 
 def test_rows_that_do_not_fit_the_tokens_are_refused(kernels: Kernels) -> None:
