@@ -90,13 +90,16 @@ class SelfAttention(FusedModule):
         self.q_norm = build_head_norm(head_norm, self.head_width)
         self.k_norm = build_head_norm(head_norm, self.head_width)
 
-    def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
+    def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend, radius: int | None = None) -> Tensor:
         """(batch, tokens, width) -> (batch, tokens, width).
 
-        `rotary` must contain the gain and bias of `q_norm` and `k_norm`.
+        `rotary` must contain the gain and bias of `q_norm` and `k_norm`. If `attend_fn` lets query i see exactly keys
+        i - radius to i + radius of its sequence, pass `radius`: a fused kernel may then be used instead.
         """
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
         q, k = self._rotated(parts, rotary)
+        if radius is not None and self.kernels is not None and self.kernels.has_local_attention(q):
+            return self.to_out(self.kernels.local_attention(q, k, parts[:, :, 2], radius=radius).flatten(2))
         v = torch.cat([parts[:, :, 2]] * 2, dim=2) if self.differential else parts[:, :, 2]
         out = attend_fn(*map(heads_first, (q, k, v)))
         return self.to_out(merge_heads(subtract(out) if self.differential else out))

@@ -17,13 +17,16 @@ from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, gather_affi
 log = logging.getLogger(__name__)
 
 _ROWS, _TOKENS, _HEADS, _HEAD_WIDTH = 2, 3, 4, 64
+_BAND_TOKENS, _BAND_RADIUS = 150, 40  # several blocks of queries, which see several blocks of keys
 # Largest acceptable error for values of about 1, by the dtype of the values.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}
 
 
 @cache
 def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
-    """Returns the fused kernels; None if they cannot be used on this device in this dtype and in float32.
+    """Returns the fused kernels; None if they cannot be used on this device.
+
+    They must work in this dtype, in float32 and in float16, in which decoders compute whatever the dtype is.
 
     Runs each kernel once to check its results. Logs a warning if Triton is missing, if it cannot compile the kernels
     (it needs a C compiler), or if a result is wrong.
@@ -33,7 +36,7 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
     try:
         from stable_audio_serve.models.blocks import kernels
 
-        for own in {dtype, torch.float32}:
+        for own in {dtype, torch.float32, torch.float16}:
             for name, error in errors(kernels, device=device, dtype=own):
                 if not error <= _TOLERANCE[own]:  # unlike `error > _TOLERANCE`, also true if the error is NaN
                     raise RuntimeError(f"{name} is off by {error:.2g} in {own}")
@@ -68,7 +71,12 @@ def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Ite
         added[:, 1:] += shift.float()
         expected = torch.addcmul(shift.float(), norm_of(added), scale.float())
         yield "add_and_norm", max(error(h.view(x.shape), added), error(made.view(x.shape), expected))
-    yield "squashed", error(kernels.squashed(x, scale.flatten()[:1].float()), (scale.flatten()[0] * x.float()).tanh())
+    alpha = scale.flatten()[:1].float()
+    yield "squashed", error(kernels.squashed(x, alpha), (alpha * x.float()).tanh())
+    totals, added = x.float().repeat(2, 1, 1, 1), x.float() + update.float()
+    yield "add_squashed", error(kernels.add_squashed(totals[0], update, alpha=alpha), (alpha * added).tanh())
+    kernels.add(totals[1], update)
+    yield "add", error(totals, added)
     yield "gated", error(kernels.gated(x, F.silu), x[..., :half].float() * F.silu(x[..., half:].float()))
     norm, heads = RMSNorm(_HEAD_WIDTH, eps=1e-6).to(device), x.unflatten(-1, (_HEADS, _HEAD_WIDTH))
     yield "normed_heads", error(kernels.normed_heads(heads, gamma=norm.gamma, eps=norm.eps), norm(heads.float()))
@@ -78,3 +86,12 @@ def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Ite
     made = torch.stack(kernels.rotated_heads(parts, norm=norm, table=table), dim=2)
     normed = without_affine(norm, parts[:, :, :2].float(), rate=None)
     yield "rotated_heads", error(made, rotate(normed, table, dtype=torch.float32))
+    parts = draw(_ROWS, _BAND_TOKENS, 5, _HEADS, _HEAD_WIDTH)
+    q, k, v = parts[:, :, 0::3].flatten(2, 3), parts[:, :, 1::3].flatten(2, 3), parts[:, :, 2]
+    if kernels.has_local_attention(q):
+        place = torch.arange(_BAND_TOKENS, device=device)
+        hidden = (place[:, None] - place).abs() > _BAND_RADIUS
+        scores = torch.einsum("bqhc,bkhc->bhqk", q.float(), k.float()) / _HEAD_WIDTH**0.5
+        plain, primed = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).chunk(2, dim=1)
+        made = kernels.local_attention(q, k, v, radius=_BAND_RADIUS)
+        yield "local_attention", error(made, torch.einsum("bhqk,bkhc->bqhc", plain - primed, v.float()))

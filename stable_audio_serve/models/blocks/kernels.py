@@ -17,9 +17,22 @@ from triton import language as tl
 
 from stable_audio_serve.models.blocks.feedforward import sine
 from stable_audio_serve.models.blocks.fused import Places, Table
+from stable_audio_serve.models.blocks.local_attention import has_local_attention, local_attention
 from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
 
-_BLOCK = 1024  # values that one program of `_squashed` or `_gated` computes
+__all__ = [
+    "add",
+    "add_and_norm",
+    "add_squashed",
+    "gated",
+    "has_local_attention",
+    "local_attention",
+    "normed_heads",
+    "rotated_heads",
+    "squashed",
+]
+
+_BLOCK = 1024  # values that one program of `_squashed`, `_add_squashed` or `_gated` computes
 _MANY = 1024  # a program that computes more values than this uses eight warps instead of four
 
 
@@ -133,13 +146,40 @@ def normed_heads(x: Tensor, *, gamma: Tensor, eps: float) -> Tensor:
 
 def squashed(x: Tensor, alpha: Tensor) -> Tensor:
     """Returns `tanh(alpha * x)` for a scalar `alpha` (1,), in the dtype of autocast if it is enabled, else of x."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=dtype)
+    out = torch.empty_like(x, dtype=_autocast_dtype(x))
     with torch.cuda.device_of(x):
         _squashed[triton.cdiv(x.numel(), _BLOCK),](x, alpha, out, x.numel(), BLOCK=_BLOCK, num_warps=4)
     return out
+
+
+def add(x: Tensor, update: Tensor) -> Tensor:
+    """Add `update` to x in place, and return x. Unlike torch's addition, it is fast if only the update is half."""
+    _add_update(x, update, alpha=None, out=x)
+    return x
+
+
+def add_squashed(x: Tensor, update: Tensor, *, alpha: Tensor) -> Tensor:
+    """Add `update` to x in place, and return `squashed(x, alpha)` for the new x."""
+    out = torch.empty_like(x, dtype=_autocast_dtype(x))
+    _add_update(x, update, alpha=alpha, out=out)
+    return out
+
+
+def _add_update(x: Tensor, update: Tensor, *, alpha: Tensor | None, out: Tensor) -> None:
+    assert x.is_contiguous()
+    assert x.shape == update.shape
+    with torch.cuda.device_of(x):
+        _add_squashed[triton.cdiv(x.numel(), _BLOCK),](
+            x,
+            update.contiguous(),
+            x if alpha is None else alpha,
+            out,
+            x.numel(),
+            IS_SQUASHED=alpha is not None,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
 
 
 def gated(x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -168,6 +208,12 @@ def _require_rows(x: Tensor, *, values: Tensor | None, rows: Tensor | None) -> N
         raise ValueError(f"values of shape {tuple(values.shape)} do not fit tokens of shape {tuple(x.shape)}")
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype of autocast if it is enabled, else of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def _warps(num_values: int) -> int:
     return 8 if num_values > _MANY else 4
 
@@ -185,6 +231,11 @@ def _eps(norm: nn.Module) -> float:
 
 
 # Kernels are not type-checked: Triton compiles their source.
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
 @triton.jit(do_not_specialize=["row_tokens"])
@@ -285,8 +336,8 @@ def _rotated_heads(
         other = (other - mean) / level
     if NORM == "dyt":
         alpha = tl.load(rate + which)
-        own = 2.0 * tl.sigmoid(2.0 * alpha * own) - 1.0  # tanh
-        other = 2.0 * tl.sigmoid(2.0 * alpha * other) - 1.0
+        own = _tanh(alpha * own)
+        other = _tanh(alpha * other)
     place = (token % num_positions) * position_stride + which * which_stride + channel
     is_channel = channel < width
     rotated = own * tl.load(cos + place, mask=is_channel, other=0.0)
@@ -315,7 +366,19 @@ def _squashed(x, alpha, out, num_values, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < num_values
     values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * tl.load(alpha)
-    tl.store(out + place, 2.0 * tl.sigmoid(2.0 * values) - 1.0, mask=inside)  # tanh
+    tl.store(out + place, _tanh(values), mask=inside)
+
+
+@triton.jit
+def _add_squashed(x, update, alpha, out, num_values, IS_SQUASHED: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < num_values
+    # Squash the stored sum: a half x rounds it.
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    values = (values + tl.load(update + place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
+    tl.store(x + place, values, mask=inside)
+    if IS_SQUASHED:
+        tl.store(out + place, _tanh(values.to(tl.float32) * tl.load(alpha)), mask=inside)
 
 
 @triton.jit

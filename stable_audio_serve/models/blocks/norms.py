@@ -46,6 +46,16 @@ class DyT(FusedModule):
         squashed = (self.alpha * x).tanh_()
         return torch.addcmul(self.beta, self.gamma, squashed)
 
+    def after_adding(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns `x + update` and its norm. With fused kernels, overwrites x if gradients are disabled."""
+        if self.kernels is None or torch.is_grad_enabled():
+            x = x + update
+            return x, self(x)
+        if self.gamma is None:
+            return x, self.kernels.add_squashed(x, update, alpha=self.alpha)
+        self.kernels.add(x, update)
+        return x, self(x)
+
     def fold_into(self, layer: nn.Linear) -> None:
         """Move gamma and beta into the weight and bias of `layer`, which must be the only reader of this norm's output.
 

@@ -19,6 +19,7 @@ from stable_audio_serve.models.blocks import (
     BandAttention,
     DyT,
     FeedForward,
+    FusedModule,
     HeadAffine,
     RotaryEmbedding,
     RotaryTable,
@@ -59,7 +60,7 @@ class WeightNormConv(nn.Module):
         return F.conv1d(x, kernel.to(x.dtype), self.bias, padding=kernel.shape[-1] // 2)
 
 
-class SameLayer(nn.Module):
+class SameLayer(FusedModule):
     """A transformer layer: self-attention and a feed-forward network, each after a DyT norm."""
 
     def __init__(self, config: SameConfig, *, uses_sine: bool) -> None:
@@ -77,10 +78,18 @@ class SameLayer(nn.Module):
         self.pre_norm.fold_into(self.self_attn.to_qkv)
         self.ff_norm.fold_into(self.ff.first)
 
-    def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(batch, tokens, width) -> (batch, tokens, width). `rotary` is this layer's rotary table."""
-        x = x + self.self_attn(self.pre_norm(x), rotary=rotary, attend_fn=attend_fn)
-        return add_branch(x, self.ff(self.ff_norm(x)))
+    def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend, radius: int) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, width). `rotary` is this layer's rotary table.
+
+        `attend_fn` lets a query see the keys that are at most `radius` tokens away. If gradients are disabled, may
+        overwrite x, so callers must not use x afterwards.
+        """
+        attended = self.self_attn(self.pre_norm(x), rotary=rotary, attend_fn=attend_fn, radius=radius)
+        x, normed = self.ff_norm.after_adding(x, attended)
+        branch = self.ff(normed)
+        if self.kernels is None or torch.is_grad_enabled():
+            return add_branch(x, branch)
+        return self.kernels.add(x, branch)
 
 
 class ResamplingBlock(nn.Module):
@@ -124,9 +133,9 @@ class ResamplingBlock(nn.Module):
         return torch.add(tokens, drawn.to(tokens.dtype), alpha=self.config.mask_noise)
 
     def transform(self, groups: Tensor, num_windows: int) -> Tensor:
-        """Run the layers over groups (windows * latents, stride + 1, width).
+        """Run the layers over groups (windows * latents, stride + 1, width), which must be contiguous.
 
-        Returns (windows, latents, stride + 1, width).
+        With fused kernels, overwrites the groups. Returns (windows, latents, stride + 1, width).
         """
         x = groups.reshape(num_windows, -1, groups.shape[2])
         x = self._transform_chunks(x) if self.config.window_latents is None else self._transform_sliding(x)
@@ -149,7 +158,8 @@ class ResamplingBlock(nn.Module):
         cos, sin = cosines(positions, rates)
         for index, layer in enumerate(self.transformers):
             # Build the rotary table of one layer at a time, because the tables of all layers need much memory.
-            x = layer(x, rotary=affine.layer(index).fold(cos[index], sin[index]), attend_fn=band)
+            table = affine.layer(index).fold(cos[index], sin[index])
+            x = layer(x, rotary=table, attend_fn=band, radius=radius)
         return x
 
     def _transform_chunks(self, x: Tensor) -> Tensor:
@@ -172,7 +182,7 @@ class ResamplingBlock(nn.Module):
         shape = x.shape
         x = x.reshape(-1, self._chunk_tokens, shape[2])
         for index in layers:
-            x = self.transformers[index](x, rotary=table.layer(index), attend_fn=attend)
+            x = self.transformers[index](x, rotary=table.layer(index), attend_fn=attend, radius=self._chunk_tokens)
         return x.reshape(shape)
 
     def _gather_rotary(self) -> _Rotary:

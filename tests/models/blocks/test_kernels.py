@@ -10,10 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks import HEAD_NORMS, DyT, RotaryEmbedding, SelfAttention, attend, sine
+from stable_audio_serve.models.blocks import (
+    HEAD_NORMS,
+    BandAttention,
+    DyT,
+    RotaryEmbedding,
+    SelfAttention,
+    attend,
+    sine,
+)
+from stable_audio_serve.models.blocks.attention import heads_first
 from stable_audio_serve.models.blocks.fused import Kernels, Places, use_kernels
 from stable_audio_serve.models.blocks.kernel_check import errors, load_kernels
 from stable_audio_serve.models.blocks.rotary import gather_affine
+from stable_audio_serve.models.sa3 import same
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import SHARP, load_goldens
@@ -53,8 +63,10 @@ def golden(model: Sa3Model) -> Callable[[str], Tensor]:
 
 def test_each_kernel_passes_the_check_at_start(kernels: Kernels) -> None:
     found = dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float32))
-    assert set(found) == {"add_and_norm", "squashed", "gated", "normed_heads", "rotated_heads"}
+    names = {"add_and_norm", "squashed", "add_squashed", "add", "gated", "normed_heads", "rotated_heads"}
+    assert set(found) == names
     assert max(found.values()) <= CLOSE
+    assert set(dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float16))) == {*names, "local_attention"}
 
 
 def test_the_check_at_start_finds_a_wrong_kernel(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +99,38 @@ def test_attention_is_the_same_with_each_norm(kernels: Kernels, kind: str, is_di
     plain = layer(x, rotary=table, attend_fn=attend)
     use_kernels(layer, kernels)
     assert_near(layer(x, rotary=table, attend_fn=attend), plain, within=CLOSE)
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize(
+    ("tokens", "radius"), [(1, 0), (34, 34), (34, 1000), (64, 3), (65, 17), (150, 0), (150, 17), (200, 70)]
+)
+def test_local_attention_is_the_same_for_all_lengths(kernels: Kernels, tokens: int, radius: int, sets: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries_and_keys = torch.randn(2, tokens, 2, sets * HEADS, HEAD_WIDTH, generator=generator)
+    parts = torch.randn(2, tokens, 2 * sets + 1, HEADS, HEAD_WIDTH, generator=generator)
+    (q, k), v = queries_and_keys.unbind(2), parts[:, :, 2]
+    expected = banded(q, k, v, radius=radius)
+    assert_near(kernels.local_attention(q, k, v, radius=radius), expected, within=CLOSE)
+    (q, k), v = queries_and_keys.half().unbind(2), parts.half()[:, :, 2]
+    assert_near(kernels.local_attention(q, k, v, radius=radius).float(), expected, within=0.01)
+
+
+def banded(q: Tensor, k: Tensor, v: Tensor, *, radius: int) -> Tensor:
+    place = torch.arange(q.shape[1])
+    mask = torch.zeros(len(place), len(place)).masked_fill_((place[:, None] - place).abs() > radius, float("-inf"))
+    terms = [
+        attend(*map(heads_first, (*pair, v)), mask=mask)
+        for pair in zip(q.split(HEADS, dim=2), k.split(HEADS, dim=2), strict=True)
+    ]
+    return heads_first(terms[0] - terms[1] if len(terms) == 2 else terms[0])
+
+
+def test_local_attention_is_used_only_in_half_precision_for_some_head_widths(kernels: Kernels) -> None:
+    assert kernels.has_local_attention(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))
+    assert not kernels.has_local_attention(torch.empty(1, 1, 1, 64))
+    for width in (8, 24, 256):
+        assert not kernels.has_local_attention(torch.empty(1, 1, 1, width, dtype=torch.float16))
 
 
 def test_gated_units_are_the_same_for_both_activations(kernels: Kernels) -> None:
@@ -135,6 +179,36 @@ def test_a_sum_and_its_norm_are_the_same_with_every_part(kernels: Kernels, is_pa
         assert_near(made.view(h.shape), norm if own_shift is None else norm + own_shift[:, None], within=CLOSE)
 
 
+@pytest.mark.parametrize("is_folded", [False, True])
+@torch.inference_mode()
+def test_adding_to_the_residual_stream_is_the_same_and_in_place(kernels: Kernels, is_folded: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm, x = DyT(300), torch.randn(2, TOKENS, 300, generator=generator)
+    update = torch.randn(2, TOKENS, 300, generator=generator).half()
+    if is_folded:
+        norm.fold_into(nn.Linear(300, 300))
+    expected, normed = norm.after_adding(x, update)
+    assert torch.equal(expected, x + update)
+    use_kernels(norm, kernels)
+    for kind in (torch.float32, torch.float16):
+        own = x.clone()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=kind == torch.float16):
+            total, found = norm.after_adding(own, update)
+        assert total is own
+        assert torch.equal(total, expected)
+        assert found.dtype == (kind if is_folded else torch.float32)
+        assert_near(found.float(), normed, within=CLOSE if found.dtype == torch.float32 else 0.0005)
+    assert torch.equal(kernels.add(x.clone(), update), expected)
+
+
+def test_gradients_do_not_see_additions_in_place(kernels: Kernels) -> None:
+    norm, x = DyT(8), torch.randn(2, TOKENS, 8, generator=torch.Generator().manual_seed(0))
+    use_kernels(norm, kernels)
+    before = x.clone()
+    norm.after_adding(x, torch.ones_like(x))
+    assert torch.equal(x, before)
+
+
 def test_rows_that_do_not_fit_the_tokens_are_refused(kernels: Kernels) -> None:
     x, values = torch.zeros(1, TOKENS, 8), torch.zeros(2, 8)  # two rows of values for one row of tokens
     too_few = torch.zeros(TOKENS - 1, dtype=torch.int32)
@@ -158,6 +232,21 @@ def test_a_packed_step_matches_the_reference(model: Sa3Model) -> None:
     conditions = [net.condition(context, own, local=local) for context, own, local in zip(*parts, strict=True)]
     out = run_packed(net, g("dit/x").split(1), times=g("dit/t"), conditions=conditions, way="one kernel")
     assert_near(torch.cat(out), g("dit/out"), within=BOUNDS["denoiser"])
+
+
+def test_decoding_in_half_precision_uses_the_kernel_of_local_attention(
+    model: Sa3Model, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, latents = model.autoencoder, golden(model)("ae/latents")[:1, :, :2]
+    use_kernels(net, None)
+    exact = net.decode(latents)
+    with torch.autocast("cpu", dtype=torch.float16):
+        plain = net.decode(latents)
+        use_kernels(net, kernels)
+        for module, name in ((same, "attend"), (BandAttention, "__call__")):
+            monkeypatch.setattr(module, name, None)  # torch's attention fails
+        fused = net.decode(latents)
+    assert (fused - exact).square().mean() <= 1.2 * (plain - exact).square().mean()
 
 
 def test_decoding_is_the_same_without_kernels(model: Sa3Model) -> None:
