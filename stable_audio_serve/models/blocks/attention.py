@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks.fused import FusedModule
+from stable_audio_serve.models.blocks.fused import FusedModule, Kernels
 from stable_audio_serve.models.blocks.norms import RMSNorm, build_head_norm
 from stable_audio_serve.models.blocks.rotary import RotaryTable, rotate, without_affine
 
@@ -102,7 +102,7 @@ class SelfAttention(FusedModule):
             return self.to_out(self.kernels.local_attention(q, k, parts[:, :, 2], radius=radius).flatten(2))
         v = torch.cat([parts[:, :, 2]] * 2, dim=2) if self.differential else parts[:, :, 2]
         out = attend_fn(*map(heads_first, (q, k, v)))
-        return self.to_out(merge_heads(subtract(out) if self.differential else out))
+        return self.to_out(_joined(out, differential=self.differential, kernels=self.kernels))
 
     def _rotated(self, parts: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
         """Returns normalised and rotated queries and keys, each (batch, tokens, heads, head width)."""
@@ -158,7 +158,7 @@ class CrossAttention(FusedModule):
         else:
             q = self.q_norm(q)
         out = attend_fn(heads_first(q), key, value)
-        return self.to_out(merge_heads(subtract(out) if self.differential else out))
+        return self.to_out(_joined(out, differential=self.differential, kernels=self.kernels))
 
 
 def heads_first(x: Tensor) -> Tensor:
@@ -171,7 +171,15 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def subtract(out: Tensor) -> Tensor:
-    """Returns the first half of the heads minus the second half: (batch, 2 H, tokens, width) -> (batch, H, ...)."""
+def _joined(out: Tensor, *, differential: bool, kernels: Kernels | None) -> Tensor:
+    """Returns the input of the last linear layer, (batch, tokens, heads * head width).
+
+    `out` (batch, heads, tokens, head width) is the result of the attention. Differential attention has twice as many
+    heads, of which the second half is subtracted from the first.
+    """
+    if not differential:
+        return merge_heads(out)
+    if kernels is not None:
+        return kernels.difference(merge_heads(out))
     plain, primed = out.chunk(2, dim=1)
-    return plain - primed
+    return merge_heads(plain - primed)

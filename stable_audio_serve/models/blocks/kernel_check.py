@@ -77,6 +77,7 @@ def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Ite
     yield "add_squashed", error(kernels.add_squashed(totals[0], update, alpha=alpha), (alpha * added).tanh())
     kernels.add(totals[1], update)
     yield "add", error(totals, added)
+    yield "difference", error(kernels.difference(x), x[..., :half].float() - x[..., half:].float())
     yield "gated", error(kernels.gated(x, F.silu), x[..., :half].float() * F.silu(x[..., half:].float()))
     norm, heads = RMSNorm(_HEAD_WIDTH, eps=1e-6).to(device), x.unflatten(-1, (_HEADS, _HEAD_WIDTH))
     yield "normed_heads", error(kernels.normed_heads(heads, gamma=norm.gamma, eps=norm.eps), norm(heads.float()))

@@ -24,6 +24,7 @@ __all__ = [
     "add",
     "add_and_norm",
     "add_squashed",
+    "difference",
     "gated",
     "has_local_attention",
     "local_attention",
@@ -141,6 +142,16 @@ def normed_heads(x: Tensor, *, gamma: Tensor, eps: float) -> Tensor:
             WIDTH=triton.next_power_of_2(width),
             num_warps=_warps(heads * width),
         )
+    return out
+
+
+def difference(x: Tensor) -> Tensor:
+    """Returns the first half of the channels minus the second half: (batch, tokens, 2 * width) -> (..., width)."""
+    x = x.contiguous()
+    width = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], width)
+    with torch.cuda.device_of(x):
+        _difference[out.numel() // width,](x, out, width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width))
     return out
 
 
@@ -359,6 +370,16 @@ def _normed_heads(x, gamma, out, heads, width, eps, HEADS: tl.constexpr, WIDTH: 
     values = values / tl.sqrt(tl.sum(values * values, axis=1)[:, None] / width + eps)
     gain = tl.load(gamma + channel, mask=channel < width, other=0.0).to(tl.float32)
     tl.store(out + place, values * gain, mask=inside)
+
+
+@triton.jit
+def _difference(x, out, width, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    plain = tl.load(x + 2 * token * width + column, mask=inside, other=0.0).to(tl.float32)
+    primed = tl.load(x + (2 * token + 1) * width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, plain - primed, mask=inside)
 
 
 @triton.jit

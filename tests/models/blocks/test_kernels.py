@@ -63,7 +63,7 @@ def golden(model: Sa3Model) -> Callable[[str], Tensor]:
 
 def test_each_kernel_passes_the_check_at_start(kernels: Kernels) -> None:
     found = dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float32))
-    names = {"add_and_norm", "squashed", "add_squashed", "add", "gated", "normed_heads", "rotated_heads"}
+    names = {"add_and_norm", "squashed", "add_squashed", "add", "difference", "gated", "normed_heads", "rotated_heads"}
     assert set(found) == names
     assert max(found.values()) <= CLOSE
     assert set(dict(errors(kernels, device=torch.device("cpu"), dtype=torch.float16))) == {*names, "local_attention"}
