@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _BLOCK = 1024  # values that one program of `_squashed`, `_add_squashed` or `_gated` computes
+_ROWS = 32  # heads of tokens that one program of `_rotated_heads` computes
 _MANY = 1024  # a program that computes more values than this uses eight warps instead of four
 
 
@@ -100,27 +101,28 @@ def rotated_heads(parts: Tensor, *, norm: nn.Module, table: Table) -> tuple[Tens
     assert cos.stride(-1) == 1
     assert cos.stride() == sin.stride() == (cos if shift is None else shift).stride()
     with torch.cuda.device_of(parts):
-        _rotated_heads[batch * tokens, 2 * sets](
+        _rotated_heads[triton.cdiv(batch * tokens * heads, _ROWS), 2](
             parts,
             cos,
             sin,
             cos if shift is None else shift,
             cos if rate is None else rate,
             out,
+            batch * tokens * heads,
             tokens,
             heads,
-            width,
-            half,
             cos.stride(0),
             cos.stride(1) if cos.shape[1] > 1 else 0,
             _eps(norm),
-            PARTS=num_parts,
             SETS=sets,
             NORM=_kind(norm),
             HAS_SHIFT=shift is not None,
-            HEADS=triton.next_power_of_2(heads),
-            WIDTH=triton.next_power_of_2(width),
-            num_warps=_warps(heads * width),
+            WIDTH=width,
+            HALF=half,
+            ROWS=_ROWS,
+            HALF_BLOCK=triton.next_power_of_2(half),
+            REST_BLOCK=triton.next_power_of_2(max(width - 2 * half, 1)),
+            num_warps=2,
         )
     queries, keys = out.unbind(2)
     return queries, keys
@@ -246,7 +248,8 @@ def _eps(norm: nn.Module) -> float:
 
 @triton.jit
 def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    root = tl.rsqrt(1.0 + tl.exp(2.0 * x))  # its square is the quotient; a division takes more instructions
+    return 1.0 - 2.0 * root * root
 
 
 @triton.jit(do_not_specialize=["row_tokens"])
@@ -303,7 +306,7 @@ def _add_and_norm(
     tl.store(out + place, values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_positions"])
+@triton.jit(do_not_specialize=["num_rows", "num_positions"])
 def _rotated_heads(
     parts,
     cos,
@@ -311,52 +314,68 @@ def _rotated_heads(
     shift,
     rate,
     out,
+    num_rows,
     num_positions,
     heads,
-    width,
-    half,
     position_stride,
     which_stride,
     eps,
-    PARTS: tl.constexpr,
     SETS: tl.constexpr,
     NORM: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    which = tl.program_id(1) % 2  # 0: queries, 1: keys
-    own_set = tl.program_id(1) // 2  # 1: q' and k' of differential attention
-    head = tl.arange(0, HEADS)[:, None]
-    channel = tl.arange(0, WIDTH)[None, :]
-    inside = (head < heads) & (channel < width)
-    source = parts + (token * PARTS + which + 3 * own_set) * heads * width + head * width
-    partner = tl.where(channel < half, channel + half, tl.where(channel < 2 * half, channel - half, channel))
-    own = tl.load(source + channel, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
-    if NORM == "rms":
-        level = tl.sqrt(tl.sum(own * own, axis=1)[:, None] / width + eps)
-        own = own / level
-        other = other / level
-    if NORM == "ln":
-        mean = tl.sum(own, axis=1)[:, None] / width
-        own = tl.where(inside, own - mean, 0.0)
-        level = tl.sqrt(tl.sum(own * own, axis=1)[:, None] / width + eps)
-        own = own / level
-        other = (other - mean) / level
-    if NORM == "dyt":
-        alpha = tl.load(rate + which)
-        own = _tanh(alpha * own)
-        other = _tanh(alpha * other)
-    place = (token % num_positions) * position_stride + which * which_stride + channel
-    is_channel = channel < width
-    rotated = own * tl.load(cos + place, mask=is_channel, other=0.0)
-    rotated += other * tl.load(sin + place, mask=is_channel, other=0.0)
-    if HAS_SHIFT:
-        rotated += tl.load(shift + place, mask=is_channel, other=0.0)
-    target = out + ((token * 2 + which) * SETS + own_set) * heads * width + head * width + channel
-    tl.store(target, rotated, mask=inside)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # one head of one token
+    which = tl.program_id(1)  # 0: queries, 1: keys
+    token = row // heads
+    head = row % heads
+    table = (token % num_positions) * position_stride + which * which_stride
+    token = token.to(tl.int64)
+    # Load the two rotated halves and the other channels separately, so that each value is loaded and normalised once.
+    low = tl.arange(0, HALF_BLOCK)[None, :]
+    high = HALF + low
+    rest = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
+    is_row = row < num_rows
+    is_half = is_row & (low < HALF)
+    is_rest = is_row & (rest < WIDTH)
+    for own_set in tl.static_range(SETS):  # 1: q' and k' of differential attention
+        source = parts + ((token * (2 * SETS + 1) + which + 3 * own_set) * heads + head) * WIDTH
+        a = tl.load(source + low, mask=is_half, other=0.0).to(tl.float32)
+        b = tl.load(source + high, mask=is_half, other=0.0).to(tl.float32)
+        c = tl.load(source + rest, mask=is_rest, other=0.0).to(tl.float32)
+        if NORM == "ln":
+            mean = (tl.sum(a, axis=1) + tl.sum(b, axis=1) + tl.sum(c, axis=1))[:, None] / WIDTH
+            a = tl.where(is_half, a - mean, 0.0)
+            b = tl.where(is_half, b - mean, 0.0)
+            c = tl.where(is_rest, c - mean, 0.0)
+        if NORM == "ln" or NORM == "rms":
+            square = (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1) + tl.sum(c * c, axis=1))[:, None]
+            factor = 1.0 / tl.sqrt(square / WIDTH + eps)
+            a = a * factor
+            b = b * factor
+            c = c * factor
+        if NORM == "dyt":
+            alpha = tl.load(rate + which)
+            a = _tanh(alpha * a)
+            b = _tanh(alpha * b)
+            c = _tanh(alpha * c)
+        new_a = a * tl.load(cos + table + low, mask=is_half, other=0.0)
+        new_a += b * tl.load(sin + table + low, mask=is_half, other=0.0)
+        new_b = b * tl.load(cos + table + high, mask=is_half, other=0.0)
+        new_b += a * tl.load(sin + table + high, mask=is_half, other=0.0)
+        new_c = c * tl.load(cos + table + rest, mask=is_rest, other=0.0)
+        if HAS_SHIFT:
+            new_a += tl.load(shift + table + low, mask=is_half, other=0.0)
+            new_b += tl.load(shift + table + high, mask=is_half, other=0.0)
+            new_c += tl.load(shift + table + rest, mask=is_rest, other=0.0)
+        target = out + (((token * 2 + which) * SETS + own_set) * heads + head) * WIDTH
+        tl.store(target + low, new_a, mask=is_half)
+        tl.store(target + high, new_b, mask=is_half)
+        tl.store(target + rest, new_c, mask=is_rest)
 
 
 @triton.jit

@@ -85,17 +85,20 @@ def test_kernels_that_cannot_run_are_off_and_the_log_says_why(caplog: pytest.Log
 
 @pytest.mark.parametrize("kind", HEAD_NORMS)
 @pytest.mark.parametrize("is_differential", [False, True])
+@pytest.mark.parametrize(("width", "rotated"), [(16, 8), (16, 16), (24, 12)])
 @torch.inference_mode()
-def test_attention_is_the_same_with_each_norm(kernels: Kernels, kind: str, is_differential: bool) -> None:
+def test_attention_is_the_same_with_each_norm(
+    kernels: Kernels, kind: str, is_differential: bool, width: int, rotated: int
+) -> None:
     torch.manual_seed(0)
-    layer = SelfAttention(HEADS * HEAD_WIDTH, num_heads=HEADS, differential=is_differential, head_norm=kind)
+    layer = SelfAttention(HEADS * width, num_heads=HEADS, differential=is_differential, head_norm=kind)
     for norm in (layer.q_norm, layer.k_norm):
         for parameter in norm.parameters():
             parameter.copy_(0.7 + 0.3 * torch.randn(parameter.shape))
-    rope = RotaryEmbedding(HEAD_WIDTH // 2)
+    rope = RotaryEmbedding(rotated)
     affine = gather_affine([(layer.q_norm, layer.k_norm)], half=rope.half_width)
-    table = affine.table(torch.arange(TOKENS).float(), rates=rope.rates(HEAD_WIDTH)).layer(0)
-    x = torch.randn(2, TOKENS, HEADS * HEAD_WIDTH)
+    table = affine.table(torch.arange(TOKENS).float(), rates=rope.rates(width)).layer(0)
+    x = torch.randn(3, TOKENS, HEADS * width)
     plain = layer(x, rotary=table, attend_fn=attend)
     use_kernels(layer, kernels)
     assert_near(layer(x, rotary=table, attend_fn=attend), plain, within=CLOSE)
