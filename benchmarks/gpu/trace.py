@@ -20,7 +20,7 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.battery import battery
-from benchmarks.gpu.engines import PLAIN, Machine
+from benchmarks.gpu.engines import ALL, PLAIN, Machine
 from benchmarks.gpu.results import Results
 from stable_audio_serve.core.generation import GenerationRequest
 
@@ -34,10 +34,9 @@ _NAME_LENGTH, _MOST_KERNELS = 120, 20
 
 
 async def measure(machine: Machine, results: Results) -> None:
-    """Store the kernels and the attention operators that each model uses without CUDA graphs.
+    """Store the kernels and the attention operators that each model uses with all features, and without any.
 
-    They are recorded for single clips of several lengths with two steps, and for the requests of `battery` with padded
-    and with packed rows.
+    They are recorded for single clips of several lengths with two steps, and for the requests of `battery`.
     """
     for name in ("small", "medium", "open"):
         model = machine.load(name, decode=None)
@@ -46,12 +45,12 @@ async def measure(machine: Machine, results: Results) -> None:
         alone = GenerationRequest("rain", 1.0, 0, steps=2, duration_padding_s=0.0)
         lengths_s = [length_s for length_s in _LENGTHS_S if length_s <= longest_s] or [longest_s]
         clips = {f"{length_s:g} s": [replace(alone, duration_s=length_s)] for length_s in lengths_s}
-        for layout, features, groups in (("padded", PLAIN, shapes | clips), ("packed", {"packed_rows"}, shapes)):
+        for features, kind in ((ALL, "accelerated"), (PLAIN, "plain")):
             async with machine.engine(model, features) as engine:
-                for what, requests in groups.items():
-                    await engine.together(*requests)  # initialises the kernels
+                for what, requests in (shapes | clips).items():
+                    await engine.prepare(*requests)  # initialises the kernels, and captures CUDA graphs
                     traced = await trace(machine.device, partial(engine.together, *requests), operators=True)
-                    results.record(f"{name}.{layout}.{what}", traced)
+                    results.record(f"{name}.{kind}.{what}", traced)
             del engine
 
 

@@ -43,7 +43,7 @@ def test_every_part_is_done_and_nothing_differs(tmp_path: Path) -> None:
         assert features.keys() >= BATTERY
         assert features["captures"]["captured"] > 0
         assert features["captures"]["identical"] == features["captures"]["clips"] == 16
-        assert results["kernels"][name]["padded"]["battery"]["attention"]
+        assert results["kernels"][name]["accelerated"]["battery"]["attention"]
     assert {own["profile"] for own in results["start"]["start"].values()} == {PLAIN}
     assert results["load-small"]["load"]["compared"] > 0
     assert results["leak"]["growth_share"].keys() >= {"host_peak"}

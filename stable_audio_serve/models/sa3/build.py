@@ -81,6 +81,8 @@ def assemble(
 ) -> Sa3Model:
     """Returns a model with the given networks, which must already be on `device`."""
     components.autoencoder.resolve()
+    if device.type == "cuda":
+        components.denoiser.resolve()
     if stores_half(decode_precision, device):
         store_half(cast("nn.Module", components.autoencoder.decoder), device)
     return Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)

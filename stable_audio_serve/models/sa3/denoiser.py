@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks import (
     CrossAttention,
@@ -232,6 +233,19 @@ class Transformer(nn.Module):
         ]
 
 
+class _Stacked(NamedTuple):
+    """The weights of all layers that `Denoiser.condition` uses. The layers' own parameters are views of them.
+
+    Axis 0 has the layers. `local` has weight and bias of the first and of the last linear layer of the embedders of
+    the local conditioning; it is None if the network has no local conditioning.
+    """
+
+    to_kv: Tensor  # (layers, key and value channels, width)
+    key_gain: Tensor  # (layers, 1, 1, head width) float32
+    key_eps: float
+    local: tuple[Tensor, Tensor, Tensor, Tensor] | None
+
+
 class Denoiser(nn.Module):
     """The whole network: a residual 1x1 convolution before and after the transformer, and the conditioning's embedders.
 
@@ -253,6 +267,29 @@ class Denoiser(nn.Module):
         self.preprocess_conv = nn.Conv1d(channels, channels, 1, bias=False)
         self.postprocess_conv = nn.Conv1d(channels, channels, 1, bias=False)
         self.transformer = Transformer(config)
+        self._stacked: _Stacked | None = None
+
+    def resolve(self) -> None:
+        """Stack the weights that `condition` uses, so that it computes all layers at once. For inference on a GPU,
+        where starting kernels for each layer takes longer than the kernels.
+
+        The layers' own parameters become views of the stacked weights, so that no memory is needed twice. Call it after
+        the weights are loaded and on their device.
+        """
+        layers = self.transformer.typed_layers
+        norms = [norm for layer in layers if isinstance(norm := layer.cross_attn.k_norm, RMSNorm)]
+        if len(norms) < len(layers):
+            return
+        local = None
+        if self.config.local_width:
+            first, _, last = zip(*(layer.to_local_embed for layer in layers), strict=True)
+            local = _stack_linear(first) + _stack_linear(last)
+        self._stacked = _Stacked(
+            to_kv=_stack([layer.cross_attn.to_kv.weight for layer in layers]),
+            key_gain=torch.stack([norm.gamma.data for norm in norms]).float()[:, None, None],
+            key_eps=norms[0].eps,
+            local=local,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -268,8 +305,7 @@ class Denoiser(nn.Module):
         keys = None if context is None else self.project_context(context)
         embeds = None
         if local is not None:
-            frames = local.to(self.dtype).transpose(1, 2)
-            embeds = torch.stack([layer.to_local_embed(frames) for layer in self.transformer.typed_layers], dim=1)
+            embeds = self._embed_local(local.to(self.dtype).transpose(1, 2))
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys, embeds)
 
     def project_context(self, context: Tensor) -> Tensor:
@@ -278,8 +314,36 @@ class Denoiser(nn.Module):
         `context` is (rows, context tokens, context width).
         """
         tokens, layers = self.to_cond_embed(context.to(self.dtype)), self.transformer.typed_layers
+        if self._stacked is not None and not any(_has_hooks(layer.cross_attn.to_kv) for layer in layers):
+            return self._project_stacked(tokens, self._stacked)
         parts = [part for layer in layers for part in layer.cross_attn.project_context(tokens)]
         return torch.cat(parts, dim=1).unflatten(1, (len(layers), 2, -1))
+
+    def _project_stacked(self, tokens: Tensor, stacked: _Stacked) -> Tensor:
+        """Returns what `project_context` returns, from the embedded context tokens (rows, context tokens, width)."""
+        attention = self.transformer.typed_layers[0].cross_attn
+        num_layers, num_heads, width = len(stacked.to_kv), attention.num_heads, attention.head_width
+        parts = F.linear(tokens, stacked.to_kv.flatten(0, 1)).unflatten(-1, (num_layers, -1, num_heads, width))
+        num_sets = parts.shape[3] - 1  # sets of keys: two in differential attention
+        out = parts.new_empty(len(tokens), num_layers, 2, num_sets, num_heads, tokens.shape[1], width)
+        keys, values = out.permute(2, 0, 5, 1, 3, 4, 6).unbind(0)  # (rows, tokens, layers, sets, heads, head width)
+        normed = F.rms_norm(parts[:, :, :, :-1].float(), (width,), None, stacked.key_eps)
+        torch.mul(normed, stacked.key_gain, out=keys)
+        values.copy_(parts[:, :, :, -1:].expand_as(values))
+        return out.flatten(3, 4)
+
+    def _embed_local(self, frames: Tensor) -> Tensor:
+        """Returns all layers' local conditioning (rows, layers, frames, width) of (rows, frames, local width)."""
+        layers = self.transformer.typed_layers
+        local = None if self._stacked is None else self._stacked.local
+        has_hooks = any(_has_hooks(part) for layer in layers for part in layer.to_local_embed.modules())
+        # Only one frame is embedded unless a clip is edited. For many frames, the kernels take longer than their start.
+        if local is None or has_hooks or frames.shape[1] > 1:
+            return torch.stack([layer.to_local_embed(frames) for layer in layers], dim=1)
+        first_weight, first_bias, last_weight, last_bias = local
+        x = frames.flatten(0, 1).expand(len(layers), -1, -1)  # (layers, rows, local width)
+        hidden = F.silu(torch.baddbmm(first_bias, x, first_weight.mT))
+        return torch.baddbmm(last_bias, hidden, last_weight.mT).transpose(0, 1)[:, :, None].contiguous()
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Times t (rows,) in 0..1 -> embeddings (rows, width)."""
@@ -309,6 +373,24 @@ class Denoiser(nn.Module):
         out = self.transformer(x.transpose(1, 2), global_embed, conditioning=conditioning, layout=layout)
         out = out.transpose(1, 2)
         return out + self.postprocess_conv(out)
+
+
+def _stack(parameters: Sequence[Tensor]) -> Tensor:
+    """Returns the parameters, stacked on axis 0, and makes them views of the result."""
+    stacked = torch.stack([parameter.data for parameter in parameters])
+    for parameter, own in zip(parameters, stacked, strict=True):
+        parameter.data = own
+    return stacked
+
+
+def _stack_linear(layers: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Returns the stacked weights (layers, width out, width in) and biases (layers, 1, width out)."""
+    return _stack([layer.weight for layer in layers]), _stack([layer.bias for layer in layers])[:, None]
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether something, for example an adapter, reads or changes the layer's output."""
+    return bool(layer._forward_hooks)
 
 
 def _mlp(width_in: int, width_out: int, *, bias: bool, hidden: int | None = None) -> nn.Sequential:
