@@ -97,17 +97,19 @@ class SelfAttention(FusedModule):
         i - radius to i + radius of its sequence, pass `radius`: a fused kernel may then be used instead.
         """
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
-        q, k = self._rotated(parts, rotary)
-        if radius is not None and self.kernels is not None and self.kernels.has_local_attention(q):
-            return self.to_out(self.kernels.local_attention(q, k, parts[:, :, 2], radius=radius).flatten(2))
-        v = torch.cat([parts[:, :, 2]] * 2, dim=2) if self.differential else parts[:, :, 2]
+        if self.kernels is None:
+            q, k = self._rotated(parts, rotary)
+            v = torch.cat([parts[:, :, 2]] * 2, dim=2) if self.differential else parts[:, :, 2]
+        else:
+            is_local = radius is not None and self.kernels.has_local_attention(parts)
+            q, k, v = self.kernels.rotated_heads(parts, norm=self.q_norm, table=rotary, repeats_values=not is_local)
+            if radius is not None and is_local:
+                return self.to_out(self.kernels.local_attention(q, k, v, radius=radius).flatten(2))
         out = attend_fn(*map(heads_first, (q, k, v)))
         return self.to_out(_joined(out, differential=self.differential, kernels=self.kernels))
 
     def _rotated(self, parts: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
         """Returns normalised and rotated queries and keys, each (batch, tokens, heads, head width)."""
-        if self.kernels is not None:
-            return self.kernels.rotated_heads(parts, norm=self.q_norm, table=rotary)
         if self.differential:
             # Select the queries and keys of (q, k, v, q', k') and order them as (q, q'), (k, k').
             pairs = parts.unfold(2, 2, 3).permute(0, 1, 5, 2, 3, 4)

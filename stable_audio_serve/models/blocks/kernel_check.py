@@ -81,12 +81,14 @@ def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Ite
     yield "gated", error(kernels.gated(x, F.silu), x[..., :half].float() * F.silu(x[..., half:].float()))
     norm, heads = RMSNorm(_HEAD_WIDTH, eps=1e-6).to(device), x.unflatten(-1, (_HEADS, _HEAD_WIDTH))
     yield "normed_heads", error(kernels.normed_heads(heads, gamma=norm.gamma, eps=norm.eps), norm(heads.float()))
-    parts, rope = draw(_ROWS, _TOKENS, 3, _HEADS, _HEAD_WIDTH), RotaryEmbedding(_HEAD_WIDTH // 2).to(device)
+    parts, rope = draw(_ROWS, _TOKENS, 5, _HEADS, _HEAD_WIDTH), RotaryEmbedding(_HEAD_WIDTH // 2).to(device)
     affine = gather_affine([(norm, norm)], half=rope.half_width)
     table = affine.table(torch.arange(_TOKENS, device=device).float(), rates=rope.rates(_HEAD_WIDTH)).layer(0)
-    made = torch.stack(kernels.rotated_heads(parts, norm=norm, table=table), dim=2)
-    normed = without_affine(norm, parts[:, :, :2].float(), rate=None)
-    yield "rotated_heads", error(made, rotate(normed, table, dtype=torch.float32))
+    made = torch.stack(kernels.rotated_heads(parts, norm=norm, table=table, repeats_values=True), dim=2)
+    pairs = torch.stack([parts[:, :, 0::3].flatten(2, 3), parts[:, :, 1::3].flatten(2, 3)], dim=2)
+    rotated = rotate(without_affine(norm, pairs.float(), rate=None), table, dtype=torch.float32)
+    values = parts[:, :, 2:3].repeat(1, 1, 1, 2, 1)
+    yield "rotated_heads", max(error(made[:, :, :2], rotated), error(made[:, :, 2:], values.float()))
     parts = draw(_ROWS, _BAND_TOKENS, 5, _HEADS, _HEAD_WIDTH)
     q, k, v = parts[:, :, 0::3].flatten(2, 3), parts[:, :, 1::3].flatten(2, 3), parts[:, :, 2]
     if kernels.has_local_attention(q):

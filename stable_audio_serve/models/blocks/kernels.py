@@ -86,22 +86,26 @@ def add_and_norm(
     return out
 
 
-def rotated_heads(parts: Tensor, *, norm: nn.Module, table: Table) -> tuple[Tensor, Tensor]:
-    """Returns normalised and rotated queries and keys, each (batch, tokens, heads, head width) in the dtype of `parts`.
+def rotated_heads(
+    parts: Tensor, *, norm: nn.Module, table: Table, repeats_values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns normalised and rotated queries and keys, and the values, each (batch, tokens, heads, head width) in the
+    dtype of `parts`.
 
     `parts` (batch, tokens, 3 or 5, heads, head width) has (q, k, v), or (q, k, v, q', k') for differential attention.
-    The results then have twice as many heads, those of q' and k' last. `table` is a `RotaryTable`, which contains the
-    norm's gain and bias.
+    Queries and keys then have twice as many heads, those of q' and k' last; so do the values if `repeats_values`, the
+    same for both. `table` is a `RotaryTable`, which contains the norm's gain and bias.
     """
     batch, tokens, num_parts, heads, width = parts.shape
     sets = num_parts // 2
     parts = parts.contiguous()
-    out = parts.new_empty(batch, tokens, 2, sets * heads, width)
+    num_results = 3 if sets > 1 and repeats_values else 2
+    out = parts.new_empty(batch, tokens, num_results, sets * heads, width)
     cos, sin, shift, rate, half = table
     assert cos.stride(-1) == 1
     assert cos.stride() == sin.stride() == (cos if shift is None else shift).stride()
     with torch.cuda.device_of(parts):
-        _rotated_heads[triton.cdiv(batch * tokens * heads, _ROWS), 2](
+        _rotated_heads[triton.cdiv(batch * tokens * heads, _ROWS), num_results](
             parts,
             cos,
             sin,
@@ -114,6 +118,7 @@ def rotated_heads(parts: Tensor, *, norm: nn.Module, table: Table) -> tuple[Tens
             cos.stride(0),
             cos.stride(1) if cos.shape[1] > 1 else 0,
             _eps(norm),
+            RESULTS=num_results,
             SETS=sets,
             NORM=_kind(norm),
             HAS_SHIFT=shift is not None,
@@ -124,8 +129,8 @@ def rotated_heads(parts: Tensor, *, norm: nn.Module, table: Table) -> tuple[Tens
             REST_BLOCK=triton.next_power_of_2(max(width - 2 * half, 1)),
             num_warps=2,
         )
-    queries, keys = out.unbind(2)
-    return queries, keys
+    queries, keys, *values = out.unbind(2)
+    return queries, keys, values[0] if values else parts[:, :, 2]
 
 
 def normed_heads(x: Tensor, *, gamma: Tensor, eps: float) -> Tensor:
@@ -320,6 +325,7 @@ def _rotated_heads(
     position_stride,
     which_stride,
     eps,
+    RESULTS: tl.constexpr,
     SETS: tl.constexpr,
     NORM: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
@@ -330,7 +336,7 @@ def _rotated_heads(
     REST_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # one head of one token
-    which = tl.program_id(1)  # 0: queries, 1: keys
+    which = tl.program_id(1)  # 0: queries, 1: keys, 2: values
     token = row // heads
     head = row % heads
     table = (token % num_positions) * position_stride + which * which_stride
@@ -343,39 +349,45 @@ def _rotated_heads(
     is_half = is_row & (low < HALF)
     is_rest = is_row & (rest < WIDTH)
     for own_set in tl.static_range(SETS):  # 1: q' and k' of differential attention
-        source = parts + ((token * (2 * SETS + 1) + which + 3 * own_set) * heads + head) * WIDTH
-        a = tl.load(source + low, mask=is_half, other=0.0).to(tl.float32)
-        b = tl.load(source + high, mask=is_half, other=0.0).to(tl.float32)
-        c = tl.load(source + rest, mask=is_rest, other=0.0).to(tl.float32)
-        if NORM == "ln":
-            mean = (tl.sum(a, axis=1) + tl.sum(b, axis=1) + tl.sum(c, axis=1))[:, None] / WIDTH
-            a = tl.where(is_half, a - mean, 0.0)
-            b = tl.where(is_half, b - mean, 0.0)
-            c = tl.where(is_rest, c - mean, 0.0)
-        if NORM == "ln" or NORM == "rms":
-            square = (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1) + tl.sum(c * c, axis=1))[:, None]
-            factor = 1.0 / tl.sqrt(square / WIDTH + eps)
-            a = a * factor
-            b = b * factor
-            c = c * factor
-        if NORM == "dyt":
-            alpha = tl.load(rate + which)
-            a = _tanh(alpha * a)
-            b = _tanh(alpha * b)
-            c = _tanh(alpha * c)
-        new_a = a * tl.load(cos + table + low, mask=is_half, other=0.0)
-        new_a += b * tl.load(sin + table + low, mask=is_half, other=0.0)
-        new_b = b * tl.load(cos + table + high, mask=is_half, other=0.0)
-        new_b += a * tl.load(sin + table + high, mask=is_half, other=0.0)
-        new_c = c * tl.load(cos + table + rest, mask=is_rest, other=0.0)
-        if HAS_SHIFT:
-            new_a += tl.load(shift + table + low, mask=is_half, other=0.0)
-            new_b += tl.load(shift + table + high, mask=is_half, other=0.0)
-            new_c += tl.load(shift + table + rest, mask=is_rest, other=0.0)
-        target = out + (((token * 2 + which) * SETS + own_set) * heads + head) * WIDTH
-        tl.store(target + low, new_a, mask=is_half)
-        tl.store(target + high, new_b, mask=is_half)
-        tl.store(target + rest, new_c, mask=is_rest)
+        target = out + (((token * RESULTS + which) * SETS + own_set) * heads + head) * WIDTH
+        if which == 2:
+            source = parts + ((token * (2 * SETS + 1) + 2) * heads + head) * WIDTH
+            tl.store(target + low, tl.load(source + low, mask=is_half), mask=is_half)
+            tl.store(target + high, tl.load(source + high, mask=is_half), mask=is_half)
+            tl.store(target + rest, tl.load(source + rest, mask=is_rest), mask=is_rest)
+        else:
+            source = parts + ((token * (2 * SETS + 1) + which + 3 * own_set) * heads + head) * WIDTH
+            a = tl.load(source + low, mask=is_half, other=0.0).to(tl.float32)
+            b = tl.load(source + high, mask=is_half, other=0.0).to(tl.float32)
+            c = tl.load(source + rest, mask=is_rest, other=0.0).to(tl.float32)
+            if NORM == "ln":
+                mean = (tl.sum(a, axis=1) + tl.sum(b, axis=1) + tl.sum(c, axis=1))[:, None] / WIDTH
+                a = tl.where(is_half, a - mean, 0.0)
+                b = tl.where(is_half, b - mean, 0.0)
+                c = tl.where(is_rest, c - mean, 0.0)
+            if NORM == "ln" or NORM == "rms":
+                square = (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1) + tl.sum(c * c, axis=1))[:, None]
+                factor = 1.0 / tl.sqrt(square / WIDTH + eps)
+                a = a * factor
+                b = b * factor
+                c = c * factor
+            if NORM == "dyt":
+                alpha = tl.load(rate + which)
+                a = _tanh(alpha * a)
+                b = _tanh(alpha * b)
+                c = _tanh(alpha * c)
+            new_a = a * tl.load(cos + table + low, mask=is_half, other=0.0)
+            new_a += b * tl.load(sin + table + low, mask=is_half, other=0.0)
+            new_b = b * tl.load(cos + table + high, mask=is_half, other=0.0)
+            new_b += a * tl.load(sin + table + high, mask=is_half, other=0.0)
+            new_c = c * tl.load(cos + table + rest, mask=is_rest, other=0.0)
+            if HAS_SHIFT:
+                new_a += tl.load(shift + table + low, mask=is_half, other=0.0)
+                new_b += tl.load(shift + table + high, mask=is_half, other=0.0)
+                new_c += tl.load(shift + table + rest, mask=is_rest, other=0.0)
+            tl.store(target + low, new_a, mask=is_half)
+            tl.store(target + high, new_b, mask=is_half)
+            tl.store(target + rest, new_c, mask=is_rest)
 
 
 @triton.jit
