@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.models.sa3.denoiser import Update
 
 FACTS_FILE = "golden.json"
 TENSORS_FILE = "golden.safetensors"
@@ -152,7 +153,17 @@ def same(key: str, stated: object, *, found: object, component: str | None = Non
 
 @contextmanager
 def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yields a list that receives the first input and the output of each call of `module` inside the block."""
+    """Yields a list that receives the first input and the output of each call of `module` inside the block.
+
+    A layer that leaves an update of its tokens to the layer after it must run in a batch with padding.
+    """
+
+    def copy(made: Tensor | tuple[Tensor, Update]) -> Tensor:
+        if isinstance(made, tuple):
+            tokens, update = made
+            return update.added_to(tokens)
+        return made.clone()
+
     calls: list[tuple[Tensor, Tensor]] = []
-    with module.register_forward_hook(lambda _, given, made: calls.append((given[0].clone(), made.clone()))):
+    with module.register_forward_hook(lambda _, given, made: calls.append((given[0].clone(), copy(made)))):
         yield calls

@@ -97,6 +97,11 @@ def adapting(layers: Mapping[str, nn.Module], rows: RowSlots | TableRows) -> Ite
         yield
 
 
+def is_adapted(network: nn.Module) -> bool:
+    """Whether `adapting`, or any other forward hook, applies to the network or to one of its layers."""
+    return any(module._forward_hooks for module in network.modules())
+
+
 def _hook(name: str, rows: RowSlots | TableRows) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:  # noqa: PLR0917 - torch's signature
         (x,) = args

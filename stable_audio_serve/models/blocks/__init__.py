@@ -11,7 +11,7 @@ from stable_audio_serve.models.blocks.attention import (
 from stable_audio_serve.models.blocks.band import BandAttention
 from stable_audio_serve.models.blocks.feedforward import FeedForward, add_branch, sine
 from stable_audio_serve.models.blocks.fourier import ExpoFourier
-from stable_audio_serve.models.blocks.fused import FusedModule
+from stable_audio_serve.models.blocks.fused import FusedModule, Kernels
 from stable_audio_serve.models.blocks.layouts import Layout, Padded
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS, DyT, RMSNorm, build_head_norm
 from stable_audio_serve.models.blocks.packed import Packed, join_local
@@ -28,6 +28,7 @@ __all__ = [
     "FeedForward",
     "FusedModule",
     "HeadAffine",
+    "Kernels",
     "Layout",
     "Packed",
     "PackedSegments",

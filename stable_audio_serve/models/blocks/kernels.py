@@ -134,14 +134,21 @@ def rotated_heads(
 
 
 def normed_heads(x: Tensor, *, gamma: Tensor, eps: float) -> Tensor:
-    """Returns the RMS norm with gain `gamma` (head width,) of queries x (batch, tokens, heads, head width)."""
-    batch, tokens, heads, width = x.shape
+    """Returns the RMS norm of the heads x (..., heads, head width), with one gain for each head.
+
+    `gamma` is (head width,), or (groups, head width) if the axis before the heads has several groups.
+    """
+    *_, heads, width = x.shape
+    groups = 1 if gamma.dim() == 1 else len(gamma)
+    assert groups == 1 or groups == x.shape[-3]
+    assert gamma.is_contiguous()
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(x):
-        _normed_heads[batch * tokens,](
+        _normed_heads[x.numel() // (heads * width),](
             x,
             gamma,
             out,
+            groups,
             heads,
             width,
             eps,
@@ -391,7 +398,7 @@ def _rotated_heads(
 
 
 @triton.jit
-def _normed_heads(x, gamma, out, heads, width, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+def _normed_heads(x, gamma, out, groups, heads, width, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     channel = tl.arange(0, WIDTH)[None, :]
@@ -399,7 +406,7 @@ def _normed_heads(x, gamma, out, heads, width, eps, HEADS: tl.constexpr, WIDTH: 
     place = token * heads * width + head * width + channel
     values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     values = values / tl.sqrt(tl.sum(values * values, axis=1)[:, None] / width + eps)
-    gain = tl.load(gamma + channel, mask=channel < width, other=0.0).to(tl.float32)
+    gain = tl.load(gamma + (token % groups) * width + channel, mask=channel < width, other=0.0).to(tl.float32)
     tl.store(out + place, values * gain, mask=inside)
 
 

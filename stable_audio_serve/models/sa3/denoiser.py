@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stable_audio_serve.models.adapters.apply import is_adapted
 from stable_audio_serve.models.blocks import (
     CrossAttention,
     ExpoFourier,
     FeedForward,
     FusedModule,
+    Kernels,
     Layout,
     Padded,
     RMSNorm,
@@ -75,6 +77,10 @@ class Update(NamedTuple):
 
     values: Tensor
     gate: Tensor | None
+
+    def added_to(self, h: Tensor) -> Tensor:
+        """Returns a new tensor: the sum of tokens h (rows, tokens, width) and this update."""
+        return h + self.values if self.gate is None else torch.addcmul(h, self.gate[:, None], self.values)
 
 
 class TransformerLayer(FusedModule):
@@ -241,12 +247,12 @@ class _Stacked(NamedTuple):
     """
 
     to_kv: Tensor  # (layers, key and value channels, width)
-    key_gain: Tensor  # (layers, 1, 1, head width) float32
+    key_gain: Tensor  # (layers, head width)
     key_eps: float
     local: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
 
-class Denoiser(nn.Module):
+class Denoiser(FusedModule):
     """The whole network: a residual 1x1 convolution before and after the transformer, and the conditioning's embedders.
 
     Rows do not affect each other. Invalid frames are never keys, and their output is unspecified. Inputs are cast to
@@ -270,8 +276,8 @@ class Denoiser(nn.Module):
         self._stacked: _Stacked | None = None
 
     def resolve(self) -> None:
-        """Stack the weights that `condition` uses, so that it computes all layers at once. For inference on a GPU,
-        where starting kernels for each layer takes longer than the kernels.
+        """Stack the weights that `condition` uses, so that it can compute all layers at once if there are fused
+        kernels. For inference on a GPU, where starting kernels for each layer takes longer than the kernels.
 
         The layers' own parameters become views of the stacked weights, so that no memory is needed twice. Call it after
         the weights are loaded and on their device.
@@ -286,7 +292,7 @@ class Denoiser(nn.Module):
             local = _stack_linear(first) + _stack_linear(last)
         self._stacked = _Stacked(
             to_kv=_stack([layer.cross_attn.to_kv.weight for layer in layers]),
-            key_gain=torch.stack([norm.gamma.data for norm in norms]).float()[:, None, None],
+            key_gain=torch.stack([norm.gamma.data for norm in norms]),
             key_eps=norms[0].eps,
             local=local,
         )
@@ -314,12 +320,13 @@ class Denoiser(nn.Module):
         `context` is (rows, context tokens, context width).
         """
         tokens, layers = self.to_cond_embed(context.to(self.dtype)), self.transformer.typed_layers
-        if self._stacked is not None and not any(_has_hooks(layer.cross_attn.to_kv) for layer in layers):
-            return self._project_stacked(tokens, self._stacked)
+        are_adapted = any(is_adapted(layer.cross_attn.to_kv) for layer in layers)
+        if self._stacked is not None and self.kernels is not None and not are_adapted:
+            return self._project_stacked(tokens, self._stacked, kernels=self.kernels)
         parts = [part for layer in layers for part in layer.cross_attn.project_context(tokens)]
         return torch.cat(parts, dim=1).unflatten(1, (len(layers), 2, -1))
 
-    def _project_stacked(self, tokens: Tensor, stacked: _Stacked) -> Tensor:
+    def _project_stacked(self, tokens: Tensor, stacked: _Stacked, *, kernels: Kernels) -> Tensor:
         """Returns what `project_context` returns, from the embedded context tokens (rows, context tokens, width)."""
         attention = self.transformer.typed_layers[0].cross_attn
         num_layers, num_heads, width = len(stacked.to_kv), attention.num_heads, attention.head_width
@@ -327,8 +334,9 @@ class Denoiser(nn.Module):
         num_sets = parts.shape[3] - 1  # sets of keys: two in differential attention
         out = parts.new_empty(len(tokens), num_layers, 2, num_sets, num_heads, tokens.shape[1], width)
         keys, values = out.permute(2, 0, 5, 1, 3, 4, 6).unbind(0)  # (rows, tokens, layers, sets, heads, head width)
-        normed = F.rms_norm(parts[:, :, :, :-1].float(), (width,), None, stacked.key_eps)
-        torch.mul(normed, stacked.key_gain, out=keys)
+        # The values are normalised as well, because selecting the keys would need a copy.
+        normed = kernels.normed_heads(parts.flatten(3, 4), gamma=stacked.key_gain, eps=stacked.key_eps)
+        keys.copy_(normed.view(parts.shape)[:, :, :, :-1])
         values.copy_(parts[:, :, :, -1:].expand_as(values))
         return out.flatten(3, 4)
 
@@ -336,9 +344,9 @@ class Denoiser(nn.Module):
         """Returns all layers' local conditioning (rows, layers, frames, width) of (rows, frames, local width)."""
         layers = self.transformer.typed_layers
         local = None if self._stacked is None else self._stacked.local
-        has_hooks = any(_has_hooks(part) for layer in layers for part in layer.to_local_embed.modules())
+        are_adapted = any(is_adapted(layer.to_local_embed) for layer in layers)
         # Only one frame is embedded unless a clip is edited. For many frames, the kernels take longer than their start.
-        if local is None or has_hooks or frames.shape[1] > 1:
+        if local is None or self.kernels is None or are_adapted or frames.shape[1] > 1:
             return torch.stack([layer.to_local_embed(frames) for layer in layers], dim=1)
         first_weight, first_bias, last_weight, last_bias = local
         x = frames.flatten(0, 1).expand(len(layers), -1, -1)  # (layers, rows, local width)
@@ -386,11 +394,6 @@ def _stack(parameters: Sequence[Tensor]) -> Tensor:
 def _stack_linear(layers: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Returns the stacked weights (layers, width out, width in) and biases (layers, 1, width out)."""
     return _stack([layer.weight for layer in layers]), _stack([layer.bias for layer in layers])[:, None]
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    """Whether something, for example an adapter, reads or changes the layer's output."""
-    return bool(layer._forward_hooks)
 
 
 def _mlp(width_in: int, width_out: int, *, bias: bool, hidden: int | None = None) -> nn.Sequential:

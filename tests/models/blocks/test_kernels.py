@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 
@@ -257,3 +258,52 @@ def test_decoding_is_the_same_without_kernels(model: Sa3Model) -> None:
     fused = net.decode(latents)
     use_kernels(net, None)
     assert_near(fused, net.decode(latents), within=BOUNDS["autoencoder"])
+
+
+@pytest.mark.parametrize("name", [SHARP[0], *map(slow, SHARP[1:])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_stacked_layers_give_the_same_conditioning(kernels: Kernels, name: str, dtype: torch.dtype) -> None:
+    """On a GPU, the weights of all layers are stacked, and the conditioning of all layers is computed at once."""
+    g, net = load_goldens(name).tensors, copy.deepcopy(loaded(name).denoiser).to(dtype)
+    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    num_bytes = sum(storage_bytes(net).values())
+    inputs = [
+        (g["dit/cross_attn_cond"], g["dit/global_cond"], g["dit/local_add_cond"][..., :1]),
+        (g["dit/cross_attn_cond"], g["dit/global_cond"], g["dit/local_add_cond"]),
+        (None, g["dit/global_cond"], None),
+    ]
+    before = [net.condition(context, own, local=local) for context, own, local in inputs]
+    net.resolve()
+    use_kernels(net, kernels)
+    assert sum(storage_bytes(net).values()) == num_bytes
+    for (context, own, local), expected in zip(inputs, before, strict=True):
+        made = net.condition(context, own, local=local)
+        for part in ("global_embed", "context", "local"):
+            actual, wanted = getattr(made, part), getattr(expected, part)
+            assert (actual is None) == (wanted is None)
+            if actual is not None:
+                assert actual.is_contiguous()
+                torch.testing.assert_close(actual, wanted, atol=rounding, rtol=rounding)
+
+
+@torch.inference_mode()
+def test_stacked_layers_run_one_by_one_if_one_of_them_has_a_hook(kernels: Kernels) -> None:
+    g, net = load_goldens(SHARP[0]).tensors, copy.deepcopy(loaded(SHARP[0]).denoiser)
+    net.resolve()
+    use_kernels(net, kernels)
+    layer = net.transformer.typed_layers[1]
+    for module, part in ((layer.cross_attn.to_kv, "context"), (layer.to_local_embed[0], "local")):
+        plain = net.condition(g["dit/cross_attn_cond"], g["dit/global_cond"], local=g["dit/local_add_cond"][..., :1])
+        handle = module.register_forward_hook(lambda _module, _args, out: 2.0 * out)
+        hooked = net.condition(g["dit/cross_attn_cond"], g["dit/global_cond"], local=g["dit/local_add_cond"][..., :1])
+        handle.remove()
+        own, other = (getattr(result, part) for result in (hooked, plain))
+        assert_near(own[:, 0], other[:, 0], within=1e-5)
+        assert not torch.allclose(own[:, 1], other[:, 1])
+
+
+def storage_bytes(net: nn.Module) -> dict[int, int]:
+    """Returns the size of each block of memory that contains parameters, by its address."""
+    storages = [parameter.untyped_storage() for parameter in net.parameters()]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
