@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.adapters.apply import is_adapted
 from stable_audio_serve.models.adapters.header import CONDITIONERS
 from stable_audio_serve.models.batch_layout import CONTEXT, packed_layout
 from stable_audio_serve.models.blocks.attention import name_kernels
@@ -44,6 +46,8 @@ from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
 from stable_audio_serve.sampling.transfer import to_device
 
 _GLOBAL, _LOCAL = "global", "local"
+
+_KEPT_NUMBERS = 256  # embeddings of numbers, for example of durations
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ class Sa3Model(NativeModel):
             components.text, components.prompt, spec=spec, device=device, decode_precision=decode_precision
         )
         self._decode_rule = WindowRule(self.autoencoder.decoder_halo_latents, self.autoencoder.latent_multiple)
+        # Most clips have one of a few durations, and on a GPU an embedding starts twelve kernels.
+        self._kept_number = lru_cache(maxsize=_KEPT_NUMBERS)(self._compute_number)
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")
 
     @property
@@ -180,6 +186,10 @@ class Sa3Model(NativeModel):
 
     def _embed_number(self, id_: str, value: float) -> Tensor:
         """Returns the embedding of a number (1, width) float32."""
+        compute = self._compute_number if is_adapted(self.numbers[id_]) else self._kept_number
+        return compute(id_, value)
+
+    def _compute_number(self, id_: str, value: float) -> Tensor:
         return self.numbers[id_](to_device(torch.tensor([value], dtype=torch.float32), self._device))
 
     def _context(self, tokens: Tensor, numbers: dict[str, Tensor]) -> Tensor:
