@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from stable_audio_serve.engine.hardware.arena import FrameArena, Pages, SlotArena, write
+from stable_audio_serve.engine.hardware.arena import FrameArena, Pages, SlotArena, write_pages
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.models.protocol import BranchConditioning, RowConditioning
@@ -93,8 +93,8 @@ class ConditioningArena:
                             len(value), device=value.device, dtype=value.dtype, num_pages=num_pages
                         )
                     pages[id(value)] = own = self.frames[name].take(value.shape[-1])
-                    table = self.device.upload(torch.tensor(own, dtype=torch.int32))
-                    write(self.frames[name].memory, table, values=value)
+                    table = self.device.upload(torch.tensor(own, dtype=torch.int64))
+                    write_pages(self.frames[name].memory, table, values=value)
             return HeldBranch(
                 {name: slots[id(value)] for name, value in branch.constants.items()},
                 {name: pages[id(value)] for name, value in branch.by_frame.items()},

@@ -26,7 +26,7 @@ from stable_audio_serve.engine.calls.conditioning import ConditioningArena
 from stable_audio_serve.engine.calls.packed_step import PackedShape, denoise_joined, run_packed_step
 from stable_audio_serve.engine.calls.rows import Row, Stepping
 from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, run_step
-from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write
+from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write_pages
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
@@ -161,8 +161,8 @@ class Executor:
         """
         num_parts, _, frames = parts.shape
         held = HeldFrames.take(self.arena, frames=frames, num_parts=num_parts)
-        table = torch.tensor(held.parts, dtype=torch.int32)
-        write(self.arena.memory, self._device.upload(table), values=parts)
+        table = torch.tensor(held.parts, dtype=torch.int64)
+        write_pages(self.arena.memory, self._device.upload(table), values=parts)
         return held
 
     def release(self, held: HeldFrames, *, part: int) -> Tensor:

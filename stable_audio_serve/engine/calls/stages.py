@@ -233,7 +233,7 @@ class Stages:
         parts = [registers]
         if kept is not None:
             parts.append(torch.stack([kept.mask.float().expand_as(kept.source), kept.source, kept.noise]))
-        held = self._executor.hold(torch.cat(parts))
+        held = self._executor.hold(torch.cat(parts) if kept is not None else registers)
         latents = None if plan.start_blend or inpaint is None else inpaint.latents()
         try:
             conditioning = self._condition(row, latents)

@@ -129,10 +129,15 @@ def write(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
     `table` (..., P) int32 has the numbers of the P pages of each tensor. Values for pages with the number `ZERO_PAGE`
     are discarded.
     """
+    write_pages(memory, torch.where(table == ZERO_PAGE, SCRATCH_PAGE, table).long(), values=values)
+
+
+def write_pages(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
+    """As `write`, for a `table` (..., P) int64 that does not contain `ZERO_PAGE`."""
     room = table.shape[-1] * PAGE_FRAMES
     padded = torch.nn.functional.pad(values, (0, room - values.shape[-1]))
     pages = padded.unflatten(-1, (-1, PAGE_FRAMES)).movedim(-2, -3).flatten(0, -3)
-    memory.index_copy_(0, torch.where(table == ZERO_PAGE, SCRATCH_PAGE, table).flatten().long(), pages)
+    memory.index_copy_(0, table.flatten(), pages)
 
 
 @dataclass(frozen=True, slots=True)
