@@ -16,7 +16,7 @@ from benchmarks.simulate.device import Gpu, Network
 from benchmarks.workload import Arrival
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.build import build_scheduler, resolve_policy
-from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_shapes
+from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_calls
 from stable_audio_serve.engine.hardware.device import CudaDevice
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import PackedShapes
@@ -144,7 +144,8 @@ class SimulatedEngine:
     def _fit_cost(self, longest_frames: int, *, max_tokens: int) -> None:
         """Fit the cost model to the simulated times of the call shapes that the engine's warm-up measures."""
         lengths = {max(int(longest_frames * share), 1) for share in DURATION_SHARES}
-        shapes = {shape for frames in lengths for shape in step_shapes(self._policy, frames, max_tokens=max_tokens)}
+        calls = [call for frames in lengths for call in step_calls(self._policy, frames, max_tokens=max_tokens)]
+        shapes = {group for call in calls for group in call.groups}
         windows = {min(frames, _PROBE_WINDOW) for frames in lengths}
         gpu = self._gpu
         self._cost.fit("text", [Measurement(count, 0, gpu.prompt_ms) for count in (1, 2, 4, 8)])

@@ -27,7 +27,7 @@ from stable_audio_serve.models.protocol import ModelSpec, RowConditioning, StepB
 from stable_audio_serve.models.sa3.model import Sa3Model
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts
 from tests.engine.test_captured_calls import RecordedDevice
-from tests.engine.test_packed_step import Packing
+from tests.engine.test_packed_step import packing
 from tests.factories import ToyModel, make_audio, make_request
 from tests.models.adapters.plain import TYPES, Change, dense_weight, make_change, write_adapter
 from tests.models.loaded import loaded
@@ -223,7 +223,7 @@ async def test_captured_packed_steps_use_the_adapters_of_their_rows(
         for shape, chain in zip([*REQUESTS.values(), {"duration_s": 0.3}], chains, strict=True)
     ]
     alone = [await generate(request) for request in asked]
-    async with running(mode="fast", device=device, metrics=metrics, policy=Packing(model)) as engine:
+    async with running(mode="fast", device=device, metrics=metrics, policy=packing(model)) as engine:
         for _ in range(MOST_ROUNDS):
             together = await asyncio.gather(*map(engine.generate, asked))
             for found, expected in zip(together, alone, strict=True):

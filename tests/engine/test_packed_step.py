@@ -17,15 +17,18 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.calls.packed_step import PackedShape, run_packed_step
 from stable_audio_serve.engine.calls.step import Memories, StepRow
+from stable_audio_serve.engine.calls.warmup import WarmUp
 from stable_audio_serve.engine.hardware.arena import SCRATCH_PAGE
 from stable_audio_serve.engine.scheduling.batching import (
     PackedGraphs,
     PackedShapes,
 )
+from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.models.blocks.varlen import is_varlen_correct
 from stable_audio_serve.models.families import load_model
-from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.protocol import DiffusionModel, StepBatch
 from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.sampling.noise import SeededNoise
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
 from tests.engine.step_bench import DEVICE, REQUESTS, Bench, tensors_of
@@ -192,3 +195,27 @@ async def test_packed_rows_equal_rows_alone_before_and_after_a_capture(name: str
             if await metrics.are_captured("denoise") and device.num_replays:
                 break
     assert device.num_replays
+
+
+def test_the_warm_up_times_packed_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches, cost = loaded("sharp-s"), list[StepBatch](), CostModel()
+    denoise = model.denoise
+
+    def note(batch: StepBatch) -> Tensor:
+        batches.append(batch)
+        return denoise(batch)
+
+    monkeypatch.setattr(model, "denoise", note)
+    WarmUp(
+        model,
+        cost,
+        policy=packing(model),
+        max_tokens=512,
+        max_prompts=1,
+        noise_factory=SeededNoise,
+        device=RecordingDevice(),
+        budget_s=0.5,
+    ).run()
+    assert batches
+    assert all(batch.segments is not None for batch in batches)
+    assert cost.call_ms("denoise", rows=1, frames=64) > 0.0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stable_audio_serve.engine.build import resolve_policy
-from stable_audio_serve.engine.calls.warmup import WarmUp, step_shapes
+from stable_audio_serve.engine.calls.warmup import WarmUp, step_calls
 from stable_audio_serve.engine.hardware.device import open_device
 from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, OneRowPerCall
@@ -93,13 +93,14 @@ def test_the_budget_limits_runs_but_each_kind_is_measured_once() -> None:
 def test_steps_are_measured_alone_guided_and_in_groups() -> None:
     options = EngineOptions(mode="fast", max_step_tokens=2048)
     cpu = open_device(torch.device("cpu"), clock=FakeClock())
-    assert step_shapes(resolve_policy(options, cpu, cost=CostModel()), 64, max_tokens=2048) == {
-        (rows, 64) for rows in (1, 2, 4, 8, 32)
-    }
-    assert step_shapes(resolve_policy(options, cpu, cost=CostModel()), 256, max_tokens=2048) == {
-        (rows, 256) for rows in (1, 2, 4, 8)
-    }
-    assert step_shapes(OneRowPerCall(), 256, max_tokens=0) == {(1, 256), (2, 256)}
+
+    def shapes(policy: BatchPolicy, frames: int, *, max_tokens: int) -> set[tuple[int, int]]:
+        return {group for call in step_calls(policy, frames, max_tokens=max_tokens) for group in call.groups}
+
+    policy = resolve_policy(options, cpu, cost=CostModel())
+    assert shapes(policy, 64, max_tokens=2048) == {(rows, 64) for rows in (1, 2, 4, 8, 32)}
+    assert shapes(policy, 256, max_tokens=2048) == {(rows, 256) for rows in (1, 2, 4, 8)}
+    assert shapes(OneRowPerCall(), 256, max_tokens=0) == {(1, 256), (2, 256)}
 
 
 def test_warm_up_compiles_every_kind_of_call_before_timing_any() -> None:

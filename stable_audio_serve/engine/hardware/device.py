@@ -26,6 +26,7 @@ from stable_audio_serve.engine.hardware.share import WHOLE, DeviceMemory, allowe
 from stable_audio_serve.engine.options import Features
 from stable_audio_serve.sampling.transfer import to_device
 
+_CLOCK_HZ = 1.8e9  # about that of a data-centre GPU
 _DOWNLOAD_BYTES = 64 * 2**20  # enough for three decoded windows of stereo audio of the greatest length
 
 
@@ -81,6 +82,12 @@ class Device(Protocol):
     def mark(self) -> Moment:
         """Return the point after all work that is queued so far. Within `on_second_queue`, this point also comes after
         all work that was in the first queue when the context was entered.
+        """
+        ...
+
+    def occupy(self, time_s: float) -> None:
+        """Keep the queue busy for about this time. Work that the host queues meanwhile then runs without waiting for
+        the host.
         """
         ...
 
@@ -161,6 +168,9 @@ class WaitingDevice:
 
     def mark(self) -> Moment:
         return _Reached(self._clock.monotonic())
+
+    def occupy(self, time_s: float) -> None:
+        """Nothing to do: nothing is queued."""
 
     def on_second_queue(self, *reads: Tensor) -> AbstractContextManager[None]:
         return nullcontext()
@@ -246,6 +256,9 @@ class CudaDevice:
 
     def mark(self) -> Moment:
         return _Event(self.torch_device)
+
+    def occupy(self, time_s: float) -> None:
+        torch.cuda._sleep(int(time_s * _CLOCK_HZ))  # torch's own tests use it, too
 
     @contextmanager
     def on_second_queue(self, *reads: Tensor) -> Iterator[None]:
