@@ -19,12 +19,19 @@ def make_plan(sampler: str, steps: int = 4) -> SamplerPlan:
     return build_plan(sampler, torch.linspace(1, 0, steps + 1), guidance=Guidance(), has_source=False)
 
 
-class SlowFirst(SeededNoise):
-    """A noise source whose first draw takes longer than the next one."""
+class FasterAndFaster(SeededNoise):
+    """A noise source whose draws take less time from one to the next."""
+
+    sleep_s = 0.05
 
     def initial(self, shape: tuple[int, ...]) -> torch.Tensor:
-        time.sleep(0.05)
+        time.sleep(self.sleep_s)
         return super().initial(shape)
+
+    def step(self, shape: tuple[int, ...]) -> torch.Tensor:
+        self.sleep_s /= 2.0
+        time.sleep(self.sleep_s)
+        return super().step(shape)
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
@@ -33,7 +40,7 @@ def test_noise_is_drawn_in_order_and_only_where_it_is_used(sampler: str, num_dra
     shape = (3, 5)
     reference = SeededNoise(9)
     with ThreadPoolExecutor(num_threads) as noise_pool:
-        noise = RowNoise(SlowFirst(9), make_plan(sampler), shape=shape, noise_pool=noise_pool)
+        noise = RowNoise(FasterAndFaster(9), make_plan(sampler), shape=shape, noise_pool=noise_pool)
         torch.testing.assert_close(noise.initial(), reference.initial(shape), rtol=0, atol=0)
         for _ in range(num_draws):
             expected = reference.step(shape)
@@ -63,3 +70,20 @@ def test_noise_is_drawn_on_the_side_thread() -> None:
         noise.current()
     assert threads
     assert threading.get_ident() not in threads
+
+
+def test_the_noise_of_two_steps_is_drawn_ahead_while_the_row_runs() -> None:
+    num_draws = 0
+
+    class Counted(SeededNoise):
+        def step(self, shape: tuple[int, ...]) -> torch.Tensor:
+            nonlocal num_draws
+            num_draws += 1
+            return super().step(shape)
+
+    with ThreadPoolExecutor(2) as noise_pool:
+        noise = RowNoise(Counted(1), make_plan("pingpong", steps=8), shape=(2, 2), noise_pool=noise_pool)
+        noise.current()
+        assert num_draws == 1
+        noise.advance()
+    assert num_draws == 3
