@@ -112,7 +112,7 @@ def results_of(name: str) -> dict[str, Any]:
 
 def clips_a_second() -> list[float]:
     """Returns the clips per second that the sizing table should have, computed from the benchmark results."""
-    on_gpu = results_of("gpu-h100/gpu-first")
+    on_gpu = results_of("gpu-h200/gpu-first")
     gpu = [
         on_gpu[f"times-{row.model}"]["clips"][row.name]["roofline_share_crowd"] * FLOPS / row.clip_tflop / 1e12
         for row in CLIPS
