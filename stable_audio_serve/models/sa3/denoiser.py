@@ -280,7 +280,8 @@ class Denoiser(FusedModule):
         kernels. For inference on a GPU, where starting kernels for each layer takes longer than the kernels.
 
         The layers' own parameters become views of the stacked weights, so that no memory is needed twice. Call it after
-        the weights are loaded and on their device.
+        the weights are loaded and on their device, because `to()` and `load_state_dict(assign=True)` would separate
+        them again.
         """
         layers = self.transformer.typed_layers
         norms = [norm for layer in layers if isinstance(norm := layer.cross_attn.k_norm, RMSNorm)]
@@ -303,7 +304,8 @@ class Denoiser(FusedModule):
         return self.preprocess_conv.weight.dtype
 
     def condition(self, context: Tensor | None, global_cond: Tensor, *, local: Tensor | None) -> DenoiserConditioning:
-        """Returns the conditioning for `forward`, which does not depend on latents or time. Differentiable.
+        """Returns the conditioning for `forward`, which does not depend on latents or time. Differentiable
+        without fused kernels.
 
         `context` is (rows, context tokens, context width), `global_cond` (rows, global width), and `local` (rows, local
         width, frames or 1).

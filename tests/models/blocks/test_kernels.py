@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stable_audio_serve.models.blocks import (
     HEAD_NORMS,
@@ -25,6 +28,7 @@ from stable_audio_serve.models.blocks.fused import Kernels, Places, use_kernels
 from stable_audio_serve.models.blocks.kernel_check import errors, load_kernels
 from stable_audio_serve.models.blocks.rotary import gather_affine
 from stable_audio_serve.models.sa3 import same
+from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import SHARP, load_goldens
@@ -301,6 +305,32 @@ def test_stacked_layers_run_one_by_one_if_one_of_them_has_a_hook(kernels: Kernel
         own, other = (getattr(result, part) for result in (hooked, plain))
         assert_near(own[:, 0], other[:, 0], within=1e-5)
         assert not torch.allclose(own[:, 1], other[:, 1])
+
+
+@torch.inference_mode()
+def test_more_layers_need_no_more_operations_for_conditioning(kernels: Kernels) -> None:
+    g, config = load_goldens(SHARP[0]).tensors, loaded(SHARP[0]).denoiser.config
+    counts = []
+    for depth in (2, 5):
+        net = Denoiser(replace(config, depth=depth))
+        net.resolve()
+        use_kernels(net, kernels)
+        with Operations() as operations:
+            net.project_context(g["dit/cross_attn_cond"])
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations within this context."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def storage_bytes(net: nn.Module) -> dict[int, int]:
