@@ -119,8 +119,8 @@ class Predictor:
         return sum(self._cost.call_ms(kind, rows=1, frames=frames) for frames in lengths[: num_in_turn(lengths)])
 
     def _alone_evaluation_ms(self, branches: int, frames: int) -> float:
-        call = self._policy.split([Lane(branches, frames)])[0]
-        return self._cost.call_ms("denoise", rows=call.rows, frames=call.frames)
+        calls = self._policy.split([Lane(branches, frames)])
+        return sum(self._cost.groups_ms("denoise", call.groups) for call in calls)
 
     def _shared_evaluation_ms(self, branches: int, frames: int) -> float:
         padded = self._policy.padded(frames)

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.scheduling.batching import AnyRows, GraphShapes, MergedGrid, OneRowPerCall
+from stable_audio_serve.engine.scheduling.batching import (
+    PACKED_ROWS,
+    AnyRows,
+    GraphShapes,
+    MergedGrid,
+    OneRowPerCall,
+    PackedGraphs,
+    PackedShapes,
+)
 from stable_audio_serve.engine.scheduling.cost import CallCost, CostModel, Measurement, fit_call_cost
 from stable_audio_serve.engine.scheduling.scheduler import RowWork
 
@@ -162,9 +170,14 @@ def test_knee_of_a_floor_is_where_its_unused_part_falls_to_its_share() -> None:
 def test_free_rows_have_a_finite_knee() -> None:
     cost = CostModel()
     cost.fit("denoise", [Measurement(1, 64, 1.0), Measurement(8, 640, 1.0), Measurement(16, 1280, 1.0)])
+
+    def knee_tokens(frames: int) -> float:
+        return cost.knee_tokens(frames, 0.15)
+
     for shapes in (AnyRows(), GraphShapes()):
-        policy = MergedGrid(lambda rows, frames: 1.0, lambda frames: cost.knee_tokens(frames, 0.15), shapes)
+        policy = MergedGrid(lambda rows, frames: 1.0, knee_tokens, shapes)
         assert 1 <= policy.typical_rows(1, 64) <= 16_384 / 64
+    assert 1 <= PackedGraphs(knee_tokens, PackedShapes(64, 1292)).typical_rows(1, 64) <= PACKED_ROWS[-1]
 
 
 def make_predictor(cost: CallCost, *, shared: bool) -> Predictor:
@@ -194,3 +207,15 @@ def test_crowded_share_is_less_than_alone_when_the_fixed_cost_is_large() -> None
     work = RowWork(64, branches=[1] * 8)
     predictor = make_predictor(CallCost(10.0, 0.0, 0.01), shared=True)
     assert predictor.share_ms(work) < 0.2 * predictor.alone_ms(work)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("frames", [54, 323, 1292])
+def test_a_packed_row_alone_costs_its_own_tokens_and_the_spare_ones(branches: int, frames: int) -> None:
+    cost = CallCost(fixed_ms=1.0, per_frame_ms=0.004)
+    model = CostModel()
+    model.fit("denoise", measure(cost))
+    predictor = Predictor(model, PackedGraphs(lambda frames: 1.0, PackedShapes(64, 1292)))
+    predicted_ms = predictor.alone_ms(RowWork(frames, branches=[branches])) - predictor.text_ms(1)
+    own_ms = cost.call_ms(branches, frames)
+    assert own_ms <= predicted_ms <= own_ms + 0.004 * (64 + branches * frames / 4)

@@ -375,3 +375,6 @@ class PackedGraphs(Packed):
             members.append(i)
             lengths += [lanes[i].frames] * lanes[i].branches
         return [*calls, self.shapes.call(members, lengths)] if members else calls
+
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return min(Packed.typical_rows(self, branches, frames), PACKED_ROWS[-1])
