@@ -34,6 +34,16 @@ class FasterAndFaster(SeededNoise):
         return super().step(shape)
 
 
+class Counted(SeededNoise):
+    """Counts the draws for steps."""
+
+    num_draws = 0
+
+    def step(self, shape: tuple[int, ...]) -> torch.Tensor:
+        self.num_draws += 1
+        return super().step(shape)
+
+
 @pytest.mark.parametrize("num_threads", [1, 4])
 @pytest.mark.parametrize(("sampler", "num_draws"), [("euler", 0), ("pingpong", 3)])
 def test_noise_is_drawn_in_order_and_only_where_it_is_used(sampler: str, num_draws: int, num_threads: int) -> None:
@@ -73,17 +83,19 @@ def test_noise_is_drawn_on_the_side_thread() -> None:
 
 
 def test_the_noise_of_two_steps_is_drawn_ahead_while_the_row_runs() -> None:
-    num_draws = 0
-
-    class Counted(SeededNoise):
-        def step(self, shape: tuple[int, ...]) -> torch.Tensor:
-            nonlocal num_draws
-            num_draws += 1
-            return super().step(shape)
-
+    source = Counted(1)
     with ThreadPoolExecutor(2) as noise_pool:
-        noise = RowNoise(Counted(1), make_plan("pingpong", steps=8), shape=(2, 2), noise_pool=noise_pool)
+        noise = RowNoise(source, make_plan("pingpong", steps=8), shape=(2, 2), noise_pool=noise_pool)
         noise.current()
-        assert num_draws == 1
+        assert source.num_draws == 1
         noise.advance()
-    assert num_draws == 3
+    assert source.num_draws == 3
+
+
+def test_a_second_draw_does_not_wait_for_the_first_step() -> None:
+    """Otherwise the second step of many new rows would need two draws of each row at once."""
+    source = Counted(1)
+    with ThreadPoolExecutor(1) as noise_pool:
+        noise = RowNoise(source, make_plan("pingpong", steps=8), shape=(2, 2), noise_pool=noise_pool)
+        noise.initial()
+    assert source.num_draws == 2

@@ -58,7 +58,9 @@ class RowNoise:
 
     def initial(self) -> Tensor:
         """Return the initial noise (channels, frames) float32 on the CPU; waits until it is drawn."""
-        return self._initial.result()
+        drawn = self._initial.result()
+        self._draw_ahead()
+        return drawn
 
     def kept(self) -> Tensor:
         """Return the noise for the frames of the source that an edit keeps: (channels, frames) float32 on the CPU.
@@ -80,13 +82,16 @@ class RowNoise:
         """Drop the noise of the current evaluation and start drawing the noise of later ones."""
         if self._ahead:
             self._ahead.popleft()
-        self._draw(_DRAWS_AHEAD - len(self._ahead))
+        self._draw_ahead()
 
     def cancel(self) -> None:
         """Stop drawing because the row ended."""
         self._num_left = 0
         for draw in self._ahead:
             draw.cancel()
+
+    def _draw_ahead(self) -> None:
+        self._draw(_DRAWS_AHEAD - len(self._ahead))
 
     def _draw(self, count: int) -> None:
         for _ in range(min(count, self._num_left)):
