@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stable_audio_serve.models.blocks.feedforward import sine
 from stable_audio_serve.models.blocks.fused import Kernels, Places
-from stable_audio_serve.models.blocks.norms import RMSNorm
+from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
 from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, gather_affine, rotate, without_affine
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
 
 @torch.inference_mode()
 def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """Yields the name of each kernel and its largest difference from torch's operations in float32."""
+    """Yields the name of each kernel and its largest difference from torch's operations in float32. A kernel with
+    several forms has several results.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -71,6 +74,10 @@ def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Ite
         added[:, 1:] += shift.float()
         expected = torch.addcmul(shift.float(), norm_of(added), scale.float())
         yield "add_and_norm", max(error(h.view(x.shape), added), error(made.view(x.shape), expected))
+    made = kernels.add_and_norm(
+        x.clone(), None, gate=None, local=None, scale=scales, shift=None, places=Places(None, None, 1), eps=1e-5
+    )
+    yield "add_and_norm", error(made, norm_of(x.float()) * scale.float())
     alpha = scale.flatten()[:1].float()
     yield "squashed", error(kernels.squashed(x, alpha), (alpha * x.float()).tanh())
     totals, added = x.float().repeat(2, 1, 1, 1), x.float() + update.float()
@@ -78,17 +85,22 @@ def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Ite
     kernels.add(totals[1], update)
     yield "add", error(totals, added)
     yield "difference", error(kernels.difference(x), x[..., :half].float() - x[..., half:].float())
-    yield "gated", error(kernels.gated(x, F.silu), x[..., :half].float() * F.silu(x[..., half:].float()))
+    for activation in (F.silu, sine):
+        yield "gated", error(kernels.gated(x, activation), x[..., :half].float() * activation(x[..., half:].float()))
     norm, heads = RMSNorm(_HEAD_WIDTH, eps=1e-6).to(device), x.unflatten(-1, (_HEADS, _HEAD_WIDTH))
     yield "normed_heads", error(kernels.normed_heads(heads, gamma=norm.gamma, eps=norm.eps), norm(heads.float()))
     parts, rope = draw(_ROWS, _TOKENS, 5, _HEADS, _HEAD_WIDTH), RotaryEmbedding(_HEAD_WIDTH // 2).to(device)
-    affine = gather_affine([(norm, norm)], half=rope.half_width)
-    table = affine.table(torch.arange(_TOKENS, device=device).float(), rates=rope.rates(_HEAD_WIDTH)).layer(0)
-    made = torch.stack(kernels.rotated_heads(parts, norm=norm, table=table, repeats_values=True), dim=2)
     pairs = torch.stack([parts[:, :, 0::3].flatten(2, 3), parts[:, :, 1::3].flatten(2, 3)], dim=2)
-    rotated = rotate(without_affine(norm, pairs.float(), rate=None), table, dtype=torch.float32)
-    values = parts[:, :, 2:3].repeat(1, 1, 1, 2, 1)
-    yield "rotated_heads", max(error(made[:, :, :2], rotated), error(made[:, :, 2:], values.float()))
+    for head_norm in (norm, DyT(_HEAD_WIDTH).to(device)):
+        for parameter in head_norm.parameters():
+            parameter.add_(0.1 * draw(*parameter.shape))
+        affine = gather_affine([(head_norm, head_norm)], half=rope.half_width)
+        table = affine.table(torch.arange(_TOKENS, device=device).float(), rates=rope.rates(_HEAD_WIDTH)).layer(0)
+        rotated = rotate(without_affine(head_norm, pairs.float(), rate=table.rate), table, dtype=torch.float32)
+        for repeats in (False, True):
+            queries, keys, values = kernels.rotated_heads(parts, norm=head_norm, table=table, repeats_values=repeats)
+            repeated = parts[:, :, 2].repeat(1, 1, 1 + repeats, 1).float()
+            yield "rotated_heads", max(error(torch.stack([queries, keys], dim=2), rotated), error(values, repeated))
     parts = draw(_ROWS, _BAND_TOKENS, 5, _HEADS, _HEAD_WIDTH)
     q, k, v = parts[:, :, 0::3].flatten(2, 3), parts[:, :, 1::3].flatten(2, 3), parts[:, :, 2]
     if kernels.has_local_attention(q):
@@ -96,5 +108,7 @@ def errors(kernels: Kernels, *, device: torch.device, dtype: torch.dtype) -> Ite
         hidden = (place[:, None] - place).abs() > _BAND_RADIUS
         scores = torch.einsum("bqhc,bkhc->bhqk", q.float(), k.float()) / _HEAD_WIDTH**0.5
         plain, primed = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).chunk(2, dim=1)
-        made = kernels.local_attention(q, k, v, radius=_BAND_RADIUS)
-        yield "local_attention", error(made, torch.einsum("bhqk,bkhc->bqhc", plain - primed, v.float()))
+        for num_sets, weights in ((1, plain), (2, plain - primed)):
+            heads = slice(num_sets * _HEADS)
+            made = kernels.local_attention(q[:, :, heads], k[:, :, heads], v, radius=_BAND_RADIUS)
+            yield "local_attention", error(made, torch.einsum("bhqk,bkhc->bqhc", weights, v.float()))

@@ -208,7 +208,8 @@ class Transformer(nn.Module):
                 context=None if context is None else layout.context(context, layer=index),
                 local=None if local is None else local[:, index],
             )
-        if update is not None and update.gate is not None:
+        if update is not None:
+            assert update.gate is not None, "a layer returns the update of its feed-forward network, which has a gate"
             h = layout.add_gated(h, update.values, gate=update.gate)
         return self.project_out(layout.frames(h))
 
@@ -293,7 +294,7 @@ class Denoiser(FusedModule):
             local = _stack_linear(first) + _stack_linear(last)
         self._stacked = _Stacked(
             to_kv=_stack([layer.cross_attn.to_kv.weight for layer in layers]),
-            key_gain=torch.stack([norm.gamma.data for norm in norms]),
+            key_gain=_stack([norm.gamma for norm in norms]),
             key_eps=norms[0].eps,
             local=local,
         )
