@@ -18,7 +18,7 @@ class Features:
 
     captures: bool = True  # CUDA graphs
     second_queue: bool = True  # encode text and sources, and decode, in a second CUDA stream
-    packing: bool = True  # clips of different lengths in one call without padding, in fast mode
+    packing: bool = True  # calls without padding, also for clips of different lengths, in fast mode
     fast_decoding: bool = True  # decode in the configured `decode_precision`, not always in float32
     fused_kernels: bool = True  # kernels that combine several of torch's operations
 
@@ -48,7 +48,7 @@ class EngineOptions:
     fixed_share: float = 0.25  # clips are added to a step until its fixed cost is at most this share of its time
     max_step_tokens: int = 16_384  # the most latent frames of one step, all clips together
     slots: int = 8  # the fixed batch size of a strict call on CUDA; dummy rows fill it up
-    # Clips are padded to a multiple of this many latent frames. None: 64 on CUDA; 1 on a CPU, where fast mode packs.
+    # Clips are padded to a multiple of this many latent frames, unless they are packed. None: 64 on CUDA, 1 on a CPU.
     frame_grid: int | None = None
     # Device memory for clips in progress. None: most of the free memory on CUDA, no limit on a CPU.
     max_memory_bytes: int | None = None

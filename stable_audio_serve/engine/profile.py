@@ -98,11 +98,11 @@ async def prove(
 
 
 def _free_memory() -> None:
-    """Return the memory of engines without references to the device. The memory plan of the next engine counts all
-    memory that the allocator keeps.
+    """Return the memory of engines without references to the GPU. The memory plan of the next engine counts all memory
+    that the allocator keeps.
     """
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

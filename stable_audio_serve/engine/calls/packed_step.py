@@ -2,8 +2,8 @@
 without padding. The latents between steps (registers) are stored in memory pages of 64 frames.
 
 As in `step`, the host writes all inputs to one buffer and sends it to the device in one copy. The lengths of the rows
-are among these inputs, so one CUDA graph serves any lengths. Without CUDA graphs, `denoise_joined` is used instead: it
-gets a padded batch and removes the padding.
+are among these inputs, so one CUDA graph serves any lengths. A CPU uses `denoise_joined` instead, which gets a padded
+batch and removes the padding.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine.calls.coding_calls import captured_windows
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call, Lane
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement, Work
@@ -206,7 +207,7 @@ class WarmUp:
         self._left_s -= best_s
         # A CUDA graph does not wait for the host. Later runs of a call that is captured when it is repeated therefore
         # begin when the host has queued the whole call.
-        is_captured = self._device.can_capture and probe.work in {"denoise", "decode"}
+        is_captured = self._device.can_capture and self._can_capture(probe)
         queueing_s = min(best_s, _MOST_QUEUEING_S) if is_captured else 0.0
         for _ in range(_NUM_RUNS - 1):
             if best_s + queueing_s > self._left_s:
@@ -217,6 +218,11 @@ class WarmUp:
             self._left_s -= run_s + queueing_s
             best_s = min(best_s, run_s)
         return 1000.0 * best_s
+
+    def _can_capture(self, probe: _Probe) -> bool:
+        if probe.work == "decode":
+            return self._model.spec.captures_decode and captured_windows(probe.rows, frames=probe.frames) > 0
+        return probe.work == "denoise"
 
     def _run_once(self, probe: _Probe) -> float:
         """Return the device time of one run, in seconds."""

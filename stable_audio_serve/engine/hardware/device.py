@@ -60,7 +60,7 @@ class Device(Protocol):
     can_capture: bool
     survives_failed_capture: bool  # if False, the process must be replaced after a capture has failed
     has_second_queue: bool  # if False, work queued within `on_second_queue` goes to the only queue
-    prefers_packed: bool  # clips of different lengths run faster if concatenated than if padded to equal length
+    prefers_packed: bool  # without CUDA graphs, concatenating clips of different lengths is faster than padding them
     shares_calls: bool  # in strict mode, several clips share a call, whose batch size is fixed
 
     def upload(self, host: Tensor) -> Tensor:
