@@ -174,7 +174,6 @@ _JOBS = (
 
 _SCALING = (
     Metric("waiting_work_ms", "gauge", "Predicted time of jobs that no runner has started, milliseconds.", ("model",)),
-    Metric("replicas_wanted", "gauge", "Replicas that the current work needs, before bounds apply.", ("model",)),
 )
 
 GROUPS = {"HTTP": _HTTP, "Engines": _ENGINE, "Jobs and files": _JOBS, "Autoscaling": _SCALING}

@@ -22,13 +22,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from stable_audio_serve.serving.metrics import RayMetrics
-
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 _USED_SHARE = 0.8
-_SHOW_S = 2.0  # seconds between two updates of the metric `replicas_wanted`
 _EPSILON = 1e-6  # a sum that exceeds a whole number by less than this is not rounded up
 _WORK, _BUSY, _WAITING, _KEPT = "work_s", "busy_share", "waiting_s", "is_kept"
 
@@ -49,8 +46,6 @@ class WorkPolicy:
     def __init__(self, *, target_wait_s: float) -> None:
         """Called by Ray Serve with the deployment's `policy_kwargs`, which have been converted to JSON and back."""
         self._target_wait_s = target_wait_s
-        self._metrics: RayMetrics | None = None  # created at first use
-        self._shown_at = float("-inf")
         self._has_failed = False
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -83,19 +78,10 @@ class WorkPolicy:
         # `total_num_requests` includes requests that wait until the model's first replica starts.
         if is_kept or context.total_num_requests > 0:
             wanted = max(wanted, 1)
-        self._show(context, wanted)
         # The load of a replica that has not published statistics yet is unknown, so the target must not fall.
         if any(str(replica) not in work for replica in context.running_replicas):
             wanted = max(wanted, context.target_num_replicas)
         return wanted
-
-    def _show(self, context: AutoscalingContext, wanted: int) -> None:
-        if 0.0 <= context.current_time - self._shown_at < _SHOW_S:
-            return
-        self._shown_at = context.current_time
-        if self._metrics is None:
-            self._metrics = RayMetrics(model=context.deployment_name)
-        self._metrics.show("replicas_wanted", wanted)
 
 
 def _series(published: Any, name: str) -> Iterator[Any]:

@@ -61,10 +61,6 @@ class RayMetrics:
         """
         self._samples.append((self._find(name, "histogram", labels=labels), value))
 
-    def show(self, name: str, value: float, **labels: str) -> None:
-        """Set the gauge `name` to `value` for 20 s. Then Ray drops the gauge, unless it is set again."""
-        self._find(name, "gauge", labels=labels).record(value)
-
     def _export(self) -> None:
         while True:
             time.sleep(_EXPORT_INTERVAL_S)
