@@ -63,6 +63,31 @@ class Server:
         yield b"data: last\n\n"
 
 
+@dataclass
+class BrokenServer:
+    """A fake server that is ready, but closes the connection of every POST without a response."""
+
+    requests: list[str] = field(default_factory=list)
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            method, path, *_ = (await reader.readuntil(b"\r\n\r\n")).decode().split()
+            if method == "GET":
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            else:
+                self.requests.append(path)
+        writer.close()
+
+    async def post_until_reached(self, client: httpx.AsyncClient, path: str) -> list[int]:
+        """Send requests until one of them reaches this server. Returns the statuses of all responses."""
+        statuses = []
+        while path not in self.requests:
+            assert len(statuses) < 50, "no request has reached the broken server"
+            statuses.append((await client.post(path, json={"prompt": "rain"})).status_code)
+            await asyncio.sleep(0.1)
+        return statuses
+
+
 @dataclass(frozen=True)
 class Balanced:
     """A running load balancer, its two servers and a client."""
@@ -303,3 +328,20 @@ async def test_stopped_server_fails_no_request(name: str, tmp_path: Path) -> Non
         answers = [await client.post("/jobs", json={}) for _ in range(12)]
         assert {answer.status_code for answer in answers} == {200}
         assert server.requests.count("POST /jobs") == 12
+
+
+@both
+async def test_generation_is_retried_if_its_server_is_killed(name: str, tmp_path: Path) -> None:
+    """A killed server closes connections without a response. A job may have been submitted then."""
+    server, broken = Server(), BrokenServer()
+    async with (
+        listening(server) as alive,
+        await asyncio.start_server(broken.handle, "127.0.0.1", 0) as listener,
+        running(name, tmp_path, ports=(alive, listener.sockets[0].getsockname()[1])) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=_PATIENCE_S) as client,
+    ):
+        assert set(await broken.post_until_reached(client, "/generate")) == {200}
+        *others, last = await broken.post_until_reached(client, "/jobs")
+        assert set(others) <= {200}
+        assert last in {502, 503}
+        assert server.requests.count("POST /jobs") == len(others)
