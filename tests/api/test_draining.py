@@ -73,21 +73,54 @@ async def test_new_requests_are_refused_and_running_ones_finish() -> None:
         assert draining.num_in_flight == 0
 
 
-def test_stop_waits_only_if_new_requests_still_arrive() -> None:
-    """A load balancer that still sends requests needs a few seconds to see that /ready fails."""
+def stopping(clock: FakeClock, *, request_at: float | None = None, check_at: float | None = None) -> Draining:
+    """Return a server that stops at second 100, and got a request and a check of /ready before."""
+    draining = Draining(Readiness(), clock)
+    if request_at is not None:
+        clock.now = request_at
+        draining.admit({"method": "POST"})
+    if check_at is not None:
+        clock.now = check_at
+        draining.check()
+    clock.now = 100
+    assert not draining.may_exit
+    draining.stop()
+    return draining
+
+
+@pytest.mark.parametrize(
+    ("request_at", "check_at", "exits_at"), [(None, None, 100), (96, 89, 100), (98, None, 101), (96, 91, 103)]
+)
+def test_stop_waits_if_new_requests_may_arrive(
+    request_at: float | None, check_at: float | None, exits_at: float
+) -> None:
     clock = FakeClock()
-    quiet, used = Draining(Readiness(), clock), Draining(Readiness(), clock)
-    assert not quiet.may_exit
-    quiet.stop()
-    used.stop()
-    assert quiet.may_exit
-    with pytest.raises(StoppingError):
-        used.admit({"method": "POST"})
-    clock.now += 4
-    assert not used.may_exit
-    used.stop()  # the launcher repeats its call
-    clock.now += 2
-    assert used.may_exit
+    draining = stopping(clock, request_at=request_at, check_at=check_at)
+    assert draining.may_exit == (exits_at == 100)
+    clock.now = exits_at - 0.1
+    draining.stop()  # the launcher repeats its call
+    assert draining.may_exit == (exits_at == 100)
+    clock.now = exits_at
+    assert draining.may_exit
+
+
+def test_stop_waits_while_requests_arrive_but_not_forever() -> None:
+    """On a slow machine, a load balancer needs longer than usual to see that /ready fails."""
+    clock = FakeClock()
+    draining = stopping(clock)
+    for clock.now in (102, 104, 106, 109.9):
+        with pytest.raises(StoppingError):
+            draining.admit({"method": "POST"})
+        assert not draining.may_exit
+    clock.now = 110
+    assert draining.may_exit
+
+
+async def test_check_of_ready_is_noticed() -> None:
+    async with make_app(run_jobs=False) as (app, _), client_of(app) as client:
+        assert (await client.get("/ready")).status_code == 200
+        draining_of(app).stop()
+        assert not draining_of(app).may_exit
 
 
 @pytest.mark.parametrize("dialect", ["native", "fal"])

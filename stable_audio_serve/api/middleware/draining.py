@@ -7,6 +7,7 @@ Serve replaces this replica by another one (`leave`).
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import suppress
 
 from starlette.datastructures import MutableHeaders
@@ -20,10 +21,13 @@ _CAUSE = "draining"
 _STOPPING = "the server is stopping"
 _DRAINING = "an operator is draining this server; send new work to another server"
 _RETRY_AFTER_S = 5.0
-# A load balancer keeps sending requests until two of its checks of /ready have failed, which takes about 3 s. A server
-# that is stopping refuses such requests for this long, so that the balancer can send them to another server. If the
-# server exited at once, connections would break, and the balancer could not know whether requests were executed.
-_NOTICE_S = 5.0
+# A load balancer keeps sending requests until two of its checks of /ready have failed, which takes about 3 s, or longer
+# on a busy machine. A stopping server refuses such requests, so that the balancer can send them to another server. If
+# it exited at once, connections would break, and the balancer could not know whether requests were executed. Therefore,
+# the server exits when no request has arrived for `_QUIET_S`. Clients that never stop delay the exit for `_NOTICE_S`.
+_QUIET_S = 3.0
+_NOTICE_S = 10.0
+_CHECKS_EVERY_S = 10.0  # a load balancer's longest time between two checks of /ready, for example that of Kubernetes
 _READING = frozenset({"GET", "HEAD"})
 
 
@@ -42,7 +46,7 @@ class Draining:
         self._in_flight: set[object] = set()
         self._at_drain: frozenset[object] | None = None  # requests in flight when `drain` was called
         self._stopped_at: float | None = None
-        self._has_refused = False  # whether a request was refused since `stop`
+        self._last_request_at = self._last_check_at = -math.inf
 
     @property
     def num_in_flight(self) -> int:
@@ -59,7 +63,11 @@ class Draining:
         """Whether `stop` was called, nothing is in flight, and no load balancer needs more time to notice the stop."""
         if self._stopped_at is None or self._in_flight:
             return False
-        return not self._has_refused or self._clock.monotonic() - self._stopped_at >= _NOTICE_S
+        quiet_since = self._last_request_at
+        if self._stopped_at - self._last_check_at < _CHECKS_EVERY_S:  # so there is a load balancer
+            quiet_since = max(quiet_since, self._stopped_at)
+        now = self._clock.monotonic()
+        return now - quiet_since >= _QUIET_S or now - self._stopped_at >= _NOTICE_S
 
     @property
     def is_leaving(self) -> bool:
@@ -108,12 +116,16 @@ class Draining:
 
     def admit(self, scope: Scope) -> None:
         """Count a request as in flight. Raises StoppingError to refuse it. Not called for health probes."""
+        self._last_request_at = self._clock.monotonic()
         refusal = self._refusal
         if refusal == _STOPPING or (refusal is not None and scope["method"] not in _READING):
-            self._has_refused = self._stopped_at is not None
             raise StoppingError(refusal, retry_after_s=_RETRY_AFTER_S)
         if "in_flight_token" in scope:  # `begin` may have added the token already; then this has no effect
             self._in_flight.add(scope["in_flight_token"])
+
+    def check(self) -> None:
+        """Record that a load balancer has requested /ready."""
+        self._last_check_at = self._clock.monotonic()
 
     def begin(self) -> object:
         """Return a token for a new request.

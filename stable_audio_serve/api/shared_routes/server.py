@@ -67,6 +67,7 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
     )
     async def ready(response: Response) -> info.Ready:
         """Return whether the server accepts requests: 503 until the default model is ready and while it stops."""
+        service.draining.check()
         status, job_store = await look()
         body = info.describe_ready(service, status, job_store=job_store)
         if not body.ready:
