@@ -38,11 +38,12 @@ def make_plan(sampler: str, steps: int, *, level: float = 1.0, guidance: Guidanc
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_times_match_the_reference_bit_for_bit(name: str) -> None:
+def test_times_match_the_reference_to_the_last_bit(name: str) -> None:
+    """The last bit of a sigmoid differs between processors with and without AVX-512."""
     case = COMMON.facts["schedules"][name]
     for sampler in ("euler", "dpmpp", "pingpong"):
         times = open_flow_times(sampler, case["steps"], level=case["sigma_max"], shift=SHIFT, length=12)
-        assert torch.equal(times, COMMON.tensors[name])
+        torch.testing.assert_close(times, COMMON.tensors[name], rtol=torch.finfo(torch.float32).eps, atol=0)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
