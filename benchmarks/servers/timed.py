@@ -82,7 +82,6 @@ class StandInReplica:
     """The base class of the benchmarks' replicas, with the methods of `serving.replica.ModelReplica` that all share."""
 
     device = "timed"
-    backlog_s = 0.0
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
         """Returns the audio. A StableAudioError is returned, too, not raised. The real replica does the same."""
@@ -95,12 +94,9 @@ class StandInReplica:
         yield Progress("denoising", 0.0)
         yield await self.generate(request)
 
-    async def status(self) -> object:
-        """Returns the status of a ready replica, without counts of requests."""
-        from stable_audio_serve.serving.model_states import ReplicaStatus
-
-        counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
-        return ReplicaStatus(device=self.device, start_s={}, backlog_ms=1000.0 * self.backlog_s, quality=None, **counts)
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Ray Serve. Returns what `/health` and the launcher read."""
+        return {"device": self.device}
 
 
 class TimedReplica(StandInReplica):
@@ -121,7 +117,7 @@ class TimedReplica(StandInReplica):
         self._waiting = 0.0, float("-inf")
 
     @property
-    def backlog_s(self) -> float:  # type: ignore[override]
+    def backlog_s(self) -> float:
         """The device time of accepted requests that the device has not finished."""
         return max(0.0, self._free_at - time.monotonic())
 
@@ -141,8 +137,8 @@ class TimedReplica(StandInReplica):
         return GenerationResult((clip,) * request.batch_size, _RATE_HZ, self._model, seeds, timings)
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Ray Serve. Returns what our router reads."""
-        return ReplicaWork.now(1000.0 * self.backlog_s, self.times.prices).to_dict()
+        """Called by Ray Serve. Returns what our router reads, too."""
+        return super().record_routing_stats() | ReplicaWork.now(1000.0 * self.backlog_s, self.times.prices).to_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve. Returns what our autoscaling policy reads."""

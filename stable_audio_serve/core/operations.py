@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from stable_audio_serve.core.catalog import ModelStatus
+from stable_audio_serve.core.catalog import ModelQuality, ModelStatus
 
 DrainState = Literal["no", "draining", "drained"]
 
@@ -19,7 +19,7 @@ class ReplicaReport:
     `memory_bytes` maps each purpose of GPU memory to the bytes planned for it. `in_flight` is the number of unfinished
     requests, and `backlog_s` is their predicted device time. `rows_per_step` is the mean number of variations in a
     denoising step over the last ten seconds. `finished_per_minute` is the number of requests that finished in the
-    minute before the report.
+    minute before the report. `start_s` is the duration of each stage of the replica's start in seconds.
     """
 
     id: str
@@ -32,6 +32,8 @@ class ReplicaReport:
     backlog_s: float | None = None
     rows_per_step: float | None = None
     finished_per_minute: int | None = None
+    start_s: Mapping[str, float] = field(default_factory=dict)
+    quality: ModelQuality | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -291,14 +291,18 @@ def _raise_if_failed(application: ApplicationStatusOverview) -> None:
 
 
 def _health(url: str, plan: Plan) -> Mapping[str, Any]:
-    """Return the body of /health. Returns an empty mapping if not every preloaded model is loaded yet."""
+    """Return the body of /health.
+
+    Returns an empty mapping if not every preloaded model is loaded yet and has published its statistics.
+    """
     try:
         # With `trust_env=False`, httpx ignores environment variables that name a proxy for outgoing requests.
         answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
         health: dict[str, Any] = answer.raise_for_status().json()
     except (httpx.HTTPError, ValueError):
         return {}
-    return health if set(plan.preloaded) <= set(health["loaded_models"]) else {}
+    models = [health["models"][name] for name in plan.preloaded]
+    return health if all(model["stage"] == "ready" and model["device"] for model in models) else {}
 
 
 def _drain(application: str, settings: Settings, *, report: Report) -> None:

@@ -13,11 +13,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
 
 from stable_audio_serve.core.catalog import ModelQuality, ModelStatus
@@ -34,32 +34,16 @@ logger = logging.getLogger(__name__)
 
 _TTL_S = 0.5  # if the status is older, it is fetched again in the background; callers still get the old status
 _STALE_S = 2.0  # if the status is older, callers wait for the new status
-_REPLICA_TTL_S = 5.0  # replicas are asked for their `ReplicaStatus` when the last one is older than this
 _TIMEOUT_S = 0.8
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaStatus:
-    """A replica's device, the duration of each stage of its start in seconds, and its numbers of requests by outcome.
-
-    `expired` is the number of requests that exceeded their deadline. `backlog_ms` is the predicted device time of the
-    unfinished requests.
-    """
-
-    device: str
-    start_s: Mapping[str, float]
-    in_flight: int
-    finished: int
-    cancelled: int
-    expired: int
-    failed: int
-    backlog_ms: float
-    quality: ModelQuality | None
+_QUALITY = TypeAdapter(ModelQuality | None)
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStats:
-    """Statistics that a replica publishes for operators. It publishes them together with its `ReplicaWork`."""
+    """Statistics that a replica publishes for operators. It publishes them together with its `ReplicaWork`.
+
+    `start_s` is the duration of each stage of the replica's start in seconds.
+    """
 
     device: str
     dtype: str
@@ -68,10 +52,12 @@ class ReplicaStats:
     in_flight: int
     rows_per_step: float | None
     finished_per_minute: int
+    start_s: Mapping[str, float]
+    quality: ModelQuality
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, because Ray Serve's controller sends statistics to the routers as a dict."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
 @dataclass(slots=True)
@@ -133,7 +119,16 @@ def _report(name: str, stats: Mapping[str, Any], *, age_s: float) -> ReplicaRepo
         backlog_s=None if backlog_ms is None else float(backlog_ms) / 1000.0,
         rows_per_step=None if rows is None else float(rows),
         finished_per_minute=stats.get("finished_per_minute"),
+        start_s=stats.get("start_s") or {},
+        quality=_quality(stats.get("quality")),
     )
+
+
+def _quality(values: Mapping[str, Any] | None) -> ModelQuality | None:
+    try:
+        return _QUALITY.validate_python(values)
+    except ValidationError:  # it was published by a replica with another version of this package
+        return None
 
 
 def read_application(name: str) -> ApplicationStatusOverview | None:
@@ -176,8 +171,6 @@ class ModelWatch:
         self._handles = handles
         self._application = application
         self._metrics = metrics
-        self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
-        self._polled_at: dict[str, float] = {}
         self._snapshot = _Snapshot(float("-inf"), {name: ModelStatus(stage="loading") for name in self._names})
         self._refresh: asyncio.Task[None] | None = None
         self._refresh_began_at = float("-inf")
@@ -224,7 +217,9 @@ class ModelWatch:
         if application is None:
             return
         stages = {name: _stage(application, name) for name in self._names}
-        await asyncio.gather(*(self._poll_replicas(name) for name, stage in stages.items() if stage == "ready"))
+        for name, stage in stages.items():
+            if stage == "ready":
+                self._handles[name].options()  # starts the model's router, which then receives statistics
         self._answered_at = time.monotonic()
         self._snapshot = _Snapshot(
             self._answered_at,
@@ -233,38 +228,15 @@ class ModelWatch:
         for name, status in self._snapshot.models.items():
             self._metrics.gauge("model_update_refused", float(status.refused_update is not None), model=name)
 
-    async def _poll_replicas(self, name: str) -> None:
-        """Fetch the `ReplicaStatus` of the model's running replicas, at most once in `_REPLICA_TTL_S`.
-
-        The first call for a model also opens the connection to one replica, so that the first request need not wait for
-        the connection.
-        """
-        now = time.monotonic()
-        if now - self._polled_at.get(name, float("-inf")) < _REPLICA_TTL_S:
-            return
-        handle, is_first = self._handles[name], name not in self._replicas
-        response = handle.status.remote() if is_first else None
-        try:
-            async with asyncio.timeout(_TIMEOUT_S):
-                if response is not None:
-                    self._replicas[name] = (await response,)
-                answers = await handle.broadcast("status").results_async(return_exceptions=True)
-        except (TimeoutError, RayError, RayServeException):
-            if response is not None:
-                response.cancel()
-            return
-        if replicas := tuple(answer for answer in answers if not isinstance(answer, BaseException)):
-            self._replicas[name], self._polled_at[name] = replicas, now
-
     def _model_status(self, name: str, stage: str, *, application: ApplicationStatusOverview) -> ModelStatus:
-        replicas = self._replicas.get(name, ())
-        replica = next(iter(replicas), None)
+        replicas = [replica for replica in reports(name) if replica.device]  # the others have not published yet
+        first = next(iter(replicas), None)
         deployment = application.deployments.get(name)
         return ModelStatus(
             stage=stage,
             num_replicas=_count(deployment, ReplicaState.RUNNING) if deployment else 0,
-            device=replica.device if replica else None,
-            detail={key: f"{seconds:.2f}" for key, seconds in replica.start_s.items()} if replica else None,
+            device=first.device if first else None,
+            detail={stage: f"{seconds:.2f}" for stage, seconds in first.start_s.items()} if first else None,
             quality=_worst_quality(replica.quality for replica in replicas),
             refused_update=_refused_update(deployment) if deployment else None,
             states=_states(deployment) if deployment else {},

@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve.schema import ReplicaState
 
 from stable_audio_serve.core.catalog import ModelQuality
-from stable_audio_serve.core.errors import DeadlineExceededError, ModelUnavailableError, StableAudioError
+from stable_audio_serve.core.errors import ModelUnavailableError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.metrics import QuietMetrics
 from stable_audio_serve.core.progress import ProgressFeed
@@ -24,7 +24,7 @@ from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import autoscaling_stats
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics, RecentSum, StepMeter
-from stable_audio_serve.serving.model_states import ReplicaStats, ReplicaStatus, read_application
+from stable_audio_serve.serving.model_states import ReplicaStats, read_application
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ModelReplica:
         self, settings: Settings, model: ModelSettings
     ) -> None:
         configure_logging(settings.log_level)
-        self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
+        self._in_flight = 0
         self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
         # When the last autoscaling statistics were made, and for how many seconds the device had worked until then.
@@ -140,33 +140,15 @@ class ModelReplica:
     async def _generate(
         self, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult | StableAudioError:
-        self._outcomes["in_flight"] += 1
-        outcome = "failed"
+        self._in_flight += 1
         try:
             result = await self._engine.generate(request, on_progress)
-            outcome = "finished"
-            self._finished.add()
-            return result
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
         except StableAudioError as error:
-            if isinstance(error, DeadlineExceededError):
-                outcome = "expired"
             return error
         finally:
-            self._outcomes["in_flight"] -= 1
-            self._outcomes[outcome] += 1
-
-    async def status(self) -> ReplicaStatus:
-        """Return this replica's device, how long its start took, its quality, and the numbers of its requests."""
-        return ReplicaStatus(
-            device=str(self._engine.device),
-            start_s=self._start_s,
-            backlog_ms=self._engine.backlog_ms,
-            quality=self._quality,
-            **self._outcomes,
-        )
+            self._in_flight -= 1
+        self._finished.add()
+        return result
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Return the statistics for this model's request routers, which also record them for `/v1/status`.
@@ -178,9 +160,11 @@ class ModelReplica:
             dtype=self._engine.dtype,
             profile=self._engine.describe_profile(),
             memory_bytes=self._engine.memory.parts(),
-            in_flight=self._outcomes["in_flight"],
+            in_flight=self._in_flight,
             rows_per_step=self._meter.rows_per_step,
             finished_per_minute=int(self._finished.total),
+            start_s=self._start_s,
+            quality=self._quality,
         )
         return (
             ReplicaWork.now(

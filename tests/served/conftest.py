@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 
 from tests.patience import PATIENCE_S, wait_until
 from tests.serving.conftest import TINY, model
-from tests.serving.launched import LaunchedServer, Watcher, free_port, write_config
+from tests.serving.launched import LaunchedServer, free_port, write_config
 
 OVER = ("succeeded", "failed", "cancelled")
 _JOBS = {"webhook_allow_hosts": ["127.0.0.1"], "lease_s": 3.0}
@@ -60,11 +62,15 @@ def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Itera
         launched.stop(number=signal.SIGKILL)
 
 
-@pytest.fixture(scope="package")
-def watcher(server: LaunchedServer) -> Iterator[Watcher]:
-    watcher = Watcher(server, "tiny")
-    yield watcher
-    watcher.close()
+def count_ended(metrics_port: int) -> Counter[str]:
+    """Return how many requests have left the engine of `tiny`, by outcome. The latest requests may be missing."""
+    page = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").text
+    ended: Counter[str] = Counter()
+    for labels, number in re.findall(r"^ray_stable_audio_engine_requests_total{(.*)} (\S+)$", page, re.MULTILINE):
+        values = dict(re.findall(r'(\w+)="(.*?)"', labels))
+        if values["model"] == "tiny":
+            ended[values["outcome"]] += int(float(number))
+    return ended
 
 
 def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:

@@ -18,8 +18,8 @@ import pytest
 from stable_audio_serve.core.metrics import METRICS, exported_name
 from tests.audio_files import make_audio_file
 from tests.patience import PATIENCE_S, wait_until
-from tests.served.conftest import OVER, make_body, make_long_body, submit, wait
-from tests.serving.launched import LaunchedServer, Watcher
+from tests.served.conftest import OVER, count_ended, make_body, make_long_body, submit, wait
+from tests.serving.launched import LaunchedServer
 from tests.serving.webhooks import Receiver
 
 pytestmark = pytest.mark.server
@@ -52,16 +52,15 @@ def test_job_file_is_stored_below_the_working_directory(server: LaunchedServer, 
     assert (folder / "outputs" / "jobs.db").is_file()
 
 
-def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer, watcher: Watcher) -> None:
+def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer, metrics_port: int) -> None:
+    before = count_ended(metrics_port)
     with Receiver() as receiver:
         path = f"/queue/fal-ai/stable-audio?fal_webhook={receiver.url}"
-        before = watcher.status()
         ticket = server.client.post(path, json={"prompt": "x", "seconds_total": 16, "steps": 1000}).json()
-        wait_until(lambda: watcher.status()["in_flight"] == 1)
+        wait_until(lambda: server.num_requests("tiny") == 1)
         assert server.client.put(ticket["cancel_url"]).status_code == 202
-        wait_until(lambda: watcher.status()["in_flight"] == 0)
-        after = watcher.status()
-        assert (after["cancelled"], after["finished"]) == (before["cancelled"] + 1, before["finished"])
+        wait_until(lambda: count_ended(metrics_port)["cancelled"] == before["cancelled"] + 1)
+        assert server.num_requests("tiny") == 0
         status = server.client.get(ticket["status_url"]).json()
         assert (status["status"], status["error_type"]) == ("COMPLETED", "client_cancelled")
         wait_until(lambda: bool(receiver.bodies))

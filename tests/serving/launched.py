@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -146,6 +145,17 @@ class LaunchedServer:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
 
+    def num_requests(self, model: str) -> int:
+        """Return the number of unfinished requests of a model, as its replicas reported it in the last seconds."""
+        replicas = self.client.get("/v1/status").json()["models"][model]["replicas"]
+        return sum(replica["requests"] or 0 for replica in replicas)
+
+    def deployment_settings(self) -> dict[str, Any]:
+        """Return Ray Serve's settings of each deployment."""
+        with self.look_inside("tests.serving.deployment_settings") as program:
+            settings: dict[str, Any] = json.loads(program.communicate()[0])
+        return settings
+
     def ray(self) -> tuple[str, str]:
         """Return the address and the secret token of the server's Ray."""
         (pid,) = self.pids("/raylet/raylet ")
@@ -181,34 +191,6 @@ class LaunchedServer:
         folder = Path(f"/proc/{self.process.pid}/fd")
         links = (os.readlink(link) for link in folder.iterdir())
         return {"/".join(link.split("/")[:3]) for link in links}
-
-
-class Watcher:
-    """Runs the program `watch.py`. `settings` has Ray Serve's settings of each deployment."""
-
-    def __init__(self, server: LaunchedServer, model: str) -> None:
-        self._process = server.look_inside("tests.serving.watch", model)
-        assert self._process.stdout is not None
-        self.settings: dict[str, Any] = json.loads(self._process.stdout.readline())
-        self._latest: Future[dict[str, Any]] = Future()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def status(self) -> dict[str, Any]:
-        """Return the first status that the model's replica reports after this call."""
-        self._latest = Future()
-        return self._latest.result(timeout=PATIENCE_S)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            waiting = self._latest
-            if not waiting.done():
-                waiting.set_result(json.loads(line))
 
 
 def _read_process(pid: int, name: str) -> str:

@@ -131,23 +131,13 @@ async def test_a_failed_update_cancels_only_calls_that_no_replica_has(monkeypatc
         calls.append(PendingCall())
         return calls[-1]
 
-    async def statuses(**_: object) -> list[object]:
-        return []
-
-    async def status() -> object:
-        return SimpleNamespace(device="cpu", start_s={}, quality=None)
-
     running = SimpleNamespace(status="HEALTHY", status_trigger="", replica_states={"RUNNING": 1}, message="")
     failed = SimpleNamespace(status="DEPLOY_FAILED", status_trigger="", replica_states={"STOPPING": 1}, message="")
     application = SimpleNamespace(deployments={"small-sfx": running})
     monkeypatch.setattr(model_states, "read_application", lambda _: application)
     for module, name in ((backend_module, "_LOAD_CHECK_S"), (model_states, "_TTL_S"), (model_states, "_STALE_S")):
         monkeypatch.setattr(module, name, 0.02)
-    handle: Any = SimpleNamespace(
-        generate=SimpleNamespace(remote=generate),
-        status=SimpleNamespace(remote=status),
-        broadcast=lambda _: SimpleNamespace(results_async=statuses),
-    )
+    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=generate), options=lambda: None)
     model = RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
     held = asyncio.create_task(model.generate("small-sfx", _REQUEST))
     await asyncio.sleep(1.0)  # fifty times as long as the interval in which the backend looks for a replica

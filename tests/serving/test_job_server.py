@@ -20,7 +20,7 @@ from tests.audio_files import make_audio_file
 from tests.patience import PATIENCE_S, wait_until
 from tests.served.conftest import OVER, make_body, submit, wait
 from tests.serving.conftest import model
-from tests.serving.launched import LaunchedServer, Watcher, write_config
+from tests.serving.launched import LaunchedServer, write_config
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -151,9 +151,7 @@ def check_that_a_second_signal_stops_at_once(server: LaunchedServer) -> None:
             steps=1000, duration=16, batch_size=4, cfg_scale=3, sampler_kwargs={"sampler_type": "rk4"}
         )
         busy = pool.submit(server.client.post, "/generate", json=minutes)
-        watcher = Watcher(server, "tiny")
-        wait_until(lambda: watcher.status()["in_flight"] == 1)
-        watcher.close()
+        wait_until(lambda: server.num_requests("tiny") == 1)
         server.signal(signal.SIGTERM)
         time.sleep(1.5)  # signals in quick succession would count as one
         assert server.process.poll() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from stable_audio_serve.core.catalog import ModelQuality
 from stable_audio_serve.core.operations import ReplicaReport
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.serving import model_states
@@ -22,7 +23,8 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_reports_have_an_age_and_dead_replicas_are_dropped(now: list[float]) -> None:
-    own = {"in_flight": 2, "rows_per_step": 3.5, "finished_per_minute": 9}
+    quality = ModelQuality("passed", "b17e", revision="12")
+    own = {"in_flight": 2, "rows_per_step": 3.5, "finished_per_minute": 9, "start_s": {"load": 1.5}, "quality": quality}
     stats = ReplicaStats("cuda:0", "float16", "plain", {"weights": 7}, **own).to_dict()
     stats["backlog_ms"] = 1500.0
     record_stats("m", {"b": stats, "a": {}})
@@ -36,6 +38,11 @@ def test_reports_have_an_age_and_dead_replicas_are_dropped(now: list[float]) -> 
     record_stats("m", {"a": {"said_at": 1.0}})
     assert [report.id for report in reports("m")] == ["a"]
     assert reports("unknown") == ()
+
+
+def test_quality_of_a_replica_with_another_version_is_unknown() -> None:
+    record_stats("m", {"a": {"quality": {"gate": "a new word"}}, "b": {"quality": {"gate": "off", "a_new_field": 1}}})
+    assert [report.quality for report in reports("m")] == [None, ModelQuality("off")]
 
 
 def test_the_prices_of_a_model_outlive_its_replicas() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.served.conftest import make_body
 from tests.serving.conftest import LAZY, TINY, model
-from tests.serving.launched import LaunchedServer, Watcher, write_config
+from tests.serving.launched import LaunchedServer, write_config
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -39,13 +39,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
         yield launched.wait_until_ready()
     finally:
         launched.stop(number=signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def watcher(server: LaunchedServer) -> Iterator[Watcher]:
-    watcher = Watcher(server, "tiny")
-    yield watcher
-    watcher.close()
 
 
 def test_model_at_zero_replicas_answers_its_first_request(server: LaunchedServer) -> None:
@@ -86,8 +79,9 @@ def test_overload_is_a_503_with_a_retry_time(server: LaunchedServer) -> None:
     assert all(response.json()["detail"] for response in refused)
 
 
-def test_autoscaling_settings_reach_serve(watcher: Watcher) -> None:
-    tiny, lazy = (watcher.settings[name]["autoscaling_config"] for name in ("tiny", "lazy"))
+def test_autoscaling_settings_reach_serve(server: LaunchedServer) -> None:
+    settings = server.deployment_settings()
+    tiny, lazy = (settings[name]["autoscaling_config"] for name in ("tiny", "lazy"))
     assert (tiny["min_replicas"], tiny["max_replicas"]) == (1, 1)
     assert (lazy["min_replicas"], lazy["max_replicas"]) == (0, 2)
     assert lazy["policy"]["policy_kwargs"] == {"target_wait_s": 3}

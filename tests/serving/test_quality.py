@@ -127,11 +127,19 @@ def deploy(server: LaunchedServer, revision: str) -> None:
         assert deploying.wait(PATIENCE_S) == 0
 
 
-def poison_under_load(updated: LaunchedServer) -> None:
+def is_refused(now: dict[str, Any]) -> bool:
+    return bool(now["spare"]["refused_update"]) and (now["tight"]["quality"] or {}).get("gate") == "fallback"
+
+
+def is_passed(now: dict[str, Any]) -> bool:
+    models = now.values()
+    return all((model["quality"] or {}).get("gate") == "passed" and not model["refused_update"] for model in models)
+
+
+@pytest.fixture(scope="module")
+def poisoned(updated: LaunchedServer) -> LaunchedServer:
     """Update both models to the bad weights under load. Check that every request gets the same clip as before."""
-    before = wait_for(
-        updated, lambda now: all((model["quality"] or {}).get("gate") == "passed" for model in now.values())
-    )
+    before = wait_for(updated, is_passed)
     assert {model["quality"]["revision"] for model in before.values()} == {GOOD}
     assert "quality_gate" in before["spare"]["detail"]
     # The two models' files differ in the recipe, because it names the model, but not in the samples.
@@ -139,12 +147,8 @@ def poison_under_load(updated: LaunchedServer) -> None:
     assert samples_of(clips["spare"]) == samples_of(clips["tight"])
     customers = [RepeatingClient(updated, model) for model in ("spare", "tight") for _ in range(2)]
     deploy(updated, BAD)
-
-    def is_over(now: dict[str, Any]) -> bool:
-        return bool(now["spare"]["refused_update"]) and (now["tight"]["quality"] or {}).get("gate") == "fallback"
-
     try:
-        after = wait_for(updated, is_over)
+        wait_for(updated, is_refused)
     except AssertionError:
         raise AssertionError(health_of(updated), updated.output) from None
     finally:
@@ -154,27 +158,21 @@ def poison_under_load(updated: LaunchedServer) -> None:
         assert len(customer.answers) > 3
         assert {status for status, _ in customer.answers} == {200}, customer.answers[-1]
         assert {audio for _, audio in customer.answers} == {clips[customer.model]}
+    assert clip_of(updated, "tight") == clips["tight"]
+    return updated
+
+
+def test_poisoned_checkpoint_never_gets_traffic(poisoned: LaunchedServer) -> None:
+    after = wait_for(poisoned, is_refused)
     assert {after[name]["stage"] for name in after} == {"ready"}
     assert after["spare"]["quality"]["gate"] == "passed"
     assert {after[name]["quality"]["revision"] for name in after} == {GOOD}
     assert "+6.02 dB" in after["tight"]["quality"]["problem"]
-    assert "+6.02 dB" in updated.output
-    assert clip_of(updated, "tight") == clips["tight"]
+    assert "+6.02 dB" in poisoned.output
 
 
-def test_poisoned_checkpoint_never_gets_traffic(updated: LaunchedServer) -> None:
-    poison_under_load(updated)
-
-
-@pytest.mark.chaos  # slow: two more updates
-def test_redeploying_the_good_revision_clears_the_problem(updated: LaunchedServer) -> None:
-    if health_of(updated)["spare"]["refused_update"] is None:
-        poison_under_load(updated)
-    deploy(updated, GOOD)
-
-    def is_over(now: dict[str, Any]) -> bool:
-        models = now.values()
-        return all((model["quality"] or {}).get("gate") == "passed" and not model["refused_update"] for model in models)
-
-    wait_for(updated, is_over)
-    assert {generate(updated, name)[0] for name in ("spare", "tight")} == {200}
+@pytest.mark.chaos  # slow: one more update
+def test_redeploying_the_good_revision_clears_the_problem(poisoned: LaunchedServer) -> None:
+    deploy(poisoned, GOOD)
+    wait_for(poisoned, is_passed)
+    assert {generate(poisoned, name)[0] for name in ("spare", "tight")} == {200}
