@@ -77,7 +77,7 @@ class _Peaks:
 
     def __init__(self, spectrum: Tensor, *, low_hz: float, high_hz: float) -> None:
         both = spectrum.square().mean(dim=0).sqrt()  # level over both channels, (frames, bins)
-        self._both, self._spectrum = both, spectrum
+        self._spectrum = spectrum
         size = 2 * (spectrum.shape[2] - 1)
         hertz = torch.arange(spectrum.shape[2], device=both.device) * (SAMPLE_RATE_HZ / size)
         before, after = F.pad(both, (1, 0))[:, :-1], F.pad(both, (0, 1))[:, 1:]
