@@ -353,6 +353,9 @@ class Engine:
         except TimeoutError:
             self._metrics.increment("engine_requests", outcome="expired")
             raise deadline_error(request) from None
+        except asyncio.CancelledError:
+            self._metrics.increment("engine_requests", outcome="cancelled")
+            raise
         works = [row_work(plan, hop=self.spec.hop, is_adapted=bool(slots.by_evaluation)) for plan in plans]
         state = RequestState(
             next(self._request_ids),
