@@ -41,11 +41,6 @@ class DeadLetters:
         self._database = database
         self._transitions = Transitions(database)
 
-    def count(self) -> int:
-        query = sa.select(sa.func.count()).select_from(JOBS).where(IS_DEAD)
-        with self._database.reading() as connection:
-            return connection.execute(query).scalar_one()
-
     def page(self, *, before: int | None = None, model: str | None = None, limit: int = 100) -> Sequence[DeadLetter]:
         """Return up to `limit` dead letters, newest first.
 

@@ -56,7 +56,6 @@ class TestPages:
         add(store)
         page = store.dead_letters.page()
         assert [letter.job for letter in page] == dead[::-1]
-        assert store.dead_letters.count() == 3
         first, *_ = store.dead_letters.page(limit=1)
         assert [letter.job for letter in store.dead_letters.page(before=first.number)] == dead[1::-1]
 
@@ -69,7 +68,6 @@ class TestPages:
     @pytest.mark.parametrize("number", some([1_000, 10_000], [1_000]))
     def test_cover_thousands_during_changes(self, store: JobStore, number: int) -> None:
         make_dead(store, number)
-        assert store.dead_letters.count() == number
         seen: list[int] = []
         page = store.dead_letters.page(limit=number // 20)
         while page:
@@ -79,7 +77,7 @@ class TestPages:
             page = store.dead_letters.page(limit=number // 20, before=seen[-1])
         assert seen == sorted(set(seen), reverse=True)
         assert len(seen) == number
-        assert store.dead_letters.count() == number - 2 * 20 + 20
+        assert len(store.dead_letters.page(limit=2 * number)) == number - 2 * 20 + 20
 
     def test_dead_letter_is_found_with_its_events(self, store: JobStore) -> None:
         dead = dead_letter(store)

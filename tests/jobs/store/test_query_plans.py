@@ -109,7 +109,6 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "outlook": lambda store: store.runners.outlook("busy"),
     "dead letters": lambda store: store.operators.list_all(dead_letters=True),
     "page of dead letters": lambda store: store.dead_letters.page(before=5_000),
-    "count of dead letters": lambda store: store.dead_letters.count(),
     "one dead letter": lambda store: store.dead_letters.find(5),
     "retry": lambda store: store.dead_letters.retry_job(ref("x")),
     "retry several": lambda store: store.dead_letters.retry(range(500)),
