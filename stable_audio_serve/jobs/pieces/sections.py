@@ -17,7 +17,7 @@ from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.audio.section_files import SectionDecoder
 from stable_audio_serve.audio.section_joins import join_samples
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.errors import InvalidRequestError, StorageError
+from stable_audio_serve.core.errors import DamagedFileError, InvalidRequestError, StorageError
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, Section, SourceAudio
 from stable_audio_serve.core.pricing import Defaults, WorkSize
 from stable_audio_serve.core.settings import ApiSettings
@@ -30,6 +30,14 @@ LEAST_SECTION_S = 1.0  # much longer than the crossfade of 30 ms
 LEAST_OVERLAP_S = 0.1
 _USUAL_OVERLAP_S = 12.0
 _MORE_S = 1.0
+
+
+class LostSectionError(StorageError):
+    """The file of the finished section `number` is gone or damaged."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"the file of section {number} is gone or damaged")
+        self.number = number
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +171,7 @@ async def read_section(
 ) -> AsyncGenerator[npt.NDArray[np.float32]]:
     """Yield the samples [start, stop) of a section's file in blocks (C, S) float32. Reads and verifies the whole file.
 
-    Raises StorageError.
+    Raises StorageError, LostSectionError.
     """
     decoder, position = SectionDecoder(), 0
     try:
@@ -174,8 +182,8 @@ async def read_section(
                 position += block.shape[1]
                 if own.shape[1]:
                     yield own
-    except FileNotFoundError as error:
-        raise StorageError(f"the file of section {section.number} is gone") from error
+    except (FileNotFoundError, DamagedFileError) as error:
+        raise LostSectionError(section.number) from error
 
 
 async def read_end(

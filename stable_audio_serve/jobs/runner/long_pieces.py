@@ -39,6 +39,7 @@ from stable_audio_serve.core.sound import ClipFacts, Peaks
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobResult, JobSpec
 from stable_audio_serve.jobs.pieces.recipes import common_maker, find_different, recipes_of
 from stable_audio_serve.jobs.pieces.sections import (
+    LostSectionError,
     SectionPlan,
     make_request,
     num_final_samples,
@@ -111,12 +112,29 @@ class LongPieces:
         """Make the sections that are not finished yet, store the file of the piece, and return the result.
 
         `limited` sets the time limits of a request. Raises QuotaError if the limits of the client's key do not allow
-        the next section yet. Also raises LeaseLostError, and the errors of `JobExecutor.execute`.
+        the next section yet. Raises LostSectionError if the file of a finished section is gone or damaged. The next
+        attempt then makes this section and all later ones again. Also raises LeaseLostError, and the errors of
+        `JobExecutor.execute`.
         """
-        spec = job.spec
-        card = self._backend.catalog.find(spec.model)
-        plans = plan_sections(spec, card)
-        finished = await self._calls.call(self._store.sections.find, spec.ref)
+        card = self._backend.catalog.find(job.spec.model)
+        plans = plan_sections(job.spec, card)
+        try:
+            return await self._make(job, report, plans=plans, card=card, limited=limited)
+        except LostSectionError as error:
+            kept = _fraction(plans, num_finished=error.number - 1)
+            await self._calls.call(self._store.sections.remove, job, first=error.number, fraction=kept)
+            raise
+
+    async def _make(
+        self,
+        job: Job,
+        report: Callable[[Report], None],
+        *,
+        plans: Sequence[SectionPlan],
+        card: ModelCard,
+        limited: Callable[[GenerationRequest, Job], GenerationRequest],
+    ) -> JobResult:
+        finished = await self._calls.call(self._store.sections.find, job.spec.ref)
         for plan in plans[len(finished) :]:
             async with self._charged(job, plan, rate_hz=card.sample_rate_hz):
                 request = limited(await self._request(job, plan, card=card, finished=finished), job)
@@ -170,16 +188,11 @@ class LongPieces:
         report: Callable[[Report], None],
     ) -> FinishedSection:
         """Generate a section, store its file, and add it to the job. Raises LeaseLostError."""
-        work = sum(each.num_generated for each in plans)
-        done = sum(each.num_generated for each in plans[: plan.number - 1])
-
-        def fraction(own: float) -> float:
-            return GENERATED * (done + own * plan.num_generated) / work
 
         def on_progress(progress: Progress) -> None:
             if progress.stage != "done":
-                position = progress.queue_position
-                report(Report(job, progress.stage, fraction(progress.fraction), engine_position=position))
+                fraction = _fraction(plans, num_finished=plan.number - 1, next_fraction=progress.fraction)
+                report(Report(job, progress.stage, fraction, engine_position=progress.queue_position))
 
         started_at = self._clock.monotonic()
         result = await self._backend.generate(job.spec.model, request, on_progress=on_progress)
@@ -204,7 +217,8 @@ class LongPieces:
         failpoint("after_section")
         stored = replace(stored, clips=(facts,), made_on=result.made_on)
         section = FinishedSection(plan.number, stored, num_samples, result.sample_rate_hz, inference_s)
-        if await self._calls.call(self._store.sections.add, job, section, fraction=fraction(1.0)) is None:
+        fraction = _fraction(plans, num_finished=plan.number)
+        if await self._calls.call(self._store.sections.add, job, section, fraction=fraction) is None:
             with suppress(StorageError):  # then the sweeper deletes the file later
                 await self._artifacts.delete(stored.key)
             raise LeaseLostError
@@ -279,6 +293,13 @@ class LongPieces:
             async with aclosing(read_section(self._artifacts, section, stop=stop)) as blocks:
                 async for block in blocks:
                     await _to_end(self._audio.run_encoding(partial(use, block)))
+
+
+def _fraction(plans: Sequence[SectionPlan], *, num_finished: int, next_fraction: float = 0.0) -> float:
+    """Return the job's progress when `num_finished` sections and `next_fraction` of the next one are generated."""
+    sizes = [plan.num_generated for plan in plans]
+    done = sum(sizes[:num_finished]) + sum(sizes[num_finished : num_finished + 1]) * next_fraction
+    return GENERATED * done / sum(sizes)
 
 
 def _close(writer: AudioWriter) -> None:

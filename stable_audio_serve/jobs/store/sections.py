@@ -50,3 +50,16 @@ class Sections:
             return self._transitions.change(
                 connection, _jobs.seq == number, message=message if is_new else None, **progress
             )
+
+    def remove(self, job: Job, *, first: int, fraction: float) -> None:
+        """Remove the finished sections with numbers of at least `first`, and set the job's progress.
+
+        The sweeper deletes their files later. Does nothing if the job's lease is lost.
+        """
+        seq = sa.select(_jobs.seq).where(is_held(job)).with_for_update()
+        with self._database.writing() as connection:
+            number = connection.execute(seq).scalar()
+            if number is not None:
+                connection.execute(sa.delete(SECTIONS).where(SECTIONS.c.job == number, SECTIONS.c.number >= first))
+                progress = {"num_sections": first - 1, "fraction": fraction}
+                self._transitions.change(connection, _jobs.seq == number, message=None, **progress)

@@ -159,6 +159,37 @@ async def test_refused_file_costs_only_its_own_section(workshop: Workshop, monke
     assert [request.seed for _, request in workshop.backend.requests] == [7, 8, 8, 9]
 
 
+def overwrite(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [overwrite, Path.unlink])
+@pytest.mark.parametrize("number", [1, 2])  # read when the piece is assembled, read before section 3 is generated
+async def test_lost_section_and_those_after_it_are_made_again(
+    workshop: Workshop, damage: Callable[[Path], None], number: int
+) -> None:
+    runner = await workshop.start_runner()
+    workshop.backend.delay_s = 0.3
+    job = await workshop.queue.submit(make_long(1.0, 1.0, 1.0, 1.0))
+    await workshop.until(job, lambda job: job.num_sections == 2)
+    await runner.close()
+    workshop.backend.delay_s = 0.0
+    before = await workshop.queue.sections(job.spec.ref)
+    damage(Path(workshop.settings.output_dir) / before[number - 1].file.key)
+    await workshop.start_runner()
+    job = await workshop.finished(job)
+    assert (job.state, job.attempts, job.num_sections) == ("succeeded", 2, 4), job.error
+    assert job.result is not None
+    finished = await workshop.queue.sections(job.spec.ref)
+    kept = [old.file.key == new.file.key for old, new in zip(before, finished, strict=False)]
+    assert kept[:2] == [number > 1, False]
+    messages = [event.message for event in await workshop.queue.events(job.spec.ref) if event.message]
+    assert f"the file of section {number} is gone or damaged" in " ".join(messages)
+    other = await workshop.finished(await workshop.queue.submit(make_long(1.0, 1.0, 1.0, 1.0)))
+    assert other.result is not None
+    assert job.result.file.sha256 == other.result.file.sha256
+
+
 class TestQuota:
     """A long piece is charged to the client's key section by section, each when it is generated."""
 
