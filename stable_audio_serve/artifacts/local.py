@@ -311,8 +311,9 @@ def _write(path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, s
 
 def _read(path: Path, start: int) -> Generator[bytes]:
     try:
-        with path.open("rb") as file:
-            file.seek(start)
+        # O_NONBLOCK: if the path is a named pipe, opening it would otherwise block until another process writes to it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            file.seek(start)  # raises OSError for a named pipe
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
     except FileNotFoundError:

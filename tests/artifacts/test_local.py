@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,18 @@ async def test_reading_never_sees_half_a_file(artifacts: LocalArtifacts, folder:
         assert (folder / "a").read_bytes() in contents
         await asyncio.sleep(0)
     await writing
+
+
+@pytest.mark.parametrize("replace", [os.mkfifo, os.mkdir])
+async def test_other_things_in_a_file_s_place_are_errors(
+    artifacts: LocalArtifacts, folder: Path, replace: Callable[[Path], None]
+) -> None:
+    stored = await put(artifacts, KEY, b"audio")
+    (folder / KEY).unlink()
+    replace(folder / KEY)
+    async with asyncio.timeout(30):
+        with pytest.raises(StorageError):
+            await read(artifacts, stored)
 
 
 async def test_full_disk_is_reported_and_usable_after_cleanup(tiny_disk: Path) -> None:
