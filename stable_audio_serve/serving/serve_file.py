@@ -125,7 +125,8 @@ def _read_yaml(path: Path) -> Any:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{place}: {error.problem or error.context}", field=str(path)) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML raises the other errors for values like the date 2026-13-45, and for deep nesting.
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}", field=str(path)) from error
 
 

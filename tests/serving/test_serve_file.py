@@ -56,6 +56,10 @@ def test_address_and_prefix_of_the_file_are_used(tmp_path: Path) -> None:
             _APPLICATION + "  args:\n    api: {}\n    api: {max_steps: 3}\n",
             r"line 6, column 5: the key api appears twice",
         ),
+        ("http_options: {host: 2026-13-45}\n", "serve.yaml: not a YAML file: month must be in 1..12"),
+        ("http_options: {port: !!timestamp eight}\n", "serve.yaml: not a YAML file"),
+        ("? {a: 1} : 2\n", "serve.yaml: not a YAML file"),
+        ("a: " + "[" * 3000, "serve.yaml: not a YAML file"),
     ],
 )
 def test_unusable_file_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
