@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -101,6 +102,17 @@ def test_a_replica_on_a_cpu_reuses_freed_memory() -> None:
 
     assert third_faults({}) > 10_000
     assert third_faults(environment(SFX, cluster_gpus=0)) < 1_000
+
+
+@pytest.mark.server
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Ray has the allocator on Linux only")
+def test_memory_does_not_grow_with_the_number_of_prompts() -> None:
+    command = [sys.executable, "-m", "tests.serving.memory_process", "1500"]
+    variables = os.environ | environment(SFX, cluster_gpus=0) | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
+    first, *_, last = json.loads(done.stdout)
+    assert last <= 1.1 * first  # the cache of prompts takes 2 %
 
 
 def test_a_replica_on_a_gpu_has_the_usual_environment() -> None:
