@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ class Receiver:
     requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     num_connections: int = 0
     port: int = 0
+    is_over: asyncio.Event = field(default_factory=asyncio.Event)  # ends the delay of all responses
 
     @property
     def url(self) -> str:
@@ -31,7 +32,9 @@ class Receiver:
             first, *lines = head.strip().split("\r\n")
             headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
             self.requests.append((first, headers, await reader.readexactly(int(headers["content-length"]))))
-            await asyncio.sleep(self.delay_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.delay_s):
+                    await self.is_over.wait()
             writer.write(self.answer)
             await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -46,4 +49,7 @@ async def receiving(**options: Any) -> AsyncIterator[Receiver]:
     server = await asyncio.start_server(receiver.serve, receiver.host, 0)
     receiver.port = server.sockets[0].getsockname()[1]
     async with server:
-        yield receiver
+        try:
+            yield receiver
+        finally:
+            receiver.is_over.set()  # since Python 3.12, a server that closes waits for its connections
