@@ -195,7 +195,8 @@ def measure_loading(folder: Path, *, dtype: str) -> dict[str, int]:
 def test_loading_without_a_cast_leaves_the_weights_in_the_file(tmp_path: Path) -> None:
     final_bytes = make_large_checkpoint(tmp_path)
     found = measure_loading(tmp_path, dtype="float32")
-    assert found["loaded"] <= 0.3 * final_bytes  # about 0.15 with Python 3.11, and 0.2 with 3.13
+    most = 0.2 if sys.version_info < (3, 13) else 0.25  # measured: 0.14 to 0.16, with Python 3.13 0.19 to 0.20
+    assert found["loaded"] <= most * final_bytes
     assert not found["has_compiler"]
 
 
