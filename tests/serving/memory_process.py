@@ -13,6 +13,7 @@ import sys
 import numpy as np
 
 from benchmarks.cases.memory import resident_bytes
+from benchmarks.load import send_in_flight
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.engines import load_engine
@@ -43,21 +44,10 @@ async def measure(count: int) -> list[int]:
     model = {"name": "demo", "mode": "strict", "threads": 1, "engine": {"warmup_budget_s": 0}}
     settings = Settings.model_validate({"models": [model]})
     engine = load_engine(settings, settings.models[0])
-    held: list[int] = []
-    requests = iter(draw_requests(count))
-
-    async def send_all(group: list[GenerationRequest]) -> None:
-        slots = asyncio.Semaphore(IN_FLIGHT)
-
-        async def send(request: GenerationRequest) -> None:
-            async with slots:
-                await engine.generate(request)
-
-        await asyncio.gather(*(send(request) for request in group))
-
+    requests, held = draw_requests(count), []
     async with engine:
-        for _ in range(count // GROUP):
-            await send_all([next(requests) for _ in range(GROUP)])
+        for start in range(0, count, GROUP):
+            await send_in_flight(engine.generate, requests[start : start + GROUP], num_in_flight=IN_FLIGHT)
             held.append(resident_bytes())
     return held
 

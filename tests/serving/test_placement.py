@@ -110,7 +110,8 @@ def test_a_replica_on_a_cpu_reuses_freed_memory() -> None:
 def test_memory_does_not_grow_with_the_number_of_prompts() -> None:
     command = [sys.executable, "-m", "tests.serving.memory_process", "1500"]
     variables = os.environ | environment(SFX, cluster_gpus=0) | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
+    folder = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables, cwd=folder)
     first, *_, last = json.loads(done.stdout)
     assert last <= 1.1 * first  # the cache of prompts takes 2 %
 
