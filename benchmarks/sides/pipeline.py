@@ -26,13 +26,13 @@ from stable_audio_serve.engine.build import resolve_mode
 from stable_audio_serve.engine.calls.executor import Executor
 from stable_audio_serve.engine.calls.inputs import PromptCache
 from stable_audio_serve.engine.calls.request_state import Reply, RequestState
-from stable_audio_serve.engine.calls.rows import Decoding, Failures, Row, row_work
+from stable_audio_serve.engine.calls.rows import Decoding, Failures, Row
 from stable_audio_serve.engine.calls.stages import Stages
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy
 from stable_audio_serve.engine.scheduling.cost import CostModel
-from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId
+from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, RowWork
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.noise import SeededNoise
 
@@ -153,7 +153,7 @@ class Pipeline:
             RequestState(
                 next(self._ids),
                 request,
-                plans=[(plan, row_work(plan, hop=self._model.spec.hop)) for plan in own],
+                plans=[(plan, RowWork.of(plan, hop=self._model.spec.hop)) for plan in own],
                 reply=Reply(None),
                 noise_factory=SeededNoise,
                 submitted_at=submitted_at,

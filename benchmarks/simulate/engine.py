@@ -18,9 +18,9 @@ from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.build import build_scheduler, resolve_policy
 from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_calls
 from stable_audio_serve.engine.hardware.device import CudaDevice
-from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import PackedShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
+from stable_audio_serve.engine.scheduling.prediction import Predictor
 from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import num_in_turn
 from stable_audio_serve.models.protocol import WindowRule

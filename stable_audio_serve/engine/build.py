@@ -27,7 +27,6 @@ from stable_audio_serve.engine.hardware.share import MemoryPlan, plan_memory
 from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
 from stable_audio_serve.engine.loop import EngineLoop, EngineThread
 from stable_audio_serve.engine.options import EngineOptions, Features
-from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import (
     AnyRows,
     BatchPolicy,
@@ -42,6 +41,7 @@ from stable_audio_serve.engine.scheduling.batching import (
 )
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.memory import RowMemory
+from stable_audio_serve.engine.scheduling.prediction import Predictor
 from stable_audio_serve.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel, ModelSpec
 from stable_audio_serve.sampling.noise import NoiseSource

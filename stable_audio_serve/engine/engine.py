@@ -36,16 +36,16 @@ from stable_audio_serve.engine.adapters import Adapters
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.build import build_parts, resolve_mode
 from stable_audio_serve.engine.calls.request_state import Reply, RequestState, deadline_error
-from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.share import MemoryPlan
 from stable_audio_serve.engine.loop import EngineHeartbeat
 from stable_audio_serve.engine.options import PLAIN, EngineOptions, Features
 from stable_audio_serve.engine.planner import Planner
-from stable_audio_serve.engine.prediction import PriceList
 from stable_audio_serve.engine.profile import Profile, prove
 from stable_audio_serve.engine.provenance import complete_provenance, describe_engine, require_checkpoint
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy
+from stable_audio_serve.engine.scheduling.prediction import PriceList
+from stable_audio_serve.engine.scheduling.scheduler import RowWork
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan, SwitchableModel
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
@@ -356,7 +356,7 @@ class Engine:
         except asyncio.CancelledError:
             self._metrics.increment("engine_requests", outcome="cancelled")
             raise
-        works = [row_work(plan, hop=self.spec.hop, is_adapted=bool(slots.by_evaluation)) for plan in plans]
+        works = [RowWork.of(plan, hop=self.spec.hop, is_adapted=bool(slots.by_evaluation)) for plan in plans]
         state = RequestState(
             next(self._request_ids),
             request,

@@ -35,8 +35,8 @@ from stable_audio_serve.engine.calls.request_state import (
 from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, Waiting
 from stable_audio_serve.engine.calls.stages import Stages
 from stable_audio_serve.engine.hardware.device import DeviceLostError
-from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.memory import RowMemory
+from stable_audio_serve.engine.scheduling.prediction import Predictor
 from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, Scheduler
 from stable_audio_serve.models.protocol import ModelSpec
 

@@ -19,6 +19,13 @@ def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
     return tuple(span.stop - span.start for span in spans)
 
 
+def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
+    """Returns the windows whose audio starts before sample `end`, the end of the clip. Later windows have only
+    padding.
+    """
+    return [span for span in spans if span.keep_start * hop < end]
+
+
 def whole_window(frames: int) -> tuple[WindowSpan, ...]:
     """Returns one window over all frames."""
     return (WindowSpan(0, frames, 0, frames),)

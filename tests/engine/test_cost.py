@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import (
     PACKED_ROWS,
     AnyRows,
@@ -20,6 +19,7 @@ from stable_audio_serve.engine.scheduling.batching import (
     PackedShapes,
 )
 from stable_audio_serve.engine.scheduling.cost import CallCost, CostModel, Measurement, fit_call_cost
+from stable_audio_serve.engine.scheduling.prediction import Predictor
 from stable_audio_serve.engine.scheduling.scheduler import RowWork
 
 SHAPES = [(1, 64), (2, 64), (1, 256), (4, 256), (1, 1024), (2, 1024), (4, 1024)]

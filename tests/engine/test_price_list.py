@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.engine.calls.rows import row_work
-from stable_audio_serve.engine.prediction import Predictor, PriceList
 from stable_audio_serve.engine.scheduling.batching import OneRowPerCall
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
+from stable_audio_serve.engine.scheduling.prediction import Predictor, PriceList
+from stable_audio_serve.engine.scheduling.scheduler import RowWork
 from tests.factories import ToyModel, make_request
 
 MODEL = ToyModel()
@@ -28,7 +28,7 @@ def cost() -> CostModel:
 
 def predict_ms(cost: CostModel, request: GenerationRequest) -> float:
     predictor = Predictor(cost, OneRowPerCall())
-    works = [row_work(plan, hop=MODEL.spec.hop) for plan in MODEL.plan(request)]
+    works = [RowWork.of(plan, hop=MODEL.spec.hop) for plan in MODEL.plan(request)]
     return predictor.text_ms(len(works)) + sum(predictor.share_ms(work) for work in works)
 
 

@@ -18,10 +18,10 @@ from stable_audio_serve.engine.hardware.arena import HeldFrames
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, Moment
 from stable_audio_serve.engine.scheduling.batching import Lane
 from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork
-from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding, audible_spans
+from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
 from stable_audio_serve.models.adapters.fold import Slot
 from stable_audio_serve.models.protocol import RowPlan
-from stable_audio_serve.models.windows import cut_windows, window_lengths
+from stable_audio_serve.models.windows import cut_windows
 from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
 from stable_audio_serve.sampling.update import StepNumbers
@@ -237,19 +237,6 @@ def run_alone(row: Row, action: Callable[[Row], None], *, device: Device) -> Fai
         device.require_usable(error)
         return [(row, error)]
     return []
-
-
-def row_work(plan: RowPlan, *, hop: int, is_adapted: bool = False) -> RowWork:
-    """Return all work of a row that has not started. `is_adapted` says whether adapters apply to the row."""
-    sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
-    end = min(plan.output_samples, plan.valid_frames * hop)
-    return RowWork(
-        plan.frames,
-        branches=[2 if evaluation.guided else 1 for evaluation in plan.sampler.evaluations],
-        encode_left=[frames for source in sources for frames in window_lengths(source.windows)],
-        decode_left=window_lengths(audible_spans(plan.decode_windows, hop=hop, end=end)),
-        is_adapted=is_adapted,
-    )
 
 
 def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool, device: Device) -> AudioAssembly:

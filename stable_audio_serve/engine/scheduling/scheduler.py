@@ -33,7 +33,8 @@ from typing import NewType
 
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.engine.scheduling.batching import Lane
-from stable_audio_serve.engine.scheduling.cost import CostModel
+from stable_audio_serve.models.protocol import RowPlan
+from stable_audio_serve.models.windows import audible_spans, window_lengths
 
 RowId = NewType("RowId", int)
 
@@ -51,11 +52,11 @@ class RowWork:
     """The remaining work of one row (clip) of `frames` latent frames. The engine's loop updates it.
 
     `encode_left` and `decode_left` have the lengths of the windows that are not encoded or decoded yet. `branches` has
-    one number per evaluation: how many rows of the network's batch it takes, 2 if guided, else 1. `is_adapted` says
-    whether adapters apply to the evaluations.
+    one number per evaluation: how many rows of the network's batch it takes, 2 if guided, else 1. `guided_left` is the
+    number of guided evaluations that are not done. `is_adapted` says whether adapters apply to the evaluations.
     """
 
-    __slots__ = ("_guided_left", "branches", "decode_left", "encode_left", "frames", "is_adapted", "num_done")
+    __slots__ = ("branches", "decode_left", "encode_left", "frames", "guided_left", "is_adapted", "num_done")
 
     def __init__(
         self,
@@ -72,7 +73,20 @@ class RowWork:
         self.decode_left = tuple(decode_left)
         self.is_adapted = is_adapted
         self.num_done = 0
-        self._guided_left = sum(n == 2 for n in self.branches)
+        self.guided_left = sum(n == 2 for n in self.branches)
+
+    @classmethod
+    def of(cls, plan: RowPlan, *, hop: int, is_adapted: bool = False) -> RowWork:
+        """Return all work of a row that has not started. `is_adapted` says whether adapters apply to the row."""
+        sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
+        end = min(plan.output_samples, plan.valid_frames * hop)
+        return cls(
+            plan.frames,
+            branches=[2 if evaluation.guided else 1 for evaluation in plan.sampler.evaluations],
+            encode_left=[frames for source in sources for frames in window_lengths(source.windows)],
+            decode_left=window_lengths(audible_spans(plan.decode_windows, hop=hop, end=end)),
+            is_adapted=is_adapted,
+        )
 
     @property
     def phase(self) -> Phase:
@@ -97,24 +111,8 @@ class RowWork:
 
     def finish_evaluation(self) -> None:
         """Count one evaluation as done."""
-        self._guided_left -= self.branches[self.num_done] == 2
+        self.guided_left -= self.branches[self.num_done] == 2
         self.num_done += 1
-
-    def predict_ms(self, cost: CostModel, evaluation_ms: Callable[[int, int], float]) -> float:
-        """Return the predicted time of the remaining work, without text encoding.
-
-        `evaluation_ms(branches, frames)` predicts the time of one evaluation. The caller chooses whether the evaluation
-        runs alone or is one of many in a full step.
-        """
-        total = sum(cost.call_ms("encode", rows=1, frames=frames) for frames in self.encode_left)
-        total += sum(cost.call_ms("decode", rows=1, frames=frames) for frames in self.decode_left)
-        single = len(self.branches) - self.num_done - self._guided_left
-        factor = cost.adapted if self.is_adapted else 1.0
-        if single:
-            total += factor * single * evaluation_ms(1, self.frames)
-        if self._guided_left:
-            total += factor * self._guided_left * evaluation_ms(2, self.frames)
-        return total
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowSpan
-from stable_audio_serve.models.windows import LONGEST_FRAMES, window_lengths
+from stable_audio_serve.models.windows import LONGEST_FRAMES, audible_spans, window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
 
 
@@ -27,13 +27,6 @@ def num_in_turn(lengths: Sequence[int]) -> int:
     9 to 18 % longer, and on a CPU they are the same within 2 %.
     """
     return max(bisect_right(list(accumulate(lengths)), LONGEST_FRAMES), min(1, len(lengths)))
-
-
-def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
-    """Return the windows whose audio starts before sample `end`, the end of the clip. Later windows have only
-    padding.
-    """
-    return [span for span in spans if span.keep_start * hop < end]
 
 
 class SourceEncoding:

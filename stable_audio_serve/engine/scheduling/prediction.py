@@ -4,12 +4,11 @@ clips. For processes without an engine, summarises the predictions in a few coef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.pricing import Prices
-from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Lane
 from stable_audio_serve.engine.scheduling.cost import CostModel, Work
 from stable_audio_serve.engine.scheduling.scheduler import Phase, RowWork
@@ -64,7 +63,7 @@ class PriceList:
 
 def _plan(model: DiffusionModel, *, seconds: float, steps: int) -> RowWork:
     request = GenerationRequest(prompt="", duration_s=seconds, seed=0, steps=steps, cfg_scale=1.0)
-    return row_work(model.plan(request)[0], hop=model.spec.hop)
+    return RowWork.of(model.plan(request)[0], hop=model.spec.hop)
 
 
 def _line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:  # noqa: PLR0917 - two points
@@ -95,11 +94,11 @@ class Predictor:
 
     def alone_ms(self, work: RowWork) -> float:
         """Return the row's remaining time in ms on an otherwise idle engine, including text encoding."""
-        return self.text_ms(1) + work.predict_ms(self._cost, self._alone_evaluation_ms)
+        return self.text_ms(1) + self._left_ms(work, self._alone_evaluation_ms)
 
     def share_ms(self, work: RowWork) -> float:
         """Return the row's part, in ms, of the device time of its remaining steps if other rows share these steps."""
-        return work.predict_ms(self._cost, self._shared_evaluation_ms)
+        return self._left_ms(work, self._shared_evaluation_ms)
 
     def step_ms(self, works: Sequence[RowWork], num_new: int) -> float:
         """Return the time in ms of one turn in which these rows run. `num_new` of them need their prompt encoded."""
@@ -109,6 +108,21 @@ class Predictor:
         total += factor * sum(self._cost.groups_ms("denoise", call.groups) for call in self._policy.split(lanes))
         total += sum(self._coding_ms("encode", work.encode_left) for work in works if work.phase is Phase.ENCODE)
         total += sum(self._coding_ms("decode", work.decode_left) for work in works if work.phase is Phase.DECODE)
+        return total
+
+    def _left_ms(self, work: RowWork, evaluation_ms: Callable[[int, int], float]) -> float:
+        """Return the time in ms of a row's remaining work, without text encoding.
+
+        `evaluation_ms(branches, frames)` predicts the time of one evaluation.
+        """
+        total = sum(self._cost.call_ms("encode", rows=1, frames=frames) for frames in work.encode_left)
+        total += sum(self._cost.call_ms("decode", rows=1, frames=frames) for frames in work.decode_left)
+        single = len(work.branches) - work.num_done - work.guided_left
+        factor = self._cost.adapted if work.is_adapted else 1.0
+        if single:
+            total += factor * single * evaluation_ms(1, work.frames)
+        if work.guided_left:
+            total += factor * work.guided_left * evaluation_ms(2, work.frames)
         return total
 
     def _coding_ms(self, kind: Work, lengths: Sequence[int]) -> float:
