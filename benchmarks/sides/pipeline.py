@@ -24,9 +24,7 @@ from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.adapters import Adapters
 from stable_audio_serve.engine.build import resolve_mode
 from stable_audio_serve.engine.calls.executor import Executor
-from stable_audio_serve.engine.calls.inputs import PromptCache
-from stable_audio_serve.engine.calls.request_state import Reply, RequestState
-from stable_audio_serve.engine.calls.rows import Decoding, Failures, Row
+from stable_audio_serve.engine.calls.requests import Decoding, Failures, Reply, RequestState, Row
 from stable_audio_serve.engine.calls.stages import Stages
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
@@ -98,7 +96,7 @@ class Pipeline:
             executor,
             device=device,
             cost=CostModel(),
-            cache=PromptCache(options.prompt_cache_bytes),
+            prompt_cache_bytes=options.prompt_cache_bytes,
             noise_pools=dict.fromkeys(get_args(Priority), noise_pool),
             is_fixed=self._is_steady,
             clock=SystemClock(),

@@ -18,14 +18,12 @@ from stable_audio_serve.core.generation import Mode, Priority
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.calls.executor import Executor
-from stable_audio_serve.engine.calls.inputs import PromptCache
-from stable_audio_serve.engine.calls.request_state import Inbox
 from stable_audio_serve.engine.calls.stages import Stages
 from stable_audio_serve.engine.calls.warmup import WarmUp
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.share import MemoryPlan, plan_memory
 from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
-from stable_audio_serve.engine.loop import EngineLoop, EngineThread
+from stable_audio_serve.engine.loop import EngineLoop, EngineThread, Inbox
 from stable_audio_serve.engine.options import EngineOptions, Features
 from stable_audio_serve.engine.scheduling.batching import (
     AnyRows,
@@ -271,7 +269,7 @@ class _Builder:
             executor,
             device=self.device,
             cost=self.cost,
-            cache=PromptCache(self.options.prompt_cache_bytes),
+            prompt_cache_bytes=self.options.prompt_cache_bytes,
             noise_pools=noise_pools,
             is_fixed=self.is_strict,
             clock=self.clock,

@@ -35,7 +35,7 @@ from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.adapters import Adapters
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.build import build_parts, resolve_mode
-from stable_audio_serve.engine.calls.request_state import Reply, RequestState, deadline_error
+from stable_audio_serve.engine.calls.requests import Reply, RequestState, deadline_error
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.share import MemoryPlan
 from stable_audio_serve.engine.loop import EngineHeartbeat

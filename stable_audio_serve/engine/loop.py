@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,13 +27,17 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationResult, Progress
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.calls.request_state import (
-    Inbox,
+from stable_audio_serve.engine.calls.requests import (
+    Decoding,
+    Encoding,
+    Failures,
     RequestState,
+    Row,
+    Stepping,
+    Waiting,
     deadline_error,
     start_timeout_error,
 )
-from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, Waiting
 from stable_audio_serve.engine.calls.stages import Stages
 from stable_audio_serve.engine.hardware.device import DeviceLostError
 from stable_audio_serve.engine.scheduling.memory import RowMemory
@@ -43,6 +48,49 @@ from stable_audio_serve.models.protocol import ModelSpec
 log = logging.getLogger(__name__)
 
 _IDLE_BEAT_S = 0.5
+
+
+class Inbox:
+    """A queue that passes submitted requests from callers to the engine thread.
+
+    When the engine thread stops reading, it closes the inbox. A closed inbox accepts no more requests.
+    """
+
+    def __init__(self) -> None:
+        self._requests: deque[RequestState] = deque()
+        self._lock = threading.Lock()
+        self._changed = threading.Event()
+        self._closed = False
+
+    def put(self, request: RequestState) -> None:
+        """Add a request. Raises ModelUnavailableError if the inbox is closed."""
+        with self._lock:
+            if self._closed:
+                raise ModelUnavailableError(UNAVAILABLE)
+            self._requests.append(request)
+        self._changed.set()
+
+    def wake(self) -> None:
+        """Make `wait` return at once. Called after a cancellation, and to stop the engine thread."""
+        self._changed.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until a request arrives or `wake` is called, at most `timeout_s`."""
+        self._changed.wait(timeout_s)
+
+    def take(self) -> list[RequestState]:
+        """Remove and return all requests in the queue."""
+        self._changed.clear()
+        with self._lock:
+            taken = list(self._requests)
+            self._requests.clear()
+        return taken
+
+    def close(self) -> list[RequestState]:
+        """Accept no more requests. Returns the requests that are still in the queue."""
+        with self._lock:
+            self._closed = True
+        return self.take()
 
 
 class EngineLoop:

@@ -15,7 +15,7 @@ from stable_audio_serve.core.catalog import SA3_FAMILY
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, Loaded, Mode, Provenance
 from stable_audio_serve.core.processor import has_matrix_bfloat16, is_amd
-from stable_audio_serve.engine.calls.request_state import Prompts
+from stable_audio_serve.engine.calls.requests import Prompts
 from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.profile import Profile
 from stable_audio_serve.models.protocol import ModelSpec, TextEmbedding

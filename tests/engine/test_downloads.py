@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stable_audio_serve.engine.hardware.downloads import DownloadRing
+from stable_audio_serve.engine.hardware.device import DownloadRing
 
 
 class SlowCopies:

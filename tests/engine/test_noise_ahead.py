@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from stable_audio_serve.engine.calls.rows import RowNoise
+from stable_audio_serve.engine.calls.requests import RowNoise
 from stable_audio_serve.sampling.noise import SeededNoise
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import build_plan

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.engine.calls.inputs import PromptCache
+from stable_audio_serve.engine.calls.stages import PromptCache
 from stable_audio_serve.models.protocol import TextEmbedding
 
 

@@ -24,7 +24,7 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.calls.coding_calls import DecodeCalls
 from stable_audio_serve.engine.calls.conditioning import ConditioningArena
 from stable_audio_serve.engine.calls.packed_step import PackedShape, denoise_joined, run_packed_step
-from stable_audio_serve.engine.calls.rows import Row, Stepping
+from stable_audio_serve.engine.calls.requests import Row, Stepping
 from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write_pages
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError

@@ -1,11 +1,11 @@
 """Runs the phases of the rows (clips) that the scheduler picked: encoding, denoising, decoding. On CUDA, encoding and
-decoding run on a second stream, in parallel with denoising. `calls.inputs` encodes prompts and source audio. If a row
-fails, its request is ended by `engine.loop`.
+decoding run on a second stream, in parallel with denoising. Rows with the same prompt share its embedding, and
+variations of one request share the encoded source. If a row fails, its request is ended by `engine.loop`.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from dataclasses import replace
@@ -20,14 +20,63 @@ from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.calls.conditioning import HeldConditioning
 from stable_audio_serve.engine.calls.executor import Executor
-from stable_audio_serve.engine.calls.inputs import PromptCache, RowInputs
-from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, make_assembly, run_alone
+from stable_audio_serve.engine.calls.requests import (
+    Decoding,
+    Encoding,
+    Failures,
+    Prompts,
+    Row,
+    RowNoise,
+    Stepping,
+    run_alone,
+)
 from stable_audio_serve.engine.hardware.device import Device, Moment
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.engine.scheduling.pacing import CallTimes
-from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
+from stable_audio_serve.models.protocol import DiffusionModel, EncodeWindow, TextEmbedding
 from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
+
+
+class PromptCache:
+    """An LRU cache of text embeddings. Not thread-safe.
+
+    All embeddings together take at most `max_bytes`. 0 turns the cache off.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._embeddings: OrderedDict[str, TextEmbedding] = OrderedDict()
+
+    def get(self, prompt: str) -> TextEmbedding | None:
+        """Return the cached embedding of exactly this prompt text; None if it is not in the cache."""
+        embedding = self._embeddings.get(prompt)
+        if embedding is not None:
+            self._embeddings.move_to_end(prompt)
+        return embedding
+
+    def put(self, embedding: TextEmbedding) -> None:
+        """Add an embedding, and drop the least recently used ones if the cache is too large.
+
+        An embedding larger than `max_bytes` is not added.
+        """
+        if embedding.num_bytes > self._max_bytes or embedding.prompt in self._embeddings:
+            return
+        self._embeddings[embedding.prompt] = embedding
+        self._num_bytes += embedding.num_bytes
+        while self._num_bytes > self._max_bytes:
+            _, dropped = self._embeddings.popitem(last=False)
+            self._num_bytes -= dropped.num_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all cached embeddings in bytes."""
+        return self._num_bytes
+
+    def __len__(self) -> int:
+        return len(self._embeddings)
 
 
 class Stages:
@@ -43,7 +92,7 @@ class Stages:
         *,
         device: Device,
         cost: CostModel,
-        cache: PromptCache,
+        prompt_cache_bytes: int,
         noise_pools: Mapping[Priority, futures.Executor],
         is_fixed: bool,
         clock: Clock,
@@ -56,21 +105,13 @@ class Stages:
         self._model = model
         self._executor = executor
         self._device = device
-        self._cost = cost
         self._times = CallTimes(device, cost=cost, metrics=metrics)
         self._is_fixed = is_fixed
         self._clock = clock
         self._metrics = metrics
-        self._inputs = RowInputs(
-            model,
-            executor,
-            device=device,
-            times=self._times,
-            cache=cache,
-            noise_pools=noise_pools,
-            clock=clock,
-            metrics=metrics,
-        )
+        self._cache = PromptCache(prompt_cache_bytes)
+        self._noise_pools = noise_pools
+        self._ready: Moment | None = None  # the end of all text and source encoding that is queued on the device
         self._delivering: deque[tuple[Row, Moment]] = deque()
 
     def fix_memory(self, fixed: FixedMemory) -> None:
@@ -78,18 +119,54 @@ class Stages:
         self._executor.fix_memory(fixed)
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """Start drawing the rows' noise, and encode their prompts.
+        """Start drawing the rows' noise, encode their prompts, and prepare the encoding of their source audio.
 
         Call `encode` next for rows with source audio, and `begin` for the others. Returns the rows that failed.
         """
-        return self._inputs.start(rows)
+        noises: dict[int, RowNoise] = {}
+        failures: Failures = []
+        for row in rows:
+            failures += run_alone(row, lambda row: self._open_noise(row, noises), device=self._device)
+        failures += self._embed([row for row in rows if row.id in noises])
+        failed = {row.id for row, _ in failures}
+        for row in rows:
+            prompts = row.request.shared.prompts.get(row.plan.prompt)
+            if row.id in failed or prompts is None:
+                if row.id in noises:
+                    noises[row.id].cancel()
+                continue
+            assert self._ready is not None
+            row.phase = encoding = Encoding(noises[row.id], prompts, self._ready)
+            self._open_sources(row, encoding)
+        return failures
 
     def encode(self, rows: Sequence[Row]) -> Failures:
         """Encode the next few windows of each row's source audio. Returns the rows that failed.
 
         Call `begin` for a row whose last window was encoded.
         """
-        return self._inputs.encode(rows)
+        sources = {row.id: row.in_phase(Encoding).sources for row in rows}
+        pending = {id(source): source for own in sources.values() for source in own.values() if source.lengths_left}
+        failed: dict[int, Exception] = {}
+        windows = [(source, window) for source in pending.values() for window in source.pending()]
+        with self._device.on_second_queue():
+            for (source, _), outcome in zip(windows, self._encode([window for _, window in windows]), strict=True):
+                if isinstance(outcome, Exception):
+                    failed[id(source)] = outcome
+                elif id(source) not in failed:
+                    source.put(outcome)
+            self._ready = ready = self._device.mark()
+        failures: Failures = []
+        now = self._clock.monotonic()
+        for row in rows:
+            row.request.clock.mark("source", now)
+            row.phase = replace(row.in_phase(Encoding), ready=ready)
+            own = sources[row.id]
+            row.work.encode_left = _lengths_left(own)
+            errors = [failed[id(source)] for source in own.values() if id(source) in failed]
+            if errors:
+                failures.append((row, errors[0]))
+        return failures
 
     def begin(self, rows: Sequence[Row], *, at_once: bool = True) -> Failures:
         """Compute the conditioning and the initial latents of rows whose encoding has been queued on the device.
@@ -215,6 +292,69 @@ class Stages:
         """Wait until the device has only a few unfinished calls, and record how long the finished calls took."""
         self._times.keep_pace()
 
+    def _encode(self, windows: Sequence[EncodeWindow]) -> Sequence[Tensor | Exception]:
+        if not windows:  # another row of the request has already encoded them
+            return []
+        calls = [((1, window.samples.shape[-1] // self._model.spec.hop),) for window in windows]
+        return self._times.time("encode", calls, run=lambda: self._executor.encode(windows))
+
+    def _embed(self, rows: Sequence[Row]) -> Failures:
+        """Store the embeddings of the rows' prompts in `row.request.shared`. Prompts that are not in the cache are
+        encoded together.
+
+        Returns the rows that failed.
+        """
+        rows = [row for row in rows if row.plan.prompt not in row.request.shared.prompts]
+        prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
+        known: dict[str, TextEmbedding | Exception] = {
+            prompt: embedding for prompt in prompts if (embedding := self._cache.get(prompt)) is not None
+        }
+        missing = [prompt for prompt in prompts if prompt not in known]
+        self._metrics.increment("engine_prompt_cache_hits", len(known))
+        self._metrics.increment("engine_prompt_cache_misses", len(missing))
+        if missing:
+            with self._device.on_second_queue():
+                outcomes = self._times.time("text", [((len(missing), 0),)], run=lambda: self._executor.embed(missing))
+                self._ready = self._device.mark()
+            known.update(zip(missing, outcomes, strict=True))
+            for outcome in outcomes:
+                if not isinstance(outcome, Exception):
+                    self._cache.put(outcome)
+        failures: Failures = []
+        now = self._clock.monotonic()
+        for row in rows:
+            row.request.clock.mark("text", now)
+            embeddings: list[TextEmbedding] = []
+            for outcome in (known[prompt] for prompt in _prompts(row)):
+                if isinstance(outcome, Exception):
+                    failures.append((row, outcome))
+                    break
+                embeddings.append(outcome)
+            else:
+                prompt, *negative = embeddings
+                row.request.shared.prompts[row.plan.prompt] = Prompts(prompt, negative[0] if negative else None)
+        return failures
+
+    def _open_noise(self, row: Row, noises: dict[int, RowNoise]) -> None:
+        shape = (self._model.spec.card.latent_channels, row.plan.frames)
+        source = row.request.noise_factory(row.plan.seed)
+        noise_pool = self._noise_pools[row.request.request.priority]
+        noises[row.id] = RowNoise(source, row.plan.sampler, shape=shape, noise_pool=noise_pool)
+
+    def _open_sources(self, row: Row, encoding: Encoding) -> None:
+        """Set `encoding.sources` to a SourceEncoding for each source of the row.
+
+        Rows of the same request share these encodings, unless the encoder draws noise.
+        """
+        shared = {} if self._model.spec.noisy_source_encoder else row.request.shared.sources
+        for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
+            if plan is not None:
+                if stage not in shared:
+                    noise, hop = encoding.noise.source, self._model.spec.hop
+                    shared[stage] = SourceEncoding(plan, stage=stage, noise=noise, hop=hop)
+                encoding.sources[stage] = shared[stage]
+        row.work.encode_left = _lengths_left(encoding.sources)
+
     def _begin(self, row: Row) -> Failures:
         return run_alone(row, self._set_registers, device=self._device)
 
@@ -282,7 +422,7 @@ class Stages:
     def _take_latents(self, row: Row) -> None:
         """Move a denoised row to the phase Decoding: copy its latents and free the memory of its registers."""
         stepping, spec = row.in_phase(Stepping), self._model.spec
-        audio = make_assembly(
+        audio = AudioAssembly.of(
             row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._is_fixed, device=self._device
         )
         latents = self._executor.release(stepping.held, part=row.plan.sampler.result_register)
@@ -297,3 +437,14 @@ def _not_a_number(row: Row) -> StableAudioError:
     if names := "+".join(lora.name for lora in row.request.request.loras):
         return InvalidRequestError(f"adapter {names!r} makes audio that is not a number", field="loras")
     return GenerationError("the model made audio that is not a number")
+
+
+def _prompts(row: Row) -> list[str]:
+    """Return the row's prompt and its negative prompt, if any."""
+    negative = row.plan.negative_prompt
+    return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]
+
+
+def _lengths_left(sources: Mapping[str, SourceEncoding]) -> tuple[int, ...]:
+    """Return the lengths, in latent frames, of all source windows that are not encoded yet."""
+    return tuple(frames for source in sources.values() for frames in source.lengths_left)
