@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from stable_audio_serve.api.compat import fal
-from stable_audio_serve.api.native import webhooks as native
+from stable_audio_serve.api.native.status import webhook_body
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.jobs.job import Contract
 from stable_audio_serve.jobs.webhooks.notifier import WebhookBody
@@ -18,7 +18,7 @@ from stable_audio_serve.jobs.webhooks.notifier import WebhookBody
 def webhook_bodies(files: ArtifactStore) -> WebhookBody:
     """Return a function that builds the webhook body of an ended job. The function blocks."""
     bodies: Mapping[Contract, WebhookBody] = {
-        "sa3": partial(native.webhook_body, files=files),
+        "sa3": partial(webhook_body, files=files),
         "fal": fal.webhook_body,
     }
     return lambda job: bodies[job.spec.contract](job)

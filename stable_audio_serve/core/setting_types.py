@@ -7,7 +7,7 @@ import binascii
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PlainSerializer, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, SecretStr
 from pydantic_core import PydanticCustomError
 
 from stable_audio_serve.core.catalog import ADAPTER_NAME
@@ -105,3 +105,9 @@ def check_signing_secret(secret: SecretStr) -> SecretStr:
     if not 24 <= len(key) <= 64:
         raise ValueError("must be whsec_ followed by 24 to 64 bytes in base64")
     return secret
+
+
+class Section(BaseModel):
+    """Base of every section. Sections are frozen and refuse unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
-from stable_audio_serve.core.setting_types import Device, Folder, ModelName, split_commas
+from stable_audio_serve.core.setting_types import Device, Folder, ModelName, Section, split_commas
 from stable_audio_serve.core.settings_api import (
     ApiSettings,
     AudioSettings,
@@ -22,7 +22,6 @@ from stable_audio_serve.core.settings_api import (
 )
 from stable_audio_serve.core.settings_jobs import JobSettings, StorageSettings
 from stable_audio_serve.core.settings_models import EngineSettings, ModelSettings, QualityGateSettings, ReplicaSettings
-from stable_audio_serve.core.settings_section import Section
 
 __all__ = [
     "ApiSettings",

@@ -16,12 +16,12 @@ from stable_audio_serve.core.setting_types import (
     Origin,
     ProxyKind,
     Seconds,
+    Section,
     UnknownFields,
     Url,
     check_key_hashes,
     split_commas,
 )
-from stable_audio_serve.core.settings_section import Section
 from stable_audio_serve.core.sound import Peaks
 
 _MOST_STEPS = 50  # default of `max_steps`, as in the servers whose API the native API follows

@@ -6,8 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from stable_audio_serve.core.setting_types import HiddenPassword, PlainUrl, Seconds, check_signing_secret, trim_prefix
-from stable_audio_serve.core.settings_section import Section
+from stable_audio_serve.core.setting_types import (
+    HiddenPassword,
+    PlainUrl,
+    Seconds,
+    Section,
+    check_signing_secret,
+    trim_prefix,
+)
 
 
 class JobSettings(Section):

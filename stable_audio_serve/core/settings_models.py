@@ -18,8 +18,8 @@ from stable_audio_serve.core.setting_types import (
     NewModelName,
     ReportId,
     Seconds,
+    Section,
 )
-from stable_audio_serve.core.settings_section import Section
 
 
 class ReplicaSettings(Section):

@@ -19,8 +19,8 @@ from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import Contract, FinishedSection, Job, JobEvent, JobRef, JobSpec, State
 from stable_audio_serve.jobs.overview import JobsWatch
 from stable_audio_serve.jobs.store.client_jobs import Added, CancelOutcome, Page
+from stable_audio_serve.jobs.store.health import StoreWatch
 from stable_audio_serve.jobs.store.job_store import JobStore
-from stable_audio_serve.jobs.watch import StoreWatch
 
 _MOST_DELETIONS_AT_ONCE = 8
 _MOST_PER_TRANSACTION = 32  # jobs added in one transaction; 32 take about 20 ms

@@ -1,4 +1,6 @@
-"""The base class of the models whose networks this project implements. Converts prompts to embeddings."""
+"""What the models whose networks this project implements have in common: text encoding, and the choice of a denoiser
+call's token layout (padded or packed).
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
+from stable_audio_serve.models.blocks import Layout, Packed, PackedSegments
 from stable_audio_serve.models.blocks.fused import use_kernels
 from stable_audio_serve.models.blocks.kernel_check import load_kernels
+from stable_audio_serve.models.blocks.varlen import attend_packed
 from stable_audio_serve.models.precision import decoder_products, stores_half
-from stable_audio_serve.models.protocol import ModelSpec, TextEmbedding
+from stable_audio_serve.models.protocol import ModelSpec, StepBatch, TextEmbedding
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling.transfer import to_device
+
+CONTEXT = "context"  # key in StepBatch.constants: the cross-attention keys and values of every layer
+
+
+def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:
+    """Returns the layout of a packed batch, in which each row has `num_prefix` tokens before its frames.
+
+    Returns None for a padded batch.
+    """
+    if batch.segments is not None:
+        slots = batch.slots.get(CONTEXT)
+        return PackedSegments(batch.segments, num_prefix=num_prefix, slots=slots, varlen=attend_packed)
+    return Packed(batch.frames, batch.valid_frames, num_prefix=num_prefix) if batch.frames else None
 
 
 class NativeModel:

@@ -1,20 +1,67 @@
 """Builds sampler plans for models that predict v, from the name of the sampler, the noise levels and the number of
 steps.
 
-The samplers have the same names as in stable-audio-tools. Their formulas are in `multistep`, `singlestep` and `ddim`.
+The samplers have the same names as in stable-audio-tools. This module has the formulas of DDIM; `multistep` and
+`singlestep` have the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
-from stable_audio_serve.sampling import ddim, multistep, singlestep
+import torch
+
+from stable_audio_serve.sampling import multistep, singlestep
 from stable_audio_serve.sampling.blend import NoisePath, angle_path, sigma_path
 from stable_audio_serve.sampling.karras import SigmaRange, polyexponential_sigmas
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import refused_sampler
-from stable_audio_serve.sampling.terms import PlanWriter
-from stable_audio_serve.sampling.v_network import VNetwork
+from stable_audio_serve.sampling.schedules import check_steps
+from stable_audio_serve.sampling.terms import UNCONDITIONAL, VELOCITY, PlanWriter, Terms, register
+from stable_audio_serve.sampling.v_network import VNetwork, is_v_guided
+
+_X = register(0)
+
+
+def _ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
+    """Return the plan of DDIM from time `level` (at most 1) to 0. The noise is computed from the guided output."""
+    return _ddim_plan(steps, level, guidance=guidance, has_source=has_source, renoise=VELOCITY)
+
+
+def _ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
+    """Return the plan of DDIM with CFG++: in guided steps, the noise is predicted from the unconditional output.
+
+    "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models" (arXiv 2406.08070).
+    """
+    return _ddim_plan(steps, level, guidance=guidance, has_source=has_source, renoise=UNCONDITIONAL)
+
+
+def _ddim_plan(steps: int, level: float, *, guidance: Guidance, has_source: bool, renoise: Terms) -> SamplerPlan:
+    """Return the plan of DDIM. In guided steps, the noise is predicted from the network output `renoise`.
+
+    DDIM is from "Denoising Diffusion Implicit Models" (arXiv 2010.02502), here without added noise. The network
+    predicts v = alpha eps - beta x0 at time t, where alpha = cos(pi t/2) and beta = sin(pi t/2) (arXiv 2202.00512).
+    The result of the sampler is the clean estimate of its last step. Times and weights are computed in float32.
+    """
+    check_steps(steps)
+    times = torch.linspace(min(level, 1.0), 0, steps + 1, dtype=torch.float32)[:-1]
+    alphas: list[float] = torch.cos(times * math.pi / 2).tolist()
+    betas: list[float] = torch.sin(times * math.pi / 2).tolist()
+    writer = PlanWriter(1)
+    for step, (t, alpha, beta) in enumerate(zip(times.tolist(), alphas, betas, strict=True)):
+        guided = is_v_guided(guidance, t)
+        target = _X * alpha - VELOCITY * beta
+        if step + 1 < steps:
+            noise = _X * beta + (renoise if guided else VELOCITY) * alpha
+            target = target * alphas[step + 1] + noise * betas[step + 1]
+        writer.evaluate(target, t=t, sigma=beta, guided=guided)
+        writer.end_step()
+    return writer.plan(
+        source_scale=alphas[0] if has_source else 0.0,
+        noise_scale=betas[0] if has_source else 1.0,
+    )
+
 
 # For each sampler over sigma: its number of registers and the function that adds its steps to a plan.
 _OVER_SIGMA: dict[str, tuple[int, Callable[[VNetwork, Sequence[float]], None]]] = {
@@ -26,7 +73,7 @@ _OVER_SIGMA: dict[str, tuple[int, Callable[[VNetwork, Sequence[float]], None]]] 
     "k-dpmpp-2s-ancestral": (2, singlestep.dpmpp_2s_ancestral),
     "k-dpm-2": (2, singlestep.dpm_2),
 }
-OVER_TIME = {"v-ddim": ddim.ddim, "v-ddim-cfgpp": ddim.ddim_cfgpp}
+OVER_TIME = {"v-ddim": _ddim, "v-ddim-cfgpp": _ddim_cfgpp}
 _FAST = "k-dpm-fast"
 V_SAMPLERS = (*_OVER_SIGMA, _FAST, *OVER_TIME)
 

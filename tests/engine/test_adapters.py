@@ -214,7 +214,7 @@ async def test_captured_steps_use_the_adapters_of_their_rows(tmp_path: Path, kin
 async def test_captured_packed_steps_use_the_adapters_of_their_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stable_audio_serve.models.batch_layout.attend_packed", attend_varlen)
+    monkeypatch.setattr("stable_audio_serve.models.native.attend_packed", attend_varlen)
     model, device, metrics = loaded("tiny-s"), RecordedDevice(), GraphCounts()
     loras = [make_lora(tmp_path, change(each, seed=2), name=each) for each in TYPES]
     chains = [(), *((lora,) for lora in loras), tuple(loras[:2])]

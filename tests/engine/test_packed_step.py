@@ -50,7 +50,7 @@ def load_open(name: str) -> DiffusionModel:
 
 @pytest.fixture(autouse=True)
 def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stable_audio_serve.models.batch_layout.attend_packed", attend_varlen)
+    monkeypatch.setattr("stable_audio_serve.models.native.attend_packed", attend_varlen)
 
 
 @pytest.fixture(params=["sharp-s", slow("sharp-l")])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
-from sse_starlette import EventSourceResponse
+from pydantic import BaseModel, Field
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -17,18 +18,89 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native import submission
 from stable_audio_serve.api.native.errors import render_error
-from stable_audio_serve.api.native.events import END, EXAMPLE, LastEventId, stream_events
 from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names, ignored_names, warning_headers
 from stable_audio_serve.api.native.routes import MEDIA_TYPES
 from stable_audio_serve.api.native.schemas import ConflictBody, ErrorBody, ValidationErrors
-from stable_audio_serve.api.native.status import JobPage, JobStatus, brief, describe, jobs_base, recipes_of
+from stable_audio_serve.api.native.status import (
+    JobPage,
+    JobProgress,
+    JobStatus,
+    brief,
+    describe,
+    iso,
+    jobs_base,
+    progress_of,
+    recipes_of,
+)
 from stable_audio_serve.api.native.submission import CONTRACT
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.section_audio import follow_answer, section_answer
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.api.streams import Change, EventStreams
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError
 from stable_audio_serve.core.ids import JobId
-from stable_audio_serve.jobs.job import Job, JobRef, State
+from stable_audio_serve.jobs.job import Job, JobEvent, JobRef, State
+from stable_audio_serve.jobs.queue import JobQueue
+
+END = "end"  # type and id of the last event of a stream
+EXAMPLE = (
+    'id: 17\nevent: progress\ndata: {"stage":"denoising","fraction":0.45,"eta_seconds":2.1,"queue_position":null,'
+    '"message":null,"at":"2026-11-20T14:00:01.250000+00:00"}\n\n'
+)
+
+LastEventId = Annotated[
+    str | None,
+    Header(
+        alias="Last-Event-ID",
+        pattern=f"^([0-9]{{1,18}}|{END})$",
+        description="Id of the last received event; the stream continues after it.",
+    ),
+]
+
+
+class JobProgressEvent(JobProgress):
+    """The data of a `progress` event."""
+
+    message: str | None = Field(description="A log line for the client.")
+    at: str | None = Field(description="Time of the event; null = current state.")
+
+
+async def stream_events(
+    jobs: JobQueue, job: Job, *, base: str, after: int, streams: EventStreams
+) -> AsyncIterator[ServerSentEvent]:
+    """Yield `progress` events after event id `after`, then one `end` event with the job's status."""
+    async for change in streams.follow(jobs, job, after=after):
+        for event in change.events:
+            yield _sse(_of_event(event, change.job), kind="progress", event_id=str(event.id))
+        if change.job.is_over:
+            status = await asyncio.to_thread(describe, change.job, jobs.artifacts, base=base)
+            yield _sse(status, kind=END, event_id=END)
+        elif change.position is not None or not change.events:
+            yield _sse(_of_now(change), kind="progress")
+
+
+def _of_event(event: JobEvent, job: Job) -> JobProgressEvent:
+    return JobProgressEvent(
+        stage=event.stage,
+        fraction=event.fraction,
+        sections_done=event.num_sections if job.spec.sections else None,
+        sections=len(job.spec.sections) or None,
+        eta_seconds=event.eta_s,
+        queue_position=None,
+        message=event.message,
+        at=iso(event.at),
+    )
+
+
+def _of_now(change: Change) -> JobProgressEvent:
+    """Return the current progress as an event that is sent without an id, because it is not a stored event."""
+    progress = progress_of(change.job, position=change.position)
+    return JobProgressEvent(**progress.model_dump(), message=None, at=None)
+
+
+def _sse(body: BaseModel, *, kind: str, event_id: str | None = None) -> ServerSentEvent:
+    return ServerSentEvent(body.model_dump_json(ensure_ascii=True), event=kind, id=event_id, sep="\n")
+
 
 TAG = "Stable Audio 3 jobs"
 

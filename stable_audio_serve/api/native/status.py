@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from datetime import datetime
 from operator import not_
 from typing import Any, Literal
@@ -269,3 +270,15 @@ def progress_of(job: Job, *, position: int | None) -> JobProgress:
 def iso(at: datetime) -> str:
     """Return a time in ISO 8601 with its UTC offset."""
     return at.isoformat()
+
+
+def webhook_body(job: Job, *, files: ArtifactStore) -> Mapping[str, Any]:
+    """Return the webhook body of an ended job. The function blocks. Raises StorageError.
+
+    Links begin with the host name that the client used when it submitted the job.
+    """
+    return {
+        "type": f"job.{job.state}",
+        "timestamp": iso(job.completed_at or job.created_at),
+        "data": brief(describe(job, files, base=job.spec.wire["base_url"])).model_dump(),
+    }

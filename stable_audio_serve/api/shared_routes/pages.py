@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -28,11 +29,13 @@ from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody
 from stable_audio_serve.api.routing import public_route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.api.shared_routes import info, llms
+from stable_audio_serve.api.shared_routes import info
 from stable_audio_serve.api.shared_routes.server import NAME
+from stable_audio_serve.core.catalog import ModelCatalog
 
 TAG = "Pages"
 
+_FOR_PEOPLE = {"Pages", "Operators"}  # a program can generate audio without operations that have these tags
 _REDOC = "redoc.standalone.js"
 _REDOC_LOGO = b"https://cdn.redoc.ly/redoc/logo-mini.svg"
 _ASSETS = {
@@ -193,7 +196,7 @@ def build_api_router(service: Service) -> APIRouter:
     async def text(request: Request) -> str:
         """Return a short description of the models and operations as Markdown."""
         base = base_url(request, service.settings.api)
-        return llms.describe(request.app.openapi(), service.backend.catalog, base=base)
+        return describe_in_markdown(request.app.openapi(), service.backend.catalog, base=base)
 
     @router.get("/docs", summary="Try the API out", response_class=HTMLResponse, responses=_API_RESPONSES)
     async def swagger(request: Request) -> Response:
@@ -296,3 +299,28 @@ async def _describe(service: Service, request: Request) -> Card:
         },
         links={name: base + path for name, path in _CARD_PATHS.items()},
     )
+
+
+def describe_in_markdown(document: Mapping[str, Any], catalog: ModelCatalog, *, base: str) -> str:
+    """Return Markdown that names the models and links each operation of the OpenAPI description `document`, in the form
+    of llms.txt (https://llmstxt.org).
+
+    `base` is the server's URL.
+    """
+    lines = [f"# {document['info']['title']}", "", f"> {document['info']['description']}", ""]
+    names = ", ".join(f"`{card.name}` (up to {card.max_duration_s:g} s)" for card in catalog)
+    lines += [
+        f"Models: {names}. The default is `{catalog.default.name}`. Clients need a key only if the server has keys."
+    ]
+    for tag in document["tags"]:
+        if tag["name"] in _FOR_PEOPLE:
+            continue
+        lines += ["", f"## {tag['name']}", "", tag["description"], ""]
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                if tag["name"] in operation["tags"]:
+                    link = f"{base}/docs#/{tag['name']}/{operation['operationId']}".replace(" ", "%20")
+                    text = str(operation.get("description", operation["summary"])).partition("\n")[0]
+                    lines.append(f"- [{method.upper()} {path}]({link}): {text}")
+    lines += ["", "## Optional", "", f"- [OpenAPI]({base}/openapi.json): every field, range and error", ""]
+    return "\n".join(lines)

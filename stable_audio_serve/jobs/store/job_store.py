@@ -14,14 +14,13 @@ from stable_audio_serve.core.settings import JobSettings, StorageSettings
 from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.dead_letters import DeadLetters
-from stable_audio_serve.jobs.store.files import PublishedFiles
+from stable_audio_serve.jobs.store.files import PublishedFiles, Uploads
 from stable_audio_serve.jobs.store.key_uses import KeyUses
 from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs
 from stable_audio_serve.jobs.store.retention import Retention
 from stable_audio_serve.jobs.store.runner_jobs import RunnerJobs
 from stable_audio_serve.jobs.store.sections import Sections
 from stable_audio_serve.jobs.store.tables import IDENTITY
-from stable_audio_serve.jobs.store.uploads import Uploads
 from stable_audio_serve.jobs.store.waiting import WaitingWork
 
 

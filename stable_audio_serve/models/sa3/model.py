@@ -16,11 +16,10 @@ from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.adapters.apply import is_adapted
 from stable_audio_serve.models.adapters.header import CONDITIONERS
-from stable_audio_serve.models.batch_layout import CONTEXT, packed_layout
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.packed import join_local
 from stable_audio_serve.models.blocks.varlen import has_varlen
-from stable_audio_serve.models.native import NativeModel
+from stable_audio_serve.models.native import CONTEXT, NativeModel, packed_layout
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import (

@@ -10,9 +10,8 @@ from torch import Tensor
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.models.keep_mask import plan_keep_mask
+from stable_audio_serve.models.planning import check_request, plan_keep_mask
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowRule, WindowSpan
-from stable_audio_serve.models.request_checks import check_request
 from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.lengths import RowLength, plan_length
 from stable_audio_serve.models.windows import audible_windows, chunked_windows, whole_window

@@ -16,9 +16,8 @@ from torch import Tensor
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.models.keep_mask import plan_keep_mask
+from stable_audio_serve.models.planning import check_request, plan_keep_mask
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowRule, WindowSpan
-from stable_audio_serve.models.request_checks import check_request
 from stable_audio_serve.models.sao.config import SHIFT_KEY
 from stable_audio_serve.models.windows import audible_windows, halo_windows, whole_window
 from stable_audio_serve.sampling.blend import blend_plan, flow_path

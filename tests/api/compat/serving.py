@@ -23,8 +23,8 @@ from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.attempt import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.health import StoreWatch
 from stable_audio_serve.jobs.store.outbox import Outbox
-from stable_audio_serve.jobs.watch import StoreWatch
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from tests.backends import ToneBackend
 from tests.jobs.conftest import SHORT_PAUSES
