@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _BLOCK = 16  # the limiter's gain has a point at each multiple of this many samples
+_MOST_PASSES = 4
 _LIMITED_S = 5.0  # length of the audio that is limited at once
 _REACH = 32  # a value between two samples depends on fewer samples than this on each side
 
@@ -54,10 +55,10 @@ class LoudnessSearch:
     Use it as `while search.needs_pass: for each block: search.add(block); search.end_pass()`.
     """
 
-    def __init__(self, sample_rate_hz: int, *, loudness: Loudness, most_passes: int = 4) -> None:
+    def __init__(self, sample_rate_hz: int, *, loudness: Loudness) -> None:
         self._rate_hz = sample_rate_hz
         self._loudness = loudness
-        self._passes_left = most_passes
+        self._passes_left = _MOST_PASSES
         self._first_db: float | None = None
         self.gain_db: float | None = None  # None: the piece is silent or was not measured yet
         self.factor = 1.0  # multiplies the limited audio, so that its true peak is not too high

@@ -93,18 +93,17 @@ _NAME = re.compile(
 
 
 @contextmanager
-def plain_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """If the block raises an expected error, print its message and end the command with an exit code.
 
-    In the message, the names of API fields are replaced by the command's options. `OPTIONS` maps fields to options.
-    `names` maps fields for which this command has other options than `OPTIONS`.
+    In the message, the names of API fields are replaced by the command's options.
     """
     try:
         yield
     except errors.StableAudioError as error:
         code = next((code for kinds, code in _EXIT_CODES if isinstance(error, kinds)), ExitCode.FAILED)
         hint = "; set STABLE_AUDIO_API_KEY or --key-file" if isinstance(error, errors.UnauthorizedError) else ""
-        message = in_options(error.message, names) if isinstance(error, _REQUEST_ERRORS) else error.message
+        message = in_options(error.message) if isinstance(error, _REQUEST_ERRORS) else error.message
         raise fail(f"{message}{hint}", code) from error
     except OSError as error:
         raise fail(describe_os_error(error)) from error
@@ -126,14 +125,13 @@ def plain(text: str, *, limit: int | None = None) -> str:
     return shown if limit is None or len(shown) <= limit else f"{shown[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def in_options(message: str, names: Mapping[str, str] | None = None) -> str:
-    """Return a message of the API in which options replace field names. `names` has precedence over `OPTIONS`."""
+def in_options(message: str) -> str:
+    """Return a message of the API in which `OPTIONS` replace field names."""
     for phrase, ours in _PHRASES:
         message = message.replace(phrase, ours)
     parts = {"duration": "length", "prompt": "prompt"}
     message = _OF_SECTION.sub(lambda found: f"the {parts[found[2]]} of --section {int(found[1]) + 1}", message)
-    known = {**OPTIONS, **(names or {})}
-    message = _NAME.sub(lambda found: known.get(found[0], found[0]), message)
+    message = _NAME.sub(lambda found: OPTIONS.get(found[0], found[0]), message)
     message = re.sub(r"(^|; )([^:;]+: )\2", r"\1\2", message)
     # "--steps: --steps must" and "--steps: must" become "--steps must".
     return re.sub(r"(^|; )([^:;]+): (?:\2 )?must\b", r"\1\2 must", message)

@@ -51,6 +51,7 @@ from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
 _STOP_TIMEOUT_S = 30.0  # how long `close` waits at most for the thread to end after its current step
 _EXIT_TIMEOUT_S = 2.0
+_MAX_SILENCE_S = 300.0
 
 
 class Engine:
@@ -331,12 +332,12 @@ class Engine:
         """Return whether the engine thread is alive, and how long ago the last turn of its loop began."""
         return self._thread.heartbeat()
 
-    def check_health(self, *, max_silence_s: float = 300.0) -> None:
+    def check_health(self) -> None:
         """Raise ModelUnavailableError if the engine thread has ended, or if its loop has not begun a turn for
-        `max_silence_s` seconds. An engine that was never started passes.
+        `_MAX_SILENCE_S` seconds. An engine that was never started passes.
         """
         beat = self.heartbeat()
-        if self._is_started and (not beat.is_alive or beat.age_s > max_silence_s):
+        if self._is_started and (not beat.is_alive or beat.age_s > _MAX_SILENCE_S):
             raise ModelUnavailableError(UNAVAILABLE)
 
     async def _accept(

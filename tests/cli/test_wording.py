@@ -80,10 +80,6 @@ def test_errors_name_options_instead_of_api_fields(message: str, expected: str) 
     assert in_options(message) == expected
 
 
-def test_a_command_may_use_another_option_for_a_field() -> None:
-    assert in_options("duration must be at most 5", {"duration": "--until"}) == "--until must be at most 5"
-
-
 def test_every_control_maps_to_an_option() -> None:
     assert set(SoundOptions().controls) <= set(OPTIONS)
 

@@ -159,6 +159,8 @@ def _score(above_ms: Array, ms: Array, *, floor_ms: float, num_terms: int) -> fl
 
 _MOST_TOKENS = 2.0**20  # the largest result of `CostModel.knee_tokens`; also its result if rows take no time
 _FIRST_ADAPTED = 1.2  # until a step with adapters is measured
+# The weight (0..1) of a new measurement; all earlier ones together have the rest. The first few have equal weights.
+_LEARNING_RATE = 0.05
 _FIT_WEIGHT = 4  # the fit at warm-up weighs as much as this many later measurements
 _MAX_RATIO = 3.0  # if a measured time differs from its prediction by a larger factor, it counts as this factor
 
@@ -174,11 +176,7 @@ class CostModel:
     Only the engine thread may change the model. Other threads may read predictions at any time.
     """
 
-    def __init__(self, *, learning_rate: float = 0.05) -> None:
-        """`learning_rate` (0..1) is the weight of a new measurement; all earlier ones together have the rest. The first
-        few measurements have equal weights.
-        """
-        self._learning_rate = learning_rate
+    def __init__(self) -> None:
         self._costs: dict[Work, CallCost] = {
             "text": CallCost(fixed_ms=0.0, per_row_ms=5.0, per_frame_ms=0.0),
             "encode": CallCost(),
@@ -208,12 +206,12 @@ class CostModel:
             return
         ratio = measured_ms / (predicted_ms * self._scales[work])
         if is_adapted:
-            self.adapted += self._learning_rate * (min(max(ratio, 1.0), _MAX_RATIO) - self.adapted)
+            self.adapted += _LEARNING_RATE * (min(max(ratio, 1.0), _MAX_RATIO) - self.adapted)
             return
         if self._num_corrections[work] > 0:
             ratio = min(max(ratio, 1.0 / _MAX_RATIO), _MAX_RATIO)
         self._num_corrections[work] += 1
-        self._scales[work] *= ratio ** max(self._learning_rate, 1.0 / self._num_corrections[work])
+        self._scales[work] *= ratio ** max(_LEARNING_RATE, 1.0 / self._num_corrections[work])
 
     def call_ms(self, work: Work, *, rows: int, frames: int) -> float:
         """Return the predicted time in ms of a call with batch size `rows` and `frames` latent frames per row."""
