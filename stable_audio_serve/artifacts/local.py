@@ -65,7 +65,9 @@ class Folder:
         self._lock = threading.Lock()
 
     def require(self) -> None:
-        """Raise StoreMovedError if the folder was moved or replaced, or is missing and may not be created."""
+        """Raise StoreMovedError if the folder was moved or replaced, if it does not answer, or if it is missing and may
+        not be created.
+        """
         with self._lock:
             self._require()
 
@@ -98,14 +100,14 @@ class Folder:
     def _identify(self) -> tuple[int, int] | None:
         try:
             found = os.stat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:  # missing, or on a network share that does not answer
             return None
         return found.st_dev, found.st_ino
 
     def _read_owner(self) -> bytes | None:
         try:
             return (self.path / OWNER_KEY).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return None
 
 

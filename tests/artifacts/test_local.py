@@ -220,23 +220,27 @@ async def claimed(tmp_path: Path) -> LocalArtifacts:
     return LocalArtifacts(tmp_path / "files", may_make=False)
 
 
-@pytest.mark.parametrize("is_replaced", [False, True])
+@pytest.mark.parametrize("instead", ["nothing", "another", "unreadable"])
 async def test_moved_folder_is_an_error_and_not_recreated(
-    claimed: LocalArtifacts, tmp_path: Path, is_replaced: bool
+    claimed: LocalArtifacts, tmp_path: Path, instead: str
 ) -> None:
     file = await put(claimed, KEY, b"audio")
     folder, away = tmp_path / "files", tmp_path / "away"
     folder.rename(away)
-    if is_replaced:
+    if instead == "another":
         LocalArtifacts(folder).claim("another")
+    elif instead == "unreadable":  # as with a network share that does not answer
+        folder.symlink_to(folder)
     for doing in (put(claimed, KEY, b"more"), read(claimed, file), claimed.delete(file.key), claimed.probe(1)):
         with pytest.raises(StoreMovedError):
             await doing
     for blocking in (claimed.require_place, lambda: claimed.list_folder(""), lambda: claimed.claim("owner")):
         with pytest.raises(StoreMovedError):
             blocking()
-    assert folder.exists() == is_replaced
-    if is_replaced:
+    if instead == "unreadable":
+        folder.unlink()
+    assert folder.exists() == (instead == "another")
+    if instead == "another":
         shutil.rmtree(folder)
     shutil.copytree(away, folder)  # the copy is accepted, because its mark names the same database
     assert await read(claimed, file) == b"audio"

@@ -251,6 +251,9 @@ class StorageGate:
             await self._artifacts.probe(self._needed_bytes)
         except StorageError as error:
             return error
+        except Exception:
+            log.exception("the probe of the artifact store failed")
+            return StorageError("the artifact store fails")
         return None
 
     async def _withdraw(self) -> None:

@@ -96,6 +96,26 @@ async def test_file_that_never_fits_makes_a_retryable_dead_letter(tiny_disk: Pat
         await workshop.queue.close()
 
 
+async def test_runner_starts_jobs_again_after_a_probe_that_broke(
+    separate_folders: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_broken, probe = threading.Event(), separate_folders.queue.artifacts.probe
+
+    async def break_once(num_bytes: int) -> None:
+        if is_broken.is_set():
+            return await probe(num_bytes)
+        is_broken.set()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(separate_folders.queue.artifacts, "probe", break_once)
+    await separate_folders.start_runner()
+    await separate_folders.finished(await separate_folders.queue.submit(make_spec()))
+    with folder_away(separate_folders):
+        job = await separate_folders.queue.submit(make_spec())
+        await until(is_broken.is_set)
+    assert (await separate_folders.finished(job)).state == "succeeded"
+
+
 @pytest.mark.server
 async def test_unreadable_uploads_cost_few_attempts(
     object_storage: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
