@@ -21,9 +21,8 @@ OWNER_KEY = ArtifactKey(".owner")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _HEX = "[0-9a-f]{32}"
 _UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_OURS = re.compile(
-    rf"({_HEX}|{_UUID}(-stable-audio)?)-[A-Za-z0-9._-]{{1,150}}|uploads/{_HEX}|(files|sections|{QUALITY_FOLDER})/{_HEX}"
-)
+_OF_JOB = rf"(({_HEX}){{1,2}}|{_UUID}(-stable-audio)?)-[A-Za-z0-9._-]{{1,150}}"  # for the job ids of all dialects
+_OURS = re.compile(rf"{_OF_JOB}|(uploads|files|sections|{QUALITY_FOLDER})/{_HEX}")
 
 
 def artifact_key(job_id: JobId, file_name: str, *, fence: int, id_is_chosen: bool = False) -> ArtifactKey:

@@ -241,7 +241,12 @@ async def test_abandoned_reader_leaves_the_store_usable(place: Place) -> None:
 
 async def test_only_our_own_keys_are_listed_by_folder(place: Place) -> None:
     started_at = time.time()
-    ids = ("1" * 32, "6f9619ff-8b86-d011-b42d-00c04fc964ff", "6f9619ff-8b86-d011-b42d-00c04fc964ff:stable-audio")
+    ids = (
+        "1" * 32,
+        "2" * 64,
+        "6f9619ff-8b86-d011-b42d-00c04fc964ff",
+        "6f9619ff-8b86-d011-b42d-00c04fc964ff:stable-audio",
+    )
     jobs = [artifact_key(job_id, "stable audio ä.wav", fence=fence) for job_id in ids for fence in (1, 2)]
     uploads, files = [upload_key()], [file_key()]
     for key in (*jobs, *uploads, *files):
