@@ -84,6 +84,7 @@ class Attempt:
         self._context = context
         self._calls = PatientCalls(retry_s=context.pauses.store_retry_s)
         self._stop_reason: StopReason | None = None
+        self._has_started = False  # whether a model has worked on the job
         self._work = asyncio.create_task(context.executor.execute(job, self._report))
         self.task = asyncio.create_task(self._run())
 
@@ -192,11 +193,19 @@ class Attempt:
         message = f"put back: {reason}"
         log.info("job put back", reason=message, delay_s=round(delay_s, 1))
         requeue = self._context.store.runners.requeue
-        return await self._calls.call(requeue, self.job, delay_s=delay_s, attempts=attempts, message=message)
+        return await self._calls.call(
+            requeue,
+            self.job,
+            delay_s=delay_s,
+            attempts=attempts,
+            message=message,
+            has_started=self._has_started,
+        )
 
     def _report(self, report: Report) -> None:
         capacity = self._context.capacity
         if report.stage != "queued":
+            self._has_started = True
             capacity.advance(self.lease, done=report.fraction)
         self._context.reports[self.lease] = replace(report, eta_s=capacity.predict_end_s(self.lease))
 

@@ -170,13 +170,16 @@ class RunnerJobs:
         """End a job that its client has cancelled. Returns the ended job, or None if its lease is lost."""
         return self._change_held(job, message="cancelled", **self._transitions.ended("cancelled", CANCELLED))
 
-    def requeue(self, job: Job, *, delay_s: float, attempts: int, message: str) -> Job | None:
+    def requeue(
+        self, job: Job, *, delay_s: float, attempts: int, message: str, has_started: bool = False
+    ) -> Job | None:
         """Requeue a job, with `attempts` as its number of attempts. It starts again after `delay_s` seconds or later.
 
+        If a model has worked on the job (`has_started`), or if attempts count, `start_within_s` limits it no more.
         If its client has cancelled the job, the job ends instead. Returns the changed job, or None if its lease is
         lost.
         """
-        start_within_s = None if attempts else job.spec.start_within_s
+        start_within_s = None if attempts or has_started else job.spec.start_within_s
         start_before = None if start_within_s is None else job.created_at.timestamp() + start_within_s
         # A long piece with finished sections has started in time.
         start_before_if_new = sa.case((_jobs.num_sections == 0, sa.cast(start_before, sa.Double)))

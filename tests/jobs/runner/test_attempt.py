@@ -19,7 +19,7 @@ from stable_audio_serve.core.errors import (
     StartTimeoutError,
     StorageError,
 )
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
@@ -177,3 +177,38 @@ async def test_generation_that_cancels_itself_costs_an_attempt(workshop: Worksho
     await workshop.start_runner()
     ended = await workshop.finished(await workshop.queue.submit(make_spec()))
     assert (ended.state, ended.attempts, ended.is_dead_letter) == ("failed", 2, True)
+
+
+class StartedBackend(ToneBackend):
+    """A test backend that reports the start of each request."""
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        assert on_progress is not None
+        on_progress(Progress("denoising", 0.1, 1, 8))
+        return await super().generate(model, request)
+
+
+async def test_job_that_started_in_time_survives_a_stop(workshop: Workshop) -> None:
+    workshop.backend = backend = StartedBackend(delay_s=60.0, queue_s=0.01)
+    job = await workshop.queue.submit(make_spec(start_within_s=1.0))
+    runner = await workshop.start_runner()
+    await until(lambda: backend.num_running == 1)
+    await asyncio.sleep(1.0)
+    await runner.close()
+    backend.delay_s = 0.0
+    await workshop.start_runner()
+    assert (await workshop.finished(job)).state == "succeeded"
+
+
+async def test_retried_dead_letter_has_no_limit_for_its_start(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(*[StorageError("the bucket is away")] * 3)
+    workshop.backend.queue_s = 0.01
+    await workshop.start_runner()
+    dead = await workshop.finished(await workshop.queue.submit(make_spec(start_within_s=1.0)))
+    assert dead.is_dead_letter
+    await asyncio.sleep(1.0)
+    retried = workshop.queue.store.dead_letters.retry_job(dead.spec.ref)
+    assert retried is not None
+    assert (await workshop.finished(retried)).state == "succeeded"

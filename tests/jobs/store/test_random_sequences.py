@@ -95,7 +95,9 @@ _owners = st.sampled_from("ab")
 _priorities = st.sampled_from(["interactive", "interactive", "batch"])
 _recent = st.sampled_from([0, 0, 0, 1, 1, 2, 3])  # which job to pick: 0 is the newest, 1 the one before
 
-_ends = st.sampled_from(["succeed", "fail", "give up", "stop", "put back", "put back uncounted"])
+_ends = st.sampled_from(
+    ["succeed", "fail", "give up", "stop", "put back", "put back uncounted", "put back after its start"]
+)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -355,9 +357,11 @@ class StoreMachine(RuleBasedStateMachine):
                 if job is not None:
                     job.end("cancelled", self.now, "cancelled")
             case "put back":
-                self.put_back(leased, job, attempts=leased.attempts, delay_s=0.0)
+                self.put_back(leased, job, attempts=leased.attempts, delay_s=0.0, has_started=False)
             case "put back uncounted":
-                self.put_back(leased, job, attempts=leased.attempts - 1, delay_s=5.0)
+                self.put_back(leased, job, attempts=leased.attempts - 1, delay_s=5.0, has_started=False)
+            case "put back after its start":
+                self.put_back(leased, job, attempts=leased.attempts - 1, delay_s=0.0, has_started=True)
 
     def succeed(self, leased: Job, job: Expected | None) -> None:
         result = result_of(leased)
@@ -368,8 +372,10 @@ class StoreMachine(RuleBasedStateMachine):
             job.end("succeeded", self.now)
             self.files[result.file_id] = leased.spec.ref
 
-    def put_back(self, leased: Job, job: Expected | None, *, attempts: int, delay_s: float) -> None:
-        put_back = self.store.runners.requeue(leased, delay_s=delay_s, attempts=attempts, message="x")
+    def put_back(self, leased: Job, job: Expected | None, *, attempts: int, delay_s: float, has_started: bool) -> None:
+        put_back = self.store.runners.requeue(
+            leased, delay_s=delay_s, attempts=attempts, message="x", has_started=has_started
+        )
         assert (put_back is not None) == (job is not None)
         if job is None:
             return
@@ -379,7 +385,7 @@ class StoreMachine(RuleBasedStateMachine):
         job.wait()
         job.attempts, job.not_before = attempts, self.now + delay_s
         within_s = job.spec.start_within_s
-        job.start_before = None if attempts or within_s is None else job.created_at + within_s
+        job.start_before = None if attempts or has_started or within_s is None else job.created_at + within_s
 
     @rule()
     def expire(self) -> None:
