@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
 from anyio import CancelScope
 from starlette.exceptions import HTTPException
@@ -19,6 +18,7 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.formats import media_type
 from stable_audio_serve.audio.writer import AudioWriter, StreamFile
 from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.private_files import open_temporary
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobSpec
 from stable_audio_serve.jobs.pieces.sections import num_final_samples, plan_sections, read_section
@@ -48,7 +48,7 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
         raise HTTPException(404, f"section {number} is not finished: the job is {job.state}, {job.num_sections} are")
     section, encoding = found[0], job.spec.encoding
     stop = num_final_samples(section, is_last=number == num_sections)
-    copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  # `_send` closes it
+    copy = open_temporary()  # `_send` closes it
     try:
         rate_hz = section.sample_rate_hz
         writer = AudioWriter(copy, rate_hz, encoding=encoding)

@@ -1,4 +1,4 @@
-"""Create folders and files that only their owner can use, whatever the process's umask is.
+"""Create folders and files that only their owner can use, whatever the process's umask is, and temporary files.
 
 A file is created with its final permissions. If the permissions were changed after the creation, other users could open
 the file in between.
@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, cast
+
+from stable_audio_serve.core.errors import StorageFullError
 
 
 def make_private_folder(folder: Path) -> None:
@@ -25,6 +31,25 @@ def open_private(path: str | os.PathLike[str], flags: int) -> int:
     Pass this function to the built-in `open` as `opener`.
     """
     return os.open(path, flags, 0o600)
+
+
+def open_temporary() -> BinaryIO:
+    """Open a new temporary file, which is deleted when it is closed. Raises StorageFullError if there is no room."""
+    try:
+        return cast(BinaryIO, tempfile.TemporaryFile())
+    except OSError as error:  # FileNotFoundError if no folder for temporary files can be used
+        raise StorageFullError("there is no room for temporary files") from error
+
+
+@contextmanager
+def temporary_file() -> Iterator[BinaryIO]:
+    """As `open_temporary`. The file is closed at the end of the context."""
+    file = open_temporary()
+    try:
+        yield file
+    finally:
+        with suppress(OSError):  # on a full disk there is no room for what is still in the file's buffer
+            file.close()
 
 
 def require_own_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from stable_audio_serve.core.errors import DamagedFileError, StorageError, Stora
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.ids import ArtifactKey
+from stable_audio_serve.core.private_files import temporary_file
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.runner.capacity import StorageGate
@@ -168,7 +168,7 @@ class JobExecutor:
         return replace(spec.request, inpaint_audio=source, init_audio=source if spec.upload.is_start else None)
 
     async def _decode(self, upload: JobUpload) -> SourceAudio:
-        with tempfile.TemporaryFile() as copy:
+        with temporary_file() as copy:
             try:
                 async for chunk in self._artifacts.read(upload.file):
                     await self._audio.run_decoding(partial(_write, copy, chunk))

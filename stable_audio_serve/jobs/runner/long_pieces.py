@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 
 from stable_audio_serve.artifacts.keys import section_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
@@ -35,6 +34,7 @@ from stable_audio_serve.core.errors import GenerationError, StorageError, Storag
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.ids import ArtifactKey
+from stable_audio_serve.core.private_files import temporary_file
 from stable_audio_serve.core.sound import ClipFacts, Peaks
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobResult, JobSpec
 from stable_audio_serve.jobs.pieces.recipes import common_maker, find_different, recipes_of
@@ -229,7 +229,7 @@ class LongPieces:
         spec, file_format = job.spec, job.spec.encoding.file_format
         made_on, different = common_maker(sections), find_different(sections)
         recipes = recipes_of(spec, seeds=spec.request.seeds, made_on=made_on, different=different)
-        with _temporary_file() as file:
+        with temporary_file() as file:
             writer = AudioWriter(
                 file,
                 sections[0].sample_rate_hz,
@@ -306,16 +306,6 @@ def _close(writer: AudioWriter) -> None:
     """Close `writer`, even if an error has left the file incomplete."""
     with suppress(StorageFullError):  # the file is not used
         writer.close()
-
-
-@contextmanager
-def _temporary_file() -> Iterator[BinaryIO]:
-    file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
-    try:
-        yield file
-    finally:
-        with suppress(OSError):  # on a full disk there is no room for what is still in the file's buffer
-            file.close()
 
 
 def _finish_section(

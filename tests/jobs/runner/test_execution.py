@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,22 @@ async def test_engine_gets_the_remaining_time_to_start(workshop: Workshop) -> No
     left_s = workshop.backend.last.start_within_s
     assert left_s is not None
     assert 40.0 < left_s <= 60.0
+
+
+async def test_job_without_a_temporary_folder_keeps_its_upload(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = await upload(workshop)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        await workshop.start_runner()
+        job = await workshop.finished(await workshop.queue.submit(make_spec(upload=kept)))
+    assert job.error is not None
+    assert (job.state, job.error.message) == ("failed", "there is no room for temporary files")
+    assert job.is_dead_letter
+    retried = workshop.queue.store.dead_letters.retry_job(job.spec.ref)
+    assert retried is not None
+    assert (await workshop.finished(retried)).state == "succeeded"
 
 
 async def test_decoding_of_sources_waits_for_memory(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

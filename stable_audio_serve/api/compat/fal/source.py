@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import tempfile
 from base64 import b64decode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from starlette.datastructures import UploadFile
 
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.private_files import temporary_file
 from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, download
 
 FIELD = "audio_url"
@@ -28,7 +28,7 @@ async def opened_source(url: str, service: Service, *, base: str) -> AsyncIterat
     URLs that begin with `base` are this server's own.
     """
     max_bytes = service.settings.api.max_upload_bytes
-    with tempfile.TemporaryFile() as file:
+    with temporary_file() as file:
         if url[:5].lower() == "data:":
             file.write(await asyncio.to_thread(_decode, url))
         elif (file_id := _own_file(url, base=base)) is not None:
