@@ -146,9 +146,9 @@ def _equal_share(gpus: float, *, places: int) -> float:
 
 
 def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
-    """Return True if the model would run on a GPU if there is one."""
+    """Return True if the model would run on a GPU if there is one. With `num_gpus` 0, it does not, unless it must."""
     device = model.device or settings.device
-    return device is None or device.startswith("cuda")
+    return model.num_gpus != 0 if device is None else device.startswith("cuda")
 
 
 def has_room(nodes: Sequence[Slot], taken: Iterable[Slot], *, extra: Slot) -> bool:

@@ -46,6 +46,8 @@ def test_gpu_models_take_no_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = SFX | {"device": "cpu"}
     assert threads(on_cpu, MUSIC, cluster_gpus=1)[0] == 8
     assert threads(on_cpu, MUSIC, cluster_gpus=0)[0] == 4
+    without_gpu = [SFX | {"num_gpus": 0}, MUSIC | {"num_gpus": 0}]
+    assert threads(*without_gpu, cluster_gpus=1) == [4, 4]
 
 
 def make_root(folder: Path, groups: str, files: dict[str, str]) -> Path:
