@@ -28,6 +28,7 @@ from stable_audio_serve.core.errors import InvalidRequestError
 DELIVERY_TIMEOUT_S = 15.0
 DOWNLOAD_TIMEOUT_S = 60.0
 RESOLVE_TIMEOUT_S = 3.0
+_ADDRESS_TIMEOUT_S = 3.0
 
 _MAX_URL_CHARACTERS = 2048
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
@@ -232,7 +233,8 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Return a connection to the first address of the host that answers.
+        """Return a connection to the first address of the host that answers. All addresses but the last have
+        `_ADDRESS_TIMEOUT_S` seconds for this.
 
         Raises DeliveryError and httpcore's errors.
         """
@@ -244,7 +246,9 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
             _require_public(addresses)
         for address in addresses[:-1]:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                return await self._network.connect_tcp(str(address), port, timeout, local_address, socket_options)
+                return await self._network.connect_tcp(
+                    str(address), port, _ADDRESS_TIMEOUT_S, local_address, socket_options
+                )
         return await self._network.connect_tcp(str(addresses[-1]), port, timeout, local_address, socket_options)
 
     async def connect_unix_socket(  # noqa: PLR0917 - as httpcore has it

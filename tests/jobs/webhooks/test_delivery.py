@@ -3,12 +3,14 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 import threading
 from typing import Any
 
 import pytest
 
 from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.jobs.webhooks import delivery
 from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, check_webhook_url, post_json
 from tests.patience import PATIENCE_S
 from tests.webhook_receiver import receiving
@@ -218,6 +220,23 @@ async def test_connection_goes_to_a_checked_address(monkeypatch: pytest.MonkeyPa
         await post_json(url, b"{}", allow_hosts=("flaky.example.com",))
     assert lookups == ["flaky.example.com"]
     assert receiver.requests[0][1]["host"] == f"flaky.example.com:{receiver.port}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ignores connections to a full socket")
+async def test_address_that_does_not_answer_is_left_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "_ADDRESS_TIMEOUT_S", 0.2)
+    with socket.socket() as silent, socket.socket() as first, socket.socket() as second:
+        async with receiving() as receiver:
+            silent.bind(("127.0.0.9", receiver.port))
+            silent.listen(0)
+            for full in (first, second):
+                full.setblocking(False)
+                full.connect_ex(silent.getsockname())
+            hosts = (silent.getsockname()[0], "127.0.0.1")
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, receiver.port)) for host in hosts]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+            await post_json(f"http://two.example.com:{receiver.port}/", b"{}", allow_hosts=("two.example.com",))
+        assert receiver.num_connections == 1
 
 
 async def test_slow_name_servers_delay_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
