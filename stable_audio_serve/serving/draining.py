@@ -34,7 +34,7 @@ _CALL_TIMEOUT_S = 2.0
 
 
 def drain(application: str, *, within_s: float, statistics_host: str, report: Callable[[str], None]) -> None:
-    """Refuse new requests and put jobs back into the queue, then wait up to `within_s` until the ingress may exit.
+    """Refuse new requests and put jobs back into the queue, then wait up to `within_s` until both are done.
 
     `statistics_host` is the address of HAProxy's statistics page, if HAProxy runs. `report` receives progress messages.
     """
@@ -72,8 +72,8 @@ def _drain(
     if num_in_flight:
         report(f"finishing {num_in_flight} requests within {within_s:g} s (a second signal stops at once) ...")
     while True:
-        _broadcast(runner)
-        if not sum(_broadcast(ingress)) and not _num_in_haproxy(statistics_host) and _are_drained(proxies):
+        num_left = sum(_broadcast(runner)) + sum(_broadcast(ingress))
+        if not num_left and not _num_in_haproxy(statistics_host) and _are_drained(proxies):
             return
         if time.monotonic() >= deadline_at:
             report(f"cutting off what is still in flight after {within_s:g} s")

@@ -191,7 +191,7 @@ class JobRunner:
         self.wake()
         for attempt in self._attempts.values():
             attempt.stop("closing")
-        return len(self._attempts)
+        return self.num_held
 
     async def close(self) -> None:
         """Stop the runner. Jobs in progress are requeued, and their attempts do not count."""
