@@ -106,7 +106,7 @@ class Service:
         self.backend = backend
         self.settings = settings
         self.adapters = adapters
-        self.jobs = jobs or open_queue(settings)
+        self.jobs = jobs or open_queue(settings, catalog=backend.catalog)
         self.metrics = metrics or NullMetrics()
         self.clock = clock or SystemClock()
         self.readiness = Readiness()

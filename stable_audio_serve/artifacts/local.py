@@ -274,7 +274,7 @@ class LocalArtifacts:
             found = self._path(key).stat()
         except FileNotFoundError:
             return None
-        return StoredObject(key, found.st_size, found.st_mtime)
+        return StoredObject(key, found.st_mtime)
 
     def _config_error(self, problem: str) -> ConfigError:
         message = f"output_dir (STABLE_AUDIO_OUTPUT_DIR): {self._folder.path}: {problem}"

@@ -148,8 +148,7 @@ class S3Artifacts:
                 Bucket=self._settings.bucket, Prefix=prefix, Delimiter="/", MaxKeys=limit, **options
             )
         objects = (
-            StoredObject(self._key_of(item), item["Size"], item["LastModified"].timestamp())
-            for item in page.get("Contents", ())
+            StoredObject(self._key_of(item), item["LastModified"].timestamp()) for item in page.get("Contents", ())
         )
         return ObjectPage(tuple(item for item in objects if is_ours(item.key)), page.get("NextContinuationToken"))
 

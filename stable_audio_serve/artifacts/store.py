@@ -65,7 +65,6 @@ class StoredObject:
     """An entry of a store's list of files. `modified_at` is Unix time in seconds."""
 
     key: ArtifactKey
-    num_bytes: int
     modified_at: float
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Protocol
 
 from stable_audio_serve.core.generation import GenerationRequest
@@ -90,11 +90,10 @@ class Prices:
             size = replace(size, **more)
         return self.of(size)
 
-    def to_dict(self) -> dict[str, float]:
-        """Return the fields by name."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> Prices:
-        """Return the prices whose `to_dict` is `values`. Ignores unknown names. Raises KeyError for missing names."""
+        """Return the prices whose fields have these values by name. Ignores unknown names.
+
+        Raises KeyError for missing names.
+        """
         return cls(**{field.name: values[field.name] for field in fields(cls)})  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from stable_audio_serve.core.catalog import ModelCard
@@ -37,6 +39,6 @@ def test_a_model_that_guides_by_default_costs_twice_the_steps() -> None:
 
 
 def test_prices_survive_serialisation() -> None:
-    assert Prices.from_dict(PRICES.to_dict() | {"of_a_later_version": 1.0}) == PRICES
+    assert Prices.from_dict(asdict(PRICES) | {"of_a_later_version": 1.0}) == PRICES
     with pytest.raises(KeyError, match="row_ms"):
         Prices.from_dict({})
