@@ -292,6 +292,26 @@ async def test_an_adapter_applies_within_its_interval(tmp_path: Path, kind: str)
         assert_alike(found, await generate(request, Switching(*models, until=0.6)))
 
 
+async def test_failed_conditioning_at_an_interval_ends_only_its_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    condition, num_calls = Sa3Model.condition, 0
+
+    def fail_second(*args: Any, **kwargs: Any) -> RowConditioning:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            raise InvalidRequestError("a bad adapter", field="loras")
+        return condition(*args, **kwargs)
+
+    monkeypatch.setattr(Sa3Model, "condition", fail_second)
+    lora = make_lora(tmp_path, change("lora"), interval=(0.0, 0.6))
+    async with running() as engine:
+        with pytest.raises(InvalidRequestError, match="a bad adapter"):
+            await engine.generate(make_clip(duration_s=0.9, loras=(lora,)))
+        assert await engine.generate(make_clip(duration_s=0.9))
+
+
 async def test_the_ends_of_an_interval_belong_to_it(tmp_path: Path) -> None:
     lora = make_lora(tmp_path, change("lora"))
     request = make_clip(duration_s=0.9)

@@ -190,6 +190,8 @@ class Stages:
         failures = self._follow_intervals(rows)
         if failures:
             rows = [row for row in rows if all(row is not failed for failed, _ in failures)]
+        if not rows:
+            return failures
         calls = self._executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
