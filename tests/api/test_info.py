@@ -7,9 +7,10 @@ import pytest
 
 from docs.reference import describe_api
 from stable_audio_serve.api.app import create_app
+from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
-from tests.backends import ToneBackend
+from tests.backends import ToneBackend, make_catalog
 
 CONTRACT_KEYS = {
     "status",
@@ -46,6 +47,16 @@ async def test_health_has_the_fields_of_the_contract(client: httpx.AsyncClient) 
     assert body["model_info"] == {"sample_rate": 44100, "sample_size": 524_288, "diffusion_objective": "rf_denoiser"}
     assert body["models"]["demo"]["demo"] is True
     assert body["models"]["medium"]["demo"] is False
+
+
+async def test_health_describes_the_model_of_the_open_small_routes(jobs: JobQueue) -> None:
+    card = ModelCard("open", OPEN_FAMILY, max_duration_s=6.0, objective="rectified_flow")
+    backend = ToneBackend(ModelCatalog([*make_catalog(), card]))
+    transport = httpx.ASGITransport(create_app(backend, Settings(), jobs=jobs))
+    expected = {"sample_rate": 44100, "sample_size": 264_600, "diffusion_objective": "rectified_flow"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        for path in ("/health", "/saos/health"):
+            assert (await client.get(path)).json()["model_info"] == expected
 
 
 @pytest.mark.parametrize("url", ["/health", "/sa3/health", "/saos/health"])

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from pydantic import BaseModel, Field
 
-from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import WINDOW_S
+from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import default_model
 from stable_audio_serve.api.middleware.key_ring import KeyFileState
 from stable_audio_serve.api.middleware.readiness import Verdict
 from stable_audio_serve.api.service import Service
@@ -264,13 +264,11 @@ def _describe_store(health: StoreHealth) -> JobStoreHealth:
 
 
 def _describe_window(service: Service) -> ModelInfo:
-    catalog = service.backend.catalog
-    card = catalog.resolve(service.settings.dialects.model or catalog.default.name)
-    window_s = min(WINDOW_S, card.max_duration_s)
+    model = default_model(service)
     return ModelInfo(
-        sample_rate=card.sample_rate_hz,
-        sample_size=round(window_s * card.sample_rate_hz),
-        diffusion_objective=card.objective,
+        sample_rate=model.card.sample_rate_hz,
+        sample_size=model.num_window_samples,
+        diffusion_objective=model.card.objective,
     )
 
 
