@@ -37,7 +37,7 @@ from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.jobs.job import JobSpec
-from stable_audio_serve.jobs.pieces.sections import choose_overlap, find_faults, longest_s
+from stable_audio_serve.jobs.pieces.sections import choose_overlap, find_faults, longest_s, section_peaks
 
 TAG = "ElevenLabs"
 
@@ -234,6 +234,8 @@ def build_router(service: Service) -> APIRouter:
                 mode="long-piece",
                 request=generation,
                 encoding=_encoding(name),
+                peaks=section_peaks(service.settings.audio.peaks),
+                with_recipe=service.settings.dialects.recipes,
                 sections=sections,
                 overlap_s=choose_overlap(None, card=card, limits=service.settings.api),
                 client=request.state.client,

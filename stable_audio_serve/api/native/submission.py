@@ -42,7 +42,7 @@ from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
-from stable_audio_serve.jobs.pieces.sections import choose_overlap
+from stable_audio_serve.jobs.pieces.sections import choose_overlap, section_peaks
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
 CONTRACT: Literal["sa3"] = "sa3"
@@ -193,8 +193,7 @@ class _Submission:
             request=generation,
             encoding=to_encoding(fields),
             file_stem=file_stem(card.name),
-            # A section is final before the peak of the whole piece is known, so that peak cannot scale the sections.
-            peaks="limit" if sections and peaks == "scale" else peaks,
+            peaks=section_peaks(peaks) if sections else peaks,
             finishing=finishing,
             with_manifest=fields.manifest,
             with_recipe=True,

@@ -21,6 +21,7 @@ from stable_audio_serve.core.errors import DamagedFileError, InvalidRequestError
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, Section, SourceAudio
 from stable_audio_serve.core.pricing import Defaults, WorkSize
 from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.core.sound import Peaks
 from stable_audio_serve.jobs.job import FinishedSection, JobSpec
 
 if TYPE_CHECKING:
@@ -65,6 +66,14 @@ class SectionPlan:
 def longest_s(card: ModelCard, limits: ApiSettings) -> float:
     """Return the longest clip that a model may generate, seconds. A section plus its overlap may not be longer."""
     return min(card.max_duration_s, limits.max_duration_s)
+
+
+def section_peaks(peaks: Peaks) -> Peaks:
+    """Return how the peaks of a piece with sections are handled if `peaks` is requested.
+
+    A section is final before the peak of the whole piece is known, so that peak cannot scale the sections.
+    """
+    return "limit" if peaks == "scale" else peaks
 
 
 def choose_overlap(overlap_s: float | None, *, card: ModelCard, limits: ApiSettings) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import wave
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import soundfile
 
 from stable_audio_serve.api.streams import StreamLimits
+from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
@@ -331,6 +333,16 @@ async def test_pieces_longer_than_the_longest_clip_have_sections(path: str) -> N
         chunks = [{"text": "[Verse] la", "duration_ms": 3000, "positive_styles": [style]} for style in ("rock", "folk")]
         reply = await client.post(path, params=query, json={"composition_plan": {"chunks": chunks}})
         assert [request.prompt for _, request in backend.requests] == ["rock", "folk"]
+
+
+@pytest.mark.server
+async def test_pieces_with_sections_follow_the_settings_of_the_server() -> None:
+    settings = {"dialects": {"recipes": True}, "audio": {"peaks": "clip"}}
+    async with make_client(ToneBackend(level=2.0), **settings) as (client, _):
+        body = {"composition_plan": PLAN}
+        reply = await client.post(MUSIC, params={"output_format": "wav_44100"}, json=body)
+    recipe = json.loads(extract(io.BytesIO(reply.content)) or "{}")
+    assert (recipe["peaks"], len(recipe["sections"])) == ("clip", 2)
 
 
 class PausingBackend(ToneBackend):
