@@ -54,8 +54,8 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
         writer = AudioWriter(copy, rate_hz, encoding=encoding)
         async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
             async for block in blocks:
-                await service.encode(partial(writer.write, block))
-        await service.encode(writer.close)
+                await service.compute(partial(writer.write, block))
+        await service.compute(writer.close)
     except BaseException:
         with suppress(OSError):  # on a full disk there is no space for the data in the file's buffer
             copy.close()
@@ -153,7 +153,7 @@ async def _follow(
         end = read_section(artifacts, newest, start=num_final_samples(newest, is_last=False), stop=newest.num_samples)
         async for data in _encoded(service, end, writer=writer, file=file):
             yield data
-    await service.encode(writer.close)
+    await service.compute(writer.close)
     yield file.take()
 
 
@@ -163,7 +163,7 @@ async def _encoded(
     """Yield what `writer` writes to `file` for these blocks."""
     async with aclosing(blocks):
         async for block in blocks:
-            await service.encode(partial(writer.write, block))
+            await service.compute(partial(writer.write, block))
             if data := file.take():
                 yield data
 

@@ -140,8 +140,10 @@ class Service:
         """
         self._check_size(upload, field=field)
         max_s = _usable_s(card, padding_s)
-        with self._measured("upload_decode_ms"):
-            return await self._audio.decode(upload.file, max_s=max_s, allowed_s=allowed_s, field=field)
+        started_at = self.clock.monotonic()
+        source = await self._audio.decode(upload.file, max_s=max_s, allowed_s=allowed_s, field=field)
+        self.metrics.observe("upload_decode_ms", (self.clock.monotonic() - started_at) * 1000)
+        return source
 
     async def read_text(self, upload: UploadFile, *, field: str) -> str | None:
         """Return the text embedded in an uploaded file, see `embedded_text.extract`. Raises the errors of `decode`."""
@@ -326,22 +328,12 @@ class Service:
         started_at = self.clock.monotonic()
         finished = await self.compute(make)
         encode_ms = (self.clock.monotonic() - started_at) * 1000
+        self.metrics.observe("file_encode_ms", encode_ms)
         return Output(finished.file, finished.sample_rate_hz, finished.clips, result, encode_ms, finished.recipes)
 
     async def compute(self, function: Callable[[], T]) -> T:
         """Run `function` on an encoding thread and return its result."""
-        with self._measured("file_encode_ms"):
-            return await self._audio.run_encoding(function)
-
-    async def encode(self, function: Callable[[], T]) -> T:
-        """Run `function`, which encodes a part of a file, on an encoding thread, and return its result."""
         return await self._audio.run_encoding(function)
-
-    @contextmanager
-    def _measured(self, metric: str) -> Iterator[None]:
-        started_at = self.clock.monotonic()
-        yield
-        self.metrics.observe(metric, (self.clock.monotonic() - started_at) * 1000)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         """Return the status of each model, or the previous status if the backend does not answer within a second."""

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from itsdangerous import URLSafeTimedSerializer
 
+from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from tests.api.compat.serving import make_client, serve_app
@@ -219,6 +220,25 @@ async def test_client_cannot_exceed_its_storage_limit() -> None:
         assert refused.status_code == 507
         other = await client.post("/files/upload", content=DATA, headers={"authorization": "Key other"})
         assert other.status_code == 200
+
+
+async def test_upload_that_breaks_off_while_it_is_stored_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_storing = asyncio.Event()
+
+    async def hang(*_: Any, **__: Any) -> None:
+        is_storing.set()
+        await asyncio.Event().wait()
+
+    async with make_client(**_room_for(1.5)) as (client, _):
+        place = await announce(client)
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalArtifacts, "put", hang)
+            sending = asyncio.create_task(client.put(place["upload_url"], content=DATA))
+            async with asyncio.timeout(PATIENCE_S):
+                await is_storing.wait()
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
 
 
 def stored_sizes(folder: Path) -> list[int]:

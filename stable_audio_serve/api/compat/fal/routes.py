@@ -257,7 +257,8 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         url, stored = file_url(base_url(request, limits), job.result), job.result.file
         if job.spec.wire.get("sync_mode"):
             try:
-                url = data_uri(b"".join([chunk async for chunk in jobs.read(stored)]), stored.media_type)
+                content = b"".join([chunk async for chunk in jobs.read(stored)])
+                url = await service.compute(lambda: data_uri(content, stored.media_type))
             except FileNotFoundError as error:
                 raise HTTPException(404, "the file no longer exists") from error
         return JSONResponse(describe_result(job, job.result, url=url).model_dump(), headers={REQUEST_ID: job.spec.id})

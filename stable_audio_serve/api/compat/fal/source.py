@@ -32,7 +32,7 @@ async def opened_source(url: str, service: Service, *, base: str) -> AsyncIterat
         if url[:5].lower() == "data:":
             file.write(await asyncio.to_thread(_decode, url))
         elif (file_id := _own_file(url, base=base)) is not None:
-            await _copy_own(service, file_id, into=file)
+            await _copy_own(service, file_id, into=file, max_bytes=max_bytes)
         else:
             try:
                 hosts = service.settings.jobs.webhook_allow_hosts
@@ -40,8 +40,7 @@ async def opened_source(url: str, service: Service, *, base: str) -> AsyncIterat
             except DeliveryError as error:
                 raise _unusable(str(error)) from error
         num_bytes = file.tell()
-        if num_bytes > max_bytes:
-            raise _unusable(f"is larger than {max_bytes} bytes (api.max_upload_bytes)")
+        _check_size(num_bytes, max_bytes)
         file.seek(0)
         yield UploadFile(file, size=num_bytes)
 
@@ -68,15 +67,21 @@ def _own_file(url: str, *, base: str) -> str | None:
     return found[1] if found else None
 
 
-async def _copy_own(service: Service, file_id: str, *, into: IO[bytes]) -> None:
+async def _copy_own(service: Service, file_id: str, *, into: IO[bytes], max_bytes: int) -> None:
     file = await service.jobs.find_file(file_id)
     try:
         if file is None:
             raise FileNotFoundError
+        _check_size(file.num_bytes, max_bytes)
         async for chunk in service.jobs.read(file):
             into.write(chunk)
     except FileNotFoundError as error:
         raise _unusable("is a file of this server that does not exist (any more)") from error
+
+
+def _check_size(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise _unusable(f"is larger than {max_bytes} bytes (api.max_upload_bytes)")
 
 
 def _unusable(reason: str) -> InvalidRequestError:

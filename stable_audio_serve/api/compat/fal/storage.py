@@ -220,6 +220,9 @@ async def _store(jobs: JobQueue, request: Request, *, ticket: Ticket) -> None:
         chunks = partial(_chunks, file)
         try:
             await jobs.publish(chunks, media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id)
+        except asyncio.CancelledError:  # the client disconnected, so the artifact store removes the file
+            await asyncio.shield(jobs.write(partial(uploads.forget, name)))
+            raise
         except (ConflictError, StorageError) as error:  # the file was not stored, so it does not count
             await jobs.write(partial(uploads.forget, name))
             if not (isinstance(error, ConflictError) and await _is_stored(jobs, file, ticket=ticket)):

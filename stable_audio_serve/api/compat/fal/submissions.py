@@ -67,7 +67,7 @@ async def _run(request: Request, service: Service, *, order: Order, start_within
     note(request.scope, num_bytes=output.file.num_bytes)
     name, media_type = f"{_FILE_STEM}.{order.encoding.file_format}", output.file.media_type
     if order.wire.get("sync_mode"):
-        url = data_uri(output.file.to_bytes(), media_type)
+        url = await service.compute(lambda: data_uri(output.file.to_bytes(), media_type))
     else:
         file_id, _ = await service.jobs.publish(
             output.file.chunks, media_type=media_type, file_name=name, clips=output.clips, made_on=result.made_on
