@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
@@ -13,6 +16,7 @@ from stable_audio_serve.core.generation import MAX_PROMPT_CHARS
 from stable_audio_serve.core.sound import AudioFormat, BitDepth
 
 NOT_BLANK = r"\S"
+IS_NONE: Callable[[object], bool] = partial(operator.is_, None)  # for `exclude_if`
 
 PEAKS_DESCRIPTION = (
     "Extension: limit = a limiter holds peaks at 0.977 and leaves quieter clips unchanged; "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import socket
 import subprocess
 import sys
@@ -32,7 +31,7 @@ _ATTEMPTS = 2  # per file, because a process may die for reasons other than the 
 
 
 class AudioDecoder:
-    """Decodes files in a child process, which starts on first use. Methods block: call them from worker threads."""
+    """Decodes files in a child process, which starts on first use. Methods block: call them from one worker thread."""
 
     def __init__(
         self,
@@ -49,8 +48,7 @@ class AudioDecoder:
         self._start_process = start_process or DecodeProcess.start
         self._limits = {"max_values": _MAX_VALUES, "own_rates_hz": sorted(own_rates_hz)}
         self._timeout_s = timeout_s
-        self._idle: queue.LifoQueue[DecodeProcess | None] = queue.LifoQueue()
-        self._idle.put(None)
+        self._process: DecodeProcess | None = None
 
     def decode(
         self, file: IO[bytes], *, max_s: float, allowed_s: tuple[float, float] | None = None, field: str = "audio"
@@ -87,27 +85,19 @@ class AudioDecoder:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _ask_once(self, descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
-        worker = self._idle.get()
+        if self._process is None or not self._process.is_alive():
+            self._process = self._start_process()
         try:
-            if worker is None or not worker.is_alive():
-                worker = None
-                worker = self._start_process()
-            return worker.ask(descriptor, limits, timeout_s=self._timeout_s)
+            return self._process.ask(descriptor, limits, timeout_s=self._timeout_s)
         except (_WorkerLostError, TimeoutError):
-            if worker is not None:
-                worker.stop()
-                worker = None
+            self.close()
             raise
-        finally:
-            self._idle.put(worker)
 
     def close(self) -> None:
-        """Stop the child process if it is idle. A later call of `decode` or `read_text` starts another one."""
-        workers = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
-        for worker in workers:
-            if worker is not None:
-                worker.stop()
-            self._idle.put(None)
+        """Stop the child process. A later call of `decode` or `read_text` starts another one."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
 
 
 class _FileRefusedError(Exception):

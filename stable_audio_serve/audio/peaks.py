@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # because lossy encoders raise peaks.
 CEILING = float(np.float32(0.977))
 
-_BLOCK = 16  # samples between two points of the piecewise linear gain curve
+BLOCK = 16  # samples between two points of the piecewise linear gain curve
 _ATTACK_S = 0.005
 _HOLD_S = 0.012  # half a period of 42 Hz, so that the gain does not follow the waveform of higher tones
 _RELEASE_S = 0.1  # time in which the reduction decays by a factor e
@@ -80,8 +80,8 @@ def limit(
     levels = np.abs(audio).max(axis=0) if levels is None else levels
     num_samples = audio.shape[1]
     needed = _needed_reduction(levels, ceiling)
-    points = _smooth_reduction(needed, points_per_s=sample_rate_hz / _BLOCK)
-    ramp = np.arange(_BLOCK, dtype=np.float32) / np.float32(_BLOCK)
+    points = _smooth_reduction(needed, points_per_s=sample_rate_hz / BLOCK)
+    ramp = np.arange(BLOCK, dtype=np.float32) / np.float32(BLOCK)
     rises = np.diff(points)[:, None]
     reduction = (points[:-1, None] + rises * ramp).reshape(-1)[:num_samples]
     limited = audio * (np.float32(1) - reduction)
@@ -126,7 +126,7 @@ def find_peak(audio: npt.NDArray[np.float32]) -> float:
 
 def _needed_reduction(levels: npt.NDArray[np.float32], ceiling: float) -> npt.NDArray[np.float64]:
     """Return the reduction (1 - gain) that each block of samples needs to stay below `ceiling`, 0 if none."""
-    blocks = np.pad(levels, (0, -len(levels) % _BLOCK)).reshape(-1, _BLOCK).max(axis=1).astype(np.float64)
+    blocks = np.pad(levels, (0, -len(levels) % BLOCK)).reshape(-1, BLOCK).max(axis=1).astype(np.float64)
     return 1.0 - ceiling / np.maximum(blocks, ceiling)
 
 

@@ -66,11 +66,6 @@ def fix_channels(samples: Tensor, channels: int) -> Tensor:
     raise InvalidUploadError(f"audio has {found} channels, the model needs {channels}")
 
 
-def resampled_length(num_samples: int, from_hz: int, *, to_hz: int) -> int:
-    """Return the number of samples that `resample` makes from `num_samples`."""
-    return -(-num_samples * to_hz // from_hz)
-
-
 def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | None = None) -> Tensor:
     """Resample `samples` (C, S) float32 to (C, ceil(S * to_hz / from_hz)), or to the first `max_samples` of that.
 
@@ -80,7 +75,7 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
     """
     divisor = math.gcd(from_hz, to_hz)
     source_step, num_phases = from_hz // divisor, to_hz // divisor
-    length = resampled_length(samples.shape[-1], source_step, to_hz=num_phases)
+    length = -(-samples.shape[-1] * num_phases // source_step)
     if max_samples is not None and max_samples < length:
         length = max_samples
     if source_step == num_phases:

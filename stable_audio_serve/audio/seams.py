@@ -32,23 +32,15 @@ _LEAD_S = 0.05  # length of the audio that is moved from the end of a loop to be
 _NEGLIGIBLE = 1e-6  # samples; a length this close below a whole number is that number
 
 
-def as_loop(request: GenerationRequest, *, max_duration_s: float, loop: LoopStart = "free") -> GenerationRequest:
-    """Return the request for clips that repeat without a seam. `max_duration_s` is the value in the model's card.
+def with_surplus(request: GenerationRequest, *, max_duration_s: float) -> GenerationRequest:
+    """Return the request for a loop, but with the longer duration that the model must generate.
 
-    Raises InvalidRequestError if the clip is too long, because the model must generate more than the clip.
+    Planning uses the longer duration. `max_duration_s` is the value in the model's card. Raises InvalidRequestError if
+    the loop is too long, because the model must generate more than the loop.
     """
     if request.duration_s > max_duration_s - LEAST_SURPLUS_S:
         allowed = f"at most {max_duration_s - LEAST_SURPLUS_S:g}"
         raise InvalidRequestError(f"duration must be {allowed} for a loop", field="duration", allowed=allowed)
-    return replace(request, loop=loop)
-
-
-def with_surplus(request: GenerationRequest, *, max_duration_s: float) -> GenerationRequest:
-    """Return the request for a loop, but with the longer duration that the model must generate.
-
-    Planning uses the longer duration. Raises InvalidRequestError if the loop is too long.
-    """
-    request = as_loop(request, max_duration_s=max_duration_s)
     return replace(request, duration_s=min(request.duration_s + _SURPLUS_S, max_duration_s))
 
 

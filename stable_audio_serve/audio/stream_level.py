@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.level import CLOSE_LU, MOST_EXTRA_GAIN_DB, to_gain
+from stable_audio_serve.audio.level import CLOSE_LU, MOST_EXTRA_GAIN_DB, to_dbtp, to_gain
 from stable_audio_serve.audio.loudness import ClipMeter
-from stable_audio_serve.audio.peaks import LIMITED_AROUND_S, limit
+from stable_audio_serve.audio.peaks import BLOCK, LIMITED_AROUND_S, limit
 from stable_audio_serve.audio.true_peak import envelope
 from stable_audio_serve.core.sound import Finishing, Loudness
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_BLOCK = 16  # the limiter's gain has a point at each multiple of this many samples
 _MOST_PASSES = 4
 _LIMITED_S = 5.0  # length of the audio that is limited at once
 _REACH = 32  # a value between two samples depends on fewer samples than this on each side
@@ -130,8 +129,7 @@ class PieceFinisher:
     @property
     def true_peak_dbtp(self) -> float | None:
         """The true peak of all finished samples in dBTP, None if all are 0."""
-        peak = self._peak.finish()
-        return 20 * float(np.log10(peak)) if peak else None
+        return to_dbtp(self._peak.finish())
 
     def add(self, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the next finished samples (C, S). They may be fewer or more than the samples in `block`."""
@@ -175,8 +173,8 @@ class _Limiter:
         self._rate_hz = sample_rate_hz
         self._gain = np.float32(to_gain(gain_db))
         self._ceiling = to_gain(loudness.true_peak_dbtp)
-        self._around = -(-round(LIMITED_AROUND_S * sample_rate_hz) // _BLOCK) * _BLOCK
-        self._length = -(-round(_LIMITED_S * sample_rate_hz) // _BLOCK) * _BLOCK
+        self._around = -(-round(LIMITED_AROUND_S * sample_rate_hz) // BLOCK) * BLOCK
+        self._length = -(-round(_LIMITED_S * sample_rate_hz) // BLOCK) * BLOCK
         self._waiting: npt.NDArray[np.float32] | None = None
         self._num_before = 0  # samples at the start of `_waiting` that have been returned
 

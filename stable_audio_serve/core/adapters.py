@@ -40,7 +40,12 @@ class AdapterCard:
     @property
     def strengths(self) -> tuple[float, float]:
         """The lowest and the highest strength that the adapter's type allows."""
-        return (-2.0 if self.type in ("lora", "lora-xs") else 0.0), 2.0
+        return strength_range(self.type)
+
+
+def strength_range(adapter_type: str) -> tuple[float, float]:
+    """Return the lowest and the highest strength that adapters of this type may have."""
+    return (-2.0 if adapter_type in ("lora", "lora-xs") else 0.0), 2.0
 
 
 class AdapterLibrary(Protocol):

@@ -55,7 +55,6 @@ class EngineOptions:
     prompt_cache_bytes: int = 256 * 2**20
     lora_cache_bytes: int = 512 * 2**20  # memory for adapters, as loaded and as folded for requests
     max_lora_rank: int = 64  # limit of the sum of the ranks of a request's adapters
-    planning_threads: int = 1  # for each priority, the number of threads that plan requests
     max_planning: int = 1024  # for each priority, the most requests that may wait for planning or be planned
     torch_threads: int | None = None  # how many CPU threads an operation uses; None: torch's default
     # The engine writes this file when a failed capture ends the process. While it exists, no CUDA graphs are captured.
@@ -70,7 +69,7 @@ class EngineOptions:
             allowed = ", ".join(get_args(ProfileChoice))
             raise ConfigError(f"engine profile {self.profile!r} is unknown", field="profile", allowed=allowed)
         least = {"slots": 2, "max_rows": 2}  # a guided clip takes two slots; each priority needs one clip in progress
-        whole = ("max_rows", "max_step_tokens", "slots", "max_lora_rank", "planning_threads", "max_planning")
+        whole = ("max_rows", "max_step_tokens", "slots", "max_lora_rank", "max_planning")
         for name in (*whole, "frame_grid", "max_memory_bytes", "torch_threads"):
             value = getattr(self, name)
             if value is not None and value < least.get(name, 1):

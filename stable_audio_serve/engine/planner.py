@@ -27,16 +27,15 @@ log = logging.getLogger(__name__)
 
 
 class Planner:
-    """Plans requests on `num_threads` threads. At most `max_pending` requests may wait for planning or be planned."""
+    """Plans requests on a thread. At most `max_pending` requests may wait for planning or be planned."""
 
-    def __init__(self, model: DiffusionModel, *, num_threads: int, max_pending: int, clock: Clock) -> None:
+    def __init__(self, model: DiffusionModel, *, max_pending: int, clock: Clock) -> None:
         self._model = model
         self._clock = clock
-        self._num_threads = num_threads
         self._max_pending = max_pending
-        # Each planning thread uses one torch thread, so that resampled audio does not depend on the number of cores.
+        # The planning thread uses one torch thread, so that resampled audio does not depend on the number of cores.
         one_thread = partial(torch.set_num_threads, 1)
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="planning", initializer=one_thread)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="planning", initializer=one_thread)
         self._lock = threading.Lock()
         self._num_pending = 0
         self._closed = False
@@ -52,7 +51,7 @@ class Planner:
             if self._closed:
                 raise ModelUnavailableError(UNAVAILABLE)
             if self._num_pending >= self._max_pending:
-                retry_s = max(0.1, self._num_pending * self._usual_s / self._num_threads)
+                retry_s = max(0.1, self._num_pending * self._usual_s)
                 raise OverloadedError("too many requests are being prepared; retry later", retry_after_s=retry_s)
             self._num_pending += 1
             future = self._pool.submit(self._run, request, frames)

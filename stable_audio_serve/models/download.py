@@ -57,25 +57,25 @@ _RETRY_AFTER_S = 30.0
 _REQUEST_TIMEOUT_S = 4.0  # timeout of a request to the hub that is not a download
 
 
-def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
+def download_entry(entry: ModelEntry, *, token: str | None = None) -> Path:
     """Returns the folder with all of the entry's files. Downloads missing files. If all are cached, sends no request.
 
     If `token` is None, huggingface_hub uses its own token. Raises CheckpointError if the files cannot be downloaded.
     """
     repo_id = _repository(entry)
-    cached = find_cached(entry, cache_dir=cache_dir)
+    cached = find_cached(entry)
     if cached is not None:
         return cached
-    folder = _download(entry, token=token, cache_dir=cache_dir)
+    folder = _download(entry, token=token)
     _require_config(repo_id, list_folder(folder).names)
     if not (folder / WEIGHTS_FILE).is_file():
-        weights = _find_in_repository(entry, token=token, cache_dir=cache_dir)
-        folder = _download(_with_weights(entry, weights), token=token, cache_dir=cache_dir)
+        weights = _find_in_repository(entry, token=token)
+        folder = _download(_with_weights(entry, weights), token=token)
     check_folder(folder)
     return folder
 
 
-def download_text_encoder(folder: Path, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
+def download_text_encoder(folder: Path, *, token: str | None = None) -> Path:
     """Returns the folder of a checkpoint's text encoder.
 
     If the checkpoint does not contain the text encoder, downloads the text encoder's own repository. Raises
@@ -85,20 +85,20 @@ def download_text_encoder(folder: Path, *, token: str | None = None, cache_dir: 
     if within is not None:
         return within
     entry = text_encoder_entry(text_encoder_repository(read_config(folder)))
-    cached = _cached_text_encoder(entry, cache_dir=cache_dir)
+    cached = _cached_text_encoder(entry)
     if cached is not None:
         return cached
-    fetched = _download(entry, token=token, cache_dir=cache_dir)
+    fetched = _download(entry, token=token)
     check_encoder(replace(list_folder(fetched), place=_repository(entry)))
     return fetched
 
 
-def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | None:
+def find_cached(entry: ModelEntry) -> Path | None:
     """Returns the folder with the entry's files if the cache has all of them, else None. Sends no request.
 
     Raises CheckpointError if a file is damaged or the name of the repository is invalid.
     """
-    folder = _snapshot(entry, cache_dir=cache_dir)
+    folder = _snapshot(entry)
     if folder is None:
         return None
     try:
@@ -109,28 +109,28 @@ def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | N
     return folder
 
 
-def find_local(entry: ModelEntry, *, cache_dir: Path | None = None) -> tuple[Path, Path] | None:
+def find_local(entry: ModelEntry) -> tuple[Path, Path] | None:
     """Returns the folders of an entry's checkpoint and text encoder if both are on this machine. Sends no request."""
-    folder = Path(entry.folder) if entry.folder is not None else find_cached(entry, cache_dir=cache_dir)
+    folder = Path(entry.folder) if entry.folder is not None else find_cached(entry)
     if folder is None:
         return None
     encoder = find_text_encoder(folder)
     if encoder is None:
         other = text_encoder_entry(text_encoder_repository(read_config(folder)))
-        encoder = _cached_text_encoder(other, cache_dir=cache_dir)
+        encoder = _cached_text_encoder(other)
     return None if encoder is None else (folder, encoder)
 
 
-def downloaded_bytes(entry: ModelEntry, *, cache_dir: Path | None = None) -> int:
+def downloaded_bytes(entry: ModelEntry) -> int:
     """Returns the size of an entry's files in the cache, including the parts of unfinished files. Sends no request."""
     total = 0
-    for file in _blobs(cache_dir or Path(constants.HF_HUB_CACHE), _repository(entry)).glob("*"):
+    for file in _blobs(Path(constants.HF_HUB_CACHE), _repository(entry)).glob("*"):
         with suppress(FileNotFoundError):  # the name of a file changes when it is complete
             total += file.stat().st_size
     return total
 
 
-def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> None:
+def check_access(entry: ModelEntry, *, token: str | None = None) -> None:
     """Raise CheckpointError unless the entry's files are on this machine or can be downloaded.
 
     Downloads at most the config. Sends a few short requests without retries, so that a starting server reports
@@ -140,25 +140,25 @@ def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path
         check_folder(Path(entry.folder))
         folder: Path | None = Path(entry.folder)
     else:
-        folder = find_cached(entry, cache_dir=cache_dir)
+        folder = find_cached(entry)
     if folder is None:
-        folder, encoder = _check_repository(entry, token=token, cache_dir=cache_dir)
+        folder, encoder = _check_repository(entry, token=token)
     else:
         encoder = check_layout(read_config(folder), list_folder(folder))
     if encoder is None:
         other = text_encoder_entry(text_encoder_repository(read_config(folder)))
-        if _cached_text_encoder(other, cache_dir=cache_dir) is None:
-            _check_text_encoder(other, token=token, cache_dir=cache_dir)
+        if _cached_text_encoder(other) is None:
+            _check_text_encoder(other, token=token)
 
 
-def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> tuple[Path, str | None]:
+def _check_repository(entry: ModelEntry, *, token: str | None) -> tuple[Path, str | None]:
     """Download the config of an entry and check that the entry's files can be downloaded.
 
     Returns the folder with the config, and the text encoder's folder (None if it is not in the same repository).
     """
     repo_id = _repository(entry)
     if constants.is_offline_mode():
-        raise CheckpointError(describe_incomplete_cache(entry, cache_dir=cache_dir))
+        raise CheckpointError(describe_incomplete_cache(entry))
     try:
         info = _fetch_info(entry, token)
         listed = _files_of(info, entry)
@@ -170,7 +170,6 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
             CONFIG_FILE,
             revision=entry.revision,
             token=token,
-            cache_dir=cache_dir,
             etag_timeout=_REQUEST_TIMEOUT_S,
         )  # not at `info.sha`: later cache lookups use the revision of the entry
         folder = Path(config_file).parent
@@ -178,30 +177,30 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
         if encoder is not None:
             _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
     except _ERRORS as error:
-        raise _failure(error, entry, cache_dir=cache_dir) from error
-    _require_space(_with_weights(entry, weights), info, cache_dir=cache_dir)
+        raise _failure(error, entry) from error
+    _require_space(_with_weights(entry, weights), info)
     return folder, encoder
 
 
-def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> None:
+def _check_text_encoder(entry: ModelEntry, *, token: str | None) -> None:
     repo_id = _repository(entry)
     if constants.is_offline_mode():
-        raise CheckpointError(describe_incomplete_cache(entry, cache_dir=cache_dir))
+        raise CheckpointError(describe_incomplete_cache(entry))
     try:
         info = _fetch_info(entry, token)
         check_encoder(_files_of(info, entry))
         _require_readable(repo_id, "config.json", info=info, token=token)
     except _ERRORS as error:
-        raise _failure(error, entry, cache_dir=cache_dir) from error
-    _require_space(entry, info, cache_dir=cache_dir)
+        raise _failure(error, entry) from error
+    _require_space(entry, info)
 
 
-def _find_in_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> str:
+def _find_in_repository(entry: ModelEntry, *, token: str | None) -> str:
     """Returns the name of the weight file in the entry's repository on the hub."""
     try:
         info = _fetch_info(entry, token)
     except _ERRORS as error:
-        raise _failure(error, entry, cache_dir=cache_dir) from error
+        raise _failure(error, entry) from error
     return choose_weights(_files_of(info, entry))
 
 
@@ -222,9 +221,9 @@ def _fetch_info(entry: ModelEntry, token: str | None) -> ModelInfo:
     )
 
 
-def _cached_text_encoder(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
+def _cached_text_encoder(entry: ModelEntry) -> Path | None:
     """Returns the folder of a text encoder's repository if the cache has all of it, else None."""
-    folder = _snapshot(entry, cache_dir=cache_dir)
+    folder = _snapshot(entry)
     if folder is None:
         return None
     try:
@@ -234,34 +233,32 @@ def _cached_text_encoder(entry: ModelEntry, *, cache_dir: Path | None) -> Path |
     return folder
 
 
-def _download(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> Path:
+def _download(entry: ModelEntry, *, token: str | None) -> Path:
     try:
         folder = snapshot_download(
             _repository(entry),
             revision=entry.revision,
             token=token,
-            cache_dir=cache_dir,
             allow_patterns=list(entry.files),
         )
     except _ERRORS as error:
-        raise _failure(error, entry, cache_dir=cache_dir) from error
+        raise _failure(error, entry) from error
     return Path(folder)
 
 
-def _snapshot(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
+def _snapshot(entry: ModelEntry) -> Path | None:
     """Returns the cache folder of a repository, complete or not; None if nothing is cached."""
     try:
         folder = snapshot_download(
             _repository(entry),
             revision=entry.revision,
-            cache_dir=cache_dir,
             allow_patterns=list(entry.files),
             local_files_only=True,
         )
     except LocalEntryNotFoundError:
         return None
     except _ERRORS as error:
-        raise _failure(error, entry, cache_dir=cache_dir) from error
+        raise _failure(error, entry) from error
     return Path(folder)
 
 
@@ -281,8 +278,8 @@ def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | 
     get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_REQUEST_TIMEOUT_S)
 
 
-def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None) -> None:
-    root = cache_dir or Path(constants.HF_HUB_CACHE)
+def _require_space(entry: ModelEntry, info: ModelInfo) -> None:
+    root = Path(constants.HF_HUB_CACHE)
     blobs = _blobs(root, info.id)
     needed = 0
     for file in filter_repo_objects(info.siblings or (), allow_patterns=list(entry.files), key=lambda f: f.rfilename):
@@ -302,7 +299,7 @@ def _blobs(root: Path, repo_id: str) -> Path:
     return root / f"models--{repo_id.replace('/', '--')}" / "blobs"
 
 
-def _failure(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> CheckpointError:
+def _failure(error: Exception, entry: ModelEntry) -> CheckpointError:
     """Returns the error to raise for an error of huggingface_hub. It has a retry time if the hub did not answer."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # report the hub's response instead of the missing cache entry that followed
@@ -310,12 +307,12 @@ def _failure(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
         is_temporary = error.response.status_code >= 500 or error.response.status_code == 429
     else:
         is_temporary = isinstance(error, LocalEntryNotFoundError | HTTPError) and not constants.is_offline_mode()
-    message = _explain(error, entry, cache_dir=cache_dir)
+    message = _explain(error, entry)
     return CheckpointError(message, retry_after_s=_RETRY_AFTER_S if is_temporary else None)
 
 
-def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> str:
-    repo_id, place = entry.repo_id, cache_dir or Path(constants.HF_HUB_CACHE)
+def _explain(error: Exception, entry: ModelEntry) -> str:
+    repo_id, place = entry.repo_id, Path(constants.HF_HUB_CACHE)
     page = f"{constants.ENDPOINT}/{repo_id}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     match error:
@@ -334,7 +331,7 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
         case HfHubHTTPError():
             return f"{constants.ENDPOINT} answered {status} to {error.response.url.path}; see {page}"
         case LocalEntryNotFoundError() | HTTPError():
-            return describe_incomplete_cache(entry, cache_dir=cache_dir)
+            return describe_incomplete_cache(entry)
         case OSError():
             return f"{repo_id} could not be stored in {place}: {_first_line(error)}"
         case UnicodeEncodeError():
@@ -343,9 +340,9 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
             return f"{constants.ENDPOINT} gave no answer of a model hub for {repo_id}: {_first_line(error)}"
 
 
-def describe_incomplete_cache(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
+def describe_incomplete_cache(entry: ModelEntry) -> str:
     """Returns the error message for a cache that lacks files while the hub cannot be used (offline or no network)."""
-    lacking = f"{entry.repo_id} is not complete in {cache_dir or constants.HF_HUB_CACHE} and"
+    lacking = f"{entry.repo_id} is not complete in {constants.HF_HUB_CACHE} and"
     if constants.is_offline_mode():
         return f"{lacking} offline mode is on: unset HF_HUB_OFFLINE to fetch it"
     remedy = "check the network, or put the files in a folder and configure its path"

@@ -195,11 +195,6 @@ class BranchConditioning:
     constants: Mapping[str, Tensor]
     by_frame: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def num_bytes(self) -> int:
-        """The device memory of all values in bytes."""
-        return sum(value.nbytes for value in (*self.constants.values(), *self.by_frame.values()))
-
 
 @dataclass(frozen=True, slots=True)
 class RowConditioning:

@@ -5,9 +5,8 @@ If a key does not fit the networks, an error names the key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -61,14 +60,9 @@ def require_exact_float32() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-@contextmanager
-def skipping_random_weights() -> Iterator[None]:
-    """Returns a context in which new modules get uninitialised weights instead of random ones, which saves time."""
-    with _SkipDraws():
-        yield
+class SkipRandomWeights(TorchFunctionMode):
+    """A context in which new modules get uninitialised weights instead of random ones, which saves time."""
 
-
-class _SkipDraws(TorchFunctionMode):
     DRAWS = (Tensor.uniform_, Tensor.normal_)
 
     def __torch_function__(  # noqa: PLR0917  # torch's signature

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from stable_audio_serve.sampling.plan import Blend, Evaluation, SamplerPlan
+from stable_audio_serve.sampling.plan import LATENTS, Blend, Evaluation, SamplerPlan
 
 NoisePath = Callable[[Evaluation], tuple[float, float]]
 """Returns the factors alpha and beta of an evaluation: how much of z and eps' the network's input contains."""
@@ -51,10 +51,10 @@ def blend_plan(plan: SamplerPlan, path: NoisePath) -> SamplerPlan:
     """
     first, *others = plan.evaluations
     blends = [Blend(evaluation.input_register, *path(evaluation)) for evaluation in others]
-    blends.append(Blend(plan.result_register, 1.0, 0.0))
+    blends.append(Blend(LATENTS, 1.0, 0.0))
     return replace(
         plan,
-        start_blend=Blend(plan.start_register, *path(first)),
+        start_blend=Blend(LATENTS, *path(first)),
         evaluations=tuple(
             replace(evaluation, blend=blend) for evaluation, blend in zip(plan.evaluations, blends, strict=True)
         ),

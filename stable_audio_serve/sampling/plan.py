@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LATENTS = 0  # the register with the initial latents before the first evaluation, and with the result after the last
+
 
 @dataclass(frozen=True, slots=True)
 class Blend:
@@ -44,17 +46,14 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class SamplerPlan:
-    """A sampler with the schedule of one clip. It has at most 5 registers, which start with zeros, except one.
+    """A sampler with the schedule of one clip. It has at most 5 registers, which start with zeros, except `LATENTS`.
 
-    `start_register` starts with the initial latents, `source_scale * source + noise_scale * noise`. After the last
-    evaluation, the result is in `result_register`. `step_ends[i]` is the number of evaluations after which the
-    requested step i is complete. `start_blend` is applied to the initial latents. Either `start_blend` and the `blend`
-    of every evaluation are set, or all of them are None.
+    The initial latents are `source_scale * source + noise_scale * noise`. `step_ends[i]` is the number of evaluations
+    after which the requested step i is complete. `start_blend` is applied to the initial latents. Either `start_blend`
+    and the `blend` of every evaluation are set, or all of them are None.
     """
 
     num_registers: int
-    start_register: int
-    result_register: int
     source_scale: float
     noise_scale: float
     evaluations: tuple[Evaluation, ...]

@@ -40,8 +40,6 @@ def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: 
     level = float(times[0])
     return SamplerPlan(
         num_registers=num_registers,
-        start_register=0,
-        result_register=0,
         source_scale=1.0 - level if has_source else 0.0,
         noise_scale=level if has_source else 1.0,
         evaluations=tuple(evaluations),

@@ -102,8 +102,6 @@ class PlanWriter:
         """
         return SamplerPlan(
             num_registers=self._num_registers,
-            start_register=0,
-            result_register=0,
             source_scale=source_scale,
             noise_scale=noise_scale,
             evaluations=tuple(self._evaluations),

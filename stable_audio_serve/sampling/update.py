@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
+from stable_audio_serve.sampling.plan import LATENTS, Evaluation, SamplerPlan
 
 MAX_REGISTERS = 5
 KEPT_PARTS = 3  # the tensors of `Kept`: mask, source and noise
@@ -140,7 +140,7 @@ def start_state(plan: SamplerPlan, noise: Tensor, *, source: Tensor | None = Non
     if source is not None:
         latent = plan.source_scale * source.float() + latent
     state = latent.new_zeros(plan.num_registers, *latent.shape)
-    state[plan.start_register] = latent
+    state[LATENTS] = latent
     blend = plan.start_blend
     if blend is not None:
         own = _needed(kept)

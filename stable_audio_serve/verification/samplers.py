@@ -18,6 +18,7 @@ from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, ReplayPath, SamplerPlan, SigmaRange, shift_from_config
 from stable_audio_serve.sampling.brownian import MAX_ENTROPY, BrownianTree, brownian_steps
 from stable_audio_serve.sampling.karras import polyexponential_sigmas
+from stable_audio_serve.sampling.plan import LATENTS
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.sampling.v_network import sigma_to_time
 from stable_audio_serve.sampling.v_samplers import OVER_TIME
@@ -149,7 +150,7 @@ def _run_plan(
         unguided = _UNGUIDED_SHARE * made if any(call.b_uncond) else None
         drawn = torch.stack([row.step(tuple(noise.shape[1:])) for row in rows]) if call.draws_noise else None
         state = sampling.advance(state, terms, velocity=made, unconditional=unguided, noise=drawn)
-    return state[:, plan.result_register], calls
+    return state[:, LATENTS], calls
 
 
 def compare_steps(

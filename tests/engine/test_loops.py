@@ -12,7 +12,6 @@ import pytest
 from stable_audio_serve.audio.finish import finish_clip
 from stable_audio_serve.audio.loops import Loop
 from stable_audio_serve.audio.peaks import CEILING
-from stable_audio_serve.audio.seams import as_loop
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, LoopStart
 from stable_audio_serve.engine import Engine
@@ -39,8 +38,8 @@ def engine() -> Iterator[Engine]:
 def make_loop(
     engine: Engine, prompt: str, *, duration_s: float, seed: int = 1, loop: LoopStart = "free"
 ) -> GenerationResult:
-    request = GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed, steps=20)
-    return asyncio.run(engine.generate(as_loop(request, max_duration_s=engine.spec.card.max_duration_s, loop=loop)))
+    request = GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed, steps=20, loop=loop)
+    return asyncio.run(engine.generate(request))
 
 
 def largest_jumps(audio: npt.NDArray[np.float32]) -> tuple[float, float]:

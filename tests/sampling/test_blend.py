@@ -31,6 +31,7 @@ from stable_audio_serve.sampling import (
     start_state,
     v_path,
 )
+from stable_audio_serve.sampling.plan import LATENTS
 from tests.parameters import slow
 
 CHANNELS, FRAMES = 3, 12
@@ -87,7 +88,7 @@ def run(
         drawn = noise.step(shape)[None] if evaluation.draws_noise else None
         v = network(x, evaluation.t)
         state = advance(state, StepTerms.of([evaluation]), velocity=v, unconditional=0.9 * v, noise=drawn, kept=batch)
-    return state[0, plan.result_register]
+    return state[0, LATENTS]
 
 
 @pytest.mark.parametrize("has_source", [False, True])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.sampling import NoiseSource, SamplerPlan, StepTerms, advance, network_input
+from stable_audio_serve.sampling.plan import LATENTS
 
 
 def toy_velocity(x: Tensor, times: Tensor) -> Tensor:
@@ -47,4 +48,4 @@ def run_plan(
         v_uncond = unguided(x, evaluation.t) if unguided else None
         drawn = noise.step(tuple(state.shape[1:]))[None] if noise and evaluation.draws_noise else None
         batch = advance(batch, StepTerms.of(rows), velocity=v, unconditional=v_uncond, noise=drawn)
-    return batch[0, plan.result_register]
+    return batch[0, LATENTS]

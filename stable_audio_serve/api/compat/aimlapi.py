@@ -24,6 +24,7 @@ from stable_audio_serve.api.compat.hosted import (
     to_request,
 )
 from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.fields import IS_NONE
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
@@ -56,10 +57,6 @@ _STATES: dict[State, Literal["queued", "generating", "completed", "error"]] = {
     "failed": "error",
     "cancelled": "error",
 }
-
-
-def _is_none(value: object) -> bool:
-    return value is None
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -105,8 +102,8 @@ class AimlGeneration(BaseModel):
 
     id: str
     status: Literal["queued", "generating", "completed", "error"]
-    audio_file: AimlFile | None = Field(None, exclude_if=_is_none)
-    error: AimlFailure | None = Field(None, exclude_if=_is_none)
+    audio_file: AimlFile | None = Field(None, exclude_if=IS_NONE)
+    error: AimlFailure | None = Field(None, exclude_if=IS_NONE)
     meta: AimlMeta = AimlMeta()
 
 

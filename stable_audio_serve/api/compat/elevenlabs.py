@@ -29,7 +29,7 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.audio.formats import SAMPLE_RATES_HZ, media_type
-from stable_audio_serve.audio.seams import LEAST_SURPLUS_S, as_loop
+from stable_audio_serve.audio.seams import LEAST_SURPLUS_S
 from stable_audio_serve.core.catalog import SA3_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError, UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest, Section
@@ -296,14 +296,14 @@ def _to_sound(body: SoundBody, card: ModelCard, *, request_id: str) -> Generatio
     if duration_s > longest_s:
         raise _fault("duration_seconds", f"must be from {_SOUND_S[0]:g} to {longest_s:g} for the model {card.name}")
     influence = 0.3 if body.prompt_influence is None else body.prompt_influence
-    request = GenerationRequest(
+    return GenerationRequest(
         prompt=body.text,
         duration_s=duration_s,
         seed=resolve_seed(-1),
         cfg_scale=1 + 6 * influence if card.default_cfg_scale > 1 else None,
+        loop="free" if body.loop else None,
         request_id=request_id,
     )
-    return as_loop(request, max_duration_s=card.max_duration_s) if body.loop else request
 
 
 def _named_length(text: str) -> float:

@@ -18,8 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.core.settings import ApiSettings
 
-# Request headers that are removed. With them, clients could change Ray Serve's deadline or turn off its cancellation.
-_CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 MAX_FIELDS_BYTES = 1_048_576  # largest JSON body; also the largest total of a form's fields without its file
 MAX_FILE_IN_JSON_BYTES = 33_554_432  # the largest data URI in a JSON body
 _CLOSE = {"Connection": "close"}
@@ -63,7 +61,6 @@ class LimitsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in _CONTROL_HEADERS]
         handler = asyncio.current_task()
         assert handler is not None
         connection = _Connection(

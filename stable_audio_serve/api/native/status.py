@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
+from stable_audio_serve.api.fields import IS_NONE
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.native.ignored import cut_prompts
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
@@ -58,10 +59,6 @@ _STATUS: dict[str, Any] = {
 }
 
 
-def _is_none(value: object) -> bool:
-    return value is None
-
-
 class JobTicket(BaseModel):
     """An accepted job."""
 
@@ -83,9 +80,9 @@ class JobProgress(BaseModel):
     stage: str = Field(description="`queued`, `started`, the current step of the work, or `done`.")
     fraction: float = Field(description="Finished share of the work, 0 to 1.")
     sections_done: int | None = Field(
-        None, exclude_if=_is_none, description="Number of finished sections; long pieces only."
+        None, exclude_if=IS_NONE, description="Number of finished sections; long pieces only."
     )
-    sections: int | None = Field(None, exclude_if=_is_none, description="Number of sections; long pieces only.")
+    sections: int | None = Field(None, exclude_if=IS_NONE, description="Number of sections; long pieces only.")
     eta_seconds: float | None = Field(description="Last predicted time until the job ends, seconds.")
     queue_position: int | None = Field(
         description="Number of jobs before this one. Once the job has started: number of variations before it in the "
@@ -141,7 +138,7 @@ class JobStatus(BaseModel):
     )
     replay: Literal["exact", "close"] | None = Field(
         None,
-        exclude_if=_is_none,
+        exclude_if=IS_NONE,
         description="Only if the job recreated a long piece: exact = same bytes as the original.",
     )
     warnings: list[str] = Field(

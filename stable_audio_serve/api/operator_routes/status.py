@@ -21,6 +21,7 @@ from stable_audio_serve.api.operator_routes import schemas
 from stable_audio_serve.api.routing import operator_route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes.info import JobStoreHealth, describe_ready
+from stable_audio_serve.api.shared_routes.server import NAME
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.operations import DrainReport, ModelReport, Operations, ReplicaReport, ServerReport
 from stable_audio_serve.core.settings_sources import least_replicas
@@ -28,7 +29,6 @@ from stable_audio_serve.jobs.overview import JobsOverview
 from stable_audio_serve.jobs.store.health import StoreHealth
 
 TAG = "Operators"
-_NAME: Final = "stable-audio-serve"
 _MINUTE_S: Final = 60.0
 _UNKNOWN = ModelReport(ModelStatus("loading"))
 
@@ -57,7 +57,7 @@ def describe(service: Service, report: ServerReport, *, store: StoreHealth, jobs
         for card in service.backend.catalog
     }
     return schemas.ServerStatus(
-        server=_NAME,
+        server=NAME,
         version=__version__,
         status=verdict.status,
         ready=verdict.ready,

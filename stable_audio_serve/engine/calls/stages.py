@@ -36,6 +36,7 @@ from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.engine.scheduling.pacing import CallTimes
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
 from stable_audio_serve.models.protocol import DiffusionModel, EncodeWindow, TextEmbedding
+from stable_audio_serve.sampling.plan import LATENTS
 from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
 
@@ -74,9 +75,6 @@ class PromptCache:
     def num_bytes(self) -> int:
         """The size of all cached embeddings in bytes."""
         return self._num_bytes
-
-    def __len__(self) -> int:
-        return len(self._embeddings)
 
 
 class Stages:
@@ -427,7 +425,7 @@ class Stages:
         audio = AudioAssembly.of(
             row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._is_fixed, device=self._device
         )
-        latents = self._executor.release(stepping.held, part=row.plan.sampler.result_register)
+        latents = self._executor.release(stepping.held, part=LATENTS)
         stepping.conditioning.free()
         audio.check(latents[:, : row.plan.valid_frames])
         row.work.decode_left = audio.lengths_left

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stable_audio_serve.core.adapters import strength_range
 from stable_audio_serve.core.generation import Stacking
 from stable_audio_serve.models.adapters.base import Base, FittedAdapter, FittedLayer
 from stable_audio_serve.models.adapters.header import CONDITIONERS, AdapterType, refuse_adapter
@@ -67,9 +68,9 @@ class _Chain(NamedTuple):
 
 def check_strength(name: str, kind: AdapterType, *, strength: float) -> None:
     """Raise InvalidRequestError unless an adapter of this type may have this strength."""
-    low = -2 if kind in ("lora", "lora-xs") else 0
-    if not low <= strength <= 2:
-        allowed = f"{low} to 2"
+    low, high = strength_range(kind)
+    if not low <= strength <= high:
+        allowed = f"{low:g} to {high:g}"
         raise refuse_adapter(name, f"of type {kind} has strength {strength}, allowed: {allowed}", allowed=allowed)
 
 

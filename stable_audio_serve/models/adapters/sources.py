@@ -42,11 +42,6 @@ def is_remote(source: str) -> bool:
     return source.startswith((_S3, _HTTPS)) or _repository(source) is not None
 
 
-def file_name(source: str) -> str:
-    """Returns the name of a source to show to clients: only the file's name for a path on this machine."""
-    return source if is_remote(source) else Path(source).name
-
-
 def fetch_adapter(
     source: str,
     *,

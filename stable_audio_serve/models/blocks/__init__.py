@@ -14,7 +14,7 @@ from stable_audio_serve.models.blocks.fourier import ExpoFourier
 from stable_audio_serve.models.blocks.fused import FusedModule, Kernels
 from stable_audio_serve.models.blocks.layouts import Layout, Padded
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS, DyT, RMSNorm, build_head_norm
-from stable_audio_serve.models.blocks.packed import Packed, join_local
+from stable_audio_serve.models.blocks.packed import Packed
 from stable_audio_serve.models.blocks.packed_segments import PackedSegments
 from stable_audio_serve.models.blocks.rotary import HeadAffine, RotaryEmbedding, RotaryTable, cosines, gather_affine
 
@@ -42,6 +42,5 @@ __all__ = [
     "build_head_norm",
     "cosines",
     "gather_affine",
-    "join_local",
     "sine",
 ]

@@ -33,25 +33,31 @@ class ResidualBlock(nn.Module):
         return x + self.down(F.silu(self.up(self.norm(x))))
 
 
-class PatchEncoder(nn.Module):
-    """Encodes every P frames as one latent: (batch, channels, P * F) -> (batch, latent channels, F)."""
+class PatchMlpEncoder(nn.Module):
+    """Encodes every P frames as one latent: (batch, channels, P * F) -> (batch, latent channels, F).
+
+    Implements `parts.Encoder`.
+    """
+
+    latent_multiple = 1
+    noisy = False
 
     def __init__(self, *, in_channels: int, patch_frames: int, width: int, depth: int, latent_dim: int) -> None:
         super().__init__()
-        self.patch_frames = patch_frames
+        self.frames_per_latent = patch_frames
         self.project_in = nn.Linear(in_channels * patch_frames, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.project_out = nn.Linear(width, latent_dim)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Returns latents (batch, latent channels, patches) of frames (batch, channels, frames).
+    def forward(self, frames: Tensor, noise: Noises = None) -> Tensor:
+        """Returns latents (batch, latent channels, patches) of frames (batch, channels, frames). `noise` is not used.
 
         The frames are padded with zeros to whole patches.
         """
-        frames = F.pad(frames, (0, -frames.shape[2] % self.patch_frames))
+        frames = F.pad(frames, (0, -frames.shape[2] % self.frames_per_latent))
         batch, channels, length = frames.shape
-        patches = frames.reshape(batch, channels, length // self.patch_frames, self.patch_frames)
+        patches = frames.reshape(batch, channels, length // self.frames_per_latent, self.frames_per_latent)
         # The values of a patch: all channels of its first frame, then all channels of the next frame.
         hidden = self.project_in(patches.permute(0, 2, 3, 1).flatten(2))
         for block in self.blocks:
@@ -60,12 +66,18 @@ class PatchEncoder(nn.Module):
         return latents.transpose(1, 2)
 
 
-class PatchDecoder(nn.Module):
-    """Decodes each latent to P frames: (batch, latent channels, F) -> (batch, channels, P * F)."""
+class PatchMlpDecoder(nn.Module):
+    """Decodes each latent to P frames: (batch, latent channels, F) -> (batch, channels, P * F).
+
+    Implements `parts.Decoder`.
+    """
+
+    latent_multiple = 1
+    halo_latents = 0
 
     def __init__(self, *, out_channels: int, patch_frames: int, width: int, depth: int, latent_dim: int) -> None:
         super().__init__()
-        self.patch_frames = patch_frames
+        self.frames_per_latent = patch_frames
         self.out_channels = out_channels
         self.project_in = nn.Linear(latent_dim, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
@@ -73,14 +85,17 @@ class PatchDecoder(nn.Module):
         self.project_out = nn.Linear(width, out_channels * patch_frames)
         nn.init.normal_(self.project_out.weight, std=0.1 * width**-0.5)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Returns frames (batch, channels, F * frames per patch) of latents (batch, latent channels, F)."""
+    def forward(self, latents: Tensor, noise: Noises = None) -> Tensor:
+        """Returns frames (batch, channels, F * frames per patch) of latents (batch, latent channels, F).
+
+        `noise` is not used.
+        """
         hidden = self.project_in(latents.transpose(1, 2))
         for block in self.blocks:
             hidden = block(hidden)
         patches: Tensor = self.project_out(self.norm(hidden))
         batch, num_latents, _ = patches.shape
-        frames = patches.reshape(batch, num_latents * self.patch_frames, self.out_channels)
+        frames = patches.reshape(batch, num_latents * self.frames_per_latent, self.out_channels)
         return frames.transpose(1, 2)
 
 
@@ -126,36 +141,6 @@ class OscillatorBankPretransform(nn.Module):
         shape = (-(-num_frames // self._frames_per_latent), 2, samples)
         drawn = stack_draws(noise, "noise bands", shape=shape, frame_axis=0, device=device)
         return drawn.transpose(1, 2).flatten(2)[..., : num_frames * FRAME_SAMPLES]
-
-
-class PatchMlpEncoder(PatchEncoder):
-    """`PatchEncoder` with the interface of an autoencoder's encoder (`parts.Encoder`)."""
-
-    latent_multiple = 1
-    noisy = False
-
-    @property
-    def frames_per_latent(self) -> int:
-        return self.patch_frames
-
-    def forward(self, frames: Tensor, noise: Noises = None) -> Tensor:
-        """Frames (batch, channels, frames) -> latents (batch, latent channels, latent frames). `noise` is not used."""
-        return super().forward(frames)
-
-
-class PatchMlpDecoder(PatchDecoder):
-    """`PatchDecoder` with the interface of an autoencoder's decoder (`parts.Decoder`)."""
-
-    latent_multiple = 1
-    halo_latents = 0
-
-    @property
-    def frames_per_latent(self) -> int:
-        return self.patch_frames
-
-    def forward(self, latents: Tensor, noise: Noises = None) -> Tensor:
-        """Latents (batch, latent channels, latent frames) -> frames (batch, channels, frames). `noise` is not used."""
-        return super().forward(latents)
 
 
 @register_part("pretransform", "oscillator_bank")

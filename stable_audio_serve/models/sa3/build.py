@@ -26,7 +26,7 @@ from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weight_files import release_pages
-from stable_audio_serve.models.weights import load_weights, require_exact_float32, skipping_random_weights
+from stable_audio_serve.models.weights import SkipRandomWeights, load_weights, require_exact_float32
 
 DENOISER_KEYS, AUTOENCODER_KEYS = "model.model.", "pretransform.model."
 
@@ -53,7 +53,7 @@ def load_sa3(
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device)
     try:
-        with torch.device("meta"), skipping_random_weights():  # `load_weights` below allocates and fills the weights
+        with torch.device("meta"), SkipRandomWeights():  # `load_weights` below allocates and fills the weights
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error

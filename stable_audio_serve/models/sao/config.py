@@ -33,12 +33,11 @@ SHIFT_KEY = "distribution_shift_options"
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
-    """The configuration of the conditioner that embeds prompts. `encoder` is the name of a T5 model."""
+    """The configuration of the conditioner that embeds prompts."""
 
     id: str
     width: int
     max_length: int
-    encoder: str
     project_out: bool
 
 
@@ -132,7 +131,6 @@ def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
         id=item.text("id"),
         width=width,
         max_length=config.integer("max_length", default=128, at_most=MAX_TOKENS),
-        encoder=config.text("t5_model_name", default="t5-base"),
         project_out=config.flag("project_out", default=False),
     )
 

@@ -23,9 +23,9 @@ from stable_audio_serve.models.stable_audio_tools.model import PackageModel
 from stable_audio_serve.models.stable_audio_tools.package import import_package
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import (
+    SkipRandomWeights,
     load_weights,
     require_exact_float32,
-    skipping_random_weights,
 )
 
 _TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the package
@@ -77,7 +77,7 @@ def build_wrapper(config: ConfigReader, inputs: Inputs, *, text: TextEncoder) ->
     conditioning = values["model"]["conditioning"]
     conditioning["configs"] = [item for item in conditioning["configs"] if item["id"] != inputs.prompt.id]
     try:
-        with skipping_random_weights():
+        with SkipRandomWeights():
             wrapper = models.factory.create_model_from_config(values)
             prompt = _prompt_conditioner(inputs.prompt, width=conditioning["cond_dim"], text=text)
             wrapper.conditioner.conditioners[inputs.prompt.id] = prompt

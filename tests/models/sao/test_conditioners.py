@@ -72,7 +72,7 @@ def test_prompts_do_not_influence_each_other() -> None:
 
 
 def test_an_encoder_of_another_width_is_projected() -> None:
-    config = PromptConfig(id="prompt", width=64, max_length=4, encoder="t5-base", project_out=False)
+    config = PromptConfig(id="prompt", width=64, max_length=4, project_out=False)
     conditioner = PromptConditioner(config, encoder_width=48)
     tokens = conditioner(
         torch.full((1, 2, 48), float("nan")).index_fill(1, torch.tensor([0]), 1.0), torch.tensor([[True, False]])

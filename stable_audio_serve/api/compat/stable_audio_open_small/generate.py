@@ -70,7 +70,7 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
     clip = await make_clip(service, request, card=model.card, generation=generation, started_at=started_at)
     window_s = round(model.window_s)  # the original server also returns whole seconds: 12 for a clip of 11.9 s
     metadata = clip_metadata(generation, clip.result, duration_s=window_s, generation_s=clip.generation_s)
-    num_samples = -(-source.samples.shape[1] * model.card.sample_rate_hz // source.sample_rate_hz)
+    num_samples = source.resampled_length(to_hz=model.card.sample_rate_hz)
     return await answer(
         service,
         clip.output,
