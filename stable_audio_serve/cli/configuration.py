@@ -21,11 +21,13 @@ ConfigOption = Annotated[
 ]
 
 
-def read_configuration(asked: Path | None) -> ServeFile:
-    """Return the configuration, and print the path of its file to standard error. Raises ConfigError."""
+def read_configuration(asked: Path | None, *, quiet: bool = False) -> ServeFile:
+    """Return the configuration. Unless `quiet`, print the path of its file to standard error. Raises ConfigError."""
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, find_serve_file, read_serve_file
 
     path = find_serve_file(asked)
+    if quiet:
+        return read_serve_file(path)
     if path == PACKAGED_FILE:
         say("the packaged one, which serves the demo model; `stable-audio-serve init` copies it here for editing")
     else:
@@ -33,12 +35,12 @@ def read_configuration(asked: Path | None) -> ServeFile:
     return read_serve_file(path)
 
 
-def load_configured(asked: Path | None) -> Settings:
+def load_configured(asked: Path | None, *, quiet: bool = False) -> Settings:
     """Return the effective settings of the configuration that `read_configuration` finds. Raises ConfigError."""
     from stable_audio_serve.core.settings_sources import load_settings
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, require_known_keys
 
-    file = read_configuration(asked)
+    file = read_configuration(asked, quiet=quiet)
     settings = load_settings(file.args)
     if file.path != PACKAGED_FILE:  # skip the check of the packaged file: it imports Ray, which takes 1 s
         require_known_keys(file)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,7 +94,7 @@ def submit(request: SoundRequest, client: Client, *, key: str | None) -> Job:
     return submits[request.kind](*arguments, idempotency_key=key, **more)
 
 
-def make_here(request: SoundRequest, *, config: Path | None, on_progress: OnProgress) -> Result:
+def make_here(request: SoundRequest, *, config: Path | None, quiet: bool, on_progress: OnProgress) -> Result:
     """Generate the audio in this process, with the server's application and an engine for the requested model.
 
     Raises errors of `core.errors`.
@@ -105,7 +106,7 @@ def make_here(request: SoundRequest, *, config: Path | None, on_progress: OnProg
     if request.controls.get("sections") or request.recipe.get("sections"):
         raise ValueError("--local cannot make pieces with sections, which need the job queue of a server")
 
-    return asyncio.run(_make_here(request, load_configured(config), on_progress=on_progress))
+    return asyncio.run(_make_here(request, load_configured(config, quiet=quiet), on_progress=on_progress))
 
 
 async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: OnProgress) -> Result:
@@ -127,7 +128,7 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
     (model,) = (model for model in plan.settings.models if plan.catalog.resolve(model.name).name == name)
     # Loading the model would also measure its speed. For a single request, this takes longer than it saves.
     engine_settings = model.engine.model_copy(update={"warmup_budget_s": 0.0})
-    request, files = _name_files(request)
+    request, files = _name_files(request, taken=model.loras)
     model = model.model_copy(update={"engine": engine_settings, "loras": {**model.loras, **files}})
     on_progress(JobProgress("loading", 0.0, None, None))
     engine = load_named_engine(plan.settings, model)
@@ -144,20 +145,22 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
                 return await getattr(client, request.kind)(*arguments, **more)
 
 
-def _name_files(request: SoundRequest) -> tuple[SoundRequest, dict[str, LoraSettings]]:
+def _name_files(request: SoundRequest, *, taken: Collection[str]) -> tuple[SoundRequest, dict[str, LoraSettings]]:
     """Replace paths of adapter files in the request by names. Return the new request, and the files by these names.
 
-    An adapter's name is a path if it ends with .safetensors.
+    An adapter's name is a path if it ends with .safetensors. Names in `taken` belong to other adapters.
     """
     from stable_audio_serve.core.settings_models import LoraSettings
 
     loras = [dict(lora) for lora in request.controls.get("loras", ())]
-    files = {}
+    files: dict[str, LoraSettings] = {}
     for lora in loras:
         path = Path(lora["name"])
         if path.suffix == ".safetensors":
-            lora["name"] = path.stem
-            files[path.stem] = LoraSettings(path=str(path.absolute()))
+            file = LoraSettings(path=str(path.absolute()))
+            names = (path.stem if number == 1 else f"{path.stem}-{number}" for number in count(1))
+            name = next(name for name in names if name not in taken and files.get(name, file) == file)
+            lora["name"], files[name] = name, file
     return (replace(request, controls={**request.controls, "loras": loras}) if files else request), files
 
 

@@ -224,7 +224,7 @@ def _carry_out(request: SoundRequest, *, options: SoundOptions) -> None:
         check_outputs(options.out, as_json=options.as_json)
         with progress_line(quiet=options.quiet) as show:
             if options.local:
-                result = make_here(request, config=options.config, on_progress=show)
+                result = make_here(request, config=options.config, quiet=options.quiet, on_progress=show)
             else:
                 with open_client(options.url, options.key_file, quiet=options.quiet) as client:
                     result = make_by_server(request, client, on_progress=show)

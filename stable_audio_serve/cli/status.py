@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,14 +50,13 @@ def _watch(client: Client, *, every_s: float, as_json: bool) -> None:
     """Show the status every `every_s` seconds until Ctrl-C, even if the server does not answer for a while."""
     from stable_audio_serve.cli import tables
 
+    def print_line(found: Mapping[str, Any]) -> None:
+        typer.echo(json.dumps(found))
+
     try:
-        with tables.live_status() as show:
+        with nullcontext(print_line) if as_json else tables.live_status() as show:
             while True:
-                found = _look(client)
-                if as_json:
-                    typer.echo(json.dumps(found))
-                else:
-                    show(found)
+                show(_look(client))
                 time.sleep(every_s)
     except KeyboardInterrupt:
         return

@@ -183,7 +183,7 @@ class Adapter:
 def read_result(response: httpx.Response) -> Result:
     """Parse the successful response to a generation or a replay. Raises GenerationError if it has another format."""
     headers = response.headers
-    with _parsing("the server's answer"):
+    with parsing("the server's answer"):
         seeds = _values(headers.get("x-seeds") or headers["x-seed"])
         # A recipe with `left_out` lacks the fields that are too long for a header, so it cannot be replayed.
         recipes = [None if "left_out" in recipe else recipe for recipe in _values(headers.get("x-recipe", ""))]
@@ -210,7 +210,7 @@ def read_job_result(job: Job, content: bytes, *, disposition: str) -> Result:
 
     `disposition` is the Content-Disposition header of the download, which has the file's name.
     """
-    with _parsing("the job's file"):
+    with parsing("the job's file"):
         sent = job.sent["clips"]
         facts = [
             (clip["seed"], clip["peak"], clip["loudness"], clip["silent"], recipe, clip.get("true_peak"))
@@ -247,7 +247,7 @@ def read_event(event: httpx_sse.ServerSentEvent) -> JobProgress | Job | None:
 
     Returns progress for an event of type "progress", the ended job for type "end", and None for any other type.
     """
-    with _parsing("an event of the job"):
+    with parsing("an event of the job"):
         if event.event == "progress":
             return _read_progress(json.loads(event.data))
         if event.event == "end":
@@ -311,7 +311,7 @@ def place_file(response: httpx.Response, path: Path) -> Path:
 
 
 @contextmanager
-def _parsing(what: str) -> Iterator[None]:
+def parsing(what: str) -> Iterator[None]:
     """In this context, raise GenerationError in place of errors from parsing. The message begins with `what`."""
     try:
         yield

@@ -208,8 +208,7 @@ class Jobs:
     ) -> Job:
         """Wait until a job ends, and return it. A failed job is returned too, without an error.
 
-        Raises DeadlineExceededError if the job does not end within `timeout_s`. The time is checked only when the
-        server reports on the job, so the wait may last up to 30 s longer.
+        Raises DeadlineExceededError if the job does not end within `timeout_s`. The time is checked once a second.
         """
         return run(self._operations.wait(job_id, on_progress=on_progress, timeout_s=timeout_s))
 

@@ -28,7 +28,7 @@ _BY_STATUS: dict[int, type[StableAudioError]] = {
     504: errors.DeadlineExceededError,
     507: errors.StorageFullError,
 }
-_TEMPORARY = (
+TEMPORARY = (
     errors.OverloadedError,
     errors.ModelUnavailableError,
     errors.StoppingError,
@@ -124,7 +124,7 @@ class Attempts:
         asked_s = failure.retry_after_s if failure.retry_after_s is not None else doubling_s / 2.0
         pause_s = asked_s + doubling_s / 2.0 * self._jitter()
         self._num_failed += 1
-        is_temporary = isinstance(failure, _TEMPORARY) and not isinstance(failure, errors.StorageFullError)
+        is_temporary = isinstance(failure, TEMPORARY) and not isinstance(failure, errors.StorageFullError)
         if not is_temporary or self._num_failed > self._most(failure):
             raise failure
         if self._waited_s + pause_s > self._retries.most_wait_s:

@@ -29,8 +29,8 @@ import httpx_sse
 from stable_audio_serve.client import answers, calls
 from stable_audio_serve.client.answers import Job, JobProgress, Result
 from stable_audio_serve.client.calls import Call, Connection
-from stable_audio_serve.client.failures import Attempts, Retries, read_failure, read_lost_connection
-from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError, OverloadedError, StableAudioError
+from stable_audio_serve.client.failures import TEMPORARY, Attempts, Retries, read_failure, read_lost_connection
+from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError, StableAudioError
 
 T = TypeVar("T")
 
@@ -135,7 +135,8 @@ class Operations:
             try:
                 response = await self._network.request(**self._connection.request(call))
                 if response.is_success:
-                    return call.read(response)
+                    with answers.parsing("the server's answer"):
+                        return call.read(response)
                 failure = read_failure(response)
             except httpx.TransportError as error:
                 failure = read_lost_connection(error)
@@ -208,7 +209,7 @@ class Operations:
         while num_broken < _MOST_BROKEN:
             num_broken += 1
             stream = self._open(job_id, "events", headers=headers, timeout=_STREAM_TIMEOUT)
-            with suppress(httpx.TransportError, httpx_sse.SSEError, OverloadedError):
+            with suppress(httpx.TransportError, httpx_sse.SSEError, *TEMPORARY):
                 async with stream as response, aclosing(self._network.events(response)) as events:
                     if response.status_code == httpx.codes.NO_CONTENT:  # there are no more events
                         break
@@ -223,6 +224,11 @@ class Operations:
                         if isinstance(update, Job):
                             return
             await self._network.sleep(pause_s)
+        async with aclosing(self._poll(job_id)) as polling:
+            async for update in polling:
+                yield update
+
+    async def _poll(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
         while not (job := await self.send(calls.show_job(job_id))).is_over:
             yield job.progress
             await self._network.sleep(_POLL_S)
@@ -233,7 +239,8 @@ class Operations:
     ) -> Job:
         """Wait until the job ends, and return it. Raises DeadlineExceededError if this takes more than `timeout_s`."""
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
-        async with aclosing(self.follow(job_id)) as following:
+        # An event stream is silent while the job's progress does not change, so the time could not be checked.
+        async with aclosing(self.follow(job_id) if ends_at is None else self._poll(job_id)) as following:
             async for update in following:
                 if isinstance(update, Job):
                     return update

@@ -73,7 +73,7 @@ def embedded_ray(
     try:
         import ray
 
-        with start_errors("Ray"):
+        with start_errors("Ray"), _stopping_at_once():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -91,6 +91,15 @@ def embedded_ray(
     finally:
         signals.begin_stop(exit_code=late_exit_code)
         _stop(late_exit_code)
+
+
+@contextmanager
+def _stopping_at_once() -> Iterator[None]:
+    """Treat SIGTERM as SIGINT: `ray.init` replaces its handler by one that exits with the signal's number."""
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
 
 
 @contextmanager

@@ -197,8 +197,8 @@ class Library:
                 await self.refresh(is_due=False)
             except StorageError:
                 await asyncio.sleep(_SCAN_EVERY_S)
-            except OSError as error:
-                self._warn(f"adapters cannot be read: {error}")
+            except Exception as error:  # noqa: BLE001 - one adapter's error must not end the task
+                self._warn(f"adapters cannot be read: {error!r}")
             await asyncio.sleep(_READ_EVERY_S)
 
     async def refresh(self, *, is_due: bool = True) -> None:
@@ -267,10 +267,13 @@ class Library:
             return []
         if len(paths) > _MAX_FILES:
             self._warn(f"the adapter folder {folder} has more than {_MAX_FILES} files; the others are not served")
-        usable = [path for path in paths[:_MAX_FILES] if re.fullmatch(ADAPTER_NAME, path.stem)]
+        usable = [
+            path for path in paths[:_MAX_FILES] if path.stem.isprintable() and re.fullmatch(ADAPTER_NAME, path.stem)
+        ]
         for path in set(paths[:_MAX_FILES]).difference(usable):
             self._warn(
-                f"the adapter file {path.name!r} is not served: its name has a colon, plus sign or control character"
+                f"the adapter file {path.name!a} is not served: its name has a colon, plus sign or control character, "
+                "or is not UTF-8"
             )
         return usable
 

@@ -370,6 +370,12 @@ async def test_local_takes_files_of_adapters(shell: Shell) -> None:
     assert np.abs(plain - rough).max() > 0.01
     recipe = read_recipe(await shell.read("rough.wav"))
     assert [(lora["name"], lora["strength"]) for lora in recipe["loras"]] == [("rough", 0.5)]
+    write_file(shell.folder / "other" / "rough.safetensors", shape=(576, 192), seed=2)
+    both = ("--lora", "rough.safetensors:0.5", "--lora", "other/rough.safetensors:0.5")
+    await shell.run(*make, "-o", "both.wav", *both, "--quiet")
+    first, second = read_recipe(await shell.read("both.wav"))["loras"]
+    assert (first["name"], second["name"]) == ("rough", "rough-2")
+    assert first["sha256"] != second["sha256"]
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,45 @@ async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, c
     assert len(set(last_ids)) == len(last_ids)
 
 
+async def test_a_stream_refused_by_a_stopping_server_is_opened_again(
+    served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy of this test refuses the first streams as a server does that is stopping."""
+    num_refused = 0
+    monkeypatch.setattr(operations, "_POLL_S", 0.01)
+    async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
+
+        async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal num_refused
+            status, kind = 200, (b"content-type", b"application/json")
+            if scope["path"].endswith("/events"):
+                num_refused, status = num_refused + 1, 503
+                headers = [kind, (b"x-error-kind", (b"unavailable", b"storage", b"stopping")[num_refused % 3])]
+                content = b'{"detail": "the server is stopping"}'
+            else:
+                headers, content = [kind], (await upstream.get(scope["path"])).content
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": content})
+
+        job = await connect(served.url)("jobs.submit", "rain", duration=0.1)
+        async with listening(proxy, lifespan="off") as port:
+            ended = await connect(f"http://127.0.0.1:{port}")("jobs.wait", job.id)
+    assert (ended.status, num_refused) == ("succeeded", 3)
+
+
+async def test_the_answer_of_another_server_is_an_error(connect: Callable[..., Caller]) -> None:
+    async def other(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"object": "list", "data": [{"id": "gpt"}]}'})
+
+    async with listening(other, lifespan="off") as port:
+        call = connect(f"http://127.0.0.1:{port}")
+        for method in ("models", "jobs.list"):
+            with pytest.raises(errors.GenerationError, match="answer cannot be understood"):
+                await call(method)
+
+
 async def test_after_three_empty_streams_the_client_polls(
     served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from stable_audio_serve.core.generation import Lora
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_store
 from stable_audio_serve.jobs.store.loaded_adapters import AdapterStore
+from stable_audio_serve.models.adapters.sources import fetch_adapter
 from stable_audio_serve.serving import adapters as module
 from stable_audio_serve.serving.adapters import Library
 from stable_audio_serve.serving.placement import plan_deployments
@@ -152,6 +155,36 @@ async def test_damaged_files_are_skipped_with_one_warning(tmp_path: Path, caplog
     (folder / "torn.safetensors").write_bytes(whole)
     await library.refresh()
     assert names(library) == ["torn", "vinyl"]
+
+
+async def test_a_name_that_is_not_utf_8_is_not_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "f"
+    write_file(folder / "vinyl.safetensors")
+    (folder / "vinyl.safetensors").rename(folder / os.fsdecode(b"b\xfcro.safetensors"))
+    library = make_library(tmp_path, lora_folder=str(folder))
+    assert names(library) == []
+    assert "not UTF-8" in caplog.text
+
+
+async def test_a_source_that_breaks_does_not_end_the_updates(tmp_path: Path) -> None:
+    write_file(tmp_path / "f" / "vinyl.safetensors")
+
+    asked = threading.Event()
+
+    def fetch(source: str) -> Path:
+        if source == "lab/x":
+            asked.set()
+            raise RuntimeError("a bug")
+        return Path(source)
+
+    library = make_library(tmp_path, fetch=fetch, lora_folder=str(tmp_path / "f"), loras={"x": "lab/x"})
+    following = asyncio.create_task(library.follow())
+    await until(asked.is_set)
+    await asyncio.sleep(0.1)
+    assert not following.done()
+    following.cancel()
+    with pytest.raises(InvalidRequestError, match="cannot be downloaded"):
+        fetch_adapter("https://a..b/x.safetensors")
 
 
 def test_a_missing_folder_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
