@@ -22,7 +22,7 @@ from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.callers import find_caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
-from stable_audio_serve.api.middleware.limits import accept_file_in_json, accept_form
+from stable_audio_serve.api.middleware.limits import ClientGoneError, accept_file_in_json, accept_form
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
 from stable_audio_serve.core.errors import UnauthorizedError
@@ -91,6 +91,10 @@ class BoundedRequest(Request):
             if error.status_code != 400:
                 raise
             raise HTTPException(400, f"body: {error.detail}") from error
+        except ClientGoneError:
+            raise
+        except OSError as error:
+            raise HTTPException(507, "there is no room for temporary files") from error
 
 
 class _WholeFormParser(MultiPartParser):

@@ -104,8 +104,7 @@ async def make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller
 
     Raises the errors of `Service.run_job`. `can_grow` must be true for the file format of `spec`.
     """
-    with service.streams.counted(caller):
-        job = (await service.add_job(spec, card=card, caller=caller)).job
+    async with service.own_job(spec, card=card, caller=caller) as job:
         try:
             num_samples = plan_sections(spec, card)[-1].stop
             async with aclosing(_follow(service, job, encoding=spec.encoding, num_samples=num_samples)) as chunks:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
+from anyio import CancelScope
 from starlette.datastructures import UploadFile
 
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
@@ -268,8 +269,7 @@ class Service:
         Raises GenerationError, DeadlineExceededError or ModelUnavailableError if the job fails, and StoppingError if
         this process stops first. Also raises the errors of `EventStreams.counted`.
         """
-        with self.streams.counted(caller):
-            job = (await self.add_job(spec, card=card, caller=caller)).job
+        async with self.own_job(spec, card=card, caller=caller) as job:
             try:
                 async for change in self.streams.follow(self.jobs, job):
                     job = change.job
@@ -277,6 +277,26 @@ class Service:
                 if not job.is_over:
                     await self.jobs.cancel(job.spec.ref)
         return self.require_file(job)
+
+    @asynccontextmanager
+    async def own_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> AsyncIterator[Job]:
+        """Add a job like `add_job` that only the caller waits for, and yield it. The caller must cancel it at the end.
+
+        It counts toward the key's limit of requests in progress while the context lasts. If the caller is cancelled
+        while the job is being added, the job is cancelled. Also raises the errors of `EventStreams.counted`.
+        """
+        with self.streams.counted(caller):
+            async with self.limiter.admitted(caller.key, audio_s=0.0, takes_place=True, metered_s=0.0):
+                adding = asyncio.ensure_future(self.add_job(spec, card=card, caller=caller))
+                try:
+                    added = await asyncio.shield(adding)
+                except asyncio.CancelledError:
+                    with CancelScope(shield=True):
+                        await asyncio.wait({adding})
+                        if adding.exception() is None:
+                            await self.jobs.cancel(spec.ref)
+                    raise
+                yield added.job
 
     @staticmethod
     def require_file(job: Job) -> StoredFile:

@@ -35,8 +35,15 @@ def open_private(path: str | os.PathLike[str], flags: int) -> int:
 
 def open_temporary() -> BinaryIO:
     """Open a new temporary file, which is deleted when it is closed. Raises StorageFullError if there is no room."""
-    try:
+    with needing_room():
         return cast(BinaryIO, tempfile.TemporaryFile())
+
+
+@contextmanager
+def needing_room() -> Iterator[None]:
+    """Raise StorageFullError in place of an OSError of a temporary file in this context."""
+    try:
+        yield
     except OSError as error:  # FileNotFoundError if no folder for temporary files can be used
         raise StorageFullError("there is no room for temporary files") from error
 

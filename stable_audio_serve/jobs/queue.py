@@ -224,13 +224,21 @@ class JobQueue:
         """Run a transaction that writes to the database on a thread for such transactions.
 
         While they wait for a lock of the database, reads have the other threads. Raises StorageError after
-        `_WRITE_TIMEOUT_S`. The transaction may still take place then.
+        `_WRITE_TIMEOUT_S`. The transaction may still take place then. If the caller is cancelled, it waits for the end
+        of a transaction that has begun.
         """
+        queued = self._writers.submit(transaction)
+        writing = asyncio.wrap_future(queued)
         try:
-            async with asyncio.timeout(_WRITE_TIMEOUT_S):
-                return await asyncio.wrap_future(self._writers.submit(transaction))
-        except TimeoutError as error:
-            raise StorageError("the job database does not answer") from error
+            await asyncio.wait({writing}, timeout=_WRITE_TIMEOUT_S)
+        except asyncio.CancelledError:
+            if not queued.cancel():
+                await asyncio.wait({writing}, timeout=_WRITE_TIMEOUT_S)
+            raise
+        if not writing.done():
+            queued.cancel()
+            raise StorageError("the job database does not answer")
+        return writing.result()
 
     async def close(self) -> None:
         """Close the database and the artifact store."""

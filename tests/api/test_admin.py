@@ -194,6 +194,13 @@ async def test_dead_letters_are_listed_shown_retried_once_and_deleted() -> None:
         assert (await client.get(LETTERS)).json() == {"dead_letters": [], "next_cursor": None}
 
 
+async def test_number_that_is_too_long_is_no_dead_letter() -> None:
+    async with make_admin() as (client, _):
+        for method in ("GET", "POST"):
+            reply = await client.request(method, f"/v1/admin/dead-letters/{'1' * 5000}", headers={"authorization": ""})
+            assert reply.status_code == 404
+
+
 async def test_invalid_numbers_and_page_parameters_are_named() -> None:
     async with make_admin(run_jobs=False) as (client, _):
         for numbers in ([], [1] * 501, ["x"], [2**63], [-(2**70)], None, {"a": 1}):

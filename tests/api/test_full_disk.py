@@ -8,6 +8,7 @@ import os
 import sqlite3
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Callable, Collection
 from contextlib import closing, suppress
 from pathlib import Path
@@ -164,6 +165,24 @@ def test_fill_leaves_no_space_on_the_disk(tiny_disk: Path) -> None:
     with pytest.raises(OSError, match="No space") as caught:
         os.posix_fallocate(os.open(tiny_disk / "more", os.O_CREAT | os.O_WRONLY), 0, 1)
     assert caught.value.errno == errno.ENOSPC
+
+
+async def test_upload_needs_room_for_a_temporary_file(tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audio = make_audio_file(duration_s=30)
+    data_uri = f"data:audio/wav;base64,{b64encode(audio).decode()}"
+    async with make_hasty_client() as (client, _):
+        make_room = fill(tiny_disk)
+        monkeypatch.setattr(tempfile, "tempdir", str(tiny_disk))
+        replies = [
+            await client.post("/v1/audio/variations", data={"prompt": "x"}, files={"audio": ("a.wav", audio)}),
+            await client.post("/generate/style-transfer", data={"prompt": "x"}, files={"audio": ("a.wav", audio)}),
+            await client.post("/files/upload", content=audio, headers={"content-type": "audio/wav"}),
+            await client.post("/fal-ai/stable-audio-25/audio-to-audio", json={"prompt": "x", "audio_url": data_uri}),
+        ]
+        assert [(reply.status_code, "no room for temporary files" in reply.text) for reply in replies] == [
+            (507, True)
+        ] * len(replies)
+        make_room()
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored from cffi callback")

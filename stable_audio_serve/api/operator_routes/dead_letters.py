@@ -8,6 +8,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from stable_audio_serve.api.description import error_responses
@@ -29,6 +30,13 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such dead letter."},
     **_INVALID,
 }
+
+
+class _LetterConvertor(StringConvertor):
+    regex = "[0-9]{1,19}"
+
+
+register_url_convertor("letter", _LetterConvertor())
 
 
 def build_router(service: Service) -> APIRouter:
@@ -55,7 +63,7 @@ def build_router(service: Service) -> APIRouter:
             dead_letters=[schemas.DeadLetter(**_describe(letter)) for letter in page[:limit]], next_cursor=last
         )
 
-    @router.get("/{number:int}", responses=_UNKNOWN)  # only digits match, so that /retry and /delete do not
+    @router.get("/{number:letter}", responses=_UNKNOWN)  # only digits match, so that /retry and /delete do not
     async def show_dead_letter(number: Annotated[int, Path(ge=0, le=_LARGEST)]) -> schemas.DeadLetterDetails:
         """Return one dead letter and its events."""
         found = await asyncio.to_thread(letters.find, number)

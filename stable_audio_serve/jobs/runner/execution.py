@@ -20,11 +20,11 @@ from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, finish
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import DamagedFileError, StorageError, StorageFullError
+from stable_audio_serve.core.errors import DamagedFileError, StorageError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.ids import ArtifactKey
-from stable_audio_serve.core.private_files import temporary_file
+from stable_audio_serve.core.private_files import needing_room, temporary_file
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.runner.capacity import StorageGate
@@ -181,10 +181,8 @@ class JobExecutor:
 
 
 def _write(file: IO[bytes], chunk: bytes) -> None:
-    try:
+    with needing_room():
         file.write(chunk)
-    except OSError as error:
-        raise StorageFullError("there is no room for temporary files") from error
 
 
 class ByteBudget:

@@ -219,8 +219,11 @@ class LongPieces:
         section = FinishedSection(plan.number, stored, num_samples, result.sample_rate_hz, inference_s)
         fraction = _fraction(plans, num_finished=plan.number)
         if await self._calls.call(self._store.sections.add, job, section, fraction=fraction) is None:
-            with suppress(StorageError):  # then the sweeper deletes the file later
-                await self._artifacts.delete(stored.key)
+            # The section may have been added although the database's answer was lost.
+            added = await self._calls.call(self._store.sections.find, job.spec.ref, after=plan.number - 1)
+            if all(one.file.key != stored.key for one in added):
+                with suppress(StorageError):  # then the sweeper deletes the file later
+                    await self._artifacts.delete(stored.key)
             raise LeaseLostError
         return section
 

@@ -95,9 +95,14 @@ class KeyUses:
         self._renew = sa.update(KEY_USES).where(is_any).values(place_until=now + LEASE_S)
 
     def admit(self, use: Use) -> QuotaError | None:
-        """Count a request, and return None. If it would exceed a limit, return the error and do not count it."""
+        """Count a request, and return None. If it would exceed a limit, return the error and do not count it.
+
+        If the call is repeated because the database's answer was lost, the request is not counted twice.
+        """
         lock = zlib.crc32(f"uses of {use.client}".encode())
         with self._database.writing_alone(lock, is_durable=False) as connection:
+            if connection.execute(sa.select(_uses.id).where(_uses.id == use.id)).first() is not None:
+                return None
             before, now = self._find_used(connection, use)
             refusal = find_full(use, before, now=now)
             if refusal is None:

@@ -24,6 +24,7 @@ import httpcore
 import httpx
 
 from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.private_files import needing_room
 
 DELIVERY_TIMEOUT_S = 15.0
 DOWNLOAD_TIMEOUT_S = 60.0
@@ -89,7 +90,8 @@ async def post_json(
     Raises DeliveryError unless a response with a 2xx status arrives within `timeout_s` seconds.
     """
     target = _parse(url)
-    all_headers = {"Content-Type": "application/json", "User-Agent": "stable-audio-serve", **(headers or {})}
+    own_headers = {"Host": target.netloc, "Content-Type": "application/json", "User-Agent": "stable-audio-serve"}
+    all_headers = own_headers | dict(headers or {})
     async with (
         _explained(timeout_s),
         httpcore.AsyncConnectionPool(network_backend=_CheckedNetwork(allow_hosts)) as pool,
@@ -113,7 +115,7 @@ async def download(
     Raises DeliveryError unless the whole file arrives with status 200 within `timeout_s` seconds.
     """
     target = _parse(url)
-    headers = {"User-Agent": "stable-audio-serve", "Accept-Encoding": "identity"}
+    headers = {"Host": target.netloc, "User-Agent": "stable-audio-serve", "Accept-Encoding": "identity"}
     async with (
         _explained(timeout_s),
         httpcore.AsyncConnectionPool(network_backend=_CheckedNetwork(allow_hosts)) as pool,
@@ -126,7 +128,8 @@ async def download(
             num_bytes += len(chunk)
             if num_bytes > max_bytes:
                 raise DeliveryError(f"is larger than {max_bytes} bytes")
-            into.write(chunk)
+            with needing_room():
+                into.write(chunk)
 
 
 @asynccontextmanager
@@ -146,6 +149,7 @@ class _Target:
     url: str
     host: str
     port: int
+    netloc: str  # for the header Host
 
 
 def _parse(url: str) -> _Target:
@@ -163,7 +167,7 @@ def _parse(url: str) -> _Target:
     port = parsed.port if parsed.port is not None else 443 if parsed.scheme == "https" else 80
     if not 0 < port < 65536:
         raise _ForbiddenTargetError("has no valid port")
-    return _Target(str(parsed.copy_with(fragment=None)), host, port)
+    return _Target(str(parsed.copy_with(fragment=None)), host, port, parsed.netloc.decode("ascii"))
 
 
 def _is_allowed(host: str, allow_hosts: Collection[str]) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import threading
 import wave
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +22,7 @@ from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
 from tests.parameters import few, some
@@ -343,6 +347,46 @@ async def test_pieces_with_sections_follow_the_settings_of_the_server() -> None:
         reply = await client.post(MUSIC, params={"output_format": "wav_44100"}, json=body)
     recipe = json.loads(extract(io.BytesIO(reply.content)) or "{}")
     assert (recipe["peaks"], len(recipe["sections"])) == ("clip", 2)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("path", [STREAM, MUSIC])
+async def test_pieces_with_sections_count_toward_the_concurrency(path: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"bob:{hash_key('bob')} concurrency=1\n")
+    (tmp_path / "keys").chmod(0o600)
+    body: dict[str, Any] = {"params": QUICK, "json": {"composition_plan": PLAN}, "headers": {"xi-api-key": "bob"}}
+    async with make_client(api={"key_file": str(tmp_path / "keys")}) as (client, backend):
+        backend.released.clear()
+        first = asyncio.create_task(client.post(path, **body))
+        await until(lambda: backend.num_running == 1)
+        assert (await client.post(path, **body)).status_code == 429
+        backend.released.set()
+        assert (await first).status_code == 200
+        assert (await client.post(path, **body)).status_code == 200
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("path", [STREAM, MUSIC])
+async def test_client_that_leaves_while_its_piece_is_added_cancels_it(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_all, is_adding, may_add = ClientJobs.add_all, threading.Event(), threading.Event()
+
+    def add_late(*args: Any) -> Any:
+        is_adding.set()
+        may_add.wait()
+        return add_all(*args)
+
+    async with make_client(run_jobs=False) as (client, _):
+        monkeypatch.setattr(ClientJobs, "add_all", add_late)
+        sending = asyncio.create_task(client.post(path, params=QUICK, json={"composition_plan": PLAN}))
+        await until(is_adding.is_set)
+        sending.cancel()
+        await asyncio.sleep(0.05)
+        may_add.set()
+        await asyncio.gather(sending, return_exceptions=True)
+        jobs = (await client.get("/v1/status")).json()["jobs"]
+        assert (jobs["queued"], jobs["cancelled"]) == (0, 1)
 
 
 class PausingBackend(ToneBackend):

@@ -16,7 +16,9 @@ from stable_audio_serve.core.errors import (
     GenerationError,
     InvalidRequestError,
     ModelUnavailableError,
+    StorageError,
 )
+from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client, make_hasty_client
 from tests.backends import ToneBackend
@@ -98,6 +100,17 @@ async def test_positions_count_from_zero() -> None:
         assert [ticket["queue_position"] for ticket in tickets] == [0, 1, 2]
         await client.put(tickets[0]["cancel_url"])
         assert (await wait_for(client, tickets[2], "IN_QUEUE"))["queue_position"] == 1
+
+
+async def test_accepted_request_is_no_error_without_its_position(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any) -> int:
+        raise StorageError("no answer")
+
+    monkeypatch.setattr(JobQueue, "position", fail)
+    reply = await client.post("/queue/fal-ai/stable-audio", json={"prompt": "rain"})
+    assert (reply.status_code, reply.json()["queue_position"]) == (200, 0)
 
 
 async def test_low_priority_is_batch_work_with_its_own_queue() -> None:

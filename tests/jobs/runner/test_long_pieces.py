@@ -23,6 +23,7 @@ from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.core.sound import Finishing, Loudness
 from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
+from stable_audio_serve.jobs.store.sections import Sections
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.jobs.conftest import Workshop, make_spec
 from tests.patience import until
@@ -141,6 +142,22 @@ async def test_lost_lease_adds_no_section(workshop: Workshop) -> None:
     now = await workshop.queue.get(job.spec.ref)
     assert now is not None
     assert (now.state, now.num_sections) == ("running", 0)
+
+
+async def test_section_that_was_added_without_an_answer_keeps_its_file(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Sections.add
+
+    def add_silently(*args: Any, **fields: Any) -> None:
+        add(*args, **fields)
+
+    monkeypatch.setattr(Sections, "add", add_silently)
+    runner = await workshop.start_runner()
+    job = await workshop.queue.submit(make_long(1.0, 1.0))
+    await until(lambda: workshop.backend.requests and runner.num_held == 0)
+    (section,) = await workshop.queue.sections(job.spec.ref)
+    assert workshop.files() == [section.file.key]
 
 
 async def test_refused_file_costs_only_its_own_section(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

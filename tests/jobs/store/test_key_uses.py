@@ -56,6 +56,13 @@ def count(uses: KeyUses, num: int, **options: Any) -> int:
     return [admit(uses, **options) for _ in range(num)].count(None)
 
 
+def test_repeated_call_counts_once(database: Database) -> None:
+    uses, use = KeyUses(database), make_use(3.0, rate=5.0)
+    assert [uses.admit(use), uses.admit(use)] == [None, None]
+    assert admit(uses, 2.0, rate=5.0) is None
+    assert admit(uses, 1.0, rate=5.0) is not None
+
+
 def test_processes_share_a_limit_and_each_client_has_its_own(database: Database, wall: Wall) -> None:
     one, two = KeyUses(database), KeyUses(database)
     assert (count(one, 7, rate=10), count(one, 7, rate=5, client=BOB)) == (7, 5)

@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.private_files import temporary_file
+from stable_audio_serve.core.private_files import needing_room, temporary_file
 from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, download
 
 FIELD = "audio_url"
@@ -30,7 +30,9 @@ async def opened_source(url: str, service: Service, *, base: str) -> AsyncIterat
     max_bytes = service.settings.api.max_upload_bytes
     with temporary_file() as file:
         if url[:5].lower() == "data:":
-            file.write(await asyncio.to_thread(_decode, url))
+            content = await asyncio.to_thread(_decode, url)
+            with needing_room():
+                file.write(content)
         elif (file_id := _own_file(url, base=base)) is not None:
             await _copy_own(service, file_id, into=file, max_bytes=max_bytes)
         else:
@@ -74,7 +76,8 @@ async def _copy_own(service: Service, file_id: str, *, into: IO[bytes], max_byte
             raise FileNotFoundError
         _check_size(file.num_bytes, max_bytes)
         async for chunk in service.jobs.read(file):
-            into.write(chunk)
+            with needing_room():
+                into.write(chunk)
     except FileNotFoundError as error:
         raise _unusable("is a file of this server that does not exist (any more)") from error
 

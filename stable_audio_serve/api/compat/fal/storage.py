@@ -18,6 +18,7 @@ from functools import partial
 from hashlib import file_digest, sha256
 from typing import IO, Annotated
 
+from anyio import CancelScope
 from fastapi import APIRouter, Depends, Header
 from itsdangerous import BadData, URLSafeTimedSerializer
 from pydantic import BaseModel, Field
@@ -36,6 +37,7 @@ from stable_audio_serve.api.middleware.limits import accept_file_body
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import ConflictError, KeysUnavailableError, StorageError
+from stable_audio_serve.core.private_files import needing_room
 from stable_audio_serve.jobs.queue import JobQueue
 
 _TICKET_LIFE_S = 86_400
@@ -209,19 +211,22 @@ async def _store(jobs: JobQueue, request: Request, *, ticket: Ticket) -> None:
     with tempfile.SpooledTemporaryFile(max_size=_CHUNK_BYTES) as file:
         body, num_bytes = UploadFile(file), 0  # type: ignore[arg-type]
         async for chunk in request.stream():
-            await body.write(chunk)
+            with needing_room():
+                await body.write(chunk)
             num_bytes += len(chunk)
         await body.seek(0)
         if await _is_stored(jobs, file, ticket=ticket):
             return
         # Uploads to the same URL at once are counted separately. Only one of them is stored.
         uploads, name = jobs.store.uploads, secrets.token_hex(16)
-        await jobs.write(partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes))
         chunks = partial(_chunks, file)
         try:
+            await jobs.write(partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes))
             await jobs.publish(chunks, media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id)
-        except asyncio.CancelledError:  # the client disconnected, so the artifact store removes the file
-            await asyncio.shield(jobs.write(partial(uploads.forget, name)))
+        except asyncio.CancelledError:  # the client disconnected
+            with CancelScope(shield=True):
+                if await jobs.find_file(ticket.file_id) is None:
+                    await jobs.write(partial(uploads.forget, name))
             raise
         except (ConflictError, StorageError) as error:  # the file was not stored, so it does not count
             await jobs.write(partial(uploads.forget, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.generation import GenerationRequest, Priority, Role
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.core.sound import PLAIN_WAV, Encoding, Peaks
@@ -98,5 +100,7 @@ async def _queue(request: Request, service: Service, *, order: Order, submission
     )
     job = (await service.add_job(spec, card=order.card, caller=request.state.caller)).job
     links = links_of(request, request_id, limits=settings.api)
-    position = await service.jobs.position(job)
+    position = 0
+    with suppress(StorageError):  # an error would make the client submit the accepted job again
+        position = await service.jobs.position(job)
     return Ticket(**links.model_dump(), gateway_request_id=request_id, queue_position=position)
