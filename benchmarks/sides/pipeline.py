@@ -166,7 +166,7 @@ class Pipeline:
             return self._captures_calls and self._stages.capture(is_idle=True)
 
     def _run(self, states: Sequence[RequestState]) -> list[GenerationResult]:
-        sharing = (steady_threads if self._is_steady else plain_threads)(self._threads)
+        sharing = (steady_threads if self._is_steady else plain_threads)(self._threads or torch.get_num_threads())
         with torch.inference_mode(), sharing:
             rows = [
                 Row(RowId(next(self._ids)), state, index=index, plan=plan, work=work)

@@ -57,7 +57,7 @@ def plan_spans(
     if not spans:
         return ()
     first_stop = spans[0].stop
-    if source_start and first_stop < source_start + fade:
+    if source_start and first_stop < min(source_start + fade, source_end):
         stop = min(source_start + fade, spans[1].start if len(spans) > 1 else source_end)
         spans[0] = Span(0, stop, fade_out=stop - source_start)
     is_continued = any(

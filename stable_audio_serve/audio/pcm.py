@@ -95,6 +95,7 @@ def wav_header(
     layout = struct.pack("<4sIHHIIHH", b"fmt ", 16 + len(extra), coding, channels, *rates, *widths) + extra + fact
     data_size = size = _UNKNOWN
     if frames is not None:
-        data_size = frames * frame_bytes
-        size = 4 + len(layout) + 8 + data_size + num_more
+        known = 4 + len(layout) + 8 + frames * frame_bytes + num_more
+        if known < _UNKNOWN:  # a longer file is read to its end, as one of unknown length
+            data_size, size = frames * frame_bytes, known
     return struct.pack("<4sI4s", b"RIFF", size, b"WAVE") + layout + struct.pack("<4sI", b"data", data_size)

@@ -13,6 +13,8 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Protocol, get_args
 
+import torch
+
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import Mode, Priority
 from stable_audio_serve.core.metrics import Metrics
@@ -247,7 +249,8 @@ class _Builder:
                 warm_up.run()
 
         use_threads = steady_threads if self.is_strict and not self.device.shares_calls else plain_threads
-        sharing = use_threads(self.options.torch_threads)
+        # Not in the engine thread: the default of a new thread is the number that another thread has set last.
+        sharing = use_threads(self.options.torch_threads or torch.get_num_threads())
         thread = EngineThread(loop, inbox, sharing=sharing, prepare=prepare, clock=self.clock)
         return EngineParts(thread, inbox, memory, stages, predictor, noise_pools)
 

@@ -182,7 +182,7 @@ def encoder_weights(folder: Path) -> Iterator[Path]:
         shards = sorted(set(json.loads((folder / _SHARD_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         if not all(isinstance(name, str) for name in shards):
             raise TypeError("weight_map must contain names of files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(folder / _SHARD_INDEX, error) from error
     files = list_folder(folder)
     for name in shards:

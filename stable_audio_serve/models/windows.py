@@ -65,7 +65,7 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
     """
     num_decoded = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
     kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
-    kept = min(max(kept, WINDOW_FRAMES), LONGEST_FRAMES - 2 * rule.halo)
+    kept = min(max(kept, WINDOW_FRAMES), max(LONGEST_FRAMES - 2 * rule.halo, WINDOW_FRAMES))
     grid = WINDOW_GRID // 2 if kept > WINDOW_FRAMES else 1
     spans = halo_windows(num_decoded, halo=rule.halo, kept=kept, multiple=math.lcm(rule.multiple, grid))
     return tuple(_aligned(span, rule) for span in spans)

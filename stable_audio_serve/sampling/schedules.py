@@ -136,6 +136,7 @@ _KINDS: Mapping[str, type[NoShift | LogSnrShift | FluxShift | FullShift]] = {
     shift.kind: shift for shift in (LogSnrShift, FluxShift, FullShift, NoShift)
 }
 SHIFT_KINDS = tuple(_KINDS)
+_LARGEST_OPTION = 1e30  # float32 can represent it
 
 
 def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG_KEY) -> TimestepShift:
@@ -242,6 +243,6 @@ def _build(kind: str, options: Mapping[str, object]) -> TimestepShift:
     for name, value in options.items():
         if name not in known:
             raise _BadOption(f"unknown option {name[:40]!r} for type {kind}")
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise _BadOption(f"{name} must be a finite number")
+        if not isinstance(value, int | float) or not abs(value) <= _LARGEST_OPTION:
+            raise _BadOption(f"{name} must be a number from {-_LARGEST_OPTION:g} to {_LARGEST_OPTION:g}")
     return chosen(**{name: float(value) for name, value in options.items()})  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.sampling.karras import SigmaRange
 from stable_audio_serve.sampling.schedules import check_steps
 from stable_audio_serve.sampling.terms import NOISE, register
@@ -100,6 +101,9 @@ def dpm_fast(network: VNetwork, steps: int, *, span: SigmaRange) -> None:
     ends = torch.tensor([span.sigma_max, span.sigma_min], dtype=torch.float32).log().neg()
     num_pieces = steps // 3 + 1
     edges = torch.linspace(float(ends[0]), float(ends[1]), num_pieces + 1, dtype=torch.float32)
+    if (edges.diff() == 0).any():
+        message = f"sigma_min and sigma_max are too close to each other for {steps} steps of this sampler"
+        raise InvalidRequestError(message, field="sigma_max")
     rest = [2, 1] if steps % 3 == 0 else [steps % 3]
     orders = [3] * (num_pieces - len(rest)) + rest
     for order, (start, end) in zip(orders, itertools.pairwise(edges), strict=True):

@@ -80,6 +80,13 @@ def test_extensions_of_a_very_short_source_share_it() -> None:
     assert spans == (Span(0, 1030, 0, FADE), Span(1030, 2000, 10))
 
 
+def test_a_region_over_a_short_source_at_the_end_reaches_the_end() -> None:
+    regions_s = [(0.01, 0.146)]
+    assert plan_spans(regions_s, num_source=27, num_samples=100, sample_rate_hz=RATE_HZ, source_start=71) == (
+        Span(0, 100),
+    )
+
+
 def test_a_short_source_is_kept_completely_unless_continued() -> None:
     assert plan((1.0, 2.0), samples=5000) == (Span(1000, 2000, FADE, FADE), Span(3000, 5000, FADE))
     assert plan((4.0, 5.0), samples=5000) == (Span(3000, 5000, FADE),)

@@ -13,6 +13,7 @@ from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.audio.encode import encode_audio
 from stable_audio_serve.audio.formats import TEXT_FORMATS
 from stable_audio_serve.audio.loudness import ClipMeter, describe_clip
+from stable_audio_serve.audio.pcm import wav_header
 from stable_audio_serve.audio.section_files import SectionDecoder, encode_section
 from stable_audio_serve.audio.writer import AudioWriter, StreamFile
 from stable_audio_serve.core.sound import AudioFormat, Encoding
@@ -117,3 +118,10 @@ def test_clip_measured_in_blocks_has_the_loudness_of_the_whole(duration_s: float
         assert found.loudness_lufs is None
     else:
         assert found.loudness_lufs == pytest.approx(expected.loudness_lufs, abs=1e-3)
+
+
+def test_wav_above_4_gib_has_the_sizes_of_unknown_lengths() -> None:
+    unknown = (2**32 - 1).to_bytes(4, "little")
+    for seconds, is_known in ((12_000, True), (12_175, False)):
+        header = wav_header(44_100, channels=2, frames=seconds * 44_100, bit_depth="float")
+        assert (header[4:8] != unknown, header[-4:] != unknown) == (is_known, is_known)

@@ -8,6 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.engine.calls import conditioning
+from stable_audio_serve.engine.calls.conditioning import ConditioningArena
 from stable_audio_serve.engine.hardware.arena import (
     PAGE_FRAMES,
     SCRATCH_PAGE,
@@ -19,6 +22,8 @@ from stable_audio_serve.engine.hardware.arena import (
     read,
     write,
 )
+from stable_audio_serve.engine.hardware.device import WaitingDevice
+from stable_audio_serve.models.protocol import BranchConditioning, RowConditioning
 
 CHANNELS = 3
 
@@ -79,6 +84,28 @@ def test_memory_of_a_fixed_size_never_moves() -> None:
     held.free()
     assert len(arena.take(2 * PAGE_FRAMES)) == 2
     assert arena.memory.data_ptr() == place
+
+
+def test_nothing_stays_reserved_if_not_all_parts_fit() -> None:
+    arena = FrameArena(CHANNELS, device=torch.device("cpu"), num_pages=2)
+    with pytest.raises(RuntimeError, match="taken"):
+        HeldFrames.take(arena, frames=PAGE_FRAMES, num_parts=3)
+    assert len(arena.take(2 * PAGE_FRAMES)) == 2
+
+
+def test_conditioning_that_cannot_be_stored_reserves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = ConditioningArena(WaitingDevice(torch.device("cpu"), clock=SystemClock()))
+    branch = BranchConditioning({"global": torch.ones(3)}, {"mask": torch.ones(2, 65)})
+    arena.hold(RowConditioning(branch, branch)).free()
+    before = [list(each._free) for each in (*arena.slots.values(), *arena.frames.values())]
+    monkeypatch.setattr(conditioning, "write_pages", raise_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        arena.hold(RowConditioning(branch, None))
+    assert [list(each._free) for each in (*arena.slots.values(), *arena.frames.values())] == before
+
+
+def raise_out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("no room")
 
 
 def test_slots_of_a_fixed_size_never_move() -> None:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.calls.executor import Executor
 from stable_audio_serve.sampling import SeededNoise
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_varied_requests
 from tests.parameters import slow
@@ -659,3 +661,42 @@ async def test_thread_ends_when_the_engine_is_garbage_collected() -> None:
     del engine
     gc.collect()
     await until(lambda: not thread.is_alive())
+
+
+async def test_an_error_after_the_last_step_ends_only_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    release, num_calls = Executor.release, 0
+
+    def fail_once(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise torch.OutOfMemoryError("no room")
+        return release(*args, **kwargs)
+
+    monkeypatch.setattr(Executor, "release", fail_once)
+    async with make_engine() as engine:
+        requests = [make_request(f"rain {seed}", seed=seed) for seed in range(4)]
+        outcomes = await asyncio.gather(*map(engine.generate, requests), return_exceptions=True)
+    assert [isinstance(outcome, GenerationError) for outcome in outcomes].count(True) == 1
+    assert [isinstance(outcome, GenerationResult) for outcome in outcomes].count(True) == 3
+
+
+async def test_a_second_engine_of_a_process_uses_as_many_threads() -> None:
+    found: list[int] = []
+
+    class Watching(ToyModel):
+        def denoise(self, batch: Any) -> torch.Tensor:
+            found.append(torch.get_num_threads())
+            return super().denoise(batch)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):
+            async with Engine(Watching(), EngineOptions(mode="fast", warmup_budget_s=0.0)) as engine:
+                result = await engine.generate(make_request())
+            assert result.provenance is not None
+            assert result.provenance.threads == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(found) == {2}

@@ -37,6 +37,13 @@ def test_planned_windows_tile_the_audible_frames(rule: WindowRule, count: int, s
     assert max(span.stop - span.start for span in spans) <= LONGEST_FRAMES
 
 
+@pytest.mark.parametrize("halo", [255, 256, 257])
+def test_a_large_halo_needs_few_windows(halo: int) -> None:
+    spans = audible_windows(2000, num_audible=2000, rule=WindowRule(halo=halo, multiple=1))
+    assert_tiles(spans, end=2000, frames=2000, rule=WindowRule(halo=halo, multiple=1))
+    assert len(spans) <= 16
+
+
 @given(rule=RULES, count=st.integers(1, 700), longest=st.integers(1, 600))
 def test_windows_of_any_length_tile_the_clip(rule: WindowRule, count: int, longest: int) -> None:
     frames = count * rule.multiple

@@ -52,6 +52,11 @@ def test_config_options_without_usable_levels_are_refused(options: dict[str, Any
         shift_from_config(options)
 
 
+def test_config_options_that_overflow_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="max_length must be a number"):
+        shift_from_config({"max_length": 1e308})
+
+
 def test_override_equals_the_same_config_options() -> None:
     override = ScheduleShift("flux", (("alpha_min", 2.0), ("alpha_max", 3.0)))
     assert shift_from_override(override) == shift_from_config({"type": "flux", "alpha_min": 2, "alpha_max": 3})

@@ -167,6 +167,17 @@ def test_v_samplers_are_not_offered_for_other_families() -> None:
     assert not set(V_SAMPLERS) & set(SAMPLERS)
 
 
+def test_levels_too_close_for_the_fast_solver_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="sigma_min and sigma_max are too close"):
+        build_v_plan(
+            "k-dpm-fast",
+            100,
+            span=SigmaRange(sigma_min=100.0, sigma_max=100.001),
+            guidance=Guidance(),
+            has_source=False,
+        )
+
+
 def test_the_adaptive_sampler_is_refused_with_a_reason() -> None:
     with pytest.raises(InvalidRequestError, match="chooses its steps from the data") as caught:
         build_v_plan("k-dpm-adaptive", 10, span=CARD, guidance=Guidance(), has_source=False)

@@ -6,6 +6,7 @@ memory slot or pages.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -84,7 +85,8 @@ class ConditioningArena:
                 if id(value) not in slots:
                     if name not in self.slots:
                         self.slots[name] = SlotArena(value, num_slots=self.fixed.slots if self.fixed else None)
-                    slots[id(value)] = self.slots[name].put(value)
+                    slots[id(value)] = slot = self.slots[name].put(value)
+                    undo.callback(self.slots[name].free, slot)
             for name, value in branch.by_frame.items():
                 if id(value) not in pages:
                     if name not in self.frames:
@@ -93,6 +95,7 @@ class ConditioningArena:
                             len(value), device=value.device, dtype=value.dtype, num_pages=num_pages
                         )
                     pages[id(value)] = own = self.frames[name].take(value.shape[-1])
+                    undo.callback(self.frames[name].free, own)
                     table = self.device.upload(torch.tensor(own, dtype=torch.int64))
                     write_pages(self.frames[name].memory, table, values=value)
             return HeldBranch(
@@ -101,7 +104,10 @@ class ConditioningArena:
             )
 
         other = conditioning.unconditional
-        return HeldConditioning(keep(conditioning.conditional), None if other is None else keep(other), self)
+        with ExitStack() as undo:  # after an error, nothing stays reserved
+            held = HeldConditioning(keep(conditioning.conditional), None if other is None else keep(other), self)
+            undo.pop_all()
+        return held
 
     def free(self, held: HeldConditioning) -> None:
         """Free the memory of a value whose reference count is 0."""

@@ -161,8 +161,12 @@ class Executor:
         """
         num_parts, _, frames = parts.shape
         held = HeldFrames.take(self.arena, frames=frames, num_parts=num_parts)
-        table = torch.tensor(held.parts, dtype=torch.int64)
-        write_pages(self.arena.memory, self._device.upload(table), values=parts)
+        try:
+            table = torch.tensor(held.parts, dtype=torch.int64)
+            write_pages(self.arena.memory, self._device.upload(table), values=parts)
+        except BaseException:
+            held.free()
+            raise
         return held
 
     def release(self, held: HeldFrames, *, part: int) -> Tensor:

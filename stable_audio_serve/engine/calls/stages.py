@@ -35,7 +35,7 @@ from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.engine.scheduling.pacing import CallTimes
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
-from stable_audio_serve.models.protocol import DiffusionModel, EncodeWindow, TextEmbedding
+from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, EncodeWindow, TextEmbedding
 from stable_audio_serve.sampling.plan import LATENTS
 from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
@@ -206,7 +206,7 @@ class Stages:
         for row in rows:
             row.request.clock.mark("denoise", now)
             if row.work.num_done == len(row.work.branches):
-                self._take_latents(row)
+                failures += run_alone(row, self._take_latents, device=self._device)
         return failures
 
     def decode(self, rows: Sequence[Row]) -> Failures:
@@ -215,11 +215,14 @@ class Stages:
         decoding = {row.id: row.in_phase(Decoding) for row in rows}
         failed: dict[int, tuple[Row, Exception]] = {}
         with self._device.on_second_queue(*(own.latents for own in decoding.values())):
-            windows = [
-                (row, window)
-                for row in rows
-                for window in decoding[row.id].audio.pending(decoding[row.id].latents, decoding[row.id].noise)
-            ]
+            windows: list[tuple[Row, DecodeWindow]] = []
+
+            def cut(row: Row) -> None:
+                own = decoding[row.id]
+                windows.extend((row, window) for window in own.audio.pending(own.latents, own.noise))
+
+            for row in rows:
+                failed.update({one.id: (one, error) for one, error in run_alone(row, cut, device=self._device)})
             calls = [((1, window.latents.shape[-1]),) for _, window in windows]
             outcomes = self._times.time(
                 "decode", calls, run=lambda: self._executor.decode([window for _, window in windows])
@@ -426,10 +429,11 @@ class Stages:
             row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._is_fixed, device=self._device
         )
         latents = self._executor.release(stepping.held, part=LATENTS)
+        # From here on, the row has no memory of the phase Stepping, which an error would free again.
+        row.phase = Decoding(stepping.noise.source, latents, audio, self._device.mark())
         stepping.conditioning.free()
         audio.check(latents[:, : row.plan.valid_frames])
         row.work.decode_left = audio.lengths_left
-        row.phase = Decoding(stepping.noise.source, latents, audio, self._device.mark())
 
 
 def _not_a_number(row: Row) -> StableAudioError:

@@ -6,6 +6,7 @@ addresses, therefore works with any pages. On a device with CUDA graphs or limit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -150,7 +151,13 @@ class HeldFrames:
 
     @classmethod
     def take(cls, arena: FrameArena, *, frames: int, num_parts: int) -> HeldFrames:
-        return cls(arena, frames, tuple(arena.take(frames) for _ in range(num_parts)))
+        with ExitStack() as undo:  # if the arena is full, nothing stays reserved
+            parts: list[Pages] = []
+            for _ in range(num_parts):
+                parts.append(arena.take(frames))
+                undo.callback(arena.free, parts[-1])
+            undo.pop_all()
+        return cls(arena, frames, tuple(parts))
 
     def free(self) -> None:
         """Free all pages. The value must not be used afterwards."""

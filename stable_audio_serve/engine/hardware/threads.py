@@ -28,25 +28,29 @@ _LEAST_QUERIES = 32
 
 
 @contextmanager
-def plain_threads(num_threads: int | None) -> Iterator[None]:
-    """Run operations on `num_threads` threads within this context. If it is None, use torch's default."""
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+def plain_threads(num_threads: int) -> Iterator[None]:
+    """Run operations on `num_threads` threads within this context."""
+    _set_num_threads(num_threads)
     yield
 
 
 @contextmanager
-def steady_threads(num_threads: int | None) -> Iterator[None]:
+def steady_threads(num_threads: int) -> Iterator[None]:
     """Within this context, run operations on `num_threads` threads if that changes no bit of the result, else on one
     thread.
     """
-    num_threads = num_threads or torch.get_num_threads()
-    torch.set_num_threads(1)
+    _set_num_threads(1)
     if num_threads == 1:
         yield
     else:
         with _SteadyThreads(num_threads):
             yield
+
+
+def _set_num_threads(num_threads: int) -> None:
+    # A thread's first operation takes over the number that any thread has set last. So make that happen before.
+    torch.get_num_threads()
+    torch.set_num_threads(num_threads)
 
 
 class _SteadyThreads(TorchFunctionMode):

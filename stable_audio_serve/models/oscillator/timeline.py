@@ -43,7 +43,8 @@ class TempoRule:
 
     def read(self, prompt: str) -> float:
         """Returns the tempo of a prompt in beats per minute."""
-        match = self.pattern.search(unicodedata.normalize("NFKC", prompt).casefold())
+        # A pattern with several optional spaces takes a time that is quadratic in the length of a row of spaces.
+        match = self.pattern.search(" ".join(unicodedata.normalize("NFKC", prompt).casefold().split()))
         number = next((group for group in match.groups() if group), None) if match else None
         return min(max(float(number), self.minimum_bpm), self.maximum_bpm) if number else self.default_bpm
 

@@ -35,6 +35,11 @@ def test_tempo_is_read_from_the_usual_spellings(prompt: str, tempo: float) -> No
     assert RULE.read(prompt) == tempo
 
 
+def test_many_spaces_are_read_as_one() -> None:
+    spaces = " " * 100_000  # with a quadratic search, this takes over a minute
+    assert RULE.read(f"tempo{spaces}x{spaces}97{spaces}bpm") == 97
+
+
 def test_every_whole_tempo_is_read() -> None:
     assert [RULE.read(f"kick {tempo}bpm") for tempo in range(60, 181)] == list(range(60, 181))
 
