@@ -36,7 +36,7 @@ from stable_audio_serve.launcher.embedded import (
 from stable_audio_serve.launcher.signals import StopSignals
 from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 from stable_audio_serve.models.registry import ModelEntry
-from stable_audio_serve.serving.placement import Plan, plan_deployments
+from stable_audio_serve.serving.placement import INGRESS_NAME, RUNNER_NAME, Plan, plan_deployments
 from stable_audio_serve.serving.preflight import describe_downloads, entries_to_download, require_weights
 from stable_audio_serve.serving.reservations import node_slots, require_room, reserved_gpus
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema
@@ -52,6 +52,7 @@ _STILL_LOADING_EVERY_S = 15.0
 # How long the drain may take beyond `drain_s`. Its last calls to Ray Serve have timeouts of their own: 8 s in all.
 _DRAIN_MARGIN_S = 15.0
 _PROXY_FAULT = re.compile(r"HAProxy crashed during startup: error: (.+)")
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
 
 
@@ -272,8 +273,8 @@ def _wait_until_ready(
     while True:
         application = read_application(file.application)
         if application is not None:
-            _raise_if_failed(application)
-            if application.status == "RUNNING" and (health := _health(url, plan)):
+            raise_if_failed(application, plan)
+            if application.status in ("RUNNING", *_FAILED) and (health := _health(url, plan)):
                 return health
         if time.monotonic() >= next_report_at:
             so_far = describe_downloads(downloads)
@@ -282,8 +283,15 @@ def _wait_until_ready(
         time.sleep(_POLL_S)
 
 
-def _raise_if_failed(application: ApplicationStatusOverview) -> None:
-    if application.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
+def raise_if_failed(application: ApplicationStatusOverview, plan: Plan) -> None:
+    """Raise ModelUnavailableError if the application has failed.
+
+    A model that no replica serves from the start does not count: a request or a waiting job may have started it.
+    """
+    if application.status not in _FAILED:
+        return
+    failed = {name for name, deployment in application.deployments.items() if deployment.status in _FAILED}
+    if failed and failed.isdisjoint({INGRESS_NAME, RUNNER_NAME, *plan.started, *plan.preloaded}):
         return
     messages = [application.message, *(d.message for d in application.deployments.values())]
     ours = [match for message in messages for match in _OUR_ERROR.findall(message)]

@@ -1,0 +1,40 @@
+"""Which failed deployments end the start of a server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.launcher.launch import raise_if_failed
+from stable_audio_serve.serving.placement import plan_deployments
+
+ERROR = "ray.exceptions: stable_audio_serve.core.errors.CheckpointError: model.safetensors is corrupt\nat line 1"
+PLAN = plan_deployments(Settings.model_validate({"models": [{"name": "demo"}, {"name": "small-sfx"}]}))
+
+
+def application(status: str, **deployments: str) -> Any:
+    found = {
+        name.replace("_", "-"): SimpleNamespace(status=own, message=ERROR if "FAIL" in own else "")
+        for name, own in deployments.items()
+    }
+    return SimpleNamespace(status=status, message="", deployments=found)
+
+
+@pytest.mark.parametrize("name", ["Ingress", "job_runner", "small_sfx"])  # small-sfx is the default model
+def test_failure_of_a_needed_deployment_ends_the_start(name: str) -> None:
+    with pytest.raises(ModelUnavailableError, match=r"^model.safetensors is corrupt$"):
+        raise_if_failed(application("DEPLOY_FAILED", **{name: "DEPLOY_FAILED", "demo": "DEPLOY_FAILED"}), PLAN)
+
+
+def test_failure_of_a_model_that_need_not_start_is_no_failure() -> None:
+    raise_if_failed(application("UNHEALTHY", Ingress="HEALTHY", small_sfx="UPDATING", demo="DEPLOY_FAILED"), PLAN)
+    raise_if_failed(application("DEPLOYING", Ingress="UPDATING"), PLAN)
+
+
+def test_application_that_failed_without_a_deployment_ends_the_start() -> None:
+    with pytest.raises(ModelUnavailableError):
+        raise_if_failed(application("DEPLOY_FAILED"), PLAN)
