@@ -88,8 +88,9 @@ class JobRunner:
             first_probe_s=pauses.probe_s,
             last_probe_s=pauses.last_probe_s,
         )
+        self._known = [card.name for card in backend.catalog]
         self._capacity = Capacity(
-            [card.name for card in backend.catalog],
+            self._known,
             prices=prices,
             target_wait_s={model.name: model.replicas.target_wait_s for model in settings.models},
             max_running=self._settings.max_running,
@@ -268,7 +269,7 @@ class JobRunner:
             self._is_leasing = True
             try:
                 job = await asyncio.to_thread(
-                    store.lease, self.owner, lease_s=lease_s, models=models, priority=priority
+                    store.lease, self.owner, lease_s=lease_s, models=models, known=self._known, priority=priority
                 )
                 if job is None:
                     break

@@ -8,7 +8,7 @@ from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.conftest import make_spec
-from tests.jobs.stores import add_spec, database, fill, lease, postgres_with_tables, store_url, wall
+from tests.jobs.stores import Wall, add_spec, database, fill, lease, postgres_with_tables, store_url, wall
 from tests.parameters import some
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
@@ -40,3 +40,17 @@ def test_turns_are_even_for_queues_of_any_length(database: Database) -> None:
         fill(store, 10 + 50 * number, state="queued", client=client)
     started = [lease(store).spec.client for _ in range(100)]
     assert {client: started.count(client) for client in _CLIENTS} == dict.fromkeys(_CLIENTS, 10)
+
+
+def test_jobs_of_unknown_models_are_left_to_other_servers_for_an_hour(database: Database, wall: Wall) -> None:
+    store = JobStore(database, JobSettings())
+    add_spec(store, make_spec(model="theirs", client="a"))
+    own = add_spec(store, make_spec(model="ours", client="b"))
+
+    def lease_known() -> str | None:
+        job = store.runners.lease("runner", lease_s=60, known=["ours"])
+        return None if job is None else job.spec.model
+
+    assert [lease_known(), lease_known()] == [own.spec.model, None]
+    wall.now += 3601
+    assert lease_known() == "theirs"
