@@ -107,7 +107,9 @@ async def make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller
     async with service.own_job(spec, card=card, caller=caller) as job:
         try:
             num_samples = plan_sections(spec, card)[-1].stop
-            async with aclosing(_follow(service, job, encoding=spec.encoding, num_samples=num_samples)) as chunks:
+            async with aclosing(
+                _follow(service, job, encoding=spec.encoding, num_samples=num_samples, finishes=True)
+            ) as chunks:
                 async for chunk in chunks:
                     yield chunk
             service.require_file(await service.jobs.get(spec.ref) or job)
@@ -127,9 +129,10 @@ def _require_sections(job: Job) -> None:
 
 
 async def _follow(
-    service: Service, job: Job, *, encoding: Encoding, num_samples: int | None = None
+    service: Service, job: Job, *, encoding: Encoding, num_samples: int | None = None, finishes: bool = False
 ) -> AsyncGenerator[bytes]:
     """Yield the bytes of a piece's file while it is made. `num_samples` is its length in the header, if it has one.
+    `finishes` is as in `EventStreams.follow`.
 
     The last 30 ms of each section are sent with the next section, because the join changes them.
     """
@@ -137,7 +140,7 @@ async def _follow(
     file = StreamFile()
     writer: AudioWriter | None = None
     newest: FinishedSection | None = None
-    async with aclosing(service.streams.follow_sections(service.jobs, job)) as sections:
+    async with aclosing(service.streams.follow_sections(service.jobs, job, finishes=finishes)) as sections:
         async for section in sections:
             newest = section
             writer = writer or AudioWriter(

@@ -271,7 +271,7 @@ class Service:
         """
         async with self.own_job(spec, card=card, caller=caller) as job:
             try:
-                async for change in self.streams.follow(self.jobs, job):
+                async for change in self.streams.follow(self.jobs, job, finishes=True):
                     job = change.job
             finally:
                 if not job.is_over:

@@ -76,11 +76,14 @@ class EventStreams:
         self._open_by_client: Counter[str] = Counter()
         self._limits = limits or StreamLimits()
 
-    async def follow(self, jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
+    async def follow(
+        self, jobs: JobQueue, job: Job, *, after: int = 0, finishes: bool = False
+    ) -> AsyncIterator[Change]:
         """Yield the current state of a job, then every change until the job ends or is deleted.
 
-        Changes include the events with ids above `after`. The iterator ends early when this process stops or drains.
-        Raises StorageError if the job database is unavailable for more than a minute.
+        Changes include the events with ids above `after`. The iterator ends early when this process stops or drains,
+        but with `finishes`, only if the job is not running then. Raises StorageError if the job database is unavailable
+        for more than a minute.
         """
         current: Job | None = job
         sent: object = None
@@ -94,18 +97,21 @@ class EventStreams:
                 events = await self._ask(partial(jobs.events, job.spec.ref, after=after))
                 after = max((event.id for event in events), default=after)
                 yield Change(current, events, position)
-            if current.is_over or self._draining.is_leaving:
+            if current.is_over or self._must_end(current, finishes=finishes):
                 return
-            await self._draining.pause(wait_s)
+            await self._pause(wait_s)
             wait_s = min(wait_s * 1.5, self._limits.last_poll_s)
             current = await self._ask(partial(jobs.get, job.spec.ref))
 
-    async def follow_sections(self, jobs: JobQueue, job: Job) -> AsyncGenerator[FinishedSection]:
+    async def follow_sections(
+        self, jobs: JobQueue, job: Job, *, finishes: bool = False
+    ) -> AsyncGenerator[FinishedSection]:
         """Yield the finished sections of a long piece, then each further section when it is finished.
 
         The iterator ends when the job ends.
 
-        Raises StoppingError if this process stops or drains before the job ends, and StorageError like `follow`.
+        Raises StoppingError if this process stops or drains before the job ends, and StorageError like `follow`, whose
+        `finishes` it has too.
         """
         number, ref = 0, job.spec.ref
         while True:
@@ -115,9 +121,18 @@ class EventStreams:
                 yield section
             if current is None or current.is_over:
                 return
-            if self._draining.is_leaving:
+            if self._must_end(current, finishes=finishes):
                 raise StoppingError("the server process stops; ask again")
-            await self._draining.pause(self._limits.section_poll_s)
+            await self._pause(self._limits.section_poll_s)
+
+    def _must_end(self, job: Job, *, finishes: bool) -> bool:
+        return self._draining.is_leaving and not (finishes and job.state == "running")
+
+    async def _pause(self, duration_s: float) -> None:
+        if self._draining.is_leaving:
+            await asyncio.sleep(duration_s)
+        else:
+            await self._draining.pause(duration_s)
 
     async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
         for _ in range(self._limits.max_polls_away):

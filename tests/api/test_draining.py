@@ -146,6 +146,31 @@ async def test_event_streams_of_a_replaced_process_ask_for_a_reconnect(dialect: 
         assert (await client.get(path)).text.endswith(f"{farewell}\n\n")  # a new stream ends at once
 
 
+@pytest.mark.parametrize("path", ["/v1/music", "/v1/music/stream", "fal"])
+@pytest.mark.parametrize("how", ["drain", "leave"])
+async def test_running_jobs_of_open_requests_finish(path: str, how: str) -> None:
+    """Neither ElevenLabs' clients nor fal's JavaScript client reconnect."""
+    sections = [{"section_name": name, "duration_ms": 3000, "positive_local_styles": [name]} for name in "ab"]
+    async with make_app() as (app, backend), client_of(app) as client:
+        backend.released.clear()
+        if path == "fal":
+            queued = (await client.post("/queue/fal-ai/stable-audio", json={"prompt": "a bell"})).json()
+            sending = asyncio.create_task(client.get(f"{queued['status_url']}/stream"))
+        else:
+            body = {"composition_plan": {"positive_global_styles": ["jazz"], "sections": sections}}
+            query = {"output_format": "pcm_44100"}
+            sending = asyncio.create_task(client.post(path, params=query, json=body))
+        await until(lambda: backend.num_running == 1 and draining_of(app).num_in_flight == 1)
+        await asyncio.sleep(0.1)
+        getattr(draining_of(app), how)()
+        await asyncio.sleep(0.1)
+        assert not sending.done()
+        backend.released.set()
+        reply = await asyncio.wait_for(sending, timeout=PATIENCE_S)
+    assert reply.status_code == 200
+    assert "COMPLETED" in reply.text if path == "fal" else len(reply.content) % (6 * 44_100) == 0
+
+
 async def test_request_counts_until_its_response_is_sent() -> None:
     """The response to a slow client is still in flight after the handler has returned."""
     async with make_app(run_jobs=False) as (app, _):

@@ -88,7 +88,7 @@ async def stream_status(
     """Yield an event for each change of a request's status, until the request ends. `with_logs` adds new log lines."""
     sent: tuple[State, int | None] | None = None
     unsent_logs: list[JobEvent] = []
-    async for change in streams.follow(jobs, job):
+    async for change in streams.follow(jobs, job, finishes=True):  # fal's JavaScript client does not reconnect
         unsent_logs += [event for event in change.events if event.message]
         for current in _steps(change, since=sent[0] if sent else None):
             position = change.position if current.state == "queued" else None
