@@ -25,6 +25,7 @@ from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.compat.stable_audio_open_small import windowed_model
 from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.cli.sound_files import read_recipe
+from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.runner.runner import JobRunner
@@ -108,6 +109,25 @@ async def test_long_piece_is_recreated_exactly(real: httpx.AsyncClient) -> None:
     assert (again["replay"], again["recipes"]) == ("exact", [recipe])
     first, second = [(await real.get(job["download_url"])).content for job in (original, again)]
     assert first == second
+    for change, field in (({"duration": 1000.0}, "duration"), ({"fade_in_s": 3.0, "fade_out_s": 3.0}, "fade")):
+        refused = await real.post(REPLAY, json=recipe | change)
+        assert (refused.status_code, field in refused.text) == (422, True), change
+
+
+async def test_replay_of_a_long_piece_needs_a_key_for_jobs(tmp_path: Path) -> None:
+    recipe = await _long_recipe()
+    (tmp_path / "keys").write_text(f"a:{hash_key('a')} scope=generate\n")
+    (tmp_path / "keys").chmod(0o600)
+    async with make_client(api={"key_file": str(tmp_path / "keys")}) as (client, _):
+        reply = await client.post(REPLAY, json=recipe, headers={"authorization": "Bearer a"})
+        assert (reply.status_code, "scope jobs" in reply.json()["detail"]) == (403, True)
+
+
+async def _long_recipe() -> dict[str, Any]:
+    async with make_client() as (client, _):
+        job = await wait(client, await submit(client, duration=2, sections=[{"duration": 1}, {"duration": 1}]))
+        (recipe,) = job["recipes"]
+        return dict(recipe)
 
 
 @in_module_loop

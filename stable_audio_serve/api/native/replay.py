@@ -7,6 +7,7 @@ names. A replay runs like any other request. The recipe is untrusted input.
 from __future__ import annotations
 
 import codecs
+import math
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -131,6 +132,7 @@ def build_router(service: Service) -> APIRouter:
         card = _require_model(service, recipe)
         sources = await _find_sources(service, recipe, card=card, uploads=sent.uploads)
         if recipe.sections:
+            service.keys.admit(request, ("jobs",))  # the ticket is of no use to a key without this scope
             return await _replay_by_job(service, request, recipe=recipe, card=card)
         generation = recipe.to_request(sources=sources, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
@@ -285,8 +287,11 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
     for fault in find_faults(sections, overlap_s=overlap_s, card=card, limits=limits) if sections else ():
         name, *place = str(fault.field).split(".")
         raise _fault("overlap" if name == "overlap_s" else ".".join([name, *place]), fault.message)
+    duration_s = total_duration_s(sections) if sections else recipe.duration
+    if not math.isclose(recipe.duration, duration_s, abs_tol=1e-6):
+        raise _fault("duration", f"duration must be the sum of the sections' durations, {duration_s:g}")
     try:
-        recipe.finishing.check(duration_s=recipe.duration, is_loop=recipe.loop is not None)
+        recipe.finishing.check(duration_s=duration_s, is_loop=recipe.loop is not None)
     except InvalidRequestError as error:
         raise _fault(error.field or "recipe", error.message) from error
     for start_s, end_s in recipe.inpaint_regions or ():
