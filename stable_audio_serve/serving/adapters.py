@@ -153,7 +153,7 @@ class Library:
         _require_name(name)
         if not is_remote(source) and not os.path.isabs(source):
             raise _refuse(f"adapter source {source[:300]!r}: a path must be absolute", allowed="an absolute path")
-        await self.refresh()
+        await self._read_again()
         known = self._cards.get(model.name, {}).get(name)
         if known is not None and known.source != source:
             raise ConflictError(
@@ -170,13 +170,14 @@ class Library:
             if stored.source != source:
                 raise ConflictError(f"the adapter {name!r} has already been loaded", code="adapter_exists")
             await asyncio.sleep(self._spread_s)
-        await self.refresh()
+        self._looked[model.name, named] = looked
+        await self._read_again()
         return looked.card
 
     async def unload(self, model: ModelCard, *, name: str) -> None:
         """See `AdapterLibrary.unload`. Raises StorageError."""
         removed = self._store is not None and await asyncio.to_thread(self._store.remove, model.name, name)
-        await self.refresh()
+        await self._read_again()
         if name in self._cards.get(model.name, {}) and not removed:
             message = f"the adapter {name!r} cannot be unloaded: it is {self._origins[model.name, name]}"
             raise ConflictError(message, code="kept_by_configuration")
@@ -188,7 +189,7 @@ class Library:
         """Read the database and all adapter files that need no download. Blocks. `follow` downloads the others."""
         with suppress(StorageError):
             self._read_loaded()
-        self._scan(may_download=False)
+        self._scan()
 
     async def follow(self) -> None:
         """Keep the library up to date until the task is cancelled."""
@@ -206,8 +207,19 @@ class Library:
 
         Folders and files are read if `is_due` is true, if the database has changed, or if they were last read two
         seconds ago or earlier. If the database cannot be read, the first and the last condition still apply, and then
-        StorageError is raised.
+        StorageError is raised. At the end, downloads the files that are due.
         """
+        try:
+            await self._read_again(is_due=is_due)
+        finally:
+            due = [key for key, looked in self._looked.items() if time.monotonic() >= looked.retry_at]
+            for key in due:
+                looked = await asyncio.to_thread(self._look, *key)
+                async with self._lock:
+                    await asyncio.to_thread(self._keep, key, looked)
+
+    async def _read_again(self, *, is_due: bool = True) -> None:
+        """As `refresh`, without downloads, so that loading and unloading need not wait for them."""
         async with self._lock:
             await asyncio.to_thread(self._refresh, is_due)
 
@@ -216,22 +228,22 @@ class Library:
             is_due = self._read_loaded() or is_due
         finally:
             if is_due or time.monotonic() - self._scanned_at >= _SCAN_EVERY_S:
-                self._scan(may_download=False)
-                if self._is_waiting:
-                    self._scan(may_download=True)
+                self._scan()
                 self._scanned_at = time.monotonic()
+
+    def _keep(self, key: tuple[str, _Named], looked: _Looked) -> None:
+        """Use a downloaded adapter, unless it was removed meanwhile."""
+        if key in self._looked:
+            self._looked[key] = looked
+            self._scan()
 
     def _read_loaded(self) -> bool:
         """Read the adapters in the database. Return whether they have changed. Raises StorageError."""
         before, self._loaded = self._loaded, self._store.read() if self._store is not None else ()
         return self._loaded != before
 
-    @property
-    def _is_waiting(self) -> bool:
-        """Whether a source has to be downloaded now."""
-        return any(time.monotonic() >= looked.retry_at for looked in self._looked.values())
-
-    def _scan(self, *, may_download: bool) -> None:
+    def _scan(self) -> None:
+        """Read the folders, and the files that are new or have changed. Downloads nothing."""
         cards: dict[str, dict[str, AdapterCard]] = {}
         origins: dict[tuple[str, str], str] = {}
         looked: dict[tuple[str, _Named], _Looked] = {}
@@ -239,7 +251,7 @@ class Library:
             for named in self._named(model, settings):
                 if named.name in cards.setdefault(model, {}):
                     continue
-                found = looked[model, named] = self._look(model, named, may_download=may_download)
+                found = looked[model, named] = self._look(model, named, may_download=False)
                 cards[model][named.name] = found.card
                 origins[model, named.name] = named.origin
         self._cards, self._origins, self._looked = cards, origins, looked

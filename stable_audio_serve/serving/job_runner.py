@@ -54,6 +54,7 @@ class JobRunnerReplica:
         self._handles = handles
         self._reports: dict[str, asyncio.Task[None]] = {}
         backend = RayBackend(plan.catalog, handles, application=application)
+        self._status = backend.status
         self._metrics = metrics = RayMetrics()
         store = open_store(settings, identity=plan.store_identity)
         artifacts = open_artifacts(settings, is_prepared=plan.store_identity is not None, metrics=metrics)
@@ -85,16 +86,18 @@ class JobRunnerReplica:
         """Once a second, report to each model's replicas how many seconds of jobs wait for the model.
 
         A report also says whether an operator keeps the model loaded. A model gets a report only if it has waiting
-        jobs, or an operator keeps it loaded, or an operator has released it since the last report.
+        jobs, or an operator keeps it loaded, or an operator has released it since the last report. A model that failed
+        to load gets none, because Ray Serve tries to load it again only after a while without calls.
         """
         kept: frozenset[str] = frozenset()
         while True:
             kept_before, kept = kept, self._operator_store.current.kept_models
-            waiting = self._runner.waiting_work()
+            waiting, statuses = self._runner.waiting_work(), await self._status()
             for model in self._models:
                 jobs = (waiting or {}).get(model, Waiting())
                 report = self._reports.get(model)
-                needs_replica = jobs.num_jobs > 0 or model in kept
+                has_failed = model in statuses and statuses[model].stage == "failed"
+                needs_replica = (jobs.num_jobs > 0 or model in kept) and not has_failed
                 if report is not None and not report.done():
                     if not needs_replica:
                         report.cancel()  # otherwise this call could start a replica that is not needed any more

@@ -25,7 +25,7 @@ from stable_audio_serve.serving.adapters import Library
 from stable_audio_serve.serving.placement import plan_deployments
 from tests.adapter_files import write_file
 from tests.backends import make_catalog
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 CATALOG = make_catalog()
 MEDIUM = CATALOG.find("medium")
@@ -185,6 +185,32 @@ async def test_a_source_that_breaks_does_not_end_the_updates(tmp_path: Path) -> 
     following.cancel()
     with pytest.raises(InvalidRequestError, match="cannot be downloaded"):
         fetch_adapter("https://a..b/x.safetensors")
+
+
+async def test_a_slow_download_delays_no_other_change(tmp_path: Path) -> None:
+    write_file(tmp_path / "vinyl.safetensors")
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    def fetch(source: str) -> Path:
+        if source == "lab/slow":
+            is_asked.set()
+            may_answer.wait()
+        return tmp_path / "vinyl.safetensors"
+
+    library = make_library(tmp_path, has_store=True, fetch=fetch, loras={"slow": "lab/slow"})
+    following = asyncio.create_task(library.follow())
+    await until(is_asked.is_set)
+    try:
+        source = str(tmp_path / "vinyl.safetensors")
+        async with asyncio.timeout(PATIENCE_S):
+            await library.load(MEDIUM, name="vinyl", source=source)
+            assert names(library) == ["vinyl"]
+            await library.unload(MEDIUM, name="vinyl")
+        assert names(library) == []
+    finally:
+        may_answer.set()
+    await until(lambda: names(library) == ["slow"])
+    following.cancel()
 
 
 def test_a_missing_folder_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from stable_audio_serve.core.catalog import ModelStatus
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.pricing import WorkSize
 from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
@@ -69,13 +70,18 @@ class Server:
         self.tiny = Handle()
         self.waiting: dict[str, Waiting] | None = {}
         self.current = OperatorSettings()
+        self.stage = "idle"
         self.replica = replica = Replica.__new__(Replica)
         replica._models = ("tiny",)
         replica._handles = {"tiny": self.tiny}  # type: ignore[dict-item]
         replica._reports = {}
+        replica._status = self._find_status  # type: ignore[method-assign]
         replica._metrics = NullMetrics()  # type: ignore[assignment]
         replica._runner = SimpleNamespace(waiting_work=lambda: self.waiting)  # type: ignore[assignment]
         replica._operator_store = self  # type: ignore[assignment]
+
+    async def _find_status(self) -> Mapping[str, ModelStatus]:
+        return {"tiny": ModelStatus(self.stage)}
 
 
 @pytest.fixture
@@ -113,6 +119,17 @@ async def test_release_cancels_the_call_that_would_start_the_model(server: Serve
     await until(lambda: server.tiny.num_pending == 0)
     await asyncio.sleep(0.1)
     assert (server.tiny.num_pending, server.tiny.reports) == (0, [])
+
+
+async def test_model_that_failed_to_load_is_called_again_after_its_pause(server: Server) -> None:
+    server.current = OperatorSettings(kept_models=frozenset({"tiny"}))
+    await until(lambda: server.tiny.num_pending == 1)
+    server.stage = "failed"
+    await until(lambda: server.tiny.num_pending == 0)
+    await asyncio.sleep(0.1)
+    assert server.tiny.num_pending == 0  # a pending call would keep Ray Serve from another attempt
+    server.stage = "idle"
+    await until(lambda: server.tiny.num_pending == 1)
 
 
 async def test_waiting_jobs_start_a_model_and_cost_nothing_without_prices(server: Server) -> None:
