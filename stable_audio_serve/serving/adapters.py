@@ -170,7 +170,8 @@ class Library:
             if stored.source != source:
                 raise ConflictError(f"the adapter {name!r} has already been loaded", code="adapter_exists")
             await asyncio.sleep(self._spread_s)
-        self._looked[model.name, named] = looked
+        async with self._lock:
+            self._looked[model.name, named] = looked
         await self._read_again()
         return looked.card
 

@@ -34,7 +34,7 @@ _CALL_TIMEOUT_S = 2.0
 
 
 def drain(application: str, *, within_s: float, statistics_host: str, report: Callable[[str], None]) -> None:
-    """Refuse new requests and put jobs back into the queue, then wait up to `within_s` until both are done.
+    """Refuse new requests and put jobs back into the queue, then wait up to `within_s` for those in progress.
 
     `statistics_host` is the address of HAProxy's statistics page, if HAProxy runs. `report` receives progress messages.
     """

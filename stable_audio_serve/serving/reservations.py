@@ -146,7 +146,7 @@ def _equal_share(gpus: float, *, places: int) -> float:
 
 
 def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
-    """Return True if the model would run on a GPU if there is one. With `num_gpus` 0, it does not, unless it must."""
+    """Return True if the model would run on a GPU if there is one. With `num_gpus` 0, only if `device` is cuda."""
     device = model.device or settings.device
     return model.num_gpus != 0 if device is None else device.startswith("cuda")
 

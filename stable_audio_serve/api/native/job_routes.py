@@ -42,17 +42,19 @@ from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobEvent, JobRef, State
 from stable_audio_serve.jobs.queue import JobQueue
 
-END = "end"  # type and id of the last event of a stream
-EXAMPLE = (
+TAG = "Stable Audio 3 jobs"
+
+_END = "end"  # type and id of the last event of a stream
+_EXAMPLE = (
     'id: 17\nevent: progress\ndata: {"stage":"denoising","fraction":0.45,"eta_seconds":2.1,"queue_position":null,'
     '"message":null,"at":"2026-11-20T14:00:01.250000+00:00"}\n\n'
 )
 
-LastEventId = Annotated[
+_LastEventId = Annotated[
     str | None,
     Header(
         alias="Last-Event-ID",
-        pattern=f"^([0-9]{{1,18}}|{END})$",
+        pattern=f"^([0-9]{{1,18}}|{_END})$",
         description="Id of the last received event; the stream continues after it.",
     ),
 ]
@@ -65,7 +67,7 @@ class JobProgressEvent(JobProgress):
     at: str | None = Field(description="Time of the event; null = current state.")
 
 
-async def stream_events(
+async def _stream_events(
     jobs: JobQueue, job: Job, *, base: str, after: int, streams: EventStreams
 ) -> AsyncIterator[ServerSentEvent]:
     """Yield `progress` events after event id `after`, then one `end` event with the job's status."""
@@ -74,7 +76,7 @@ async def stream_events(
             yield _sse(_of_event(event, change.job), kind="progress", event_id=str(event.id))
         if change.job.is_over:
             status = await asyncio.to_thread(describe, change.job, jobs.artifacts, base=base)
-            yield _sse(status, kind=END, event_id=END)
+            yield _sse(status, kind=_END, event_id=_END)
         elif change.position is not None or not change.events:
             yield _sse(_of_now(change), kind="progress")
 
@@ -101,8 +103,6 @@ def _of_now(change: Change) -> JobProgressEvent:
 def _sse(body: BaseModel, *, kind: str, event_id: str | None = None) -> ServerSentEvent:
     return ServerSentEvent(body.model_dump_json(ensure_ascii=True), event=kind, id=event_id, sep="\n")
 
-
-TAG = "Stable Audio 3 jobs"
 
 _UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No such job."}}
 _READ_RESPONSES: dict[int | str, dict[str, Any]] = {**_UNKNOWN, **error_responses(ErrorBody, 401, 500, 503)}
@@ -131,7 +131,7 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
 _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "`progress` events, then one `end` event with the job's status.",
-        "content": {"text/event-stream": {"example": EXAMPLE}},
+        "content": {"text/event-stream": {"example": _EXAMPLE}},
     },
     204: {"description": "The stream ended with the last received event."},
     422: {"model": ValidationErrors, "description": "An id that does not belong to this stream."},
@@ -205,14 +205,14 @@ def build_router(service: Service) -> APIRouter:
         response_class=EventSourceResponse,
         responses=_EVENTS_RESPONSES,
     )
-    async def stream(request: Request, job_id: str, *, last_event_id: LastEventId = None) -> Response:
+    async def stream(request: Request, job_id: str, *, last_event_id: _LastEventId = None) -> Response:
         """Stream a job's progress as server-sent events until it ends. A client that reconnects misses no event."""
         job = _require(await jobs.get(_ref(request, job_id)))
-        if last_event_id == END:
+        if last_event_id == _END:
             return Response(status_code=204)  # browsers do not reconnect after this status
         base = jobs_base(request, limits=limits)
         after = int(last_event_id or 0)
-        events = stream_events(jobs, job, base=base, after=after, streams=service.streams)
+        events = _stream_events(jobs, job, base=base, after=after, streams=service.streams)
         return service.streams.open(events, caller=request.state.caller)
 
     router.include_router(_build_links(service))

@@ -32,11 +32,11 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
 }
 
 
-class _LetterConvertor(StringConvertor):
-    regex = "[0-9]{1,19}"
+class _LetterNumberConvertor(StringConvertor):
+    regex = "[0-9]{1,19}"  # more digits could not be converted to a number
 
 
-register_url_convertor("letter", _LetterConvertor())
+register_url_convertor("letter_number", _LetterNumberConvertor())
 
 
 def build_router(service: Service) -> APIRouter:
@@ -63,7 +63,7 @@ def build_router(service: Service) -> APIRouter:
             dead_letters=[schemas.DeadLetter(**_describe(letter)) for letter in page[:limit]], next_cursor=last
         )
 
-    @router.get("/{number:letter}", responses=_UNKNOWN)  # only digits match, so that /retry and /delete do not
+    @router.get("/{number:letter_number}", responses=_UNKNOWN)  # only digits match, so that /retry and /delete do not
     async def show_dead_letter(number: Annotated[int, Path(ge=0, le=_LARGEST)]) -> schemas.DeadLetterDetails:
         """Return one dead letter and its events."""
         found = await asyncio.to_thread(letters.find, number)

@@ -196,7 +196,7 @@ def build_api_router(service: Service) -> APIRouter:
     async def text(request: Request) -> str:
         """Return a short description of the models and operations as Markdown."""
         base = base_url(request, service.settings.api)
-        return describe_in_markdown(request.app.openapi(), service.backend.catalog, base=base)
+        return _describe_in_markdown(request.app.openapi(), service.backend.catalog, base=base)
 
     @router.get("/docs", summary="Try the API out", response_class=HTMLResponse, responses=_API_RESPONSES)
     async def swagger(request: Request) -> Response:
@@ -301,7 +301,7 @@ async def _describe(service: Service, request: Request) -> Card:
     )
 
 
-def describe_in_markdown(document: Mapping[str, Any], catalog: ModelCatalog, *, base: str) -> str:
+def _describe_in_markdown(document: Mapping[str, Any], catalog: ModelCatalog, *, base: str) -> str:
     """Return Markdown that names the models and links each operation of the OpenAPI description `document`, in the form
     of llms.txt (https://llmstxt.org).
 

@@ -150,12 +150,11 @@ class JobExecutor:
         In the first attempt, the job's `start_within_s` also limits how long the request waits in the engine's queue.
         It does not if the lease began later: then the job started in time before, or an operator retries it.
         """
-        start_within_s, created_at = job.spec.start_within_s, job.created_at.timestamp()
-        leased_at = created_at if job.started_at is None else job.started_at.timestamp()
-        if start_within_s is not None:
-            is_limited = job.attempts <= 1 and leased_at < created_at + start_within_s
-            left_s = created_at + start_within_s - self._clock.time()
-            start_within_s = max(left_s, _LEAST_START_S) if is_limited else None
+        start_within_s = None
+        if job.spec.start_within_s is not None and job.attempts <= 1:
+            start_before = job.created_at.timestamp() + job.spec.start_within_s
+            if job.started_at is None or job.started_at.timestamp() < start_before:
+                start_within_s = max(start_before - self._clock.time(), _LEAST_START_S)
         deadline_s = request.deadline_s or self._limits.max_deadline_s
         return replace(request, request_id=job.spec.id, deadline_s=deadline_s, start_within_s=start_within_s)
 

@@ -17,6 +17,8 @@ from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import FILES, UPLOADS
 
+_uploads = UPLOADS.c
+
 
 class PublishedFiles:
     """The published files of one job database. With a file's random id, anyone can download the file without a key."""
@@ -48,9 +50,6 @@ class PublishedFiles:
         row = {"id": file_id, "key": file.key, "file": codec.dump(file), "created_at": self._database.now}
         insert = self._database.insert(FILES).values(row).on_conflict_do_nothing().returning(FILES.c.id)
         return connection.execute(insert).first() is not None
-
-
-_uploads = UPLOADS.c
 
 
 class Uploads:

@@ -31,6 +31,10 @@ class StoreHealth:
     reason: str | None = None
 
 
+_SILENT_AFTER_S = 10.0
+_SILENCE = StoreHealth("unavailable", "the job database does not answer")
+
+
 def health_of(error: StorageError) -> StoreHealth:
     """Return the health of the stores that this error shows."""
     kinds: tuple[tuple[type[StorageError], StoreState], ...] = ((StorageFullError, "full"), (StoreMovedError, "moved"))
@@ -71,10 +75,6 @@ class Refusals:
             connection.execute(sa.update(IDENTITY).values(id=IDENTITY.c.id))
             connection.execute(sa.delete(REFUSALS).where(_refusals.until <= self._database.now))
             return [StoreHealth(cast(StoreState, row.state), row.reason) for row in connection.execute(query)]
-
-
-_SILENT_AFTER_S = 10.0
-_SILENCE = StoreHealth("unavailable", "the job database does not answer")
 
 
 class StoreWatch:

@@ -239,6 +239,13 @@ async def test_address_that_does_not_answer_is_left_for_the_next(monkeypatch: py
         assert receiver.num_connections == 1
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+async def test_host_header_of_an_ipv6_address_has_brackets() -> None:
+    async with receiving(host="::1") as receiver:
+        await post_json(f"http://[::1]:{receiver.port}/", b"{}", allow_hosts=("::1",))
+    assert receiver.requests[0][1]["host"] == f"[::1]:{receiver.port}"
+
+
 async def test_slow_name_servers_delay_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait())
