@@ -102,19 +102,24 @@ class JobRunnerReplica:
                     if not needs_replica:
                         report.cancel()  # otherwise this call could start a replica that is not needed any more
                 elif needs_replica or model in kept_before:
-                    self._reports[model] = asyncio.create_task(self._report(model, jobs, is_kept=model in kept))
+                    self._reports[model] = asyncio.create_task(
+                        self._report(model, jobs, is_kept=model in kept, can_start=needs_replica)
+                    )
                 if waiting is not None:
                     self._metrics.gauge("waiting_work_ms", 1000.0 * (predicted_s(model, jobs) or 0.0), model=model)
             await asyncio.sleep(_REPORT_EVERY_S)
 
-    async def _report(self, model: str, waiting: Waiting, *, is_kept: bool) -> None:
-        """Send one model's report. If the model has no replica, the call starts one, which then answers the call."""
+    async def _report(self, model: str, waiting: Waiting, *, is_kept: bool, can_start: bool) -> None:
+        """Send one model's report. If the model has no replica, nothing is sent, except with `can_start`.
+
+        Then the call starts a replica, which answers the call.
+        """
         handle, arguments = self._handles[model], (predicted_s(model, waiting) or 0.0, is_kept)
         try:
             if reports(model):
                 report = handle.broadcast("note_waiting", *arguments)
                 await report.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
-            elif waiting.num_jobs or is_kept:
+            elif can_start:
                 response = handle.note_waiting.remote(*arguments)
                 try:
                     await response

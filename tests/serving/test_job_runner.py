@@ -25,6 +25,7 @@ class Handle:
     def __init__(self) -> None:
         self.has_replica = asyncio.Event()
         self.num_pending = 0
+        self.num_calls = 0
         self.reports: list[tuple[float, bool]] = []
         self.note_waiting = SimpleNamespace(remote=self._call)
 
@@ -39,6 +40,7 @@ class Handle:
 
     def _call(self, *reports: Any) -> Any:
         self.num_pending += 1
+        self.num_calls += 1
         handle = self
 
         class Response:
@@ -126,8 +128,10 @@ async def test_model_that_failed_to_load_is_called_again_after_its_pause(server:
     await until(lambda: server.tiny.num_pending == 1)
     server.stage = "failed"
     await until(lambda: server.tiny.num_pending == 0)
-    await asyncio.sleep(0.1)
-    assert server.tiny.num_pending == 0  # a pending call would keep Ray Serve from another attempt
+    num_calls = server.tiny.num_calls
+    await asyncio.sleep(0.2)
+    # A pending call would keep Ray Serve from another attempt.
+    assert (server.tiny.num_calls, server.tiny.num_pending) == (num_calls, 0)
     server.stage = "idle"
     await until(lambda: server.tiny.num_pending == 1)
 
