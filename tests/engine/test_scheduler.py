@@ -140,26 +140,26 @@ def test_step_fills_up_to_the_knee_and_no_further() -> None:
     assert scheduler.pick() == [0, 1, 2]
 
 
-def test_step_takes_a_quarter_of_the_waiting_frames() -> None:
+def test_step_takes_an_eighth_of_the_waiting_frames() -> None:
     scheduler = make_scheduler(knee=250)
-    for row_id in range(40):
+    for row_id in range(80):
         add(scheduler, row_id, frames=100)
     assert len(scheduler.pick()) == 10
 
 
-def test_the_quarter_follows_the_remaining_work() -> None:
-    scheduler = make_scheduler(knee=250)
-    works = [add(scheduler, row_id, frames=100, guided=1) for row_id in range(40)]
+def test_the_eighth_follows_the_remaining_work() -> None:
+    scheduler = make_scheduler(knee=250, max_started=128)
+    works = [add(scheduler, row_id, frames=100, guided=1) for row_id in range(80)]
     picked = scheduler.pick()
-    assert len(picked) == 10  # a step takes a quarter of the waiting 40 x 200 frames
+    assert len(picked) == 10  # a step takes an eighth of the waiting 80 x 200 frames
     for row_id in picked:
         # Guidance applied only to this evaluation, so the row's later ones have 100 frames.
         works[row_id].finish_evaluation()
-    # Ten rows of 100 frames and four of 200 are a quarter of the waiting 10 x 100 + 30 x 200 frames, rounded up.
-    assert len(scheduler.pick()) == 14
-    for row_id in range(14, 40):
+    # Ten rows of 100 frames and five of 200 are an eighth of the waiting 10 x 100 + 70 x 200 frames, rounded up.
+    assert len(scheduler.pick()) == 15
+    for row_id in range(15, 80):
         scheduler.remove(RowId(row_id))
-    assert len(scheduler.pick()) == 5  # a quarter of 10 x 100 + 4 x 200
+    assert len(scheduler.pick()) == 3  # the knee: 250 frames are more than an eighth of 10 x 100 + 5 x 200
 
 
 def test_step_never_exceeds_the_cap_but_always_takes_one() -> None:
