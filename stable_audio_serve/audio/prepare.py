@@ -18,8 +18,8 @@ from stable_audio_serve.core.generation import SourceAudio
 
 _ZERO_CROSSINGS = 6
 _ROLLOFF = 0.99
-# Phases (output samples within a period) that are computed by one convolution. If two sample rates are almost coprime,
-# one convolution for all phases would need a gigabyte of filter weights, mostly zeros.
+# Phases (output samples within a period) that are computed by one product. If two sample rates are almost coprime, one
+# product for all phases would need a gigabyte of filter weights, mostly zeros.
 _TILE_PHASES = 64
 
 
@@ -85,7 +85,7 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
     periods = -(-length // num_phases)
     needed = periods * source_step + reach
     inside = samples[:, :needed]
-    padded = functional.pad(inside, (reach, source_step + needed - inside.shape[-1]))[:, None]
+    padded = functional.pad(inside, (reach, source_step + needed - inside.shape[-1]))
     output = samples.new_empty(samples.shape[0], periods, num_phases)
     for first in range(0, num_phases, _TILE_PHASES):
         phases = torch.arange(first, min(first + _TILE_PHASES, num_phases))
@@ -94,8 +94,9 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
         kernel = _kernel(
             phases, torch.arange(start, stop) - reach, source_step=source_step, num_phases=num_phases, cutoff=cutoff
         )
-        tile = functional.conv1d(padded[..., start:], kernel[:, None], stride=source_step)
-        output[:, :, first : first + len(phases)] = tile[..., :periods].transpose(1, 2)
+        # A convolution would copy the whole signal for each tile, and an unusual rate has hundreds of tiles.
+        taken = padded[:, start:].unfold(-1, stop - start, source_step)[:, :periods]
+        output[:, :, first : first + len(phases)] = taken @ kernel.T
     return output.flatten(1)[:, :length]
 
 

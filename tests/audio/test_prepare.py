@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,15 @@ INPUTS = {
 }
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as the engine's planning threads do."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
+
+
 @pytest.mark.parametrize("case", INPUTS)
 def test_matches_the_reference(case: str) -> None:
     expected = COMMON[f"audio/prepare/{case}"][0]
@@ -34,6 +46,18 @@ def test_resampling_comes_before_the_crop() -> None:
     prepared = prepare_source(source, sample_rate_hz=1000, channels=2, num_samples=450)
     torch.testing.assert_close(prepared[:, :400], COMMON["audio/resample_1500_1000/out"], rtol=0, atol=1e-6)
     assert not prepared[:, 400:].any()
+
+
+def test_an_unusual_rate_takes_little_longer_than_a_usual_one(one_thread: None) -> None:
+    def measure_s(rate_hz: int) -> float:
+        source = SourceAudio(np.zeros((2, 60 * rate_hz), dtype=np.float32), rate_hz)
+        began_s = time.thread_time()
+        prepare_source(source, sample_rate_hz=44_100, channels=2, num_samples=60 * 44_100)
+        return time.thread_time() - began_s
+
+    # The rates have no common divisor, so that 44,100 different filters are needed. Measured: 4 times as long as for
+    # 48,000 Hz. With a convolution of the whole source for each 64 filters: 20 times for 60 s, 110 times for 120 s.
+    assert min(measure_s(44_101) for _ in range(2)) < 10 * min(measure_s(48_000) for _ in range(2))
 
 
 def test_channels_for_a_mono_model_are_averaged_and_too_few_are_refused() -> None:
