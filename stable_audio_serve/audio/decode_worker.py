@@ -35,9 +35,16 @@ _CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FL
 _MAGIC = (b"fLaC", b"OggS", b".snd", b"caff", b"ID3", b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb")
 _RIFF_FORMS = frozenset({(b"RIFF", b"WAVE"), (b"RF64", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC")})
 
-# For each number of channels from 3 to 8, the side of each channel in the order of WAV files: l is left, r right and c
-# centre. "-" is the low-frequency channel, which is left out of the mix.
-_SPEAKERS = {3: "lrc", 4: "lrlr", 5: "lrclr", 6: "lrc-lr", 7: "lrc-clr", 8: "lrc-lrlr"}
+_UNKNOWN_FRAMES = (1 << 63) - 1  # libsndfile's number of frames for a FLAC file that was written to a pipe
+
+# The speaker of each channel, for each number of channels from 3 to 8: L is front left, R front right, l another one on
+# the left, r on the right and c in the middle. "-" is the low-frequency channel, which the mix leaves out.
+_WAV_SPEAKERS = {3: "LRc", 4: "LRlr", 5: "LRclr", 6: "LRc-lr", 7: "LRc-clr", 8: "LRc-lrlr"}
+_OGG_SPEAKERS = {3: "LcR", 4: "LRlr", 5: "LcRlr", 6: "LcRlr-", 7: "LcRlrc-", 8: "LcRlrlr-"}  # Vorbis and Opus
+# The speaker of each number in a channel map: libsndfile's SF_CHANNEL_MAP_LEFT is 2, and SF_CHANNEL_MAP_LFE is 11. It
+# reads the map from a file's channel mask (WAVE_FORMAT_EXTENSIBLE) or layout (CAF).
+_MAPPED_SPEAKERS = "ccLRcLRcclr-lrlrclrclrc"
+_GET_CHANNEL_MAP = 0x1100  # libsndfile's command SFC_GET_CHANNEL_MAP_INFO
 _SURROUND_GAIN = 0.5**0.5  # gain of all channels except front left and right, from ITU-R BS.775
 
 
@@ -70,23 +77,47 @@ def read(
     """
     import soundfile
 
-    os.lseek(descriptor, 0, os.SEEK_SET)
     sniff(os.pread(descriptor, 16, 0))
     try:
-        with soundfile.SoundFile(descriptor, closefd=False) as file:
+        with _open(descriptor) as file:
             if file.samplerate not in own_rates_hz:
                 check_rate(file.samplerate)
-            check_header(file.format, channels=file.channels, frames=file.frames)
-            duration_s = file.frames / file.samplerate
+            check_format(file.format, channels=file.channels)
+            num_frames = file.frames if file.frames != _UNKNOWN_FRAMES else _count_frames(file)
+            if num_frames * file.channels > _MAX_FILE_VALUES:
+                raise Refused(f"it has {num_frames} samples of {file.channels} channels, more than can be decoded")
+            duration_s = num_frames / file.samplerate
             if allowed_s is not None and not allowed_s[0] <= duration_s <= allowed_s[1]:
                 raise Refused(f"must last from {allowed_s[0]:g} to {allowed_s[1]:g} seconds, not {duration_s:.2f}")
             limit = int(max_s * file.samplerate) + 1
             longest = max_values // min(file.channels, 2)
-            if min(limit, file.frames) > longest:
+            if min(limit, num_frames) > longest:
                 raise Refused(f"at {file.samplerate} Hz it must not be longer than {longest // file.samplerate} s")
             return _read_blocks(file, min(limit, longest)), file.samplerate
     except soundfile.LibsndfileError as error:
         raise Refused("the audio cannot be decoded") from error
+
+
+def _open(descriptor: int) -> Any:
+    """Return a soundfile.SoundFile that reads a file from its start. Raises soundfile.LibsndfileError."""
+    import soundfile
+
+    class Sequential(soundfile.SoundFile):  # type: ignore[misc]
+        def seekable(self) -> bool:
+            return False  # otherwise soundfile seeks after each read, which fails if the length is unknown
+
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return Sequential(descriptor, closefd=False)
+
+
+def _count_frames(file: Any) -> int:
+    """Return the number of frames (samples per channel) of `file`, which is counted until there are too many."""
+    num_frames = 0
+    block = np.empty((_BLOCK_VALUES // file.channels, file.channels), dtype=np.float32)
+    while num_frames * file.channels <= _MAX_FILE_VALUES and (num_read := len(file.read(out=block))):
+        num_frames += num_read
+    file.seek(0)
+    return num_frames
 
 
 def read_text(descriptor: int) -> str | None:
@@ -105,30 +136,33 @@ def check_rate(rate_hz: int) -> None:
         raise Refused(f"the sample rate {rate_hz} Hz is outside {_RATES_HZ[0]}..{_RATES_HZ[1]} Hz")
 
 
-def check_header(container: str, *, channels: int, frames: int) -> None:
-    """Raise Refused for a container, channel count or length that is not supported."""
+def check_format(container: str, *, channels: int) -> None:
+    """Raise Refused for a container or a number of channels that is not supported."""
     if container not in _CONTAINERS:
         raise Refused(f"{container} files are not accepted; allowed: {_FORMATS}")
-    if not 1 <= channels <= max(_SPEAKERS):
-        raise Refused(f"{channels} channels; allowed: 1 to {max(_SPEAKERS)}")
-    if frames * channels > _MAX_FILE_VALUES:
-        raise Refused(f"its header promises {frames} samples of {channels} channels, more than can be decoded")
+    if not 1 <= channels <= max(_WAV_SPEAKERS):
+        raise Refused(f"{channels} channels; allowed: 1 to {max(_WAV_SPEAKERS)}")
 
 
-def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Mix `block` (samples, channels) to mono or stereo. `block` has up to 8 channels, in the order of WAV files.
+def _speakers_of(file: Any) -> str:
+    """Return the speaker of each channel of a file with more than two channels."""
+    from soundfile import _ffi, _snd  # soundfile has no function for channel maps
 
-    The peak of the mix is not higher than the peak of `block`.
+    found = _ffi.new("int[]", file.channels)
+    if _snd.sf_command(file._file, _GET_CHANNEL_MAP, found, _ffi.sizeof(found)):
+        speakers = "".join(_MAPPED_SPEAKERS[number] for number in found if number < len(_MAPPED_SPEAKERS))
+        if len(speakers) == file.channels and set(speakers) & set("Llc") and set(speakers) & set("Rrc"):
+            return speakers
+    return (_OGG_SPEAKERS if file.subtype in ("VORBIS", "OPUS") else _WAV_SPEAKERS)[file.channels]
+
+
+def _mix_matrix(speakers: str) -> npt.NDArray[np.float32]:
+    """Return the gain of each channel in the left and right output, (channels, 2).
+
+    Each column sums to 1, so that the peak of the mix is not higher than the peak of the channels.
     """
-    if block.shape[1] <= 2:
-        return block
-    return block @ _mix_matrix(block.shape[1])
-
-
-def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
-    """Return the gain of each channel in the left and right output, (channels, 2). Each column sums to 1."""
-    gains = np.array([[side in "lc", side in "rc"] for side in _SPEAKERS[channels]], dtype=np.float32)
-    gains[2:] *= _SURROUND_GAIN
+    gains = np.array([[speaker in "Llc", speaker in "Rrc"] for speaker in speakers], dtype=np.float32)
+    gains[[speaker not in "LR" for speaker in speakers]] *= _SURROUND_GAIN
     normal: npt.NDArray[np.float32] = gains / gains.sum(axis=0)
     return normal
 
@@ -136,6 +170,7 @@ def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
 def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
     """Read up to `limit` frames (samples per channel) as (frames, channels) float32, mono or stereo. Raises Refused."""
     blocks: list[npt.NDArray[np.float32]] = []
+    matrix = _mix_matrix(_speakers_of(file)) if file.channels > 2 else None
     left = limit
     while left > 0:
         block = file.read(min(left, _BLOCK_VALUES // file.channels), dtype="float32", always_2d=True)
@@ -145,7 +180,7 @@ def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
             raise Refused("the audio has samples that are not finite numbers")
         if np.abs(block).max() > _MAX_LEVEL:
             raise Refused(f"the audio has samples beyond {_MAX_LEVEL:g} times full scale")
-        blocks.append(mix_down(block))
+        blocks.append(block if matrix is None else block @ matrix)
         left -= len(block)
     if not blocks:
         raise Refused("the file holds no audio")
