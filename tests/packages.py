@@ -13,6 +13,8 @@ import pytest
 
 from tests.patience import PATIENCE_S
 
+_INSTALL_S = 3 * PATIENCE_S
+
 
 def install_npm(package: str) -> Path:
     """Return the folder `node_modules` with an npm package, such as `@fal-ai/client@1.10.1`."""
@@ -24,8 +26,8 @@ def install_npm(package: str) -> Path:
 
 def install_python(requirement: str) -> Path:
     """Return a folder with a Python package, such as `av==18.1.0`, and its dependencies. Add it to PYTHONPATH."""
-    command = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement)
-    return _install(requirement, *command, "--target")
+    options = ("--quiet", "--disable-pip-version-check", "--no-compile")
+    return _install(requirement, sys.executable, "-m", "pip", "install", *options, requirement, "--target")
 
 
 def skip_or_fail(name: str, reason: str) -> None:
@@ -45,7 +47,7 @@ def _install(name: str, *command: str) -> Path:
     if not installed.exists():
         cache.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=cache)
-        done = subprocess.run([*command, folder], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        done = subprocess.run([*command, folder], capture_output=True, text=True, timeout=_INSTALL_S, check=False)
         if done.returncode:
             shutil.rmtree(folder)
             skip_or_fail(name, f"the package could not be installed: {done.stderr[-500:]}")
