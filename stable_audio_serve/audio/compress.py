@@ -29,6 +29,7 @@ _OPUS_KBPS = (6, 256)  # bit rate per channel at libsndfile's compression levels
 _OGG_KBPS = 2.5  # bit rate that the Ogg container adds to Opus
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
+_OGG_LAST_PAGE = 4  # a bit of byte 5 of a page
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 _SUBTYPES = {
     AudioFormat.MP3: ("MP3", "MPEG_LAYER_III"),
@@ -58,6 +59,7 @@ class Writable(Protocol):
     def read(self, num_bytes: int = -1, /) -> bytes: ...
     def seek(self, offset: int, whence: int = 0, /) -> int: ...
     def tell(self) -> int: ...
+    def truncate(self, size: int, /) -> int: ...
 
 
 class Encoder(Protocol):
@@ -288,20 +290,32 @@ def _rewrite_ogg(file: Writable, *, trim_samples: int) -> None:
     the end of an Opus file is trimmed.
     """
     start, end = 0, file.seek(0, 2)
+    before, before_start = bytearray(), 0
     while start < end:
         file.seek(start)
         page = bytearray(file.read(_OGG_HEADER_BYTES))
         page += file.read(page[26])
         page += file.read(sum(page[_OGG_HEADER_BYTES:]))
         struct.pack_into("<I", page, 14, _OGG_SERIAL)
-        if start + len(page) == end:
-            (granule,) = struct.unpack_from("<q", page, 6)
-            struct.pack_into("<q", page, 6, granule - trim_samples)
+        if start + len(page) == end and trim_samples:
+            length = _granule(page) - trim_samples
+            if 0 < length <= _granule(before):  # positions must not decrease, so the page before becomes the last one
+                file.truncate(start)
+                page, start, end = before, before_start, before_start + len(before)
+                page[5] |= _OGG_LAST_PAGE
+            struct.pack_into("<q", page, 6, length)
         page[22:26] = bytes(4)
         page[22:26] = _ogg_checksum(page)
         file.seek(start)
         file.write(bytes(page))
+        before, before_start = page, start
         start += len(page)
+
+
+def _granule(page: bytearray) -> int:
+    """Return the number of samples from the start of the stream to the end of an Ogg page."""
+    granule: int = struct.unpack_from("<q", page, 6)[0]
+    return granule
 
 
 def _ogg_checksum(page: bytearray) -> bytes:

@@ -210,6 +210,10 @@ class StreamFile:
     def tell(self) -> int:
         return self._position
 
+    def truncate(self, size: int, /) -> int:
+        """Return `size` without effect, because bytes that `take` returned cannot be removed."""
+        return size
+
     def read(self, num_bytes: int = -1, /) -> bytes:
         """Return no bytes, because bytes that `take` returned cannot be read again."""
         return b""

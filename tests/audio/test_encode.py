@@ -101,6 +101,27 @@ def test_opus_keeps_the_exact_length() -> None:
     assert soundfile.info(io.BytesIO(data)).frames == int(1.2345 * 48000)
 
 
+def pages_of(ogg: bytes) -> list[tuple[int, bool]]:
+    """Returns the granule position of each page of an Ogg file, and whether the page is marked as the last one."""
+    pages, start = [], 0
+    while start < len(ogg):
+        num_segments = ogg[start + 26]
+        pages.append((int.from_bytes(ogg[start + 6 : start + 14], "little", signed=True), bool(ogg[start + 5] & 4)))
+        start += 27 + num_segments + sum(ogg[start + 27 : start + 27 + num_segments])
+    return pages
+
+
+def test_positions_in_an_opus_file_never_decrease() -> None:
+    rng = np.random.default_rng(0)
+    for num_samples in range(86_000, 88_000, 100):
+        audio = rng.uniform(-0.2, 0.2, (2, num_samples)).astype(np.float32)
+        data = encode_audio(audio, 48_000, encoding=Encoding(AudioFormat.OPUS)).to_bytes()
+        positions, are_last = zip(*pages_of(data), strict=True)
+        assert list(positions) == sorted(positions)
+        assert are_last == (*[False] * (len(are_last) - 1), True)
+        assert len(soundfile.read(io.BytesIO(data))[0]) == num_samples
+
+
 @pytest.mark.parametrize("file_format", available_formats())
 def test_the_same_audio_gives_the_same_bytes(file_format: AudioFormat) -> None:
     audio = make_tone(duration_s=2)
