@@ -90,7 +90,7 @@ def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
 
     A step from t to t' sets x to (t'/t) x - (1 - t') c D', where c = (t' - t) / ((1 - t') t). D' is extrapolated from
     the clean estimates of the previous and this step. In the first step, in the last step, and where two earlier times
-    are equal, D' is the clean estimate of this step.
+    have the same log-SNR, D' is the clean estimate of this step.
     """
     evaluations: list[Evaluation] = []
     previous: float | None = None
@@ -98,8 +98,8 @@ def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
         scale = following / t
         weight = -(1.0 - following) * (following - t) / (max(1.0 - following, _TINY) * max(t, _TINY))
         history = 0.0
-        if previous is not None and following != 0.0 and previous != t:
-            history = 0.5 * (_log_snr(following) - _log_snr(t)) / (_log_snr(t) - _log_snr(previous))
+        if previous is not None and following != 0.0 and (span := _log_snr(t) - _log_snr(previous)) != 0.0:
+            history = 0.5 * (_log_snr(following) - _log_snr(t)) / span
         on_estimate = weight * (1.0 + history)
         evaluations.append(
             _evaluation(

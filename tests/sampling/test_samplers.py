@@ -71,8 +71,9 @@ def test_source_is_mixed_by_the_noise_level(sampler: str) -> None:
     torch.testing.assert_close(start_state(plan, noise, source=source)[0], 0.7 * source + 0.3 * noise)
 
 
-def test_dpmpp_survives_two_equal_times() -> None:
-    sigmas = torch.tensor([0.5, 0.5, 0.3, 0.0])
+@pytest.mark.parametrize("times", [(0.5, 0.5, 0.3, 0.0), (1.0, 0.5, 1e-11, 1e-12, 1e-13, 0.0)])
+def test_dpmpp_survives_two_times_of_equal_log_snr(times: tuple[float, ...]) -> None:
+    sigmas = torch.tensor(times)
     plan = build_plan("dpmpp", sigmas, guidance=Guidance(), has_source=False)
     assert run_plan(plan, start_state(plan, torch.ones(2, 3))).isfinite().all()
 

@@ -122,7 +122,6 @@ def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
     for field, asked in (
         ("apg_scale", request.apg_scale),
         ("cfg_norm_threshold", request.cfg_norm_threshold),
-        ("dist_shift", request.schedule_shift),
     ):
         if asked:
             raise InvalidRequestError(f"{field} is not supported by {name}", field=field, allowed="0 or unset")
@@ -204,7 +203,7 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
                 raise InvalidRequestError(message, field="sigma_min", allowed=f"below {level:g}")
     lowest = request.sigma_min
     if lowest is None or over_time:  # samplers over time ignore the request's sigma_min
-        lowest = min(SIGMA_MIN, highest * _MIN_SHARE)
+        lowest = max(min(SIGMA_MIN, highest * _MIN_SHARE), LOWEST_SIGMA)
     return SigmaRange(lowest, highest, 1.0 if request.rho is None else request.rho)
 
 

@@ -141,7 +141,7 @@ def test_an_edit_of_a_flow_model_has_the_references_times(sampler: str) -> None:
         torch.testing.assert_close(times, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("level", [0.1, 0.4, 1.0, 80.0])
+@pytest.mark.parametrize("level", [0.00011, 0.1, 0.4, 1.0, 80.0])
 def test_an_edit_of_a_v_model_starts_at_its_own_level(level: float) -> None:
     sampler = one(init_audio=CLIP, init_noise_level=level, sampler="k-heun", steps=4).sampler
     assert sampler.evaluations[0].sigma == pytest.approx(level)
