@@ -52,17 +52,6 @@ class SourceAudio:
 
 
 @dataclass(frozen=True, slots=True)
-class ScheduleShift:
-    """How a flow model's denoising times are shifted, in place of the model's own shift.
-
-    `kind` is logsnr, flux, full or none. `options` are the parameters of this kind, as names and values.
-    """
-
-    kind: str
-    options: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Section:
     """A part of a long piece: `duration_s` seconds of audio that continue the sections before it.
 
@@ -129,7 +118,6 @@ class GenerationRequest:
     steps: int | None = None
     cfg_scale: float | None = None
     sampler: str | None = None
-    schedule_shift: ScheduleShift | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
     rho: float | None = None  # spacing of the sampler's sigmas; 1 = evenly spaced in ln sigma

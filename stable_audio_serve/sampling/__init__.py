@@ -10,12 +10,10 @@ from stable_audio_serve.sampling.plan import Blend, Evaluation, Guidance, Sample
 from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan, resolve_sampler
 from stable_audio_serve.sampling.schedules import (
     DEFAULT_SHIFT,
-    SHIFT_KINDS,
     TimestepShift,
     build_sigmas,
     edit_times,
     shift_from_config,
-    shift_from_override,
 )
 from stable_audio_serve.sampling.update import Kept, StepTerms, advance, network_input, start_state
 from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan, v_path
@@ -23,7 +21,6 @@ from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan, v_p
 __all__ = [
     "DEFAULT_SHIFT",
     "SAMPLERS",
-    "SHIFT_KINDS",
     "V_SAMPLERS",
     "Blend",
     "Evaluation",
@@ -54,7 +51,6 @@ __all__ = [
     "open_flow_times",
     "resolve_sampler",
     "shift_from_config",
-    "shift_from_override",
     "sigma_path",
     "start_state",
     "v_path",

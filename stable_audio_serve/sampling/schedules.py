@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
-from stable_audio_serve.core.generation import EditSchedule, ScheduleShift
+from stable_audio_serve.core.generation import EditSchedule
 
 MAX_STEPS = 1000
 MIN_NOISE_LEVEL = 0.01  # the lowest noise level of an edit; with a lower one, a step would divide by a time near 0
@@ -25,7 +25,7 @@ CONFIG_KEY = "sampling_distribution_shift_options"
 
 
 class _BadOption(ValueError):
-    """An option of a `TimestepShift` is invalid. Callers raise a CheckpointError or InvalidRequestError instead."""
+    """An option of a `TimestepShift` is invalid."""
 
 
 def _require(condition: bool, name: str, *, allowed: str) -> None:
@@ -135,7 +135,6 @@ DEFAULT_SHIFT = LogSnrShift(rate=0.0)
 _KINDS: Mapping[str, type[NoShift | LogSnrShift | FluxShift | FullShift]] = {
     shift.kind: shift for shift in (LogSnrShift, FluxShift, FullShift, NoShift)
 }
-SHIFT_KINDS = tuple(_KINDS)
 _LARGEST_OPTION = 1e30  # float32 can represent it
 
 
@@ -162,22 +161,13 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
     return shift
 
 
-def shift_from_override(shift: ScheduleShift) -> TimestepShift:
-    """Return the shift that a request asks for instead of the model's. Raises InvalidRequestError if it is invalid."""
-    try:
-        return _build(shift.kind, dict(shift.options))
-    except _BadOption as error:
-        allowed = ", ".join(SHIFT_KINDS)
-        raise InvalidRequestError(f"schedule_shift: {error}", field="schedule_shift", allowed=allowed) from error
-
-
 def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: float = 1.0) -> Tensor:
     """Return noise levels (steps + 1,) float32 from `sigma_max` to 0 for a clip of `length` latent frames.
 
     Evenly spaced levels from `sigma_max` to 0 are warped by `shift`, and then the first is set to `sigma_max` again. If
     `sigma_max` is below about 0.7, later levels may therefore exceed it, as in the reference implementations. Raises
-    InvalidRequestError if `steps` is outside 1..1000, or if `sigma_max` (the request's `init_noise_level`) is outside
-    0.01..1.
+    InvalidRequestError if `steps` is outside 1..1000 or too many for the shift, or if `sigma_max` (the request's
+    `init_noise_level`) is outside 0.01..1.
     """
     check_steps(steps)
     check_level(sigma_max)
@@ -185,7 +175,8 @@ def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: 
     sigmas = shift.warp(times, torch.tensor(max(length, 1.0), dtype=torch.float32)).clone()
     sigmas[0] = sigma_max
     if not (torch.isfinite(sigmas).all() and (sigmas[:-1] > 0).all()):
-        raise InvalidRequestError("schedule_shift: the levels before the last must be above 0", field="schedule_shift")
+        message = f"the model has no schedule of {steps} steps: not all noise levels would be above 0"
+        raise InvalidRequestError(message, field="steps", allowed="fewer steps")
     return sigmas
 
 
@@ -238,7 +229,7 @@ def check_steps(steps: int) -> None:
 def _build(kind: str, options: Mapping[str, object]) -> TimestepShift:
     chosen = _KINDS.get(kind)
     if chosen is None:
-        raise _BadOption(f"unknown type {kind[:40]!r}; valid: {', '.join(SHIFT_KINDS)}")
+        raise _BadOption(f"unknown type {kind[:40]!r}; valid: {', '.join(_KINDS)}")
     known = {field.name for field in fields(chosen)}
     for name, value in options.items():
         if name not in known:

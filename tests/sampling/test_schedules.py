@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
-from stable_audio_serve.core.generation import EditSchedule, ScheduleShift
+from stable_audio_serve.core.generation import EditSchedule
 from stable_audio_serve.sampling import (
     DEFAULT_SHIFT,
     build_sigmas,
     edit_times,
     shift_from_config,
-    shift_from_override,
 )
 from tests.goldens import SHARP, load_goldens
 
@@ -57,11 +56,6 @@ def test_config_options_that_overflow_are_refused() -> None:
         shift_from_config({"max_length": 1e308})
 
 
-def test_override_equals_the_same_config_options() -> None:
-    override = ScheduleShift("flux", (("alpha_min", 2.0), ("alpha_max", 3.0)))
-    assert shift_from_override(override) == shift_from_config({"type": "flux", "alpha_min": 2, "alpha_max": 3})
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -79,12 +73,6 @@ def test_override_equals_the_same_config_options() -> None:
 def test_unusable_options_are_refused_by_key(options: Any) -> None:
     with pytest.raises(CheckpointError, match="sampling_distribution_shift_options"):
         shift_from_config(options)
-    if isinstance(options, dict):
-        kind = options["type"]
-        override = ScheduleShift(kind, tuple((key, value) for key, value in options.items() if key != "type"))
-        with pytest.raises(InvalidRequestError) as caught:
-            shift_from_override(override)
-        assert caught.value.field == "schedule_shift"
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -137,6 +125,9 @@ def test_an_edit_at_full_noise_has_the_times_of_text_to_audio(schedule: EditSche
     assert torch.equal(edit_times(lambda _: times, 1.0, schedule=schedule), times)
 
 
-def test_a_shift_that_reaches_zero_early_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="above 0"):
-        build_sigmas(8, shift_from_override(ScheduleShift("logsnr", (("logsnr_end", 1e4),))), length=10)
+def test_more_steps_than_the_shift_has_levels_for_are_refused() -> None:
+    shift = shift_from_config({"type": "logsnr", "logsnr_end": 95})
+    assert (build_sigmas(8, shift, length=10)[:-1] > 0).all()
+    with pytest.raises(InvalidRequestError, match="no schedule of 1000 steps") as caught:
+        build_sigmas(1000, shift, length=10)
+    assert caught.value.field == "steps"

@@ -22,7 +22,6 @@ from stable_audio_serve.sampling.schedules import (
     TimestepShift,
     build_sigmas,
     edit_times,
-    shift_from_override,
 )
 
 DEFAULT_APG_SCALE = 1.0
@@ -127,10 +126,9 @@ def _plan_sampler(
     )
     has_source = request.init_audio is not None
     steps = spec.card.default_steps if request.steps is None else request.steps
-    warp = shift_from_override(request.schedule_shift) if request.schedule_shift else shift
 
     def build(level: float) -> Tensor:
-        return build_sigmas(steps, warp, length=length.effective_frames, sigma_max=level)
+        return build_sigmas(steps, shift, length=length.effective_frames, sigma_max=level)
 
     level = max(request.init_noise_level, MIN_NOISE_LEVEL) if has_source else 1.0
     sigmas = edit_times(build, level, schedule=request.edit_schedule or spec.card.default_edit_schedule)

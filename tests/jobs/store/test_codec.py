@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.generation import GenerationRequest, Lora, MadeOn, ScheduleShift, Section, SourceAudio
+from stable_audio_serve.core.generation import GenerationRequest, Lora, MadeOn, Section, SourceAudio
 from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.core.sound import AudioFormat, Encoding, Finishing, Loudness
 from stable_audio_serve.jobs.job import FinishedSection, JobError, JobResult, JobSpec, JobUpload
@@ -28,7 +28,6 @@ REQUEST = GenerationRequest(
     steps=7,
     cfg_scale=2.5,
     sampler="rk4",
-    schedule_shift=ScheduleShift("flux", (("a", 1.0), ("b", 0.1))),
     apg_scale=0.3,
     edit_schedule="reference",
     sigma_min=0.2,

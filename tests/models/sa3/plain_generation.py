@@ -176,8 +176,6 @@ class PlainRun:
         request = self.request
         sigma_max = request.init_noise_level if request.init_audio is not None else 1.0
         options = self.model.diffusion.get("sampling_distribution_shift_options")
-        if request.schedule_shift is not None:
-            options = {"type": request.schedule_shift.kind, **dict(request.schedule_shift.options)}
         own = self.length.effective
         steps = request.steps or 8
         if request.edit_schedule == "reference" or sigma_max == 1.0:

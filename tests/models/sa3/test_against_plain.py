@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.generation import GenerationRequest, ScheduleShift, SourceAudio
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.build import build_components, build_spec, checkpoint_modules
@@ -33,7 +33,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "decoder": {"chunk_size": 15, "transformer_depths": [3], "channels": 12, "dim_heads": 12, "c_mults": [1]},
         "network": {"embed_dim": 132, "num_heads": 2, "depth": 1, "num_memory_tokens": 0},
         "attention": {"qk_norm": "none", "differential": True},
-        "diffusion": {"sampling_distribution_shift_options": {"type": "full", "min_length": 8, "max_length": 200}},
+        "diffusion": {
+            "sampling_distribution_shift_options": {"min_length": 8, "max_length": 200, "use_sine": True},
+        },
         "pretransform": {"chunked": False},  # with windows of 128 frames, a window would end within a chunk of three
     },
     # Chunks shifted by half a chunk, odd numbers of layers, ordinary attention, schedule for the padded length.
@@ -46,7 +48,10 @@ SIZES: dict[str, dict[str, Any]] = {
         },
         "network": {"embed_dim": 80, "num_heads": 1, "depth": 3, "num_memory_tokens": 1, "timestep_features_dim": 64},
         "attention": {"qk_norm": "dyt", "differential": False},
-        "diffusion": {"use_effective_length_for_schedule": False, "diffusion_objective": "rectified_flow"},
+        "diffusion": {
+            "use_effective_length_for_schedule": False, "diffusion_objective": "rectified_flow",
+            "sampling_distribution_shift_options": {"type": "logsnr", "rate": 0.5, "anchor_length": 100},
+        },
     },
     # Sliding-window attention with wide windows, a sine activation in one layer, and a config without padding mask.
     "sliding": {
@@ -116,12 +121,6 @@ def make_pair(name: str) -> tuple[Sa3Model, PlainModel]:
 
 
 PROMPTS = ("house music 124 bpm with rain and a piano", "", "low quality")
-SHIFTS = (
-    ScheduleShift("flux", (("min_length", 4), ("max_length", 300), ("alpha_min", 0.7), ("alpha_max", 3.0))),
-    ScheduleShift("full", (("use_sine", 1.0), ("min_length", 4))),
-    ScheduleShift("logsnr", (("rate", 0.5), ("anchor_length", 100))),
-    ScheduleShift("none"),
-)
 
 
 class Quiet(SeededNoise):
@@ -153,12 +152,12 @@ def make_requests(model: Sa3Model) -> list[GenerationRequest]:
     partly = {**strong, "cfg_interval": (0.3, 0.9)}
     fields: list[dict[str, Any]] = [
         {"duration_s": 1.5 * frame_s, "steps": 1},
-        {"duration_s": 21 * frame_s, "sampler": "rk4", "schedule_shift": SHIFTS[1], **partly},
-        {"duration_s": 20.3 * frame_s, "sampler": "pingpong", "schedule_shift": SHIFTS[0], **init, "steps": 5},
+        {"duration_s": 21 * frame_s, "sampler": "rk4", **partly},
+        {"duration_s": 20.3 * frame_s, "sampler": "pingpong", **init, "steps": 5},
         {"duration_s": 33 * frame_s, "sampler": "euler", **init, **edit, **strong, "apg_scale": 0.5, "steps": 3},
-        {"duration_s": 19 * frame_s, "sampler": "dpmpp", "schedule_shift": SHIFTS[2], **edit, "steps": 6},
+        {"duration_s": 19 * frame_s, "sampler": "dpmpp", **edit, "steps": 6},
         {"duration_s": 130 * frame_s, "steps": 2, "cfg_scale": 0.5, "cfg_rescale": 0.4, "cfg_norm_threshold": 3.0},
-        {"duration_s": 9 * frame_s, "schedule_shift": SHIFTS[3], "sampler": "rk4", "steps": 2, "prompt": ""},
+        {"duration_s": 9 * frame_s, "sampler": "rk4", "steps": 2, "prompt": ""},
     ]  # fmt: skip
     return [
         GenerationRequest(**{"prompt": PROMPTS[0], "seed": seed, "steps": 4, "cfg_scale": 1.0, **field})

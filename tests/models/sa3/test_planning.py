@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import ScheduleShift, SourceAudio
+from stable_audio_serve.core.generation import SourceAudio
 from stable_audio_serve.models.protocol import RowPlan
 from stable_audio_serve.models.windows import chunked_windows
 from tests.goldens import SHARP, load_goldens
@@ -190,7 +190,6 @@ def test_the_request_sets_padding_and_windows() -> None:
         ({"init_audio": make_clip(), "init_noise_level": -0.1}, "init_noise_level"),
         ({"init_audio": make_clip(), "init_noise_level": math.nan}, "init_noise_level"),
         ({"sampler": "no-such-sampler"}, "sampler_type"),
-        ({"schedule_shift": ScheduleShift("no-such-shift")}, "schedule_shift"),
         ({"inpaint_regions_s": ((0.0, 1.0),)}, "audio"),
         ({"inpaint_audio": make_clip(), "inpaint_regions_s": ((1.0, 1.0),)}, "inpaint_start_seconds"),
         ({"inpaint_audio": make_clip(), "inpaint_regions_s": ((-1.0, 1.0),)}, "inpaint_start_seconds"),
