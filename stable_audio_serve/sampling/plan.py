@@ -46,7 +46,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class SamplerPlan:
-    """A sampler with the schedule of one clip. It has at most 5 registers, which start with zeros, except `LATENTS`.
+    """A sampler with the schedule of one clip. It has at most 4 registers, which start with zeros, except `LATENTS`.
 
     The initial latents are `source_scale * source + noise_scale * noise`. `step_ends[i]` is the number of evaluations
     after which the requested step i is complete. `start_blend` is applied to the initial latents. Either `start_blend`

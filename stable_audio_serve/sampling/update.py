@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stable_audio_serve.sampling.plan import LATENTS, Evaluation, SamplerPlan
 
-MAX_REGISTERS = 5
+MAX_REGISTERS = 4
 KEPT_PARTS = 3  # the tensors of `Kept`: mask, source and noise
 _NUM_TERMS = MAX_REGISTERS + 3  # an update adds up the registers, the two network outputs (guided, unguided) and noise
 _UNCONDITIONAL = MAX_REGISTERS + 1
