@@ -145,7 +145,7 @@ def _fetch_url(url: str, *, cache: Path, max_bytes: int) -> Path:
                 with client, client.stream("GET", url) as reply:
                     if reply.status_code != 200:
                         raise _FetchError(f"the server answers with status {reply.status_code}")
-                    _write(path, _in_time(reply.iter_raw(_CHUNK_BYTES)), max_bytes=max_bytes)
+                    _write(path, _in_time(reply.iter_bytes(_CHUNK_BYTES)), max_bytes=max_bytes)
         return path
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # UnicodeError: a host name that is none
         raise _FetchError(f"cannot be downloaded: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import ssl
 import stat
 import subprocess
@@ -79,9 +80,15 @@ def test_unusable_objects_are_refused(object_storage: ObjectStorage, tmp_path: P
 
 
 class Site(SimpleHTTPRequestHandler):
-    """Serves files, and redirects `/moved/...`."""
+    """Serves files, compresses `/packed/...` for clients that accept it, and redirects `/moved/...`."""
 
     def do_GET(self) -> None:
+        if self.path.startswith("/packed") and "gzip" in self.headers.get("Accept-Encoding", ""):
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            self.wfile.write(gzip.compress(Path(self.translate_path("/v1.0/vinyl.safetensors")).read_bytes()))
+            return None
         if not self.path.startswith("/moved"):
             return super().do_GET()
         self.send_response(302)
@@ -121,11 +128,13 @@ def test_files_of_urls_are_downloaded_once(site: str, tmp_path: Path) -> None:
         assert "must be https://HOST/PATH.safetensors" in refusal(bad, cache=cache)
     moved = fetch_adapter(f"{site}/moved/a.safetensors", cache=cache)
     assert inspect_file(moved, name="a").sha256 == sha256
+    packed = fetch_adapter(f"{site}/packed/a.safetensors", cache=cache)
+    assert inspect_file(packed, name="a").sha256 == sha256
     assert "redirects to a URL that is not https" in refusal(f"{site}/moved/insecure.safetensors", cache=cache)
     assert "cannot be downloaded" in refusal("https://localhost:99999/b.safetensors", cache=cache)
     (tmp_path / "site" / "v1.0" / "vinyl.safetensors").unlink()
     assert fetch_adapter(source, cache=cache) == path
-    assert {found for found in cache.rglob("*") if found.is_file()} == {path, moved}
+    assert {found for found in cache.rglob("*") if found.is_file()} == {path, moved, packed}
 
 
 @pytest.mark.server
