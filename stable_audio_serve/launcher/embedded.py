@@ -85,6 +85,7 @@ def embedded_ray(
                 _metrics_export_port=metrics_port,
             )
         signals.listen()  # again, because ray.init has replaced the handler of SIGTERM
+        signals.wait(0)
         (node,) = ray.nodes()
         yield int(node["MetricsExportPort"])
         late_exit_code = 0

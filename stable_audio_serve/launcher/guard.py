@@ -47,12 +47,17 @@ def processes_using(directory: Path) -> list[int]:
 
 def _clean_up(directory: Path, *, spared: set[int]) -> None:
     deadline = time.monotonic() + _KILL_TIMEOUT_S
-    while (users := set(processes_using(directory)) - spared) and time.monotonic() < deadline:
+    while directory.exists():  # a process that is just starting may create the folder again
+        users = set(processes_using(directory)) - spared
         for pid in users:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        is_late = time.monotonic() >= deadline
+        if not users or is_late:
+            shutil.rmtree(directory, ignore_errors=True)
+        if is_late:
+            return
         time.sleep(0.02)
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _main() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -133,7 +132,7 @@ def serve(
         with start_errors("Ray Serve"):
             _require_room(plan)
             _deploy(schema, watch)
-            health = _wait_until_ready(file, url, plan=plan, downloads=missing, report=report)
+            health = _wait_until_ready(file, url, plan=plan, downloads=missing, signals=signals, report=report)
         watch.lap("models")
         report(f"cold start: {watch}{_load_stages(health, plan)}")
         report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")
@@ -143,7 +142,7 @@ def serve(
                 report(hint)
         report(_ready_text(url, plan))
         with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            signals.wait()
         _drain(file.application, plan.settings, report=report)
 
 
@@ -261,7 +260,13 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
 
 
 def _wait_until_ready(
-    file: ServeFile, url: str, *, plan: Plan, downloads: Mapping[str, ModelEntry], report: Report
+    file: ServeFile,
+    url: str,
+    *,
+    plan: Plan,
+    downloads: Mapping[str, ModelEntry],
+    signals: StopSignals,
+    report: Report,
 ) -> Mapping[str, Any]:
     """Wait until the preloaded models' replicas run and /health lists these models. Returns the body of /health.
 
@@ -280,7 +285,7 @@ def _wait_until_ready(
             so_far = describe_downloads(downloads)
             report(f"still loading ... ({so_far} downloaded)" if so_far else "still loading ...")
             next_report_at += _STILL_LOADING_EVERY_S
-        time.sleep(_POLL_S)
+        signals.wait(_POLL_S)
 
 
 def raise_if_failed(application: ApplicationStatusOverview, plan: Plan) -> None:
