@@ -63,12 +63,11 @@ def check_gpu(index: int) -> Iterator[Finding]:
 
 def check_ports(file: ServeFile, settings: Settings) -> Iterator[Finding]:
     """Check that the server's port and the configured port of the metrics are free."""
-    environment.require_free_port(file.host, file.port)
+    metrics = settings.metrics
+    environment.require_free_ports(file.host, file.port, metrics_host=metrics.host, metrics_port=metrics.port)
     yield Finding("ports", "ok", f"{file.port} of {file.host} is free")
-    if settings.metrics.port is not None:
-        option = "--metrics-port (STABLE_AUDIO_METRICS_PORT)"
-        environment.require_free_port(settings.metrics.host, settings.metrics.port, option=option)
-        yield Finding("ports", "ok", f"{settings.metrics.port} of {settings.metrics.host} is free for metrics")
+    if metrics.port is not None:
+        yield Finding("ports", "ok", f"{metrics.port} of {metrics.host} is free for metrics")
 
 
 def check_job_store(settings: Settings) -> Iterator[Finding]:

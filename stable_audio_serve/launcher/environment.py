@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +81,10 @@ class PortBlock:
 
 
 @contextmanager
-def claim_ports(host: str) -> Iterator[PortBlock]:
-    """Reserve a block of free ports until the context ends. Raises OSError if no block is free.
+def claim_ports(host: str, *, without: Collection[int | None] = ()) -> Iterator[PortBlock]:
+    """Reserve a block of free ports, none of which is in `without`, until the context ends.
+
+    Raises OSError if no block is free.
 
     All ports of the block are free on `host`, because HAProxy serves its statistics and metrics pages there. The other
     ports are used on the loopback address.
@@ -90,6 +92,8 @@ def claim_ports(host: str) -> Iterator[PortBlock]:
     host = _ALL_IPV4 if ":" in host else host
     for _ in range(_ATTEMPTS):
         first = random.randrange(_FIRST_PORT, _LAST_PORT, _BLOCK)
+        if not set(range(first, first + _BLOCK)).isdisjoint(without):
+            continue
         claim = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with claim:
             try:
@@ -110,6 +114,19 @@ def is_port_free(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def require_free_ports(host: str, port: int, *, metrics_host: str, metrics_port: int | None) -> None:
+    """Raise ConfigError if the server or, on another port, its metrics page cannot listen there.
+
+    If `metrics_port` is None, Ray chooses a free one.
+    """
+    require_free_port(host, port)
+    option, field = "--metrics-port (STABLE_AUDIO_METRICS_PORT)", "metrics.port"
+    if metrics_port == port:
+        raise ConfigError(f"the server needs port {port}; choose another for the metrics with {option}", field=field)
+    if metrics_port is not None:
+        require_free_port(metrics_host, metrics_port, option=option, field=field)
 
 
 def require_free_port(host: str, port: int, *, option: str = "--port (PORT=) or --host", field: str = "port") -> None:

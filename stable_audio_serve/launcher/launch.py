@@ -50,7 +50,8 @@ _HEALTH_TIMEOUT_S = 5.0
 _STILL_LOADING_EVERY_S = 15.0
 # How long the drain may take beyond `drain_s`. Its last calls to Ray Serve have timeouts of their own: 8 s in all.
 _DRAIN_MARGIN_S = 15.0
-_PROXY_FAULT = re.compile(r"HAProxy crashed during startup: error: (.+)")
+# HAProxy cannot run: the error of our program that starts it, or HAProxy's own message among its other output.
+_PROXY_FAULT = re.compile(r"HAProxy crashed during startup: (?:error: (.+)|(?s:.*?): (cannot bind socket .+))")
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
 
@@ -92,15 +93,24 @@ def serve(
         with _printing_errors(print_error):
             host, port = host or file.host, port or file.port
             plan = plan_deployments(load_settings(file.args))
-            environment.require_free_port(host, port)
-            metrics_port = _choose_metrics_port(metrics_port, plan.settings)
+            metrics = plan.settings.metrics
+            metrics_port = metrics_port or metrics.port
+            environment.require_free_ports(host, port, metrics_host=metrics.host, metrics_port=metrics_port)
             signals = StopSignals()
             signals.listen()
             directory = stack.enter_context(private_directory())
             environment.raise_file_limit()
             variables = environment.base_environment(plan.settings)
             kind = proxy or plan.settings.proxy.kind
-            proxied = _proxy_environment(stack, directory, host=host, settings=plan.settings, proxy=kind, report=report)
+            proxied = _proxy_environment(
+                stack,
+                directory,
+                host=host,
+                own_ports=(port, metrics_port),
+                settings=plan.settings,
+                proxy=kind,
+                report=report,
+            )
             defaults = start_timeouts(load_per_core()) | environment.color_environment()
             apply_environment(variables | proxied, defaults=defaults)
             # With HAProxy, Ray's own proxy must listen on loopback only. `deploy_schema` also finds misspelled keys in
@@ -156,20 +166,15 @@ def _printing_errors(print_error: Report) -> Iterator[None]:
         raise
 
 
-def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
-    """Return `port`, or the port in the settings if `port` is None. Raises ConfigError if that port is in use.
-
-    If both are None, returns None, and Ray chooses a port.
-    """
-    port = port or settings.metrics.port
-    if port is not None:
-        option = "--metrics-port (STABLE_AUDIO_METRICS_PORT)"
-        environment.require_free_port(settings.metrics.host, port, option=option, field="metrics.port")
-    return port
-
-
 def _proxy_environment(
-    stack: ExitStack, directory: Path, *, host: str, settings: Settings, proxy: ProxyKind, report: Report
+    stack: ExitStack,
+    directory: Path,
+    *,
+    host: str,
+    own_ports: tuple[int | None, ...],
+    settings: Settings,
+    proxy: ProxyKind,
+    report: Report,
 ) -> dict[str, str]:
     """Return the environment variables for HAProxy, or no variables if the Python proxy is used.
 
@@ -179,7 +184,7 @@ def _proxy_environment(
     reason = "selected" if proxy == "python" else environment.haproxy_problem()
     if reason is None:
         try:
-            ports = stack.enter_context(environment.claim_ports(settings.metrics.host))
+            ports = stack.enter_context(environment.claim_ports(settings.metrics.host, without=own_ports))
             return environment.haproxy_environment(ports, directory, host=host, settings=settings)
         except OSError as error:
             reason = str(error)
@@ -252,11 +257,17 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
             logging_config=schema.logging_config,
         )
     except RayError as error:
-        if fault := _PROXY_FAULT.search(str(error)):
-            raise ConfigError(fault[1], field="proxy") from error
+        if fault := find_proxy_fault(str(error)):
+            raise ConfigError(fault, field="proxy") from error
         raise
     watch.lap("serve")
     ray_internals.deploy(schema)
+
+
+def find_proxy_fault(error: str) -> str | None:
+    """Return why HAProxy could not start, from the text of Ray Serve's error, or None if HAProxy is not the reason."""
+    fault = _PROXY_FAULT.search(error)
+    return fault and (fault[1] or f"HAProxy {fault[2]}")
 
 
 def _wait_until_ready(

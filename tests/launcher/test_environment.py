@@ -22,6 +22,7 @@ from stable_audio_serve.launcher.environment import (
     haproxy_environment,
     is_port_free,
     require_free_port,
+    require_free_ports,
 )
 from stable_audio_serve.serving import haproxy
 from stable_audio_serve.serving.logs import tidy_controller_log
@@ -49,6 +50,22 @@ def test_taken_port_error_names_the_option_to_change() -> None:
     with socket.create_server((_HOST, 0)) as server, pytest.raises(ConfigError, match=r"in use.*--port") as caught:
         require_free_port(_HOST, server.getsockname()[1])
     assert caught.value.field == "port"
+
+
+def test_metrics_need_a_port_of_their_own() -> None:
+    with pytest.raises(ConfigError, match=r"choose another for the metrics with --metrics-port") as caught:
+        require_free_ports(_HOST, 18_130, metrics_host=_HOST, metrics_port=18_130)
+    assert caught.value.field == "metrics.port"
+    with socket.create_server((_HOST, 0)) as server, pytest.raises(ConfigError, match=r"in use.*--metrics-port"):
+        require_free_ports(_HOST, 18_130, metrics_host=_HOST, metrics_port=server.getsockname()[1])
+    require_free_ports(_HOST, 18_130, metrics_host=_HOST, metrics_port=None)
+
+
+def test_claimed_block_is_without_the_ports_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_LAST_PORT", environment._FIRST_PORT + 129)  # leaves two blocks
+    for own in (20_010, 20_130):
+        with claim_ports(_HOST, without=(own, None)) as ports:
+            assert own not in range(ports.claim, ports.replicas[1])
 
 
 def test_unusable_address_error_gives_the_reason() -> None:

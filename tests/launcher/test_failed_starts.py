@@ -9,7 +9,7 @@ import pytest
 
 from stable_audio_serve.core.errors import ModelUnavailableError
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.launcher.launch import raise_if_failed
+from stable_audio_serve.launcher.launch import find_proxy_fault, raise_if_failed
 from stable_audio_serve.serving.placement import plan_deployments
 
 ERROR = "ray.exceptions: stable_audio_serve.core.errors.CheckpointError: model.safetensors is corrupt\nat line 1"
@@ -38,3 +38,20 @@ def test_failure_of_a_model_that_need_not_start_is_no_failure() -> None:
 def test_application_that_failed_without_a_deployment_ends_the_start() -> None:
     with pytest.raises(ModelUnavailableError):
         raise_if_failed(application("DEPLOY_FAILED"), PLAN)
+
+
+@pytest.mark.parametrize(
+    ("output", "fault"),
+    [
+        ("error: no haproxy program found", "no haproxy program found"),
+        (
+            "[NOTICE]   (16172) : haproxy version is 2.8.25\n[ALERT]    (16172) : Binding [/tmp/x/haproxy.cfg:54] for "
+            "frontend http_frontend: cannot bind socket (Address already in use) for [127.0.0.1:18141]\n[ALERT] : x",
+            "HAProxy cannot bind socket (Address already in use) for [127.0.0.1:18141]",
+        ),
+        ("exit code 1", None),
+    ],
+)
+def test_reason_why_haproxy_does_not_start_is_found(output: str, fault: str | None) -> None:
+    text = f"ray::HAProxyManager.ready()\nRuntimeError: HAProxy crashed during startup: {output}\n"
+    assert find_proxy_fault(text) == fault
