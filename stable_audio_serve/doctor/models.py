@@ -53,6 +53,7 @@ class ModelChecks:
         self._entry = model_entry(model)
         self._device = torch.device(model.device or plan.settings.device or engines.first_device())
         self._folders: tuple[Path, Path] | None = None  # the checkpoint and its text encoder, if both are here
+        self._can_load = False  # the files are here or can be downloaded
         self._fits = False
 
     @property
@@ -66,6 +67,7 @@ class ModelChecks:
         if warnings:  # a model that loads at its first request
             yield Finding(f"{self.name}: files", "warning", warnings[0].removeprefix("warning: "))
             return
+        self._can_load = True
         self._folders = find_local(self._entry)
         where = f"complete in {self._folders[0]}" if self._folders else "not here yet; the first start downloads them"
         yield Finding(f"{self.name}: files", "ok", where)
@@ -74,7 +76,8 @@ class ModelChecks:
         """Check that the weights and requests fit into the GPU's or the machine's memory. Loads no weights."""
         weights = self._weights_bytes()
         if weights is None:
-            yield Finding(f"{self.name}: memory", "ok", "the size is unknown until the files are downloaded")
+            if self._can_load:
+                yield Finding(f"{self.name}: memory", "ok", "the size is unknown until the files are downloaded")
             return
         message, self._fits = (self._fit_gpu if self._device.type == "cuda" else _fit_machine)(weights)
         advice = None if self._fits else "stop other programs, serve a smaller model, or use a device with more memory"
