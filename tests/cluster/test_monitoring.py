@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from docs.reference import describe_api
 from stable_audio_serve.core.metrics import METRICS, exported_name
 from stable_audio_serve.serving.placement import INGRESS_NAME
 from tests.cluster.tools import CLUSTER, run_program
@@ -69,6 +70,20 @@ def test_cases_detect_an_alert_that_never_or_always_fires(expression: str, tmp_p
 def expressions() -> Iterator[str]:
     yield from rules("alert").values()
     yield from rules("record").values()
+
+
+def test_slow_answers_of_every_synchronous_route_count() -> None:
+    (pattern,) = set(re.findall(r'route=~"([^"]+)"', rules("record")["stable_audio:generation_ms:p95"]))
+    answers = {
+        path: methods["post"]["responses"].get("200", {})
+        for path, methods in describe_api()["paths"].items()
+        if "post" in methods
+    }
+    synchronous = {path for path, answer in answers.items() if "audio/" in str(answer.get("content"))}
+    assert {"/generate", "/v1/music", "/v2beta/audio/stable-audio-2/inpaint"} <= synchronous
+    assert [path for path in synchronous if not re.fullmatch(pattern, path)] == []
+    assert re.fullmatch(pattern, "/run/fal-ai/stable-audio")  # its answer is JSON with the URL of the audio
+    assert not re.fullmatch(pattern, "/jobs")
 
 
 def test_rules_use_exported_and_recorded_names() -> None:
