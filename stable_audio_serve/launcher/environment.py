@@ -37,7 +37,6 @@ _LAST_PORT = 32000
 # by default).
 _BLOCK = 128
 _ATTEMPTS = 50
-_QUARANTINE_MARGIN_S = 30
 LOOPBACK = "127.0.0.1"
 _LOCAL_NAMES = "localhost,127.0.0.1,::1"
 _ALL_IPV4 = "0.0.0.0"
@@ -230,7 +229,6 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
     loopback, so that clients cannot bypass HAProxy. Raises OSError if HAProxy is not installed or cannot run.
     """
     first_replica, last_replica = ports.replicas
-    longest_s = math.ceil(settings.api.max_deadline_s)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": _program(directory),
@@ -240,10 +238,9 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
         haproxy.IDLE_TIMEOUT_S: str(settings.proxy.idle_timeout_s),
         haproxy.METRICS_HOST: settings.metrics.host,
         # When the set of replicas changes, HAProxy is reloaded: a new process starts, and the old one finishes its
-        # requests. Until then, the old process may forward requests to the port of a stopped replica. Therefore no new
-        # replica gets that port before the old process has ended.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest_s),
-        "RAY_SERVE_PORT_QUARANTINE_S": str(longest_s + _QUARANTINE_MARGIN_S),
+        # requests. Until then, the old process may forward requests to the port of a stopped replica. Therefore Ray
+        # Serve gives no new replica that port before the old process has ended.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(settings.api.max_deadline_s)),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),

@@ -25,14 +25,14 @@ from tests.serving.launched import LaunchedServer, write_config
 from tests.serving.slow_app import WAIT_S
 
 LONGEST_S = int(Settings().api.max_deadline_s)
-TIMES = {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_S), "RAY_SERVE_PORT_QUARANTINE_S": str(LONGEST_S + 30)}
+TIMES = {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_S)}
 
 
 def test_cluster_files_allow_the_longest_request() -> None:
     dockerfile = (CLUSTER / "Dockerfile").read_text()
     assert TIMES.items() <= dict(re.findall(r"^ +(\w+)=(\S+)", dockerfile, flags=re.MULTILINE)).items()
     environment = yaml.safe_load((CLUSTER / "kuberay" / "base" / "environment.yaml").read_text())
-    assert TIMES.items() <= environment["data"].items()
+    assert not TIMES.keys() & environment["data"].keys()  # the value of the image applies
     balancers = CLUSTER / "load_balancer"
     assert f"timeout server {LONGEST_S}s\n" in (balancers / "haproxy.cfg").read_text()
     assert f"proxy_read_timeout {LONGEST_S}s;" in (balancers / "nginx.conf").read_text()
