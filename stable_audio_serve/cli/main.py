@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +39,8 @@ def main(
     ] = False,
 ) -> None:
     """Self-hosted serving of Stable Audio models over HTTP."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # for names and prompts that the terminal's encoding lacks
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stable_audio_serve.client import AsyncClient, Client, Job, JobProgress, Result
 from stable_audio_serve.core.catalog import OPEN_FAMILY
-from stable_audio_serve.core.errors import ConflictError
+from stable_audio_serve.core.errors import StableAudioError
 
 if TYPE_CHECKING:
     from stable_audio_serve.core.backend import Backend
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stable_audio_serve.core.settings_models import LoraSettings
 
 OnProgress = Callable[[JobProgress], None]
+_CANCEL_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,12 @@ class SoundRequest:
     # The recipe and its source files, only for "replay".
     recipe: Mapping[str, Any] = field(default_factory=dict)
     sources: Sequence[bytes] = ()
+
+    @property
+    def num_clips(self) -> int:
+        """The number of variations that the options ask for. A recipe may have more."""
+        lists = (self.controls.get("prompts"), self.controls.get("seeds"))
+        return max(self.controls.get("batch_size") or 1, *(len(found or ()) for found in lists))
 
     def model(self, catalog: ModelCatalog, *, dialects: DialectSettings) -> str:
         """Return the canonical name of the model that this request selects. Raises UnknownModelError."""
@@ -57,8 +64,14 @@ class SoundRequest:
         return ([self.prompt] if self.audio is None else [self.audio, self.prompt]), more
 
 
-def make_by_server(request: SoundRequest, client: Client, *, on_progress: OnProgress) -> Result:
-    """Generate the audio as a job on a server. Ctrl-C cancels the job.
+def make_by_server(
+    request: SoundRequest,
+    client: Client,
+    *,
+    connect: Callable[..., AbstractContextManager[Client]],
+    on_progress: OnProgress,
+) -> Result:
+    """Generate the audio as a job on a server. Ctrl-C cancels the job, with another client from `connect`.
 
     Loops and replays are not jobs but synchronous requests. Raises errors of `core.errors`.
     """
@@ -67,15 +80,16 @@ def make_by_server(request: SoundRequest, client: Client, *, on_progress: OnProg
         return client.loop(*arguments, **more)
     if request.kind == "replay":
         return client.replay(*arguments, **more)
-    key = uuid.uuid4().hex
+    key, job = uuid.uuid4().hex, None
     try:
         job = submit(request, client, key=key)
         return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
     except KeyboardInterrupt:
-        # The response with the job's id may not have arrived. Submitting again with the same key returns the same job.
-        job = submit(request, client, key=key)
-        with suppress(ConflictError):  # the job has already ended
-            client.jobs.cancel(job.id)
+        # The job has already ended, or the server does not answer, for which nobody waits who has pressed Ctrl-C.
+        with suppress(StableAudioError), connect(quiet=True, most_retries=0, timeout_s=_CANCEL_TIMEOUT_S) as quick:
+            # The response with the job's id may not have arrived. Submitting again with its key returns the same job.
+            job = job or submit(request, quick, key=key)
+            quick.jobs.cancel(job.id)
         raise
 
 

@@ -105,6 +105,8 @@ def plain_errors() -> Iterator[None]:
         hint = "; set STABLE_AUDIO_API_KEY or --key-file" if isinstance(error, errors.UnauthorizedError) else ""
         message = in_options(error.message) if isinstance(error, _REQUEST_ERRORS) else error.message
         raise fail(f"{message}{hint}", code) from error
+    except BrokenPipeError:  # the reader of standard output has ended, such as `head`
+        raise
     except OSError as error:
         raise fail(describe_os_error(error)) from error
     except ValueError as error:

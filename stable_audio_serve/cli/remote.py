@@ -99,7 +99,7 @@ def open_client(
     try:
         client = Client(url, api_key=_read_key(key_file), retries=retries, http=http)
     except ValueError as error:
-        raise fail(f"--url (STABLE_AUDIO_URL): {error}") from error
+        raise fail(str(error)) from error
     try:
         with client:
             yield client

@@ -6,6 +6,7 @@ Large modules are imported only when a command runs, so that the program starts 
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -201,12 +202,11 @@ def _make(
     more: dict[str, Any] | None = None,
 ) -> None:
     from stable_audio_serve.cli.makers import SoundRequest
-    from stable_audio_serve.cli.sound_files import check_inputs, check_outputs, parse_region, read_audio, read_prompt
+    from stable_audio_serve.cli.sound_files import check_inputs, parse_region, read_audio, read_prompt
 
     with plain_errors():
         spans = [parse_region(region) for region in regions or ()]
         check_inputs(prompt, audio)
-        check_outputs(options.out, as_json=options.as_json)
         prompt = read_prompt(prompt)
         source = None if audio is None else read_audio(audio)
         fields = {**options.controls, **(more or {}), "prompts": options.prompts_after(prompt)}
@@ -221,12 +221,13 @@ def _carry_out(request: SoundRequest, *, options: SoundOptions) -> None:
     from stable_audio_serve.cli.tables import progress_line
 
     with plain_errors():
-        check_outputs(options.out, as_json=options.as_json)
+        check_outputs(options.out, as_json=options.as_json, num_clips=request.num_clips)
         with progress_line(quiet=options.quiet) as show:
             if options.local:
                 result = make_here(request, config=options.config, quiet=options.quiet, on_progress=show)
             else:
-                with open_client(options.url, options.key_file, quiet=options.quiet) as client:
-                    result = make_by_server(request, client, on_progress=show)
+                connect = partial(open_client, options.url, options.key_file)
+                with connect(quiet=options.quiet) as client:
+                    result = make_by_server(request, client, connect=connect, on_progress=show)
         files = save(result, options.out, prompt=request.prompt or str(request.recipe.get("prompt", "")))
     report(result, files, as_json=options.as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import json
 import re
@@ -16,6 +17,8 @@ import typer
 from stable_audio_serve.client import Clip, Result
 
 STDIN = "-"  # as the name of an input file, means standard input; as the name of an output file, standard output
+_ONE_CLIP = "only one variation can go to standard output; name a folder with --out"
+_SLASHES = ("/", "\\")  # the name of a folder ends with one of these
 _LONGEST_NAME = 60
 
 
@@ -25,10 +28,15 @@ def check_inputs(prompt: str, audio: str | bytes | None) -> None:
         raise ValueError("only one of the prompt and the audio can be standard input")
 
 
-def check_outputs(out: str, *, as_json: bool) -> None:
-    """Raise ValueError if JSON and audio would both go to standard output."""
-    if as_json and out == STDIN:
-        raise ValueError("--json and --out - would both write to standard output")
+def check_outputs(out: str, *, as_json: bool, num_clips: int = 1) -> None:
+    """Raise ValueError or FileNotFoundError if `save` or `report` would fail, before time is spent on the audio."""
+    if out == STDIN:
+        if as_json:
+            raise ValueError("--json and --out - would both write to standard output")
+        if num_clips > 1:
+            raise ValueError(_ONE_CLIP)
+    elif not out.endswith(_SLASHES) and not (folder := Path(out).parent).is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(folder))
 
 
 def read_audio(audio: str) -> bytes:
@@ -99,12 +107,12 @@ def save(result: Result, out: str, *, prompt: str) -> list[Path]:
     """
     if out == STDIN:
         if len(result.clips) > 1:
-            raise ValueError("only one variation can go to standard output; name a folder with --out")
+            raise ValueError(_ONE_CLIP)
         sys.stdout.buffer.write(result.content)
         sys.stdout.buffer.flush()
         return []
     path = Path(out)
-    if path.is_dir() or out.endswith(("/", "\\")):
+    if path.is_dir() or out.endswith(_SLASHES):
         path.mkdir(parents=True, exist_ok=True)
         prompts = (str((clip.recipe or {}).get("prompt", prompt)) for clip in result.clips)
         return [

@@ -151,7 +151,11 @@ def unload_lora(name: str, *, model: str | None) -> Call[None]:
 
 def job_path(job_id: str, *below: str) -> str:
     """Return the URL path `/jobs/{job_id}`, followed by the segments `below`. Raises ValueError for a malformed id."""
-    return "/".join(("/jobs", uuid.UUID(hex=job_id).hex, *below))
+    try:
+        known = uuid.UUID(hex=job_id)
+    except ValueError as error:
+        raise ValueError(f"{job_id!r} is not the id of a job, which has 32 hexadecimal digits") from error
+    return "/".join(("/jobs", known.hex, *below))
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,6 +238,7 @@ FAILURES = [
     (["jobs", "submit", "-", "--audio", "-"], 2, "standard input"),
     (["generate", "rain", "-o", "-", "--json"], 2, "standard output"),
     (["loop", "techno"], 2, "BPM"),
+    (["jobs", "show", "abc"], 2, "'abc' is not the id of a job"),
     (["generate", "rain", "--url", "http://127.0.0.1:9"], 3, "did not answer"),
     (["generate", "rain", "--url", "nowhere"], 2, "URL"),
 ]
@@ -250,6 +251,26 @@ async def test_failures_print_a_sentence_and_set_the_exit_code(shell: Shell, mon
         errors = (await shell.run(*arguments, stdin=b"no audio", code=code)).decode()
         assert expected in errors, arguments
         assert await shell.files() == [], arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("-n", "2", "-o", "-"), "standard output"),
+        (("--seed", "1", "--seed", "2", "-o", "-"), "standard output"),
+        (("-o", "missing/clip.wav"), "missing: file not found"),
+    ],
+)
+async def test_output_that_cannot_be_written_is_refused_first(
+    shell: Shell, options: tuple[str, ...], expected: str
+) -> None:
+    errors = (await shell.run("generate", "rain", *options, code=2)).decode()
+    assert (expected in errors, shell.backend.requests) == (True, [])
+
+
+async def test_a_malformed_key_is_not_a_fault_of_the_url(shell: Shell) -> None:
+    errors = (await shell.run("models", code=2, STABLE_AUDIO_API_KEY=" abc")).decode()
+    assert errors.startswith("error: the API key starts or ends with white space")
 
 
 async def test_other_errors_set_the_exit_code(shell: Shell) -> None:
@@ -281,6 +302,39 @@ async def test_ctrl_c_cancels_the_request(shell: Shell) -> None:
     assert lines == ["error: interrupted"]
     await until(lambda: shell.backend.num_cancelled)
     assert await shell.files() == []
+
+
+@pytest.mark.server
+async def test_ctrl_c_does_not_wait_for_a_server_that_does_not_answer(shell: Shell) -> None:
+    silent = await asyncio.start_server(lambda reader, _: reader.read(), "127.0.0.1", 0)
+    async with silent:
+        port = silent.sockets[0].getsockname()[1]
+        process = await shell.start("generate", "rain", STABLE_AUDIO_URL=f"http://127.0.0.1:{port}")
+        assert process.stderr is not None
+        await process.stderr.readuntil(b"waiting for the server")
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(PATIENCE_S):
+            _, errors = await process.communicate()
+        assert (process.returncode, errors.splitlines()[-1]) == (130, b"error: interrupted")
+
+
+@pytest.mark.server
+async def test_names_that_the_terminal_cannot_show_are_replaced(shell: Shell) -> None:
+    shell.backend.error = GenerationError("\N{HIRAGANA LETTER A} failed")
+    job_id = (await shell.run("jobs", "submit", "rain")).decode().strip()
+    await shell.run("jobs", "show", job_id, "--watch", code=1)
+    process = await shell.start("jobs", "list", PYTHONIOENCODING="ascii", COLUMNS="200")
+    listed, errors = await process.communicate()
+    assert (process.returncode, errors, b"? failed" in listed) == (0, b"", True)
+
+
+@pytest.mark.server
+async def test_a_reader_that_ends_early_is_no_invalid_usage(shell: Shell) -> None:
+    process = await shell.start("generate", "rain", "-d", "1", "-o", "-")
+    assert process.stdout is not None
+    process.stdout._transport.close()  # type: ignore[attr-defined]
+    assert process.stderr is not None
+    assert (await process.stderr.read(), await process.wait()) == (b"", 1)
 
 
 async def test_a_job_is_submitted_watched_and_downloaded(shell: Shell) -> None:

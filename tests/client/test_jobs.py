@@ -97,7 +97,7 @@ async def test_jobs_are_listed_cancelled_and_refused(
         await call("jobs.get", "0" * 32)
     with pytest.raises(errors.NotFoundError):
         await call("jobs.wait", "0" * 32)
-    with pytest.raises(ValueError, match="badly formed"):
+    with pytest.raises(ValueError, match="not the id of a job"):
         await call("jobs.get", "../models")
     served.backend.released.set()
     assert os.listdir(tmp_path) == []
