@@ -335,22 +335,37 @@ def test_volume_is_kept(page: Page) -> None:
     assert gain == 0.25
 
 
+def touch(page: Page, *events: tuple[str, float | None], height: float) -> None:
+    """Touch the view. Events are (type, CSS pixels from its left edge, or None without a finger)."""
+    view = place_of(page, "#wave")
+    for kind, x in events:
+        points = [] if x is None else [{"x": view["left"] + x, "y": view["top"] + height}]
+        page.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+
 @pytest.mark.slow
 def test_zoomed_view_is_scrolled_by_touch_on_its_ruler(phone: Page) -> None:
     phone.fill(prompt="rain", duration=2, steps=2).make_clip()
     for _ in range(4):
         phone.click("zoom-in")
     phone.run("document.getElementById('stage').scrollIntoView({behavior: 'instant'})")
-    view = place_of(phone, "#wave")
 
     def swipe(height: float) -> float:
         phone.run("document.getElementById('wave').scrollLeft = 200")
-        for kind, x in (("touchStart", 250), ("touchMove", 200), ("touchMove", 100), ("touchEnd", None)):
-            points = [] if x is None else [{"x": view["left"] + x, "y": view["top"] + height}]
-            phone.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        touch(phone, ("touchStart", 250), ("touchMove", 200), ("touchMove", 100), ("touchEnd", None), height=height)
         return float(phone.run("return document.getElementById('wave').scrollLeft"))
 
     assert swipe(12) == 350
     assert not phone["region-tools"].is_displayed()
     assert swipe(100) == 200
     phone.until(lambda: phone["region-tools"].is_displayed())
+
+
+@pytest.mark.slow
+def test_drag_after_a_cancelled_press_leaves_the_playhead(phone: Page) -> None:
+    phone.fill(prompt="rain", duration=2, steps=2).make_clip()
+    phone.run("document.getElementById('stage').scrollIntoView({behavior: 'instant'})")
+    touch(phone, ("touchStart", 150), ("touchCancel", None), height=100)
+    touch(phone, ("touchStart", 150), ("touchMove", 200), ("touchMove", 250), ("touchEnd", None), height=100)
+    phone.until(lambda: phone["region-tools"].is_displayed())
+    assert phone["clock"].text == "0:00.00 / 0:02.00"

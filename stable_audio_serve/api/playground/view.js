@@ -171,13 +171,15 @@ export class View {
       const start = this.snap(before.start + now - began);
       return this.mark(start, start + before.end - before.start);
     };
+    const press = new AbortController();
+    const { signal } = press;
     const end = (last) => {
-      this.track.removeEventListener("pointermove", move);
+      press.abort(); // removes all three listeners
       if (last.type === "pointerup" && !isDrag) this.onSeek(this.timeOf(last));
     };
     this.track.setPointerCapture(event.pointerId);
-    this.track.addEventListener("pointermove", move);
-    for (const type of ["pointerup", "pointercancel"]) this.track.addEventListener(type, end, { once: true });
+    this.track.addEventListener("pointermove", move, { signal });
+    for (const type of ["pointerup", "pointercancel"]) this.track.addEventListener(type, end, { signal });
   }
 
   // ---- drawing ----
