@@ -159,3 +159,21 @@ def test_loop_prompt_has_tempo_and_key(page: Page) -> None:
     page.fill(prompt="x", bpm=90, bars=2, key="").click("load-settings")
     values = [page[name].get_attribute("value") for name in ("prompt", "bpm", "bars", "key")]
     assert values == ["kick drums", "120", "1", "C minor"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("written", "key", "sent"),
+    [
+        ("techno drums 128bpm in a warehouse", "", "techno drums 128bpm in a warehouse"),
+        ("drums 90bpm and 120bpm", "", "drums 90bpm and 120bpm"),
+        ("drums in a hall", "", "drums in a hall 120bpm"),
+        ("drums", "F♯ major", "drums 120bpm in F♯ major"),
+    ],
+)
+def test_loaded_loop_has_the_prompt_that_was_written(written: str, key: str, *, sent: str, page: Page) -> None:
+    page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
+    clip = page.fill(prompt=written, bpm=120, bars=1, key=key, steps=2).make_clip()
+    assert clip["order"]["fields"]["prompt"] == sent
+    page.fill(prompt="x", key="D minor").click("load-settings")
+    assert [page[name].get_attribute("value") for name in ("prompt", "key")] == [written, key]

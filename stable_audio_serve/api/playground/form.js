@@ -6,7 +6,8 @@ import { callWithRetries } from "./api.js";
 import { readFields } from "./description.js";
 import { Sections } from "./sections.js";
 
-const KEYS = ["C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"];
+const NOTES = ["C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"];
+const KEYS = NOTES.flatMap((note) => [`${note} major`, `${note} minor`]);
 const WITHIN = { true_peak_dbtp: "loudness" }; // fields that are part of another
 // Fields that the page has for itself: each variation is an order, and the key of a loop is added to its prompt.
 const OWN = new Set(["prompt", "batch_size", "key", "audio"]);
@@ -33,6 +34,20 @@ function requirement({ min, max, step }) {
 }
 
 export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+
+const namesTempo = (prompt) => /\d\s*bpm\b/i.test(prompt);
+const inKey = (key) => (key ? ` in ${key}` : "");
+
+// Returns a loop's prompt without the tempo and key that `order` has added, and the key. A prompt that named its tempo
+// stays as it was sent, because the user may have written all of it.
+function asWritten({ prompt, bpm }) {
+  for (const key of ["", ...KEYS]) {
+    const added = ` ${bpm}bpm${inKey(key)}`;
+    const written = prompt.slice(0, -added.length);
+    if (prompt.endsWith(added) && !namesTempo(written)) return { prompt: written, key };
+  }
+  return { prompt, key: "" };
+}
 
 export class Form {
   constructor({ onSubmit, onSourceFile }) {
@@ -64,8 +79,7 @@ export class Form {
       if (file) onSourceFile(file);
     });
     this.acceptDrops(onSourceFile);
-    const keys = ["any", ...KEYS.flatMap((key) => [`${key} major`, `${key} minor`])];
-    element("key").replaceChildren(...keys.map((key) => new Option(key, key === "any" ? "" : key)));
+    element("key").replaceChildren(new Option("any", ""), ...KEYS.map((key) => new Option(key, key)));
   }
 
   // Loads models and limits. Throws ApiError.
@@ -226,9 +240,8 @@ export class Form {
     };
     if (this.kind === "piece") return { kind: "generate", fields: defined({ ...shared, sections: this.sections.value }) };
     if (this.kind === "loop") {
-      const key = element("key").value;
-      const tempo = /\d\s*bpm\b/i.test(shared.prompt) ? "" : ` ${number("bpm")}bpm`;
-      const prompt = `${shared.prompt}${tempo}${key ? ` in ${key}` : ""}`;
+      const tempo = namesTempo(shared.prompt) ? "" : ` ${number("bpm")}bpm`;
+      const prompt = `${shared.prompt}${tempo}${inKey(element("key").value)}`;
       return { kind: "generate", fields: defined({ ...shared, prompt, loop: true, bpm: number("bpm"), bars: Number(element("bars").value) }) };
     }
     const fields = defined({ ...shared, duration: number("duration") });
@@ -248,18 +261,18 @@ export class Form {
     const set = (id, value) => {
       element(id).value = value ?? "";
     };
-    const words = fields.loop && /^(.*) [\d.]+bpm(?: in (.*))?$/s.exec(fields.prompt);
+    const { prompt, key } = fields.loop ? asWritten(fields) : fields;
     this.node.elements.kind.value = fields.loop ? "loop" : fields.sections ? "piece" : "clip";
     set("model", fields.model);
     this.showModel();
-    set("prompt", words ? words[1] : fields.prompt);
+    set("prompt", prompt);
     for (const id of ["steps", "cfg_scale", "negative_prompt", "seed", "fade_in_s", "fade_out_s"]) set(id, fields[id]);
     for (const id of ["target_lufs", "true_peak_dbtp"]) set(id, fields.loudness?.[id]);
     set("sampler", fields.sampler_kwargs?.sampler_type);
     set("batch_size", 1);
     this.adapters.choose(fields.loras);
     if (fields.loop) for (const id of ["bpm", "bars"]) set(id, fields[id]);
-    if (fields.loop) set("key", words?.[2]);
+    if (fields.loop) set("key", key);
     if (fields.sections) this.sections.fill(fields.sections);
     if (fields.duration) set("duration", fields.duration);
     if (order.kind === "vary") set("init_noise_level", fields.init_noise_level);
