@@ -15,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.patience import PATIENCE_S
 from tests.playground.conftest import Page
-from tests.playground.test_stage import WORKING
+from tests.playground.test_stage import WORKING, drag
 
 pytestmark = pytest.mark.server
 
@@ -92,6 +92,45 @@ def test_repeated_play_calls_start_playback_once(page: Page) -> None:
     )
     assert num_nodes == 1
     assert num_ticks <= 11
+
+
+# Counts the sources of sound that play. The audio device opens only after `window.release()`.
+SLOW_DEVICE = """
+const released = new Promise((release) => (window.release = release));
+const { resume } = AudioContext.prototype;
+AudioContext.prototype.resume = async function () {
+  await released;
+  return resume.call(this);
+};
+window.sounding = new Set();
+const { start, stop } = AudioBufferSourceNode.prototype;
+AudioBufferSourceNode.prototype.start = function (...all) {
+  sounding.add(this);
+  return start.apply(this, all);
+};
+AudioBufferSourceNode.prototype.stop = function (...all) {
+  sounding.delete(this);
+  return stop.apply(this, all);
+};
+"""
+
+
+@pytest.mark.slow
+def test_only_the_shown_clip_plays_once_the_device_is_open(page: Page) -> None:
+    page.fill(prompt="a snare", duration=4, steps=2).make_clip()
+    page.fill(prompt="rain").make_clip()
+    page.run(SLOW_DEVICE)
+    page.click("play")
+    page.browser.find_elements(By.CSS_SELECTOR, "#clips .what")[1].click()
+    page.until(lambda: page["clip-name"].text == "a snare")
+    page.click("play")
+    drag(page, 1, 1)  # a click on the waveform moves the playhead
+    page.run("window.release()")
+    page.until(lambda: page["play"].text == "Pause")
+    assert page.run("return sounding.size") == 1
+    page.until(lambda: page["clock"].text.startswith("0:01."))
+    page.click("play")
+    assert page.run("return sounding.size") == 0
 
 
 @pytest.mark.slow

@@ -10,12 +10,13 @@ class Playback {
     this.loops = false;
     this.position = 0;
     this.isPlaying = false;
+    this.run = 0; // counts starts and stops, so that an earlier start ends
     this.frame = 0;
   }
 
   async seek(seconds) {
     const wasPlaying = this.isPlaying;
-    this.stop();
+    if (wasPlaying) this.stop(); // a start that waits for the audio device goes on, from the new position
     this.position = Math.max(0, Math.min(seconds, this.duration));
     this.onTick(this.position);
     if (wasPlaying) await this.play();
@@ -64,9 +65,9 @@ export class Player extends Playback {
   async play() {
     if (this.isPlaying) return;
     const sound = audioContext();
-    const { voices } = this;
+    const run = ++this.run;
     await sound.resume();
-    if (this.isPlaying || this.voices !== voices) return; // another call started playback or loaded other buffers
+    if (run !== this.run) return; // another call started playback, or stopped it
     if (this.position >= this.duration - 0.01) this.position = 0;
     for (const [index, voice] of this.voices.entries()) {
       voice.volume = new GainNode(sound, { gain: index === this.audible ? voice.gain : 0 });
@@ -85,6 +86,7 @@ export class Player extends Playback {
 
   stop() {
     const at = this.now;
+    this.run += 1;
     this.isPlaying = false;
     cancelAnimationFrame(this.frame);
     for (const voice of this.voices) {
@@ -111,7 +113,6 @@ export class LongPlayer extends Playback {
     super(callbacks);
     this.wav = wav;
     this.chunks = []; // scheduled: {node, at: seconds of the piece, when: seconds of the audio clock, duration}
-    this.run = 0; // counts starts, so that an earlier one ends
   }
 
   get duration() {
