@@ -131,3 +131,16 @@ def test_key_is_requested_and_stored_for_the_tab_only(page: Page, tmp_path: Path
         assert key not in locked.run("return JSON.stringify(localStorage)")
         locked.messages()
         locked.browser.get("about:blank")
+
+
+@pytest.mark.slow
+def test_closing_the_key_dialog_does_not_save_the_key(page: Page) -> None:
+    stored = "return Object.values(sessionStorage)"
+    page.click("open-key")
+    page["api-key"].send_keys("first", Keys.ENTER)
+    page.until(lambda: page.run(stored) == ["first"])
+    page.click("open-key")
+    page["api-key"].send_keys("second")
+    page.run("arguments[0].requestClose()", page["key-dialog"])  # Chromium empties `returnValue` only after Escape
+    page.until(lambda: not page["key-dialog"].is_displayed())
+    assert page.run(stored) == ["first"]

@@ -180,7 +180,9 @@ function askKey(message = "") {
   element("key-error").textContent = message;
   element("key-error").hidden = !message;
   element("api-key").value = key();
-  if (!element("key-dialog").open) element("key-dialog").showModal();
+  if (element("key-dialog").open) return;
+  element("key-dialog").returnValue = ""; // Escape leaves it as it is, so an earlier "save" would be repeated
+  element("key-dialog").showModal();
 }
 
 let connecting = null;
