@@ -169,7 +169,7 @@ FULL = """
 const real = window.fetch;
 window.fetch = async (url, options) => {
   if (!String(url).endsWith("/jobs") || window.isBack) return real(url, options);
-  const headers = { "Retry-After": "7" };
+  const headers = { "Retry-After": "2" };
   return new Response(JSON.stringify({ detail: "The server is full." }), { status: 429, headers });
 };
 """
@@ -179,7 +179,7 @@ window.fetch = async (url, options) => {
 def test_refused_order_stays_in_sight_of_a_phone_until_repeated(phone: Page) -> None:
     phone.run(FULL)
     phone.fill(prompt="rain", duration=0.5, steps=2).click("generate")
-    phone.until(lambda: "The server is full. Try again in 7 s." in phone["jobs"].text)
+    phone.until(lambda: "The server is full. Try again in 2 s." in phone["jobs"].text)
 
     def is_in_sight() -> bool:
         row = place_of(phone, "#jobs .failed")
@@ -192,6 +192,15 @@ def test_refused_order_stays_in_sight_of_a_phone_until_repeated(phone: Page) -> 
     phone.open()
     assert not phone.browser.find_elements(By.CSS_SELECTOR, "#jobs li")
     assert len(phone.clips) == 1
+
+
+@pytest.mark.slow
+def test_order_waits_with_the_reason_of_a_full_server(page: Page) -> None:
+    page.run(FULL.replace("429", "503").replace("full.", "full"))
+    page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
+    page.until(lambda: "The server is full. Try again in 2 s." in page["jobs"].text)
+    page.run("window.isBack = true")
+    page.until(lambda: page.clips)
 
 
 @pytest.mark.slow

@@ -26,7 +26,10 @@ export function setKey(value) {
 export class ApiError extends Error {
   // `faults` are [{field, message}]; `field` is null for errors of the whole request.
   constructor(status, faults, retryAfterS = null) {
-    if (retryAfterS && !faults[0].message.includes("try again")) faults[0].message += ` Try again in ${retryAfterS} s.`;
+    const [first] = faults;
+    if (retryAfterS && !first.message.includes("try again")) {
+      first.message = `${first.message.replace(/\.$/, "")}. Try again in ${retryAfterS} s.`;
+    }
     super(faults.map((fault) => fault.message).join("; "));
     this.status = status;
     this.faults = faults;

@@ -35,7 +35,8 @@ export class Jobs {
     const waiting = new AbortController();
     const row = new Row(job.order, () => this.cancel(job, waiting));
     try {
-      if (!job.acceptedAs) await this.submit(job, { signal: waiting.signal, onAway: () => row.say("Server unreachable. Sent when it is back.") });
+      const onAway = ({ status, message }) => row.say(status ? message : "Server unreachable. Sent when it is back.");
+      if (!job.acceptedAs) await this.submit(job, { signal: waiting.signal, onAway });
       for await (const { kind, data } of jobEvents(job.acceptedAs)) {
         if (kind === "progress") this.showProgress(job, { row, progress: data, isNew: began !== null });
         if (kind === "away") row.say("Connection lost. Retrying.");
