@@ -149,6 +149,16 @@ def test_last_dropped_file_is_the_source(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_form_makes_a_clip_once_it_has_a_source(page: Page) -> None:
+    page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
+    for kind in ("loop", "piece"):
+        page.browser.find_element(By.CSS_SELECTOR, f"input[value={kind}]").click()
+        page.click("use-source")
+        assert page["source-box"].is_displayed()
+    assert page.make_clip()["order"]["kind"] == "vary"
+
+
+@pytest.mark.slow
 def test_loop_prompt_has_tempo_and_key(page: Page) -> None:
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
     assert not page["source-box"].is_displayed()

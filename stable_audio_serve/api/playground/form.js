@@ -176,8 +176,9 @@ export class Form {
     if (!locked) element("seed").value = "";
   }
 
-  // Sets the source file or null, and shows its name. `parent` is the clip that it is from.
+  // Sets the source file or null, and shows its name. Only clips have a source. `parent` is the clip that it is from.
   setSource(file, { note = "", parent = null } = {}) {
+    if (file && file !== this.source) this.node.elements.kind.value = "clip";
     this.source = file;
     this.parent = parent;
     element("source-name").textContent = file ? `Source: ${file.name}${note}` : "No source. Drop an audio file here, or use a clip.";
