@@ -159,6 +159,13 @@ def test_form_makes_a_clip_once_it_has_a_source(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_loaded_duration_is_empty_if_none_was_set(page: Page) -> None:
+    page.fill(prompt="rain", duration="", steps=2).make_clip()
+    page.fill(duration=3).click("load-settings")
+    assert page["duration"].get_attribute("value") == ""
+
+
+@pytest.mark.slow
 def test_loop_prompt_has_tempo_and_key(page: Page) -> None:
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
     assert not page["source-box"].is_displayed()

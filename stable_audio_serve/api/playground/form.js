@@ -4,6 +4,7 @@
 import { Adapters } from "./adapters.js";
 import { callWithRetries } from "./api.js";
 import { readFields } from "./description.js";
+import { isExtended } from "./orders.js";
 import { Sections } from "./sections.js";
 
 const NOTES = ["C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"];
@@ -275,7 +276,7 @@ export class Form {
     if (fields.loop) for (const id of ["bpm", "bars"]) set(id, fields[id]);
     if (fields.loop) set("key", key);
     if (fields.sections) this.sections.fill(fields.sections);
-    if (fields.duration) set("duration", fields.duration);
+    if (this.kind === "clip" && !isExtended(order)) set("duration", fields.duration);
     if (order.kind === "vary") set("init_noise_level", fields.init_noise_level);
     this.lockSeed(true);
     this.showStrength();
