@@ -106,6 +106,44 @@ def test_a_growing_piece_is_played_before_it_is_finished(page: Page) -> None:
     page.until(lambda: page["clock"].text.endswith("0:06.00"))
 
 
+# Holds back the end of a job and its audio after 2 s. `window.numOpen` counts the open connections for audio.
+UNFINISHED = """
+const real = window.fetch;
+window.numOpen = 0;
+window.fetch = async (url, options) => {
+  const reply = await real(url, options);
+  if (String(url).endsWith("/events")) {
+    const unfinished = (await reply.text()).split("\\n\\n").filter((event) => !event.includes("event: end"));
+    const start = (events) => events.enqueue(new TextEncoder().encode(`${unfinished.join("\\n\\n")}\\n\\n`));
+    return new Response(new ReadableStream({ start }));
+  }
+  if (!String(url).includes("follow=1")) return reply;
+  const wav = new Uint8Array(await reply.arrayBuffer());
+  const close = () => (window.numOpen -= 1);
+  const start = (audio) => {
+    window.numOpen += 1;
+    audio.enqueue(wav.subarray(0, 44 + 2 * 44100 * 4)); // the header and 2 s
+    options.signal?.addEventListener("abort", () => (close(), audio.error(options.signal.reason)));
+  };
+  return new Response(new ReadableStream({ start, cancel: close }));
+};
+"""
+
+
+def test_a_growing_piece_is_received_only_while_it_is_shown(page: Page) -> None:
+    page.fill(prompt="wind", duration=0.5, steps=2).make_clip()
+    page.run(UNFINISHED)
+    choose_piece(page, ("", 2), ("", 2))
+    page.fill(prompt="rain", steps=2).click("generate")
+    for _ in range(2):
+        page.until(lambda: page.run("return window.numOpen") == 1)
+        page.browser.find_element(By.CSS_SELECTOR, "#clips .what").click()
+        page.until(lambda: page["clip-name"].text == "wind")
+        page.until(lambda: page.run("return window.numOpen") == 0)
+        page.browser.find_element(By.CSS_SELECTOR, "[aria-label='Listen to rain']").click()
+        page.until(lambda: page["clip-name"].text == "rain")
+
+
 def test_a_cancelled_piece_keeps_its_finished_sections(page: Page) -> None:
     choose_piece(page, *[("", 20)] * 4)
     page.fill(prompt="rain", steps=50).click("generate")

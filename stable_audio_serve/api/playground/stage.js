@@ -33,6 +33,7 @@ export class Stage {
     this.other = null; // the previously shown clip, for A / B
     this.buffer = null; // audio of the shown clip; null for a long piece
     this.player = null;
+    this.receiving = null; // AbortController of the shown long piece
     this.wantsLoop = false; // the user's choice for clips that are no loops
     this.view = new View({ onSeek: (seconds) => this.seek(seconds), onRegion: (region) => this.showRegion(region) });
     this.listen();
@@ -98,27 +99,30 @@ export class Stage {
     if (this.shown?.id === job.id) return plays && !this.player.isPlaying && this.playOrPause();
     const piece = { id: job.id, order, isGrowing: true, model: order.fields.model, facts: { seed: order.fields.seed }, durationS: lengthOf(order.fields.sections) };
     this.chosen = piece;
-    return this.showLong(piece, { plays, open: async () => (await call(`jobs/${job.acceptedAs}/audio?follow=1`)).body });
+    const open = async (signal) => (await call(`jobs/${job.acceptedAs}/audio?follow=1`, { signal })).body;
+    return this.showLong(piece, { plays, open });
   }
 
-  // Shows a piece that is too long to decode at once. `open` opens the stream of its WAV file.
+  // Shows a piece that is too long to decode at once. `open(signal)` opens the stream of its WAV file.
   async showLong(clip, { plays, open }) {
     const wav = new GrowingWav(clip.blob);
     let picture = null;
     this.present(clip, { player: new LongPlayer(wav, this.callbacks), buffer: null });
+    this.receiving = new AbortController();
+    const { signal } = this.receiving;
     const show = (made) => this.view.show({ picture: made, duration: clip.durationS, marks: ends(clip.order.fields.sections) });
     show(null);
     this.start(plays);
-    const isStale = () => this.shown.id !== clip.id;
     const onSamples = (channels, rateHz) => {
       if (!picture) show((picture = new Picture(rateHz, LONG_HOP)));
       picture.add(channels);
       this.view.redraw();
     };
-    for (let failures = 0; !wav.isComplete && !isStale(); failures += 1) {
+    for (let failures = 0; !wav.isComplete && !signal.aborted; failures += 1) {
       try {
-        await wav.follow(await open(), { onSamples, isStale });
+        await wav.follow(await open(signal), { onSamples, signal });
       } catch (error) {
+        if (signal.aborted) return;
         if (failures >= MOST_FAILURES) throw error;
         await pause(1000);
       }
@@ -144,6 +148,7 @@ export class Stage {
   // Puts a clip and its player on the stage.
   present(clip, { buffer, player }) {
     this.player?.stop();
+    this.receiving?.abort();
     if (this.shown && this.shown.id !== clip.id) this.other = this.shown.isGrowing ? null : this.shown;
     Object.assign(this, { buffer, player });
     this.say("");

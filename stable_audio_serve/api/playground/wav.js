@@ -25,9 +25,9 @@ export class GrowingWav {
     return this.format ? this.numSamples / this.format.rateHz : 0;
   }
 
-  // Reads a stream to its end or until `isStale()`, and calls `onSamples(channels, rateHz)` with what arrives. After an
-  // error, another stream of the same file continues where the last one broke off.
-  async follow(stream, { onSamples, isStale }) {
+  // Reads a stream to its end or until `signal` is aborted, and calls `onSamples(channels, rateHz)` with what arrives.
+  // After an error, another stream of the same file continues where the last one broke off.
+  async follow(stream, { onSamples, signal }) {
     const skipped = this.format ? this.format.at + this.numSamples * this.format.frameBytes : 0;
     let rest = new Uint8Array();
     let at = 0; // of `rest` in the file
@@ -35,7 +35,7 @@ export class GrowingWav {
     let reading = reader.read();
     for (;;) {
       const arrived = await (rest.length ? Promise.race([reading, pause(QUIET_MS)]) : reading);
-      if (isStale()) return reader.cancel();
+      if (signal.aborted) return reader.cancel();
       if (!arrived && this.format) rest = this.take(rest, onSamples);
       if (!arrived) continue;
       const { done, value } = arrived;
