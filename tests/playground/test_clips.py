@@ -158,6 +158,18 @@ def test_two_clips_are_compared_at_equal_loudness(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_shown_clip_is_audible_again_if_the_compared_one_is_deleted(page: Page) -> None:
+    page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).make_clip()
+    page.fill(prompt="rain").make_clip()
+    page.click("ab")
+    page.until(lambda: page["ab"].get_attribute("aria-pressed") == "true")
+    page.browser.find_elements(By.CSS_SELECTOR, "#clips .delete")[1].click()
+    page.until(lambda: page["ab"].get_attribute("aria-pressed") == "false")
+    assert page.status_text == "Playing the shown clip"
+    assert not page["ab"].is_enabled()
+
+
+@pytest.mark.slow
 def test_repeated_clip_is_identical_and_settings_are_restored(page: Page, served: str) -> None:
     clip = page.fill(prompt="a snare", duration=0.5, steps=3, cfg_scale=2, negative_prompt="hiss", seed=77).make_clip()
     page.click("repeat")

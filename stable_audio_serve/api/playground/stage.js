@@ -178,9 +178,12 @@ export class Stage {
     document.documentElement.dataset.shown = clip.id;
   }
 
-  // Forgets a deleted clip as the one to compare with.
+  // Forgets a deleted clip as the one to compare with. If it is audible, the shown clip is from now on.
   forget(clip) {
-    if (this.other?.id === clip.id) this.other = null;
+    if (this.other?.id === clip.id) {
+      if (this.player.audible) this.hear(0);
+      this.other = null;
+    }
     this.showOther();
   }
 
@@ -247,21 +250,26 @@ export class Stage {
   // Plays the shown clip and the previous one in sync at equal loudness, and switches the audible one.
   async toggleAB() {
     const { shown, other, player } = this;
+    let plays = false;
     if (player.voices.length < 2) {
       const sound = await decode(other.blob, other.rateHz);
-      if (this.shown !== shown) return; // another clip is shown by now
+      if (this.shown !== shown || this.other !== other) return; // another clip is shown by now, or one is deleted
       const at = player.now;
-      const wasPlaying = player.isPlaying;
+      plays = player.isPlaying;
       player.stop();
       player.load([this.buffer, sound], equalGains([shown.facts.loudness, other.facts.loudness]));
       await player.seek(at);
-      if (wasPlaying) await player.play();
     }
-    const audible = 1 - player.audible;
-    player.select(audible);
-    element("ab").setAttribute("aria-pressed", String(audible === 1));
-    this.say(audible ? `Playing the previous clip: ${titleOf(other)}` : "Playing the shown clip");
+    this.hear(1 - player.audible);
+    if (plays) await player.play();
     this.showPlaying();
+  }
+
+  // Makes the shown clip (0) or the previous one (1) audible.
+  hear(index) {
+    this.player.select(index);
+    element("ab").setAttribute("aria-pressed", String(index === 1));
+    this.say(index ? `Playing the previous clip: ${titleOf(this.other)}` : "Playing the shown clip");
   }
 
   setVolume(value) {
