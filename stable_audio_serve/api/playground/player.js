@@ -39,7 +39,7 @@ class Playback {
   }
 }
 
-// Plays buffers in sync, one of them audible.
+// Plays buffers in sync, one of them audible. The first, which is the shown clip, sets the length.
 export class Player extends Playback {
   constructor(buffers, callbacks) {
     super(callbacks);
@@ -53,7 +53,7 @@ export class Player extends Playback {
   }
 
   get duration() {
-    return this.voices[this.audible].buffer.duration;
+    return this.voices[0].buffer.duration;
   }
 
   get now() {
@@ -77,7 +77,7 @@ export class Player extends Playback {
     }
     this.startedAt = sound.currentTime;
     this.isPlaying = true;
-    const playing = this.voices[this.audible].node;
+    const playing = this.voices[0].node;
     playing.onended = () => {
       if (this.isPlaying && this.voices.some((voice) => voice.node === playing)) this.end();
     };
