@@ -9,6 +9,7 @@ import pytest
 from selenium.webdriver.common.by import By
 
 from tests.playground.conftest import Page
+from tests.playground.test_stage import UNREACHED
 
 pytestmark = pytest.mark.server
 
@@ -122,6 +123,41 @@ def test_job_with_a_lost_response_is_found_after_a_reload(page: Page, served: st
     page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
     jobs = httpx.get(f"{served}/jobs", params={"limit": 100}).json()["jobs"]
     assert len([job for job in jobs if "a lost response" in json.dumps(job)]) == 1
+
+
+@pytest.mark.slow
+def test_waiting_order_that_one_tab_cancels_is_sent_by_no_tab(page: Page) -> None:
+    prompt = "a gong that another tab cancels"
+    page.run(UNREACHED)
+    page.fill(prompt=prompt, duration=0.5, steps=2).click("generate")
+    page.until(lambda: "Sent when it is back." in page["jobs"].text)
+    first = page.browser.current_window_handle
+    page.browser.switch_to.new_window("tab")
+    page.browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": UNREACHED})
+    page.open().until(lambda: "Sent when it is back." in page["jobs"].text)
+    second = page.browser.current_window_handle
+    page.browser.switch_to.window(first)
+    page.browser.find_element(By.CSS_SELECTOR, "#jobs button").click()
+    page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
+    page.browser.switch_to.window(second)
+    page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
+    page.browser.close()
+    page.browser.switch_to.window(first)
+
+
+@pytest.mark.slow
+def test_waiting_order_that_another_tab_sends_is_shown_by_both(page: Page) -> None:
+    page.run(UNREACHED)
+    page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
+    page.until(lambda: "Sent when it is back." in page["jobs"].text)
+    first = page.browser.current_window_handle
+    page.browser.switch_to.new_window("tab")
+    page.open().until(lambda: page["clip-name"].text == "rain")
+    page.browser.close()
+    page.browser.switch_to.window(first)
+    page.run("window.isBack = true")
+    page.until(lambda: page["clip-name"].text == "rain")
+    assert len(page.clips) == 1
 
 
 @pytest.mark.slow

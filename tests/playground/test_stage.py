@@ -138,6 +138,7 @@ window.fetch = async (url, options) => {
   throw new TypeError("Failed to fetch");
 };
 """
+UNREACHED = AWAY.replace("if (window.keys.length === 1) await real(url, options);", "")
 
 
 def test_order_is_sent_once_when_the_server_is_back(page: Page, served: str) -> None:
@@ -154,7 +155,7 @@ def test_order_is_sent_once_when_the_server_is_back(page: Page, served: str) -> 
 
 @pytest.mark.slow
 def test_order_can_be_cancelled_while_the_server_is_away(page: Page) -> None:
-    page.run(AWAY.replace("if (window.keys.length === 1) await real(url, options);", ""))
+    page.run(UNREACHED)
     page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
     page.until(lambda: "Sent when it is back." in page["jobs"].text)
     page.browser.find_element(By.CSS_SELECTOR, "#jobs button").click()

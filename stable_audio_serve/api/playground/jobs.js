@@ -15,12 +15,24 @@ export class Jobs {
   // refusals for which `onRefusal` returns false.
   constructor({ onClip, onGrowing, onRefusal }) {
     Object.assign(this, { onClip, onGrowing, onRefusal });
-    this.followed = new Set();
+    this.followed = new Map(); // {job, waiting} by id; `waiting` ends the wait for the server
+    store.onChange((name) => name === "jobs" && this.dropCancelled());
   }
 
   // Resumes the jobs that were unfinished when the page was closed.
   async resume() {
     for (const job of await store.all("jobs")) this.follow(job);
+  }
+
+  // Drops the orders that wait for the server and that another tab has cancelled. If that tab has made a clip of one,
+  // the order is sent all the same, so that this tab shows the clip too.
+  async dropCancelled() {
+    // Listed before the stored jobs are read: an order that is given meanwhile is in none of them.
+    const unsent = [...this.followed.values()].filter(({ job }) => !job.acceptedAs);
+    if (!unsent.length) return;
+    const [jobs, clips] = await Promise.all([store.all("jobs"), store.all("takes")]);
+    const kept = new Set([...jobs, ...clips].map(({ id }) => id));
+    for (const { job, waiting } of unsent) if (!job.acceptedAs && !kept.has(job.id)) waiting.abort();
   }
 
   // Runs an order to its end.
@@ -31,8 +43,8 @@ export class Jobs {
   // Follows a job from its submission to its clip.
   async follow(job, began = null) {
     if (this.followed.has(job.id)) return;
-    this.followed.add(job.id);
     const waiting = new AbortController();
+    this.followed.set(job.id, { job, waiting });
     const row = new Row(job.order, () => this.cancel(job, waiting));
     try {
       const onAway = ({ status, message }) => row.say(status ? message : "Server unreachable. Sent when it is back.");
