@@ -1,5 +1,6 @@
 // Playback: gapless, of one clip or of two in sync at equal loudness, and of long pieces, which may still be growing.
 
+import { pause } from "./api.js";
 import { audioContext, output } from "./audio.js";
 
 // Has the position and the clock of both players. Calls `onTick(seconds)` while playing and `onEnd()` at the end.
@@ -149,7 +150,7 @@ export class LongPlayer extends Playback {
       if (!buffer && wav.isComplete && this.loops && next) {
         next = 0;
       } else if (!buffer && wav.isComplete) {
-        await pause(when - sound.currentTime);
+        await pause(1000 * (when - sound.currentTime));
         if (run === this.run) this.end();
         return;
       } else if (!buffer) {
@@ -164,7 +165,7 @@ export class LongPlayer extends Playback {
         this.chunks = this.chunks.slice(-2 * (AHEAD_S / CHUNK_S));
         when += buffer.duration;
         next += buffer.length;
-        await pause(when - AHEAD_S - sound.currentTime);
+        await pause(1000 * (when - AHEAD_S - sound.currentTime));
       }
     }
   }
@@ -179,5 +180,3 @@ export class LongPlayer extends Playback {
     this.position = this.wav.isComplete && at >= this.duration - 0.01 ? 0 : at;
   }
 }
-
-const pause = (seconds) => new Promise((resume) => setTimeout(resume, Math.max(0, 1000 * seconds)));
