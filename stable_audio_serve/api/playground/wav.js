@@ -1,4 +1,4 @@
-// Reads WAV files that are too long to decode at once or that are still growing.
+// Reads WAV files of 16 bits that are too long to decode at once or that are still growing.
 
 import { pause } from "./api.js";
 import { audioContext } from "./audio.js";
@@ -11,7 +11,7 @@ export class GrowingWav {
   // `file` is the whole file if there is one, so that its samples are not stored twice.
   constructor(file = null) {
     this.file = file;
-    this.format = null; // {rateHz, channels, bits, frameBytes} once the header has arrived
+    this.format = null; // {rateHz, channels, frameBytes} once the header has arrived
     this.data = new Blob();
     this.isComplete = false;
     this.changed = new EventTarget(); // dispatches "change" when samples arrive and at the end
@@ -110,9 +110,6 @@ function readHeader(bytes) {
       format.channels = view.getUint16(at + 10, true);
       format.rateHz = view.getUint32(at + 12, true);
       format.frameBytes = view.getUint16(at + 20, true);
-      format.bits = view.getUint16(at + 22, true);
-      const code = view.getUint16(at + 8, true);
-      format.isFloat = (code === 0xfffe ? view.getUint16(at + 32, true) : code) === 3;
     }
     at += 8 + size + (size % 2);
   }
@@ -120,17 +117,13 @@ function readHeader(bytes) {
 }
 
 // Returns the samples of each channel, float32 in -1..1.
-function samplesOf(bytes, { channels, bits, frameBytes, isFloat }) {
+function samplesOf(bytes, { channels, frameBytes }) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const sampleBytes = bits / 8;
-  const read = {
-    16: (at) => view.getInt16(at, true) / 32768,
-    24: (at) => (view.getUint16(at, true) + view.getInt8(at + 2) * 65536) / 8388608,
-    32: (at) => (isFloat ? view.getFloat32(at, true) : view.getInt32(at, true) / 2147483648),
-  }[bits];
   return Array.from({ length: channels }, (_, channel) => {
     const samples = new Float32Array(bytes.length / frameBytes);
-    for (let index = 0, at = channel * sampleBytes; index < samples.length; index++, at += frameBytes) samples[index] = read(at);
+    for (let index = 0, at = 2 * channel; index < samples.length; index++, at += frameBytes) {
+      samples[index] = view.getInt16(at, true) / 32768;
+    }
     return samples;
   });
 }
