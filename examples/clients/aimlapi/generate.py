@@ -38,7 +38,9 @@ def main() -> None:
         made = answer(requests.get(URL, params={"generation_id": made["id"]}, headers=HEADERS, timeout=60))
     if made["status"] == "error":
         sys.exit(f"error: {made['error']['message']}")
-    Path("generated.wav").write_bytes(requests.get(made["audio_file"]["url"], timeout=600).content)
+    audio = requests.get(made["audio_file"]["url"], timeout=600)
+    audio.raise_for_status()
+    Path("generated.wav").write_bytes(audio.content)
     print("generated.wav")
 
 

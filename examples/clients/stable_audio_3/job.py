@@ -33,7 +33,9 @@ def main() -> None:
         job = answer(requests.get(status_url, timeout=60))
     if job["status"] != "succeeded":
         sys.exit(f"error: the job is {job['status']}: {job['error']}")
-    Path("kick.wav").write_bytes(requests.get(job["download_url"], timeout=600).content)
+    audio = requests.get(job["download_url"], timeout=600)
+    audio.raise_for_status()
+    Path("kick.wav").write_bytes(audio.content)
     print("kick.wav", job["model"], job["duration"])
 
 
