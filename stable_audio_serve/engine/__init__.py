@@ -3,7 +3,6 @@ or HTTP.
 """
 
 from stable_audio_serve.engine.engine import Engine
-from stable_audio_serve.engine.loop import EngineHeartbeat
 from stable_audio_serve.engine.options import EngineOptions
 
-__all__ = ["Engine", "EngineHeartbeat", "EngineOptions"]
+__all__ = ["Engine", "EngineOptions"]

@@ -1,16 +1,15 @@
 """Noise schedules, samplers, guidance and random noise. A clip's result does not depend on the rest of its batch."""
 
-from stable_audio_serve.sampling.blend import NoisePath, angle_path, blend_plan, flow_path, sigma_path
+from stable_audio_serve.sampling.blend import angle_path, blend_plan, flow_path, sigma_path
 from stable_audio_serve.sampling.brownian import ReplayPath
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
 from stable_audio_serve.sampling.karras import SigmaRange
 from stable_audio_serve.sampling.noise import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
 from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
-from stable_audio_serve.sampling.plan import Blend, Evaluation, Guidance, SamplerPlan
-from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan, resolve_sampler
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan
 from stable_audio_serve.sampling.schedules import (
     DEFAULT_SHIFT,
-    TimestepShift,
     build_sigmas,
     edit_times,
     shift_from_config,
@@ -22,12 +21,9 @@ __all__ = [
     "DEFAULT_SHIFT",
     "SAMPLERS",
     "V_SAMPLERS",
-    "Blend",
-    "Evaluation",
     "Guidance",
     "GuidanceBatch",
     "Kept",
-    "NoisePath",
     "NoiseSource",
     "ReplayDraw",
     "ReplayNoise",
@@ -36,7 +32,6 @@ __all__ = [
     "SeededNoise",
     "SigmaRange",
     "StepTerms",
-    "TimestepShift",
     "advance",
     "angle_path",
     "blend_plan",
@@ -49,7 +44,6 @@ __all__ = [
     "guide",
     "network_input",
     "open_flow_times",
-    "resolve_sampler",
     "shift_from_config",
     "sigma_path",
     "start_state",
