@@ -200,7 +200,7 @@ def make_engine(max_bytes: int, on_call: Callable[..., None] = lambda name, item
 
 
 async def test_rows_wait_for_memory_instead_of_failing() -> None:
-    requests = [make_request(duration_s=1.5, seed=seed) for seed in range(20)]  # a step takes an eighth of them
+    requests = [make_request(duration_s=1.5, seed=seed) for seed in range(6)]
     most = 0
 
     def on_call(name: str, items: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -140,26 +141,26 @@ def test_step_fills_up_to_the_knee_and_no_further() -> None:
     assert scheduler.pick() == [0, 1, 2]
 
 
-def test_step_takes_an_eighth_of_the_waiting_frames() -> None:
+def test_step_takes_a_quarter_of_the_waiting_frames() -> None:
     scheduler = make_scheduler(knee=250)
-    for row_id in range(80):
+    for row_id in range(40):
         add(scheduler, row_id, frames=100)
     assert len(scheduler.pick()) == 10
 
 
-def test_the_eighth_follows_the_remaining_work() -> None:
-    scheduler = make_scheduler(knee=250, max_started=128)
-    works = [add(scheduler, row_id, frames=100, guided=1) for row_id in range(80)]
+def test_the_quarter_follows_the_remaining_work() -> None:
+    scheduler = make_scheduler(knee=250)
+    works = [add(scheduler, row_id, frames=100, guided=1) for row_id in range(40)]
     picked = scheduler.pick()
-    assert len(picked) == 10  # a step takes an eighth of the waiting 80 x 200 frames
+    assert len(picked) == 10  # a step takes a quarter of the waiting 40 x 200 frames
     for row_id in picked:
         # Guidance applied only to this evaluation, so the row's later ones have 100 frames.
         works[row_id].finish_evaluation()
-    # Ten rows of 100 frames and five of 200 are an eighth of the waiting 10 x 100 + 70 x 200 frames, rounded up.
-    assert len(scheduler.pick()) == 15
-    for row_id in range(15, 80):
+    # Ten rows of 100 frames and four of 200 are a quarter of the waiting 10 x 100 + 30 x 200 frames, rounded up.
+    assert len(scheduler.pick()) == 14
+    for row_id in range(14, 40):
         scheduler.remove(RowId(row_id))
-    assert len(scheduler.pick()) == 3  # the knee: 250 frames are more than an eighth of 10 x 100 + 5 x 200
+    assert len(scheduler.pick()) == 5  # a quarter of 10 x 100 + 4 x 200
 
 
 def test_step_never_exceeds_the_cap_but_always_takes_one() -> None:
@@ -172,8 +173,17 @@ def test_step_never_exceeds_the_cap_but_always_takes_one() -> None:
     assert wide.pick() == [0]
 
 
-def test_guided_evaluation_counts_twice() -> None:
+@pytest.mark.parametrize(("frames", "picked"), [(275, [0, 1]), (276, [0])])  # 375 is one and a half times the knee
+def test_long_row_does_not_fill_a_step_far_beyond_the_knee(frames: int, picked: list[int]) -> None:
     scheduler = make_scheduler(knee=250)
+    add(scheduler, 0, frames=100)
+    add(scheduler, 1, frames=frames, alone_s=2.0)
+    add(scheduler, 2, frames=100, alone_s=3.0)
+    assert scheduler.pick() == picked
+
+
+def test_guided_evaluation_counts_twice() -> None:
+    scheduler = make_scheduler(knee=300)
     for row_id in range(4):
         add(scheduler, row_id, frames=100, guided=8)
     assert scheduler.pick() == [0, 1]

@@ -136,7 +136,7 @@ def device_for(rows_bytes: int, *, share: float) -> SharedDevice:
 
 async def test_an_engine_runs_the_rows_that_fit_its_share() -> None:
     """The whole GPU would have memory for eight rows. The engine's share, a quarter, has memory for two."""
-    requests = [make_request(duration_s=1.5, seed=seed) for seed in range(20)]  # a step takes an eighth of them
+    requests = [make_request(duration_s=1.5, seed=seed) for seed in range(6)]
     most = 0
 
     def on_call(name: str, items: object) -> None:
