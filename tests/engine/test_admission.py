@@ -39,6 +39,21 @@ def test_one_client_leaves_room_for_clients_with_less_work() -> None:
     admission.admit(3, 5_000.0, client="greedy")
 
 
+def test_the_queue_is_not_full_for_requests_that_are_shorter() -> None:
+    admission = Admission(max_queue_s=120.0)
+    admission.admit(1, 60_000.0, client="a")
+    with pytest.raises(OverloadedError) as refusal:
+        admission.admit(2, 40_000.0, client="a")  # one client may use 90 of the 120 s
+    assert (refusal.value.retry_after_s, refusal.value.full_for_s) == (pytest.approx(10.0), 0.0)
+    admission.admit(3, 30_000.0, client="a")
+    with pytest.raises(OverloadedError) as refusal:
+        admission.admit(4, 40_000.0, client="a")
+    admission.update(1, 65_000.0)
+    with pytest.raises(OverloadedError) as refusal:
+        admission.admit(4, 40_000.0, client="a")
+    assert refusal.value.full_for_s == pytest.approx(5.0)
+
+
 def test_a_request_longer_than_the_queue_does_not_block_others() -> None:
     admission = Admission(max_queue_s=20.0)
     admission.admit(1, 500_000.0, client="greedy")
