@@ -40,6 +40,8 @@ _RETRY_AFTER_S = 5.0
 _JITTER = 0.25  # up to this share of the retry time is added to it at random
 _MAX_REPEAT_S = 1.0  # longest time for which requests are refused without a call to a replica
 _MAX_REFUSALS = 1000
+# Longest retry time that comes from earlier refusals. Clients that never come back must not delay others for longer.
+_MOST_RETRY_S = 600.0
 _LOAD_CHECK_S = 1.0  # while a request waits: seconds between checks whether its model has failed to load
 
 
@@ -53,7 +55,7 @@ class _Refusal:
 
     def repeat(self, now: float) -> OverloadedError:
         """Return the error for one more refused request. Its retry time is `work_s` later than the last refusal's."""
-        self.retry_at += self.error.work_s
+        self.retry_at = min(self.retry_at + self.error.work_s, now + _MOST_RETRY_S)
         return OverloadedError(self.error.message, retry_after_s=self.retry_at - now)
 
 
@@ -84,7 +86,7 @@ class _Refusals:
         now = asyncio.get_running_loop().time()
         retry_at = now + (error.retry_after_s or 0.0)
         if before := self._refusals.get(caller):
-            retry_at = max(retry_at, before.retry_at + error.work_s)
+            retry_at = max(retry_at, min(before.retry_at + error.work_s, now + _MOST_RETRY_S))
         if len(self._refusals) >= _MAX_REFUSALS:
             self._refusals = {name: each for name, each in self._refusals.items() if now < each.retry_at}
         if len(self._refusals) < _MAX_REFUSALS or caller in self._refusals:

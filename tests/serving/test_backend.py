@@ -76,6 +76,19 @@ async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
     assert await model.generate("small-sfx", _REQUEST) == _RESULT
 
 
+async def test_refused_work_delays_a_client_by_ten_minutes_at_most() -> None:
+    full = OverloadedError("the model's queue is full", retry_after_s=8.0, full_for_s=30.0, work_s=200.0)
+    model = backend(full, full)
+    for _ in range(5):
+        with pytest.raises(OverloadedError) as refusal:
+            await model.generate("small-sfx", _REQUEST)
+    assert refusal.value.retry_after_s == pytest.approx(675.0, abs=80.0)
+    await asyncio.sleep(1.1)
+    with pytest.raises(OverloadedError) as refusal:
+        await model.generate("small-sfx", _REQUEST)  # the model's second answer
+    assert refusal.value.retry_after_s == pytest.approx(675.0, abs=80.0)
+
+
 async def test_a_repeated_refusal_ends_when_the_model_has_room() -> None:
     full = OverloadedError("the model's queue is full", retry_after_s=8.0, full_for_s=0.01)
     model = backend(full, _RESULT)
