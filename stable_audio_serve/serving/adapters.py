@@ -309,9 +309,10 @@ class Library:
             facts = inspect_file(
                 path, name=named.name, max_rank=settings.max_lora_rank, with_conditioners=named.has_conditioners
             )
-        except InvalidRequestError as error:
+        except Exception as error:  # noqa: BLE001 - one adapter's error must not keep others from being read
             label = f"adapter {named.name!r}"
-            problem = error.message if label in error.message else f"{label}: {error.message}"
+            message = error.message if isinstance(error, InvalidRequestError) else f"cannot be read: {error!r}"
+            problem = message if label in message else f"{label}: {message}"
             self._warn(f"model {model}: {problem}")
             if state is not None:
                 return _Looked(state, replace(card, problem=problem))

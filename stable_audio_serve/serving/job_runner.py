@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from stable_audio_serve.api.webhook_bodies import webhook_bodies
-from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.errors import GenerationError, StorageError
 from stable_audio_serve.jobs.open import open_artifacts, open_store
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
@@ -142,6 +142,8 @@ class JobRunnerReplica:
     async def check_health(self) -> None:
         """Raise GenerationError if the runner does not work. Called by Ray Serve, which then replaces this replica."""
         self._runner.check_health()
+        if any(task.done() for task in self._tasks):
+            raise GenerationError("a task of the job runner has ended")
 
     async def __del__(self) -> None:  # Ray Serve calls this when it stops the replica
         if hasattr(self, "_tasks"):  # `_tasks` is missing if the start failed

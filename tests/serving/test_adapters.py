@@ -175,12 +175,15 @@ async def test_a_source_that_breaks_does_not_end_the_updates(tmp_path: Path) -> 
         if source == "lab/x":
             asked.set()
             raise RuntimeError("a bug")
-        return Path(source)
+        return tmp_path / "good.safetensors" if source == "lab/y" else Path(source)
 
-    library = make_library(tmp_path, fetch=fetch, lora_folder=str(tmp_path / "f"), loras={"x": "lab/x"})
+    write_file(tmp_path / "good.safetensors")
+    loras = {"x": "lab/x", "y": "lab/y"}
+    library = make_library(tmp_path, fetch=fetch, lora_folder=str(tmp_path / "f"), loras=loras)
     following = asyncio.create_task(library.follow())
     await until(asked.is_set)
-    await asyncio.sleep(0.1)
+    await until(lambda: names(library) == ["vinyl", "y"])
+    assert "a bug" in refusal(library, Lora("x"))
     assert not following.done()
     following.cancel()
     with pytest.raises(InvalidRequestError, match="cannot be downloaded"):

@@ -7,6 +7,7 @@ second. While the database is unavailable, the process uses the values that it r
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ import sqlalchemy as sa
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import OPERATOR_SETTINGS
+
+log = logging.getLogger(__name__)
 
 _READ_EVERY_S = 0.5  # seconds between two reads of the settings
 _RETRY_S = 3.0  # seconds between two reads while the database is unavailable; longer, because each failure is logged
@@ -67,6 +70,9 @@ class OperatorStore:
             try:
                 apply(await asyncio.to_thread(self.read))
             except StorageError:
+                await asyncio.sleep(_RETRY_S)
+            except Exception:  # one failed read must not end the task
+                log.exception("the operators' settings could not be applied")
                 await asyncio.sleep(_RETRY_S)
             else:
                 await asyncio.sleep(_READ_EVERY_S)

@@ -51,7 +51,10 @@ def test_writer_sees_its_setting_at_once(database: Database) -> None:
     assert store.current == NOTHING
 
 
-async def test_last_settings_hold_during_an_outage(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [StorageError("no answer"), RuntimeError("can't start new thread")])
+async def test_last_settings_hold_during_an_outage(
+    database: Database, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     monkeypatch.setattr(module, "_READ_EVERY_S", 0.01)
     monkeypatch.setattr(module, "_RETRY_S", 0.01)
     operator, process = (OperatorStore(database, "audio") for _ in range(2))
@@ -65,7 +68,7 @@ async def test_last_settings_hold_during_an_outage(database: Database, monkeypat
     def fail() -> OperatorSettings:
         nonlocal num_failures
         num_failures += 1
-        raise StorageError("no answer")
+        raise error
 
     monkeypatch.setattr(process, "read", fail)
     operator.drain()
