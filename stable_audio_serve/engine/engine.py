@@ -110,7 +110,6 @@ class Engine:
         self._is_started = False
         self._is_proved = False
         self._is_closing = False
-        self._num_in_flight = 0
         self._request_ids = count()
         self._proving = asyncio.Lock()
 
@@ -202,15 +201,9 @@ class Engine:
         if self._thread.error is not None:
             raise ModelUnavailableError("the model failed during warm-up") from self._thread.error
 
-    async def close(self, *, drain_s: float = 0.0) -> None:
-        """Accept no more requests, wait up to `drain_s` seconds for accepted ones to finish, and stop the engine.
-
-        Requests that are still unfinished fail with ModelUnavailableError.
-        """
+    async def close(self) -> None:
+        """Accept no more requests, and stop the engine. Unfinished requests fail with ModelUnavailableError."""
         self._is_closing = True
-        ends_at = self._clock.monotonic() + drain_s
-        while self._num_in_flight and self._clock.monotonic() < ends_at:  # noqa: ASYNC110 - callers on several loops
-            await asyncio.sleep(0.01)
         if self._is_started:
             await asyncio.to_thread(self._thread.stop, timeout_s=_STOP_TIMEOUT_S)
         for planner in self._planners.values():
@@ -246,7 +239,6 @@ class Engine:
         if self._is_closing:
             raise ModelUnavailableError(UNAVAILABLE)
         require_checkpoint(request, spec=self.spec, loaded=self._provenance.loaded)
-        self._num_in_flight += 1
         try:
             max_s = self.spec.card.max_duration_s
             planned = with_surplus(request, max_duration_s=max_s) if request.loop else request
@@ -268,8 +260,6 @@ class Engine:
         except OverloadedError:
             self._metrics.increment("engine_requests", outcome="refused")
             raise
-        finally:
-            self._num_in_flight -= 1
 
     @property
     def spec(self) -> ModelSpec:
@@ -328,6 +318,11 @@ class Engine:
     def heartbeat(self) -> EngineHeartbeat:
         """Return whether the engine thread is alive, and how long ago the last turn of its loop began."""
         return self._thread.heartbeat()
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether an error has ended the engine thread, so that every request fails."""
+        return self._thread.error is not None
 
     def check_health(self) -> None:
         """Raise ModelUnavailableError if the engine thread has ended, or if its loop has not begun a turn for

@@ -362,7 +362,8 @@ class EngineThread:
         self._prepare = prepare
         self._clock = clock
         self._beat_at = clock.monotonic()
-        self.busy_s = 0.0  # seconds spent in turns that did work
+        # Seconds spent in ended turns, and when the current turn began. One value, because other threads read it.
+        self._busy: tuple[float, float | None] = 0.0, None
         self._stopping = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -385,6 +386,12 @@ class EngineThread:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
+    @property
+    def busy_s(self) -> float:
+        """For how many seconds the thread has worked. A turn counts while it runs, because it may take seconds."""
+        ended_s, began_at = self._busy
+        return ended_s if began_at is None else ended_s + self._clock.monotonic() - began_at
+
     def heartbeat(self) -> EngineHeartbeat:
         """Return whether the thread is alive, and how long ago its last turn began."""
         return EngineHeartbeat(self._thread.is_alive(), self._clock.monotonic() - self._beat_at)
@@ -396,9 +403,10 @@ class EngineThread:
                 self._ready.set()
                 while not self._stopping:
                     self._beat_at = self._clock.monotonic()
-                    if self._loop.turn():
-                        self.busy_s += self._clock.monotonic() - self._beat_at
-                    else:
+                    self._busy = self.busy_s, self._beat_at
+                    has_worked = self._loop.turn()
+                    self._busy = self.busy_s, None
+                    if not has_worked:
                         self._inbox.wait(_IDLE_BEAT_S)
         except BaseException as error:
             log.critical("the engine thread ended", exc_info=error)

@@ -264,6 +264,7 @@ def _engine_options(settings: Settings, *, name: str) -> dict[str, Any]:
         "max_queued_requests": _MOST_REQUESTS,
         **_drain_options(settings),
         "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
+        "health_check_period_s": 1.0,  # short, because routers send requests to a dead replica until the next check
         "request_router_config": {
             "request_router_class": _ROUTER,
             "request_router_kwargs": {"model": name},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -144,6 +145,11 @@ class ModelReplica:
         try:
             result = await self._engine.generate(request, on_progress)
         except StableAudioError as error:
+            if self._engine.has_crashed:
+                # A process that lives on would fail further requests at once, and look idle to the routers. If it ends,
+                # Ray Serve replaces it, and its requests are repeated on another replica.
+                logger.critical("the engine has crashed: the replica ends")
+                os._exit(1)
             return error
         finally:
             self._in_flight -= 1

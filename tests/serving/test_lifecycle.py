@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ from tests.packaging.wheel import build_wheel, install_wheel
 from tests.patience import PATIENCE_S, wait_until
 from tests.served.conftest import probe_start
 from tests.serving.conftest import TINY, model
+from tests.serving.crash_app import MARK
 from tests.serving.launched import LaunchedServer, command, free_port, write_config
 from tests.serving.stopping import DRAIN_S, check_log, check_that_stopping_finishes_work
 
@@ -42,6 +44,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
     try:
         launched.probes = probe_start(launched)
         yield launched.wait_until_ready()
+    finally:
+        launched.stop(number=signal.SIGKILL)
+
+
+def test_a_crashed_engine_fails_no_request(tmp_path: Path) -> None:
+    """Its replica ends at once, and its request is repeated on another replica."""
+    args = {"models": [model("tiny", max_queue_s=1e6, replicas={"min_replicas": 2, "max_replicas": 2})]}
+    config = write_config(tmp_path, args)
+    config.write_text(config.read_text().replace("stable_audio_serve.serving.app", "tests.serving.crash_app"))
+    launched = LaunchedServer(config, environment={MARK: str(tmp_path / "crashed")})
+    try:
+        url = launched.wait_until_ready().url
+        before = launched.pids("ServeReplica:audio:tiny")
+        with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+            for prompt in ("crash", *(f"rain {number}" for number in range(40))):
+                answer = client.post("/v1/audio/generations", json=_BODY | {"prompt": prompt})
+                assert answer.status_code == 200, answer.text
+        assert (tmp_path / "crashed").exists()
+        wait_until(lambda: len(now := launched.pids("ServeReplica:audio:tiny")) == 2 and now != before)
     finally:
         launched.stop(number=signal.SIGKILL)
 
