@@ -39,10 +39,11 @@ def add(
     at: float = 0.0,
     alone_s: float = 1.0,
     priority: Priority = "interactive",
+    num_bytes: int = 0,
     **work: int,
 ) -> RowWork:
     row_work = make_work(**work)
-    scheduler.add(RowId(row_id), row_work, arrived_at=at, alone_s=alone_s, priority=priority)
+    scheduler.add(RowId(row_id), row_work, arrived_at=at, alone_s=alone_s, priority=priority, num_bytes=num_bytes)
     return row_work
 
 
@@ -225,6 +226,49 @@ def test_batch_rows_leave_slots_for_interactive_rows() -> None:
     assert scheduler.pick() == [0, 1, 2]
     add(scheduler, 10)
     assert scheduler.pick() == [10]
+
+
+def test_batch_rows_leave_memory_for_interactive_rows() -> None:
+    scheduler = make_scheduler(max_bytes=100, knee=1000)
+    for row_id in range(4):
+        add(scheduler, row_id, priority="batch", num_bytes=25)
+    assert scheduler.pick() == [0, 1, 2]
+    add(scheduler, 4, num_bytes=25)
+    assert 4 in scheduler.pick()
+
+
+@pytest.mark.parametrize("num_bytes", [30, 80])
+def test_batch_row_starts_although_interactive_rows_take_the_memory(num_bytes: int) -> None:
+    scheduler = make_scheduler(max_bytes=100)
+    add(scheduler, 0, priority="batch", num_bytes=num_bytes)
+    works: dict[int, RowWork] = {}
+    picked: list[RowId] = []
+    for step in range(200):
+        while len(works) < 2:  # two clients, each of which sends its next request after the last one
+            row_id = 1000 + 2 * step + len(works)
+            works[row_id] = add(scheduler, row_id, at=step / 100, alone_s=0.1, num_bytes=30, steps=5 + row_id % 3)
+        picked = scheduler.pick()
+        if 0 in picked:
+            return
+        for row_id in picked:
+            works[row_id].finish_evaluation()
+            if works[row_id].phase is Phase.DONE:
+                scheduler.remove(row_id)
+                del works[row_id]
+    raise AssertionError("the batch row never started")
+
+
+def test_small_batch_rows_leave_lent_time_to_a_large_one() -> None:
+    scheduler = make_scheduler(max_tokens=1000, knee=1000)
+    works = {row_id: add(scheduler, row_id, frames=90, steps=9999) for row_id in range(100, 110)}
+    works[0] = add(scheduler, 0, priority="batch", frames=10, steps=9999)
+    works[1] = add(scheduler, 1, at=1.0, priority="batch", frames=400, steps=9999)  # it needs steps of its own
+    for _ in range(1000):
+        for row_id in scheduler.pick():
+            works[row_id].finish_evaluation()
+    batch_ms = works[0].num_done * 1.0 + works[1].num_done * 40.0
+    assert batch_ms / (works[100].num_done * 90.0) == pytest.approx(0.125, abs=0.005)
+    assert works[1].num_done > 100
 
 
 def test_interactive_rows_leave_a_slot_for_a_batch_row() -> None:

@@ -12,13 +12,15 @@ wait for it to end, so a long row would delay a short one. A step of several row
 frames.
 
 Starting rows. Started rows hold device memory, so their number is limited. If a row does not fit into memory, no later
-row starts. Otherwise small rows could keep a large row waiting forever.
+row starts. Otherwise small rows could keep a large row waiting forever. Batch rows leave a quarter of the memory to
+interactive rows, unless a single batch row needs more.
 
 Batch rows. Rows of interactive priority run first. Each interactive step lends some device time to rows of batch
 priority: `batch_share` of the step's own time. A batch row joins the step if the lent time covers the time that the row
 adds. If the step is already too large, lent time accumulates until it covers a separate step for the batch row. An
 interactive row is therefore delayed by at most `batch_share` of its time, plus one step, and batch rows progress under
-any interactive load. Lent time is dropped when no batch row needs it.
+any interactive load. Lent time is dropped when no batch row needs it. If a batch row waits for memory, no interactive
+row starts from when the lent time covers a step of the batch row until it has started.
 
 Second queue. On CUDA, rows are encoded or decoded on a second stream (queue) while other rows are denoised. Rows
 on the second stream do not count towards the latent frames of the step.
@@ -127,7 +129,7 @@ class SchedulerLimits:
     """How many rows may run. If `max_tokens` is 0, rows are picked one at a time."""
 
     # How many rows may be in progress at the same time; at least 2. A quarter of this number (at least one) is reserved
-    # for interactive rows, and one for batch rows.
+    # for interactive rows, and one for batch rows. Of `max_bytes`, a quarter is reserved for interactive rows.
     max_started: int = 64
     max_tokens: int = 16_384
     slack: float = 6.0
@@ -153,6 +155,7 @@ class _Step:
     num_new: int = 0
     num_new_batch: int = 0
     new_bytes: int = 0
+    new_batch_bytes: int = 0
     waits_for_memory: bool = False  # a row does not fit into memory, so no later row may start
     tokens: float = 0.0
     second_queue_frames: float = 0.0  # latent frames of the rows that are encoded or decoded during the step
@@ -189,7 +192,8 @@ class Scheduler:
         self._orders: dict[Priority, list[_Entry]] = {"interactive": [], "batch": []}
         self._entries: dict[RowId, _Entry] = {}
         self._num_started: dict[Priority, int] = dict.fromkeys(self._orders, 0)
-        self._started_bytes = 0
+        self._started_bytes: dict[Priority, int] = dict.fromkeys(self._orders, 0)
+        self._saves_memory = False  # no interactive row starts, so that a batch row gets its memory
         self._waiting_tokens: dict[Priority, int] = dict.fromkeys(self._orders, 0)
         self._picked: list[_Entry] = []
         self._lent_ms = 0.0  # device time that interactive steps lent to batch rows, and that is not used yet
@@ -223,7 +227,7 @@ class Scheduler:
         order = self._orders[entry.priority]
         del order[bisect_left(order, entry)]
         self._num_started[entry.priority] -= entry.started
-        self._started_bytes -= entry.num_bytes if entry.started else 0
+        self._started_bytes[entry.priority] -= entry.num_bytes if entry.started else 0
         self._waiting_tokens[entry.priority] -= entry.tokens
 
     def pick(self, *, use_second_queue: bool = True) -> list[RowId]:
@@ -237,7 +241,9 @@ class Scheduler:
         `max_started` rows are started and enough memory is free. If a row waits for memory, no later row starts.
         """
         self._update_waiting_tokens()
-        step = self._fill("interactive", use_second_queue=use_second_queue)
+        saves_memory, self._saves_memory = self._saves_memory, False
+        step = self._fill("interactive", use_second_queue=use_second_queue, waits_for_memory=saves_memory)
+        step.waits_for_memory &= not saves_memory  # the batch row may start as soon as it fits
         if step.entries or step.waits_for_second_queue:
             step = self._lend(step, use_second_queue=use_second_queue)
         else:
@@ -245,7 +251,7 @@ class Scheduler:
             step = self._fill("batch", use_second_queue=use_second_queue, waits_for_memory=step.waits_for_memory)
         for entry in step.entries:
             self._num_started[entry.priority] += not entry.started
-            self._started_bytes += 0 if entry.started else entry.num_bytes
+            self._started_bytes[entry.priority] += 0 if entry.started else entry.num_bytes
             entry.started = True
         self._picked = step.entries
         return [entry.row_id for entry in step.entries]
@@ -312,7 +318,7 @@ class Scheduler:
             return step
         ms = self._step_ms(step.works, step.num_new)
         share_ms = self._limits.batch_share * ms
-        num_interactive = len(step.entries)
+        joined_ms = 0.0  # lent time that rows which join this step use
         for entry in self._orders["batch"]:
             if not self._may_run(entry, step=step):
                 continue
@@ -321,8 +327,6 @@ class Scheduler:
                 continue
             new = int(not entry.started)
             joins = is_second or step.tokens + entry.tokens <= self._limits.max_tokens
-            if not joins and len(step.entries) > num_interactive:
-                break  # this row needs a separate step, but other batch rows have already joined the interactive one
             works = [*step.works, entry.work] if joins else [entry.work]
             costs_ms = self._step_ms(works, step.num_new + new) - ms if joins else self._step_ms(works, new)
             if costs_ms > self._lent_ms + (share_ms if joins else 0.0):
@@ -330,10 +334,18 @@ class Scheduler:
                 return step
             self._lent_ms -= max(0.0, costs_ms)
             if not joins:
+                self._lent_ms += joined_ms  # the rows that would have joined run later
                 return _take(_Step(), entry)
             ms += costs_ms
+            joined_ms += max(0.0, costs_ms)
             (_take_on_second_queue if is_second else _take)(step, entry)
-        self._lent_ms = 0.0  # no batch row waits for more lent time, so what is left is dropped
+        unstarted = next((entry for entry in self._orders["batch"] if not entry.started), None)
+        if unstarted is not None and step.waits_for_memory:
+            needed_ms = self._step_ms([unstarted.work], 1)
+            self._lent_ms = min(self._lent_ms + share_ms, needed_ms)
+            self._saves_memory = self._lent_ms >= needed_ms
+        else:
+            self._lent_ms = 0.0  # no batch row waits for more lent time, so what is left is dropped
         return step
 
     def _may_run(self, entry: _Entry, *, step: _Step) -> bool:
@@ -343,11 +355,14 @@ class Scheduler:
         """
         if entry.started:
             return True
-        if self._limits.max_bytes is not None:
-            taken = self._started_bytes + step.new_bytes
-            if taken and taken + entry.num_bytes > self._limits.max_bytes:
+        if (max_bytes := self._limits.max_bytes) is not None:
+            taken = sum(self._started_bytes.values()) + step.new_bytes
+            if taken and taken + entry.num_bytes > max_bytes:
                 step.waits_for_memory = True
             if step.waits_for_memory:
+                return False
+            batch_bytes = self._started_bytes["batch"] + step.new_batch_bytes
+            if entry.priority == "batch" and batch_bytes and batch_bytes + entry.num_bytes > max_bytes - max_bytes // 4:
                 return False
         most, num_started = self._limits.max_started, self.num_started + step.num_new
         num_batch = self._num_started["batch"] + step.num_new_batch
@@ -399,6 +414,7 @@ def _take(step: _Step, entry: _Entry) -> _Step:
 def _reserve(step: _Step, entry: _Entry) -> _Step:
     step.num_new += not entry.started
     step.new_bytes += 0 if entry.started else entry.num_bytes
+    step.new_batch_bytes += entry.num_bytes if entry.priority == "batch" and not entry.started else 0
     step.num_new_batch += entry.priority == "batch" and not entry.started
     return step
 
