@@ -41,7 +41,7 @@ async def run_cold_start(settings: CaseSettings) -> dict[str, Any]:
     for _ in range(settings.rounds):
         bare_s = _start_bare(settings)
         with tempfile.TemporaryDirectory() as folder:
-            config = write_config(Path(folder), entry, threads=settings.threads)
+            config = write_config(Path(folder), entry, threads=settings.threads, device=settings.device)
             starts = [_start_once(config, model=entry.card.name) for _ in range(2)]
         rounds.append({"bare_s": bare_s, "starts": starts})
     slowest = max((start for r in rounds for start in r["starts"]), key=lambda start: start["first_audio_s"])

@@ -45,9 +45,8 @@ async def run_http(settings: CaseSettings) -> dict[str, Any]:
     num_calls = _FULL_CALLS if settings.full else _SHORT_CALLS
     async with Engine(model, options) as engine:
         compare_audio([await bare.generate(request)], [await engine.generate(request)], mode=engine.mode)
-        async with serving(
-            entry, {"served": {"duration_padding_s": entry.card.default_duration_padding_s}}, threads=settings.threads
-        ) as sides:
+        served = {"served": {"duration_padding_s": entry.card.default_duration_padding_s}}
+        async with serving(entry, served, threads=settings.threads, device=settings.device) as sides:
 
             async def measure() -> Round:
                 for _ in range(9):  # warm-up: opens all connections

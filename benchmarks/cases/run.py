@@ -161,7 +161,13 @@ async def _on_one_server(
     }
     import_path = "benchmarks.servers.sides:build"
     async with serving(
-        entry, models, threads=settings.threads, import_path=import_path, default_model=sides[0], api=_API
+        entry,
+        models,
+        threads=settings.threads,
+        device=settings.device,
+        import_path=import_path,
+        default_model=sides[0],
+        api=_API,
     ) as askers:
         yield askers
 

@@ -1,0 +1,50 @@
+"""Everything that a case starts has the options of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import yaml
+
+from benchmarks.cases import cold_start, http, run
+from benchmarks.cases.run import RunRequest
+from benchmarks.servers import process
+from benchmarks.settings import CaseSettings
+from tests.factories import ToyModel
+
+
+class StartedError(Exception):
+    """Raised instead of starting a server."""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of the applications whose server would have been started."""
+    args: list[dict[str, Any]] = []
+
+    def start(config: Path) -> NoReturn:
+        args.append(yaml.safe_load(config.read_text())["applications"][0]["args"])
+        raise StartedError
+
+    for module in (process, cold_start):
+        monkeypatch.setattr(module, "running_server", start)
+    return args
+
+
+@pytest.mark.parametrize("case", ["http", "cold-start", "run"])
+async def test_a_started_server_uses_the_device_of_the_case(
+    case: str, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(http, "load", lambda _: ToyModel())
+    monkeypatch.setattr(cold_start, "_start_bare", lambda _: 1.0)
+    settings, request = CaseSettings(device="cpu", rounds=1), RunRequest(against=("lock", "ours"))
+    measures = {
+        "http": lambda: http.run_http(settings),
+        "cold-start": lambda: cold_start.run_cold_start(settings),
+        "run": lambda: run.run_comparison(settings, request, folder=tmp_path),
+    }
+    with pytest.raises(StartedError):
+        await measures[case]()
+    assert [args.get("device") for args in started] == ["cpu"]
