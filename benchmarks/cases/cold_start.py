@@ -30,7 +30,8 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
 model = load(CaseSettings(model=sys.argv[1] or None, device=sys.argv[2]))
 request = GenerationRequest(prompt="a bell", duration_s=1.0, seed=1)
-asyncio.run(Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)).generate(request))
+options = EngineOptions(torch_threads=int(sys.argv[3]), warmup_budget_s=0.0)
+asyncio.run(Engine(model, options).generate(request))
 """
 
 
@@ -57,7 +58,8 @@ async def run_cold_start(settings: CaseSettings) -> dict[str, Any]:
 
 def _start_bare(settings: CaseSettings) -> float:
     started_at = time.perf_counter()
-    subprocess.run([sys.executable, "-c", _BARE, settings.model or "", settings.device], check=True)
+    arguments = (settings.model or "", settings.device, str(settings.threads))
+    subprocess.run([sys.executable, "-c", _BARE, *arguments], check=True)
     return time.perf_counter() - started_at
 
 

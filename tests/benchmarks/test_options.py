@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 import yaml
 
+from benchmarks import models
 from benchmarks.cases import cold_start, http, run
 from benchmarks.cases.run import RunRequest
 from benchmarks.servers import process
 from benchmarks.settings import CaseSettings
+from stable_audio_serve import engine
+from stable_audio_serve.engine import EngineOptions
 from tests.factories import ToyModel
 
 
@@ -48,3 +54,26 @@ async def test_a_started_server_uses_the_device_of_the_case(
     with pytest.raises(StartedError):
         await measures[case]()
     assert [args.get("device") for args in started] == ["cpu"]
+
+
+def test_the_bare_process_of_a_cold_start_has_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int | None] = []
+
+    class IdleEngine:
+        """Replaces the engine, and stores its number of threads."""
+
+        def __init__(self, _: object, options: EngineOptions) -> None:
+            threads.append(options.torch_threads)
+
+        async def generate(self, _: object) -> None:
+            """Generates nothing."""
+
+    def run_here(command: Sequence[str], **_: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["-c", *command[3:]])
+        exec(command[2], {})
+
+    monkeypatch.setattr(models, "load", lambda _: ToyModel())
+    monkeypatch.setattr(engine, "Engine", IdleEngine)
+    monkeypatch.setattr(cold_start, "subprocess", SimpleNamespace(run=run_here))
+    cold_start._start_bare(CaseSettings(threads=2))
+    assert threads == [2]
