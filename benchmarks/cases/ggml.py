@@ -1,9 +1,10 @@
 """Compares this engine with sa3.cpp (ggml) on a CPU, one clip at a time.
 
-Both programs have the same weights and run in alternation, each time in a new process. The result is the smallest value
-of each figure in all rounds, because other programs can only make it larger. Therefore no round is repeated when other
-programs were busy. Times are wall time. The loading time includes the text encoder. `--weights` is a checkpoint folder
-that also has the GGUF files that sa3.cpp's tools made from it. Without `--binary`, only this engine is measured.
+Both programs have the same weights and run in alternation. Each clip is the only one of a new process, so times include
+what a program initialises during its first clip. The result is the smallest value of each figure in all rounds, because
+other programs can only make it larger. Therefore no round is repeated when other programs were busy. Times are wall
+time. The loading time includes the text encoder. `--weights` is a checkpoint folder that also has the GGUF files that
+sa3.cpp's tools made from it. Without `--binary`, only this engine is measured.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ async def run_ggml(settings: CaseSettings) -> dict[str, Any]:
     """Measure both programs `settings.rounds` times. Raises ValueError without weights, or if a program fails."""
     if settings.weights is None:
         raise ValueError("--weights is missing: a checkpoint folder, with sa3.cpp's GGUF files of the same weights")
-    model, threads = settings.model or "small-music", str(settings.threads)
+    model = settings.model or "small-music"
     runs: dict[str, list[Figures]] = {_THEIRS: []} if settings.binary else {}
     runs |= {dtype: [] for dtype in _PRECISIONS if dtype == "float32" or has_native_bfloat16()}
     for _ in range(settings.rounds):
@@ -47,9 +48,7 @@ async def run_ggml(settings: CaseSettings) -> dict[str, Any]:
             if side == _THEIRS:
                 own.append(_run_theirs(settings, model=model))
             else:
-                command = (sys.executable, "-m", __name__, settings.weights, model, side, threads)
-                text, memory_gb = _run(command, allocator_variables())
-                own.append(json.loads(text.splitlines()[-1]) | {"peak memory (GB)": memory_gb})
+                own.append(_run_ours(settings.weights, model, dtype=side, threads=settings.threads))
     best = {side: {name: min(run[name] for run in own) for name in own[0]} for side, own in runs.items()}
     return {"model": model, "steps": _STEPS, "sides": best, "rounds": runs}
 
@@ -67,6 +66,15 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
         }
         for name in sorted(next(iter(sides.values())))
     ]
+
+
+def _run_ours(weights: str, model: str, *, dtype: str, threads: int) -> Figures:
+    found: Figures = {}
+    for clip_s in _CLIPS_S:
+        command = (sys.executable, "-m", __name__, weights, model, dtype, str(threads), str(clip_s))
+        text, memory_gb = _run(command, allocator_variables())
+        found |= json.loads(text.splitlines()[-1]) | {"peak memory (GB)": memory_gb}
+    return found
 
 
 def _run_theirs(settings: CaseSettings, *, model: str) -> Figures:
@@ -103,21 +111,16 @@ def _run(command: Sequence[str], variables: Mapping[str, str]) -> tuple[str, flo
     return text, used.ru_maxrss * 1024 / 1e9
 
 
-async def _measure_ours(weights: str, model: str, *, dtype: str, threads: int) -> Figures:
+async def _measure_ours(weights: str, model: str, *, dtype: str, threads: int, clip_s: int) -> Figures:
     started_at = time.perf_counter()
     loaded = load_model(resolve_entry(model, path=weights), dtype=dtype, decode_precision=_PRECISIONS[dtype])
-    found = {"load (s)": time.perf_counter() - started_at}
+    load_s = time.perf_counter() - started_at
+    request = GenerationRequest(prompt="a bell", duration_s=clip_s, duration_padding_s=0.0, steps=_STEPS, seed=1)
     async with Engine(loaded, EngineOptions(torch_threads=threads, warmup_budget_s=0.0)) as engine:
-        for clip_s in _CLIPS_S:
-            request = GenerationRequest(
-                prompt="a bell", duration_s=clip_s, duration_padding_s=0.0, steps=_STEPS, seed=1
-            )
-            for _ in range(2):  # the first call of a shape includes lazy initialisation
-                used = (await engine.generate(request)).timings
-            found |= _figures(clip_s, steps_ms=used.denoise_ms, decode_ms=used.decode_ms)
-    return found
+        used = (await engine.generate(request)).timings
+    return {"load (s)": load_s, **_figures(clip_s, steps_ms=used.denoise_ms, decode_ms=used.decode_ms)}
 
 
 if __name__ == "__main__":
-    figures = asyncio.run(_measure_ours(*sys.argv[1:3], dtype=sys.argv[3], threads=int(sys.argv[4])))
-    print(json.dumps(figures))
+    threads, clip_s = map(int, sys.argv[4:])
+    print(json.dumps(asyncio.run(_measure_ours(*sys.argv[1:3], dtype=sys.argv[3], threads=threads, clip_s=clip_s))))

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.cases import ggml
 from benchmarks.settings import CaseSettings
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.engine import Engine
+from tests.factories import ToyModel
 
 # Prints what sa3.cpp's sa3-generate prints. If it is called as Python, it prints what our own program prints.
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys
 if "-m" in sys.argv:
     print("a warning")
-    times = {{f"{{what}}, {{clip_s}} s (s)": 1.0 for what in ("step", "decode") for clip_s in (12, 30)}}
+    *_, threads, clip_s = sys.argv
+    assert threads == "2", sys.argv
+    times = {{f"{{what}}, {{clip_s}} s (s)": 1.0 for what in ("step", "decode")}}
     print(json.dumps(times | {{"load (s)": 3.0}}))
 elif os.environ["SA3_PROFILE"] == "1":
     given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -54,6 +60,21 @@ async def test_times_of_sa3_cpp_are_read(tmp_path: Path, monkeypatch: pytest.Mon
     )
     (row,) = (row for row in ggml.rows(results) if row["figure"] == "decode, 30 s (s)")
     assert row == {"figure": "decode, 30 s (s)", "sa3.cpp F16": "3", "ours, float32": "1 (0.33x)"}
+
+
+async def test_our_times_are_those_of_the_first_clip_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    generated: list[GenerationRequest] = []
+
+    class CountingEngine(Engine):
+        async def generate(self, request: GenerationRequest, **options: Any) -> GenerationResult:
+            generated.append(request)
+            return await super().generate(request, **options)
+
+    monkeypatch.setattr(ggml, "load_model", lambda *_, **__: ToyModel())
+    monkeypatch.setattr(ggml, "Engine", CountingEngine)
+    figures = await ggml._measure_ours("a folder", "small-music", dtype="float32", threads=1, clip_s=1)
+    assert figures.keys() == {"load (s)", "step, 1 s (s)", "decode, 1 s (s)"}
+    assert [request.duration_s for request in generated] == [1]
 
 
 @pytest.mark.parametrize(
