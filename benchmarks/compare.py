@@ -152,17 +152,19 @@ class Run:
 
         `own_rps` is this server's capacity. `probes` has the times that clips take on the idle reference server.
         """
-        good_rps, bad_rps = (share * own_rps for share in _GOODPUT_RANGE)
+        low_rps, high_rps = (share * own_rps for share in _GOODPUT_RANGE)
+        good_rps: float | None = None
+        bad_rps: float | None = None
         alone_ms = fit_alone_ms(probes)
         for trial in range(self.options.goodput_trials):
-            rate_hz = (good_rps + bad_rps) / 2
+            rate_hz = (low_rps + high_rps) / 2
             arrivals = self._draw(trial, rate_hz=rate_hz)
             play_one = partial(self._play, name, arrivals)
             records = [Record(**one) for one in await self.pieces.take(f"goodput-{name}-{trial + 1}", play_one)]
             if is_good(records, alone_ms=alone_ms):
-                good_rps = rate_hz
+                low_rps = good_rps = rate_hz
             else:
-                bad_rps = rate_hz
+                high_rps = bad_rps = rate_hz
         return Bracket(good_rps, bad_rps)
 
     async def _play(self, name: str, arrivals: tuple[Arrival, ...]) -> list[dict[str, Any]]:

@@ -33,11 +33,11 @@ class Ratio:
 class Bracket:
     """The highest rate at which nearly all requests were in time, and the lowest rate at which too many were late.
 
-    Both are in requests per second.
+    Both are in requests per second. None if no tried rate was good, or if none was bad.
     """
 
-    good_rps: float
-    bad_rps: float
+    good_rps: float | None
+    bad_rps: float | None
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -94,11 +94,14 @@ def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequen
     return Ratio(pooled, min(pooled, *rounds), max(pooled, *rounds))
 
 
-def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio:
+def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio | None:
     """Returns our good rate divided by their good rate.
 
-    Each true rate is between the bracket's good and bad rate. The interval covers all ratios of such rates.
+    Each true rate is between the bracket's good and bad rate. The interval covers all ratios of such rates. Returns
+    None if one of these rates is unknown.
     """
+    if ours.good_rps is None or ours.bad_rps is None or theirs.good_rps is None or theirs.bad_rps is None:
+        return None
     good, low, high = (ours.good_rps / theirs.good_rps, ours.good_rps / theirs.bad_rps, ours.bad_rps / theirs.good_rps)
     return Ratio(good, low, high)
 

@@ -193,11 +193,18 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
                     f"p95, {n} steps (ms)": _cell(latency[n]["p95_ms"], ratios.get(f"p95_{n}")) if n in latency else ""
                     for n in (steps if len(steps) > 1 else ())
                 },
-                "goodput (1/s)": _cell(goodput["good_rps"], ratios.get("goodput")) if goodput else "",
+                "goodput (1/s)": _goodput_cell(goodput, ratios.get("goodput")) if goodput else "",
                 "refused": sum(side["refused_at_once"]) + side["refused"],
             }
         )
     return table
+
+
+def _goodput_cell(bracket: Mapping[str, float | None], ratio: Mapping[str, float] | None) -> str:
+    good_rps, bad_rps = bracket["good_rps"], bracket["bad_rps"]
+    if good_rps is None:
+        return f"below {bad_rps:.2f}"
+    return _cell(good_rps, ratio) if bad_rps is not None else f"above {good_rps:.2f}"
 
 
 def _cell(value: float, ratio: Mapping[str, float] | None) -> str:

