@@ -6,6 +6,7 @@ Goodput is the highest rate at which nearly all requests are in time. It is foun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.figures import Bracket, capacity_rps, fit_alone_ms, is_good, summarize_sides
+from benchmarks.figures import Bracket, bound_ms, capacity_rps, fit_alone_ms, is_good, summarize_sides
 from benchmarks.load import Asker, Audio, Record, play, play_alone
 from benchmarks.pieces import Pieces, write_json
 from benchmarks.quiet import Watch, in_quiet
@@ -28,6 +29,9 @@ LARGEST_DIFFERENCE = 5e-4
 _PROBES_PER_CLASS = 3
 _LEAST_DRAWN = 60  # smallest list from which probes are chosen: shorter ones might lack some number of steps
 _GOODPUT_RANGE = (0.2, 1.2)  # rates between which goodput is searched, as shares of the server's own capacity
+# Length of a goodput trial, in latency bounds of the slowest probe. At 1.2 times the capacity, the wait grows by 0.2 s
+# per second. After five bounds it is too long, and the last sixth of the list shows it.
+_BOUNDS_PER_TRIAL = 6.0
 
 
 class VoidError(RuntimeError):
@@ -42,8 +46,8 @@ class SideFailedError(RuntimeError):
 class RunOptions:
     """The options of a comparison. Each round sends a new list of `count` requests.
 
-    The first of the compared servers (`sides`) is the reference. Latencies are measured at a rate of `load_share` times
-    the reference's capacity.
+    A goodput trial sends at least as many. The first of the compared servers (`sides`) is the reference. Latencies are
+    measured at a rate of `load_share` times the reference's capacity.
     """
 
     mix: str
@@ -83,8 +87,9 @@ class Run:
         brackets: dict[str, Bracket] = {}
         if options.goodput_trials:
             probes = [Record(**record) for record in alone["records"]]
-            for name in options.goodput_of or options.sides:
-                own_rps = median(capacity_rps(one["records"][name]) for one in bursts)
+            names = options.goodput_of or options.sides
+            own_rps = {name: median(capacity_rps(one["records"][name]) for one in bursts) for name in names}
+            for name in names:
                 brackets[name] = await self._bisect(name, own_rps=own_rps, probes=probes)
         return {
             **asdict(options),
@@ -147,18 +152,21 @@ class Run:
         records = {name: [Record(**record) for record in own] for name, own in piece["records"].items()}
         return {**piece, "records": records}
 
-    async def _bisect(self, name: str, *, own_rps: float, probes: Sequence[Record]) -> Bracket:
+    async def _bisect(self, name: str, *, own_rps: Mapping[str, float], probes: Sequence[Record]) -> Bracket:
         """Find the highest rate of requests at which the server `name` finishes nearly all requests in time.
 
-        `own_rps` is this server's capacity. `probes` has the times that clips take on the idle reference server.
+        `own_rps` has the capacity of every server. `probes` has the times that clips take on the idle reference server.
         """
-        low_rps, high_rps = (share * own_rps for share in _GOODPUT_RANGE)
+        low_rps, high_rps = (share * own_rps[name] for share in _GOODPUT_RANGE)
+        trial_s = _BOUNDS_PER_TRIAL * max(bound_ms(probe.latency_ms) for probe in probes) / 1000.0
+        # Lists of different lengths have different requests, so every trial sends the beginning of equally long lists.
+        longest = self._count_of_trial(_GOODPUT_RANGE[1] * max(own_rps.values()), trial_s)
         good_rps: float | None = None
         bad_rps: float | None = None
         alone_ms = fit_alone_ms(probes)
         for trial in range(self.options.goodput_trials):
             rate_hz = (low_rps + high_rps) / 2
-            arrivals = self._draw(trial, rate_hz=rate_hz)
+            arrivals = self._draw(trial, rate_hz=rate_hz, count=longest)[: self._count_of_trial(rate_hz, trial_s)]
             play_one = partial(self._play, name, arrivals)
             records = [Record(**one) for one in await self.pieces.take(f"goodput-{name}-{trial + 1}", play_one)]
             if is_good(records, alone_ms=alone_ms):
@@ -166,6 +174,9 @@ class Run:
             else:
                 high_rps = bad_rps = rate_hz
         return Bracket(good_rps, bad_rps)
+
+    def _count_of_trial(self, rate_hz: float, trial_s: float) -> int:
+        return max(self.options.count, math.ceil(rate_hz * trial_s))
 
     async def _play(self, name: str, arrivals: tuple[Arrival, ...]) -> list[dict[str, Any]]:
         """Send requests to the server `name`, and return the records as dicts.

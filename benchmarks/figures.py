@@ -113,8 +113,13 @@ def is_good(records: Sequence[Record], *, alone_ms: Callable[[Record], float]) -
 
 
 def is_in_time(record: Record, *, alone_ms: float) -> bool:
-    """Whether a request finished within five times its time on an idle server, or one second, whichever is longer."""
-    return record.is_finished and record.latency_ms <= max(_LONGEST_ALONE * alone_ms, _LEAST_BOUND_MS)
+    """Whether a request finished within `bound_ms`."""
+    return record.is_finished and record.latency_ms <= bound_ms(alone_ms)
+
+
+def bound_ms(alone_ms: float) -> float:
+    """Returns a request's latency bound: five times its time on an idle server, or one second if that is longer."""
+    return max(_LONGEST_ALONE * alone_ms, _LEAST_BOUND_MS)
 
 
 def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:

@@ -64,3 +64,10 @@ async def test_a_rate_that_was_not_tried_is_not_reported(tmp_path: Path) -> None
     assert results["sides"]["fifo"]["goodput"] == {"good_rps": pytest.approx(0.7 / 0.05), "bad_rps": None}
     (row,) = run.rows(results)
     assert row["goodput (1/s)"] == "above 14.00"
+
+
+@pytest.mark.parametrize("served_s", [0.01, 0.05, 1.0])
+async def test_a_rate_above_the_capacity_is_not_good(served_s: float, tmp_path: Path) -> None:
+    results = await measure(tmp_path, served_s=served_s, trials=6)
+    bracket, capacity_rps = results["sides"]["fifo"]["goodput"], 1.0 / served_s
+    assert 0.2 * capacity_rps < bracket["good_rps"] < bracket["bad_rps"] < 1.2 * capacity_rps
