@@ -7,7 +7,7 @@ Goodput is the highest rate at which nearly all requests are in time. It is foun
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -85,20 +85,23 @@ class Run:
         rate_hz = options.load_share * median(capacity_rps(one["records"][reference]) for one in bursts)
         replays = [await self._round("replay", number=number, rate_hz=rate_hz) for number in range(options.rounds)]
         brackets: dict[str, Bracket] = {}
+        trials: list[dict[str, Any]] = []
         if options.goodput_trials:
             probes = [Record(**record) for record in alone["records"]]
             names = options.goodput_of or options.sides
             own_rps = {name: median(capacity_rps(one["records"][name]) for one in bursts) for name in names}
             for name in names:
-                brackets[name] = await self._bisect(name, own_rps=own_rps, probes=probes)
+                brackets[name], own_trials = await self._bisect(name, own_rps=own_rps, probes=probes)
+                trials += own_trials
+        measured = [*bursts, *replays, *trials]
         return {
             **asdict(options),
             "reference": reference,
             "rate_hz": rate_hz,
             "num_requests": options.count * options.rounds,
             "outputs": alone["outputs"],
-            "is_void": any(one["is_void"] for one in (*bursts, *replays)),
-            "foreign_cores": [one["foreign_cores"] for one in (*bursts, *replays)],
+            "is_void": any(one["is_void"] for one in measured),
+            "foreign_cores": [one["foreign_cores"] for one in measured],
             **summarize_sides(
                 options.sides,
                 bursts=[one["records"] for one in bursts],
@@ -144,18 +147,22 @@ class Run:
             names = list(self.askers) if number % 2 == 0 else list(self.askers)[::-1]
             return {name: await self._play(name, arrivals) for name in names}
 
-        async def play_in_quiet() -> dict[str, Any]:
-            records, watch = await in_quiet(play_all) if self.is_watched else (await play_all(), Watch())
-            return {"records": records, "foreign_cores": watch.foreign_cores, "is_void": not watch.is_quiet}
-
-        piece = await self.pieces.take(f"{kind}-{number + 1}", play_in_quiet)
+        piece = await self.pieces.take(f"{kind}-{number + 1}", partial(self._in_quiet, play_all))
         records = {name: [Record(**record) for record in own] for name, own in piece["records"].items()}
         return {**piece, "records": records}
 
-    async def _bisect(self, name: str, *, own_rps: Mapping[str, float], probes: Sequence[Record]) -> Bracket:
+    async def _in_quiet(self, play: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
+        """Call `play`, again if other programs disturb it. Returns its records, and what other programs used."""
+        records, watch = await in_quiet(play) if self.is_watched else (await play(), Watch())
+        return {"records": records, "foreign_cores": watch.foreign_cores, "is_void": not watch.is_quiet}
+
+    async def _bisect(
+        self, name: str, *, own_rps: Mapping[str, float], probes: Sequence[Record]
+    ) -> tuple[Bracket, list[dict[str, Any]]]:
         """Find the highest rate of requests at which the server `name` finishes nearly all requests in time.
 
         `own_rps` has the capacity of every server. `probes` has the times that clips take on the idle reference server.
+        Returns also the measurement of each tried rate.
         """
         low_rps, high_rps = (share * own_rps[name] for share in _GOODPUT_RANGE)
         trial_s = _BOUNDS_PER_TRIAL * max(bound_ms(probe.latency_ms) for probe in probes) / 1000.0
@@ -164,16 +171,17 @@ class Run:
         good_rps: float | None = None
         bad_rps: float | None = None
         alone_ms = fit_alone_ms(probes)
+        trials: list[dict[str, Any]] = []
         for trial in range(self.options.goodput_trials):
             rate_hz = (low_rps + high_rps) / 2
             arrivals = self._draw(trial, rate_hz=rate_hz, count=longest)[: self._count_of_trial(rate_hz, trial_s)]
-            play_one = partial(self._play, name, arrivals)
-            records = [Record(**one) for one in await self.pieces.take(f"goodput-{name}-{trial + 1}", play_one)]
-            if is_good(records, alone_ms=alone_ms):
+            play_in_quiet = partial(self._in_quiet, partial(self._play, name, arrivals))
+            trials.append(await self.pieces.take(f"goodput-{name}-{trial + 1}", play_in_quiet))
+            if is_good([Record(**record) for record in trials[-1]["records"]], alone_ms=alone_ms):
                 low_rps = good_rps = rate_hz
             else:
                 high_rps = bad_rps = rate_hz
-        return Bracket(good_rps, bad_rps)
+        return Bracket(good_rps, bad_rps), trials
 
     def _count_of_trial(self, rate_hz: float, trial_s: float) -> int:
         return max(self.options.count, math.ceil(rate_hz * trial_s))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from benchmarks.cases import run
 from benchmarks.compare import Run, RunOptions
 from benchmarks.load import Answer, Record
 from benchmarks.pieces import Pieces
+from benchmarks.quiet import Watch
 from benchmarks.workload import Arrival
 
 
@@ -71,3 +72,14 @@ async def test_a_rate_above_the_capacity_is_not_good(served_s: float, tmp_path: 
     results = await measure(tmp_path, served_s=served_s, trials=6)
     bracket, capacity_rps = results["sides"]["fifo"]["goodput"], 1.0 / served_s
     assert 0.2 * capacity_rps < bracket["good_rps"] < bracket["bad_rps"] < 1.2 * capacity_rps
+
+
+async def test_other_programs_make_a_tried_rate_void(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watches = iter([Watch(0.0, 0.0), Watch(0.0, 0.0), Watch(0.0, 0.5)])  # of the capacity, the latency and the trial
+
+    async def watch(play: Callable[[], Awaitable[Any]]) -> tuple[Any, Watch]:
+        return await play(), next(watches)
+
+    monkeypatch.setattr(compare, "in_quiet", watch)
+    results = await measure(tmp_path, served_s=0.05, trials=1, is_watched=True)
+    assert (results["foreign_cores"], results["is_void"]) == ([0.0, 0.0, 0.5], True)
