@@ -51,14 +51,19 @@ async def run_overload(settings: CaseSettings) -> dict[str, Any]:
         take = partial(_round, sides["peak"], sides["bounded"], load=load, card=entry.card)
         measured = [await in_quiet(take) for _ in range(settings.rounds)]
     quiet = describe_quiet([watch for _, watch in measured])
-    figures = _worst_of([figures for figures, _ in measured]) | quiet
+    figures = worst_of([figures for figures, _ in measured]) | quiet
     return {"load": load, "mix": _MIX, "is_void": quiet["is_void"], "model": figures}
 
 
-def _worst_of(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def worst_of(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the worst value of each figure. None if no round has this figure."""
+
+    def measured(name: str) -> list[float]:
+        return [one[name] for one in rounds if one[name] is not None]
+
     return {
-        **{f"worst_{name}": min(one[name] for one in rounds) for name in _LARGER_IS_BETTER},
-        **{f"worst_{name}": max(one[name] for one in rounds) for name in _SMALLER_IS_BETTER},
+        **{f"worst_{name}": min(measured(name)) for name in _LARGER_IS_BETTER},
+        **{f"worst_{name}": max(measured(name), default=None) for name in _SMALLER_IS_BETTER},
         "other_answers": sum(one["other_answers"] for one in rounds),
         "refusals_without_retry_after": sum(one["refusals_without_retry_after"] for one in rounds),
         "rounds": rounds,
@@ -107,9 +112,11 @@ def summarize_overload(
     """Returns the figures of one overload: shares of the peak work rate, times to a refusal, and wrong responses.
 
     A request counts with its time on an idle server (`work_ms`), because accepted requests may be shorter than refused
-    ones. Requests that end after the last arrival do not count. The time to a refusal begins at the scheduled arrival.
+    ones. Requests that end after the last arrival do not count. The time to a refusal begins at the scheduled arrival,
+    and is None if nothing was refused.
     """
     refused = [record for record in records if record.outcome == "refused"]
+    refusals_ms = [record.latency_ms for record in refused]
     failed = [record for record in records if record.outcome == "failed"]
     last_due_at = max(record.due_at for record in records)
     pairs = list(zip(records, work_ms, strict=True))
@@ -119,8 +126,8 @@ def summarize_overload(
     return {
         "goodput_over_peak_ratio": in_time_ms / peak_ms,
         "finished_over_peak_ratio": sum(ms for _, ms in meanwhile) / peak_ms,
-        "refusal_p50_ms": percentile([record.latency_ms for record in refused], 50),
-        "refusal_p99_ms": percentile([record.latency_ms for record in refused], 99),
+        "refusal_p50_ms": percentile(refusals_ms, 50) if refusals_ms else None,
+        "refusal_p99_ms": percentile(refusals_ms, 99) if refusals_ms else None,
         "refusals_without_retry_after": sum(record.retry_after_s is None for record in refused),
         "other_answers": len(failed),
     }
@@ -157,11 +164,11 @@ async def _wait_until_normal(bounded: OverHttp, lone: Arrival, *, limit_ms: floa
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
     """Returns a table with one row, the worst round."""
     figures = results["model"]
+    refusals_ms = {percent: figures[f"worst_refusal_{percent}_ms"] for percent in ("p50", "p99")}
     return [
         {
             "goodput over peak": figures["worst_goodput_over_peak_ratio"],
-            "refusals p50 (ms)": figures["worst_refusal_p50_ms"],
-            "refusals p99 (ms)": figures["worst_refusal_p99_ms"],
+            **{f"refusals {p} (ms)": "not measured" if ms is None else ms for p, ms in refusals_ms.items()},
             "normal after (s)": figures["worst_normal_after_s"],
             "served within four tries": figures["worst_served_within_four_tries_share"],
         }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.cases import overload
 from benchmarks.cases.overload import summarize_overload, summarize_returns
 from benchmarks.figures import (
     Bracket,
@@ -23,9 +26,10 @@ from benchmarks.figures import (
     summarize_sides,
     worst,
 )
-from benchmarks.goals import Goal, Standing
+from benchmarks.goals import GOALS, Goal, Standing, read_standings
 from benchmarks.gpu.trace import summarize_trace
 from benchmarks.load import Answer, Record, RefusedError, play, play_until_served
+from benchmarks.report import write_report
 from benchmarks.servers.timed import LinearDevice, TimedReplica
 from benchmarks.workload import Arrival
 from stable_audio_serve.core.errors import OverloadedError
@@ -150,6 +154,31 @@ def test_goodput_counts_on_time_requests_until_the_last_arrival() -> None:
     figures = summarize_overload(records, work_ms=[100.0] * 4, peak_work_ms_per_s=100.0)
     assert figures["goodput_over_peak_ratio"] == pytest.approx(1 / 3)
     assert figures["finished_over_peak_ratio"] == pytest.approx(2 / 3)
+
+
+def overload_figures(*, peak_work_ms_per_s: float, refused: bool) -> dict[str, Any]:
+    """Returns the figures of one round of the case `overload`."""
+    records = [record(0.0, 0.5), record(1.0, 0.01, refused=refused)]
+    figures = summarize_overload(records, work_ms=[100.0] * 2, peak_work_ms_per_s=peak_work_ms_per_s)
+    return figures | {"normal_after_s": 1.0} | summarize_returns([records[:1]])
+
+
+def standings_of(folder: Path, case: str, results: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the verdicts on the results of a case, by the name of the figure."""
+    write_report(folder, case, settings={}, results=results)
+    found = read_standings(folder, [goal for goal in GOALS if goal.case == case])
+    return {".".join(standing.goal.path[1:]): standing.verdict for standing in found}
+
+
+def test_refusals_are_not_measured_if_nothing_is_refused(tmp_path: Path) -> None:
+    results = {"model": overload.worst_of([overload_figures(peak_work_ms_per_s=100.0, refused=False)])}
+    verdicts = standings_of(tmp_path, "overload", results)
+    assert {verdicts[f"worst_refusal_{percent}_ms"] for percent in ("p50", "p99")} == {"not measured"}
+    assert verdicts["worst_normal_after_s"] == "ok"
+    (row,) = overload.rows(results)
+    assert row["refusals p50 (ms)"] == row["refusals p99 (ms)"] == "not measured"
+    mixed = [overload_figures(peak_work_ms_per_s=100.0, refused=refused) for refused in (False, True)]
+    assert overload.worst_of(mixed)["worst_refusal_p50_ms"] == pytest.approx(10.0)
 
 
 def test_a_goal_is_missed_by_its_whole_interval() -> None:
