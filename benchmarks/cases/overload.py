@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.dialects import OverHttp
-from benchmarks.figures import capacity_rps, fit_alone_ms, is_in_time, percentile, span_s
+from benchmarks.figures import capacity_rps, fit_alone_ms, is_in_time, percentile, span_s, worst
 from benchmarks.load import Record, play, play_alone, play_clips, play_until_served
 from benchmarks.models import resolve_model
 from benchmarks.quiet import describe_quiet, in_quiet
@@ -56,14 +56,15 @@ async def run_overload(settings: CaseSettings) -> dict[str, Any]:
 
 
 def worst_of(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the worst value of each figure. None if no round has this figure."""
-
-    def measured(name: str) -> list[float]:
-        return [one[name] for one in rounds if one[name] is not None]
-
+    """Returns the worst value and all values of each figure. The worst value is None if no round has the figure."""
+    figures: dict[str, Any] = {}
+    for name in (*_LARGER_IS_BETTER, *_SMALLER_IS_BETTER):
+        values = [one[name] for one in rounds if one[name] is not None]
+        figures[f"worst_{name}"] = None
+        if values:
+            figures |= worst(f"worst_{name}", values, larger_is_better=name in _LARGER_IS_BETTER)
     return {
-        **{f"worst_{name}": min(measured(name)) for name in _LARGER_IS_BETTER},
-        **{f"worst_{name}": max(measured(name), default=None) for name in _SMALLER_IS_BETTER},
+        **figures,
         "other_answers": sum(one["other_answers"] for one in rounds),
         "refusals_without_retry_after": sum(one["refusals_without_retry_after"] for one in rounds),
         "rounds": rounds,

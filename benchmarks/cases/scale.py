@@ -7,10 +7,10 @@ replicas, and so on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.figures import capacity_rps
+from benchmarks.figures import capacity_rps, worst
 from benchmarks.load import Record, play_clips
 from benchmarks.models import resolve_model
 from benchmarks.quiet import Watch, describe_quiet, in_quiet
@@ -65,17 +65,21 @@ async def _measure(  # noqa: PLR0917
         bursts = [{count: await measure(count) for count in requests} for _ in range(settings.rounds)]
     return {
         "requests": requests,
-        "worst_capacity_over_one": {  # capacity over the capacity of one replica in the same round
-            count: min(one[count]["capacity_rps"] / one[1]["capacity_rps"] for one in bursts)
-            for count in requests
-            if count > 1
-        },
-        "worst_cpu_ms_per_request": {
-            count: max(one[count]["cpu_ms_per_request"] for one in bursts) for count in requests
-        },
+        **summarize_bursts(bursts),
         **describe_quiet([Watch(0.0, burst["foreign_cores"]) for one in bursts for burst in one.values()]),
         "rounds": bursts,
     }
+
+
+def summarize_bursts(rounds: Sequence[Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Returns the worst round's figures, by number of replicas. `rounds` has a burst for each number of replicas."""
+    over_one: dict[str, Any] = {}  # capacity over the capacity of one replica in the same round
+    for count in rounds[0]:
+        if count > 1:
+            ratios = [one[count]["capacity_rps"] / one[1]["capacity_rps"] for one in rounds]
+            over_one |= worst(str(count), ratios, larger_is_better=True)
+    cpu_ms = {str(count): max(one[count]["cpu_ms_per_request"] for one in rounds) for count in rounds[0]}
+    return {"worst_capacity_over_one": over_one, "worst_cpu_ms_per_request": cpu_ms}
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
@@ -84,9 +88,10 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
         {
             "side": side.replace("_", "-"),
             "replicas": count,
-            "capacity over one": ratio,
-            "processor time per request (ms)": results[side]["worst_cpu_ms_per_request"][count],
+            "capacity over one": results[side]["worst_capacity_over_one"][count],
+            "processor time per request (ms)": cpu_ms,
         }
         for side in ("stand_in", "model")
-        for count, ratio in results[side]["worst_capacity_over_one"].items()
+        for count, cpu_ms in results[side]["worst_cpu_ms_per_request"].items()
+        if count in results[side]["worst_capacity_over_one"]
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.cases import overload
+from benchmarks.cases import overload, scale, simulate
 from benchmarks.cases.overload import summarize_overload, summarize_returns
 from benchmarks.figures import (
     Bracket,
@@ -31,6 +31,7 @@ from benchmarks.gpu.trace import summarize_trace
 from benchmarks.load import Answer, Record, RefusedError, play, play_until_served
 from benchmarks.report import write_report
 from benchmarks.servers.timed import LinearDevice, TimedReplica
+from benchmarks.settings import CaseSettings
 from benchmarks.workload import Arrival
 from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.generation import GenerationResult
@@ -179,6 +180,23 @@ def test_refusals_are_not_measured_if_nothing_is_refused(tmp_path: Path) -> None
     assert row["refusals p50 (ms)"] == row["refusals p99 (ms)"] == "not measured"
     mixed = [overload_figures(peak_work_ms_per_s=100.0, refused=refused) for refused in (False, True)]
     assert overload.worst_of(mixed)["worst_refusal_p50_ms"] == pytest.approx(10.0)
+
+
+async def test_one_bad_round_does_not_miss_a_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = [overload_figures(peak_work_ms_per_s=work, refused=True) for work in (100.0, 1000.0)]
+    verdicts = standings_of(tmp_path, "overload", {"model": overload.worst_of(rounds)})
+    assert verdicts["worst_goodput_over_peak_ratio"] == "close"
+
+    one, good, bad = ({"capacity_rps": rps, "cpu_ms_per_request": 1.0} for rps in (1.0, 2.0, 1.0))
+    scaled = scale.summarize_bursts([{1: one, 2: good}, {1: one, 2: bad}])
+    results = {"stand_in": scaled, "model": scaled}
+    assert standings_of(tmp_path, "scale", results)["worst_capacity_over_one.2"] == "close"
+    assert [row["replicas"] for row in scale.rows(results)] == ["2", "2"]
+
+    ratios = iter([1.0, 2.0, 3.0] * 2)  # for each seed, in both mixes
+    monkeypatch.setattr(simulate, "_compare", lambda *_, **__: {"capacity_over_lock_ratio": next(ratios)})
+    verdicts = standings_of(tmp_path, "simulate", await simulate.run_simulate(CaseSettings()))
+    assert verdicts["small-mixed.packed.capacity_over_lock_ratio"] == "close"
 
 
 def test_a_goal_is_missed_by_its_whole_interval() -> None:
