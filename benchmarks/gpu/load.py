@@ -59,9 +59,16 @@ class _Minute:
         await asyncio.sleep(sizes.load_s - 2 * sizes.traced_s)
         self.results.record("clips_per_s", self.counts["compared"] / (sizes.load_s - 2 * sizes.traced_s))
         self._report()
-        steps = self.engine.captures.num_steps
-        traced = await trace(self.machine.device, lambda: asyncio.sleep(sizes.traced_s))
-        steps = self.engine.captures.num_steps - steps
+        steps = 0
+
+        async def count_steps() -> None:
+            nonlocal steps
+            before = self.engine.captures.num_steps
+            await asyncio.sleep(sizes.traced_s)
+            steps = self.engine.captures.num_steps - before
+
+        # Counted within the trace: the load goes on while the profiler starts, stops and writes its file.
+        traced = await trace(self.machine.device, count_steps)
         per_step = {"steps_per_s": steps / sizes.traced_s, "idle_ms_per_step": traced["idle_ms"] / max(1, steps)}
         self.results.record("trace", traced | per_step)
         await asyncio.gather(*tasks)
