@@ -135,11 +135,18 @@ def read_audio(content: bytes) -> Audio:
 async def _call(http: httpx.AsyncClient, path: str, *, method: str = "POST", **kwargs: Any) -> httpx.Response:
     response = await http.request(method, path, **kwargs)
     if response.status_code in _REFUSALS:
-        after = response.headers.get("Retry-After")
-        raise RefusedError(response.text[:200], retry_after_s=float(after) if after else None)
+        raise RefusedError(response.text[:200], retry_after_s=_retry_after_s(response))
     if response.status_code != 200:
         raise RuntimeError(f"{response.status_code} from {path}: {response.text[:500]}")
     return response
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    """Returns the seconds in Retry-After, or None if the header is missing or has a date."""
+    try:
+        return float(response.headers.get("Retry-After", ""))
+    except ValueError:
+        return None
 
 
 def _whole_seconds(arrival: Arrival) -> dict[str, object]:

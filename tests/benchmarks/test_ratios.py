@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from benchmarks.cases import overload, scale, simulate
 from benchmarks.cases.overload import summarize_overload, summarize_returns
+from benchmarks.dialects import OverHttp
 from benchmarks.figures import (
     Bracket,
     capacity_rps,
@@ -95,6 +97,17 @@ async def test_clients_retry_after_the_requested_time() -> None:
     returns = summarize_returns([first, second])
     assert (returns["never_served"], returns["most_attempts"]) == (1, 3)
     assert returns["served_within_four_tries_share"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("headers", "retry_after_s"),
+    [({"Retry-After": "2"}, 2.0), ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None), ({}, None)],
+)
+async def test_a_refusal_may_have_a_date_or_no_time(headers: dict[str, str], retry_after_s: float | None) -> None:
+    refuse = httpx.MockTransport(lambda _: httpx.Response(429, headers=headers))
+    async with httpx.AsyncClient(transport=refuse, base_url="http://server") as client:
+        (refused,) = await play(OverHttp([client]), [Arrival(0.0, "a bell", 1.0, seed=1, steps=8)])
+    assert (refused.outcome, refused.retry_after_s) == ("refused", retry_after_s)
 
 
 def test_percentiles_interpolate() -> None:
