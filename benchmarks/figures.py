@@ -82,6 +82,13 @@ def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     return Ratio(median(ratios), min(ratios), max(ratios))
 
 
+def ratio_of_p50(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
+    """Returns the median of the ratios of all rounds' median latencies. Returns None if a round has no latency."""
+    if not all(ours) or not all(theirs):
+        return None
+    return ratio_of_medians(list(map(median, ours)), list(map(median, theirs)))
+
+
 def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
     """Returns the 95th percentile of our latencies in all rounds together, divided by the 95th percentile of theirs.
 
@@ -166,7 +173,7 @@ def summarize_sides(
     def ratios(ours: str, theirs: str) -> dict[str, Any]:
         found: dict[str, Ratio | None] = {
             "capacity": ratio_of_medians(capacities[ours], capacities[theirs]),
-            "p50": ratio_of_medians(*([median(some) for some in latencies(name)] for name in (ours, theirs))),
+            "p50": ratio_of_p50(latencies(ours), latencies(theirs)),
             "p95": ratio_of_pooled_p95(latencies(ours), latencies(theirs)),
             **{f"p95_{n}": ratio_of_pooled_p95(latencies(ours, n), latencies(theirs, n)) for n in steps},
         }

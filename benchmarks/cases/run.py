@@ -187,8 +187,8 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
             {
                 "side": name,
                 "capacity (1/s)": _cell(median(side["capacity_rps"]), ratios.get("capacity")),
-                "p50 (ms)": _cell(latency["all"]["p50_ms"], ratios.get("p50")),
-                "p95 (ms)": _cell(latency["all"]["p95_ms"], ratios.get("p95")),
+                "p50 (ms)": _cell(latency["all"]["p50_ms"], ratios.get("p50")) if latency else "",
+                "p95 (ms)": _cell(latency["all"]["p95_ms"], ratios.get("p95")) if latency else "",
                 **{
                     f"p95, {n} steps (ms)": _cell(latency[n]["p95_ms"], ratios.get(f"p95_{n}")) if n in latency else ""
                     for n in (steps if len(steps) > 1 else ())

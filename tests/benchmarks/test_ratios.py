@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.cases import overload, scale, simulate
+from benchmarks.cases import overload, run, scale, simulate
 from benchmarks.cases.overload import summarize_overload, summarize_returns
 from benchmarks.dialects import OverHttp
 from benchmarks.figures import (
@@ -148,6 +148,16 @@ def test_refused_requests_count_neither_as_work_nor_as_latency() -> None:
     rounds = [{"lock": burst}]
     side = summarize_sides(("lock",), bursts=rounds, replays=rounds, brackets={})["sides"]["lock"]
     assert (side["num_requests"], side["refused"], side["refused_at_once"]) == (2, 2, [2])
+
+
+def test_a_side_may_refuse_every_steady_request() -> None:
+    lock = [record(float(i), 0.1) for i in range(20)]
+    full = [record(float(i), 0.1, refused=i > 0) for i in range(20)]
+    rounds = [{"lock": lock, "full": full}]
+    results = summarize_sides(("lock", "full"), bursts=rounds, replays=rounds, brackets={})
+    assert {name: results["ratios"]["full"]["lock"][name] for name in ("p50", "p95")} == {"p50": None, "p95": None}
+    row = run.rows(results | {"reference": "lock"})[1]
+    assert (row["p50 (ms)"], row["p95 (ms)"], row["refused"]) == ("", "", 38)
 
 
 def test_a_rate_is_good_if_19_of_20_requests_end_in_time() -> None:
