@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 import pytest
 import yaml
 
-from benchmarks import models
+from benchmarks import cli, models, page
 from benchmarks.cases import cold_start, http, run
 from benchmarks.cases.run import RunRequest
+from benchmarks.goals import GOALS
 from benchmarks.servers import process
 from benchmarks.settings import CaseSettings
 from stable_audio_serve import engine
@@ -77,3 +78,11 @@ def test_the_bare_process_of_a_cold_start_has_as_many_threads(monkeypatch: pytes
     monkeypatch.setattr(cold_start, "subprocess", SimpleNamespace(run=run_here))
     cold_start._start_bare(CaseSettings(threads=2))
     assert threads == [2]
+
+
+def test_the_pages_name_the_goals_that_make_bench_leaves_out() -> None:
+    measured = {*cli._BENCH_CASES, *(f"run-{request.mix}" for request in cli._SHORT_RUNS)}
+    left_out = {goal.case for goal in GOALS} - measured
+    root = Path(__file__).parents[2]
+    for text in ((root / "benchmarks" / "README.md").read_text(), str(cli.__doc__), page.render()):
+        assert f"`{'` and `'.join(sorted(left_out, reverse=True))}`" in text
