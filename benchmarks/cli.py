@@ -173,7 +173,7 @@ def _add(cases: Any, name: str, *, options: str) -> argparse.ArgumentParser:
         "device": {"help": "default: cpu"},
         "mode": {"choices": MODES, "help": "default: both, or the device's own"},
         "threads": {"type": int, "help": "model threads; default: 1"},
-        "rounds": {"type": int, "help": "default: 3"},
+        "rounds": {"type": _at_least_one, "help": "default: 3"},
         "full": {"action": "store_true", "help": "as many requests as published figures need"},
         "binary": {"help": "sa3.cpp's program sa3-generate; default: measure only this engine"},
         "weights": {"help": "checkpoint folder, with sa3.cpp's GGUF files of the same weights"},
@@ -181,3 +181,9 @@ def _add(cases: Any, name: str, *, options: str) -> argparse.ArgumentParser:
     for option in options.split():
         case.add_argument(f"--{option}", **known[option])
     return case
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)

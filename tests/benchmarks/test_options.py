@@ -86,3 +86,11 @@ def test_the_pages_name_the_goals_that_make_bench_leaves_out() -> None:
     root = Path(__file__).parents[2]
     for text in ((root / "benchmarks" / "README.md").read_text(), str(cli.__doc__), page.render()):
         assert f"`{'` and `'.join(sorted(left_out, reverse=True))}`" in text
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "two"])
+def test_a_case_needs_a_round(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.parser().parse_args(["cold-start", "--rounds", rounds])
+    assert stopped.value.code == 2
+    assert f"--rounds: '{rounds}' is not a whole number above 0" in capsys.readouterr().err
