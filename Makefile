@@ -125,5 +125,5 @@ demo-eval: install ## evaluate the packaged demo model and write its report
 	$(PY) -m examples.demo_model.evaluate --json stable_audio_serve/demo/checkpoint/report.json
 
 clean: ## delete everything that can be rebuilt
-	rm -rf $(VENV) build dist site bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-torch-* build dist site bench-results gpu-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
