@@ -25,7 +25,7 @@ from stable_audio_serve.jobs.pieces.sections import sizes_of
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.rows import is_job, to_event, to_job
-from stable_audio_serve.jobs.store.tables import EVENTS, JOBS, WORK, count, in_state
+from stable_audio_serve.jobs.store.tables import EVENTS, JOBS, WAITING, WORK, count
 from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions
 from stable_audio_serve.jobs.store.turns import Turns
 
@@ -37,15 +37,14 @@ _FULL_RETRY_S = 10.0
 _MOST_OVER = 2  # a full queue accepts jobs of some clients, until it is this many times as long as `max_queued`
 
 _jobs = JOBS.c
-_QUEUED = in_state("queued")
 
 # Built once, because building a statement takes longer than running it.
-_WAITING = sa.select(count(_QUEUED).label("all"), sa.literal(0).label("own"))
+_WAITING = sa.select(count(WAITING).label("all"), sa.literal(0).label("own"))
 _WAITING_AND_OWN = sa.select(
-    count(_QUEUED).label("all"), count(_QUEUED, _jobs.client == sa.bindparam("client")).label("own")
+    count(WAITING).label("all"), count(WAITING, _jobs.client == sa.bindparam("client")).label("own")
 )
 _CLIENTS = sa.select(sa.func.count()).select_from(
-    sa.select(_jobs.client).where(_QUEUED).group_by(_jobs.client).subquery()
+    sa.select(_jobs.client).where(WAITING).group_by(_jobs.client).subquery()
 )
 
 

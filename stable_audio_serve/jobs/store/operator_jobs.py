@@ -11,7 +11,7 @@ from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, State
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.rows import to_job
-from stable_audio_serve.jobs.store.tables import IS_DEAD, JOBS, count, in_state
+from stable_audio_serve.jobs.store.tables import IS_DEAD, JOBS, RUNNING, WAITING, count
 
 _jobs = JOBS.c
 
@@ -54,10 +54,10 @@ class OperatorJobs:
 
     def unfinished(self) -> Unfinished:
         """Count the queued jobs, running jobs and dead letters. The query does not read finished jobs."""
-        due = sa.select(sa.func.min(_jobs.not_before)).where(in_state("queued")).scalar_subquery()
+        due = sa.select(sa.func.min(_jobs.not_before)).where(WAITING).scalar_subquery()
         query = sa.select(
-            count(in_state("queued")).label("queued"),
-            count(in_state("running")).label("running"),
+            count(WAITING).label("queued"),
+            count(RUNNING).label("running"),
             count(IS_DEAD).label("dead"),
             (self._database.now - due).label("waited"),
         )

@@ -204,7 +204,7 @@ class RunnerJobs:
         reclaimed: list[Job] = []
         for condition, message, values in (
             (is_cancelled, "cancelled", self._transitions.ended("cancelled", CANCELLED)),
-            (is_last, _EXHAUSTED.message, dead),
+            (sa.and_(is_last, sa.not_(is_cancelled)), _EXHAUSTED.message, dead),
             (sa.not_(sa.or_(is_cancelled, is_last)), "put back: its runner was lost", requeued()),
         ):
             is_lost = (_RUNNING, _jobs.lease_until <= self._database.now, condition)
@@ -238,9 +238,11 @@ class RunnerJobs:
 
 def _lock(connection: sa.Connection, job_ids: Collection[JobId]) -> None:
     """Lock the rows of running jobs in a fixed order, so that two transactions with several jobs never deadlock."""
-    in_order = sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids)).order_by(_jobs.seq).with_for_update()
-    if connection.dialect.name != "sqlite":  # SQLite needs no row locks, because it has a single writer
-        connection.execute(in_order)
+    if connection.dialect.name == "sqlite":
+        return  # it needs no row locks, because it has a single writer
+    # Two queries, because a session avoids sorting: with one, PostgreSQL would read all jobs, ended ones too, in order.
+    found = connection.execute(sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids))).scalars().all()
+    connection.execute(sa.select(_jobs.seq).where(_jobs.seq.in_(found)).order_by(_jobs.seq).with_for_update())
 
 
 def _least(column: sa.ColumnElement[Any], *conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:

@@ -216,6 +216,12 @@ def in_state(state: Literal["queued", "running"]) -> sa.ColumnElement[bool]:
     return _jobs.state == sa.literal_column(f"'{state}'")
 
 
+# All waiting and all running jobs, for queries that read many of them. SQLite would look for them in `jobs_of_client`,
+# which has all ended jobs. It uses another index if a condition has a column that this index lacks.
+WAITING = sa.and_(in_state("queued"), _jobs.not_before >= 0)
+RUNNING = sa.and_(in_state("running"), _jobs.lease_until >= 0)
+
+
 def count(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
     """Return an SQL subquery for the number of jobs that meet all conditions."""
     return sa.select(sa.func.count()).select_from(JOBS).where(*conditions).scalar_subquery()

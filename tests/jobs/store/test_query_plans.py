@@ -67,7 +67,8 @@ def plans(database: Database, call: Callable[[], Any]) -> Iterator[tuple[str, st
 def faults(plan: str, *, is_sqlite: bool) -> list[str]:
     """Return the parts of a query plan that scan a whole large table or sort many rows."""
     if is_sqlite:
-        return re.findall(r"SCAN (?:jobs|events|files)(?! USING).*|USE TEMP B-TREE.*", plan)
+        by_whole_index = r" USING (?:COVERING )?INDEX (?:jobs_of_client|events_of_job)"
+        return re.findall(rf"SCAN (?:jobs|events|files)(?:{by_whole_index}|(?! USING)).*|USE TEMP B-TREE.*", plan)
     nodes = json.loads(plan)
     found = []
     while nodes:
@@ -77,6 +78,9 @@ def faults(plan: str, *, is_sqlite: bool) -> list[str]:
         # Scanning a smaller table is allowed.
         if node["Node Type"] == "Seq Scan" and node["Relation Name"] == JOBS.name:
             found.append("Seq Scan")
+        is_by_key = node.get("Index Name") == "jobs_pkey" and "Index Cond" not in node
+        if node["Node Type"].startswith("Index") and is_by_key:
+            found.append("scan of all jobs in the order of their numbers")
         if node["Node Type"] == "Sort" and node["Plan Rows"] > 100:
             found.append(f"Sort of {node['Plan Rows']} rows")
     return found
@@ -106,6 +110,7 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "sections": lambda store: store.sections.find(ref("x")),
     "expire": lambda store: store.runners.expire(),
     "waiting work": lambda store: store.waiting.by_model(),
+    "unfinished": lambda store: store.operators.unfinished(),
     "outlook": lambda store: store.runners.outlook("busy"),
     "dead letters": lambda store: store.operators.list_all(dead_letters=True),
     "page of dead letters": lambda store: store.dead_letters.page(before=5_000),
