@@ -23,7 +23,6 @@ import structlog
 
 from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, QUALITY_FOLDER, is_ours, upload_key
 from stable_audio_serve.artifacts.store import (
-    MAX_LISTED,
     PROBE_BYTES,
     BackendName,
     Chunks,
@@ -49,6 +48,7 @@ _CHUNK_BYTES = 1_048_576
 _RETRY_S = 5.0
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _MAX_PARTS = 3
+_MAX_LISTED = 100_000  # many, because each page reads the names of the whole folder
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
@@ -189,10 +189,16 @@ class LocalArtifacts:
         try:
             if not path.exists():
                 self._write(draft, lambda: [owner.encode()], stop=threading.Event())
-                with suppress(FileExistsError):  # another process claimed the store first
+                try:
                     os.link(draft, path)
-                draft.unlink()
-            return path.stat().st_mtime if path.read_text() == owner else None
+                except FileExistsError:  # another process claimed the store first
+                    pass
+                except OSError:  # the file system has no hard links
+                    with suppress(FileExistsError), path.open("xb") as file:
+                        file.write(owner.encode())
+                finally:
+                    draft.unlink()
+            return path.stat().st_mtime if path.read_bytes() == owner.encode() else None
         except OSError as error:
             raise _storage_error(error) from error
 
@@ -208,7 +214,7 @@ class LocalArtifacts:
             raise _storage_error(error) from error
         return require_size(data, max_bytes)
 
-    def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
+    def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = _MAX_LISTED) -> ObjectPage:
         self._folder.require()
         try:
             keys = (ArtifactKey(f"{folder}/{name}" if folder else name) for name in self._names(folder))

@@ -110,7 +110,8 @@ def format_key(key: ApiKey, *, is_named: bool = True) -> str:
     if key.scopes != DEFAULT_SCOPES:
         words.append(f"scope={','.join(scope for scope in SCOPES if scope in key.scopes)}")
     if key.limits.audio_seconds_per_minute is not None:
-        words.append(f"audio-seconds-per-minute={key.limits.audio_seconds_per_minute:g}")
+        rate = repr(key.limits.audio_seconds_per_minute).removesuffix(".0")
+        words.append(f"audio-seconds-per-minute={rate}")
     if key.limits.concurrency is not None:
         words.append(f"concurrency={key.limits.concurrency}")
     return " ".join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import threading
@@ -294,6 +295,19 @@ async def test_replaced_content_is_refused(place: Place) -> None:
     file = await put(place, b"abc")
     with pytest.raises(DamagedFileError):
         await read(place, replace(file, sha256="0" * 64))
+
+
+async def test_a_folder_without_hard_links_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    store = LocalArtifacts(tmp_path)
+    assert store.claim("a") is not None
+    assert (store.claim("a") is not None, store.claim("b")) == (True, None)
+    assert os.listdir(tmp_path) == [".owner"]
+    (tmp_path / ".owner").write_bytes(b"\xff")
+    assert store.claim("a") is None
 
 
 async def test_store_belongs_to_the_first_claimer(place: Place) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def test_a_line_may_hold_name_scopes_and_limits_in_any_order() -> None:
 def test_a_written_line_is_read_back(scopes: frozenset[str], rate: float | None, concurrency: int | None) -> None:
     key = ApiKey("a.b_C-9", ONE, scopes, KeyLimits(rate, concurrency))  # type: ignore[arg-type]
     assert parse_key(format_key(key)) == key
+    many = replace(key, limits=replace(key.limits, audio_seconds_per_minute=1_234_567.0))
+    assert parse_key(format_key(many)) == many
 
 
 @pytest.mark.parametrize(

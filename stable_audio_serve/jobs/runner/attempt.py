@@ -10,6 +10,7 @@ import asyncio
 import random
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Literal
 
 import structlog
@@ -34,6 +35,7 @@ from stable_audio_serve.jobs.runner.long_pieces import LeaseLostError
 from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.runner_jobs import Report
+from stable_audio_serve.jobs.store.turns import LEFT_TO_OTHERS_S
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
@@ -177,6 +179,10 @@ class Attempt:
         delay_s = random.uniform(0.0, min(pauses.retry_s * 2**self.job.attempts, pauses.last_retry_s))
         if isinstance(error, ModelUnavailableError):
             self._context.capacity.close(self.job.spec.model, for_s=max(delay_s, error.retry_after_s or 0.0))
+        age_s = (datetime.now(UTC) - self.job.created_at).total_seconds()
+        if not self.job.is_readable and age_s < LEFT_TO_OTHERS_S:
+            # A server of a newer version, which shares the database, can run the job.
+            return await self._requeue(error.message, delay_s=pauses.last_retry_s, attempts=self.job.attempts - 1)
         if self.job.attempts >= self._context.settings.max_attempts:
             return await self._fail(JobError(error.kind, error.message, error.field), is_dead_letter=True)
         self._context.metrics.increment("job_retries", reason=error.kind)

@@ -56,6 +56,10 @@ class Outbox:
         first = sa.select(_jobs.seq).where(*is_due).order_by(_jobs.webhook_at).limit(1)
         change = sa.update(JOBS).where(_jobs.seq == first.with_for_update(skip_locked=True).scalar_subquery(), *is_due)
         values = change.values(webhook_at=now + for_s, webhook_attempts=_jobs.webhook_attempts + 1)
+        # The first query may read many notices to hosts that are left out, so it does not hold the lock for writing.
+        with self._database.reading() as connection:
+            if connection.execute(first).first() is None:
+                return None
         with self._database.writing() as connection:
             row = connection.execute(values.returning(JOBS)).first()
         if row is None:

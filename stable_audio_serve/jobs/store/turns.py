@@ -22,7 +22,7 @@ _IS_WAITING = sa.and_(
     _QUEUED, _jobs.priority == _turns.priority, _jobs.model == _turns.model, _jobs.client == _turns.client
 )
 _ORDER = (_turns.served, _turns.seq)
-_LEFT_TO_OTHERS_S = 3600.0
+LEFT_TO_OTHERS_S = 3600.0
 
 
 class Turns:
@@ -43,11 +43,11 @@ class Turns:
         """Return an SQL subquery for the column `seq` of the next job of these models. It locks the row of the job.
 
         If `models` is None, any model will do. A job of a model that is not in `known` is left to other servers that
-        share the database for `_LEFT_TO_OTHERS_S`. The result is NULL if no job is due, or all due jobs are locked.
+        share the database for `LEFT_TO_OTHERS_S`. The result is NULL if no job is due, or all due jobs are locked.
         """
         is_due = [_jobs.not_before <= self._now, sa.or_(_jobs.start_before.is_(None), _jobs.start_before > self._now)]
         if known is not None:
-            is_due.append(sa.or_(_jobs.model.in_(known), _jobs.created_at <= self._now - _LEFT_TO_OTHERS_S))
+            is_due.append(sa.or_(_jobs.model.in_(known), _jobs.created_at <= self._now - LEFT_TO_OTHERS_S))
         first = sa.select(_jobs.seq).where(_IS_WAITING, *is_due).order_by(_jobs.seq).limit(1)
         first = first.with_for_update(skip_locked=True).correlate(TURNS)
         # The database goes through the clients in order, and stops at the first one with a job that is due. Without

@@ -21,6 +21,7 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.runner import attempt
 from stable_audio_serve.jobs.store import turns
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
@@ -145,7 +146,7 @@ async def test_outcome_is_written_after_a_store_outage(workshop: Workshop, monke
 async def test_unknown_model_makes_a_dead_letter_after_retries(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "_LEFT_TO_OTHERS_S", 0.0)
+    monkeypatch.setattr(turns, "LEFT_TO_OTHERS_S", 0.0)
     """At first the job is retried: during an update, the runner may be older than the server that accepted the job."""
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(model="retired")))
@@ -156,8 +157,9 @@ async def test_unknown_model_makes_a_dead_letter_after_retries(
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
 async def test_unreadable_job_becomes_a_dead_letter_and_blocks_no_other(
-    workshop: Workshop,
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attempt, "LEFT_TO_OTHERS_S", 0.0)
     bad, good = [await workshop.queue.submit(make_spec()) for _ in range(2)]
     with workshop.queue.store.database.writing() as connection:
         connection.execute(sa.update(JOBS).where(JOBS.c.id == bad.spec.id).values(spec='{"prompt": "rain"}'))
@@ -166,6 +168,17 @@ async def test_unreadable_job_becomes_a_dead_letter_and_blocks_no_other(
     ended = await workshop.finished(bad)
     assert (ended.state, ended.attempts, ended.is_dead_letter) == ("failed", 2, True)
     assert len(workshop.backend.requests) == 1
+
+
+async def test_unreadable_job_is_left_to_newer_servers_for_an_hour(workshop: Workshop) -> None:
+    job = await workshop.queue.submit(make_spec())
+    with workshop.queue.store.database.writing() as connection:
+        connection.execute(sa.update(JOBS).where(JOBS.c.id == job.spec.id).values(spec='{"prompt": "rain"}'))
+    await workshop.start_runner()
+    await until(lambda: workshop.queue.store.clients.events(job.spec.ref, after=0)[-1].message.startswith("put back"))
+    left = workshop.queue.store.clients.get(job.spec.ref)
+    assert left is not None
+    assert (left.state, left.attempts) == ("queued", 0)
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
