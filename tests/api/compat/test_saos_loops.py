@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import httpx
@@ -228,6 +229,13 @@ def test_any_prompt_can_be_rewritten(prompt: str, loop_type: str) -> None:
         assert "drum" in rewritten.casefold()
     if loop_type == "instruments":
         assert "drum" not in rewritten.casefold() or "drum" not in prompt.casefold()
+
+
+@pytest.mark.parametrize("rest", ["a" * 100_000, "a1" * 50_000, " " * 100_000, " ," * 50_000, "drum" * 25_000])
+def test_hostile_prompts_are_rewritten_quickly(rest: str) -> None:
+    started_at = time.thread_time()
+    rewrite_prompt(f"120bpm drum {rest}", "instruments")
+    assert time.thread_time() - started_at < 2  # CPU seconds; a quadratic search would take far longer
 
 
 async def test_loop_in_the_style_of_an_upload(client: httpx.AsyncClient, backend: ToneBackend) -> None:

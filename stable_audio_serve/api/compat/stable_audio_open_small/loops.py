@@ -25,7 +25,8 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 
 _NOT_DRUMS = "melody, harmony, pitched instruments, vocals, singing"
 _NOT_INSTRUMENTS = "drums, percussion, kick, snare, hi-hat"
-_DRUM_WORD = re.compile(r"[^\W\d_]*drum[^\W\d_]*(\s*,)?", re.IGNORECASE)
+# The pattern starts only at the first letter of a word. Otherwise the search in a long word would take quadratic time.
+_DRUM_WORD = re.compile(r"(?<![^\W\d_])[^\W\d_]*drum[^\W\d_]*(\s*,)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
