@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,6 +112,13 @@ async def test_file_names_and_types_are_sanitized(
 @pytest.mark.parametrize("ticket", ["x", "a.b.c", "W10.aaaa.bbbb", "x" * 5000])
 async def test_unknown_upload_url_is_refused(client: httpx.AsyncClient, ticket: str) -> None:
     assert (await client.put(f"/storage/upload/{ticket}", content=DATA)).status_code in (403, 404, 405)
+
+
+async def test_long_ticket_is_refused_quickly(client: httpx.AsyncClient) -> None:
+    started_at = time.thread_time()
+    reply = await client.put(f"/storage/upload/{'a.' * 30_000}/", content=DATA)
+    assert reply.status_code == 404
+    assert time.thread_time() - started_at < 2  # CPU seconds; a quadratic search would take far longer
 
 
 async def test_upload_above_the_limit_is_413_while_it_arrives() -> None:

@@ -63,7 +63,9 @@ _UPLOAD_RESPONSES = _RESPONSES | errors(
 )
 
 
-register_pattern("fal_ticket", r"[^/]+\.[^/]+")  # a signed ticket, and no other path below `/storage/upload`
+# A signed ticket, and no other path below `/storage/upload`. A compressed payload begins with a dot. The first part can
+# end only at the next dot, so the match takes linear time.
+register_pattern("fal_ticket", r"[^/][^/.]*\.[^/]+")
 
 _Name = Annotated[str | None, Header(alias="x-fal-file-name")]
 _Type = Annotated[str | None, Header(alias="content-type", include_in_schema=False)]
