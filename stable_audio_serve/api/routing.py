@@ -22,7 +22,12 @@ from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.callers import find_caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
-from stable_audio_serve.api.middleware.limits import ClientGoneError, accept_file_in_json, accept_form
+from stable_audio_serve.api.middleware.limits import (
+    MAX_FIELDS_BYTES,
+    ClientGoneError,
+    accept_file_in_json,
+    accept_form,
+)
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
 from stable_audio_serve.core.errors import UnauthorizedError
@@ -37,6 +42,7 @@ _GENERATING_SCOPES = frozenset({"generate", "jobs"})
 _MAX_FILES = 8
 _MAX_FIELDS = 64
 _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
+_MAX_JSON_MARKS = 10_000  # the most lists, objects and commas in a JSON body with a file
 _COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
 
 
@@ -62,15 +68,20 @@ register_url_convertor("job_id", JobIdConvertor())
 class BoundedRequest(Request):
     """A request with limits on its body.
 
-    For JSON: the nesting depth and the size of numbers. For a form: the number and the size of its parts.
+    For JSON: the nesting depth, the size of numbers, and the number of values in a large body. For a form: the number
+    and the size of its parts.
     """
 
     async def json(self) -> Any:
         """Return the JSON body.
 
-        Raises JSONDecodeError if it is invalid, is nested too deeply or contains too large a number.
+        Raises JSONDecodeError if it is invalid, is nested too deeply or contains too large a number. Raises
+        HTTPException 413 if it is large for another reason than a file.
         """
         body = await self.body()
+        # Parsing millions of values would block the event loop for seconds. A file is a single value.
+        if len(body) > MAX_FIELDS_BYTES and sum(map(body.count, (b"[", b"{", b","))) > _MAX_JSON_MARKS:
+            raise HTTPException(413, f"body: larger than {MAX_FIELDS_BYTES} bytes, and not because of a file")
         try:
             return pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8))
         except ValueError as error:
@@ -132,15 +143,15 @@ def route_class(
     scopes: Scopes,
     enter: Callable[[Request], None] | None = None,
     takes_bare_key: bool = False,
-    takes_files_in_json: bool = False,
+    takes_files_in_json: Callable[[Request], bool] | None = None,
 ) -> type[APIRoute]:
     """Return a route class that checks requests and renders expected errors in one dialect's format.
 
     If keys are configured, a request needs a key with one of `scopes`. The key is checked before the body is read. If
     the request uploads a file, the limits of its key are checked before the body is read too. `enter` is called before
-    these checks. With `takes_bare_key`, the header `Authorization` may have the key alone. With `takes_files_in_json`,
-    JSON bodies may have files as data URIs. The class sets `request.state.caller`, and `request.state.client` to the
-    key's client.
+    these checks. With `takes_bare_key`, the header `Authorization` may have the key alone. If `takes_files_in_json`
+    returns true, the JSON body may have a file as a data URI. The class sets `request.state.caller`, and
+    `request.state.client` to the key's client.
     """
 
     async def admit(request: Request) -> None:
@@ -151,7 +162,7 @@ def route_class(
         key = keys.admit(request, needed, takes_bare_key=takes_bare_key)
         request.state.caller = find_caller(request, key, address_header=request.app.state.address_header)
         request.state.client = key.client
-        if takes_files_in_json:
+        if takes_files_in_json and takes_files_in_json(request):
             accept_file_in_json(request.scope)
         if request.method == "POST" and _GENERATING_SCOPES.intersection(needed) and _has_form(request):
             limiter: KeyLimiter = request.app.state.limiter

@@ -465,3 +465,16 @@ async def test_a_large_data_uri_is_accepted_and_a_huge_one_refused(client: httpx
     assert len(uri) > 2**22
     assert (await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=uri)).status_code == 200
     assert (await post(client, f"{SMALL}/audio-to-audio", audio_url="data:," + "0" * 2**26)).status_code == 413
+
+
+@pytest.mark.parametrize("operation", ["text-to-audio", "audio-to-audio"])
+async def test_large_json_without_a_file_is_refused(client: httpx.AsyncClient, operation: str) -> None:
+    body = b'{"prompt":"x","z":[' + b"[]," * 400_000 + b"[]]}"
+    reply = await client.post(f"{SMALL}/{operation}", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 413
+    assert reply.json()["detail"].startswith("body: larger than 1048576 bytes")
+
+
+async def test_only_endpoints_with_a_source_take_large_json(client: httpx.AsyncClient) -> None:
+    assert (await post(client, f"{SMALL}/text-to-audio", audio_url="data:," + "0" * 2**21)).status_code == 413
+    assert (await post(client, f"{SMALL}/audio-to-audio", audio_url="data:," + "0" * 2**21)).status_code == 422

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat.fal.answers import data_uri, describe_result, describe_status, stream_status
 from stable_audio_serve.api.compat.fal.described import build_description_router
-from stable_audio_serve.api.compat.fal.endpoints import ENDPOINTS, to_encoding, to_request
+from stable_audio_serve.api.compat.fal.endpoints import ENDPOINTS, Endpoint, to_encoding, to_request
 from stable_audio_serve.api.compat.fal.errors import failure_of, render_error, render_failure
 from stable_audio_serve.api.compat.fal.source import FIELD, opened_source
 from stable_audio_serve.api.compat.fal.storage import build_storage_routers
@@ -96,15 +96,15 @@ _Logs = Annotated[bool, Query(description="Include the log.")]
 def build_router(service: Service) -> APIRouter:
     """Return all routes of the dialect."""
 
-    def new_router(scopes: Scopes, *, takes_files_in_json: bool = False, **options: Any) -> APIRouter:
-        kind = route_class(render_error, scopes=scopes, takes_files_in_json=takes_files_in_json)
+    def new_router(scopes: Scopes, **options: Any) -> APIRouter:
+        kind = route_class(render_error, scopes=scopes, takes_files_in_json=_takes_source)
         return APIRouter(route_class=kind, strict_content_type=False, **options)
 
     hosts, requests = new_router(()), new_router(("jobs",))
     _add_requests(requests, service)
     for prefix, summary in _HOSTS.items():
-        for add, takes_files in ((_add_submission, False), (_add_endpoints, True)):
-            add(own := new_router(_scopes_of_submission, takes_files_in_json=takes_files), service, summary=summary)
+        for add in (_add_submission, _add_endpoints):
+            add(own := new_router(_scopes_of_submission), service, summary=summary)
             hosts.include_router(own, prefix=prefix)
         hosts.include_router(requests, prefix=prefix, include_in_schema=prefix == "/queue")
     announcing, receiving = build_storage_routers(service)
@@ -133,6 +133,17 @@ def build_router(service: Service) -> APIRouter:
 
 def _scopes_of_submission(request: Request) -> tuple[Scope, ...]:
     return ("jobs",) if means_queue(request) else ("generate",)
+
+
+def _find_endpoint(app: str, endpoint: str) -> Endpoint | None:
+    return ENDPOINTS.get(f"{OWNER}/{app}/{endpoint}")
+
+
+def _takes_source(request: Request) -> bool:
+    """Whether the request is for an endpoint with source audio, which may be in the JSON body."""
+    params = request.path_params
+    endpoint = _find_endpoint(params.get("app", ""), params.get("endpoint", ""))
+    return endpoint is not None and FIELD in endpoint.schema.model_fields
 
 
 def _add_submission(router: APIRouter, service: Service, *, summary: str) -> None:
@@ -164,7 +175,7 @@ def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None
         body: Annotated[dict[str, Any], Body(description="The endpoint's input, see its own description.")],
     ) -> PromptedOutput | SeededOutput | Ticket:
         """Generate audio with an endpoint of Stable Audio 3 or 2.5. `/api/openapi/queue/openapi.json` describes it."""
-        chosen = ENDPOINTS.get(f"{OWNER}/{app}/{endpoint}")
+        chosen = _find_endpoint(app, endpoint)
         if chosen is None:
             message = f"no endpoint {OWNER}/{app}/{endpoint[:100]}; there are {', '.join(ENDPOINTS)}"
             raise HTTPException(404, message)
