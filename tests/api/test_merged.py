@@ -39,12 +39,13 @@ SAOS_FIELDS: list[tuple[str, Any]] = [
     ("finetune_repo", None),
     ("finetune_checkpoint", None),
 ]
+FORM_FIELDS: list[tuple[str, Any]] = [("bars", 4), ("loop_type", "drums"), ("style_strength", 0.5), ("key", "f")]
 SHARED: dict[str, Any] = {"steps": 8, "cfg_scale": 1.0, "seed": 1, "negative_prompt": "hiss"}
 
 
 def test_fields_that_select_a_dialect() -> None:
     assert {name for name, _ in SA3_FIELDS} <= ONLY_SA3
-    assert not ONLY_SA3 & {*SHARED, *(name for name, _ in SAOS_FIELDS), "prompt"}
+    assert not ONLY_SA3 & {*SHARED, *(name for name, _ in SAOS_FIELDS + FORM_FIELDS), "prompt"}
 
 
 @pytest.mark.parametrize(("field", "value"), SA3_FIELDS)
@@ -53,7 +54,7 @@ async def test_field_of_stable_audio_3_selects_it(client: httpx.AsyncClient, fie
         assert len(expect_wav(await client.post(URL, json=body), name=SA3_NAME)) == 7 * 44_100
 
 
-@pytest.mark.parametrize(("field", "value"), [*SAOS_FIELDS, *SHARED.items(), ("unknown", 1)])
+@pytest.mark.parametrize(("field", "value"), [*SAOS_FIELDS, *FORM_FIELDS, *SHARED.items(), ("unknown", 1)])
 async def test_other_fields_select_open_small(client: httpx.AsyncClient, field: str, value: Any) -> None:
     for body in ({"prompt": "x", field: value}, {"prompt": "x", **SHARED, field: value}, {"prompt": "x"}):
         assert len(expect_wav(await client.post(URL, json=body), name=SAOS_NAME)) == WINDOW_SAMPLES

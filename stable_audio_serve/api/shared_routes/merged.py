@@ -19,7 +19,14 @@ from stable_audio_serve.api.compat.stable_audio_open_small.errors import describ
 from stable_audio_serve.api.compat.stable_audio_open_small.forms import read_json
 from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_text_clip
 from stable_audio_serve.api.compat.stable_audio_open_small.routes import Base64Answer
-from stable_audio_serve.api.compat.stable_audio_open_small.schemas import Format, GenerateBody, parse
+from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
+    Format,
+    GenerateBody,
+    LoopForm,
+    RiffForm,
+    StyleForm,
+    parse,
+)
 from stable_audio_serve.api.native.answers import audio_answer
 from stable_audio_serve.api.native.errors import describe_error as describe_sa3_error
 from stable_audio_serve.api.native.ignored import warning_headers
@@ -32,8 +39,10 @@ from stable_audio_serve.audio.loops import read_tempo
 
 TAG = "Generate"
 
-# The fields that only Stable Audio 3 has. A request with one of them is for Stable Audio 3.
-ONLY_SA3 = GenerationBody.model_fields.keys() - GenerateBody.model_fields.keys()
+# The fields that only Stable Audio 3 has. A request with one of them is for Stable Audio 3. Fields of any form of Open
+# Small do not count, because its clients may send the fields of one route to another, which ignores them.
+_OPEN_SMALL = (GenerateBody, LoopForm, RiffForm, StyleForm)
+ONLY_SA3 = GenerationBody.model_fields.keys() - {name for form in _OPEN_SMALL for name in form.model_fields}
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
