@@ -315,13 +315,13 @@ def raise_if_failed(application: ApplicationStatusOverview, plan: Plan) -> None:
 
 
 def _health(url: str, plan: Plan) -> Mapping[str, Any]:
-    """Return the body of /health.
+    """Return the body of /sa3/health, which has status 200 even if all models failed.
 
     Returns an empty mapping if not every preloaded model is loaded yet and has published its statistics.
     """
     try:
         # With `trust_env=False`, httpx ignores environment variables that name a proxy for outgoing requests.
-        answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
+        answer = httpx.get(f"{url}/sa3/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
         health: dict[str, Any] = answer.raise_for_status().json()
     except (httpx.HTTPError, ValueError):
         return {}

@@ -57,6 +57,21 @@ async def test_default_model_decides_readiness(
         assert int(ready.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("prefix", PREFIXES)
+async def test_health_is_503_if_all_models_failed(client: httpx.AsyncClient, backend: ToneBackend, prefix: str) -> None:
+    status, word = {"/sa3": (200, "failed"), "/saos": (500, "error"), "/vllm": (503, "unhealthy")}.get(
+        prefix, (503, "failed")
+    )
+    names = [card.name for card in backend.catalog]
+    backend.statuses = dict.fromkeys(names, ModelStatus("failed"))
+    health, head = await client.get(f"{prefix}/health"), await client.head(f"{prefix}/health")
+    assert (health.status_code, head.status_code) == (status, status)
+    assert health.json()["status"] == word
+    backend.statuses = {name: ModelStatus("idle" if name == "medium" else "failed") for name in names}
+    expected = 500 if prefix == "/saos" else 200  # Open Small's own route is about its own model
+    assert (await client.get(f"{prefix}/health")).status_code == expected
+
+
 async def test_blocked_server_is_not_ready_and_gives_the_reason(
     client: httpx.AsyncClient, readiness: Readiness
 ) -> None:

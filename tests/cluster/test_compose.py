@@ -92,8 +92,8 @@ def _server_problems(tree: dict[str, Any]) -> Iterator[str]:
         yield "the root may be written, or /tmp not"
     if "shm_size" not in server:
         yield "Docker's 64 MB of shared memory"
-    if not server.get("healthcheck", {}).get("test", [""])[-1].endswith(":8000/health"):
-        yield "no healthcheck on /health"
+    if not server.get("healthcheck", {}).get("test", [""])[-1].endswith(":8000/sa3/health"):
+        yield "no healthcheck on /sa3/health"
     for store in ("postgres", "object-store"):
         if server["depends_on"].get(store) != {"condition": "service_healthy"}:
             yield f"the server does not wait for {store}"
@@ -160,7 +160,7 @@ PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "killed before drain_s": lambda t: _services(t)["server"].update(stop_grace_period="20s"),
     "root may be written": lambda t: _services(t)["server"].pop("read_only"),
     "shared memory": lambda t: _services(t)["server"].pop("shm_size"),
-    "no healthcheck on /health": lambda t: _services(t)["server"].pop("healthcheck"),
+    "no healthcheck on /sa3/health": lambda t: _services(t)["server"].pop("healthcheck"),
     "does not wait for postgres": lambda t: _services(t)["server"]["depends_on"].pop("postgres"),
     "not in the store": lambda t: _services(t)["server"]["environment"].pop("STABLE_AUDIO_STORAGE_ENDPOINT_URL"),
     "clients do not reach": lambda t: _services(t)["server"]["environment"].pop("STABLE_AUDIO_STORAGE_LINKS"),

@@ -50,13 +50,20 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
         return status, job_store
 
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", summary="Show health")
-    async def health() -> info.Health:
-        """Return the state of the server and its models. The status is 200 while the process runs."""
+    @router.get(
+        "/health", summary="Show health", responses={503: {"model": info.Health, "description": "All models failed."}}
+    )
+    async def health(response: Response) -> info.Health:
+        """Return the state of the server and its models: 200 while the process runs, 503 if no model can be loaded.
+
+        Below the prefix of Stable Audio 3, whose original server is always healthy, the status is 200 in any case.
+        """
         status, job_store = await look()
         health = info.describe_health(service, status, job_store=job_store)
-        if dialect == "vllm" and health.healthy:
-            health.status = "healthy"  # vLLM's word for "ok"
+        if dialect != "sa3" and all(model.stage == "failed" for model in health.models.values()):
+            response.status_code = 503
+        if dialect == "vllm" and (health.healthy or response.status_code == 503):  # vLLM's words
+            health.status = "healthy" if health.healthy else "unhealthy"
         return health
 
     @router.head("/ready", include_in_schema=False)
