@@ -18,11 +18,12 @@ _ANSWERING = frozenset({"ready", "idle", "waking"})
 class Verdict:
     """Whether the server is ready. `status` is ok, loading, failed or a cause given to `Readiness.block`.
 
-    `reasons` are sentences that explain why the server is not ready.
+    `reasons` are sentences that explain why the server is not ready. `is_blocked` is true if there is such a cause.
     """
 
     status: str
     reasons: tuple[str, ...] = ()
+    is_blocked: bool = False
 
     @property
     def is_ready(self) -> bool:
@@ -52,4 +53,4 @@ class Readiness:
             state = "cannot be loaded" if status.stage == "failed" else "is being loaded"
             reasons = (*reasons, f"the default model, {default_model}, {state}")
             name = next(iter(blocked), status.stage)
-        return Verdict(name, reasons)
+        return Verdict(name, reasons, is_blocked=bool(blocked))

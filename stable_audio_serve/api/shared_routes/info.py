@@ -72,7 +72,8 @@ class Health(BaseModel):
     """The server's state and limits."""
 
     status: str = Field(
-        description="ok if the default model is ready, else loading or failed; draining while the server stops."
+        description="ok if the default model can answer or any model is loaded, else the state of the default model: "
+        "loading or failed; draining while the server stops."
     )
     healthy: bool = Field(description="Whether the server accepts requests; as the status code of /ready.")
     reasons: list[str] = Field(description="Reasons for not being healthy.")
@@ -99,7 +100,7 @@ class Ready(BaseModel):
     """Whether the server accepts requests."""
 
     ready: bool
-    status: str = Field(description="As in /health.")
+    status: str = Field(description="ok if the default model can answer, else loading, failed or draining.")
     reasons: list[str] = Field(description="Reasons for not being ready.")
     job_store: JobStoreHealth = Field(
         description="As in /health. It does not affect `ready`, because only jobs need it."
@@ -166,7 +167,7 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_
     models = {card.name: _describe_status(card, status.get(card.name, _UNKNOWN)) for card in catalog}
     loaded = sorted(name for name, model in models.items() if model.stage == "ready")
     return Health(
-        status=verdict.status,
+        status="ok" if loaded and not verdict.is_blocked else verdict.status,
         healthy=verdict.is_ready,
         reasons=list(verdict.reasons),
         model=catalog.default.name,

@@ -110,7 +110,7 @@ class Card(BaseModel):
 
     name: Literal["stable-audio-serve"] = NAME
     version: str = __version__
-    status: str = Field(description="As in /health.")
+    status: str = Field(description="As in /ready.")
     ready: bool
     needs_key: bool = Field(description="Whether requests need `Authorization: Bearer <key>`.")
     models: list[ServedModel]

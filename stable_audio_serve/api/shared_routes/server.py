@@ -62,8 +62,8 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
         health = info.describe_health(service, status, job_store=job_store)
         if dialect != "sa3" and all(model.stage == "failed" for model in health.models.values()):
             response.status_code = 503
-        if dialect == "vllm" and (health.healthy or response.status_code == 503):  # vLLM's words
-            health.status = "healthy" if health.healthy else "unhealthy"
+        if dialect == "vllm" and (health.status == "ok" or response.status_code == 503):  # vLLM's words
+            health.status = "healthy" if health.status == "ok" else "unhealthy"
         return health
 
     @router.head("/ready", include_in_schema=False)
