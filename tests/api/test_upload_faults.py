@@ -153,6 +153,7 @@ async def test_too_many_body_bytes_are_refused_until_others_are_done() -> None:
             "detail": "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
         }
         assert (await client.get("/health")).status_code == 200
+        assert (await client.post("/v1/audio/generations", json={})).status_code == 422  # bodies up to 1 MiB are read
         backend.released.set()
         assert (await first).status_code == 200
         async with asyncio.timeout(PATIENCE_S):  # the first body is counted until shortly after its response

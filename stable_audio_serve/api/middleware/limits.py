@@ -223,8 +223,10 @@ class _Connection:
         if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
             await self._drop_rest(message, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
-        # The limit on the total size applies only if other requests also have bodies.
-        if self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:
+        # The limit on the total size applies only if other requests also have bodies. It refuses only large bodies, so
+        # that clients with large uploads do not stop the small requests of others.
+        is_large = max(self._received_bytes, self._body.declared_bytes) > MAX_FIELDS_BYTES
+        if is_large and self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:
             await self._drop_rest(message, max_bytes=2 * self._body.max_bytes)
             reason = "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
             raise HTTPException(503, reason, headers=_BUSY)
