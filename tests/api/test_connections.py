@@ -191,10 +191,14 @@ async def test_slow_handler_is_not_mistaken_for_a_slow_client() -> None:
 async def test_too_many_slow_bodies_are_refused_but_fast_ones_accepted() -> None:
     # `window_s` is so long that no connection is closed because its body is too slow.
     times = ClientTimes(grace_s=0.3, window_s=PATIENCE_S, max_slow=4)
-    async with connect(ToneBackend(), times=times) as client:
+    keys = [f"key-{number}" for number in range(12)]  # the bodies are of different clients
+    hashes = [f"{key}:{hash_key(key.encode())}" for key in keys]
+    async with connect(ToneBackend(), times=times, key_hashes=hashes) as client:
         port = client.base_url.port
         assert port is not None
-        slow = [await open_connection(port, b"{", length=1000) for _ in range(12)]
+        client.headers["authorization"] = f"Bearer {keys[0]}"
+        headers = [f"{_JSON}Authorization: Bearer {key}\r\n" for key in keys]
+        slow = [await open_connection(port, b"{", length=1000, headers=each) for each in headers]
         first_lines = [asyncio.create_task(reader.readuntil(b"\r\n\r\n")) for reader, _ in slow]
         async with asyncio.timeout(PATIENCE_S):
             while sum(line.done() for line in first_lines) < 8:
@@ -211,12 +215,35 @@ async def test_too_many_slow_bodies_are_refused_but_fast_ones_accepted() -> None
         status = b"503"
         async with asyncio.timeout(PATIENCE_S):
             while status == b"503":  # until the server has noticed that the slow clients are gone
-                reader, writer = await open_connection(port, b'{"prompt": "x", ', length=37)
+                reader, writer = await open_connection(port, b'{"prompt": "x", ', length=37, headers=headers[0])
                 await asyncio.sleep(0.4)  # longer than `grace_s`, so the client counts as slow
                 writer.write(b'"duration": 0.1     }')
                 _, status, _ = (await reader.readuntil(b"\r\n")).split(b" ", 2)
                 writer.close()
         assert status == b"200"
+
+
+@pytest.mark.parametrize("is_keyed", [False, True])
+async def test_one_client_may_send_a_quarter_of_the_slow_bodies(is_keyed: bool) -> None:
+    times = ClientTimes(grace_s=0.1, window_s=PATIENCE_S, max_slow=8)
+    keys = {"key_hashes": [f"{name}:{hash_key(name.encode())}" for name in ("alice", "bob")]} if is_keyed else {}
+    own, other = (f"{_JSON}Authorization: Bearer {name}\r\n" for name in ("alice", "bob"))
+    async with serve(ToneBackend(), times=times, **keys) as port:
+        slow = [await open_connection(port, b"{", length=1000, headers=own) for _ in range(5)]
+        first_lines = [asyncio.create_task(reader.readuntil(b"\r\n")) for reader, _ in slow]
+        await until(lambda: sum(line.done() for line in first_lines) >= 3)
+        await asyncio.sleep(0.3)
+        refused = [line.result() for line in first_lines if line.done()]
+        assert [answer.split()[1] for answer in refused] == [b"503"] * 3
+        reader, writer = await open_connection(port, b'{"prompt": "x", ', length=37, headers=other)
+        await asyncio.sleep(0.5)  # longer than `grace_s`, so the body counts as slow
+        writer.write(b'"duration": 0.1     }')
+        status = (await reader.readuntil(b"\r\n")).split()[1]
+        assert status == (b"200" if is_keyed else b"503")  # without keys, a client is an address
+        for line, (_, each) in zip(first_lines, slow, strict=True):
+            line.cancel()
+            each.transport.abort()
+        writer.close()
 
 
 async def test_client_that_stops_reading_does_not_hold_its_response() -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.core.settings import ApiSettings
 
 MAX_FIELDS_BYTES = 1_048_576  # largest JSON body; also the largest total of a form's fields without its file
@@ -31,8 +33,9 @@ _MAX_DROP_IDLE_S = 1.0
 class ClientTimes:
     """How fast a client must send its request and read its response.
 
-    A process receives at most `max_slow` slow bodies at once. A body is slow if the server has waited for its data for
-    more than `grace_s` in total. For each request, `grace_s` is randomly changed by up to 50 %.
+    A process receives at most `max_slow` slow bodies at once, and at most a quarter as many of one client. A body is
+    slow if the server has waited for its data for more than `grace_s` in total. For each request, `grace_s` is randomly
+    changed by up to 50 %.
     """
 
     rate_bytes_s: float = 4096.0  # the lowest speed of a body, averaged over `window_s`
@@ -41,6 +44,10 @@ class ClientTimes:
     grace_s: float = 4.0
     max_slow: int = 256  # the largest number of slow bodies per process; further slow requests get status 503
     send_idle_s: float = 60.0  # the longest time in which a client may read nothing of the response
+
+    @property
+    def max_slow_per_client(self) -> int:
+        return max(1, self.max_slow // 4)
 
 
 class ClientGoneError(OSError):
@@ -67,7 +74,7 @@ class LimitsMiddleware:
             receive,
             send,
             handler=handler,
-            body=_body_limit(scope),
+            scope=scope,
             held=self._held,
             limits=self._limits,
             times=self._times,
@@ -106,9 +113,9 @@ def is_answered(scope: Scope) -> bool:
 
 @dataclass(slots=True)
 class _BodiesInProgress:
-    """The bodies of all requests in progress: their total size, and how many of them arrive slowly."""
+    """The bodies of all requests in progress: their total size, and how many of each client's arrive slowly."""
 
-    num_slow: int = 0
+    num_slow: Counter[str] = field(default_factory=Counter)
     num_bytes: int = 0
 
 
@@ -156,6 +163,12 @@ def _body_limit(scope: Scope) -> _BodyLimit:
     return _BodyLimit(MAX_FIELDS_BYTES, declared_bytes, is_there, b"expect" in headers, refusal)
 
 
+def _name_client(scope: Scope) -> str:
+    """Return the name of the client: of its API key or its address, or before the route is known, its address."""
+    caller: Caller | None = scope["state"].get("caller")
+    return caller.name if caller else (scope.get("client") or ("",))[0]
+
+
 class _Connection:
     """The `receive` and `send` of one request, with limits.
 
@@ -168,19 +181,20 @@ class _Connection:
         send: Send,
         *,
         handler: asyncio.Task[object],
-        body: _BodyLimit,
+        scope: Scope,
         held: _BodiesInProgress,
         limits: ApiSettings,
         times: ClientTimes,
     ) -> None:
         self._receive, self._send, self._handler = receive, send, handler
-        self._body, self._held, self._limits, self._times = body, held, limits, times
+        self._scope, self._body = scope, _body_limit(scope)
+        self._held, self._limits, self._times = held, limits, times
         self._deadline_at = asyncio.get_running_loop().time() + times.total_s
         self._pace = _Pace(times)
         # Randomized, so that many clients that began together are not all refused at the same moment.
         self._grace_s = times.grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
-        self._is_counted = False
+        self._slow_client: str | None = None  # the client for which the body counts as slow
         self._is_given_up = False  # whether the rest of the body is not needed
         self._unsent_bytes = math.inf  # bytes of the response that are not sent yet; inf if its length is unknown
         self.is_answered = False
@@ -231,7 +245,7 @@ class _Connection:
             reason = "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
             raise HTTPException(503, reason, headers=_BUSY)
         if not message.get("more_body", False):
-            self._count(False)
+            self._give_slot()
             self._watcher = asyncio.create_task(self._watch())
         return message
 
@@ -258,7 +272,7 @@ class _Connection:
     async def close(self) -> None:
         """Stop the watcher task, and stop counting the body as in progress."""
         self._held.num_bytes -= self._received_bytes
-        self._count(False)
+        self._give_slot()
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
@@ -268,7 +282,7 @@ class _Connection:
         left_s = self._deadline_at - asyncio.get_running_loop().time()
         max_wait_s = self._pace.max_wait_s
         grace_s = self._grace_s - self._pace.waited_s
-        if not self._is_counted and grace_s < min(left_s, max_wait_s):
+        if self._slow_client is None and grace_s < min(left_s, max_wait_s):
             with suppress(TimeoutError):
                 return await self._wait(grace_s)
             await self._take_slot()
@@ -285,10 +299,19 @@ class _Connection:
             raise HTTPException(408, f"body: {reason}", headers=_CLOSE) from error
 
     async def _take_slot(self) -> None:
-        if self._held.num_slow >= self._times.max_slow:
+        client, num_slow = _name_client(self._scope), self._held.num_slow
+        if num_slow.total() >= self._times.max_slow or num_slow[client] >= self._times.max_slow_per_client:
             await self._drop_rest({"more_body": True}, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(503, "body: too many slow uploads are in progress; retry later", headers=_BUSY)
-        self._count(True)
+        num_slow[client] += 1
+        self._slow_client = client
+
+    def _give_slot(self) -> None:
+        """Stop counting the body as slow."""
+        if self._slow_client is not None:
+            self._held.num_slow[self._slow_client] -= 1
+            self._held.num_slow += Counter()  # removes the entries of clients without slow bodies
+        self._slow_client = None
 
     async def _wait(self, timeout_s: float) -> Message:
         """Return the next part of the body. Raises TimeoutError after `timeout_s`."""
@@ -301,12 +324,6 @@ class _Connection:
             return message
         finally:
             self._pace.add(num_bytes, waited_s=clock() - began_at)
-
-    def _count(self, is_receiving: bool) -> None:
-        """Start or stop counting the body as slow."""
-        if is_receiving is not self._is_counted:
-            self._held.num_slow += 1 if is_receiving else -1
-        self._is_counted = is_receiving
 
     async def _drop_body(self) -> bool:
         """Read and drop the request body before a response that does not need it. Returns whether the body is complete.
