@@ -51,6 +51,19 @@ def field_and_message(_: Request, fault: Mapping[str, Any]) -> list[tuple[str, s
     return [(str(printable(names[1] if len(names) > 1 else "body")), str(printable(fault["msg"])))]
 
 
+def name_missing(request: Request, fault: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return one entry of FastAPI's list of invalid fields. If the body is missing, return one for each required field.
+
+    FastAPI reports a missing body as one fault without a field.
+    """
+    if fault["type"] == "missing" and tuple(fault["loc"]) == ("body",):
+        body = getattr(request.scope.get("route"), "body_field", None)
+        fields = getattr(body.field_info.annotation, "model_fields", {}) if body else {}
+        required = [name for name, field in fields.items() if field.is_required()]
+        return [{**fault, "loc": ("body", name)} for name in required] or [fault]
+    return [fault]
+
+
 def _in_words_of_clients(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """Replace FastAPI's message about text sent instead of a file, because that message names Python classes."""
     return {**entry, "msg": "must be an uploaded file"} if "UploadFile" in entry["msg"] else entry

@@ -170,6 +170,11 @@ async def test_unknown_model_error_lists_the_valid_names(client: httpx.AsyncClie
         assert name in reply.json()["detail"][0]["msg"]
 
 
+@pytest.mark.parametrize("url", [URL, "/jobs"])
+async def test_field_that_an_empty_body_lacks_is_named(client: httpx.AsyncClient, url: str) -> None:
+    expect_fields(await client.post(url, content=b"", headers={"content-type": "application/json"}), "prompt")
+
+
 async def test_several_errors_are_reported_together(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, json={"prompt": "", "steps": 0, "cfg_scale": 99})
     expect_fields(reply, "prompt", "steps", "cfg_scale")

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.printable import printable_fault
-from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
+from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, name_missing
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, UnknownModelError
 
 ERROR_KIND = "X-Error-Kind"  # header with the error's kind in `core.errors`, because several kinds have the same status
@@ -47,8 +47,8 @@ def describe_error(request: Request, error: ExpectedError) -> Description:
     return _REFUSALS.answer(request, error)
 
 
-def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [printable_fault(fault, message=_sentence(fault))]
+def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [printable_fault(each, message=_sentence(each)) for each in name_missing(request, fault)]
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:

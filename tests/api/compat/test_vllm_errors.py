@@ -58,6 +58,7 @@ async def test_invalid_field_is_named(client: httpx.AsyncClient, field: str, val
 
 async def test_input_is_required(client: httpx.AsyncClient) -> None:
     expect_error(await client.post(URL, json={"prompt": "x"}), 400, "Bad Request", "input")
+    expect_error(await client.post(URL, content=b"", headers=JSON), 400, "Bad Request", "input")
 
 
 async def test_sse_is_not_supported_yet(client: httpx.AsyncClient) -> None:
@@ -74,7 +75,7 @@ async def test_non_finite_numbers_are_refused(client: httpx.AsyncClient, field: 
     expect_error(await client.post(URL, content=body, headers=JSON), 400, "Bad Request", field)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b'"x"', b"1", b"\xff\xfe", b"[" * 50_000])
+@pytest.mark.parametrize("content", [b"{", b"null", b"[]", b'"x"', b"1", b"\xff\xfe", b"[" * 50_000])
 async def test_body_other_than_an_object_is_400(client: httpx.AsyncClient, content: bytes) -> None:
     expect_error(await client.post(URL, content=content, headers=JSON), 400, "Bad Request", "body")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, field_and_message
+from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, field_and_message, name_missing
 from stable_audio_serve.core.errors import UnknownModelError
 
 _VALIDATION = "Bad Request"  # the error type of an invalid body; checks after body validation use "BadRequestError"
@@ -48,6 +49,10 @@ def unknown_model(name: str) -> UnknownModelError:
     return UnknownModelError(f"The model `{printable(name[:100])}` does not exist.", field="model")
 
 
+def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [parsed for each in name_missing(request, fault) for parsed in field_and_message(request, each)]
+
+
 def _answer_fields(_: Request, faults: Sequence[tuple[str, str]]) -> Response:
     message = "; ".join(f"{field}: {text}" for field, text in faults)
     return _answer(400, _VALIDATION, message=message, param=faults[0][0])
@@ -78,7 +83,7 @@ _REFUSALS: Refusals[tuple[int, str], tuple[str, str], Response] = Refusals(
     table=_STATUS_AND_TYPE,
     internal=(500, "InternalServerError"),
     internal_message="internal error; request id {request_id}",
-    parse_fault=field_and_message,
+    parse_fault=_parse_fault,
     name_field=lambda fault: fault[0],
     answer_fields=_answer_fields,
     answer_http=_answer_http,
