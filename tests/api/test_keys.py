@@ -84,6 +84,11 @@ async def test_key_may_be_in_a_header_of_its_own(locked: FastAPI, key: str) -> N
     async with connect(locked, **{"xi-api-key": key.encode()}) as client:
         for path, body in (("/v1/audio/generate", {"input": "x"}), ("/v1/audio/generations", {"prompt": "x"})):
             assert (await client.post(path, json=body)).status_code == 200
+    for empty in ("", "Bearer", "Bearer ", "Key"):
+        async with connect(locked, **{"xi-api-key": key.encode(), "authorization": empty}) as client:
+            assert (await client.get("/v1/user")).status_code == 200
+            # This route also takes a key without a scheme.
+            assert (await client.get(f"/v2beta/audio/results/{'0' * 32}")).status_code == 404
     async with connect(locked, **{"xi-api-key": f"{key}2".encode()}) as client:
         assert (await client.get("/v1/user")).status_code == 401
         headers = {"Authorization": f"Bearer {key}".encode()}

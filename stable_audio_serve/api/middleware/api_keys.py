@@ -46,15 +46,25 @@ class ApiKeys:
         """
         if self.ring.is_open:
             return ANYBODY
-        header = request.headers.get("authorization", "").strip()
-        if takes_bare_key and header and " " not in header:
-            header = f"Bearer {header}"
-        scheme, _, sent = header.partition(" ")
-        if scheme.lower() not in _SCHEMES:
-            sent = request.headers.get(ELEVENLABS_HEADER, "")
-        sent = sent.strip()
-        if not sent or len(sent) > _MAX_KEY:
+        scheme, sent = sent_key(request, takes_bare_key=takes_bare_key)
+        if scheme.lower() not in _SCHEMES or not sent or len(sent) > _MAX_KEY:
             return None
         digest = hash_key(sent.encode("latin-1"))  # Starlette decodes headers as latin-1
         # The duration of the look-up depends on the digest of the sent key only, and reveals nothing about other keys.
         return self.ring.keys.get(digest)
+
+
+def sent_key(request: Request, *, takes_bare_key: bool = False) -> tuple[str, str]:
+    """Return the scheme and the key of the header Authorization, or `Bearer` and the key of `xi-api-key`.
+
+    The latter counts only if Authorization has no key. Some clients always send an Authorization header, which is then
+    empty after the scheme.
+    """
+    header = request.headers.get("authorization", "").strip()
+    if takes_bare_key and header and " " not in header and header.lower() not in _SCHEMES:
+        header = f"Bearer {header}"
+    scheme, _, key = header.partition(" ")
+    other = request.headers.get(ELEVENLABS_HEADER, "").strip()
+    if other and not (scheme.lower() in _SCHEMES and key):
+        return "Bearer", other
+    return scheme, key.strip()
