@@ -49,6 +49,8 @@ async def test_token_is_the_callers_key(client: httpx.AsyncClient) -> None:
     body = reply.json()
     assert (body["token"], body["token_type"], body["base_url"]) == (KEY, "Key", "http://localhost")
     assert datetime.fromisoformat(body["expires_at"]) > datetime.now(UTC)
+    body = (await client.post("/storage/auth/token", json={}, headers={"xi-api-key": KEY})).json()
+    assert (body["token"], body["token_type"]) == (KEY, "Bearer")
     bare = (await client.post("/storage/auth/token", json={})).json()
     assert bare["token"]
     assert bare["token_type"]

@@ -31,6 +31,7 @@ from stable_audio_serve.api.compat.fal.errors import render_error
 from stable_audio_serve.api.compat.fal.targets import register_pattern
 from stable_audio_serve.api.compat.fal.wire import INVALID, errors
 from stable_audio_serve.api.links import base_url, published_url
+from stable_audio_serve.api.middleware.api_keys import sent_key
 from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.limits import accept_file_body
@@ -172,9 +173,9 @@ def build_storage_routers(service: Service) -> tuple[APIRouter, APIRouter]:
     @announcing.post("/storage/auth/token", responses=_KEY_RESPONSES)
     async def make_token(request: Request) -> UploadToken:
         """Return a token for uploads."""
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        scheme, key = sent_key(request)
         return UploadToken(
-            token=key.strip() or "none",
+            token=key or "none",
             token_type=scheme or "Bearer",
             base_url=base_url(request, limits),
             expires_at=datetime.fromtimestamp(service.clock.time(), UTC) + _TOKEN_LIFE,
