@@ -7,9 +7,11 @@ import json
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import unquote
 
 import pydantic_core
 from fastapi.routing import APIRoute
+from python_multipart.multipart import parse_options_header
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -110,7 +112,7 @@ class BoundedRequest(Request):
 
 class _WholeFormParser(MultiPartParser):
     """Refuses a form whose closing boundary is missing. Starlette would accept it without its last field. Names the
-    field that is too large.
+    field that is too large. Accepts a file that has its name only as `filename*` (RFC 5987).
     """
 
     _is_cut_off = False
@@ -118,6 +120,17 @@ class _WholeFormParser(MultiPartParser):
     def on_part_begin(self) -> None:
         self._is_cut_off = True
         super().on_part_begin()
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        disposition = part.content_disposition or b""
+        # Starlette's parser ignores `filename*`, so the part would be a text field.
+        is_extended = b"filename*=" in disposition and b"filename" not in parse_options_header(disposition)[1]
+        if is_extended:
+            part.content_disposition = disposition.replace(b"filename*=", b"filename=")
+        super().on_headers_finished()
+        if is_extended and part.file:
+            part.file.filename = unquote((part.file.filename or "").rpartition("'")[2])  # UTF-8'language'name
 
     def on_part_data(self, data: bytes, *span: int) -> None:
         try:

@@ -30,6 +30,19 @@ async def test_variation_uses_its_source(client: httpx.AsyncClient, backend: Ton
     np.testing.assert_array_equal(request.init_audio.samples, expected)
 
 
+@pytest.mark.parametrize("name", ["UTF-8''%C3%A9.wav", "utf-8'en'a.wav", "\"UTF-8''a.wav\""])
+async def test_upload_with_only_an_extended_file_name(client: httpx.AsyncClient, name: str) -> None:
+    parts = [
+        b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n',
+        f'--B\r\nContent-Disposition: form-data; name="audio"; filename*={name}\r\n\r\n'.encode(),
+        make_audio_file(duration_s=0.5),
+        b"\r\n--B--\r\n",
+    ]
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    reply = await client.post(VARIATIONS, content=b"".join(parts), headers=headers)
+    assert reply.status_code == 200, reply.text
+
+
 @pytest.mark.parametrize(
     ("start", "end", "regions"),
     [
