@@ -188,6 +188,8 @@ async def test_model_conditioned_on_start_gets_the_span() -> None:
         assert (request.start_s, request.conditioned_total_s, request.duration_s) == (10.0, 15.0, 15.0)
         shortened = read_wav((await generate(client, audio_length=20, audio_start=40)).content)
         assert len(shortened) == pytest.approx((WINDOW_S - 40) * RATE_HZ, abs=1)
+        request = backend.last
+        assert (request.start_s, request.conditioned_total_s, request.duration_s) == (40.0, 60.0, WINDOW_S)
         await generate(client)
         assert (backend.last.start_s, backend.last.duration_s) == (0.0, WINDOW_S)
 

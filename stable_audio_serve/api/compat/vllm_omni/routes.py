@@ -48,10 +48,14 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """The part of a generation from `start_s` to `end_s`, in seconds."""
+    """The part of a generation from `start_s` to `end_s`, in seconds.
+
+    If the request asks for a later end than the longest clip has, `asked_end_s` is that end.
+    """
 
     start_s: float
     end_s: float
+    asked_end_s: float
 
 
 def build_router(service: Service) -> APIRouter:
@@ -110,7 +114,8 @@ def _resolve_span(body: AudioBody, *, cap_s: float) -> _Span:
     A span that ends after `cap_s` is cut off there, as in the original server.
     """
     if body.audio_length is None:
-        return _Span(0.0, min(_WINDOW_S, cap_s))
+        end_s = min(_WINDOW_S, cap_s)
+        return _Span(0.0, end_s, end_s)
     start_s, length_s = body.audio_start or 0.0, body.audio_length
     if length_s > cap_s:
         message = f"audio_length {length_s:g} exceeds maximum {cap_s:g} seconds, the longest clip of the model"
@@ -124,20 +129,21 @@ def _resolve_span(body: AudioBody, *, cap_s: float) -> _Span:
     if start_s + length_s > _MAX_END_S:
         message = f"audio_start + audio_length must be at most {_MAX_END_S:g} seconds"
         raise InvalidRequestError(message, field="audio_start")
-    return _Span(start_s, min(start_s + length_s, cap_s))
+    return _Span(start_s, min(start_s + length_s, cap_s), start_s + length_s)
 
 
 def _to_request(body: AudioBody, card: ModelCard, *, span: _Span, request_id: str) -> GenerationRequest:
     """Return a request for the audio from 0 s to the end of the span.
 
-    A model that is conditioned on a start also gets the start of the span.
+    A model that is conditioned on a start also gets the start of the span. As in the original server, a model is
+    conditioned on the end that the request asks for, also if the clip must end before.
     """
     guidance = _DEFAULT_GUIDANCE if body.guidance_scale is None else body.guidance_scale
     return GenerationRequest(
         prompt=body.input,
         duration_s=span.end_s,
         start_s=span.start_s if card.conditions_on_start else 0.0,
-        conditioned_total_s=span.end_s,
+        conditioned_total_s=span.asked_end_s,
         seed=resolve_seed(-1 if body.seed is None else body.seed % SEED_LIMIT),
         negative_prompt=body.negative_prompt or None,
         steps=_DEFAULT_STEPS if body.num_inference_steps is None else body.num_inference_steps,
