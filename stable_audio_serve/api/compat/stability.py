@@ -344,7 +344,7 @@ def _to_request(
 
 def _audio(request: Request, content: AsyncIterator[bytes], *, file: EncodedFile | StoredFile, seed: int) -> Response:
     """Return the response with an audio file, as bytes or in JSON."""
-    headers = {"seed": str(seed), "finish-reason": "SUCCESS"}
+    headers = {"seed": str(seed), "finish-reason": "SUCCESS", "Vary": "Accept"}
     accepted = {part.partition(";")[0].strip() for part in request.headers.get("accept", "").lower().split(",")}
     if "application/json" not in accepted or any(part.startswith("audio/") for part in accepted):
         headers["Content-Length"] = str(file.num_bytes)

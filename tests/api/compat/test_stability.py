@@ -249,6 +249,9 @@ async def test_a_synchronous_answer_can_be_json(client: httpx.AsyncClient) -> No
     body = reply.json()
     assert (body["seed"], body["finish_reason"]) == (5, "SUCCESS")
     assert base64.b64decode(body["audio"]) == (await post(client, TEXT_2, **fields)).content
+    for headers in ({}, {"Accept": "application/json"}, {"Origin": "http://localhost:3000"}):
+        reply = await post(client, TEXT_2, headers=headers, **fields)
+        assert reply.headers["vary"] == "Accept, Origin"  # so that caches tell the answers apart
 
 
 async def test_an_unknown_id_is_404(client: httpx.AsyncClient) -> None:
