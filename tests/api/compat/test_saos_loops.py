@@ -263,8 +263,9 @@ async def test_empty_file_input_is_ignored(client: httpx.AsyncClient, backend: T
     for body, kind in ((text + prompt, headers["content-type"]), (b"prompt=x+120bpm&audio_file=", form)):
         assert (await client.post(URL, content=body, headers={"content-type": kind})).status_code == 200
         assert backend.last.init_audio is None
-    fields = {"prompt": "x 120bpm", "audio_file": None}
-    assert (await client.post(URL, json=fields)).status_code == 200
+    for value in (None, "", "a.wav", "UklGRg=="):  # JSON has no uploads
+        assert (await client.post(URL, json={"prompt": "x 120bpm", "audio_file": value})).status_code == 200
+        assert backend.last.init_audio is None
 
 
 @pytest.mark.parametrize(("bpm", "bars", "samples"), [(120, 2, 176_400), (40, 1, 220_500), (200, 4, 211_680)])

@@ -29,10 +29,13 @@ async def read_form(request: Request) -> dict[str, Any]:
 
 
 async def read_json_or_form(request: Request) -> dict[str, Any]:
-    """Return the fields of a form or JSON body. Raises the errors of `read_json` and `read_form`."""
+    """Return the fields of a form or JSON body. Raises the errors of `read_json` and `read_form`.
+
+    JSON has no uploads, so its `audio_file` is ignored, as by the original server.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type.endswith(("/json", "+json")):
-        return await read_json(request)
+        return {name: value for name, value in (await read_json(request)).items() if name != "audio_file"}
     return await read_form(request)
 
 
