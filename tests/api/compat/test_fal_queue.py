@@ -225,10 +225,14 @@ async def test_failure_keeps_its_status_and_body() -> None:
             assert reply.headers["x-fal-request-id"] == ticket["request_id"]
             assert reply.headers["x-fal-retryable"] in ("false", "true")
             assert "secret" not in body["error"] + reply.text
+            logs = (await client.get(ticket["status_url"], params={"logs": "1"})).json()["logs"]
+            assert [entry["level"] for entry in logs] == ["INFO"] * (len(logs) - 1) + ["ERROR"]
             if status == 422:
                 assert isinstance(error, InvalidRequestError)
                 name = "audio_url" if error.field == "audio" else error.field
                 assert reply.json()["detail"][0]["loc"] == ["body", name]
+                assert body["error"] == f"{name}: {reply.json()['detail'][0]['msg']}"
+                assert body["error"] in ("steps: too many for this model", "audio_url: this model cannot inpaint")
             else:
                 assert reply.json() == {"detail": body["error"], "error_type": error_type}
                 assert reply.headers["x-fal-error-type"] == error_type

@@ -68,7 +68,7 @@ def describe_status(job: Job, links: Links, *, position: int, logs: Sequence[Job
     urls = links.model_dump()
     if job.state == "queued":
         return Queued(**urls, queue_position=position)
-    lines = None if logs is None else [_describe_log(event) for event in logs if event.message]
+    lines = None if logs is None else [_describe_log(event, job) for event in logs if event.message]
     if not job.is_over:
         return InProgress(**urls, logs=lines)
     metrics = Metrics(inference_time=job.result.inference_s if job.result else None)
@@ -78,8 +78,9 @@ def describe_status(job: Job, links: Links, *, position: int, logs: Sequence[Job
     return Completed(**urls, logs=lines, metrics=metrics, error=failure.message, error_type=failure.error_type)
 
 
-def _describe_log(event: JobEvent) -> LogEntry:
-    return LogEntry(message=event.message, timestamp=event.at.isoformat(timespec="milliseconds"))
+def _describe_log(event: JobEvent, job: Job) -> LogEntry:
+    level = "ERROR" if job.error and event.message == job.error.message else "INFO"  # the last line of a failed job
+    return LogEntry(message=event.message, level=level, timestamp=event.at.isoformat(timespec="milliseconds"))
 
 
 async def stream_status(

@@ -89,7 +89,8 @@ def _failure(kind: tuple[int, str], message: str, *, is_stored: bool) -> Failure
 
 
 def _invalid(entries: Sequence[dict[str, Any]]) -> Failure:
-    message = "; ".join(f"{entry['loc'][-1]}: {entry['msg']}" for entry in entries)
+    named = [(str(entry["loc"][-1]), entry["msg"]) for entry in entries]
+    message = "; ".join(text if text.startswith(name) else f"{name}: {text}" for name, text in named)
     return Failure(422, {"detail": list(entries)}, {RETRYABLE: "false"}, message, "bad_request")
 
 
@@ -111,6 +112,7 @@ def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, A
 
 def _fault(message: str, field_name: str | None) -> dict[str, Any]:
     part, name = "query" if field_name == "fal_webhook" else "body", field_name or "prompt"
+    message = message.removeprefix(f"{name}: ")  # the entry names the field already
     return {"loc": [part, _FIELDS.get(name, name)], "msg": message, "type": "value_error", "input": None}
 
 
