@@ -231,8 +231,10 @@ async def _store(jobs: JobQueue, request: Request, *, ticket: Ticket) -> None:
                 if await jobs.find_file(ticket.file_id) is None:
                     await jobs.write(partial(uploads.forget, name))
             raise
-        except (ConflictError, StorageError) as error:  # the file was not stored, so it does not count
-            await jobs.write(partial(uploads.forget, name))
+        except (ConflictError, StorageError) as error:
+            # A file that was not stored does not count. After a StorageError it may be stored all the same.
+            if isinstance(error, ConflictError) or await jobs.find_file(ticket.file_id) is None:
+                await jobs.write(partial(uploads.forget, name))
             if not (isinstance(error, ConflictError) and await _is_stored(jobs, file, ticket=ticket)):
                 raise
 
