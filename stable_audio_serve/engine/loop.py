@@ -47,6 +47,7 @@ from stable_audio_serve.models.protocol import ModelSpec
 
 log = logging.getLogger(__name__)
 
+_LONG_TURN_S = 0.2
 _IDLE_BEAT_S = 0.5
 
 
@@ -362,7 +363,8 @@ class EngineThread:
         self._prepare = prepare
         self._clock = clock
         self._beat_at = clock.monotonic()
-        # Seconds spent in ended turns, and when the current turn began. One value, because other threads read it.
+        # Seconds spent in ended turns that did work, and when the current turn began. One value, because other threads
+        # read it.
         self._busy: tuple[float, float | None] = 0.0, None
         self._stopping = False
         self._ready = threading.Event()
@@ -388,9 +390,10 @@ class EngineThread:
 
     @property
     def busy_s(self) -> float:
-        """For how many seconds the thread has worked. A turn counts while it runs, because it may take seconds."""
+        """For how many seconds the thread has worked. A long turn counts while it runs. Idle turns are short."""
         ended_s, began_at = self._busy
-        return ended_s if began_at is None else ended_s + self._clock.monotonic() - began_at
+        turn_s = 0.0 if began_at is None else self._clock.monotonic() - began_at
+        return ended_s + (turn_s if turn_s > _LONG_TURN_S else 0.0)
 
     def heartbeat(self) -> EngineHeartbeat:
         """Return whether the thread is alive, and how long ago its last turn began."""
@@ -403,10 +406,12 @@ class EngineThread:
                 self._ready.set()
                 while not self._stopping:
                     self._beat_at = self._clock.monotonic()
-                    self._busy = self.busy_s, self._beat_at
-                    has_worked = self._loop.turn()
-                    self._busy = self.busy_s, None
-                    if not has_worked:
+                    busy_s, _ = self._busy
+                    self._busy = busy_s, self._beat_at
+                    if self._loop.turn():
+                        self._busy = busy_s + self._clock.monotonic() - self._beat_at, None
+                    else:
+                        self._busy = busy_s, None
                         self._inbox.wait(_IDLE_BEAT_S)
         except BaseException as error:
             log.critical("the engine thread ended", exc_info=error)

@@ -187,7 +187,7 @@ class ModelReplica:
         report_age_s = now - self._reported_at
         return autoscaling_stats(
             work_s=self._engine.backlog_ms / 1000.0,
-            busy_share=min(1.0, (busy_s - busy_before_s) / max(now - before, _MIN_INTERVAL_S)),
+            busy_share=min(max(busy_s - busy_before_s, 0.0) / max(now - before, _MIN_INTERVAL_S), 1.0),
             waiting_s=self._waiting_s if report_age_s < _WAITING_TTL_S else 0.0,
             is_kept=self._is_kept and report_age_s < _KEPT_TTL_S,
         )
