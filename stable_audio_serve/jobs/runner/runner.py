@@ -131,6 +131,7 @@ class JobRunner:
         self._is_closing = False
         self._loop_task: asyncio.Task[None] | None = None
         self._background: list[asyncio.Task[None]] = []
+        self._recording: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Requeue the jobs of dead runners, then run jobs until `close` is called."""
@@ -203,6 +204,7 @@ class JobRunner:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await _finish(self._recording)
         await self._gate.close()
         if self._notifier is not None:
             await self._notifier.close()
@@ -237,7 +239,7 @@ class JobRunner:
             num_done += await self._reclaim()
         if _is_due(outlook.late_in_s):
             for job in await asyncio.to_thread(self._store.runners.expire):
-                await record_end(job, self._context)
+                self._record_end(job)
                 num_done += 1
         if _is_due(outlook.webhook_in_s) and self._notifier is not None:
             self._notifier.deliver_due()
@@ -255,8 +257,14 @@ class JobRunner:
         for job in reclaimed:
             log.warning("job reclaimed", job_id=job.spec.id, attempts=job.attempts, state=job.state)
             if job.is_over:
-                await record_end(job, self._context)
+                self._record_end(job)
         return len(reclaimed)
+
+    def _record_end(self, job: Job) -> None:
+        """Record a job that has ended without an attempt. The deletion of its upload may take long, so no turn waits."""
+        recording = asyncio.create_task(record_end(job, self._context))
+        self._recording.add(recording)
+        recording.add_done_callback(self._recording.discard)
 
     async def _lease(self, priority: Priority, num_queued: int) -> int:
         """Lease and start queued jobs while there is capacity, at most `num_queued`. Returns how many were started."""

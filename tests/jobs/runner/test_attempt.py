@@ -207,6 +207,26 @@ class StartedBackend(ToneBackend):
         return await super().generate(model, request)
 
 
+async def test_a_slow_deletion_does_not_delay_other_jobs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_delete = asyncio.Event()
+    deleted: list[str] = []
+
+    async def delete(key: str) -> None:
+        await may_delete.wait()
+        deleted.append(key)
+
+    late = await workshop.queue.submit(make_spec(start_within_s=0.01, upload=await upload(workshop)))
+    monkeypatch.setattr(workshop.queue.artifacts, "delete", delete)
+    await asyncio.sleep(0.02)
+    await workshop.start_runner()
+    assert (await workshop.finished(late)).state == "failed"
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert (job.state, deleted) == ("succeeded", [])
+    may_delete.set()
+    assert late.spec.upload is not None
+    await until(lambda: deleted == [late.spec.upload.file.key])
+
+
 async def test_job_that_started_in_time_survives_a_stop(workshop: Workshop) -> None:
     workshop.backend = backend = StartedBackend(delay_s=60.0, queue_s=0.01)
     job = await workshop.queue.submit(make_spec(start_within_s=1.0))
