@@ -25,8 +25,9 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 _MOST_DELETIONS_AT_ONCE = 8
 _MOST_PER_TRANSACTION = 32  # jobs added in one transaction; 32 take about 20 ms
 
-_NUM_WRITERS = 4
+_NUM_READERS, _NUM_WRITERS = 8, 4
 _WRITE_TIMEOUT_S = 20.0  # longer than a transaction waits for other processes' transactions on SQLite
+_READ_TIMEOUT_S = 20.0
 
 __all__ = ["CancelOutcome", "JobQueue"]
 
@@ -54,6 +55,7 @@ class JobQueue:
         self.watch = watch or StoreWatch(store.database, artifacts)
         self.overview = JobsWatch(store.operators)
         self._writers = ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="job-writes")
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="job-reads")
         self._submitting: asyncio.Task[None] | None = None
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 
@@ -116,34 +118,34 @@ class JobQueue:
         Raises InvalidRequestError if `cursor` is not from a page of this client's jobs.
         """
         find = partial(self.store.clients.list_own, contract, client, state=state, cursor=cursor, limit=limit)
-        return await asyncio.to_thread(find)
+        return await self._find(find)
 
     async def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
         """Return the job's events with an id above `after`."""
-        return await asyncio.to_thread(partial(self.store.clients.events, ref, after=after))
+        return await self._find(partial(self.store.clients.events, ref, after=after))
 
     async def sections(self, ref: JobRef, *, after: int = 0) -> Sequence[FinishedSection]:
         """Return the finished sections of a long piece with numbers above `after`, in order."""
-        return await asyncio.to_thread(partial(self.store.sections.find, ref, after=after))
+        return await self._find(partial(self.store.sections.find, ref, after=after))
 
     async def get(self, ref: JobRef) -> Job | None:
         """Return the job, None if this client has no such job in this contract."""
-        return await asyncio.to_thread(self.store.clients.get, ref)
+        return await self._find(partial(self.store.clients.get, ref))
 
     async def find_same(self, spec: JobSpec) -> Job | None:
         """Return the job that an earlier submission of this request added, or None. Raises ConflictError."""
-        return await asyncio.to_thread(self.store.clients.find_same, spec)
+        return await self._find(partial(self.store.clients.find_same, spec))
 
     async def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
         """Return the job with this id, whichever client it belongs to. For links that work without a key.
 
         Returns None if the job's client chose the id, because others could guess it.
         """
-        return await asyncio.to_thread(self.store.clients.find_unguessable, contract, job_id)
+        return await self._find(partial(self.store.clients.find_unguessable, contract, job_id))
 
     async def position(self, job: Job) -> int:
         """Return how many jobs of the same model and priority start before this queued job. 0 = this job is next."""
-        return await asyncio.to_thread(self.store.clients.position, job)
+        return await self._find(partial(self.store.clients.position, job))
 
     async def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
         """Cancel a job. Returns the outcome, and the job as it is afterwards.
@@ -210,7 +212,7 @@ class JobQueue:
 
     async def find_file(self, file_id: str) -> StoredFile | None:
         """Return the published file, or the audio of a finished job, that has this id; None if there is none."""
-        return await asyncio.to_thread(self.store.files.find, file_id)
+        return await self._find(partial(self.store.files.find, file_id))
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """Return the content of a file in chunks, see `ArtifactStore.read`."""
@@ -219,6 +221,20 @@ class JobQueue:
     def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
         """Return the bytes [start, stop) of a file in chunks, see `ArtifactStore.read_part`."""
         return self.artifacts.read_part(file, start=start, stop=stop)
+
+    async def _find(self, query: Callable[[], T]) -> T:
+        """Run a query on a thread for queries. Raises StorageError after `_READ_TIMEOUT_S`.
+
+        A database that has stopped answers nothing, and the limits that its server applies to queries have no effect.
+        """
+        reading = asyncio.get_running_loop().run_in_executor(self._readers, query)
+        try:
+            await asyncio.wait({reading}, timeout=_READ_TIMEOUT_S)
+            if not reading.done():
+                raise StorageError("the job database does not answer")
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def write(self, transaction: Callable[[], T]) -> T:
         """Run a transaction that writes to the database on a thread for such transactions.
@@ -246,4 +262,5 @@ class JobQueue:
         await self.overview.close()
         await self.artifacts.close()
         await asyncio.to_thread(self.store.database.close)
-        self._writers.shutdown(wait=False)
+        for threads in (self._readers, self._writers):
+            threads.shutdown(wait=False)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from contextlib import closing
 
 import pytest
@@ -14,6 +15,7 @@ from stable_audio_serve.jobs import queue as queue_module
 from stable_audio_serve.jobs.store.client_jobs import Added
 from tests.jobs.conftest import Workshop, make_spec
 from tests.jobs.stores import add
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -72,6 +74,20 @@ async def test_reads_do_not_wait_for_writes_to_a_locked_database(
         locking.execute("ROLLBACK")
     assert {type(outcome) for outcome in outcomes} == {StorageError}
     assert (await workshop.queue.cancel(jobs[-1].spec.ref))[0] == "removed"
+
+
+async def test_reads_of_a_database_that_has_stopped_end(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = await workshop.queue.submit(make_spec())
+    may_answer = threading.Event()
+    monkeypatch.setattr(queue_module, "_READ_TIMEOUT_S", 0.05)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(workshop.queue.store.clients, "get", lambda ref: may_answer.wait())
+        for _ in range(20):  # more than there are threads
+            with pytest.raises(StorageError, match="does not answer"):
+                await workshop.queue.get(job.spec.ref)
+    may_answer.set()
+    monkeypatch.setattr(queue_module, "_READ_TIMEOUT_S", PATIENCE_S)
+    assert await workshop.queue.get(job.spec.ref) is not None
 
 
 async def test_database_error_reaches_every_caller_and_passes(workshop: Workshop) -> None:

@@ -261,7 +261,7 @@ class JobRunner:
         return len(reclaimed)
 
     def _record_end(self, job: Job) -> None:
-        """Record a job that has ended without an attempt. The deletion of its upload may take long, so no turn waits."""
+        """Record a job that has ended without an attempt. No turn waits for the deletion of its upload."""
         recording = asyncio.create_task(record_end(job, self._context))
         self._recording.add(recording)
         recording.add_done_callback(self._recording.discard)
