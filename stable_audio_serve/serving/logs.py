@@ -40,8 +40,8 @@ def configure_logging(level: str) -> None:
 def tidy_controller_log() -> None:
     """Log the death of a replica or proxy in one line. Must be called in the process of Ray Serve's controller.
 
-    The controller asks each replica for its load once a second. It takes up to ten seconds until a health check finds
-    that a replica is dead. In this time, every failed call would be logged with two tracebacks.
+    The controller asks each replica for its load once a second. Until a health check finds that a replica is dead,
+    every failed call would be logged with two tracebacks.
 
     Other tracebacks are still logged, but without the colour codes of Ray's errors, because the log is a file.
     """
