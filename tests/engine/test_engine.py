@@ -505,11 +505,9 @@ async def test_a_long_turn_counts_as_work_while_it_runs() -> None:
         gate.open()
         await running
         assert not engine.has_crashed
-        await until(lambda: engine.heartbeat().age_s == 0.0)  # an idle turn, with the clock's present time
-        after = engine.busy_s
-        clock.now += 3.0
-        await until(lambda: engine.heartbeat().age_s == 0.0)
-        assert engine.busy_s == after
+    after = engine.busy_s  # the thread has ended, so no turn runs
+    clock.now += 3.0
+    assert engine.busy_s == after
 
 
 async def test_start_fails_if_the_warm_up_fails() -> None:
