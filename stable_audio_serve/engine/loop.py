@@ -47,7 +47,7 @@ from stable_audio_serve.models.protocol import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_LONG_TURN_S = 0.2
+_LONG_TURN_S = 0.2  # longer than any turn without work, whose time must not count as busy
 _IDLE_BEAT_S = 0.5
 
 
@@ -390,7 +390,9 @@ class EngineThread:
 
     @property
     def busy_s(self) -> float:
-        """For how many seconds the thread has worked. A long turn counts while it runs. Idle turns are short."""
+        """For how many seconds the thread has worked. A turn of more than `_LONG_TURN_S` counts while it runs, because
+        a step of a large model on a CPU takes seconds.
+        """
         ended_s, began_at = self._busy
         turn_s = 0.0 if began_at is None else self._clock.monotonic() - began_at
         return ended_s + (turn_s if turn_s > _LONG_TURN_S else 0.0)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -227,7 +228,8 @@ class JobQueue:
 
         A database that has stopped answers nothing, and the limits that its server applies to queries have no effect.
         """
-        reading = asyncio.get_running_loop().run_in_executor(self._readers, query)
+        run = copy_context().run  # so that log lines of the store carry the request's id
+        reading = asyncio.get_running_loop().run_in_executor(self._readers, run, query)
         try:
             await asyncio.wait({reading}, timeout=_READ_TIMEOUT_S)
             if not reading.done():

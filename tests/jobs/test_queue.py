@@ -7,6 +7,7 @@ from contextlib import closing
 
 import pytest
 import sqlalchemy as sa
+import structlog
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, StorageError
@@ -74,6 +75,16 @@ async def test_reads_do_not_wait_for_writes_to_a_locked_database(
         locking.execute("ROLLBACK")
     assert {type(outcome) for outcome in outcomes} == {StorageError}
     assert (await workshop.queue.cancel(jobs[-1].spec.ref))[0] == "removed"
+
+
+async def test_reads_log_with_the_id_of_their_request(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(
+        workshop.queue.store.clients, "get", lambda ref: seen.append(structlog.contextvars.get_contextvars())
+    )
+    with structlog.contextvars.bound_contextvars(request_id="r1"):
+        await workshop.queue.get(make_spec().ref)
+    assert seen == [{"request_id": "r1"}]
 
 
 async def test_reads_of_a_database_that_has_stopped_end(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,12 +148,17 @@ def test_new_clip_is_played_automatically(page: Page) -> None:
     page.until(lambda: page["play"].text == "Play")
 
 
-@pytest.mark.slow
-def test_two_clips_are_compared_at_equal_loudness(page: Page) -> None:
+def compare_two_clips(page: Page) -> None:
+    """Make two clips, and let the first of them sound while the second is shown."""
     page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).make_clip()
     page.fill(prompt="rain").make_clip()
     page.click("ab")
     page.until(lambda: page["ab"].get_attribute("aria-pressed") == "true")
+
+
+@pytest.mark.slow
+def test_two_clips_are_compared_at_equal_loudness(page: Page) -> None:
+    compare_two_clips(page)
     assert "a 440 Hz sine tone" in page.status_text
     page.click("ab")
     page.until(lambda: page["ab"].get_attribute("aria-pressed") == "false")
@@ -164,10 +169,7 @@ def test_two_clips_are_compared_at_equal_loudness(page: Page) -> None:
 
 @pytest.mark.slow
 def test_shown_clip_is_audible_again_if_the_compared_one_is_deleted(page: Page) -> None:
-    page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).make_clip()
-    page.fill(prompt="rain").make_clip()
-    page.click("ab")
-    page.until(lambda: page["ab"].get_attribute("aria-pressed") == "true")
+    compare_two_clips(page)
     page.browser.find_elements(By.CSS_SELECTOR, "#clips .delete")[1].click()
     page.until(lambda: page["ab"].get_attribute("aria-pressed") == "false")
     assert page.status_text == "Playing the shown clip"
