@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -25,7 +24,7 @@ from stable_audio_serve.engine.hardware.share import (
 )
 from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.engine.test_graphs import AnyShape
-from tests.engine.test_memory import bytes_of
+from tests.engine.test_memory import CallSizes, bytes_of
 from tests.factories import FakeClock, ToyModel, make_request
 
 GB = 10**9
@@ -136,23 +135,18 @@ def device_for(rows_bytes: int, *, share: float) -> SharedDevice:
 
 async def test_an_engine_runs_the_rows_that_fit_its_share() -> None:
     """The whole GPU would have memory for eight rows. The engine's share, a quarter, has memory for two."""
-    requests = [make_request(duration_s=1.5, seed=seed) for seed in range(6)]
-    most = 0
-
-    def on_call(name: str, items: object) -> None:
-        nonlocal most
-        if name == "denoise":
-            most = max(most, len(items))  # type: ignore[arg-type]
-
-    device = device_for(int(2.5 * bytes_of(requests[0])), share=0.25)
-    assert device.total > 8 * bytes_of(requests[0])
-    async with make_engine(device, on_call) as engine:
-        results = await asyncio.gather(*map(engine.generate, requests))
-    assert most == 2
-    async with make_engine(SharedDevice(CARD)) as engine:
-        free = await asyncio.gather(*map(engine.generate, requests))
-    for waited, ran in zip(results, free, strict=True):
-        np.testing.assert_allclose(waited.audio[0], ran.audio[0], atol=1e-5)
+    request = make_request(duration_s=1.5, batch_size=16)  # one request, because its clips arrive at the same time
+    device = device_for(int(2.5 * bytes_of(request)), share=0.25)
+    assert device.total > 8 * bytes_of(request)
+    sizes = CallSizes()
+    async with make_engine(device, sizes) as engine:
+        waited = await engine.generate(request)
+    assert sizes.most == 2
+    async with make_engine(SharedDevice(CARD), sizes) as engine:
+        free = await engine.generate(request)
+    assert sizes.most >= 4
+    for own, other in zip(waited.audio, free.audio, strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-5)
 
 
 async def test_a_clip_that_never_fits_the_share_names_the_setting() -> None:
