@@ -1,8 +1,8 @@
 """The demo model's tokenizer: converts a prompt in any spelling to known words and pitches.
 
 It is a standard `tokenizer.json` (normaliser, split, word level), which transformers can load. A frequency or note name
-becomes the nearest quarter tone. Words outside the vocabulary are dropped. A tempo becomes one word without its value;
-a conditioner reads the value from the prompt (`TEMPO_PATTERN`).
+becomes the nearest quarter tone. Words outside the vocabulary and all text after `MAX_CHARS` are dropped. A tempo
+becomes one word without its value; a conditioner reads the value from the prompt (`TEMPO_PATTERN`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 FIRST_PITCH, LAST_PITCH = 8, 160  # range of the pitches in the vocabulary, in quarter tones: 51.9 Hz to 4.19 kHz
 MAX_TOKENS = 16
+# How many characters of a prompt are read. The rewrites take up to 0.25 ms per character.
+MAX_CHARS = 4000
 
 TEMPO_PATTERN = (
     r"(?<![\d.])(\d{2,3}(?:\.\d+)?)(?=\s*-?\s*(?:bpm\b|b\.p\.m|beats?\s+(?:per|a|/)\s*min|beats?/min))"
@@ -118,7 +120,9 @@ def build_tokenizer() -> Tokenizer:
     Encoding a prompt adds no special tokens.
     """
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary())}, unk_token="<unk>"))
-    steps = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFD(), normalizers.StripAccents()]
+    cut = normalizers.Replace(Regex(rf"(?m)\A.{{{MAX_CHARS}}}\K.+"), "")
+    steps = [cut, normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFD(), normalizers.StripAccents()]
+    steps.append(cut)  # because NFKC makes up to 18 characters from one
     steps += [normalizers.Replace(Regex(pattern), content) for pattern, content in rewrites()]
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

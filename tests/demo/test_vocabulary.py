@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 from examples.demo_model.captions import caption
 from examples.demo_model.scenes import draw_scene
-from examples.demo_model.vocabulary import build_tokenizer
+from examples.demo_model.vocabulary import MAX_CHARS, build_tokenizer
 from stable_audio_serve.models.oscillator.bank import nearest_oscillator
 from tests.parameters import slow
 
@@ -81,6 +81,13 @@ def test_every_note_name_becomes_its_pitch(tokenizer: Tokenizer) -> None:
                     assert tokenizer.encode(text.replace("B", "b") if "Bb" in text else text).tokens == [
                         f"pitch{wanted}"
                     ], text
+
+
+@pytest.mark.parametrize("filler", ["x" * MAX_CHARS, "\ufdfa" * (MAX_CHARS // 18)], ids=["typed", "one becomes 18"])
+def test_what_follows_the_longest_prompt_is_not_read(tokenizer: Tokenizer, filler: str) -> None:
+    """Each character costs time, and other requests wait meanwhile: without a limit, 100,000 took 20 s."""
+    assert tokenizer.encode(f"kick {filler} sine").tokens == ["kick"]
+    assert tokenizer.encode(f"kick {filler[: MAX_CHARS // 20]} sine").tokens == ["kick", "sine"]
 
 
 def test_numbers_without_a_pitch_are_ignored(tokenizer: Tokenizer) -> None:
