@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import Chunks, StoredFile
 from stable_audio_serve.core.errors import GenerationError, StorageError
-from stable_audio_serve.core.generation import GenerationRequest, Section
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback, Section
 from stable_audio_serve.core.ids import ArtifactKey, ClientId
 from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.core.settings import JobSettings
@@ -25,6 +25,7 @@ from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
 from stable_audio_serve.jobs.store.sections import Sections
 from stable_audio_serve.jobs.store.tables import JOBS
+from tests.backends import ToneBackend
 from tests.jobs.conftest import Workshop, make_spec
 from tests.patience import until
 
@@ -38,6 +39,21 @@ def make_long(*durations_s: float, overlap_s: float = 0.5, **overrides: Any) -> 
     sections = tuple(Section(duration_s) for duration_s in durations_s)
     request = GenerationRequest(prompt="rain", duration_s=sum(durations_s), seed=7)
     return make_spec(request=request, mode="long-piece", sections=sections, overlap_s=overlap_s, **overrides)
+
+
+class PausingBackend(ToneBackend):
+    """A test backend that makes `num_free` clips. The next one clears `released`, and waits until it is set."""
+
+    def __init__(self, num_free: int) -> None:
+        super().__init__()
+        self._num_free = num_free
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        if len(self.requests) == self._num_free:
+            self.released.clear()
+        return await super().generate(model, request, on_progress=on_progress)
 
 
 async def audio_of(workshop: Workshop, file: StoredFile) -> npt.NDArray[np.float32]:
@@ -103,26 +119,27 @@ async def test_each_section_continues_the_stored_end_of_the_one_before(workshop:
 
 
 async def test_failed_job_keeps_its_finished_sections(workshop: Workshop) -> None:
-    workshop.backend.delay_s = 0.3
+    workshop.backend = PausingBackend(1)
     await workshop.start_runner()
     job = await workshop.queue.submit(make_long(1.0, 1.0))
-    await workshop.until(job, lambda job: job.num_sections == 1)
+    await until(lambda: not workshop.backend.released.is_set())
     workshop.backend.error = GenerationError("broken")
+    workshop.backend.released.set()
     job = await workshop.finished(job)
     assert (job.state, job.num_sections) == ("failed", 1)
     assert [section.number for section in await workshop.queue.sections(job.spec.ref)] == [1]
 
 
 async def test_cancelled_job_keeps_its_finished_sections(workshop: Workshop) -> None:
+    workshop.backend = PausingBackend(2)
     await workshop.start_runner()
-    workshop.backend.delay_s = 0.2
     job = await workshop.queue.submit(make_long(*[1.0] * 50))
-    await workshop.until(job, lambda job: job.num_sections == 2)
+    await until(lambda: not workshop.backend.released.is_set())
     await workshop.queue.cancel(job.spec.ref)
     job = await workshop.finished(job)
     assert (job.state, job.result) == ("cancelled", None)
     finished = await workshop.queue.sections(job.spec.ref)
-    assert len(finished) == job.num_sections < 5
+    assert len(finished) == job.num_sections == 2
     assert len(await audio_of(workshop, finished[0].file)) == RATE_HZ
     await until(lambda: len(workshop.files()) == len(finished))
 
@@ -185,12 +202,12 @@ def overwrite(path: Path) -> None:
 async def test_lost_section_and_those_after_it_are_made_again(
     workshop: Workshop, damage: Callable[[Path], None], number: int
 ) -> None:
+    workshop.backend = PausingBackend(2)
     runner = await workshop.start_runner()
-    workshop.backend.delay_s = 0.3
     job = await workshop.queue.submit(make_long(1.0, 1.0, 1.0, 1.0))
-    await workshop.until(job, lambda job: job.num_sections == 2)
+    await until(lambda: not workshop.backend.released.is_set())
     await runner.close()
-    workshop.backend.delay_s = 0.0
+    workshop.backend.released.set()
     before = await workshop.queue.sections(job.spec.ref)
     damage(Path(workshop.settings.output_dir) / before[number - 1].file.key)
     await workshop.start_runner()
