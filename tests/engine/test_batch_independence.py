@@ -12,6 +12,7 @@ import pytest
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.scheduling.batching import FixedSlots
+from tests.engine.test_engine import Gate, submit
 from tests.factories import ToyModel, make_audio, make_request, make_varied_requests
 from tests.patience import PATIENCE_S
 
@@ -126,14 +127,21 @@ async def test_priority_does_not_change_the_audio(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["fast", "packed"])
 async def test_fast_mode_really_shares_calls(mode: str) -> None:
     rows_per_call: list[int] = []
+    gate = Gate()
 
     def on_call(name: str, items: Sequence[object]) -> None:
         if name == "denoise":
             rows_per_call.append(len(items))
+        gate(name, items)
 
     model = ToyModel(on_call=on_call, packs_rows=mode == "packed")
+    first, *others = make_varied_requests()
     async with Engine(model, make_options(mode)) as engine:
-        await asyncio.gather(*map(engine.generate, make_varied_requests()))
+        tasks = [asyncio.create_task(engine.generate(first))]
+        await gate.reached()  # the engine's thread stands still until all requests have arrived
+        tasks += [await submit(engine, request) for request in others]
+        gate.open()
+        await asyncio.gather(*tasks)
     assert max(rows_per_call) > 8
 
 
