@@ -408,16 +408,19 @@ async def test_stream_begins_with_the_first_section() -> None:
         serve_app(backend) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
-        whole = b""
         async with client.stream("POST", STREAM, **request) as reply:
-            async for chunk in reply.aiter_bytes():
+            chunks = reply.aiter_bytes()
+            whole = await anext(chunks)
+            await until(lambda: backend.num_running == 1)
+            backend.released.set()
+            async for chunk in chunks:
                 whole += chunk
-                backend.released.set()
         assert len(whole) == 12 * 8000 * 4
         backend.requests.clear()
         async with client.stream("POST", STREAM, **request) as reply:
             chunks = reply.aiter_bytes()
             await anext(chunks)
+            await until(lambda: backend.num_running == 1)
             backend.error = GenerationError("broken")
             backend.released.set()
             with pytest.raises(httpx.RemoteProtocolError):
@@ -426,7 +429,9 @@ async def test_stream_begins_with_the_first_section() -> None:
         backend.requests.clear()
         backend.error = None
         async with client.stream("POST", STREAM, **request) as reply:
-            await anext(reply.aiter_bytes())
+            chunks = reply.aiter_bytes()  # if it were garbage, the response would be closed
+            await anext(chunks)
+            await until(lambda: backend.num_running == 1)
         await until(lambda: backend.num_cancelled == 1)
 
 
