@@ -119,10 +119,13 @@ async def test_job_without_a_temporary_folder_keeps_its_upload(
 
 async def test_decoding_of_sources_waits_for_memory(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop.backend = backend = CountingBackend(delay_s=0.1)
+    backend.released.clear()
     one = await upload(workshop)
     monkeypatch.setattr(workers, "MAX_SOURCE_BYTES", int(2.5 * one.decoded_bytes))
     jobs = [await workshop.queue.submit(make_spec(upload=one))]
     jobs += [await workshop.queue.submit(make_spec(upload=await upload(workshop))) for _ in range(3)]
     await workshop.start_runner()
+    await until(lambda: backend.num_running == 2)
+    backend.released.set()
     assert [(await workshop.finished(job)).state for job in jobs] == ["succeeded"] * 4
     assert backend.most_running == 2

@@ -25,8 +25,11 @@ pytestmark = pytest.mark.server
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=2)])
 async def test_running_jobs_never_exceed_the_limit(workshop: Workshop) -> None:
     workshop.backend = backend = CountingBackend(delay_s=0.1)
+    backend.released.clear()
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(5)]
     await workshop.start_runner()
+    await until(lambda: backend.num_running == 2)
+    backend.released.set()
     for job in jobs:
         await workshop.finished(job)
     assert backend.most_running == 2
