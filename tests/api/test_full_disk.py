@@ -67,7 +67,9 @@ async def expect_jobs_wait_for_space(
     async with asyncio.timeout(PATIENCE_S):
         while await job_store(client) != "full":  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-    await until(lambda: backend.num_running == 0)
+    async with asyncio.timeout(PATIENCE_S):
+        while {status["status"] for status in await show_all(client, tickets)} != {"queued"}:
+            await asyncio.sleep(0.02)
     num_computed = len(backend.requests)
     assert num_computed <= _AT_ONCE
     await asyncio.sleep(0.3)  # time for several attempts to write

@@ -70,7 +70,8 @@ async def test_one_job_probes_after_a_refusal_and_two_follow(separate_folders: W
     refusals = Refusals(separate_folders.queue.store.database)
     with folder_away(separate_folders):
         jobs = [await separate_folders.queue.submit(make_spec(duration_s=0.1)) for _ in range(12)]
-        await until(lambda: metrics.gauges.get(REFUSED) == 1.0 and backend.num_running == 0)
+        list_all = separate_folders.queue.store.operators.list_all
+        await until(lambda: metrics.gauges.get(REFUSED) == 1.0 and not list_all(state="running"))
         await until(lambda: [health.state for health in refusals.current()] == ["moved"])
         assert len([job for job in jobs if separate_folders.queue.store.clients.get(job.spec.ref)]) == 12
         backend.at_work.clear()
