@@ -26,7 +26,7 @@ from stable_audio_serve.jobs.store import turns
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
 from tests.jobs.conftest import Workshop, make_spec, upload
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.server
 
@@ -227,13 +227,20 @@ async def test_a_slow_deletion_does_not_delay_other_jobs(workshop: Workshop, mon
     await until(lambda: deleted == [late.spec.upload.file.key])
 
 
+def make_older(workshop: Workshop) -> None:
+    """Make all jobs older than PATIENCE_S, so that their limits for the start are over."""
+    with workshop.queue.store.database.writing() as connection:
+        created_at, start_before = JOBS.c.created_at - PATIENCE_S, JOBS.c.start_before - PATIENCE_S
+        connection.execute(sa.update(JOBS).values(created_at=created_at, start_before=start_before))
+
+
 async def test_job_that_started_in_time_survives_a_stop(workshop: Workshop) -> None:
-    workshop.backend = backend = StartedBackend(delay_s=60.0, queue_s=0.01)
-    job = await workshop.queue.submit(make_spec(start_within_s=1.0))
+    workshop.backend = backend = StartedBackend(delay_s=PATIENCE_S, queue_s=0.01)
+    job = await workshop.queue.submit(make_spec(start_within_s=PATIENCE_S))
     runner = await workshop.start_runner()
     await until(lambda: backend.num_running == 1)
-    await asyncio.sleep(1.0)
     await runner.close()
+    make_older(workshop)
     backend.delay_s = 0.0
     await workshop.start_runner()
     assert (await workshop.finished(job)).state == "succeeded"
@@ -243,9 +250,9 @@ async def test_retried_dead_letter_has_no_limit_for_its_start(workshop: Workshop
     workshop.backend = FailingBackend(*[StorageError("the bucket is away")] * 3)
     workshop.backend.queue_s = 0.01
     await workshop.start_runner()
-    dead = await workshop.finished(await workshop.queue.submit(make_spec(start_within_s=1.0)))
+    dead = await workshop.finished(await workshop.queue.submit(make_spec(start_within_s=PATIENCE_S)))
     assert dead.is_dead_letter
-    await asyncio.sleep(1.0)
+    make_older(workshop)
     retried = workshop.queue.store.dead_letters.retry_job(dead.spec.ref)
     assert retried is not None
     assert (await workshop.finished(retried)).state == "succeeded"
