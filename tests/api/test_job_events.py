@@ -17,6 +17,8 @@ import pytest
 from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.jobs.job import Job
+from stable_audio_serve.jobs.queue import JobQueue
 from tests.api.compat.serving import make_client, serve_app
 from tests.api.test_jobs import submit, wait
 from tests.backends import ToneBackend
@@ -72,10 +74,15 @@ def ids(events: list[dict[str, Any]]) -> list[int]:
     return [int(event["id"]) for event in events[:-1] if event["id"] is not None]
 
 
-async def test_stream_reports_all_events_in_order() -> None:
-    async with make_client(ToneBackend(delay_s=0.3), jobs={"max_running": 1}, stream_limits=FAST) as (client, _):
+async def test_stream_reports_all_events_in_order(reads: list[str]) -> None:
+    async with make_client(jobs={"max_running": 1}, stream_limits=FAST) as (client, backend):
+        backend.released.clear()
         first, second = await submit(client), await submit(client)
-        events = await read(client, second)
+        await wait(client, first, "running")
+        following = asyncio.create_task(read(client, second))
+        await wait_for_polls(reads)
+        backend.released.set()
+        events = await following
         assert events[-1]["data"] == (await client.get(second["status_url"])).json()
         assert events[-1]["data"]["status"] == "succeeded"
         event_ids = ids(events)
@@ -90,6 +97,26 @@ async def test_stream_reports_all_events_in_order() -> None:
         assert messages[-1].startswith("finished")
         assert ids(await read(client, second)) == event_ids  # a later reader gets the same events
         assert (await read(client, first))[-1]["data"]["status"] == "succeeded"
+
+
+async def test_stream_of_a_job_that_ends_during_a_poll_does_not_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    position = JobQueue.position
+    async with make_client(jobs={"max_running": 1}, stream_limits=FAST) as (client, backend):
+
+        async def position_before_the_end(jobs: JobQueue, job: Job) -> int:
+            found = await position(jobs, job)
+            backend.released.set()
+            await until(lambda: (now := jobs.store.clients.get(job.spec.ref)) is not None and now.is_over)
+            return found
+
+        backend.released.clear()
+        await submit(client)
+        ticket = await submit(client)
+        monkeypatch.setattr(JobQueue, "position", position_before_the_end)
+        events = await read(client, ticket)
+    stages = [event["data"]["stage"] for event in events[:-1]]
+    assert (stages[0], stages[-1]) == ("queued", "done")
+    assert events[-1]["data"]["status"] == "succeeded"
 
 
 async def test_reconnected_stream_resumes_after_the_last_event() -> None:

@@ -77,7 +77,8 @@ async def _stream_events(
         if change.job.is_over:
             status = await asyncio.to_thread(describe, change.job, jobs.artifacts, base=base)
             yield _sse(status, kind=_END, event_id=_END)
-        elif change.position is not None or not change.events:
+        elif not change.events or (change.position is not None and change.events[-1].stage == change.job.stage):
+            # An event with another stage is newer than the job's state, because events are read after it.
             yield _sse(_of_now(change), kind="progress")
 
 
