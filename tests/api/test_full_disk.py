@@ -68,7 +68,7 @@ async def expect_jobs_wait_for_space(
         while await job_store(client) != "full":  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     async with asyncio.timeout(PATIENCE_S):
-        while {status["status"] for status in await show_all(client, tickets)} != {"queued"}:
+        while {status["status"] for status in await show_all(client, tickets)} != {"queued"}:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     num_computed = len(backend.requests)
     assert num_computed <= _AT_ONCE
