@@ -6,13 +6,16 @@ import asyncio
 import os
 import signal
 import tempfile
+import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 
 from stable_audio_serve.api.middleware.limits import ClientTimes
+from stable_audio_serve.audio.decode import AudioDecoder
 from tests.api.test_connections import connect, open_connection, serve
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
@@ -69,7 +72,13 @@ async def test_killed_decoder_does_not_affect_uploads() -> None:
 
 
 async def test_hanging_decoder_is_a_400_and_blocks_no_other_upload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stable_audio_serve.audio.workers.MAX_DECODE_S", 4.0)
+    began_at = time.monotonic()
+    with closing(AudioDecoder(timeout_s=PATIENCE_S)) as decoder, tempfile.TemporaryFile() as file:
+        file.write(WAV)
+        decoder.decode(file, max_s=10.0)
+    # The time limit is five times as long as it took to start a decoder process and decode the file.
+    limit_s = max(4.0, 5 * (time.monotonic() - began_at))
+    monkeypatch.setattr("stable_audio_serve.audio.workers.MAX_DECODE_S", limit_s)
     before = decoder_pids()
     async with connect(ToneBackend()) as client:
         assert (await upload(client)).status_code == 200
