@@ -107,3 +107,17 @@ class ToneBackend:
     @property
     def last(self) -> GenerationRequest:
         return self.requests[-1][1]
+
+
+@dataclass
+class PausingBackend(ToneBackend):
+    """Makes `num_free` clips without a delay. The next clip clears `released`, and waits until it is set."""
+
+    num_free: int = 1
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        if len(self.requests) == self.num_free:
+            self.released.clear()
+        return await super().generate(model, request, on_progress=on_progress)

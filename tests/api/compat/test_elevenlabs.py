@@ -20,11 +20,10 @@ from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from tests.api.compat.serving import make_client, serve_app
-from tests.backends import ToneBackend
+from tests.backends import PausingBackend, ToneBackend
 from tests.parameters import few, some
 from tests.patience import PATIENCE_S, until
 
@@ -387,17 +386,6 @@ async def test_client_that_leaves_while_its_piece_is_added_cancels_it(
         await asyncio.gather(sending, return_exceptions=True)
         jobs = (await client.get("/v1/status")).json()["jobs"]
         assert (jobs["queued"], jobs["cancelled"]) == (0, 1)
-
-
-class PausingBackend(ToneBackend):
-    """Makes the first clip without a delay. Each later clip waits until `released` is set."""
-
-    async def generate(
-        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
-    ) -> GenerationResult:
-        if len(self.requests) == 1:
-            self.released.clear()
-        return await super().generate(model, request, on_progress=on_progress)
 
 
 @pytest.mark.server

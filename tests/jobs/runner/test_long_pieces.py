@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import Chunks, StoredFile
 from stable_audio_serve.core.errors import GenerationError, StorageError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback, Section
+from stable_audio_serve.core.generation import GenerationRequest, Section
 from stable_audio_serve.core.ids import ArtifactKey, ClientId
 from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.core.settings import JobSettings
@@ -25,7 +25,7 @@ from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
 from stable_audio_serve.jobs.store.sections import Sections
 from stable_audio_serve.jobs.store.tables import JOBS
-from tests.backends import ToneBackend
+from tests.backends import PausingBackend
 from tests.jobs.conftest import Workshop, make_spec
 from tests.patience import until
 
@@ -39,21 +39,6 @@ def make_long(*durations_s: float, overlap_s: float = 0.5, **overrides: Any) -> 
     sections = tuple(Section(duration_s) for duration_s in durations_s)
     request = GenerationRequest(prompt="rain", duration_s=sum(durations_s), seed=7)
     return make_spec(request=request, mode="long-piece", sections=sections, overlap_s=overlap_s, **overrides)
-
-
-class PausingBackend(ToneBackend):
-    """A test backend that makes `num_free` clips. The next one clears `released`, and waits until it is set."""
-
-    def __init__(self, num_free: int) -> None:
-        super().__init__()
-        self._num_free = num_free
-
-    async def generate(
-        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
-    ) -> GenerationResult:
-        if len(self.requests) == self._num_free:
-            self.released.clear()
-        return await super().generate(model, request, on_progress=on_progress)
 
 
 async def audio_of(workshop: Workshop, file: StoredFile) -> npt.NDArray[np.float32]:
@@ -119,7 +104,7 @@ async def test_each_section_continues_the_stored_end_of_the_one_before(workshop:
 
 
 async def test_failed_job_keeps_its_finished_sections(workshop: Workshop) -> None:
-    workshop.backend = PausingBackend(1)
+    workshop.backend = PausingBackend(num_free=1)
     await workshop.start_runner()
     job = await workshop.queue.submit(make_long(1.0, 1.0))
     await until(lambda: not workshop.backend.released.is_set())
@@ -131,7 +116,7 @@ async def test_failed_job_keeps_its_finished_sections(workshop: Workshop) -> Non
 
 
 async def test_cancelled_job_keeps_its_finished_sections(workshop: Workshop) -> None:
-    workshop.backend = PausingBackend(2)
+    workshop.backend = PausingBackend(num_free=2)
     await workshop.start_runner()
     job = await workshop.queue.submit(make_long(*[1.0] * 50))
     await until(lambda: not workshop.backend.released.is_set())
@@ -202,7 +187,7 @@ def overwrite(path: Path) -> None:
 async def test_lost_section_and_those_after_it_are_made_again(
     workshop: Workshop, damage: Callable[[Path], None], number: int
 ) -> None:
-    workshop.backend = PausingBackend(2)
+    workshop.backend = PausingBackend(num_free=2)
     runner = await workshop.start_runner()
     job = await workshop.queue.submit(make_long(1.0, 1.0, 1.0, 1.0))
     await until(lambda: not workshop.backend.released.is_set())
