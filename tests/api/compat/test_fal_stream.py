@@ -41,10 +41,15 @@ async def read_stream(client: httpx.AsyncClient, ticket: dict[str, Any], query: 
     return [json.loads(block.removeprefix("data: ")) for block in blocks]
 
 
-async def test_stream_reports_every_change_until_the_end() -> None:
-    async with make_client(ToneBackend(delay_s=0.4), jobs={"max_running": 1}, stream_limits=QUICK) as (client, _):
+async def test_stream_reports_every_change_until_the_end(reads: list[str]) -> None:
+    async with make_client(jobs={"max_running": 1}, stream_limits=QUICK) as (client, backend):
+        backend.released.clear()
         first, second = await submit(client), await submit(client)
-        events = await read_stream(client, second)
+        enough = len(reads) + 3
+        following = asyncio.create_task(read_stream(client, second))
+        await until(lambda: len(reads) >= enough)  # the route reads the job first, then the stream polls it
+        backend.released.set()
+        events = await following
         assert [event["status"] for event in events][:1] == ["IN_QUEUE"]
         assert {event["status"] for event in events} == {"IN_QUEUE", "IN_PROGRESS", "COMPLETED"}
         assert [event["status"] for event in events].count("COMPLETED") == 1
