@@ -250,13 +250,13 @@ def test_a_trace_is_busy_while_anything_runs() -> None:
 
 
 async def test_a_timed_replica_runs_one_request_at_a_time() -> None:
-    model = ModelSettings(name="demo", max_queue_s=0.15)
+    model = ModelSettings(name="demo", max_queue_s=0.6)
     replica = TimedReplica(Settings(models=(model,)), model)
-    replica.times = LinearDevice(text_ms=100.0, step_ms=0.0, step_per_frame_ms=0.0, decode_ms=0.0)  # type: ignore[misc]
+    replica.times = LinearDevice(text_ms=400.0, step_ms=0.0, step_per_frame_ms=0.0, decode_ms=0.0)  # type: ignore[misc]
     first, second, third = await asyncio.gather(*(replica.generate(make_request(duration_s=0.1)) for _ in range(3)))
     assert isinstance(first, GenerationResult)
     assert isinstance(second, GenerationResult)
-    assert second.timings.queue_ms >= 80.0 > first.timings.queue_ms  # type: ignore[union-attr]
+    assert second.timings.queue_ms >= 200.0 > first.timings.queue_ms  # type: ignore[union-attr]
     assert first.audio[0].shape == (2, 4410)
     assert isinstance(third, OverloadedError)
-    assert 0.0 < third.retry_after_s <= 0.1  # type: ignore[operator]
+    assert 0.0 < third.retry_after_s <= 0.25  # type: ignore[operator]
