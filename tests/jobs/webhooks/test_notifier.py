@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import standardwebhooks
 from pydantic import SecretStr
 
@@ -17,6 +18,7 @@ from stable_audio_serve.core.ids import ClientId
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.store.tables import JOBS
 from stable_audio_serve.jobs.webhooks import delivery, notifier
 from stable_audio_serve.jobs.webhooks.notifier import RETRY_DELAYS_S, Notifier
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec
@@ -200,9 +202,11 @@ async def test_notice_claimed_by_a_dead_process_is_retried(workshop: Workshop, r
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await workshop.queue.cancel(job.spec.ref)
     outbox = Outbox(workshop.queue.store.database)
-    dead = outbox.claim(for_s=0.5)
+    dead = outbox.claim(for_s=PATIENCE_S)
     assert dead is not None
     assert outbox.claim(for_s=0.5) is None
+    with workshop.queue.store.database.writing() as connection:  # the claim of the dead process expires
+        connection.execute(sa.update(JOBS).values(webhook_at=0.0))
     await workshop.start_runner(notifier=make_notifier(workshop))
     await until(lambda: bool(receiver.requests))
     await until(lambda: not is_waiting(workshop))
