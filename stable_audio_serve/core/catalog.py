@@ -103,7 +103,7 @@ class ModelCatalog:
         for card in cards:
             for name in (card.name, *card.aliases):
                 key = _key(name)
-                if self._names.get(key, card.name) != card.name:
+                if card.name in self._cards or self._names.get(key, card.name) != card.name:
                     raise ConfigError(f"models: two models have the name {name!r}", field="models")
                 self._names[key] = card.name
             self._cards[card.name] = card

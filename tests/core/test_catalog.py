@@ -38,6 +38,8 @@ def test_an_unservable_model_stops_startup() -> None:
         ModelCatalog([A, B], default="c")
     with pytest.raises(ConfigError, match="two models have the name"):
         ModelCatalog([A, ModelCard("first", "family")])
+    with pytest.raises(ConfigError, match="two models have the name"):
+        ModelCatalog([A, ModelCard(A.name, "family")])
     with pytest.raises(ConfigError, match="at least one"):
         ModelCatalog([])
 
