@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from stable_audio_serve.api.middleware.key_ring import check_key_file
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, StableAudioError
 from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
 from stable_audio_serve.core.setting_types import ProxyKind
@@ -93,6 +94,7 @@ def serve(
         with _printing_errors(print_error):
             host, port = host or file.host, port or file.port
             plan = plan_deployments(load_settings(file.args))
+            check_key_file(plan.settings.api.key_file)
             metrics = plan.settings.metrics
             metrics_port = metrics_port or metrics.port
             environment.require_free_ports(host, port, metrics_host=metrics.host, metrics_port=metrics_port)

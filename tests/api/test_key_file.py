@@ -153,9 +153,9 @@ async def test_hanging_disk_does_not_block_requests(tmp_path: Path, monkeypatch:
 
 def test_startup_refuses_a_faulty_file(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("x")
-    with pytest.raises(ConfigError, match=r"^api.key_file: line 1: must be"):
+    with pytest.raises(ConfigError, match=r"^api.key_file \(STABLE_AUDIO_API_KEY_FILE\): .*/keys: line 1: must be"):
         key_ring.check_key_file(str(tmp_path / "keys"))
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="/other: it cannot be read: No such file"):
         key_ring.check_key_file(str(tmp_path / "other"))
     key_ring.check_key_file(None)
 

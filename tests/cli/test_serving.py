@@ -20,6 +20,7 @@ _TINY = {"models": [{"name": "tiny", "path": TINY}]}
     [
         ({"modles": []}, {}, "modles"),
         ({"models": [{"name": "unheard-of"}]}, {}, "unheard-of"),
+        (_TINY, {"STABLE_AUDIO_API_KEY_FILE": "/no/such/keys"}, "/no/such/keys"),
         (_TINY, {"STABLE_AUDIO_MAX_STEPS": "many"}, "STABLE_AUDIO_MAX_STEPS"),
         (_TINY, {"STABLE_AUDIO_DEFAULT_MODEL": "medium"}, "STABLE_AUDIO_DEFAULT_MODEL"),
     ],

@@ -51,7 +51,8 @@ def check_key_file(path: str | None) -> None:
     try:
         load_key_file(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"api.key_file: {_sentence(error)}", field="api.key_file") from error
+        message = f"api.key_file (STABLE_AUDIO_API_KEY_FILE): {path}: {_sentence(error)}"
+        raise ConfigError(message, field="api.key_file") from error
 
 
 class KeyRing:
