@@ -311,7 +311,8 @@ def raise_if_failed(application: ApplicationStatusOverview, plan: Plan) -> None:
     failed = {name for name, deployment in application.deployments.items() if deployment.status in _FAILED}
     if failed and failed.isdisjoint({INGRESS_NAME, RUNNER_NAME, *plan.started, *plan.preloaded}):
         return
-    messages = [application.message, *(d.message for d in application.deployments.values())]
+    reason = application.message.rstrip().rpartition("\n")[2]  # without the traceback above it
+    messages = [reason, *(d.message for d in application.deployments.values())]
     ours = [match for message in messages for match in _OUR_ERROR.findall(message)]
     raise ModelUnavailableError(ours[-1] if ours else "\n".join(filter(None, messages)))
 

@@ -40,6 +40,13 @@ def test_application_that_failed_without_a_deployment_ends_the_start() -> None:
         raise_if_failed(application("DEPLOY_FAILED"), PLAN)
 
 
+def test_failed_application_is_explained_without_its_traceback() -> None:
+    failed = application("DEPLOY_FAILED")
+    failed.message = 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: no such deployment\n'
+    with pytest.raises(ModelUnavailableError, match=r"^ValueError: no such deployment$"):
+        raise_if_failed(failed, PLAN)
+
+
 @pytest.mark.parametrize(
     ("output", "fault"),
     [
