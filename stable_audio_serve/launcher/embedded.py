@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -73,7 +74,7 @@ def embedded_ray(
     try:
         import ray
 
-        with start_errors("Ray"), _stopping_at_once():
+        with start_errors("Ray"), _stopping_at_once(), hangups_blocked():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -101,6 +102,16 @@ def _stopping_at_once() -> Iterator[None]:
         yield
     except SystemExit as error:
         raise KeyboardInterrupt from error
+
+
+@contextmanager
+def hangups_blocked() -> Iterator[None]:
+    """Block SIGHUP, also in processes that start meanwhile: a closed terminal sends it to Ray's processes too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

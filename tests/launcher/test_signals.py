@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from stable_audio_serve.launcher.embedded import hangups_blocked
 from tests.patience import PATIENCE_S
 
 _START = """
@@ -61,3 +63,10 @@ def test_a_stop_signal_is_never_lost(script: str) -> None:
 def test_other_signals_do_not_stop_the_server() -> None:
     handler = "signal.signal(signal.SIGUSR1, lambda *_: None)"
     assert run(f"{handler}; send(signal.SIGUSR1); stop.wait(0.1)") == "waited\n"
+
+
+def test_a_closed_terminal_ends_no_process_of_ray() -> None:
+    blocked = "import signal; print(signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+    with hangups_blocked():
+        assert subprocess.check_output([sys.executable, "-c", blocked], text=True) == "True\n"
+    assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
