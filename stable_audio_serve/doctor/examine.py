@@ -21,9 +21,9 @@ from stable_audio_serve.serving.reservations import Slot, check_gpu_shares, requ
 from stable_audio_serve.serving.serve_file import (
     PACKAGED_FILE,
     ServeFile,
+    deploy_schema,
     find_serve_file,
     read_serve_file,
-    require_known_keys,
 )
 
 
@@ -75,7 +75,7 @@ class Examination:
         file = read_serve_file(self.path)
         self.settings = settings = load_settings(file.args)
         if file.path != PACKAGED_FILE:  # importing Ray's schema takes a second
-            require_known_keys(file)
+            deploy_schema(file, host="127.0.0.1", port=8000)
         plan = plan_deployments(settings)
         self.file, self.plan = file, plan
         check_key_file(settings.api.key_file)

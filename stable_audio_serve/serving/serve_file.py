@@ -44,12 +44,12 @@ class ServeFile:
     @property
     def host(self) -> str:
         """The host in the file, or 127.0.0.1 if the file has none."""
-        return str(self._http_options.get("host") or _DEFAULT_HOST)
+        return str(self.http_options.get("host") or _DEFAULT_HOST)
 
     @property
     def port(self) -> int:
         """The port in the file, or 8000 if the file has none. Raises ConfigError if it is not a port number."""
-        port = self._http_options.get("port", _DEFAULT_PORT)
+        port = self.http_options.get("port", _DEFAULT_PORT)
         if not isinstance(port, int) or not 0 < port < 65536:
             raise ConfigError(f"{self.path}: http_options.port: not a port number: {port!r}", field="http_options.port")
         return port
@@ -64,7 +64,7 @@ class ServeFile:
         return str(self.tree["applications"][0].get("route_prefix") or "/").rstrip("/")
 
     @property
-    def _http_options(self) -> dict[str, Any]:
+    def http_options(self) -> dict[str, Any]:
         options = self.tree.get("http_options") or {}
         if not isinstance(options, dict):
             raise ConfigError(f"{self.path}: http_options: must be a mapping", field="http_options")
@@ -95,6 +95,10 @@ def read_serve_file(path: Path) -> ServeFile:
     applications = tree.get("applications")
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise ConfigError(f"{path}: applications: must be a list of exactly one application", field="applications")
+    prefix = str(applications[0].get("route_prefix") or "/")
+    if prefix != "/" and (not prefix.startswith("/") or prefix.endswith("/")):
+        message = f"{path}: applications.0.route_prefix: must start with a slash and not end with one (got {prefix!r})"
+        raise ConfigError(message, field="route_prefix")
     args = applications[0].get("args") or {}
     if not isinstance(args, dict):
         raise ConfigError(f"{path}: applications.0.args: must be a mapping", field="args")
@@ -146,7 +150,7 @@ def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema
     from ray.serve.schema import ServeDeploySchema
 
     require_known_keys(file)
-    http_options = (file.tree.get("http_options") or {}) | {"host": host, "port": port}
+    http_options = file.http_options | {"host": host, "port": port}
     tree = {"logging_config": _QUIET} | file.tree | {"http_options": http_options}
     try:
         return ServeDeploySchema.model_validate(tree)

@@ -175,6 +175,13 @@ def test_a_faulty_configuration_is_one_failure(folder: Path) -> None:
     assert "modles: unknown; did you mean models?" in found["configuration"]["message"]
 
 
+def test_a_value_that_ray_serve_refuses_fails(folder: Path) -> None:
+    write_config(folder, {"models": [ABSENT]}, proxy_location="Sideways")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "proxy_location: Input should be" in result.stdout
+
+
 def test_an_unexpected_exception_fails_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of a check\nwith a second line")

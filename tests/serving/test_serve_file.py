@@ -48,6 +48,8 @@ def test_address_and_prefix_of_the_file_are_used(tmp_path: Path) -> None:
         (_APPLICATION + "- name: second\n  import_path: a:b\n", "applications"),
         (_APPLICATION + "  args: [1]\n", "args"),
         ("applications: [\n", "serve.yaml"),
+        (_APPLICATION + "  route_prefix: audio\n", "route_prefix"),
+        (_APPLICATION + "  route_prefix: /audio/\n", "route_prefix"),
         (_APPLICATION + "http_options: {port: eight}\n", "port"),
         (_APPLICATION + "http_options: {port: 70000}\n", "port"),
         (_APPLICATION + "http_options: [1]\n", "http_options"),
