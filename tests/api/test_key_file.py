@@ -100,6 +100,9 @@ async def test_faulty_file_changes_no_key_and_is_reported(
     logged = capsys.readouterr().out
     assert logged.count("key file cannot be used") == 1
     assert "plain" not in health["reason"] + logged
+    site.write(lines("alice"))  # the file before the fault
+    assert await site.statuses("alice", "bob") == [200, 401]
+    assert capsys.readouterr().out.count("key file read") == 1
     site.write(lines("bob"))
     assert await site.statuses("alice", "bob") == [401, 200]
     assert (await site.ask(None, "/health")).json()["key_file"] == {"state": "ok", "reason": None}

@@ -102,7 +102,7 @@ class KeyRing:
         """Read the file, and load its keys if it has changed. An invalid file is parsed at every check."""
         try:
             data = read_key_file(path)
-            if data != self._data:
+            if data != self._data or self._known.state != "ok":
                 self._take(data)
         except (OSError, ValueError) as error:
             found = KeyFileHealth(self._bad_state, _sentence(error))
