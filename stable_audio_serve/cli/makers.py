@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stable_audio_serve.client import AsyncClient, Client, Job, JobProgress, Result
 from stable_audio_serve.core.catalog import OPEN_FAMILY
-from stable_audio_serve.core.errors import StableAudioError
+from stable_audio_serve.core.errors import StableAudioError, UnreachableError
 
 if TYPE_CHECKING:
     from stable_audio_serve.core.backend import Backend
@@ -84,6 +84,10 @@ def make_by_server(
     try:
         job = submit(request, client, key=key)
         return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
+    except UnreachableError as error:
+        if job is not None:
+            error.message += f"; the job is not cancelled: `stable-audio-serve jobs fetch {job.id}` gets its audio"
+        raise
     except KeyboardInterrupt:
         # The job has already ended, or the server does not answer, for which nobody waits who has pressed Ctrl-C.
         with suppress(StableAudioError), connect(quiet=True, most_retries=0, timeout_s=_CANCEL_TIMEOUT_S) as quick:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import typer
 
+from stable_audio_serve.cli.makers import SoundRequest, make_by_server
 from stable_audio_serve.cli.messages import ExitCode, plain_errors
 from stable_audio_serve.cli.remote import connected
 from stable_audio_serve.core import errors
@@ -53,6 +55,16 @@ def test_an_error_has_the_same_exit_code_in_every_command(
     output = capsys.readouterr().err
     assert output.startswith("error: ")
     assert ("STABLE_AUDIO_API_KEY" in output) is isinstance(error, errors.UnauthorizedError)
+
+
+def test_a_lost_server_leaves_the_name_of_the_job() -> None:
+    jobs = Mock()
+    jobs.submit.return_value.id = "0123456789abcdef"
+    jobs.wait.side_effect = errors.NotConnectedError("refused")
+    with pytest.raises(errors.NotConnectedError) as lost:
+        make_by_server(SoundRequest("generate", "rain"), Mock(jobs=jobs), connect=Mock(), on_progress=print)
+    assert lost.value.message.startswith("refused; ")
+    assert "jobs fetch 0123456789abcdef" in lost.value.message
 
 
 def test_the_docs_list_every_exit_code() -> None:
