@@ -84,7 +84,7 @@ def load_weights(
     parameter and stored buffer is copied to `device` as float32. If a parameter's key begins with a key of `dtypes`,
     the parameter gets the dtype under that key instead. On a CPU, a tensor that needs no cast stays memory-mapped;
     `release_pages` can free it. Raises CheckpointError with the first key that is unknown, missing or of another shape,
-    and the number of such keys.
+    and the number of such keys, or with a key whose values are not finite.
     """
     weights = read_weights(path)
     _check(modules, weights, source=path)
@@ -134,6 +134,8 @@ def _fill(
         prefix, key = places[whole_key]
         tensor = weights[whole_key]
         states[prefix][key] = loaded = tensor.to(device=device).to(casts[whole_key])
+        if loaded.numel() and not all(bound.isfinite() for bound in loaded.aminmax()):
+            raise CheckpointError(f"{source}: {whole_key} holds values that are not finite in {casts[whole_key]}")
         if loaded is tensor:
             mapped.append(tensor)
         else:

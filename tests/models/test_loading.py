@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import zipfile
@@ -92,6 +93,12 @@ def test_wrong_shape(folder: Path) -> None:
 def test_integer_weights_are_refused(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.update({GAMMA: torch.zeros(72, dtype=torch.int64)}))
     assert f"{GAMMA} holds torch.int64" in failure(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, value: float) -> None:
+    rewrite(folder, lambda weights: weights[GAMMA][-1:].fill_(value))
+    assert f"{GAMMA} holds values that are not finite" in failure(folder)
 
 
 @pytest.mark.parametrize("size", [0, 4, 1000, 200_000])
