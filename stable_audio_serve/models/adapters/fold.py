@@ -125,7 +125,8 @@ def _chain(base: Base, layer: str, *, parts: Sequence[_Part]) -> _Chain:
         gains.append(torch.full_like(scale, part.strength * part.scaling))
         if part.layer.magnitude is not None:
             norms = _row_norms(base, layer, chain=_Chain(scale, tuple(gains)), parts=parts[: len(gains)])
-            ratio = part.layer.magnitude / (norms + _NORM_OFFSET)
+            # A row of zeros stays zero whatever its ratio is, but the layer's bias would not survive a huge ratio.
+            ratio = torch.where(norms > 0, part.layer.magnitude / (norms + _NORM_OFFSET), 1.0)
             scale, gains = scale * ratio, [gain * ratio for gain in gains]
     return _Chain(scale, tuple(gains))
 

@@ -151,6 +151,19 @@ def test_the_bias_is_not_scaled(tmp_path: Path) -> None:
     assert_same(one.scale * bias + one.offset, bias)
 
 
+@pytest.mark.parametrize("stacking", ["chained", "summed"])
+def test_the_bias_of_a_row_of_zeros_is_kept(tmp_path: Path, stacking: Stacking) -> None:
+    base = make_base()
+    change = make_change(base, "dora-rows")
+    base.weight(LINEAR)[2] = 0.0
+    change.tensors[LINEAR]["lora_B"][2] = 0.0
+    assert_folds(tmp_path, base, [change], stacking=stacking)
+    one = fold(base, fit_chain(base, tmp_path, [change]), stacking=stacking).layers[LINEAR]
+    bias = base.bias(LINEAR)
+    assert bias is not None
+    assert_same(one.scale * bias + one.offset, bias)
+
+
 def test_the_stacked_rank_is_bounded(tmp_path: Path) -> None:
     base = make_base()
     chain = fit_chain(base, tmp_path, [make_change(base, "lora", rank=3)] * 2)
