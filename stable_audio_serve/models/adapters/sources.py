@@ -145,7 +145,7 @@ def _fetch_url(url: str, *, cache: Path, max_bytes: int) -> Path:
                 with client, client.stream("GET", url) as reply:
                     if reply.status_code != 200:
                         raise _FetchError(f"the server answers with status {reply.status_code}")
-                    _write(path, _in_time(reply.iter_bytes(_CHUNK_BYTES)), max_bytes=max_bytes)
+                    _write(path, _in_time(reply.iter_bytes()), max_bytes=max_bytes)
         return path
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # UnicodeError: a host name that is none
         raise _FetchError(f"cannot be downloaded: {error}") from error
@@ -157,6 +157,7 @@ def _require_tls(request: Any) -> None:
 
 
 def _in_time(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the chunks as they arrive. Raises an error if the download takes too long."""
     deadline = time.monotonic() + _URL_TIMEOUT_S
     for chunk in chunks:
         if time.monotonic() > deadline:

@@ -8,7 +8,9 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +21,7 @@ import trustme
 
 from stable_audio_serve.artifacts.s3_client import make_client
 from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.models.adapters import sources
 from stable_audio_serve.models.adapters.header import inspect_file
 from stable_audio_serve.models.adapters.sources import fetch_adapter, is_remote
 from tests.adapter_files import write_file
@@ -80,9 +83,20 @@ def test_unusable_objects_are_refused(object_storage: ObjectStorage, tmp_path: P
 
 
 class Site(SimpleHTTPRequestHandler):
-    """Serves files, compresses `/packed/...` for clients that accept it, and redirects `/moved/...`."""
+    """Serves files, compresses `/packed/...` for clients that accept it, and redirects `/moved/...`.
+
+    Sends `/slow/...` for six seconds, a few bytes at a time, until the client ends the connection.
+    """
 
     def do_GET(self) -> None:
+        if self.path.startswith("/slow"):
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(60):
+                    self.wfile.write(b"slow")
+                    time.sleep(0.1)
+            return None
         if self.path.startswith("/packed") and "gzip" in self.headers.get("Accept-Encoding", ""):
             self.send_response(200)
             self.send_header("Content-Encoding", "gzip")
@@ -135,6 +149,14 @@ def test_files_of_urls_are_downloaded_once(site: str, tmp_path: Path) -> None:
     (tmp_path / "site" / "v1.0" / "vinyl.safetensors").unlink()
     assert fetch_adapter(source, cache=cache) == path
     assert {found for found in cache.rglob("*") if found.is_file()} == {path, moved, packed}
+
+
+def test_a_slow_download_ends_at_its_time_limit(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_URL_TIMEOUT_S", 0.3)
+    began_s = time.monotonic()
+    assert "takes more than 0.3 s" in refusal(f"{site}/slow/a.safetensors", cache=tmp_path / "cache")
+    assert time.monotonic() - began_s < 4.0
+    assert not [found for found in tmp_path.rglob("cache/**/*") if found.is_file()]
 
 
 @pytest.mark.server
