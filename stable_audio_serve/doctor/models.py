@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.doctor.findings import Finding, run_check
@@ -74,6 +74,8 @@ class ModelChecks:
 
     def memory(self) -> Iterator[Finding]:
         """Check that the weights and requests fit into the GPU's or the machine's memory. Loads no weights."""
+        if self._device.type == "cuda" and not self._num_gpus:
+            raise ConfigError(f"there is no GPU here that torch can use, but the model's device is {self._device}")
         weights = self._weights_bytes()
         if weights is None:
             if self._can_load:

@@ -121,6 +121,13 @@ def test_a_too_small_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "medium: speed" not in found
 
 
+def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    memory = findings(models=[{"name": "demo", "device": "cuda"}])["demo: memory"]
+    assert memory["message"] == "there is no GPU here that torch can use, but the model's device is cuda"
+    assert memory["advice"] is None
+
+
 def test_models_that_do_not_fit_on_one_gpu_together_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
