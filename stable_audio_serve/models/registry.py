@@ -214,8 +214,7 @@ def _config_folder(entry: ModelEntry) -> Path | None:
 
 
 def _sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
-    rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
-    longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) / rate
+    rate, longest_s = _rate_and_longest(config)
     model = config.section("model")
     return replace(
         card,
@@ -228,15 +227,20 @@ def _sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> 
     )
 
 
+def _rate_and_longest(config: ConfigReader) -> tuple[int, float]:
+    """Returns the sample rate in Hz, and the longest duration in seconds, without a partial last latent frame."""
+    rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
+    hop = config.section("model").section("pretransform").section("config").integer("downsampling_ratio")
+    return rate, config.integer("sample_size", at_most=MAX_SAMPLES) // hop * hop / rate
+
+
 def open_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
     """Returns the card, completed from the config of a Stable Audio Open checkpoint.
 
     `cap_s` is an upper limit of the duration. Raises CheckpointError naming the key that cannot be used.
     """
-    rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
+    rate, longest_s = _rate_and_longest(config)
     model = config.section("model")
-    hop = model.section("pretransform").section("config").integer("downsampling_ratio")
-    longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) // hop * hop / rate  # without a partial last frame
     objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS), default="v")
     ids = [item.text("id") for item in model.section("conditioning").sections("configs")]
     return replace(

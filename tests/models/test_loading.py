@@ -20,7 +20,7 @@ from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models import families
 from stable_audio_serve.models.families import load_model, resolve_device
-from stable_audio_serve.models.registry import ModelEntry, resolve_entry
+from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.weights import cast_network, resolve_dtype
 from tests.goldens import load_goldens
@@ -422,6 +422,14 @@ def test_the_spec_contains_the_entrys_facts(folder: Path) -> None:
     entry = resolve_entry("mine", path=str(folder), max_duration_s=5.0, duration_padding_s=0.5)
     spec = load_model(entry).spec
     assert (spec.card.name, spec.card.max_duration_s, spec.card.default_duration_padding_s) == ("mine", 5.0, 0.5)
+
+
+def test_the_longest_clip_has_whole_latent_frames(folder: Path) -> None:
+    configure(folder, "sample_size", 1000)
+    entry = describe_entry(resolve_entry("mine", path=str(folder)))
+    spec = load_model(entry).spec
+    assert (spec.hop, spec.max_frames) == (64, 15)
+    assert entry.card.max_duration_s == spec.card.max_duration_s == 15 * 64 / spec.card.sample_rate_hz
 
 
 def test_a_downloaded_model_has_its_objectives_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

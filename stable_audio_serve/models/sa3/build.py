@@ -133,7 +133,7 @@ def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components)
     The card keeps its name and default parameters. Its longest duration is limited to the config's.
     """
     lengths = config.lengths
-    longest_s = lengths.max_samples / lengths.sample_rate_hz
+    longest_s = lengths.max_frames * lengths.hop / lengths.sample_rate_hz
     return ModelSpec(
         card=replace(
             card,
