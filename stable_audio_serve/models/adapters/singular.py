@@ -63,7 +63,7 @@ class SingularBases:
         if not names:
             return {}
         path = self._path(rank)
-        bases = _read(path, rank) if path else self._kept.setdefault(rank, {})
+        bases = self._kept.get(rank) or (_read(path, rank) if path else {})
         missing = [name for name in names if name not in bases]
         began_s = reported_s = self._clock.monotonic()
         for number, name in enumerate(missing, 1):
@@ -73,8 +73,8 @@ class SingularBases:
                 reported_s = now_s
                 work = f"singular vectors of rank {rank}"
                 log.info("%s: %d of %d layers after %.0f s", work, number, len(missing), now_s - began_s)
-        if path and missing:
-            _write(path, bases)
+        if missing and not (path and _write(path, bases)):
+            self._kept[rank] = bases
         return {name: bases[name] for name in names}
 
     def _path(self, rank: int) -> Path | None:
@@ -115,8 +115,11 @@ def _read(path: Path, rank: int) -> dict[str, SingularBasis]:
         return {}
 
 
-def _write(path: Path, bases: Mapping[str, SingularBasis]) -> None:
-    """Write a file and then move it to `path`, so that other processes never read an incomplete file."""
+def _write(path: Path, bases: Mapping[str, SingularBasis]) -> bool:
+    """Write a file and then move it to `path`, so that other processes never read an incomplete file.
+
+    Returns whether the file is stored.
+    """
     tensors: dict[str, Tensor] = {}
     for name, basis in bases.items():
         parts = {"u": basis.u, "v": basis.v, "is_ambiguous": torch.tensor(basis.is_ambiguous)}
@@ -128,6 +131,8 @@ def _write(path: Path, bases: Mapping[str, SingularBasis]) -> None:
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         log.warning("singular vectors are not stored: %s", error)
+        return False
+    return True
 
 
 def matrix(layer: nn.Module) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
 
@@ -80,6 +81,23 @@ def test_a_damaged_file_is_computed_again(
     assert len(computed) == 2
     assert len(caplog.messages) == 1
     assert "damaged" in caplog.text
+
+
+def test_vectors_are_computed_once_even_on_a_full_disk(
+    tmp_path: Path, computed: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    bases = SingularBases(make_layers(), folder=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(singular, "save_file", fail)
+        for _ in range(2):
+            bases.compute(["one", "two"], 2)
+    assert len(computed) == 2
+    bases.compute(["two", "three"], 2)
+    SingularBases(make_layers(), folder=tmp_path).compute(["one", "two", "three"], 2)
+    assert len(computed) == 3
 
 
 def test_only_their_owner_can_read_the_files(tmp_path: Path) -> None:
