@@ -69,11 +69,13 @@ def choose_weights(files: FileList) -> str:
 
     This is a file with one of the usual names. Without one, it is the only file with the suffix of a weight file,
     because fine-tunes use arbitrary names. Safetensors files are preferred to pickles. Raises CheckpointError if there
-    is no candidate or more than one.
+    is no candidate or more than one, or if the weights are in several files (shards).
     """
     for name in _USUAL_WEIGHTS:
         if name in files.names:
             return name
+    if _SHARD_INDEX in files.names:
+        raise CheckpointError(f"{files.place} holds weights in shards, which are not read: join them into one file")
     for suffix in _WEIGHT_TYPES:
         found = sorted(name for name in files.names if name.endswith(suffix) and name not in _NO_WEIGHTS)
         if len(found) > 1:

@@ -118,6 +118,13 @@ def test_no_weights(folder: Path) -> None:
     assert "expected model.safetensors" in failure(folder)
 
 
+def test_weights_in_shards_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model-00002-of-00002.safetensors").touch()
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "holds weights in shards, which are not read: join them into one file" in failure(folder)
+
+
 def test_half_precision_files_load_as_float32(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.update({key: value.half() for key, value in weights.items()}))
     weight = load(folder).autoencoder.bottleneck.scaling_factor
