@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 FIRST_PITCH, LAST_PITCH = 8, 160  # range of the pitches in the vocabulary, in quarter tones: 51.9 Hz to 4.19 kHz
 MAX_TOKENS = 16
 # How many characters of a prompt are read. The rewrites take up to 0.25 ms per character.
-MAX_CHARS = 4000
+MAX_CHARS = 2000
 
 TEMPO_PATTERN = (
     r"(?<![\d.])(\d{2,3}(?:\.\d+)?)(?=\s*-?\s*(?:bpm\b|b\.p\.m|beats?\s+(?:per|a|/)\s*min|beats?/min))"
