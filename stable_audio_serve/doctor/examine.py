@@ -59,6 +59,7 @@ class Examination:
         for model in settings.models:
             checks = ModelChecks(self.plan, model, num_gpus=self._num_gpus)
             yield from run_check(f"{model.name}: files", checks.files)
+            yield from run_check(f"{model.name}: adapters", checks.adapters)
             yield from run_check(f"{model.name}: memory", checks.memory)
             yield from run_check(f"{model.name}: profile", checks.profile)
             yield from run_check(f"{model.name}: speed", checks.speed)

@@ -1,4 +1,6 @@
-"""Checks of one configured model: its files, the memory that it takes, its profile and its speed on this machine."""
+"""Checks of one configured model: its files, its adapters, the memory that it takes, its profile and its speed on this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.weight_sizes import weight_bytes
 from stable_audio_serve.models.weights import DTYPES
 from stable_audio_serve.serving import engines
+from stable_audio_serve.serving.adapters import Library
 from stable_audio_serve.serving.engines import load_engine
-from stable_audio_serve.serving.placement import Plan, model_entry
+from stable_audio_serve.serving.placement import Plan, describe_models, model_entry
 from stable_audio_serve.serving.preflight import require_weights
 from stable_audio_serve.serving.reservations import reserved_gpus
 
@@ -71,6 +74,20 @@ class ModelChecks:
         self._folders = find_local(self._entry)
         where = f"complete in {self._folders[0]}" if self._folders else "not here yet; the first start downloads them"
         yield Finding(f"{self.name}: files", "ok", where)
+
+    def adapters(self) -> Iterator[Finding]:
+        """Check the configured adapters whose files are on this machine. A server starts without those that fail."""
+        if not self._model.loras and self._model.lora_folder is None:
+            return
+        library = Library(
+            self._settings.model_copy(update={"models": (self._model,)}), describe_models(self._plan).catalog
+        )
+        library.start()
+        for warning in library.warnings:
+            yield Finding(f"{self.name}: adapters", "warning", warning)
+        if not library.warnings:
+            names = ", ".join(card.name for card in library.cards()) or "the folder is empty"
+            yield Finding(f"{self.name}: adapters", "ok", names)
 
     def memory(self) -> Iterator[Finding]:
         """Check that the weights and requests fit into the GPU's or the machine's memory. Loads no weights."""

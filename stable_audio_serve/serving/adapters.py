@@ -106,6 +106,11 @@ class Library:
         self._scanned_at = float("-inf")
         self._lock = asyncio.Lock()
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """The problems of folders and files that were found so far."""
+        return sorted(self._warned)
+
     def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
         """See `AdapterLibrary.cards`."""
         names = sorted(self._cards) if model is None else [model]

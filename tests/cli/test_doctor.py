@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from stable_audio_serve.cli import app
 from stable_audio_serve.doctor import machine, models
 from stable_audio_serve.doctor.issue_report import redact
 from stable_audio_serve.doctor.models import Feature
+from tests.adapter_files import write_file
 from tests.models.hub import Repo, pointing_library_at, running_hub
 from tests.serving.launched import free_port, write_config
 
@@ -119,6 +121,17 @@ def test_a_too_small_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert "its weights take 6.88 GB; it needs a larger GPU" in memory["message"]
     assert found["medium: profile"]["message"].startswith("auto")
     assert "medium: speed" not in found
+
+
+def test_adapters_that_cannot_be_used_are_named(folder: Path) -> None:
+    loras = {"mono": {"path": "/absent/mono.safetensors"}}
+    demo = {"name": "demo", "device": "cpu", "engine": {"warmup_budget_s": 0.2}}
+    result = doctor(models=[demo | {"loras": loras, "lora_folder": "/absent/loras"}])
+    for fault in ("the adapter folder /absent/loras cannot be read", "adapter 'mono'"):
+        assert re.search(rf"^warning +demo: adapters .*{fault}", result.stdout, re.MULTILINE)
+    write_file(folder / "loras" / "octave.safetensors")
+    found = findings(models=[demo | {"lora_folder": str(folder / "loras")}])["demo: adapters"]
+    assert (found["state"], found["message"]) == ("ok", "octave, octave-down")
 
 
 def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
