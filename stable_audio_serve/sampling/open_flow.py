@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
-from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan, guided_times, refused_sampler
+from stable_audio_serve.sampling.samplers import (
+    SAMPLERS,
+    FlowNetwork,
+    FlowSampler,
+    euler,
+    flow_plan,
+    pingpong,
+    refused_sampler,
+    rk4,
+)
 from stable_audio_serve.sampling.schedules import TimestepShift, check_level, check_steps
 from stable_audio_serve.sampling.terms import VELOCITY, PlanWriter, register
 
 _FIRST_LOG_SNR, _LAST_LOG_SNR = -6.0, 2.0
 
-_X, _PREVIOUS, _TOTAL = register(0), register(1), register(2)
+_X, _PREVIOUS = register(0), register(1)
 
 
 def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepShift, length: float) -> Tensor:
@@ -50,13 +60,10 @@ def build_open_flow_plan(
     first of `times`. For RK4 the first time can differ from `level`, because the shift warps only the times. Raises
     InvalidRequestError if the name `sampler` is unknown.
     """
-    if sampler in ("euler", "pingpong"):
-        return build_plan(sampler, times, guidance=guidance, has_source=has_source)
     if sampler not in _WRITERS:
         raise refused_sampler(sampler, SAMPLERS)
     level = float(times[0]) if level is None else level
-    writer = _WRITERS[sampler](times.to(torch.float32), guidance)
-    return writer.plan(source_scale=1.0 - level if has_source else 0.0, noise_scale=level if has_source else 1.0)
+    return flow_plan(_WRITERS[sampler], times, guidance=guidance, level=level, has_source=has_source)
 
 
 def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
@@ -67,50 +74,22 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
     step after t = 1, where lambda is -inf, the extrapolation has weight 0. Registers: x and the clean estimate of the
     previous step.
     """
-    writer, guided = PlanWriter(2), guided_times(guidance)
-    values: list[float] = times.tolist()
+    network = FlowNetwork(2, guidance)
     earlier: float | None = None
-    for t, following in itertools.pairwise(values):
+    for t, following in itertools.pairwise(times.tolist()):
         d = _X - VELOCITY * t
         h = _log_snr(following) - _log_snr(t)
         extrapolated = d
         if earlier and following != 0.0:
             extrapolated = d + (d - _PREVIOUS) * (h / (2.0 * earlier))
         moved = _X * (following / t) - extrapolated * ((1.0 - following) * math.expm1(-h))
-        writer.evaluate(moved, d, t=t, sigma=t, guided=guided(t))
-        writer.end_step()
+        network.evaluate(t, moved, d)
+        network.writer.end_step()
         earlier = h
-    return writer
+    return network.writer
 
 
-def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """The classical Runge-Kutta method of order 4. The last call of each step is at the step's end, even at time 0.
-
-    Three registers: x; the network's next input; x plus the weighted slopes of this step so far.
-    """
-    writer, guided = PlanWriter(3), guided_times(guidance)
-    for current, following in itertools.pairwise(times):
-        step = following - current
-        start, middle, end, dt = (float(value) for value in (current, current + step / 2, following, step))
-        writer.evaluate(
-            _X, _X + VELOCITY * (dt / 2), _X + VELOCITY * (dt / 6), t=start, sigma=start, guided=guided(start)
-        )
-        for reach in (dt / 2, dt):
-            writer.evaluate(
-                _X,
-                _X + VELOCITY * reach,
-                _TOTAL + VELOCITY * (dt / 3),
-                t=middle,
-                sigma=middle,
-                guided=guided(middle),
-                input_register=1,
-            )
-        writer.evaluate(_TOTAL + VELOCITY * (dt / 6), t=end, sigma=end, guided=guided(end), input_register=1)
-        writer.end_step()
-    return writer
-
-
-_WRITERS = {"dpmpp": _dpmpp, "rk4": _rk4}
+_WRITERS: Mapping[str, FlowSampler] = {"euler": euler, "rk4": rk4, "dpmpp": _dpmpp, "pingpong": pingpong}
 
 
 def _log_snr(time: float) -> float:

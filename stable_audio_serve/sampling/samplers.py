@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.terms import NOISE, VELOCITY, PlanWriter, Terms, register
 
 # Samplers of other programs that choose their step sizes while they run. They are refused, because a plan is made in
 # advance.
@@ -23,39 +25,31 @@ DATA_DEPENDENT = ("k-dpm-adaptive", "dpm-adaptive")
 _TINY = 1e-10  # denominators t and 1 - t' are at least this, as in the reference implementations
 _LAST_RK4_TIME = 1e-5  # RK4 calls the network at this time instead of t = 0
 
-_Guided = Callable[[float], bool]
-# The number of registers, the evaluations, and for each step the number of evaluations after which it is complete.
-_Plan = tuple[int, Sequence[Evaluation], Sequence[int]]
+_X, _PREVIOUS, _TOTAL = register(0), register(1), register(2)
+
+# A function that adds all steps of a sampler to a plan, from the times (steps + 1,) float32.
+FlowSampler = Callable[[Tensor, Guidance], PlanWriter]
 
 
 def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
     """Return the plan of `sampler` for one clip with the schedule `sigmas` (steps + 1,) float32, which ends at 0.
 
     The initial latents are noise, or with a source (1 - sigmas[0]) source + sigmas[0] noise. An evaluation is guided if
-    `cfg_scale` is not 1 and its time is within the interval of `guidance`. The comparison is in float32, as in the
-    reference implementations. Raises InvalidRequestError if the name `sampler` is unknown.
+    `cfg_scale` is not 1 and its time is within the interval of `guidance`. Raises InvalidRequestError if the name
+    `sampler` is unknown.
     """
-    times = sigmas.to(torch.float32)
-    num_registers, evaluations, step_ends = resolve_sampler(sampler)(times, guided_times(guidance))
-    level = float(times[0])
-    return SamplerPlan(
-        num_registers=num_registers,
-        source_scale=1.0 - level if has_source else 0.0,
-        noise_scale=level if has_source else 1.0,
-        evaluations=tuple(evaluations),
-        step_ends=tuple(step_ends),
-    )
+    if sampler not in _WRITERS:
+        raise refused_sampler(sampler, SAMPLERS)
+    return flow_plan(_WRITERS[sampler], sigmas, guidance=guidance, level=float(sigmas[0]), has_source=has_source)
 
 
-def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
-    """Return the function that makes plans of the sampler `name`.
+def flow_plan(write: FlowSampler, times: Tensor, *, guidance: Guidance, level: float, has_source: bool) -> SamplerPlan:
+    """Return the plan that `write` makes for one clip.
 
-    Raises InvalidRequestError, with the names of all samplers, if there is no such sampler.
+    The initial latents are noise, or with a source (1 - level) source + level noise.
     """
-    builder = _BUILDERS.get(name)
-    if builder is not None:
-        return builder
-    raise refused_sampler(name, SAMPLERS)
+    writer = write(times.to(torch.float32), guidance)
+    return writer.plan(source_scale=1.0 - level if has_source else 0.0, noise_scale=level if has_source else 1.0)
 
 
 def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
@@ -68,116 +62,87 @@ def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
     return InvalidRequestError(message, field="sampler_type", allowed=valid)
 
 
-def _euler(times: Tensor, guided: _Guided) -> _Plan:
+class FlowNetwork:
+    """Adds calls of a flow model's network to the plan of `writer`."""
+
+    def __init__(self, num_registers: int, guidance: Guidance) -> None:
+        self.writer = PlanWriter(num_registers)
+        self._is_guided = guidance.cfg_scale != 1.0
+        # Times and the interval are compared in float32, as in the reference implementations.
+        self._low, self._high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
+
+    def evaluate(self, t: float, *targets: Terms, input_register: int = 0) -> None:
+        """Add one network call at time t. Afterwards the registers are set to `targets`."""
+        guided = self._is_guided and self._low <= t <= self._high
+        self.writer.evaluate(*targets, t=t, sigma=t, guided=guided, input_register=input_register)
+
+
+def euler(times: Tensor, guidance: Guidance) -> PlanWriter:
     """Euler's method: a step from t to t' sets x to x + (t' - t) v, where v is the velocity."""
-    evaluations = [_evaluation(t, guided, a=((1.0,),), b=(following - t,)) for t, following in _pairs(times)]
-    return 1, evaluations, range(1, len(evaluations) + 1)
+    network = FlowNetwork(1, guidance)
+    for t, following in itertools.pairwise(times.tolist()):
+        network.evaluate(t, _X + VELOCITY * (following - t))
+        network.writer.end_step()
+    return network.writer
 
 
-def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
+def pingpong(times: Tensor, guidance: Guidance) -> PlanWriter:
     """Ping-pong: a step to time t' sets x to (1 - t') D + t' eps, where D is the clean estimate and eps fresh noise.
     The last step draws noise too, although its weight is 0.
     """
-    evaluations = [
-        _evaluation(t, guided, a=((1.0 - following,),), b=(-(1.0 - following) * t,), c=(following,), draws_noise=True)
-        for t, following in _pairs(times)
-    ]
-    return 1, evaluations, range(1, len(evaluations) + 1)
+    network = FlowNetwork(1, guidance)
+    for t, following in itertools.pairwise(times.tolist()):
+        network.evaluate(t, (_X - VELOCITY * t) * (1.0 - following) + NOISE * following)
+        network.writer.end_step()
+    return network.writer
 
 
-def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
+def rk4(times: Tensor, guidance: Guidance, *, last_time: float = 0.0) -> PlanWriter:
+    """The classical Runge-Kutta method of order 4. The last call of a step is at the step's end, or at `last_time` if
+    that is later.
+
+    Three registers: x; the network's next input; x plus the weighted slopes of this step so far.
+    """
+    network = FlowNetwork(3, guidance)
+    for current, following in itertools.pairwise(times):
+        step = following - current
+        middle, end, dt = float(current + step / 2), float(following.clamp(min=last_time)), float(step)
+        network.evaluate(float(current), _X, _X + VELOCITY * (dt / 2), _X + VELOCITY * (dt / 6))
+        for reach in (dt / 2, dt):
+            network.evaluate(middle, _X, _X + VELOCITY * reach, _TOTAL + VELOCITY * (dt / 3), input_register=1)
+        network.evaluate(end, _TOTAL + VELOCITY * (dt / 6), input_register=1)
+        network.writer.end_step()
+    return network.writer
+
+
+def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
     """DPM-Solver++ of order 2 for flow models. Registers: x and the clean estimate of the previous step.
 
     A step from t to t' sets x to (t'/t) x - (1 - t') c D', where c = (t' - t) / ((1 - t') t). D' is extrapolated from
     the clean estimates of the previous and this step. In the first step, in the last step, and where two earlier times
     have the same log-SNR, D' is the clean estimate of this step.
     """
-    evaluations: list[Evaluation] = []
+    network = FlowNetwork(2, guidance)
     previous: float | None = None
-    for t, following in _pairs(times):
-        scale = following / t
-        weight = -(1.0 - following) * (following - t) / (max(1.0 - following, _TINY) * max(t, _TINY))
+    for t, following in itertools.pairwise(times.tolist()):
+        d = _X - VELOCITY * t
         history = 0.0
         if previous is not None and following != 0.0 and (span := _log_snr(t) - _log_snr(previous)) != 0.0:
             history = 0.5 * (_log_snr(following) - _log_snr(t)) / span
-        on_estimate = weight * (1.0 + history)
-        evaluations.append(
-            _evaluation(
-                t,
-                guided,
-                a=((scale + on_estimate, -weight * history), (1.0, 0.0)),
-                b=(-on_estimate * t, -t),
-            )
-        )
+        weight = -(1.0 - following) * (following - t) / (max(1.0 - following, _TINY) * max(t, _TINY))
+        network.evaluate(t, _X * (following / t) + d * (weight * (1.0 + history)) - _PREVIOUS * (weight * history), d)
+        network.writer.end_step()
         previous = t
-    return 2, evaluations, range(1, len(evaluations) + 1)
+    return network.writer
 
 
-def _rk4(times: Tensor, guided: _Guided) -> _Plan:
-    """The classical Runge-Kutta method of order 4.
-
-    Three registers: x; the network's next input; x plus the weighted slopes of this step so far.
-    """
-    evaluations: list[Evaluation] = []
-    for current, following in itertools.pairwise(times):
-        step = following - current
-        middle, end = float(current + step / 2), float((current + step).clamp(min=_LAST_RK4_TIME))
-        dt, x, point, total = float(step), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
-        evaluations += [
-            _evaluation(float(current), guided, a=(x, x, x), b=(0.0, dt / 2, dt / 6)),
-            _evaluation(middle, guided, a=(x, x, total), b=(0.0, dt / 2, dt / 3), input_register=1),
-            _evaluation(middle, guided, a=(x, x, total), b=(0.0, dt, dt / 3), input_register=1),
-            _evaluation(end, guided, a=(total, point, total), b=(dt / 6, 0.0, 0.0), input_register=1),
-        ]
-    return 3, evaluations, range(4, len(evaluations) + 1, 4)
-
-
-_BUILDERS: dict[str, Callable[[Tensor, _Guided], _Plan]] = {
-    "euler": _euler,
-    "rk4": _rk4,
+_WRITERS: Mapping[str, FlowSampler] = {
+    "euler": euler,
+    "rk4": partial(rk4, last_time=_LAST_RK4_TIME),
     "dpmpp": _dpmpp,
-    "pingpong": _pingpong,
+    "pingpong": pingpong,
 }
-SAMPLERS = tuple(_BUILDERS)
-
-
-def _evaluation(
-    time: float,
-    guided: _Guided,
-    *,
-    a: tuple[tuple[float, ...], ...],
-    b: tuple[float, ...],
-    c: tuple[float, ...] | None = None,
-    input_register: int = 0,
-    draws_noise: bool = False,
-) -> Evaluation:
-    zeros = (0.0,) * len(b)
-    return Evaluation(
-        t=time,
-        sigma=time,
-        input_register=input_register,
-        input_scale=1.0,
-        guided=guided(time),
-        a=a,
-        b=b,
-        b_uncond=zeros,
-        c=c or zeros,
-        draws_noise=draws_noise,
-    )
-
-
-def _pairs(times: Tensor) -> list[tuple[float, float]]:
-    values: list[float] = times.tolist()
-    return list(itertools.pairwise(values))
-
-
-def guided_times(guidance: Guidance) -> _Guided:
-    """Return a function that, given a time, returns whether a flow model's evaluation at that time is guided.
-
-    The time and the interval of `guidance` are compared in float32, as in the reference implementations.
-    """
-    low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
-    return lambda time: guidance.cfg_scale != 1.0 and low <= time <= high
+SAMPLERS = tuple(_WRITERS)
 
 
 def _log_snr(time: float) -> float:
