@@ -89,10 +89,12 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
         render = elevenlabs.render_error if is_elevenlabs(request) else render_openai_error
         return render(request, error)
 
-    async def list_models(request: Request) -> info.ModelList | Response:
+    async def list_models(request: Request, response: Response) -> info.ModelList | Response:
         """List the served models. A request with the header `xi-api-key` gets ElevenLabs' list."""
+        headers = {"Vary": ELEVENLABS_HEADER}
         if is_elevenlabs(request):
-            return JSONResponse(elevenlabs.list_models(service.backend.catalog))
+            return JSONResponse(elevenlabs.list_models(service.backend.catalog), headers=headers)
+        response.headers.update(headers)
         owner = "vllm" if dialect == "vllm" else NAME
         return info.describe_models(service, owned_by=owner, created_at=created_at)
 

@@ -516,8 +516,9 @@ async def test_keys_are_accepted_in_three_headers() -> None:
 
 
 async def test_list_of_models_depends_on_the_header(client: httpx.AsyncClient) -> None:
-    ours = (await client.get("/v1/models")).json()
-    theirs = (await client.get("/v1/models", headers={"xi-api-key": "any"})).json()
+    answers = [await client.get("/v1/models", headers=headers) for headers in ({}, {"xi-api-key": "any"})]
+    assert ["xi-api-key" in answer.headers["vary"] for answer in answers] == [True, True]
+    ours, theirs = (answer.json() for answer in answers)
     assert [model["model_id"] for model in theirs] == [model["id"] for model in ours["data"]]
     assert {"name", "languages", "can_do_text_to_speech"} <= theirs[0].keys()
     assert (await client.get("/elevenlabs/v1/models")).json() == theirs
