@@ -1,5 +1,5 @@
 """Loads a model registry entry: finds or downloads its files and calls the loader of its model family. Importing this
-module also registers the types of autoencoder parts and conditioners that checkpoints may name.
+module also registers the types of autoencoder parts that checkpoints may name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from stable_audio_serve.models.checkpoint_files import check_encoder, list_folde
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.download import download_entry, download_text_encoder
 from stable_audio_serve.models.oscillator import parts as oscillator_parts
-from stable_audio_serve.models.oscillator import timeline
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import ModelEntry, describe_entry
@@ -43,7 +42,7 @@ class _Load(Protocol):
 
 
 _LOADERS: Mapping[str, _Load] = {SA3_FAMILY: load_sa3, OPEN_FAMILY: load_sao}
-_REGISTERED = (oscillator_parts, timeline)  # these modules are imported only because they register types
+_REGISTERED = (oscillator_parts,)  # this module is imported only because it registers types
 
 
 def load_model(

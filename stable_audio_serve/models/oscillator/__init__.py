@@ -1,1 +1,1 @@
-"""The demo model's autoencoder parts and conditioner, registered by type."""
+"""The demo model's autoencoder parts and conditioner."""

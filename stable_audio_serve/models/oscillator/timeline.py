@@ -1,8 +1,8 @@
 """Features of each latent frame's position in its clip and in the beat, for the denoiser's per-frame conditioning.
 
 The denoiser needs these features because rotary attention sees only distances between frames, while beats and sweeps
-depend on absolute positions. Registers the conditioner type `timeline`. The conditioner's `config` defines how to read
-a tempo from a prompt.
+depend on absolute positions. A checkpoint's config names the conditioner by its type, `timeline`. The conditioner's
+`config` defines how to read a tempo from a prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.frame_conditioners import register_frame_conditioner
 
 _PROGRESS_HARMONICS = (1, 2, 3, 4, 5, 6)
 _START_S = (0.1, 0.3, 1.0, 3.0)
@@ -74,7 +73,7 @@ def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, 
 
 
 class Timeline:
-    """The conditioner `timeline`. Its features are the progress in the clip, and the beat at the prompt's tempo."""
+    """A conditioner without weights. Its features are the progress in the clip, and the beat at the prompt's tempo."""
 
     num_features = NUM_TIMELINE_FEATURES
 
@@ -92,7 +91,6 @@ class Timeline:
         )
 
 
-@register_frame_conditioner("timeline")
 def build_timeline(config: ConfigReader) -> Timeline:
     """Build a Timeline from the config section `{tempo: {pattern, default, min_val, max_val}}`.
 

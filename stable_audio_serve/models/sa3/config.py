@@ -12,11 +12,7 @@ from typing import Any
 
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, MAX_TOKENS, ConfigReader
-from stable_audio_serve.models.frame_conditioners import (
-    FrameConditioner,
-    build_frame_conditioner,
-    frame_conditioner_types,
-)
+from stable_audio_serve.models.oscillator.timeline import Timeline, build_timeline
 from stable_audio_serve.models.sa3.lengths import LengthRule
 
 # Config keys that have no effect on inference, at any depth of the file.
@@ -166,7 +162,7 @@ class Sa3Config:
     chunked: bool
     prompt: PromptConfig
     numbers: tuple[NumberConfig, ...]
-    frame_conditioners: Mapping[str, FrameConditioner]
+    frame_conditioners: Mapping[str, Timeline]
     context_ids: tuple[str, ...]
     global_ids: tuple[str, ...]
     local_ids: tuple[str, ...]
@@ -227,18 +223,18 @@ def _parse_lengths(config: ConfigReader, autoencoder: ConfigReader) -> LengthRul
 
 def _parse_conditioners(
     conditioning: ConfigReader,
-) -> tuple[PromptConfig, tuple[NumberConfig, ...], dict[str, FrameConditioner]]:
+) -> tuple[PromptConfig, tuple[NumberConfig, ...], dict[str, Timeline]]:
     width = conditioning.integer("cond_dim")
     prompts, numbers = [], []
-    frame_conditioners: dict[str, FrameConditioner] = {}
+    frame_conditioners: dict[str, Timeline] = {}
     for item in conditioning.sections("configs"):
-        match item.choice("type", ("t5gemma", "number", *frame_conditioner_types())):
+        match item.choice("type", ("t5gemma", "number", "timeline")):
             case "t5gemma":
                 prompts.append(_parse_prompt(item, width))
             case "number":
                 numbers.append(_parse_number(item, width))
             case _:
-                frame_conditioners[item.text("id")] = build_frame_conditioner(item)
+                frame_conditioners[item.text("id")] = build_timeline(item.section("config"))
     # `default_keys` has a substitute for each number that a request may omit. A request to this server always has all
     # numbers, so an entry for one of them would have no effect. Such an entry is refused.
     for id_ in conditioning.plain("default_keys") or {}:
