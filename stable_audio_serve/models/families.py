@@ -1,6 +1,4 @@
-"""Loads a model registry entry: finds or downloads its files and calls the loader of its model family. Importing this
-module also registers the types of autoencoder parts that checkpoints may name.
-"""
+"""Loads a model registry entry: finds or downloads its files and calls the loader of its model family."""
 
 from __future__ import annotations
 
@@ -16,7 +14,6 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.models.checkpoint_files import check_encoder, list_folder
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.download import download_entry, download_text_encoder
-from stable_audio_serve.models.oscillator import parts as oscillator_parts
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import ModelEntry, describe_entry
@@ -42,7 +39,6 @@ class _Load(Protocol):
 
 
 _LOADERS: Mapping[str, _Load] = {SA3_FAMILY: load_sa3, OPEN_FAMILY: load_sao}
-_REGISTERED = (oscillator_parts,)  # this module is imported only because it registers types
 
 
 def load_model(

@@ -1,24 +1,19 @@
-"""The interfaces of the four parts of an audio autoencoder, and a registry of functions that build them.
+"""The interfaces of the four parts of an audio autoencoder.
 
-To add a type of part, decorate its build function (config -> nn.Module) with `register_part(kind, type)`. Import the
-function's module in `stable_audio_serve/models/families.py`, so that the type is registered before any checkpoint is
-built. Encoding runs pretransform, encoder and bottleneck; decoding runs bottleneck, decoder and pretransform.
+To add a type of part, add its build function to the tables in `stable_audio_serve/models/sa3/autoencoder.py`. Encoding
+runs pretransform, encoder and bottleneck; decoding runs bottleneck, decoder and pretransform.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.sampling.noise import NoiseSource
-
-PartKind = Literal["pretransform", "encoder", "decoder", "bottleneck"]
-PartBuilder = Callable[[ConfigReader], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,33 +99,6 @@ class Bottleneck(Protocol):
     def decode(self, latents: Tensor, noise: Noises) -> Tensor:
         """The denoiser's latents (batch, latent channels, latent frames) -> the decoder's input."""
         ...
-
-
-_BUILDERS: dict[tuple[PartKind, str], PartBuilder] = {}
-
-
-def register_part(kind: PartKind, *types: str) -> Callable[[PartBuilder], PartBuilder]:
-    """Register the decorated function as the builder of parts of these types.
-
-    The function is called with the part's `config` section.
-    """
-
-    def register(builder: PartBuilder) -> PartBuilder:
-        for type_ in types:
-            _BUILDERS[kind, type_] = builder
-        return builder
-
-    return register
-
-
-def build_part(kind: PartKind, config: ConfigReader) -> nn.Module:
-    """Build the part described by the keys `type` and `config` of the section `config`.
-
-    Raises CheckpointError naming an unknown type.
-    """
-    known = [type_ for registered, type_ in _BUILDERS if registered == kind]
-    type_ = config.choice("type", sorted(known))
-    return _BUILDERS[kind, type_](config.section("config", optional=True))
 
 
 def stack_draws(

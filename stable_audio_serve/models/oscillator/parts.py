@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.oscillator.analysis import analyse
 from stable_audio_serve.models.oscillator.bank import FRAME_SAMPLES, OscillatorBank
-from stable_audio_serve.models.parts import Noises, WindowNoise, register_part, stack_draws
+from stable_audio_serve.models.parts import Noises, WindowNoise, stack_draws
 
 
 class ResidualBlock(nn.Module):
@@ -143,7 +143,6 @@ class OscillatorBankPretransform(nn.Module):
         return drawn.transpose(1, 2).flatten(2)[..., : num_frames * FRAME_SAMPLES]
 
 
-@register_part("pretransform", "oscillator_bank")
 def build_oscillator_bank(config: ConfigReader) -> OscillatorBankPretransform:
     """Build the pretransform from the innermost `pretransform.config` section of a checkpoint's config."""
     if config.integer("channels", default=2) != 2:
@@ -151,13 +150,11 @@ def build_oscillator_bank(config: ConfigReader) -> OscillatorBankPretransform:
     return OscillatorBankPretransform(frames_per_latent=config.integer("frames_per_latent"))
 
 
-@register_part("encoder", "patch_mlp")
 def build_encoder(config: ConfigReader) -> PatchMlpEncoder:
     """Build the encoder from the `encoder.config` section of a checkpoint's config."""
     return PatchMlpEncoder(in_channels=config.integer("in_channels"), **_sizes(config))
 
 
-@register_part("decoder", "patch_mlp")
 def build_decoder(config: ConfigReader) -> PatchMlpDecoder:
     """Build the decoder from the `decoder.config` section of a checkpoint's config."""
     return PatchMlpDecoder(out_channels=config.integer("out_channels"), **_sizes(config))

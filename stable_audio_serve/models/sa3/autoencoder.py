@@ -6,29 +6,31 @@ Module names are the checkpoint's keys below `pretransform.model.`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.oscillator import parts as oscillator
 from stable_audio_serve.models.parts import (
     Bottleneck,
     Decoder,
     Encoder,
     Noises,
     Pretransform,
-    build_part,
-    register_part,
     stack_draws,
 )
 from stable_audio_serve.models.precision import Products
 from stable_audio_serve.models.sa3 import same
 
-PART_MODULES = (same,)  # this module is imported only because it registers types of parts
 REGULARIZATION = 1e-3
+
+_Part = TypeVar("_Part")
+_Builders = Mapping[str, Callable[[ConfigReader], _Part]]
 
 
 class Patched(nn.Module):
@@ -93,10 +95,10 @@ class AudioAutoencoder(nn.Module):
     def __init__(self, config: ConfigReader) -> None:
         """`config` is the autoencoder's section. Raises CheckpointError naming the key that cannot be used."""
         super().__init__()
-        self.pretransform = cast("Pretransform", build_part("pretransform", config.section("pretransform")))
-        self.encoder = cast("Encoder", build_part("encoder", config.section("encoder")))
-        self.decoder = cast("Decoder", build_part("decoder", config.section("decoder")))
-        self.bottleneck = cast("Bottleneck", build_part("bottleneck", config.section("bottleneck")))
+        self.pretransform = _build(_PRETRANSFORMS, config.section("pretransform"))
+        self.encoder = _build(_ENCODERS, config.section("encoder"))
+        self.decoder = _build(_DECODERS, config.section("decoder"))
+        self.bottleneck = _build(_BOTTLENECKS, config.section("bottleneck"))
         config.require(soft_clip=False)
         self.channels = config.integer("io_channels", default=2)
         self.latent_channels = config.integer("latent_dim")
@@ -150,16 +152,38 @@ class AudioAutoencoder(nn.Module):
         return self.pretransform.decode(frames.float(), noise)
 
 
-@register_part("pretransform", "patched")
 def build_patched(config: ConfigReader) -> Patched:
     """Build the pretransform from the innermost `pretransform.config` section of a checkpoint's config."""
     config.require(oversampling=1)
     return Patched(config.integer("channels"), config.integer("patch_size"))
 
 
-@register_part("bottleneck", "softnorm")
 def build_softnorm(config: ConfigReader) -> SoftNorm:
     """Build the bottleneck from the `bottleneck.config` section of a checkpoint's config."""
     if config.integer("noise_augment_dim", default=0, at_least=0):
         raise config.unusable("noise_augment_dim", "0")
     return SoftNorm(config.integer("dim"), regularized=config.flag("noise_regularize", default=False))
+
+
+# The functions that build parts, by a part's `type`. They are called with the part's `config` section.
+_PRETRANSFORMS: _Builders[Pretransform] = {
+    "oscillator_bank": oscillator.build_oscillator_bank,
+    "patched": build_patched,
+}
+_ENCODERS: _Builders[Encoder] = {
+    "patch_mlp": oscillator.build_encoder,
+    "same": same.build_encoder,
+    "taae_v2": same.build_encoder,
+}
+_DECODERS: _Builders[Decoder] = {
+    "patch_mlp": oscillator.build_decoder,
+    "same": same.build_decoder,
+    "taae_v2": same.build_decoder,
+}
+_BOTTLENECKS: _Builders[Bottleneck] = {"softnorm": build_softnorm}
+
+
+def _build(builders: _Builders[_Part], config: ConfigReader) -> _Part:
+    """Build the part described by the keys `type` and `config`. Raises CheckpointError naming an unknown type."""
+    build = builders[config.choice("type", tuple(builders))]
+    return build(config.section("config", optional=True))

@@ -32,7 +32,7 @@ from stable_audio_serve.models.blocks import (
     sine,
 )
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_TOKENS, ConfigReader
-from stable_audio_serve.models.parts import Noises, register_part, stack_draws
+from stable_audio_serve.models.parts import Noises, stack_draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,13 +355,11 @@ class SameDecoder(nn.Module):
         return block.mapping(kept.transpose(1, 2))
 
 
-@register_part("encoder", "same", "taae_v2")
 def build_encoder(config: ConfigReader) -> SameEncoder:
     """Build the encoder from the `encoder.config` section of a checkpoint's config."""
     return SameEncoder(parse_same(config, channels_key="in_channels"))
 
 
-@register_part("decoder", "same", "taae_v2")
 def build_decoder(config: ConfigReader) -> SameDecoder:
     """Build the decoder from the `decoder.config` section of a checkpoint's config."""
     return SameDecoder(parse_same(config, channels_key="out_channels"))

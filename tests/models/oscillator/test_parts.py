@@ -3,7 +3,6 @@ from __future__ import annotations
 import torch
 
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.oscillator import parts  # noqa: F401 - registers the types
 from stable_audio_serve.models.oscillator.bank import FRAME_SAMPLES, NUM_CHANNELS
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
