@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -36,28 +36,6 @@ _TTL_S = 0.5  # if the status is older, it is fetched again in the background; c
 _STALE_S = 2.0  # if the status is older, callers wait for the new status
 _TIMEOUT_S = 0.8
 _QUALITY = TypeAdapter(ModelQuality | None)
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaStats:
-    """Statistics that a replica publishes for operators. It publishes them together with its `ReplicaWork`.
-
-    `start_s` is the duration of each stage of the replica's start in seconds.
-    """
-
-    device: str
-    dtype: str
-    profile: str
-    memory_bytes: Mapping[str, int]
-    in_flight: int
-    rows_per_step: float | None
-    finished_per_minute: int
-    start_s: Mapping[str, float]
-    quality: ModelQuality
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, because Ray Serve's controller sends statistics to the routers as a dict."""
-        return asdict(self)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import autoscaling_stats
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics, RecentSum, StepMeter
-from stable_audio_serve.serving.model_states import ReplicaStats, read_application
+from stable_audio_serve.serving.model_states import read_application
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 if TYPE_CHECKING:
@@ -161,23 +162,20 @@ class ModelReplica:
 
         Called by Ray Serve every second.
         """
-        stats = ReplicaStats(
-            device=str(self._engine.device),
-            dtype=self._engine.dtype,
-            profile=self._engine.describe_profile(),
-            memory_bytes=self._engine.memory.parts(),
-            in_flight=self._in_flight,
-            rows_per_step=self._meter.rows_per_step,
-            finished_per_minute=int(self._finished.total),
-            start_s=self._start_s,
-            quality=self._quality,
+        work = ReplicaWork.now(
+            self._engine.backlog_ms, self._engine.prices(), adapters=self._engine.adapters_in_memory()
         )
-        return (
-            ReplicaWork.now(
-                self._engine.backlog_ms, self._engine.prices(), adapters=self._engine.adapters_in_memory()
-            ).to_dict()
-            | stats.to_dict()
-        )
+        return work.to_dict() | {
+            "device": str(self._engine.device),
+            "dtype": self._engine.dtype,
+            "profile": self._engine.describe_profile(),
+            "memory_bytes": self._engine.memory.parts(),
+            "in_flight": self._in_flight,
+            "rows_per_step": self._meter.rows_per_step,
+            "finished_per_minute": int(self._finished.total),
+            "start_s": self._start_s,
+            "quality": asdict(self._quality),
+        }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the statistics for this model's autoscaling policy. Called by Ray Serve every second."""

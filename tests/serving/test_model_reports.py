@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from stable_audio_serve.core.catalog import ModelQuality
 from stable_audio_serve.core.operations import ReplicaReport
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.serving import model_states
-from stable_audio_serve.serving.model_states import ReplicaStats, last_prices, record_stats, reports
+from stable_audio_serve.serving.model_states import last_prices, record_stats, reports
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 
@@ -25,15 +27,15 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_reports_have_an_age_and_dead_replicas_are_dropped(now: list[float]) -> None:
     quality = ModelQuality("passed", "b17e", revision="12")
     own = {"in_flight": 2, "rows_per_step": 3.5, "finished_per_minute": 9, "start_s": {"load": 1.5}, "quality": quality}
-    stats = ReplicaStats("cuda:0", "float16", "plain", {"weights": 7}, **own).to_dict()
-    stats["backlog_ms"] = 1500.0
+    device = {"device": "cuda:0", "dtype": "float16", "profile": "plain", "memory_bytes": {"weights": 7}}
+    stats = device | own | {"quality": asdict(quality), "backlog_ms": 1500.0}
     record_stats("m", {"b": stats, "a": {}})
     now[0] += 2
     record_stats("m", {"b": stats, "a": {"said_at": 1.0}})  # b hangs, so its statistics are the same as before
     now[0] += 1
     assert reports("m") == (
         ReplicaReport("a", 1.0),
-        ReplicaReport("b", 3.0, "cuda:0", "float16", "plain", {"weights": 7}, backlog_s=1.5, **own),
+        ReplicaReport("b", 3.0, backlog_s=1.5, **device, **own),
     )
     record_stats("m", {"a": {"said_at": 1.0}})
     assert [report.id for report in reports("m")] == ["a"]
