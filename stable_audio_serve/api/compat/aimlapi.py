@@ -28,7 +28,7 @@ from stable_audio_serve.api.fields import IS_NONE
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
+from stable_audio_serve.api.refusals import Refusal, Refusals
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
@@ -207,11 +207,6 @@ def _describe(job: Job, base: str) -> AimlGeneration:
     return AimlGeneration(id=job.spec.id, status=status)
 
 
-def render_error(request: Request, error: ExpectedError) -> Response:
-    """Return the response to an expected error."""
-    return _REFUSALS.answer(request, error)
-
-
 def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[AimlFault]:
     part, *path = fault["loc"]
     if not path and fault["type"] == "missing":  # the body is missing: report its required fields
@@ -271,3 +266,4 @@ _REFUSALS: Refusals[int, AimlFault, Response] = Refusals(
     answer_http=_answer_http,
     answer_error=_answer_error,
 )
+render_error = _REFUSALS.answer  # returns the response to an expected error

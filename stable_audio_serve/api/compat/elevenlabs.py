@@ -21,7 +21,7 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import ExpectedError, Refusals
+from stable_audio_serve.api.refusals import Refusals
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.section_audio import can_grow, make_piece
 from stable_audio_serve.api.service import Output, Service, resolve_seed
@@ -357,11 +357,6 @@ def _encoding(name: str) -> Encoding:
     return Encoding(AudioFormat(file_format), int(kbps[0]) if kbps else None, sample_rate_hz=int(rate_hz))
 
 
-def render_error(request: Request, error: ExpectedError) -> Response:
-    """Return the response to an expected error."""
-    return _REFUSALS.answer(request, error)
-
-
 def _fault(field: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": f"{field}: {message}"}])
 
@@ -397,3 +392,4 @@ _REFUSALS: Refusals[int, dict[str, Any], Response] = Refusals(
     answer_http=lambda _, error: _answer(error.status_code, str(error.detail), headers=error.headers),
     answer_error=lambda _, refusal: _answer(refusal.row, refusal.message, headers=refusal.headers),
 )
+render_error = _REFUSALS.answer  # returns the response to an expected error

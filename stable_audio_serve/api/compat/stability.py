@@ -20,7 +20,7 @@ from stable_audio_serve.api.answers import chain, file_chunks
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import NOT_BLANK, Finite
 from stable_audio_serve.api.middleware.observe import note
-from stable_audio_serve.api.refusals import ExpectedError, Refusals, field_and_message
+from stable_audio_serve.api.refusals import Refusals, field_and_message
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.artifacts.store import StoredFile
@@ -365,11 +365,6 @@ def _audio(request: Request, content: AsyncIterator[bytes], *, file: EncodedFile
     return StreamingResponse(in_base64(), headers=headers, media_type="application/json")
 
 
-def render_error(request: Request, error: ExpectedError) -> Response:
-    """Return the response to an expected error."""
-    return _REFUSALS.answer(request, error)
-
-
 def _check(field: str, value: float | None, *, low: float, high: float, where: str = "") -> None:
     if value is not None and not low <= value <= high:
         raise _fault(field, f"must be from {low:g} to {high:g}{where}")
@@ -398,3 +393,4 @@ _REFUSALS: Refusals[int, tuple[str, str], Response] = Refusals(
     answer_http=lambda request, error: _answer(request, error.status_code, [str(error.detail)], error.headers),
     answer_error=lambda request, refusal: _answer(request, refusal.row, [refusal.message], refusal.headers),
 )
+render_error = _REFUSALS.answer  # returns the response to an expected error

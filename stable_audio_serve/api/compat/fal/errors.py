@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat.fal.wire import APP, ERROR_TYPE, REQUEST_ID, RETRYABLE, TIMEOUT_TYPE
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
+from stable_audio_serve.api.refusals import Refusal, Refusals
 from stable_audio_serve.core.errors import InvalidRequestError, InvalidUploadError, StableAudioError
 from stable_audio_serve.jobs.job import Job
 
@@ -64,11 +64,6 @@ def failure_of(job: Job) -> Failure:
     if job.error.code in (InvalidRequestError.kind, InvalidUploadError.kind):
         return _invalid([_fault(job.error.message, job.error.field)])
     return _failure(_KINDS.get(job.error.code, _INTERNAL), job.error.message, is_stored=True)
-
-
-def render_error(request: Request, error: ExpectedError) -> Response:
-    """Return the response to an expected error."""
-    return _REFUSALS.answer(request, error)
 
 
 def render_failure(request: Request, failure: Failure, *, headers: Mapping[str, str] | None = None) -> Response:
@@ -146,3 +141,4 @@ _REFUSALS: Refusals[tuple[int, str], dict[str, Any], Response] = Refusals(
     answer_http=_answer_http,
     answer_error=_answer_error,
 )
+render_error = _REFUSALS.answer  # returns the response to an expected error

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, field_and_message, name_missing
+from stable_audio_serve.api.refusals import Refusal, Refusals, field_and_message, name_missing
 from stable_audio_serve.core.errors import UnknownModelError
 
 _VALIDATION = "Bad Request"  # the error type of an invalid body; checks after body validation use "BadRequestError"
@@ -37,11 +37,6 @@ _NAMES = {
     "cfg_scale": "guidance_scale",
 }
 _NOT_ABOUT_THE_BODY = {405: ("Method Not Allowed", None), 503: ("ServiceUnavailableError", None)}
-
-
-def render_error(request: Request, error: ExpectedError) -> Response:
-    """Return the response to an expected error."""
-    return _REFUSALS.answer(request, error)
 
 
 def unknown_model(name: str) -> UnknownModelError:
@@ -89,3 +84,4 @@ _REFUSALS: Refusals[tuple[int, str], tuple[str, str], Response] = Refusals(
     answer_http=_answer_http,
     answer_error=_answer_error,
 )
+render_error = _REFUSALS.answer  # returns the response to an expected error
