@@ -1,5 +1,5 @@
-"""What the models whose networks this project implements have in common: text encoding, and the choice of a denoiser
-call's token layout (padded or packed).
+"""What the models whose networks this project implements have in common: text encoding, the context of the
+unconditional branch, and the choice of a denoiser call's token layout (padded or packed).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stable_audio_serve.models.blocks.fused import use_kernels
 from stable_audio_serve.models.blocks.kernel_check import load_kernels
 from stable_audio_serve.models.blocks.varlen import attend_packed
 from stable_audio_serve.models.precision import decoder_products, stores_half
-from stable_audio_serve.models.protocol import ModelSpec, StepBatch, TextEmbedding
+from stable_audio_serve.models.protocol import BranchConditioning, ModelSpec, StepBatch, TextEmbedding
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling.transfer import to_device
@@ -33,6 +33,16 @@ def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:
         slots = batch.slots.get(CONTEXT)
         return PackedSegments(batch.segments, num_prefix=num_prefix, slots=slots, varlen=attend_packed)
     return Packed(batch.frames, batch.valid_frames, num_prefix=num_prefix) if batch.frames else None
+
+
+def without_context(branch: BranchConditioning) -> BranchConditioning:
+    """Returns the unconditional branch: the same row with all context tokens zero."""
+    return replace(branch, constants={name: value for name, value in branch.constants.items() if name != CONTEXT})
+
+
+def with_context(branch: BranchConditioning, context: Tensor) -> BranchConditioning:
+    """Returns `branch` with the cross-attention keys and values `context` of another row, without a batch axis."""
+    return replace(branch, constants={**branch.constants, CONTEXT: context})
 
 
 class NativeModel:

@@ -19,7 +19,7 @@ from stable_audio_serve.models.adapters.header import CONDITIONERS
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.packed import join_local
 from stable_audio_serve.models.blocks.varlen import has_varlen
-from stable_audio_serve.models.native import CONTEXT, NativeModel, packed_layout
+from stable_audio_serve.models.native import CONTEXT, NativeModel, packed_layout, with_context, without_context
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import (
@@ -154,14 +154,15 @@ class Sa3Model(NativeModel):
         numbers = {id_: self._embed_number(id_, plan.numbers[id_]) for id_ in self.numbers}
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
         local = self._local_conditioning(plan, inpaint_latents)
-        row = self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond, local=local)
-        conditional = to_branch(row)
+        conditional = to_branch(
+            self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond, local=local)
+        )
         if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
             return RowConditioning(conditional, None)
         if negative is None:
             return RowConditioning(conditional, without_context(conditional))
         tokens = torch.where(negative.mask[:, None], negative.tokens, torch.zeros_like(negative.tokens))
-        away = replace(row, context=self.denoiser.project_context(self._context(tokens, numbers)))
+        away = self.denoiser.project_context(self._context(tokens, numbers))[0]
         return RowConditioning(conditional, with_context(conditional, away))
 
     @torch.inference_mode()
@@ -245,17 +246,6 @@ def to_branch(row: DenoiserConditioning) -> BranchConditioning:
         else:
             by_frame[_LOCAL] = local.transpose(1, 2).flatten(0, 1)
     return BranchConditioning(constants, by_frame)
-
-
-def without_context(branch: BranchConditioning) -> BranchConditioning:
-    """Returns the unconditional branch: the same row with all context tokens zero."""
-    return replace(branch, constants={name: value for name, value in branch.constants.items() if name != CONTEXT})
-
-
-def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> BranchConditioning:
-    """Returns `branch` with the cross-attention context of `other`."""
-    context = to_branch(other).constants[CONTEXT]
-    return replace(branch, constants={**branch.constants, CONTEXT: context})
 
 
 def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning:

@@ -15,7 +15,7 @@ from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.varlen import has_varlen
-from stable_audio_serve.models.native import CONTEXT, NativeModel, packed_layout
+from stable_audio_serve.models.native import CONTEXT, NativeModel, packed_layout, with_context, without_context
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
 from stable_audio_serve.models.protocol import (
@@ -132,14 +132,13 @@ class SaoModel(NativeModel):
         """
         numbers = self._embed_numbers(plan.numbers)
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
-        row = self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond)
-        conditional = to_branch(row)
+        conditional = to_branch(self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond))
         if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
             return RowConditioning(conditional, None)
         if negative is None:
             return RowConditioning(conditional, without_context(conditional))
         others = self._embed_numbers(plan.negative_numbers or plan.numbers)
-        away = replace(row, context=self.denoiser.project_context(self._context(negative.tokens, others)))
+        away = self.denoiser.project_context(self._context(negative.tokens, others))[0]
         return RowConditioning(conditional, with_context(conditional, away))
 
     @torch.inference_mode()
@@ -185,16 +184,6 @@ def to_branch(row: DenoiserConditioning) -> BranchConditioning:
     if row.context is not None:
         constants[CONTEXT] = row.context[0]
     return BranchConditioning(constants)
-
-
-def without_context(branch: BranchConditioning) -> BranchConditioning:
-    """Returns the unconditional branch: the row's global vector, and all context tokens zero."""
-    return replace(branch, constants={_GLOBAL: branch.constants[_GLOBAL]})
-
-
-def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> BranchConditioning:
-    """Returns `branch` with the cross-attention context of `other`."""
-    return replace(branch, constants={**branch.constants, CONTEXT: to_branch(other).constants[CONTEXT]})
 
 
 def from_batch(batch: StepBatch) -> DenoiserConditioning:
