@@ -149,19 +149,19 @@ class EventStreams:
         Raises OverloadedError if too many streams are open, and QuotaError if this caller has too many.
         """
         self._require_room(caller)
-        return _Stream(
-            _end_quietly(events, self._draining),
-            counted=partial(self._counted, caller.name),
-            comment_s=self._limits.comment_s,
-            headers=headers,
-        )
+        events = _end_quietly(events, self._draining)
+        response = _EventStream(events, ping=self._limits.comment_s, sep="\n", headers=headers)
+        response.counted = partial(self._counted, caller.name)
+        return response
 
     def open_audio(
         self, chunks: AsyncIterator[bytes], *, caller: Caller, headers: Mapping[str, str], media_type: str
     ) -> Response:
         """Return a response that sends `chunks` of audio while it is made. Raises the errors of `open`."""
         self._require_room(caller)
-        return _AudioStream(chunks, counted=partial(self._counted, caller.name), headers=headers, media_type=media_type)
+        response = _AudioStream(chunks, headers=headers, media_type=media_type)
+        response.counted = partial(self._counted, caller.name)
+        return response
 
     @contextmanager
     def counted(self, caller: Caller) -> Iterator[None]:
@@ -190,39 +190,17 @@ class EventStreams:
             self._open_by_client += Counter()  # removes the entries of clients without open streams
 
 
-class _Stream(EventSourceResponse):
-    """An event stream response. It counts as open only while it is being sent."""
+class _Counted(Response):
+    """A response that counts as an open stream only while it is being sent."""
 
-    def __init__(
-        self,
-        events: AsyncIterator[ServerSentEvent],
-        *,
-        counted: Callable[[], AbstractContextManager[None]],
-        comment_s: float,
-        headers: Mapping[str, str] | None,
-    ) -> None:
-        super().__init__(events, ping=comment_s, sep="\n", headers=headers)
-        self._counted = counted
+    counted: Callable[[], AbstractContextManager[None]]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
-        with self._counted():
+        with self.counted():
             await super().__call__(scope, receive, send)
 
 
-class _AudioStream(StreamingResponse):
-    """A response with audio that is still being made. It counts as open only while it is being sent."""
+class _EventStream(_Counted, EventSourceResponse): ...
 
-    def __init__(
-        self,
-        chunks: AsyncIterator[bytes],
-        *,
-        counted: Callable[[], AbstractContextManager[None]],
-        headers: Mapping[str, str],
-        media_type: str,
-    ) -> None:
-        super().__init__(chunks, headers=headers, media_type=media_type)
-        self._counted = counted
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
-        with self._counted():
-            await super().__call__(scope, receive, send)
+class _AudioStream(_Counted, StreamingResponse): ...
