@@ -6,20 +6,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Generic, Protocol, TypeVar
 
 from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.generation import Progress
 
 
-class _Staged(Protocol):
-    @property
-    def stage(self) -> str: ...
-
-
-Report = TypeVar("Report", bound=_Staged)
-
-
-class ProgressFeed(Generic[Report]):
+class ProgressFeed:
     """An async iterator over the progress reports that are added with `put`. It leaves out some of them.
 
     Yields the first report of each stage immediately, and after that the latest report every `interval_s` seconds. Use
@@ -29,11 +21,11 @@ class ProgressFeed(Generic[Report]):
     def __init__(self, interval_s: float, *, clock: Clock = SystemClock()) -> None:
         self._interval_s = interval_s
         self._clock = clock
-        self._pending: deque[Report] = deque()  # the reports to yield; of each stage only the latest report
+        self._pending: deque[Progress] = deque()  # the reports to yield; of each stage only the latest report
         self._changed = asyncio.Event()
         self._is_closed = False
 
-    def put(self, report: Report) -> None:
+    def put(self, report: Progress) -> None:
         """Add the newest report."""
         if self._pending and self._pending[-1].stage == report.stage:
             self._pending[-1] = report
@@ -46,7 +38,7 @@ class ProgressFeed(Generic[Report]):
         self._is_closed = True
         self._changed.set()
 
-    async def __aiter__(self) -> AsyncIterator[Report]:
+    async def __aiter__(self) -> AsyncIterator[Progress]:
         stage, due_at = "", 0.0
         while self._pending or not self._is_closed:
             wait_s = self._wait_s(stage, due_at)

@@ -129,7 +129,7 @@ class ModelReplica:
         self, request: GenerationRequest
     ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
         """Run one request: yield progress reports, and finally what `generate` returns."""
-        feed = ProgressFeed[Progress](_PROGRESS_INTERVAL_S)
+        feed = ProgressFeed(_PROGRESS_INTERVAL_S)
         working = asyncio.create_task(self._generate(request, on_progress=feed.put))
         working.add_done_callback(lambda _: feed.close())
         try:

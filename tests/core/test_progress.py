@@ -13,12 +13,12 @@ def make_progress(fraction: float, stage: Stage = "denoising") -> Progress:
     return Progress(stage, fraction)
 
 
-async def collect(feed: ProgressFeed[Progress]) -> Sequence[Progress]:
+async def collect(feed: ProgressFeed) -> Sequence[Progress]:
     return [progress async for progress in feed]
 
 
 async def test_every_change_of_stage_arrives_at_once_and_in_order() -> None:
-    feed = ProgressFeed[Progress](3600.0)
+    feed = ProgressFeed(3600.0)
     stages: list[Stage] = ["queued", "encoding", "denoising", "decoding", "done"]
     async with asyncio.timeout(PATIENCE_S):
         collecting = asyncio.create_task(collect(feed))
@@ -31,7 +31,7 @@ async def test_every_change_of_stage_arrives_at_once_and_in_order() -> None:
 
 async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> None:
     clock = FakeClock()
-    feed = ProgressFeed[Progress](0.01, clock=clock)
+    feed = ProgressFeed(0.01, clock=clock)
     received: dict[float, Progress] = {}
 
     async def receive() -> None:
@@ -59,7 +59,7 @@ async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> Non
 
 
 async def test_pending_progress_is_delivered_at_the_end_without_waiting() -> None:
-    feed = ProgressFeed[Progress](3600.0)
+    feed = ProgressFeed(3600.0)
     for progress in (make_progress(0.1), make_progress(0.2), make_progress(0.3, "decoding")):
         feed.put(progress)
     feed.close()
@@ -68,7 +68,7 @@ async def test_pending_progress_is_delivered_at_the_end_without_waiting() -> Non
 
 
 async def test_a_feed_without_progress_ends() -> None:
-    feed = ProgressFeed[Progress](1.0)
+    feed = ProgressFeed(1.0)
     feed.close()
     async with asyncio.timeout(PATIENCE_S):
         assert await collect(feed) == []
