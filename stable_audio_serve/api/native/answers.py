@@ -8,7 +8,7 @@ from starlette.responses import Response
 from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
 from stable_audio_serve.api.native.convert import to_encoding, to_finishing
 from stable_audio_serve.api.native.ignored import warning_headers
-from stable_audio_serve.api.native.schemas import Controls
+from stable_audio_serve.api.native.schemas import Fields
 from stable_audio_serve.api.service import Output
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.core.catalog import ModelCard
@@ -22,9 +22,7 @@ def file_stem(model: str) -> str:
     return model if model.startswith("stable-audio-") else f"stable-audio-3-{model}"
 
 
-def file_order(
-    fields: Controls, card: ModelCard, *, generation: GenerationRequest, settings: AudioSettings
-) -> FileOrder:
+def file_order(fields: Fields, card: ModelCard, *, generation: GenerationRequest, settings: AudioSettings) -> FileOrder:
     """Return the properties of the file to create (format, name, peaks, ...) from the fields of a request.
 
     Raises RequestValidationError.

@@ -15,7 +15,7 @@ from stable_audio_serve.api.fields import Prompt
 from stable_audio_serve.api.native.schemas import (
     MAX_LORAS,
     MAX_VARIATIONS,
-    Controls,
+    Fields,
     GenerationBody,
     LoraBody,
     LoudnessBody,
@@ -60,15 +60,17 @@ _LOUDNESS = TypeAdapter(LoudnessBody)
 _LORAS = TypeAdapter(Annotated[list[LoraBody], Field(max_length=MAX_LORAS)])
 
 
-def parse_sampler_kwargs(text: str) -> dict[str, Any]:
-    """Return the JSON object in a form field, or {} if the field is blank.
+def parse_sampler_kwargs(given: str | dict[str, Any]) -> dict[str, Any]:
+    """Return the sampler options of a request. A form sends them as JSON text, and a blank text means {}.
 
     Raises InvalidRequestError, RequestValidationError.
     """
-    if not text.strip():
+    if not isinstance(given, str):
+        return given
+    if not given.strip():
         return {}
     try:
-        values = pydantic_core.from_json(text)
+        values = pydantic_core.from_json(given)
     except ValueError as error:
         raise InvalidRequestError("sampler_kwargs is not valid JSON", field="sampler_kwargs") from error
     if not isinstance(values, dict):
@@ -91,9 +93,9 @@ def _interval(lora: LoraBody) -> tuple[float, float]:
     return low, high
 
 
-def to_finishing(fields: Controls, generation: GenerationRequest) -> Finishing:
+def to_finishing(fields: Fields, generation: GenerationRequest) -> Finishing:
     """Return the loudness and the fades of the requested clips. Raises RequestValidationError."""
-    loudness = _parse_loudness(fields.loudness) if isinstance(fields, GenerationBody | UploadForm) else None
+    loudness = _parse_loudness(fields.loudness)
     finishing = Finishing(
         Loudness(loudness.target_lufs, loudness.true_peak_dbtp) if loudness else None,
         fields.fade_in_s or 0.0,
@@ -123,7 +125,7 @@ def _parse_json(parts: TypeAdapter[T], text: str, *, field: str) -> T | None:
 
 
 def to_request(
-    fields: Controls, sampler_kwargs: dict[str, Any], *, catalog: ModelCatalog, limits: ApiSettings, request_id: str
+    fields: Fields, sampler_kwargs: dict[str, Any], *, catalog: ModelCatalog, limits: ApiSettings, request_id: str
 ) -> tuple[ModelCard, GenerationRequest]:
     """Return the model and the request for `fields`. The request has no source audio. Raises RequestValidationError."""
     given = fields.model_fields_set
@@ -182,7 +184,7 @@ def to_request(
         loop=loop,
         deadline_s=fields.deadline_s,
         priority=fields.priority,
-        loras=parse_loras(fields.loras) if isinstance(fields, GenerationBody | UploadForm) else (),
+        loras=parse_loras(fields.loras),
         lora_stacking=fields.lora_stacking,
         request_id=request_id,
         **sampling,
@@ -190,22 +192,20 @@ def to_request(
     return card, request
 
 
-def to_encoding(fields: Controls) -> Encoding:
+def to_encoding(fields: Fields) -> Encoding:
     """Return how a request's file is encoded. `to_request` checks that the format allows the other values."""
     return Encoding(fields.response_format, fields.bitrate, fields.bit_depth, fields.sample_rate)
 
 
-def _plan_variations(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _plan_variations(fields: Fields, *, faults: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return the prompts and the seeds of the variations, each empty if unset. Appends errors to `faults`.
 
     Raises RequestValidationError.
     """
-    prompts: list[str] | None = None
-    seeds: list[int] | None = None
     if isinstance(fields, UploadForm):
         prompts = _parse_json(_PROMPTS, fields.prompts, field="prompts")
         seeds = _parse_json(_SEEDS, fields.seeds, field="seeds")
-    elif isinstance(fields, GenerationBody):
+    else:
         prompts, seeds = fields.prompts, fields.seeds
     size, source = fields.batch_size, "batch_size"
     for name, values in (("prompts", prompts), ("seeds", seeds)):
@@ -219,7 +219,7 @@ def _plan_variations(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple
     return tuple(prompts or ()), tuple(resolve_seed(seed) for seed in seeds or ())
 
 
-def _plan_loop(fields: Controls, *, faults: list[dict[str, Any]]) -> tuple[LoopStart | None, float | None]:
+def _plan_loop(fields: Fields, *, faults: list[dict[str, Any]]) -> tuple[LoopStart | None, float | None]:
     """Return where the loop begins (None without a loop), and the duration of its bars in seconds (None without bars).
 
     Appends errors to `faults`.

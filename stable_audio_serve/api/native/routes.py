@@ -17,8 +17,8 @@ from stable_audio_serve.api.native.edits import check_edit, starts_from_source, 
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names
 from stable_audio_serve.api.native.schemas import (
-    Controls,
     ErrorBody,
+    Fields,
     GenerationBody,
     InpaintForm,
     ValidationErrors,
@@ -65,7 +65,7 @@ def build_router(service: Service) -> APIRouter:
     )
 
     async def answer(
-        request: Request, fields: Controls, *, card: ModelCard, generation: GenerationRequest, started_at: float
+        request: Request, fields: Fields, *, card: ModelCard, generation: GenerationRequest, started_at: float
     ) -> Response:
         output = await run(service, request, card=card, generation=generation, fields=fields, started_at=started_at)
         return audio_answer(request, output, file_format=fields.response_format)
@@ -73,7 +73,7 @@ def build_router(service: Service) -> APIRouter:
     async def generate(request: Request, body: GenerationBody) -> Response:
         """Generate audio from a text prompt."""
         started_at = service.clock.monotonic()
-        card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
+        card, generation = convert(service, request, fields=body)
         return await answer(request, body, card=card, generation=generation, started_at=started_at)
 
     router.post("/v1/audio/generations", response_class=Response, responses=AUDIO_RESPONSES)(generate)
@@ -83,9 +83,7 @@ def build_router(service: Service) -> APIRouter:
     async def vary(request: Request, form: Annotated[VariationForm, _MULTIPART]) -> Response:
         """Generate a variation of uploaded audio."""
         started_at = service.clock.monotonic()
-        card, generation = convert(
-            service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
-        )
+        card, generation = convert(service, request, fields=form)
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = replace(to_edit(generation, form, card=card), init_audio=source)
         return await answer(request, form, card=card, generation=generation, started_at=started_at)
@@ -94,9 +92,7 @@ def build_router(service: Service) -> APIRouter:
     async def inpaint(request: Request, form: Annotated[InpaintForm, _MULTIPART]) -> Response:
         """Regenerate regions of uploaded audio, or extend it before its start or after its end."""
         started_at = service.clock.monotonic()
-        card, generation = convert(
-            service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
-        )
+        card, generation = convert(service, request, fields=form)
         check_edit(form, generation)
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
@@ -108,14 +104,13 @@ def build_router(service: Service) -> APIRouter:
     return router
 
 
-def convert(
-    service: Service, request: Request, *, fields: Controls, sampler_kwargs: dict[str, Any]
-) -> tuple[ModelCard, GenerationRequest]:
+def convert(service: Service, request: Request, *, fields: Fields) -> tuple[ModelCard, GenerationRequest]:
     """Return the model and the request for `fields`. The request has no source audio. Raises RequestValidationError.
 
     The result has the names of adapters, but not their files, see `Service.adapted`. Also records which fields have no
     effect, so that the response can name them.
     """
+    sampler_kwargs = parse_sampler_kwargs(fields.sampler_kwargs)
     card, generation = to_request(
         fields,
         sampler_kwargs,
@@ -137,7 +132,7 @@ async def run(
     *,
     card: ModelCard,
     generation: GenerationRequest,
-    fields: Controls,
+    fields: Fields,
     started_at: float,
 ) -> Output:
     """Run a generation and encode its file. Raises RequestValidationError, errors of `core.errors`.

@@ -244,6 +244,9 @@ class UploadForm(Controls):
     )
 
 
+Fields = GenerationBody | UploadForm  # the fields of any request; a form sends lists and objects as JSON text
+
+
 class VariationForm(UploadForm):
     """Audio to audio."""
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from stable_audio_serve.api.native.schemas import Controls, JobBody
+from stable_audio_serve.api.native.schemas import Fields, JobBody
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import Section
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.pieces.sections import choose_overlap, find_faults, total_duration_s
 
 
-def read_sections(fields: Controls) -> tuple[Section, ...]:
+def read_sections(fields: Fields) -> tuple[Section, ...]:
     """Return the sections that a job's fields have, or () if they have none."""
     given = fields.sections if isinstance(fields, JobBody) else None
     return tuple(Section(one.duration, one.prompt) for one in given or ())
 
 
-def section_faults(fields: Controls, *, card: ModelCard, limits: ApiSettings) -> list[dict[str, Any]]:
+def section_faults(fields: Fields, *, card: ModelCard, limits: ApiSettings) -> list[dict[str, Any]]:
     """Return an error entry for each field that is wrong or contradicts the sections."""
     if not isinstance(fields, JobBody):
         return []

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import file_stem
-from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_encoding, to_finishing
+from stable_audio_serve.api.native.convert import to_edit, to_encoding, to_finishing
 from stable_audio_serve.api.native.edits import check_edit, starts_from_source, to_inpainting
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import ignored_names
@@ -87,7 +87,7 @@ def build_router(service: Service) -> APIRouter:
         request: Request, response: Response, *, body: JobBody, idempotency_key: _Key = None
     ) -> JobTicket:
         """Submit a job that generates audio from a text prompt."""
-        card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
+        card, generation = convert(service, request, fields=body)
         return await submit(
             request, response, fields=body, card=card, generation=generation, mode=_mode_of(body), key=idempotency_key
         )
@@ -95,7 +95,7 @@ def build_router(service: Service) -> APIRouter:
     @router.put("/{job_id:job_id}", summary="Submit Generation As", status_code=202, responses=_RESPONSES)
     async def generate_as(request: Request, response: Response, *, job_id: _ChosenId, body: JobBody) -> JobTicket:
         """Submit a job that generates audio from a text prompt, with an id chosen by the client."""
-        card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
+        card, generation = convert(service, request, fields=body)
         return await submit(
             request, response, fields=body, card=card, generation=generation, mode=_mode_of(body), job_id=JobId(job_id)
         )
@@ -109,9 +109,7 @@ def build_router(service: Service) -> APIRouter:
         idempotency_key: _Key = None,
     ) -> JobTicket:
         """Submit a job that generates a variation of uploaded audio."""
-        card, generation = convert(
-            service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
-        )
+        card, generation = convert(service, request, fields=form)
         generation = to_edit(generation, form, card=card)
         return await submit(
             request, response, fields=form, card=card, generation=generation, mode="audio-to-audio", key=idempotency_key
@@ -126,9 +124,7 @@ def build_router(service: Service) -> APIRouter:
         idempotency_key: _Key = None,
     ) -> JobTicket:
         """Submit a job that regenerates regions of uploaded audio, or extends it before its start or after its end."""
-        card, generation = convert(
-            service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
-        )
+        card, generation = convert(service, request, fields=form)
         check_edit(form, generation)
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)

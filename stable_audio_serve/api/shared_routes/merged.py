@@ -119,7 +119,7 @@ async def _generate_sa3(service: Service, request: Request, *, values: dict[str,
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
         raise RequestValidationError(faults) from error
-    card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
+    card, generation = convert(service, request, fields=body)
     output = await run(service, request, card=card, generation=generation, fields=body, started_at=started_at)
     if body.return_format != "base64":
         return audio_answer(request, output, file_format=body.response_format)
