@@ -108,12 +108,6 @@ async def test_longest_prompt_fits_a_form(client: httpx.AsyncClient, backend: To
     assert backend.requests[-1][1].prompt == form["prompt"]
 
 
-async def test_too_long_form_field_is_an_error(client: httpx.AsyncClient) -> None:
-    reply = await client.post(VARIATIONS, data={"prompt": "x" * 600_000}, files={"audio": WAV})
-    assert reply.status_code == 400
-    assert reply.json()["detail"].startswith("body: ")
-
-
 @pytest.mark.parametrize("path", [VARIATIONS, "/v2beta/audio/stable-audio-2/text-to-audio"])
 @pytest.mark.parametrize("end", ["", "\r\n--B", '\r\n--B\r\nContent-Disposition: form-data; name="steps"\r\n\r\n5'])
 async def test_a_form_that_is_cut_off_is_refused(
@@ -133,5 +127,6 @@ async def test_too_large_field_of_a_form_is_named(client: httpx.AsyncClient) -> 
     form = {"prompt": "x", "negative_prompt": "y" * 600_000}
     reply = await client.post(VARIATIONS, data=form, files={"audio": ("a.wav", WAV)})
     assert reply.status_code == 400
+    assert reply.json()["detail"].startswith("body: ")
     assert "negative_prompt" in reply.json()["detail"]
     assert "524288" in reply.json()["detail"]
