@@ -254,14 +254,3 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
                     str(address), port, _ADDRESS_TIMEOUT_S, local_address, socket_options
                 )
         return await self._network.connect_tcp(str(addresses[-1]), port, timeout, local_address, socket_options)
-
-    async def connect_unix_socket(  # noqa: PLR0917 - as httpcore has it
-        self,
-        path: str,
-        timeout: float | None = None,  # noqa: ASYNC109  # httpcore's own signature
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        raise _ForbiddenTargetError("is a socket file")
-
-    async def sleep(self, seconds: float) -> None:
-        await self._network.sleep(seconds)

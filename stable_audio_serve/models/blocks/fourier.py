@@ -20,8 +20,6 @@ class ExpoFourier(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        if width % 2:
-            raise ValueError(f"Fourier features need an even width, got {width}")
         self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
