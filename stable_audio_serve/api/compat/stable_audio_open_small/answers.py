@@ -20,14 +20,14 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A finished file. The model generated `num_available` samples, and the file has the first `num_samples` of them.
+    """A finished file. The model generated `available_s` seconds of audio, and the file has the first `num_samples`.
 
     `generation_s` is the time that the generation took, in seconds.
     """
 
     output: Output
     num_samples: int
-    num_available: int
+    available_s: float
     generation_s: float
 
     @property
@@ -58,7 +58,8 @@ async def make_clip(
     output = await service.finish_by(result, lambda: finish_window(result, num_samples=num_samples, origin=origin))
     note(request.scope, num_bytes=output.file.num_bytes)
     num_available = result.audio[0].shape[1]
-    return Clip(output, min(num_samples or num_available, num_available), num_available, made_at - asked_at)
+    kept, available_s = min(num_samples or num_available, num_available), num_available / result.sample_rate_hz
+    return Clip(output, kept, available_s, made_at - asked_at)
 
 
 async def answer(

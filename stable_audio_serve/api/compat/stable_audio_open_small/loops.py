@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -29,20 +28,6 @@ _NOT_INSTRUMENTS = "drums, percussion, kick, snare, hi-hat"
 _DRUM_WORD = re.compile(r"(?<![^\W\d_])[^\W\d_]*drum[^\W\d_]*(\s*,)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class MadeLoop:
-    """A finished loop and the request that made it."""
-
-    loop: Loop
-    generation: GenerationRequest
-    clip: Clip
-
-    @property
-    def available_s(self) -> float:
-        """The length of the generated audio in seconds."""
-        return self.clip.num_available / self.clip.result.sample_rate_hz
-
-
 async def make_loop(service: Service, request: Request, *, form: LoopForm) -> Response:
     """Handle `POST /generate/loop`."""
     started_at = service.clock.monotonic()
@@ -50,19 +35,22 @@ async def make_loop(service: Service, request: Request, *, form: LoopForm) -> Re
     loop = _plan(model, form)
     source = await read_upload(service, form.audio_file, model=model) if form.audio_file else None
     generation = _to_generation(request, model, form=form, source=source, seed=resolve_seed(form.seed))
-    made = await _cut(service, request, model=model, loop=loop, generation=generation, started_at=started_at)
+    num_samples = loop.num_samples(model.card.sample_rate_hz)
+    clip = await make_clip(
+        service, request, card=model.card, generation=generation, started_at=started_at, num_samples=num_samples
+    )
     extras = {
         "calculated_duration_seconds": round(loop.duration_s, 2),
-        "available_audio_seconds": round(made.available_s, 2),
+        "available_audio_seconds": round(clip.available_s, 2),
         "seconds_per_bar": round(loop.bar_s, 2),
         "model_type": form.model_type,
     }
     return await answer(
         service,
-        made.clip.output,
+        clip.output,
         return_format=form.return_format,
-        name=f"loop_{_name(made, form)}",
-        metadata=_metadata(made, form) | extras,
+        name=f"loop_{_name(form, loop, seed=generation.seed)}",
+        metadata=_metadata(form, loop, generation=generation, clip=clip) | extras,
     )
 
 
@@ -74,13 +62,17 @@ async def make_riff_loop(service: Service, request: Request, *, form: RiffForm, 
     seed = resolve_seed(form.seed)
     source = await read_riff(service, library.choose(form.key, seed=seed), tempo_bpm=loop.tempo_bpm)
     generation = _to_generation(request, model, form=form, source=source, seed=seed)
-    made = await _cut(service, request, model=model, loop=loop, generation=generation, started_at=started_at)
+    num_samples = loop.num_samples(model.card.sample_rate_hz)
+    clip = await make_clip(
+        service, request, card=model.card, generation=generation, started_at=started_at, num_samples=num_samples
+    )
     return await answer(
         service,
-        made.clip.output,
+        clip.output,
         return_format=form.return_format,
-        name=f"riff_{form.key}_{_name(made, form)}",
-        metadata=_metadata(made, form) | {"key": form.key, "source": "personal_riff_library"},
+        name=f"riff_{form.key}_{_name(form, loop, seed=seed)}",
+        metadata=_metadata(form, loop, generation=generation, clip=clip)
+        | {"key": form.key, "source": "personal_riff_library"},
     )
 
 
@@ -122,43 +114,27 @@ def _to_generation(
     )
 
 
-async def _cut(
-    service: Service,
-    request: Request,
-    *,
-    model: WindowedModel,
-    loop: Loop,
-    generation: GenerationRequest,
-    started_at: float,
-) -> MadeLoop:
-    num_samples = loop.num_samples(model.card.sample_rate_hz)
-    clip = await make_clip(
-        service, request, card=model.card, generation=generation, started_at=started_at, num_samples=num_samples
-    )
-    return MadeLoop(loop, generation, clip)
+def _name(form: LoopForm | RiffForm, loop: Loop, *, seed: int) -> str:
+    return f"{form.loop_type}_{loop.tempo_bpm}bpm_{loop.bars}bars_{seed}.wav"
 
 
-def _name(made: MadeLoop, form: LoopForm | RiffForm) -> str:
-    return f"{form.loop_type}_{made.loop.tempo_bpm}bpm_{made.loop.bars}bars_{made.generation.seed}.wav"
-
-
-def _metadata(made: MadeLoop, form: LoopForm | RiffForm) -> dict[str, Any]:
+def _metadata(form: LoopForm | RiffForm, loop: Loop, *, generation: GenerationRequest, clip: Clip) -> dict[str, Any]:
     """Return the metadata that loops from text, uploads and riffs have in common."""
-    is_transfer = made.generation.init_audio is not None
+    is_transfer = generation.init_audio is not None
     return {
-        "prompt": made.generation.prompt,
+        "prompt": generation.prompt,
         "original_prompt": form.prompt,
-        "negative_prompt": made.generation.negative_prompt,
+        "negative_prompt": generation.negative_prompt,
         "loop_type": form.loop_type,
-        "detected_bpm": made.loop.tempo_bpm,
-        "bars": made.loop.bars,
-        "loop_duration_seconds": round(min(made.loop.duration_s, made.available_s), 2),
+        "detected_bpm": loop.tempo_bpm,
+        "bars": loop.bars,
+        "loop_duration_seconds": round(min(loop.duration_s, clip.available_s), 2),
         "style_transfer": is_transfer,
         "style_strength": form.style_strength if is_transfer else None,
-        "steps": made.generation.steps,
+        "steps": generation.steps,
         "cfg_scale": form.cfg_scale,
-        "seed": made.generation.seed,
-        "sample_rate": made.clip.result.sample_rate_hz,
-        "generation_time": round(made.clip.generation_s, 2),
-        "device": made.clip.result.device.kind,
+        "seed": generation.seed,
+        "sample_rate": clip.result.sample_rate_hz,
+        "generation_time": round(clip.generation_s, 2),
+        "device": clip.result.device.kind,
     }
