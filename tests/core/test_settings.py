@@ -154,9 +154,6 @@ def test_our_name_of_a_variable_wins(tmp_path: Path, names: tuple[str, ...]) -> 
         ("STABLE_AUDIO_MAX_DURATION", "long"),
         ("STABLE_AUDIO_MAX_DURATION", "nan"),
         ("STABLE_AUDIO_MAX_DURATION", "0"),
-        ("STABLE_AUDIO_MAX_STEPS", "8.5"),
-        ("STABLE_AUDIO_MAX_STEPS", "-1"),
-        ("STABLE_AUDIO_MAX_STEPS", "1001"),  # above the samplers' limit
         ("STABLE_AUDIO_MAX_BATCH_SIZE", "many"),
         ("STABLE_AUDIO_MAX_UPLOAD_BYTES", "100MB"),
         ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES", "soon"),
@@ -173,18 +170,13 @@ def test_a_bad_variable_is_named(tmp_path: Path, name: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("args", "key"),
     [
-        ({"modles": []}, "modles"),
         ({"api": {"max_step": 1}}, "api.max_step"),
         ({"api": 5}, "api"),
-        ({"models": []}, "models"),
         ({"models": [{"name": "a", "pth": "x"}]}, "models.0.pth"),
         ({"models": [{"name": "../a"}]}, "models.0.name"),
-        ({"models": [{"path": "x"}]}, "models.0.name"),
         ({"models": [{"name": "a", "mode": "quick"}]}, "models.0.mode"),
         ({"models": [{"name": "a", "max_duration_s": float("inf")}]}, "models.0.max_duration_s"),
         ({"models": [{"name": "a", "path": "x", "repo_id": "y"}]}, "either path"),
-        ({"models": [{"name": "a", "replicas": {"min_replicas": 3}}]}, "models.0.replicas"),
-        ({"ingress": {"replicas": 0}}, "ingress.replicas"),
         ({"models": [{"name": "a", "device": "gpu"}]}, "models.0.device"),
     ],
 )
