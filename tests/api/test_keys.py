@@ -112,6 +112,10 @@ async def test_the_refusal_has_the_form_of_the_routes_dialect(locked: FastAPI) -
         assert (await client.get("/v1/models")).json()["error"]["code"] == 401
         native = (await client.post("/v1/audio/generations", json={"prompt": "x"})).json()
         assert "Authorization" in native["detail"]
+        for url in ("/generate", "/generate/loop", "/riffs/available", "/model/info"):
+            saos = await client.request("POST" if url.startswith("/generate") else "GET", url)
+            assert "Authorization" in saos.json()["error"]
+        assert "Authorization" in (await client.post("/fal-ai/stable-audio", json={"prompt": "x"})).json()["detail"]
 
 
 async def test_the_key_is_checked_before_the_body_is_parsed(locked: FastAPI) -> None:
