@@ -73,21 +73,16 @@ class PromptConditioner(nn.Module):
         return torch.where(mask[..., None], self.proj_out(hidden), self.padding_embedding)
 
 
-class _NumberEmbedder(nn.Module):
-    def __init__(self, config: NumberConfig) -> None:
-        super().__init__()
-        self.embedding = nn.Sequential(ExpoFourier(config.features), nn.Linear(config.features, config.width))
-
-
 class NumberConditioner(nn.Module):
     """Clamps a number to its range and embeds it as one vector. Names of submodules match keys of checkpoints."""
 
     def __init__(self, config: NumberConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedder = _NumberEmbedder(config)
+        embedding = nn.Sequential(ExpoFourier(config.features), nn.Linear(config.features, config.width))
+        self.embedder = nn.ModuleDict({"embedding": embedding})
 
     def forward(self, values: Tensor) -> Tensor:
         """Returns embeddings (batch, width) float32 of numbers (batch,) float32."""
         low, high = self.config.minimum, self.config.maximum
-        return self.embedder.embedding((values.clamp(low, high) - low) / (high - low))
+        return self.embedder["embedding"]((values.clamp(low, high) - low) / (high - low))

@@ -69,21 +69,16 @@ class _LearnedFrequencies(nn.Module):
         return torch.cat([u[:, None], angles.sin(), angles.cos()], dim=-1)
 
 
-class _NumberEmbedder(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Sequential(_LearnedFrequencies(), nn.Linear(2 * _NUM_FREQUENCIES + 1, width))
-
-
 class NumberConditioner(nn.Module):
     """Clamps a number to its range and embeds it as one vector. Names of submodules match keys of checkpoints."""
 
     def __init__(self, config: NumberConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedder = _NumberEmbedder(config.width)
+        embedding = nn.Sequential(_LearnedFrequencies(), nn.Linear(2 * _NUM_FREQUENCIES + 1, config.width))
+        self.embedder = nn.ModuleDict({"embedding": embedding})
 
     def forward(self, values: Tensor) -> Tensor:
         """Returns embeddings (batch, width) float32 of numbers (batch,) float32."""
         low, high = self.config.minimum, self.config.maximum
-        return self.embedder.embedding((values.clamp(low, high) - low) / (high - low))
+        return self.embedder["embedding"]((values.clamp(low, high) - low) / (high - low))
