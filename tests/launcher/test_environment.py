@@ -27,6 +27,7 @@ from stable_audio_serve.launcher.environment import (
 from stable_audio_serve.serving import haproxy
 from stable_audio_serve.serving.logs import tidy_controller_log
 from tests.patience import PATIENCE_S
+from tests.serving.launched import free_port
 
 _HOST = "127.0.0.1"
 _PROGRAM = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -53,17 +54,28 @@ def test_taken_port_error_names_the_option_to_change() -> None:
 
 
 def test_metrics_need_a_port_of_their_own() -> None:
+    port = free_port()
     with pytest.raises(ConfigError, match=r"choose another for the metrics with --metrics-port") as caught:
-        require_free_ports(_HOST, 18_130, metrics_host=_HOST, metrics_port=18_130)
+        require_free_ports(_HOST, port, metrics_host=_HOST, metrics_port=port)
     assert caught.value.field == "metrics.port"
     with socket.create_server((_HOST, 0)) as server, pytest.raises(ConfigError, match=r"in use.*--metrics-port"):
-        require_free_ports(_HOST, 18_130, metrics_host=_HOST, metrics_port=server.getsockname()[1])
-    require_free_ports(_HOST, 18_130, metrics_host=_HOST, metrics_port=None)
+        require_free_ports(_HOST, port, metrics_host=_HOST, metrics_port=server.getsockname()[1])
+    require_free_ports(_HOST, port, metrics_host=_HOST, metrics_port=None)
+
+
+def find_free_blocks(num_ports: int) -> int:
+    """Return the first of `num_ports` consecutive free ports. Other servers on this machine may use some blocks."""
+    for first in range(environment._FIRST_PORT, environment._LAST_PORT - num_ports, environment._BLOCK):
+        if all(is_port_free(_HOST, port) for port in range(first, first + num_ports)):
+            return first
+    raise AssertionError("no free ports")
 
 
 def test_claimed_block_is_without_the_ports_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_LAST_PORT", environment._FIRST_PORT + 129)  # leaves two blocks
-    for own in (20_010, 20_130):
+    first = find_free_blocks(2 * environment._BLOCK)
+    monkeypatch.setattr(environment, "_FIRST_PORT", first)
+    monkeypatch.setattr(environment, "_LAST_PORT", first + environment._BLOCK + 1)  # leaves two blocks
+    for own in (first + 10, first + environment._BLOCK + 2):
         with claim_ports(_HOST, without=(own, None)) as ports:
             assert own not in range(ports.claim, ports.replicas[1])
 
