@@ -82,14 +82,20 @@ class FaultyProxy:
         self.requests: list[str] = []  # `METHOD /path?query` of each request since `reset`
         self._upstream_port = port
         self._uploads: dict[bytes, datetime] = {}
-        self._random = random.Random(seed)
+        self._seed = seed
+        self._random = random.Random(seed)  # decides which requests are hit
+        self._choice = random.Random(seed)  # chooses their errors; apart, so that the order of threads has no effect
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), lambda *args: _Handler(self, *args))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), daemon=True)
 
     def reset(self) -> None:
-        """Remove all faults and fates, and forget the recorded requests."""
+        """Remove all faults and fates, and forget the recorded requests.
+
+        The random faults begin anew, so that those of a test do not depend on the tests before it.
+        """
         self.faults = Faults()
+        self._random.seed(self._seed)
         self.fates.clear()
         self.requests.clear()
 
@@ -126,7 +132,7 @@ class FaultyProxy:
     def pick_answer(self) -> tuple[int, str]:
         """Returns the status and the S3 error code of a randomly chosen error."""
         with self._lock:
-            return self._random.choice(_ANSWERS)
+            return self._choice.choice(_ANSWERS)
 
     def forward(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> tuple[int, Any, bytes]:
         """Forward a request. Returns status, headers and body of the server's response."""
