@@ -21,6 +21,7 @@ from stable_audio_serve.artifacts.keys import FOLDERS, artifact_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError, StoreMovedError
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ async def test_other_things_in_a_file_s_place_are_errors(
     stored = await put(artifacts, KEY, b"audio")
     (folder / KEY).unlink()
     replace(folder / KEY)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(StorageError):
             await read(artifacts, stored)
 

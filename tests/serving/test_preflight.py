@@ -20,6 +20,7 @@ from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.preflight import describe_downloads, entries_to_download, require_weights
 from tests.goldens import OPEN_GOLDENS
 from tests.models.hub import Repo, checkpoint_files, fill_cache, hub_environment, running_hub, silent_hub
+from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
 from tests.serving.launched import command, free_port, write_config
 
@@ -34,7 +35,7 @@ def refusal(folder: Path, models: list[Mapping[str, Any]], **variables: str) -> 
         text=True,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.getcwd(), "HF_HOME": str(folder / "hub")} | variables,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert result.returncode == 2, result.stdout + result.stderr
