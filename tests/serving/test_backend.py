@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import replace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from stable_audio_serve.serving import backend as backend_module
 from stable_audio_serve.serving import model_states
 from stable_audio_serve.serving.backend import RayBackend
 from tests.backends import make_catalog
+from tests.patience import PATIENCE_S
 
 _REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=7)
 _RESULT = GenerationResult((), 44100, "small-sfx", (7,))
@@ -56,7 +58,26 @@ async def test_retry_times_of_refused_clients_vary_by_a_quarter() -> None:
     assert await model.generate("small-sfx", _REQUEST) == _RESULT  # the refusals did not stop this call
 
 
-async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
+@dataclass
+class LoopClock:
+    """Stands for the clock of a test's event loop. It stands still until the test changes `now`."""
+
+    now: float
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LoopClock]:
+    loop = asyncio.get_running_loop()
+    clock = LoopClock(loop.time())
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "time", clock)
+        yield clock
+
+
+async def test_a_refusal_is_repeated_while_the_model_is_full(clock: LoopClock) -> None:
     """After the model's refusal, the backend refuses requests of that client and priority. Others reach the model."""
     full = OverloadedError("the model's queue is full", retry_after_s=100.0, full_for_s=30.0, work_s=50.0)
     model = backend(full, full, _RESULT, _RESULT)
@@ -72,29 +93,29 @@ async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
     assert await wait_s(_REQUEST) == pytest.approx(168.75, abs=19.75)  # each repetition adds `work_s`
     assert await wait_s(_REQUEST) == pytest.approx(225.0, abs=26.0)
     assert await model.generate("small-sfx", replace(_REQUEST, client="another")) == _RESULT
-    await asyncio.sleep(1.1)  # the backend repeats a refusal for at most a second
+    clock.now += 1.1  # the backend repeats a refusal for at most a second
     assert await model.generate("small-sfx", _REQUEST) == _RESULT
 
 
-async def test_refused_work_delays_a_client_by_ten_minutes_at_most() -> None:
+async def test_refused_work_delays_a_client_by_ten_minutes_at_most(clock: LoopClock) -> None:
     full = OverloadedError("the model's queue is full", retry_after_s=8.0, full_for_s=30.0, work_s=200.0)
     model = backend(full, full)
     for _ in range(5):
         with pytest.raises(OverloadedError) as refusal:
             await model.generate("small-sfx", _REQUEST)
     assert refusal.value.retry_after_s == pytest.approx(675.0, abs=80.0)
-    await asyncio.sleep(1.1)
+    clock.now += 1.1
     with pytest.raises(OverloadedError) as refusal:
         await model.generate("small-sfx", _REQUEST)  # the model's second answer
     assert refusal.value.retry_after_s == pytest.approx(675.0, abs=80.0)
 
 
-async def test_a_repeated_refusal_ends_when_the_model_has_room() -> None:
+async def test_a_repeated_refusal_ends_when_the_model_has_room(clock: LoopClock) -> None:
     full = OverloadedError("the model's queue is full", retry_after_s=8.0, full_for_s=0.01)
     model = backend(full, _RESULT)
     with pytest.raises(OverloadedError):
         await model.generate("small-sfx", _REQUEST)
-    await asyncio.sleep(0.02)
+    clock.now += 0.02
     assert await model.generate("small-sfx", _REQUEST) == _RESULT
 
 
@@ -152,8 +173,17 @@ async def test_a_failed_update_cancels_only_calls_that_no_replica_has(monkeypatc
         monkeypatch.setattr(module, name, 0.02)
     handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=generate), options=lambda: None)
     model = RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
+    is_watched_to_the_end = asyncio.Event()
+    watch = RayBackend._cancel_if_unloadable
+
+    async def watch_to_the_end(*args: Any) -> None:
+        await watch(*args)
+        is_watched_to_the_end.set()
+
+    monkeypatch.setattr(RayBackend, "_cancel_if_unloadable", watch_to_the_end)
     held = asyncio.create_task(model.generate("small-sfx", _REQUEST))
-    await asyncio.sleep(1.0)  # fifty times as long as the interval in which the backend looks for a replica
+    async with asyncio.timeout(PATIENCE_S):
+        await is_watched_to_the_end.wait()  # the backend has found that a replica has the call
     application.deployments["small-sfx"] = failed
     with pytest.raises(ModelUnavailableError, match="failed to load"):
         await model.generate("small-sfx", _REQUEST)
