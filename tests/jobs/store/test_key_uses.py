@@ -7,7 +7,6 @@ import secrets
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
@@ -119,23 +118,25 @@ def test_places_without_renewal_expire_after_15_seconds(database: Database, wall
 
 _HOLDER = """
 import sys, time
-from tests.jobs.store.test_key_uses import KeyUses, make_use, open_database
-assert KeyUses(open_database(sys.argv[1])).admit(make_use(places=1)) is None
+from tests.jobs.store.test_key_uses import KeyUses, Wall, make_use, open_database
+assert KeyUses(open_database(sys.argv[1], Wall(float(sys.argv[2])))).admit(make_use(places=1)) is None
 print("held", flush=True)
 time.sleep(600)
 """
 
 
 @pytest.mark.server
-def test_place_of_a_killed_process_expires(store_url: str) -> None:
+def test_place_of_a_killed_process_expires(store_url: str, wall: Wall) -> None:
     open_database(store_url).prepare()
-    with subprocess.Popen([sys.executable, "-c", _HOLDER, store_url], stdout=subprocess.PIPE) as holder:
+    command = [sys.executable, "-c", _HOLDER, store_url, str(wall.now)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         holder.kill()
-    assert admit(KeyUses(open_database(store_url)), places=1) is not None
-    later = Wall(time.time() + 15.1)
-    assert admit(KeyUses(open_database(store_url, later)), places=1) is None
+    uses = KeyUses(open_database(store_url, wall))
+    assert admit(uses, places=1) is not None
+    wall.now += 15.1
+    assert admit(uses, places=1) is None
 
 
 def test_clock_set_back_locks_no_client_out(database: Database, wall: Wall) -> None:
@@ -170,8 +171,11 @@ def test_expired_rows_of_a_client_are_deleted(database: Database, wall: Wall) ->
 
 
 def _hammer(url: str, times: int) -> int:
-    """Make requests until `times` of them are refused. Returns how many were admitted. Runs in another process."""
-    uses = KeyUses(open_database(url))
+    """Make requests until `times` of them are refused. Returns how many were admitted. Runs in another process.
+
+    Its clock stands still, so that no minute ends while other processes start.
+    """
+    uses = KeyUses(open_database(url, Wall()))
     num_admitted = num_refused = 0
     while num_refused < times:
         admitted = count(uses, 1, rate=50) + count(uses, 1, rate=50, client=BOB)
@@ -186,13 +190,13 @@ def test_last_second_goes_to_one_of_several_processes(store_url: str, processes:
     assert sum(future.result() for future in futures) == 100
 
 
-def test_concurrent_threads_never_exceed_the_places(store_url: str) -> None:
+def test_concurrent_threads_never_exceed_the_places(store_url: str, wall: Wall) -> None:
     open_database(store_url).prepare()
     counts: list[int] = []
     start = threading.Barrier(8)
 
     def ask() -> None:
-        uses = KeyUses(open_database(store_url))
+        uses = KeyUses(open_database(store_url, wall))
         start.wait(PATIENCE_S)
         counts.append(count(uses, 5, places=7))
 
