@@ -163,8 +163,11 @@ async def test_several_runners_deliver_each_notice_once(workshop: Workshop, rece
     assert notified == Counter(job.spec.id for job in jobs)
 
 
-async def test_hanging_receiver_delays_no_job_and_no_other_receiver(workshop: Workshop, receiver: Receiver) -> None:
+async def test_hanging_receiver_delays_no_job_and_no_other_receiver(
+    workshop: Workshop, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One receiver hangs. A hundred webhooks to it are due before the webhook to another receiver."""
+    monkeypatch.setattr(notifier, "post_json", partial(delivery.post_json, timeout_s=PATIENCE_S))
     async with receiving(delay_s=PATIENCE_S) as hanging:
         for _ in range(100):
             job = await workshop.queue.submit(make_spec(webhook_url=hanging.url))
@@ -176,7 +179,7 @@ async def test_hanging_receiver_delays_no_job_and_no_other_receiver(workshop: Wo
             job = await workshop.finished(await workshop.queue.submit(make_spec(webhook_url=elsewhere)))
             assert job.state == "succeeded"
             await until(lambda: bool(receiver.requests))
-        assert len(hanging.requests) <= 8
+        assert len(hanging.requests) <= 4  # as many deliveries to one host are made at a time, and none has ended
 
 
 async def test_hanging_receivers_of_one_client_do_not_delay_another_client(
