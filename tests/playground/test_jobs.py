@@ -8,24 +8,29 @@ import httpx
 import pytest
 from selenium.webdriver.common.by import By
 
+from tests.patience import PATIENCE_S
 from tests.playground.conftest import Page
 from tests.playground.test_stage import UNREACHED
 
 pytestmark = pytest.mark.server
 
 
+def cancel_all(page: Page) -> None:
+    """Press all buttons of the jobs at once, because the rows of jobs that end are removed."""
+    page.run("for (const button of document.querySelectorAll('#jobs button')) button.click()")
+    page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
+    page.messages()  # cancelling an ended job logs a message
+
+
 def test_jobs_survive_a_reload_and_can_be_cancelled(page: Page) -> None:
-    page.fill(prompt="rain", duration=5, steps=50, batch_size=4)
+    page.fill(prompt="rain", duration=20, steps=50, batch_size=4)  # so long that no job ends
     page.click("generate")
     jobs = page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#jobs li")[3:])
     page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#jobs progress[value]"))
     assert jobs
     page.open()
     page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#jobs li, #clips li")[3:])
-    for button in page.browser.find_elements(By.CSS_SELECTOR, "#jobs button"):
-        page.run("arguments[0].click()", button)
-    page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
-    page.messages()  # cancelling an ended job logs a message
+    cancel_all(page)
 
 
 @pytest.mark.slow
@@ -38,12 +43,8 @@ def test_many_jobs_leave_connections_for_other_requests(page: Page) -> None:
     page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#jobs progress[value]")[5:])
     script = "const [done] = arguments; fetch('v1/status').then((reply) => done(reply.status))"
     assert page.browser.execute_async_script(script) == 200
-    buttons = page.browser.find_elements(By.CSS_SELECTOR, "#jobs button")
-    assert len(buttons) > 5
-    for button in buttons:
-        page.run("arguments[0].click()", button)
-    page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
-    page.messages()  # cancelling an ended job logs a message
+    assert len(page.browser.find_elements(By.CSS_SELECTOR, "#jobs button")) > 5
+    cancel_all(page)
 
 
 @pytest.mark.slow
@@ -121,7 +122,7 @@ def test_job_with_a_lost_response_is_found_after_a_reload(page: Page, served: st
     page.open()
     page.until(lambda: page.clips)
     page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
-    jobs = httpx.get(f"{served}/jobs", params={"limit": 100}).json()["jobs"]
+    jobs = httpx.get(f"{served}/jobs", params={"limit": 100}, timeout=PATIENCE_S).json()["jobs"]
     assert len([job for job in jobs if "a lost response" in json.dumps(job)]) == 1
 
 

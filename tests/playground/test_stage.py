@@ -10,6 +10,7 @@ import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 
+from tests.patience import PATIENCE_S
 from tests.playground.conftest import Page
 
 pytestmark = pytest.mark.server
@@ -52,7 +53,7 @@ def phone(page: Page) -> Iterator[Page]:
 
 def num_jobs(url: str, prompt: str) -> int:
     """Return the number of jobs on the server with this prompt."""
-    jobs = httpx.get(f"{url}/jobs", params={"limit": 100}).json()["jobs"]
+    jobs = httpx.get(f"{url}/jobs", params={"limit": 100}, timeout=PATIENCE_S).json()["jobs"]
     return sum(prompt in json.dumps(job) for job in jobs)
 
 
