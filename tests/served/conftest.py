@@ -64,7 +64,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Itera
 
 def count_ended(metrics_port: int) -> Counter[str]:
     """Return how many requests have left the engine of `tiny`, by outcome. The latest requests may be missing."""
-    page = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").text
+    page = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=PATIENCE_S).text
     ended: Counter[str] = Counter()
     for labels, number in re.findall(r"^ray_stable_audio_engine_requests_total{(.*)} (\S+)$", page, re.MULTILINE):
         values = dict(re.findall(r'(\w+)="(.*?)"', labels))

@@ -62,7 +62,11 @@ def used(server: LaunchedServer) -> LaunchedServer:
 
 def below(folder: Path) -> Iterator[tuple[Path, int]]:
     for path in folder.rglob("*"):
-        yield path, path.lstat().st_mode
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            continue  # the running server has deleted the file since it was listed
+        yield path, mode
 
 
 def test_only_the_owner_can_open_folder_and_admin_socket(used: LaunchedServer) -> None:

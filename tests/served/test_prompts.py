@@ -21,6 +21,7 @@ from examples.demo_model.checks import (
 from examples.demo_model.players import HttpPlayer
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.registry import BUILT_IN
+from tests.patience import PATIENCE_S
 from tests.serving.launched import LaunchedServer
 
 pytestmark = pytest.mark.server
@@ -103,8 +104,9 @@ async def test_handwritten_prompts_are_followed(url: str, group: str) -> None:
 def test_health_and_models_report_a_demo(url: str) -> None:
     import httpx
 
-    assert httpx.get(f"{url}/health").json()["models"]["demo"]["demo"] is True
-    (model,) = (entry for entry in httpx.get(f"{url}/v1/models").json()["data"] if entry["id"] == "demo")
+    with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+        assert client.get("/health").json()["models"]["demo"]["demo"] is True
+        (model,) = (entry for entry in client.get("/v1/models").json()["data"] if entry["id"] == "demo")
     assert model["is_demo"] is True
     assert "demo" in model["description"].lower()
 
