@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -27,11 +28,23 @@ ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # without it, Ray repl
 _FIRST_PORT, _LAST_PORT = 32_000, 32_768  # for the tests; the servers' internal processes use lower ports
 
 
+def _own_ports() -> Iterator[int]:
+    """Yield the ports of this test process in random order, again and again. Other test processes have other ports."""
+    number, count = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
+    ports = list(range(_FIRST_PORT + int(number.removeprefix("gw")), _LAST_PORT, int(count)))
+    random.SystemRandom().shuffle(ports)
+    return itertools.cycle(ports)
+
+
+_PORTS = _own_ports()
+
+
 def free_port() -> int:
-    """Return a free port below 32768. From 32768 on, the kernel gives ports to outgoing connections."""
-    while not is_port_free("127.0.0.1", port := random.randrange(_FIRST_PORT, _LAST_PORT)):
-        pass
-    return port
+    """Return a free port below 32768. From 32768 on, the kernel gives ports to outgoing connections.
+
+    A port is not returned twice in succession, because nothing may listen on it yet.
+    """
+    return next(port for port in _PORTS if is_port_free("127.0.0.1", port))
 
 
 def write_config(folder: Path, args: Mapping[str, Any], **top_level: Any) -> Path:
