@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.patience import wait_until
-from tests.served.conftest import make_body, submit, wait
+from tests.served.conftest import OVER, make_body, submit, wait
 from tests.serving.launched import LaunchedServer
 from tests.serving.load import Load
 
@@ -30,7 +30,7 @@ def test_killed_runner_and_replica_lose_nothing(server: LaunchedServer) -> None:
     with Load(server.client) as load, ThreadPoolExecutor(1) as pool:
         load.wait_for_progress()
         interrupted = submit(server, make_body(steps=500, duration=4))
-        wait(server, interrupted, "running")
+        wait(server, interrupted, "running", *OVER)  # on a busy machine, the polls may miss that it runs
         kill(server, "ServeReplica:audio:job-runner")
         load.wait_for_progress()
         running = pool.submit(server.client.post, "/generate", json=body)
