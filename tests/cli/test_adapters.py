@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from stable_audio_serve.cli import app
+from stable_audio_serve.cli import app, remote
+from tests.patience import PATIENCE_S
 
 HASH = "0123456789abcdef" * 4
 LISTED = {
@@ -70,6 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(remote, "_SILENT_S", PATIENCE_S)  # otherwise a line about a slow server may come
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
