@@ -346,7 +346,7 @@ async def test_only_unanswered_requests_get_a_retry_time(tmp_path: Path, monkeyp
 async def test_public_address_and_admin_socket_are_restricted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         await proxy.api.reload()
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
             assert (await client.get(f"{proxy.url}/docs")).status_code == 200
             for port, path in ((proxy.ports.haproxy_stats, "/stats"), (proxy.ports.haproxy_metrics, "/metrics")):
                 assert (await client.get(f"http://127.0.0.1:{port}{path}")).status_code == 200
