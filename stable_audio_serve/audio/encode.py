@@ -109,6 +109,7 @@ def as_in_file(
     """Convert `audio` (C, S) float32 to the channels and the sample rate that its file will have.
 
     `audio` may have any level. `loop_s` is the length of a loop in seconds; the result still repeats without a seam.
+    The result has at least one sample unless `audio` is empty.
     """
     if encoding.file_format in (AudioFormat.ULAW, AudioFormat.ALAW):
         audio = audio.mean(axis=0, keepdims=True, dtype=np.float32)
@@ -118,7 +119,8 @@ def as_in_file(
     import soxr
 
     if loop_s is None:
-        return soxr.resample(audio.T, sample_rate_hz, rate_hz).T
+        resampled = soxr.resample(audio.T, sample_rate_hz, rate_hz).T
+        return resampled if resampled.size else audio[:, :1]
     repeated = repeat_around(audio, sample_rate_hz // _AROUND_PARTS)
     repeated = soxr.resample(repeated.T, sample_rate_hz, rate_hz).T
     return cut_repeated(repeated, rate_hz // _AROUND_PARTS, length=loop_samples(loop_s, rate_hz))

@@ -138,6 +138,16 @@ def test_the_shortest_clips_are_encoded(file_format: AudioFormat, samples: int) 
     assert file.media_type == media_type(file_format)
 
 
+@pytest.mark.parametrize("encoding", [Encoding(AudioFormat.MP3, 32, sample_rate_hz=8000), Encoding(AudioFormat.ULAW)])
+def test_a_clip_of_one_sample_is_not_lost_by_resampling(encoding: Encoding) -> None:
+    file = encode_audio(np.full((2, 1), 0.5, np.float32), 44100, encoding=encoding)
+    form = {"format": "RAW", "channels": 1, "samplerate": 8000, "subtype": "ULAW"}
+    read, _ = soundfile.read(
+        io.BytesIO(file.to_bytes()), **(form if encoding.file_format is AudioFormat.ULAW else {}), always_2d=True
+    )
+    assert len(read) == 1
+
+
 def test_a_long_vorbis_file_does_not_crash() -> None:
     file = encode_audio(np.zeros((2, 44100 * 120), dtype=np.float32), 44100, encoding=Encoding(AudioFormat.OGG))
     assert soundfile.info(io.BytesIO(file.to_bytes())).frames == 44100 * 120
