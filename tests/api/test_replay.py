@@ -326,7 +326,7 @@ async def test_invalid_recipes_are_refused(real: httpx.AsyncClient) -> None:
         ({"peaks": "full", "response_format": "mp3"}, "recipe"),
         ({"samples": 5}, "recipe"),
         ({"made_on": recipe["made_on"] | {"host": "x"}}, "host"),
-        ({f"key{number}": 1 for number in range(10_000)}, "key0"),
+        ({f"key{number}": 1 for number in range(10_000)}, "recipe"),
         ({"x" * 500_000: 1}, "x" * 200),
     ):
         reply = await real.post(REPLAY, json=recipe | bad)
@@ -364,14 +364,15 @@ async def test_recipe_may_start_with_a_byte_order_mark(client: httpx.AsyncClient
     assert read_recipe(marked) == recipes_of(original)[0]
 
 
-async def test_recipe_with_many_errors_is_refused_at_the_first(client: httpx.AsyncClient) -> None:
+async def test_recipe_with_many_errors_is_refused_with_one(client: httpx.AsyncClient) -> None:
     """A recipe of 1 MB could contain 600,000 errors. Reporting all of them would block the event loop."""
     (recipe,) = recipes_of(await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1}))
     keys = dict.fromkeys(map(str, range(50_000)), 1)
     for bad, field in (
-        (keys, "0"),
-        ({"made_on": recipe["made_on"] | keys}, "0"),
-        ({"init_audio": keys}, "0"),
+        (keys, "recipe"),
+        ({"made_on": recipe["made_on"] | keys}, "recipe"),
+        ({"loras": [{"name": "a", "strength": 1} | keys]}, "recipe"),
+        ({"sections": [dict(list(keys.items())[:50])] * 1000, "overlap": 1}, "recipe"),
         ({"inpaint_regions": [[]] * 200_000}, "inpaint_regions"),
         ({"prompt": [1] * 200_000}, "prompt"),
     ):
