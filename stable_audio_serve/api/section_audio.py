@@ -35,9 +35,9 @@ _MP3_KBPS = 192
 async def section_answer(service: Service, request: Request, *, job: Job, number: int) -> Response:
     """Return one finished section, in the format of the job.
 
-    The joined responses for all sections are the whole piece. The last 30 ms of a section change when the next section
-    is joined to it, so the response for the next section begins with them. Raises HTTPException 404 while the section
-    is not finished, and StorageError.
+    In a lossless format at the model's sample rate, the joined responses for all sections are the whole piece. The last
+    30 ms of a section change when the next section is joined to it, so the response for the next section begins with
+    them. Raises HTTPException 404 while the section is not finished, and StorageError.
     """
     _require_sections(job)
     num_sections = len(job.spec.sections)
