@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 # The limiter lowers the loudness, so the gain is raised until the target is reached, but not by more than this: the
 # limiter would distort a clip whose peaks are far above its loudness.
-MOST_EXTRA_GAIN_DB = 12.0
-_MOST_PASSES = 8
-CLOSE_LU = 0.05
+_MOST_EXTRA_GAIN_DB = 12.0
+MOST_PASSES = 8
+_CLOSE_LU = 0.05
+_LEAST_SLOPE = 0.1  # LU per dB; a smaller slope is not trusted
 
 
 def to_loudness(
@@ -37,20 +39,33 @@ def to_loudness(
     around = round(LIMITED_AROUND_S * sample_rate_hz) if is_loop else 0
     repeated = repeat_around(audio, around) if is_loop else audio
     levels, ceiling = envelope(repeated), to_gain(loudness.true_peak_dbtp)
-    first_db = gain_db = loudness.target_lufs - measured
-    for _ in range(_MOST_PASSES):
+    gain_db: float | None = loudness.target_lufs - measured
+    tried: list[tuple[float, float]] = []
+    while gain_db is not None and len(tried) < MOST_PASSES:
         gain = np.float32(to_gain(gain_db))
         limited = limit(repeated * gain, sample_rate_hz, ceiling=ceiling, levels=levels * gain)
         limited = cut_repeated(limited, around) if is_loop else limited
         reached = measure_loudness(limited, sample_rate_hz)
-        missing_db = 0.0 if reached is None else loudness.target_lufs - reached
-        next_db = min(gain_db + missing_db, first_db + MOST_EXTRA_GAIN_DB)
-        if abs(missing_db) <= CLOSE_LU or next_db - gain_db < CLOSE_LU:
-            break
-        gain_db = next_db
+        tried.append((gain_db, loudness.target_lufs if reached is None else reached))
+        gain_db = next_gain_db(tried, target_lufs=loudness.target_lufs)
     # The changing gain may have raised the signal between two samples a little.
     limited *= np.float32(min(1.0, ceiling / measure_true_peak(limited)))
     return limited
+
+
+def next_gain_db(tried: Sequence[tuple[float, float]], *, target_lufs: float) -> float | None:
+    """Return the gain in dB to try next, or None if the last one is good enough.
+
+    `tried` are the gains in dB that were tried, each with the loudness in LUFS that was reached. The limiter makes the
+    loudness rise by less than the gain, so the last two entries tell how much gain the rest needs.
+    """
+    gain_db, reached = tried[-1]
+    missing, slope = target_lufs - reached, 1.0
+    if len(tried) > 1:
+        before_db, before = tried[-2]
+        slope = max((reached - before) / (gain_db - before_db), _LEAST_SLOPE)
+    next_db = min(gain_db + missing / slope, tried[0][0] + _MOST_EXTRA_GAIN_DB)
+    return None if abs(missing) <= _CLOSE_LU or abs(next_db - gain_db) < _CLOSE_LU else next_db
 
 
 def fade(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, finishing: Finishing) -> npt.NDArray[np.float32]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.level import CLOSE_LU, MOST_EXTRA_GAIN_DB, to_dbtp, to_gain
+from stable_audio_serve.audio.level import MOST_PASSES, next_gain_db, to_dbtp, to_gain
 from stable_audio_serve.audio.loudness import ClipMeter
 from stable_audio_serve.audio.peaks import BLOCK, LIMITED_AROUND_S, limit
 from stable_audio_serve.audio.true_peak import envelope
@@ -18,7 +18,6 @@ from stable_audio_serve.core.sound import Finishing, Loudness
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_MOST_PASSES = 4
 _LIMITED_S = 5.0  # length of the audio that is limited at once
 _REACH = 32  # a value between two samples depends on fewer samples than this on each side
 
@@ -57,15 +56,11 @@ class LoudnessSearch:
     def __init__(self, sample_rate_hz: int, *, loudness: Loudness) -> None:
         self._rate_hz = sample_rate_hz
         self._loudness = loudness
-        self._passes_left = _MOST_PASSES
-        self._first_db: float | None = None
+        self._tried: list[tuple[float, float]] = []  # each gain in dB, and the loudness that it gave in LUFS
         self.gain_db: float | None = None  # None: the piece is silent or was not measured yet
+        self.needs_pass = True
         self.factor = 1.0  # multiplies the limited audio, so that its true peak is not too high
         self._begin_pass()
-
-    @property
-    def needs_pass(self) -> bool:
-        return self._passes_left > 0
 
     def add(self, block: npt.NDArray[np.float32]) -> None:
         """Measure the next samples (C, S) of the piece, with the gain of this pass applied."""
@@ -76,17 +71,16 @@ class LoudnessSearch:
         if self._limiter is not None:
             self._measure(self._limiter.finish())
         reached = self._meter.describe(seed=0).loudness_lufs
-        missing_db = 0.0 if reached is None else self._loudness.target_lufs - reached
-        self._passes_left -= 1
+        target_lufs = self._loudness.target_lufs
+        next_db: float | None
         if self.gain_db is None:
-            self.gain_db = self._first_db = None if reached is None else missing_db
-            self._passes_left = 0 if reached is None else self._passes_left
+            next_db = None if reached is None else target_lufs - reached
         else:
             self.factor = min(1.0, to_gain(self._loudness.true_peak_dbtp) / max(self._peak.finish(), 1e-9))
-            next_db = min(self.gain_db + missing_db, (self._first_db or 0.0) + MOST_EXTRA_GAIN_DB)
-            is_done = abs(missing_db) <= CLOSE_LU or next_db - self.gain_db < CLOSE_LU or not self._passes_left
-            self._passes_left = 0 if is_done else self._passes_left
-            self.gain_db = self.gain_db if is_done else next_db
+            self._tried.append((self.gain_db, target_lufs if reached is None else reached))
+            next_db = next_gain_db(self._tried, target_lufs=target_lufs) if len(self._tried) < MOST_PASSES else None
+        self.needs_pass = next_db is not None
+        self.gain_db = self.gain_db if next_db is None else next_db
         self._begin_pass()
 
     def _begin_pass(self) -> None:

@@ -76,6 +76,27 @@ def test_blocks_are_finished_like_the_whole(finishing: Finishing) -> None:
         assert finisher.true_peak_dbtp <= finishing.loudness.true_peak_dbtp + 0.05
 
 
+@pytest.mark.parametrize("target_lufs", [-12.0, -14.0, -16.0])
+def test_drums_reach_the_loudness_whole_and_in_blocks(target_lufs: float) -> None:
+    """A limiter lowers drums so much that the gain must rise by far more than the loudness that is missing."""
+    rng, loudness = np.random.default_rng(1), Loudness(target_lufs)
+    beat = np.exp(-np.arange(RATE_HZ * 2 // 5) / (0.05 * RATE_HZ)) + 0.05
+    audio = (np.tile(beat, 20) * rng.standard_normal((2, 20 * len(beat)))).astype(np.float32)
+    _, facts = finish_clip(audio, RATE_HZ, seed=1, peaks="limit", finishing=Finishing(loudness))
+    search = LoudnessSearch(RATE_HZ, loudness=loudness)
+    while search.needs_pass:
+        for block in blocks_of(audio):
+            search.add(block)
+        search.end_pass()
+    finisher = PieceFinisher(RATE_HZ, finishing=Finishing(loudness), num_samples=audio.shape[1], search=search)
+    meter = ClipMeter(RATE_HZ)
+    for part in (*map(finisher.add, blocks_of(audio)), finisher.end()):
+        assert part is not None
+        meter.add(part)
+    found = (facts.loudness_lufs, meter.describe(seed=1).loudness_lufs)
+    assert found == pytest.approx((target_lufs, target_lufs), abs=0.1)
+
+
 def test_silence_has_no_gain() -> None:
     search = LoudnessSearch(RATE_HZ, loudness=Loudness(-14.0))
     search.add(np.zeros((2, RATE_HZ), np.float32))
