@@ -131,7 +131,8 @@ class _SoundFileEncoder:
         if self._encoding.file_format is AudioFormat.FLAC:
             self._put(to_pcm32(block) if self._encoding.bit_depth == 24 else to_pcm16(block))
         else:
-            self._put(_at_level(np.clip(block.T, -1.0, 1.0), encoding=self._encoding))
+            samples = np.clip(block.T, -1.0, 1.0)
+            self._put(_at_level(samples, self._sound.samplerate, encoding=self._encoding))
 
     def close(self) -> None:
         if self._tail:
@@ -189,14 +190,14 @@ def _find_options(samples: npt.NDArray[np.float32], sample_rate_hz: int, *, enco
     return {}
 
 
-def _at_level(samples: npt.NDArray[np.float32], *, encoding: Encoding) -> npt.NDArray[np.float32]:
+def _at_level(samples: npt.NDArray[np.float32], sample_rate_hz: int, *, encoding: Encoding) -> npt.NDArray[np.float32]:
     """Return `samples` scaled so that the file that libsndfile writes has the level of the original samples.
 
     LAME lowers the level of MP3 files with a constant bit rate, so their samples are raised, perhaps beyond -1..1.
     """
     if encoding.file_format is not AudioFormat.MP3 or encoding.bitrate_kbps is None:
         return samples
-    return samples / np.float32(mp3_factor(encoding.bitrate_kbps))
+    return samples / np.float32(mp3_factor(encoding.bitrate_kbps, sample_rate_hz))
 
 
 def _write(file: SoundFile, samples: npt.NDArray[Any]) -> None:

@@ -142,9 +142,10 @@ def mp3_level(bitrate_kbps: int, sample_rate_hz: int) -> float:
     return min(max((high - bitrate_kbps) / (high - low), 0.0), 0.9999)  # libsndfile refuses 1
 
 
-def mp3_factor(bitrate_kbps: int) -> float:
+def mp3_factor(bitrate_kbps: int, sample_rate_hz: int) -> float:
     """Return the factor by which LAME multiplies the audio of an MP3 file with a constant bit rate."""
-    return _MP3_FACTORS[min(_MP3_FACTORS, key=lambda kbps: abs(kbps - bitrate_kbps))]
+    _, high = _mp3_bitrates(sample_rate_hz)
+    return _MP3_FACTORS[min(_MP3_FACTORS, key=lambda kbps: abs(kbps - min(bitrate_kbps, high)))]
 
 
 def _bitrates(encoding: Encoding) -> tuple[int, int]:

@@ -144,6 +144,14 @@ def test_files_have_the_level_of_the_audio(name: str, kbps: int | None) -> None:
     assert np.sqrt(np.mean(middle**2)) == pytest.approx(np.sqrt(0.5), rel=0.015)  # Vorbis adds 1 % to a tone
 
 
+@pytest.mark.parametrize("rate_hz", [22_050, 11_025])
+def test_mp3_files_at_low_rates_have_the_level_of_the_audio(rate_hz: int) -> None:
+    """Their bit rate is at most 160 kbit/s, so a higher one must not change the level."""
+    audio = np.tile(0.5 * np.sin(np.arange(2 * rate_hz) / 18), (2, 1)).astype(np.float32)
+    read, _ = decode(encode_audio(audio, rate_hz, encoding=Encoding(AudioFormat.MP3, 320)).to_bytes())
+    assert np.sqrt(np.mean(read[:, rate_hz // 2 : -rate_hz // 2] ** 2)) == pytest.approx(np.sqrt(0.125), rel=0.015)
+
+
 @pytest.mark.slow
 def test_long_vorbis_files_have_the_bit_rate() -> None:
     data = encode("ogg", make_music(45.0), bitrate_kbps=160)
