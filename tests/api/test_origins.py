@@ -225,7 +225,7 @@ async def test_refused_request_has_no_effect() -> None:
 @pytest.mark.parametrize("origin", LOOPBACK)
 async def test_pages_of_this_machine_are_allowed(client: httpx.AsyncClient, origin: str) -> None:
     assert await is_allowed(client, Origin=origin)
-    reply = await client.get("/v1/models", headers={"Origin": origin})
+    reply = await client.get("/loras", headers={"Origin": origin})
     assert (reply.headers["access-control-allow-origin"], reply.headers["vary"]) == (origin, "Origin")
 
 
@@ -233,7 +233,7 @@ async def test_pages_of_this_machine_are_allowed(client: httpx.AsyncClient, orig
 async def test_foreign_pages_can_neither_change_nor_read(client: httpx.AsyncClient, origin: str) -> None:
     raw = origin.encode("utf-8").decode("latin-1")
     assert not await is_allowed(client, Origin=raw)
-    reply = await client.get("/v1/models", headers={"Origin": raw.encode("latin-1")})
+    reply = await client.get("/loras", headers={"Origin": raw.encode("latin-1")})
     assert (reply.status_code, reply.headers["vary"]) == (200, "Origin")
     assert "access-control-allow-origin" not in reply.headers
 
