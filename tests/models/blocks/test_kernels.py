@@ -141,7 +141,7 @@ def banded(q: Tensor, k: Tensor, v: Tensor, *, radius: int) -> Tensor:
     return heads_first(terms[0] - terms[1] if len(terms) == 2 else terms[0])
 
 
-def test_local_attention_is_used_only_in_half_precision_for_some_head_widths(kernels: Kernels) -> None:
+def test_local_attention_needs_half_precision_and_certain_head_widths(kernels: Kernels) -> None:
     assert kernels.has_local_attention(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))
     assert not kernels.has_local_attention(torch.empty(1, 1, 1, 64))
     for width in (8, 24, 256):
