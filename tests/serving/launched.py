@@ -119,8 +119,11 @@ class LaunchedServer:
         return time.monotonic() - started_at
 
     def signal(self, number: int) -> None:
-        """Send SIGINT to the whole process group, as Ctrl-C does, or another signal to the main process only."""
-        if number == signal.SIGINT:
+        """Send SIGINT or SIGHUP to the whole process group, as a terminal does on Ctrl-C or when it closes.
+
+        Other signals are sent to the main process only.
+        """
+        if number in {signal.SIGINT, signal.SIGHUP}:
             os.killpg(self.process.pid, number)
         else:
             self.process.send_signal(number)

@@ -67,6 +67,15 @@ def test_a_crashed_engine_fails_no_request(tmp_path: Path) -> None:
         launched.stop(number=signal.SIGKILL)
 
 
+def test_a_closed_terminal_does_not_cut_requests_off(tmp_path: Path) -> None:
+    limits = {"max_steps": 1000, "max_batch_size": 4}
+    launched = LaunchedServer(write_config(tmp_path, make_args(api=limits, drain_s=DRAIN_S)))
+    try:
+        check_that_stopping_finishes_work(launched.wait_until_ready(), signal.SIGHUP)
+    finally:
+        launched.stop(number=signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def other(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
     """Run a second server. Its environment has the address of the first server's Ray, but it must start its own Ray.
