@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from benchmarks.gpu.engines import PLAIN, Machine, OpenEngine
 from benchmarks.gpu.results import Results, clip_db, is_close
@@ -59,18 +60,7 @@ class _Minute:
         await asyncio.sleep(sizes.load_s - 2 * sizes.traced_s)
         self.results.record("clips_per_s", self.counts["compared"] / (sizes.load_s - 2 * sizes.traced_s))
         self._report()
-        steps = 0
-
-        async def count_steps() -> None:
-            nonlocal steps
-            before = self.engine.captures.num_steps
-            await asyncio.sleep(sizes.traced_s)
-            steps = self.engine.captures.num_steps - before
-
-        # Counted within the trace: the load goes on while the profiler starts, stops and writes its file.
-        traced = await trace(self.machine.device, count_steps)
-        per_step = {"steps_per_s": steps / sizes.traced_s, "idle_ms_per_step": traced["idle_ms"] / max(1, steps)}
-        self.results.record("trace", traced | per_step)
+        self.results.record("trace", await trace(self.machine.device, partial(asyncio.sleep, sizes.traced_s)))
         await asyncio.gather(*tasks)
         self._report()
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from benchmarks.gpu.results import Results
 from stable_audio_serve.core.generation import GenerationRequest
 
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-_ASKS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
+_GRAPHS = ("cudaGraphLaunch", "cuGraphLaunch")
+_ASKS = ("cudaLaunchKernel", "cuLaunchKernel", *_GRAPHS)
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 # Parts of the names of attention operators and kernels. The names also show which backend computes the attention.
 _ATTENTION = ("scaled_dot_product", "flash", "fmha", "attention", "cudnn_attn", "varlen")
@@ -80,16 +82,27 @@ async def trace(
 def summarize_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Returns figures of a Chrome trace.
 
-    A CUDA graph counts once in `host_launches`. In `kernels`, each of its kernels counts.
+    A CUDA graph counts once in `host_launches`. In `kernels`, each of its kernels counts. `host_gap_ms` is the median
+    time in which the device is idle between two CUDA graphs, because the host has not queued the second one yet. Pauses
+    between the kernels of one graph do not count. It is None if there are fewer than two CUDA graphs.
     """
     whole = [event for event in events if event.get("ph") == "X"]
     work = sorted((event for event in whole if event.get("cat") in _DEVICE_WORK), key=lambda event: event["ts"])
     host = [event["name"] for event in whole if event.get("cat") in {"cuda_runtime", "cuda_driver"}]
     named = Counter(event["name"][:_NAME_LENGTH] for event in whole if event.get("cat") in {"cpu_op", "kernel"})
+    graphs = {_call_of(event) for event in whole if event["name"].startswith(_GRAPHS)} - {None}
     busy_us, reached_us = 0.0, float("-inf")
+    started: set[object] = set()
+    idle_us, gaps_us = 0.0, []
     taken_us: Counter[str] = Counter()
     for event in work:
         ended_us = event["ts"] + event.get("dur", 0.0)
+        idle_us += max(0.0, event["ts"] - reached_us) if busy_us else 0.0
+        if (call := _call_of(event)) in graphs:
+            if call not in started and started:
+                gaps_us.append(idle_us)
+            started.add(call)
+            idle_us = 0.0
         busy_us += max(0.0, ended_us - max(event["ts"], reached_us))
         reached_us = max(reached_us, ended_us)
         taken_us[event["name"][:_NAME_LENGTH]] += event.get("dur", 0.0)
@@ -98,6 +111,7 @@ def summarize_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "span_ms": span_us / 1000.0,
         "busy_share": busy_us / span_us if span_us else None,
         "idle_ms": (span_us - busy_us) / 1000.0,
+        "host_gap_ms": median(gaps_us) / 1000.0 if gaps_us else None,
         "kernels": sum(event["cat"] == "kernel" for event in work),
         "host_launches": sum(name.startswith(_ASKS) for name in host),
         "waits": sum(name.startswith(_WAITS) and "Async" not in name for name in host),
@@ -108,3 +122,8 @@ def summarize_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
             for name, us in taken_us.most_common(_MOST_KERNELS)
         ],
     }
+
+
+def _call_of(event: dict[str, Any]) -> object:
+    """Returns the number of the host's call that queued this work, None if unknown. A graph's kernels share it."""
+    return event.get("args", {}).get("correlation")

@@ -47,7 +47,6 @@ class Captures(NullMetrics):
         self._captured: Counter[str] = Counter()  # number of graphs for each kind of call
         self.num_misses = 0
         self.num_off = 0  # how often the engine switched captures off
-        self.num_steps = 0
         self.changed_at = float("-inf")
 
     @property
@@ -62,9 +61,6 @@ class Captures(NullMetrics):
         if name == "engine_graph_misses":
             self.num_misses, self.changed_at = self.num_misses + int(value), time.monotonic()
         self.num_off += name == "engine_captures_off"
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        self.num_steps += name == "engine_rows_per_step"
 
 
 async def wait_for_captures(captures: Captures) -> None:

@@ -249,6 +249,20 @@ def test_a_trace_is_busy_while_anything_runs() -> None:
     assert summarize_trace([])["busy_share"] is None
 
 
+def test_pauses_within_a_cuda_graph_are_not_gaps_of_the_host() -> None:
+    def kernel(start_us: float, call: int) -> dict[str, object]:
+        return {"ph": "X", "cat": "kernel", "name": "k", "ts": start_us, "dur": 10.0, "args": {"correlation": call}}
+
+    def launch(call: int) -> dict[str, object]:
+        return {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0.0, "args": {"correlation": call}}
+
+    graphs = [kernel(0.0, 1), kernel(50.0, 1), kernel(80.0, 9), kernel(100.0, 2), kernel(150.0, 2), kernel(260.0, 3)]
+    figures = summarize_trace([*graphs, launch(1), launch(2), launch(3)])
+    assert figures["host_gap_ms"] == pytest.approx(0.065)  # of 30 us (without the eager kernel 9) and 100 us
+    assert figures["idle_ms"] == pytest.approx(0.21)
+    assert summarize_trace(graphs)["host_gap_ms"] is None
+
+
 async def test_a_timed_replica_runs_one_request_at_a_time() -> None:
     model = ModelSettings(name="demo", max_queue_s=0.6)
     replica = TimedReplica(Settings(models=(model,)), model)
