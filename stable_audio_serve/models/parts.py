@@ -63,7 +63,6 @@ class Encoder(Protocol):
     """Encodes frames to raw latents, the input of the bottleneck."""
 
     frames_per_latent: int
-    latent_multiple: int  # windows start and end at multiples of this many latents
     noisy: bool  # whether the encoder adds noise (if `noise` is not None)
 
     def __call__(self, frames: Tensor, noise: Noises) -> Tensor:

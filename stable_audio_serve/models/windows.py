@@ -62,8 +62,11 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
 
     With a large halo, windows are longer, so that few frames are decoded twice. The lengths of these longer windows are
     multiples of half of WINDOW_GRID, so that clips of similar length use the same CUDA graphs.
+
+    The last window ends at a multiple of `rule.multiple` or at the clip's end: a decoder that works in chunks of frames
+    fills a partial chunk with zeros, which would change the audio of the chunk's other frames.
     """
-    num_decoded = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
+    num_decoded = min(frames, _round_up(num_audible + rule.halo, multiple=math.lcm(WINDOW_GRID, rule.multiple)))
     kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
     kept = min(max(kept, WINDOW_FRAMES), max(LONGEST_FRAMES - 2 * rule.halo, WINDOW_FRAMES))
     grid = WINDOW_GRID // 2 if kept > WINDOW_FRAMES else 1

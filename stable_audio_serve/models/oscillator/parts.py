@@ -39,7 +39,6 @@ class PatchMlpEncoder(nn.Module):
     Implements `parts.Encoder`.
     """
 
-    latent_multiple = 1
     noisy = False
 
     def __init__(self, *, in_channels: int, patch_frames: int, width: int, depth: int, latent_dim: int) -> None:

@@ -121,8 +121,8 @@ class AudioAutoencoder(nn.Module):
 
     @property
     def latent_multiple(self) -> int:
-        """Windows must start at a multiple of this number of latents."""
-        return max(self.encoder.latent_multiple, self.decoder.latent_multiple)
+        """Windows for decoding must start at a multiple of this number of latents."""
+        return self.decoder.latent_multiple
 
     def resolve(self) -> None:
         """Cache values that are derived from the weights, which every call would otherwise compute.

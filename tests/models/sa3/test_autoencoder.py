@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.generation import SourceAudio
-from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, WindowSpan
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, WindowRule, WindowSpan
+from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.same import SameLayer
-from stable_audio_serve.models.windows import chunked_windows
+from stable_audio_serve.models.windows import audible_windows, chunked_windows
 from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise, SeededNoise
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import FAMILY, assert_near, loaded
@@ -185,6 +188,26 @@ def test_halo_covers_the_receptive_field(name: str) -> None:
     hop = model.spec.hop
     before, after = (model.autoencoder.decode(z)[..., start * hop : stop * hop] for z in (latents, changed))
     assert_near(after, before, within=1e-6)
+
+
+@pytest.mark.parametrize(("encoder_chunk", "decoder_chunk"), [(3, 3), (4, 3), (2, 5)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_windows_of_any_chunks_join_to_the_whole(encoder_chunk: int, decoder_chunk: int, shifted: bool) -> None:
+    values = json.loads((load_goldens("sharp-s").folder / "model_config.json").read_text())["model"]["pretransform"]
+    for part, chunk in (("encoder", encoder_chunk), ("decoder", decoder_chunk)):
+        config = values["config"][part]["config"]
+        config |= {"strides": [3], "chunk_size": 3 * chunk, "chunk_midpoint_shift": shifted, "conv_mapping": False}
+    values["config"]["downsampling_ratio"] = 3 * values["config"]["pretransform"]["config"]["patch_size"]
+    torch.manual_seed(1)
+    net = AudioAutoencoder(ConfigReader(values["config"]))
+    latents = torch.randn(1, net.latent_channels, 360)
+    whole = net.decode(latents)[0]
+    for num_audible in (7, 16, 31, 200, 350):
+        rule = WindowRule(net.decoder_halo_latents, net.latent_multiple)
+        for span in audible_windows(latents.shape[-1], num_audible=num_audible, rule=rule):
+            audio, offset = net.decode(latents[..., span.start : span.stop])[0], span.start * net.hop
+            start, stop = span.keep_start * net.hop, min(span.keep_stop, num_audible) * net.hop
+            assert_near(audio[:, start - offset : stop - offset], whole[:, start:stop], within=2e-6)
 
 
 @pytest.mark.parametrize("name", FAMILY)
