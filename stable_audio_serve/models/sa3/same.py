@@ -85,7 +85,8 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
         if len(values) != 1:
             raise config.unusable(key, "a list of one number: stacked resampling blocks are not supported")
     stride, chunk_frames = strides[0], config.integer("chunk_size", default=128, at_most=MAX_TOKENS)
-    width, head_width = config.integer("channels") * mults[0], config.integer("dim_heads", default=128)
+    width = config.integer("channels") * mults[0]
+    head_width = min(config.integer("dim_heads", default=128), width)
     if width % head_width or head_width % 4:
         raise config.unusable("dim_heads", f"a multiple of 4 that divides the width ({width})")
     window, shifted = None, config.flag("chunk_midpoint_shift", default=False)
@@ -155,6 +156,11 @@ class WeightNormConv(nn.Module):
         return F.conv1d(x, kernel.to(x.dtype), self.bias, padding=kernel.shape[-1] // 2)
 
 
+def _build_mapping(channels_in: int, channels_out: int, *, kernel: int) -> nn.Module:
+    """Returns the convolution between frames and tokens. Checkpoints have none if both have equally many channels."""
+    return nn.Identity() if channels_in == channels_out else WeightNormConv(channels_in, channels_out, kernel=kernel)
+
+
 class SameLayer(FusedModule):
     """A transformer layer: self-attention and a feed-forward network, each after a DyT norm."""
 
@@ -190,7 +196,7 @@ class SameLayer(FusedModule):
 class ResamplingBlock(nn.Module):
     """What encoder and decoder share: the convolution over frames, the learned tokens and the transformer."""
 
-    def __init__(self, config: SameConfig, *, mapping: WeightNormConv, num_tokens: int) -> None:
+    def __init__(self, config: SameConfig, *, mapping: nn.Module, num_tokens: int) -> None:
         super().__init__()
         self.config = config
         self.num_tokens = num_tokens
@@ -206,7 +212,8 @@ class ResamplingBlock(nn.Module):
 
     def resolve(self) -> None:
         """Cache values derived from the weights, which every call would otherwise compute."""
-        self.mapping.resolve()
+        if isinstance(self.mapping, WeightNormConv):
+            self.mapping.resolve()
         # On a CPU the weights are not changed, because processes share the memory of the mapped weight file.
         if self.new_tokens.device.type != "cpu":
             for layer in self._typed_layers:
@@ -309,7 +316,7 @@ class SameEncoder(nn.Module):
         self.frames_per_latent = config.stride
         self.latent_multiple = config.latent_multiple
         self.noisy = config.mask_noise > 0
-        mapping = WeightNormConv(config.frame_channels, config.width, kernel=config.mapping_kernel)
+        mapping = _build_mapping(config.frame_channels, config.width, kernel=config.mapping_kernel)
         block = ResamplingBlock(config, mapping=mapping, num_tokens=1)
         self.layers = nn.ModuleDict({"0": block, "2": nn.Linear(config.width, config.latent_channels)})
 
@@ -333,7 +340,7 @@ class SameDecoder(nn.Module):
         self.frames_per_latent = config.stride
         self.latent_multiple = config.latent_multiple
         self.halo_latents = config.halo_latents
-        mapping = WeightNormConv(config.width, config.frame_channels, kernel=config.mapping_kernel)
+        mapping = _build_mapping(config.width, config.frame_channels, kernel=config.mapping_kernel)
         block = ResamplingBlock(config, mapping=mapping, num_tokens=config.stride)
         self.layers = nn.ModuleDict({"1": nn.Linear(config.latent_channels, config.width), "3": block})
 

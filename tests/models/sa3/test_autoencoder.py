@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from stable_audio_serve.core.generation import SourceAudio
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, WindowRule, WindowSpan
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
-from stable_audio_serve.models.sa3.same import SameLayer
+from stable_audio_serve.models.sa3.same import SameLayer, WeightNormConv
 from stable_audio_serve.models.windows import audible_windows, chunked_windows
 from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise, SeededNoise
 from tests.goldens import SHARP, load_goldens
@@ -208,6 +209,36 @@ def test_windows_of_any_chunks_join_to_the_whole(encoder_chunk: int, decoder_chu
             audio, offset = net.decode(latents[..., span.start : span.stop])[0], span.start * net.hop
             start, stop = span.keep_start * net.hop, min(span.keep_stop, num_audible) * net.hop
             assert_near(audio[:, start - offset : stop - offset], whole[:, start:stop], within=2e-6)
+
+
+def make_net(**values: Any) -> AudioAutoencoder:
+    """Returns an autoencoder like the one of `sharp-s`, with random weights and `values` in both coders' configs."""
+    config = json.loads((load_goldens("sharp-s").folder / "model_config.json").read_text())["model"]["pretransform"]
+    for part in ("encoder", "decoder"):
+        config["config"][part]["config"] |= values
+    torch.manual_seed(1)
+    return AudioAutoencoder(ConfigReader(config["config"]))
+
+
+def test_frames_of_the_transformers_width_are_not_mapped() -> None:
+    width = loaded("sharp-s").autoencoder.encoder.layers["0"].mapping.weight_v.shape[1]
+    net = make_net(channels=width, c_mults=[1], dim_heads=width)
+    net.resolve()
+    assert not [key for key in net.state_dict() if "mapping" in key]
+    audio, latents = torch.randn(1, net.channels, 8 * net.hop), torch.randn(1, net.latent_channels, 8)
+    results = net.encode(audio), net.decode(latents)
+    kernel = {"weight_v": torch.eye(width)[..., None], "weight_g": torch.ones(width, 1, 1), "bias": torch.zeros(width)}
+    for block in (net.encoder.layers["0"], net.decoder.layers["3"]):
+        block.mapping = WeightNormConv(width, width, kernel=1)
+        block.mapping.load_state_dict(kernel)
+    assert_near(net.encode(audio), results[0], within=1e-6)
+    assert_near(net.decode(latents), results[1], within=1e-6)
+
+
+def test_heads_are_not_wider_than_the_transformer() -> None:
+    expected, net = make_net(channels=24, c_mults=[1], dim_heads=24), make_net(channels=24, c_mults=[1], dim_heads=128)
+    latents = torch.randn(1, net.latent_channels, 4)
+    assert torch.equal(net.decode(latents), expected.decode(latents))
 
 
 @pytest.mark.parametrize("name", FAMILY)
