@@ -480,6 +480,12 @@ def test_a_text_encoder_without_a_length_reads_128_tokens(folder: Path) -> None:
         ("model.diffusion.config.norm_kwargs.bias", True),
         ("model.diffusion.config.attn_kwargs.softcap", 50.0),
         ("model.conditioning.default_keys", {"seconds_total": "seconds_start"}),
+        ("model.diffusion.input_concat_ids", ["seconds_total"]),
+        ("model.diffusion.config.final_cross_attn_ix", 1),
+        ("model.diffusion.config.attn_kwargs.feat_scale", True),
+        ("model.pretransform.config.in_channels", 1),
+        ("model.pretransform.config.decoder.soft_clip", True),
+        ("model.pretransform.config.pretransform.config.postfilter_channels", 8),
     ],
 )
 def test_keys_of_unsupported_models_are_refused_by_name(folder: Path, path: str, value: Any) -> None:
@@ -535,6 +541,23 @@ def test_json_that_python_cannot_read_is_refused(folder: Path, text: str) -> Non
         ("model.diffusion.config.attn_kwargs.dropout", 0.1),
         ("model.conditioning.default_keys", {"seconds_start": "seconds_total"}),
         ("model.conditioning.configs.0.config.repo_id", "lab/other"),
+        ("model.diffusion.input_concat_ids", []),
+        ("model.diffusion.prepend_cond_ids", []),
+        ("model.diffusion.modular_local_cond_configs", []),
+        ("model.diffusion.config.final_cross_attn_ix", -1),
+        ("model.diffusion.config.cross_attn_rotary_pos_emb", False),
+        ("model.diffusion.config.add_rope", False),
+        ("model.diffusion.config.attn_kwargs.feat_scale", False),
+        ("model.diffusion.config.ff_kwargs.conv_kernel_size", 3),
+        ("model.diffusion.config.norm_kwargs.fix_scale", False),
+        ("model.pretransform.config.in_channels", 2),
+        ("model.pretransform.config.out_channels", 2),
+        ("model.pretransform.config.decoder.soft_clip", False),
+        ("model.pretransform.config.encoder.config.causal", True),  # the reference implementation ignores it
+        ("model.pretransform.config.encoder.config.feat_scale", False),
+        ("model.pretransform.config.decoder.config.mapping_bias", True),
+        ("model.pretransform.config.decoder.config.cross_attn", False),
+        ("model.pretransform.config.pretransform.config.postfilter_channels", 0),
     ],
 )
 def test_keys_without_effect_are_accepted(folder: Path, path: str, value: Any) -> None:

@@ -99,8 +99,12 @@ class AudioAutoencoder(nn.Module):
         self.encoder = _build(_ENCODERS, config.section("encoder"))
         self.decoder = _build(_DECODERS, config.section("decoder"))
         self.bottleneck = _build(_BOTTLENECKS, config.section("bottleneck"))
-        config.require(soft_clip=False)
+        for section in (config, config.section("decoder")):
+            section.require(soft_clip=False)
         self.channels = config.integer("io_channels", default=2)
+        for key in ("in_channels", "out_channels"):
+            if config.integer(key, default=self.channels) != self.channels:
+                raise config.unusable(key, f"io_channels ({self.channels})")
         self.latent_channels = config.integer("latent_dim")
         self.hop = config.integer("downsampling_ratio")
         for part in (self.encoder, self.decoder):
@@ -154,7 +158,7 @@ class AudioAutoencoder(nn.Module):
 
 def build_patched(config: ConfigReader) -> Patched:
     """Build the pretransform from the innermost `pretransform.config` section of a checkpoint's config."""
-    config.require(oversampling=1)
+    config.require(oversampling=1, postfilter_channels=0)
     return Patched(config.integer("channels"), config.integer("patch_size"))
 
 

@@ -22,10 +22,10 @@ INERT_KEYS = frozenset(
         *("training", "dataset", "svd_bases_path", "distribution_shift_options", "pre_encoded_keys", "checkpointing"),
         *("requires_grad", "enable_grad", "freeze", "freeze_backbone", "zero_init_branch_outputs", "zero_init_output"),
         *("dropout", "attn_dropout", "ff_dropout", "enable_inner_layer_dropout", "cfg_dropout_prob", "dropout_prob"),
-        # The reference implementation ignores the keys on the second line below. The keys on the first line do not
-        # change its result: `scale` is 1.
+        # The keys on the first line below do not change the reference implementation's result: `scale` is 1. It ignores
+        # the keys on the second line, at least with the values that `parse_denoiser` requires.
         *("iterate_batch", "use_flash", "force_fp32", "auto_scale", "scale", "abs_pos_emb_max_length"),
-        *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv"),
+        *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv", "causal", "conv_kernel_size", "fix_scale"),
         # The reference implementation behaves as if both keys were true, whatever their values are.
         *("mask_padding_attention", "use_effective_length_for_schedule"),
         # These keys locate the text encoder. `checkpoint_files` reads them.
@@ -87,13 +87,16 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
         rotary_pos_emb=True,
         use_sinusoidal_emb=False,
         use_abs_pos_emb=False,
+        final_cross_attn_ix=-1,
+        cross_attn_rotary_pos_emb=False,
+        add_rope=False,
     )
     config.choice("global_cond_type", ("adaLN",), default="prepend")
     config.choice("timestep_features_type", ("expo",), default="learned")
     config.choice("norm_type", ("rms_norm",), default="layer_norm")
     attention = config.section("attn_kwargs", optional=True)
     feedforward = config.section("ff_kwargs", optional=True)
-    attention.require(qk_norm_eps=1e-6)
+    attention.require(qk_norm_eps=1e-6, feat_scale=False)
     feedforward.require(glu=True, no_bias=False, use_conv=False, sinusoidal=False)
     width = config.integer("embed_dim", default=768)
     num_heads = config.integer("num_heads", default=8)
@@ -180,6 +183,7 @@ def parse_config(config: ConfigReader) -> Sa3Config:
     model = config.section("model")
     diffusion = model.section("diffusion")
     diffusion.choice("type", ("dit",))
+    diffusion.require(input_concat_ids=[], prepend_cond_ids=[], modular_local_cond_configs=[])
     objective = diffusion.choice("diffusion_objective", tuple(OBJECTIVE_SAMPLERS))
     pretransform = model.section("pretransform")
     pretransform.choice("type", ("autoencoder",))

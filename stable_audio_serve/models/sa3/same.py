@@ -79,6 +79,7 @@ class SameConfig:
 def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
     """Parse an encoder's or decoder's config section. Raises CheckpointError naming the key that cannot be used."""
     config.require(dyt=True, conformer=False, layer_scale=False, soft_clip=False)
+    config.require(feat_scale=False, cross_attn=False, mapping_bias=True)
     strides, mults = config.integers("strides"), config.integers("c_mults")
     depths = config.integers("transformer_depths", at_most=MAX_DEPTH)
     for key, values in (("strides", strides), ("transformer_depths", depths), ("c_mults", mults)):

@@ -107,8 +107,8 @@ def parse_config(config: ConfigReader) -> SaoConfig:
 
 def _parse_conditioners(model: ConfigReader) -> tuple[PromptConfig, tuple[NumberConfig, ...]]:
     conditioning = model.section("conditioning")
-    conditioning.refuse_unknown(("configs", "cond_dim", "default_keys"))
-    conditioning.require(default_keys={})
+    conditioning.refuse_unknown(("configs", "cond_dim", "default_keys", "pre_encoded_keys"))
+    conditioning.require(default_keys={}, pre_encoded_keys=[])
     width = conditioning.integer("cond_dim")
     prompts, numbers = [], []
     for item in conditioning.sections("configs"):

@@ -72,7 +72,7 @@ class LearnedFourier(nn.Module):
 
 
 class ScaledLayerNorm(nn.Module):
-    """Layer norm with a learned scale. Checkpoints also contain a shift, which was not trained and is zero."""
+    """Layer norm with a learned scale. Checkpoints also contain a shift, which is zero unless it was trained, too."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

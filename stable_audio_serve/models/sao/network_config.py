@@ -39,6 +39,8 @@ _FIXED = {
     "rotary_pos_emb": True,
     "use_sinusoidal_emb": False,
     "use_abs_pos_emb": False,
+    "final_cross_attn_ix": -1,
+    "add_rope": False,
 }
 _READ = (
     "io_channels",
@@ -55,8 +57,14 @@ _READ = (
 )
 # Keys about weight initialisation and about an unused table, which have no effect on inference.
 _INERT = ("zero_init_branch_outputs", "abs_pos_emb_max_length")
+_FIXED_ATTENTION = {"differential": False, "feat_scale": False}
 _FIXED_FEEDFORWARD = {"glu": True, "no_bias": False, "use_conv": False}
+# Keys about initialisation, about convolutions (which `use_conv` turns on), about precision, and about which of the
+# tensors that a checkpoint contains were trained.
+_INERT_FEEDFORWARD = ("zero_init_output", "conv_kernel_size")
+_INERT_NORM = ("force_fp32", "bias", "fix_scale")
 
+_CHANNELS = ("io_channels", "in_channels", "out_channels")  # of the audio
 _SHAPE = ("channels", "c_mults", "strides", "latent_dim", "use_snake")
 _FIXED_CODER = {"antialias_activation": False}
 _FIXED_DECODER = {"use_nearest_upsample": False}
@@ -103,10 +111,11 @@ def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
     attention, feedforward, norms = (
         config.section(key, optional=True) for key in ("attn_kwargs", "ff_kwargs", "norm_kwargs")
     )
-    attention.refuse_unknown(("qk_norm",))
-    feedforward.refuse_unknown(("mult", "zero_init_output", *_FIXED_FEEDFORWARD))
+    attention.refuse_unknown(("qk_norm", *_FIXED_ATTENTION))
+    attention.require(**_FIXED_ATTENTION)
+    feedforward.refuse_unknown(("mult", *_INERT_FEEDFORWARD, *_FIXED_FEEDFORWARD))
     feedforward.require(**_FIXED_FEEDFORWARD)
-    norms.refuse_unknown(("eps",))
+    norms.refuse_unknown(("eps", *_INERT_NORM))
     norms.require(eps=1e-5)
     width, num_heads = config.integer("embed_dim", default=768), config.integer("num_heads", default=8)
     if width % num_heads:
@@ -191,12 +200,14 @@ def parse_oobleck(model: ConfigReader) -> OobleckConfig:
     pretransform.choice("type", ("autoencoder",))
     pretransform.require(**_FIXED_PRETRANSFORM)
     config = pretransform.section("config")
-    config.refuse_unknown(("encoder", "decoder", "bottleneck", "latent_dim", "downsampling_ratio", "io_channels"))
+    config.refuse_unknown(("encoder", "decoder", "bottleneck", "latent_dim", "downsampling_ratio", *_CHANNELS))
     bottleneck, *coders = (config.section(name) for name in ("bottleneck", "encoder", "decoder"))
-    bottleneck.refuse_unknown(("type",))
+    bottleneck.refuse_unknown(("type", "config"))
+    bottleneck.require(config={})
     bottleneck.choice("type", ("vae",))
     for coder in coders:
-        coder.refuse_unknown(("type", "requires_grad", "config"))
+        coder.refuse_unknown(("type", "requires_grad", "config", "soft_clip"))
+        coder.require(soft_clip=False)
         coder.choice("type", ("oobleck",))
     encoder, decoder = (coder.section("config") for coder in coders)
     encoder.refuse_unknown(("in_channels", *_SHAPE, *_FIXED_CODER))
@@ -236,6 +247,8 @@ def _check_parts(parsed: OobleckConfig, *, config: ConfigReader, encoder: Config
         (encoder, "latent_dim", None, 2 * parsed.latent_channels),
         (decoder, "out_channels", 2, parsed.channels),
         (decoder, "latent_dim", None, parsed.latent_channels),
+        (config, "in_channels", parsed.channels, parsed.channels),
+        (config, "out_channels", parsed.channels, parsed.channels),
         (config, "downsampling_ratio", None, parsed.hop),
     ):
         if part.integer(key, default=default) != wanted:

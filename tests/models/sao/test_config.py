@@ -53,6 +53,26 @@ def test_training_keys_in_the_config_are_accepted() -> None:
 
 
 CONDITIONING, DIFFUSION = ("model", "conditioning"), ("model", "diffusion")
+AUTOENCODER = ("model", "pretransform", "config")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ((*DIFFUSION, "config", "attn_kwargs"), {"differential": False, "feat_scale": False}),
+        ((*DIFFUSION, "config", "ff_kwargs"), {"conv_kernel_size": 3, "glu": True}),
+        ((*DIFFUSION, "config", "norm_kwargs"), {"bias": True, "fix_scale": True, "force_fp32": True}),
+        ((*DIFFUSION, "config", "final_cross_attn_ix"), -1),
+        ((*DIFFUSION, "config", "add_rope"), False),
+        ((*CONDITIONING, "pre_encoded_keys"), []),
+        ((*AUTOENCODER, "in_channels"), 2),
+        ((*AUTOENCODER, "out_channels"), 2),
+        ((*AUTOENCODER, "decoder", "soft_clip"), False),
+        ((*AUTOENCODER, "bottleneck", "config"), {}),
+    ],
+)
+def test_keys_that_ask_for_the_same_network_are_accepted(path: tuple[str | int, ...], value: Any) -> None:
+    assert parse(changed(tiny("tiny-1.0"), path, value)) == parse(tiny("tiny-1.0"))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +92,11 @@ CONDITIONING, DIFFUSION = ("model", "conditioning"), ("model", "diffusion")
         ("model.diffusion.global_cond_ids", (*DIFFUSION, "global_cond_ids"), ["prompt"]),
         ("model.diffusion.config.global_cond_dim", (*DIFFUSION, "config", "global_cond_dim"), 64),
         ("model.conditioning.default_keys", (*CONDITIONING, "default_keys"), {"seconds_start": "x"}),
+        ("model.conditioning.pre_encoded_keys", (*CONDITIONING, "pre_encoded_keys"), ["prompt"]),
+        ("model.diffusion.config.final_cross_attn_ix", (*DIFFUSION, "config", "final_cross_attn_ix"), 0),
+        ("model.diffusion.config.attn_kwargs.feat_scale", (*DIFFUSION, "config", "attn_kwargs"), {"feat_scale": True}),
+        ("model.pretransform.config.in_channels", (*AUTOENCODER, "in_channels"), 1),
+        ("model.pretransform.config.decoder.soft_clip", (*AUTOENCODER, "decoder", "soft_clip"), True),
         ("model.conditioning.configs", (*CONDITIONING, "configs"), []),
         ("model.conditioning.configs[0].type", (*CONDITIONING, "configs", 0, "type"), "clap_text"),
         ("model.conditioning.configs[0].config.invented", (*CONDITIONING, "configs", 0, "config", "invented"), 1),
