@@ -340,6 +340,7 @@ DECODER = "model.pretransform.config.decoder.config"
         ("model.pretransform.config.pretransform.type", "wavelet"),
         ("model.conditioning.configs.0.type", "clap"),
         ("model.conditioning.configs.0.config.padding_mode", "zero"),
+        ("model.conditioning.configs.0.config.padding_mode", ...),  # "zero" in the reference implementation
         ("model.conditioning.configs.1.config.fourier_features_type", ...),
         ("model.conditioning.configs.1.config.max_val", 0),
         ("model.conditioning.configs.1.id", "bpm"),

@@ -251,7 +251,7 @@ def _parse_conditioners(
 
 def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
     config = item.section("config", optional=True)
-    config.choice("padding_mode", ("learned",), default="learned")
+    config.choice("padding_mode", ("learned",), default="zero")
     return PromptConfig(
         id=item.text("id"),
         width=width,
