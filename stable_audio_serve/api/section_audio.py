@@ -88,7 +88,9 @@ def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
     kind = media_type(encoding.file_format)
     headers = attachment(f"{job.spec.file_prefix}{job.spec.file_stem}.{encoding.file_format}")
     if request.method == "HEAD":
-        return Response(headers=headers, media_type=kind)
+        response = Response(headers=headers, media_type=kind)
+        del response.headers["Content-Length"]  # Starlette sets it to 0, but the length is unknown
+        return response
     return service.streams.open_audio(
         _follow(service, job, encoding=encoding),
         caller=request.state.caller,

@@ -98,6 +98,13 @@ async def test_unfinished_section_is_not_found(client: httpx.AsyncClient) -> Non
     assert (reply.status_code, reply.json()["detail"]) == (404, "section 1 is not finished: the job is queued, 0 are")
 
 
+async def test_head_of_a_growing_piece_has_no_length(client: httpx.AsyncClient) -> None:
+    ticket = (await client.post("/jobs", json=BODY | {"sections": [{"duration": 4}]})).json()
+    reply = await client.head(f"{ticket['status_url']}/audio?follow=1")
+    assert (reply.status_code, reply.headers["content-type"]) == (200, "audio/wav")
+    assert "content-length" not in reply.headers
+
+
 async def test_pieces_of_keys(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"alice:{hash_key('alice')} audio-seconds-per-minute=10\nbob:{hash_key('bob')}\n")
     limits = StreamLimits(max_open_per_client=0)
