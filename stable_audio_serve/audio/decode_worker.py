@@ -83,13 +83,15 @@ def read(
             if file.samplerate not in own_rates_hz:
                 check_rate(file.samplerate)
             check_format(file.format, channels=file.channels)
-            num_frames = file.frames if file.frames != _UNKNOWN_FRAMES else _count_frames(file)
-            if num_frames * file.channels > _MAX_FILE_VALUES:
+            is_known, limit = file.frames != _UNKNOWN_FRAMES, int(max_s * file.samplerate) + 1
+            most = limit if allowed_s is None else max(limit, int(allowed_s[1] * file.samplerate) + 1)
+            num_frames = file.frames if is_known else _count_frames(file, most)
+            if is_known and num_frames * file.channels > _MAX_FILE_VALUES:
                 raise Refused(f"it has {num_frames} samples of {file.channels} channels, more than can be decoded")
             duration_s = num_frames / file.samplerate
             if allowed_s is not None and not allowed_s[0] <= duration_s <= allowed_s[1]:
-                raise Refused(f"must last from {allowed_s[0]:g} to {allowed_s[1]:g} seconds, not {duration_s:.2f}")
-            limit = int(max_s * file.samplerate) + 1
+                found = f"{duration_s:.2f}" if is_known or num_frames < most else f"{duration_s:.2f} or more"
+                raise Refused(f"must last from {allowed_s[0]:g} to {allowed_s[1]:g} seconds, not {found}")
             longest = max_values // min(file.channels, 2)
             if min(limit, num_frames) > longest:
                 raise Refused(f"at {file.samplerate} Hz it must not be longer than {longest // file.samplerate} s")
@@ -110,11 +112,15 @@ def _open(descriptor: int) -> Any:
     return Sequential(descriptor, closefd=False)
 
 
-def _count_frames(file: Any) -> int:
-    """Return the number of frames (samples per channel) of `file`, which is counted until there are too many."""
+def _count_frames(file: Any, most: int) -> int:
+    """Return the number of frames (samples per channel) of `file`, or of its first blocks with at least `most` frames.
+
+    Counting means decoding. A file of 1 MB can have hours of silence, which would take up to 20 s, and meanwhile no
+    other upload could be decoded.
+    """
     num_frames = 0
     block = np.empty((_BLOCK_VALUES // file.channels, file.channels), dtype=np.float32)
-    while num_frames * file.channels <= _MAX_FILE_VALUES and (num_read := len(file.read(out=block))):
+    while num_frames < most and (num_read := len(file.read(out=block))):
         num_frames += num_read
     file.seek(0)
     return num_frames

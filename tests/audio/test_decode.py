@@ -35,15 +35,15 @@ def decoder() -> Iterator[AudioDecoder]:
     decoder.close()
 
 
-def as_file(data: bytes) -> IO[bytes]:
+def as_file(data: bytes | bytearray) -> IO[bytes]:
     file = tempfile.TemporaryFile()  # noqa: SIM115  the test closes it
     file.write(data)
     return file
 
 
-def claim_flac_samples(samples: int) -> bytes:
-    """Returns a FLAC file of one second whose header declares this number of samples."""
-    data = bytearray(make_audio_file(container="FLAC"))
+def claim_flac_samples(samples: int, *, duration_s: float = 1.0) -> bytes:
+    """Returns a FLAC file of this duration whose header declares this number of samples."""
+    data = bytearray(make_audio_file(container="FLAC", duration_s=duration_s))
     data[21] = data[21] & 0xF0 | samples >> 32
     data[22:26] = (samples & 0xFFFFFFFF).to_bytes(4, "big")
     return bytes(data)
@@ -131,6 +131,16 @@ def test_a_flac_file_of_unknown_length_is_read_completely(decoder: AudioDecoder)
     assert decoder.decode(file, max_s=0.5).samples.shape == (2, 22_051)
     with pytest.raises(InvalidUploadError, match=r"from 2 to 3 seconds, not 1\.00"):
         decoder.decode(file, max_s=60, allowed_s=(2, 3))
+
+
+def test_unknown_length_is_counted_only_as_far_as_it_matters(decoder: AudioDecoder) -> None:
+    data = bytearray(claim_flac_samples(0, duration_s=40))
+    data[-len(data) // 8] ^= 0xFF  # damage that is noticed only if this part is decoded
+    assert decoder.decode(as_file(data), max_s=2).samples.shape == (2, 2 * 44100 + 1)
+    with pytest.raises(InvalidUploadError, match=r"from 2 to 3 seconds, not [0-9.]+ or more"):
+        decoder.decode(as_file(data), max_s=2, allowed_s=(2, 3))
+    with pytest.raises(InvalidUploadError, match="cannot be decoded"):
+        decoder.decode(as_file(data), max_s=60)
 
 
 @pytest.mark.parametrize(
