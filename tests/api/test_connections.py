@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -256,6 +257,23 @@ async def test_client_that_stops_reading_does_not_hold_its_response() -> None:
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                 await reader.readexactly(44 + 100 * 44100 * 4)
         writer.close()
+
+
+async def test_slow_client_that_keeps_reading_gets_its_whole_response() -> None:
+    app = create_app(ToneBackend(), Settings(), client_times=ClientTimes(send_idle_s=1.0))
+    body, num_bytes = b'{"prompt": "x", "duration": 7}', 44 + 7 * 44100 * 4
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+        async with listening(app, send_buffer_bytes=16_384) as port, asyncio.timeout(PATIENCE_S):
+            connection.connect(("127.0.0.1", port))
+            reader, writer = await asyncio.open_connection(sock=connection, limit=16_384)
+            head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\n{_JSON}Content-Length: {len(body)}\r\n\r\n"
+            writer.write(head.encode() + body)
+            await reader.readuntil(b"\r\n\r\n")
+            while num_bytes > 0:  # three seconds for 1 MiB, the largest part that the application sends
+                num_bytes -= len(await reader.readexactly(min(32_768, num_bytes)))
+                await asyncio.sleep(0.1)
+            writer.close()
 
 
 @pytest.mark.parametrize("length", ["Content-Length: 100000", "Transfer-Encoding: chunked"])

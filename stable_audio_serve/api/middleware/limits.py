@@ -10,6 +10,7 @@ import asyncio
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +28,7 @@ _BUSY = {"Connection": "close", "Retry-After": "5"}
 _MAX_DROP_S = 10.0
 _MAX_DROPPED_BYTES = 16_777_216
 _MAX_DROP_IDLE_S = 1.0
+_PIECE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,7 @@ class ClientTimes:
     total_s: float = 300.0  # the longest time in which a client may send the whole body
     grace_s: float = 4.0
     max_slow: int = 256  # the largest number of slow bodies per process; further slow requests get status 503
-    send_idle_s: float = 60.0  # the longest time in which a client may read nothing of the response
+    send_idle_s: float = 60.0  # the longest time in which a client may read less than 64 KiB of the response
 
     @property
     def max_slow_per_client(self) -> int:
@@ -163,6 +165,20 @@ def _body_limit(scope: Scope) -> _BodyLimit:
     return _BodyLimit(MAX_FIELDS_BYTES, declared_bytes, is_there, b"expect" in headers, refusal)
 
 
+def _in_pieces(message: Message) -> Iterator[Message]:
+    """Divide a part of a response's body, so that `send_idle_s` applies to each piece of it.
+
+    Applications send up to 1 MiB at once, which takes clients with slow connections longer than `send_idle_s`.
+    """
+    body = message.get("body", b"")
+    if len(body) <= _PIECE_BYTES:
+        yield message
+        return
+    for start in range(0, len(body), _PIECE_BYTES):
+        stop = start + _PIECE_BYTES
+        yield {**message, "body": body[start:stop], "more_body": stop < len(body) or message.get("more_body", False)}
+
+
 def _name_client(scope: Scope) -> str:
     """Return the name of the client: of its API key or its address, or before the route is known, its address."""
     caller: Caller | None = scope["state"].get("caller")
@@ -264,8 +280,9 @@ class _Connection:
             self._unsent_bytes -= len(message.get("body", b""))
             self.is_answered = not message.get("more_body", False) or self._unsent_bytes <= 0
         try:
-            async with asyncio.timeout(self._times.send_idle_s):
-                await self._send(message)
+            for piece in _in_pieces(message):
+                async with asyncio.timeout(self._times.send_idle_s):
+                    await self._send(piece)
         except TimeoutError as error:
             raise ClientGoneError("the client stopped reading the response") from error
 
