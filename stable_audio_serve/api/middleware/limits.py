@@ -24,7 +24,9 @@ from stable_audio_serve.core.settings import ApiSettings
 MAX_FIELDS_BYTES = 1_048_576  # largest JSON body; also the largest total of a form's fields without its file
 MAX_FILE_IN_JSON_BYTES = 33_554_432  # the largest data URI in a JSON body
 _CLOSE = {"Connection": "close"}
-_BUSY = {"Connection": "close", "Retry-After": "5"}
+_RETRY = {"Retry-After": "5"}
+_BUSY = _CLOSE | _RETRY
+_TOO_MANY_BYTES = "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
 _MAX_DROP_S = 10.0
 _MAX_DROPPED_BYTES = 16_777_216
 _MAX_DROP_IDLE_S = 1.0
@@ -105,6 +107,11 @@ def accept_form(scope: Scope) -> None:
 def accept_file_in_json(scope: Scope) -> None:
     """Let this request's body be as large as JSON with a file may be. Call this before the body is read."""
     scope["state"]["connection"].accept_file_in_json()
+
+
+def count_fetched(scope: Scope, num_bytes: int) -> None:
+    """Count bytes that the server fetches for this request like bytes of its body. Raises HTTPException 503."""
+    scope["state"]["connection"].count_fetched(num_bytes)
 
 
 def is_answered(scope: Scope) -> bool:
@@ -247,23 +254,35 @@ class _Connection:
         if message["type"] == "http.disconnect":
             self._gone.set()
             return message
-        num_bytes = len(message.get("body", b""))
-        self._received_bytes += num_bytes
-        self._held.num_bytes += num_bytes
+        self._count(len(message.get("body", b"")))
         if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
             await self._drop_rest(message, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
-        # The limit on the total size applies only if other requests also have bodies. It refuses only large bodies, so
-        # that clients with large uploads do not stop the small requests of others.
-        is_large = max(self._received_bytes, self._body.declared_bytes) > MAX_FIELDS_BYTES
-        if is_large and self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:
+        if self._is_over_total():
             await self._drop_rest(message, max_bytes=2 * self._body.max_bytes)
-            reason = "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
-            raise HTTPException(503, reason, headers=_BUSY)
+            raise HTTPException(503, _TOO_MANY_BYTES, headers=_BUSY)
         if not message.get("more_body", False):
             self._give_slot()
             self._watcher = asyncio.create_task(self._watch())
         return message
+
+    def count_fetched(self, num_bytes: int) -> None:
+        self._count(num_bytes)
+        if self._is_over_total():
+            raise HTTPException(503, _TOO_MANY_BYTES, headers=_RETRY)
+
+    def _count(self, num_bytes: int) -> None:
+        self._received_bytes += num_bytes
+        self._held.num_bytes += num_bytes
+
+    def _is_over_total(self) -> bool:
+        """Whether this request must be refused because of the total size of all requests.
+
+        The limit applies only if other requests also have bodies. It refuses only large bodies, so that clients with
+        large uploads do not stop the small requests of others.
+        """
+        is_large = max(self._received_bytes, self._body.declared_bytes) > MAX_FIELDS_BYTES
+        return is_large and self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes
 
     async def send(self, message: Message) -> None:
         """Send a part of the response. Raises ClientGoneError when the client reads too slowly.

@@ -13,7 +13,7 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -107,10 +107,11 @@ async def download(
     into: IO[bytes],
     *,
     max_bytes: int,
+    count: Callable[[int], None] = lambda num_bytes: None,
     allow_hosts: Collection[str] = (),
     timeout_s: float = DOWNLOAD_TIMEOUT_S,
 ) -> None:
-    """Write the file at `url`, at most `max_bytes` long, to `into`.
+    """Write the file at `url`, at most `max_bytes` long, to `into`. `count` is called with the size of each part.
 
     Raises DeliveryError unless the whole file arrives with status 200 within `timeout_s` seconds.
     """
@@ -128,6 +129,7 @@ async def download(
             num_bytes += len(chunk)
             if num_bytes > max_bytes:
                 raise DeliveryError(f"is larger than {max_bytes} bytes")
+            count(len(chunk))
             with needing_room():
                 into.write(chunk)
 

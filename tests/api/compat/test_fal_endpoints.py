@@ -25,7 +25,7 @@ from tests.api.compat.serving import make_app, make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.parameters import few
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
 ROOT = Path(__file__).parents[2] / "data" / "fal" / "stable-audio.tsv"
@@ -379,6 +379,32 @@ async def test_files_of_this_server_are_sources(client: httpx.AsyncClient, backe
     assert reply.status_code == 200, reply.text
     assert backend.last.init_audio is not None
     assert backend.last.init_audio.duration_s == 1
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("is_own", [True, False])
+async def test_sources_from_urls_count_like_request_bodies(is_own: bool) -> None:
+    """Each request is small, but makes the server keep a large temporary file."""
+    source = make_audio_file(duration_s=10)
+
+    async def host(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": source})
+
+    jobs, api = {"webhook_allow_hosts": ["127.0.0.1"]}, {"max_bodies_bytes": len(source) * 3 // 2}
+    async with listening(host) as port, make_client(jobs=jobs, api=api, run_jobs=False) as (client, backend):
+        url = f"http://127.0.0.1:{port}/a.wav"
+        if is_own:
+            url = (await client.post("/files/upload", content=source)).json()["access_url"]
+        backend.released.clear()
+        first = asyncio.create_task(post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=url))
+        await until(lambda: backend.num_running == 1)
+        second = await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=url)
+        assert (second.status_code, second.headers["retry-after"]) == (503, "5")
+        assert "retry later (api.max_bodies_bytes)" in second.json()["detail"]
+        backend.released.set()
+        assert (await first).status_code == 200
+        assert (await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=url)).status_code == 200
 
 
 @pytest.mark.server

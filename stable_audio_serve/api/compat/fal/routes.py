@@ -186,8 +186,7 @@ def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None
         if FIELD not in values:
             generation = convert(source=None)
         else:
-            base = base_url(request, service.settings.api)
-            async with opened_source(values[FIELD], service, base=base) as opened:
+            async with opened_source(values[FIELD], service, request=request) as opened:
                 source = await service.decode(opened, card, padding_s=None, field=FIELD)
                 generation = convert(source=source)
                 if submission.is_queued:

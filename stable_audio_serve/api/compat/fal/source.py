@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 from base64 import b64decode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import IO
 from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import UploadFile
+from starlette.requests import Request
 
+from stable_audio_serve.api.links import base_url
+from stable_audio_serve.api.middleware.limits import count_fetched
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.private_files import needing_room, temporary_file
@@ -22,23 +26,24 @@ _STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")
 
 
 @asynccontextmanager
-async def opened_source(url: str, service: Service, *, base: str) -> AsyncIterator[UploadFile]:
-    """Yield the file at `url`, at most `api.max_upload_bytes` long. Raises InvalidRequestError.
+async def opened_source(url: str, service: Service, *, request: Request) -> AsyncIterator[UploadFile]:
+    """Yield the file at `url`, at most `api.max_upload_bytes` long, which counts like the body of `request`.
 
-    URLs that begin with `base` are this server's own.
+    Raises InvalidRequestError, and HTTPException 503 if too many bytes are being received.
     """
-    max_bytes = service.settings.api.max_upload_bytes
+    max_bytes, base = service.settings.api.max_upload_bytes, base_url(request, service.settings.api)
+    count = partial(count_fetched, request.scope)
     with temporary_file() as file:
         if url[:5].lower() == "data:":
             content = await asyncio.to_thread(_decode, url)
             with needing_room():
                 file.write(content)
         elif (file_id := _own_file(url, base=base)) is not None:
-            await _copy_own(service, file_id, into=file, max_bytes=max_bytes)
+            await _copy_own(service, file_id, into=file, max_bytes=max_bytes, count=count)
         else:
             try:
                 hosts = service.settings.jobs.webhook_allow_hosts
-                await download(url, file, max_bytes=max_bytes, allow_hosts=hosts)
+                await download(url, file, max_bytes=max_bytes, allow_hosts=hosts, count=count)
             except DeliveryError as error:
                 raise _unusable(str(error)) from error
         num_bytes = file.tell()
@@ -69,12 +74,15 @@ def _own_file(url: str, *, base: str) -> str | None:
     return found[1] if found else None
 
 
-async def _copy_own(service: Service, file_id: str, *, into: IO[bytes], max_bytes: int) -> None:
+async def _copy_own(
+    service: Service, file_id: str, *, into: IO[bytes], max_bytes: int, count: Callable[[int], None]
+) -> None:
     file = await service.jobs.find_file(file_id)
     try:
         if file is None:
             raise FileNotFoundError
         _check_size(file.num_bytes, max_bytes)
+        count(file.num_bytes)
         async for chunk in service.jobs.read(file):
             with needing_room():
                 into.write(chunk)
