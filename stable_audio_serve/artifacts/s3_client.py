@@ -58,6 +58,7 @@ _BAD_REGION = {
     "PermanentRedirect",
     "301",
 }
+_REDIRECTS = (301, 302, 307, 308)
 _BAD_BUCKET = {"InvalidBucketName", "ParamValidationError", "400"}
 _CHECK = b"check"
 
@@ -85,7 +86,7 @@ def make_client(
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return boto3.session.Session().client(
+    client = boto3.session.Session().client(
         "s3",
         endpoint_url=settings.endpoint_url,
         region_name=settings.region,
@@ -94,6 +95,19 @@ def make_client(
         aws_session_token=_secret(settings.session_token),
         config=config,
     )
+    client.meta.events.register("before-call.s3.HeadBucket", _end_search)
+    return client
+
+
+def _end_search(**_: Any) -> None:
+    """End botocore's search for the region of a bucket. Raises ClientError.
+
+    If a redirect does not name the region, botocore sends HeadBucket to find it. If this request is redirected too, for
+    example by a proxy that redirects HTTP to HTTPS, botocore searches again, until Python's stack is full.
+    """
+    from botocore.exceptions import ClientError
+
+    raise ClientError({"ResponseMetadata": {"HTTPHeaders": {}}}, "HeadBucket")
 
 
 def s3_errors() -> tuple[type[Exception], ...]:
@@ -213,6 +227,8 @@ def _explain(error: Exception, settings: StorageSettings, *, doing: str) -> Conf
         return _sentence(_BUCKET, f"{where} has no bucket {settings.bucket!r}")
     if code in _BAD_BUCKET:
         return _sentence(_BUCKET, f"{where} does not accept the bucket name {settings.bucket!r}")
+    if settings.endpoint_url and status in _REDIRECTS:
+        return _sentence(_ENDPOINT, f"{where} redirects requests; set the address to which it redirects")
     if code in _BAD_REGION:
         return _sentence(_REGION, f"{settings.region} is not the region of bucket {settings.bucket!r} ({code})")
     if status == 403:

@@ -170,6 +170,19 @@ async def test_full_service_is_reported(
     assert object_storage.keys(bucket) == []
 
 
+async def test_service_that_redirects_every_request_is_reported(
+    object_storage: ObjectStorage, store: S3Artifacts, bucket: str
+) -> None:
+    """For example a proxy that redirects HTTP to HTTPS."""
+    object_storage.proxy.faults = Faults(answer=(301, "PermanentRedirect"))
+    with pytest.raises(StorageError, match=r"^the object storage cannot be used now \(PermanentRedirect\)$"):
+        await put(store, b"x")
+    assert len(object_storage.proxy.requests) < 10  # botocore does not look for another region again and again
+    message = check(object_storage, bucket)
+    assert message.startswith("storage.endpoint_url")
+    assert "redirects requests" in message
+
+
 @pytest.mark.parametrize("failing", ["partNumber=2", "partNumber=3", "POST /{at}?uploadId="])
 async def test_failed_multipart_upload_leaves_nothing(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str, failing: str
