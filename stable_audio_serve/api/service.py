@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 from anyio import CancelScope
@@ -117,6 +118,7 @@ class Service:
         self.limiter = KeyLimiter(self.jobs.store.database, metrics=self.metrics, clock=self.clock)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
         self._last_status: Mapping[str, ModelStatus] = {}
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._num_generating = 0
         self._source_bytes = 0
 
@@ -131,6 +133,7 @@ class Service:
         upload: UploadFile,
         card: ModelCard,
         *,
+        caller: Caller,
         padding_s: float | None,
         allowed_s: tuple[float, float] | None = None,
         field: str = "audio",
@@ -142,14 +145,23 @@ class Service:
         self._check_size(upload, field=field)
         max_s = _usable_s(card, padding_s)
         started_at = self.clock.monotonic()
-        source = await self._audio.decode(upload.file, max_s=max_s, allowed_s=allowed_s, field=field)
+        async with self._turn(caller):
+            source = await self._audio.decode(upload.file, max_s=max_s, allowed_s=allowed_s, field=field)
         self.metrics.observe("upload_decode_ms", (self.clock.monotonic() - started_at) * 1000)
         return source
 
-    async def read_text(self, upload: UploadFile, *, field: str) -> str | None:
+    async def read_text(self, upload: UploadFile, *, caller: Caller, field: str) -> str | None:
         """Return the text embedded in an uploaded file, see `embedded_text.extract`. Raises the errors of `decode`."""
         self._check_size(upload, field=field)
-        return await self._audio.read_text(upload.file, field=field)
+        async with self._turn(caller):
+            return await self._audio.read_text(upload.file, field=field)
+
+    def _turn(self, caller: Caller) -> asyncio.Lock:
+        """Return the lock that a client holds while one of its uploads waits for the decoder or is decoded.
+
+        One upload is decoded at a time, for up to 20 s. So an upload waits for at most one upload of each other client.
+        """
+        return self._turns.setdefault(caller.name, asyncio.Lock())
 
     def _check_size(self, upload: UploadFile, *, field: str) -> None:
         limit = self.settings.api.max_upload_bytes
@@ -171,6 +183,7 @@ class Service:
         upload: UploadFile,
         card: ModelCard,
         *,
+        caller: Caller,
         padding_s: float | None,
         role: Role,
         source: SourceAudio | None = None,
@@ -180,7 +193,7 @@ class Service:
         `source` is the result of `decode` for this file, if it was called. Raises InvalidUploadError,
         UploadTooLargeError, StorageError.
         """
-        source = source or await self.decode(upload, card, padding_s=padding_s)
+        source = source or await self.decode(upload, card, caller=caller, padding_s=padding_s)
         return await self.store_upload(upload, source, max_s=_usable_s(card, padding_s), role=role)
 
     async def store_upload(self, upload: UploadFile, source: SourceAudio, *, max_s: float, role: Role) -> JobUpload:

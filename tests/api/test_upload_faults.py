@@ -16,6 +16,7 @@ import pytest
 
 from stable_audio_serve.api.middleware.limits import ClientTimes
 from stable_audio_serve.audio.decode import AudioDecoder
+from stable_audio_serve.core.keys import hash_key
 from tests.api.test_connections import connect, open_connection, serve
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
@@ -147,6 +148,23 @@ async def test_uploads_leave_no_files_however_they_end(spool: Path) -> None:
             await until(lambda: not spooled_files(spool))
     assert not spooled_files(spool)
     assert not os.listdir(spool)
+
+
+async def test_upload_waits_for_one_upload_of_each_other_client_only() -> None:
+    slow = make_audio_file(duration_s=60.0, rate_hz=48_000, channels=8, container="FLAC", hz=0.0)
+    alice, bob = ({"Authorization": f"Bearer {name}"} for name in ("alice", "bob"))
+
+    async def send(headers: dict[str, str], data: bytes) -> int:
+        files = {"audio": ("a.flac", data)}
+        return (await client.post(VARIATIONS, data=FORM, files=files, headers=headers)).status_code
+
+    async with connect(ToneBackend(), key_hashes=[hash_key("alice"), hash_key("bob")]) as client:
+        assert await send(bob, WAV) == 200  # the decoder has started
+        many = [asyncio.create_task(send(alice, slow)) for _ in range(8)]
+        done, _ = await asyncio.wait(many, return_when=asyncio.FIRST_COMPLETED)
+        assert await send(bob, WAV) == 200
+        assert sum(task.done() for task in many) <= len(done) + 3
+        assert await asyncio.gather(*many) == [200] * 8
 
 
 async def test_too_many_body_bytes_are_refused_until_others_are_done() -> None:

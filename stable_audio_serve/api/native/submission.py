@@ -126,7 +126,9 @@ def build_router(service: Service) -> APIRouter:
         """Submit a job that regenerates regions of uploaded audio, or extends it before its start or after its end."""
         card, generation = convert(service, request, fields=form)
         check_edit(form, generation)
-        source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
+        source = await service.decode(
+            form.audio, card, caller=request.state.caller, padding_s=generation.duration_padding_s
+        )
         generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
         note(request.scope, duration_s=generation.duration_s)
         return await submit(
@@ -175,7 +177,7 @@ class _Submission:
         await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
         finishing = to_finishing(fields, generation)
         upload = await self._keep_upload(
-            fields, card, padding_s=generation.duration_padding_s, mode=mode, source=source
+            request, fields, card=card, padding_s=generation.duration_padding_s, mode=mode, source=source
         )
         base = jobs_base(request, limits=settings.api)
         is_chosen, job_id = job_id is not None, job_id or JobId(uuid.uuid4().hex)
@@ -212,12 +214,21 @@ class _Submission:
         return JobTicket(id=job_id, status_url=job_url(base, job_id), ignored=list(ignored_names(request)))
 
     async def _keep_upload(
-        self, fields: _Fields, card: ModelCard, *, padding_s: float | None, mode: Mode, source: SourceAudio | None
+        self,
+        request: Request,
+        fields: _Fields,
+        *,
+        card: ModelCard,
+        padding_s: float | None,
+        mode: Mode,
+        source: SourceAudio | None,
     ) -> JobUpload | None:
         if isinstance(fields, JobBody):
             return None
         role: Literal["init", "inpaint"] = "inpaint" if mode == "inpainting" else "init"
-        upload = await self._service.keep_upload(fields.audio, card, padding_s=padding_s, role=role, source=source)
+        upload = await self._service.keep_upload(
+            fields.audio, card, caller=request.state.caller, padding_s=padding_s, role=role, source=source
+        )
         return replace(upload, is_start=isinstance(fields, JobInpaintForm) and starts_from_source(fields))
 
 
