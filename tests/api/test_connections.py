@@ -260,7 +260,7 @@ async def test_client_that_stops_reading_does_not_hold_its_response() -> None:
 
 
 async def test_slow_client_that_keeps_reading_gets_its_whole_response() -> None:
-    app = create_app(ToneBackend(), Settings(), client_times=ClientTimes(send_idle_s=1.0))
+    app = create_app(ToneBackend(), Settings(), client_times=ClientTimes(send_idle_s=2.0))
     body, num_bytes = b'{"prompt": "x", "duration": 7}', 44 + 7 * 44100 * 4
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
