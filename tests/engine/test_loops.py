@@ -14,7 +14,7 @@ from stable_audio_serve.audio.loops import Loop
 from stable_audio_serve.audio.peaks import CEILING
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, LoopStart
-from stable_audio_serve.engine import Engine
+from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry
 from tests.parameters import some
@@ -30,7 +30,7 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine(load_model(resolve_entry("demo")))
+    engine = Engine(load_model(resolve_entry("demo")), EngineOptions(warmup_budget_s=0.0))
     yield engine
     asyncio.run(engine.close())
 

@@ -20,11 +20,12 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 async def url() -> AsyncIterator[str]:
     """Run a server with the demo model and with jobs. Yields the server's URL."""
     jobs = {"webhook_secret": SECRET, "webhook_allow_hosts": ["127.0.0.1"]}
-    settings = Settings.model_validate({"models": [{"name": "demo"}], "device": "cpu"})
+    demo = {"name": "demo", "engine": {"warmup_budget_s": 0}}
+    settings = Settings.model_validate({"models": [demo], "device": "cpu"})
     engines = {model.name: load_engine(settings, model) for model in settings.models}
     async with (
         LocalBackend(plan_deployments(settings).catalog, engines) as backend,
-        serve_app(backend, models=[{"name": "demo"}], jobs=jobs) as (port, _),  # type: ignore[arg-type]
+        serve_app(backend, models=[demo], jobs=jobs) as (port, _),  # type: ignore[arg-type]
     ):
         yield f"http://127.0.0.1:{port}"
 

@@ -27,7 +27,7 @@ from tests.packages import install_npm
 from tests.patience import PATIENCE_S
 
 AXE = "axe-core@4.14.1"
-MODELS = [{"name": "demo", "threads": 1}]
+MODELS = [{"name": "demo", "threads": 1, "engine": {"warmup_budget_s": 0}}]
 
 
 @asynccontextmanager

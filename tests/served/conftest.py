@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Itera
     tiny = model(
         "tiny", os.path.relpath(TINY, folder), aliases=["little"], max_queue_s=1e6, replicas={"max_replicas": 1}
     )
-    demo = {"name": "demo", "threads": 1, "max_queue_s": 1e6, "replicas": {"max_replicas": 1}}
+    demo = model("demo", None, threads=1, max_queue_s=1e6, replicas={"max_replicas": 1})
     args = {
         "models": [tiny, demo],
         "preload_models": ["tiny", "demo"],

@@ -17,11 +17,11 @@ from stable_audio_serve.serving.local import LocalBackend
 from stable_audio_serve.serving.placement import plan_deployments
 from tests.adapter_files import write_file
 from tests.audio_files import pcm_of
-from tests.serving.conftest import TINY
+from tests.serving.conftest import TINY, model
 
 
 async def test_api_runs_on_engines_without_ray() -> None:
-    settings = Settings.model_validate({"models": [{"name": "tiny", "path": TINY}]})
+    settings = Settings.model_validate({"models": [model("tiny")]})
     plan = plan_deployments(settings)
     engines = {model.name: load_engine(settings, model) for model in settings.models}
     async with LocalBackend(plan.catalog, engines) as backend:
@@ -37,7 +37,7 @@ async def test_api_runs_on_engines_without_ray() -> None:
 async def test_adapters_change_the_sound_of_engines_without_ray(tmp_path: Path) -> None:
     write_file(tmp_path / "other.safetensors")  # for a model of other shapes
     loras = {name: str(Path(TINY) / "lora" / f"{name}.safetensors") for name in ("lora_all", "dora_rows_layers")}
-    tiny = {"name": "tiny", "path": TINY, "loras": loras, "lora_folder": str(tmp_path), "max_loras": 2}
+    tiny = model("tiny", loras=loras, lora_folder=str(tmp_path), max_loras=2)
     settings = Settings.model_validate({"models": [tiny], "output_dir": str(tmp_path / "out")})
     plan = plan_deployments(settings)
     library = Library(plan.settings, plan.catalog)

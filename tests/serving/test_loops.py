@@ -32,7 +32,7 @@ async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[http
     (riffs / "a_90bpm_1.wav").write_bytes(make_audio_file(duration_s=12.0, hz=440.0))
     settings = Settings.model_validate(
         {
-            "models": [{"name": "demo"}],
+            "models": [{"name": "demo", "engine": {"warmup_budget_s": 0}}],
             "output_dir": str(tmp_path_factory.mktemp("outputs")),
             "dialects": {"riff_dir": str(riffs)},
         }

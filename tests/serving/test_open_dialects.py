@@ -30,6 +30,7 @@ from tests.api.compat.serving import make_client
 from tests.audio_files import make_audio_file
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY
+from tests.serving.conftest import model
 
 RATE_HZ = 1000
 # The longest clip of each model. For tiny-small, it is 524288 samples at 44.1 kHz, although the config says 11.904 s.
@@ -56,7 +57,7 @@ class Served:
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=TINY)
 async def served(request: pytest.FixtureRequest) -> AsyncIterator[Served]:
     name: str = request.param
-    models = [{"name": "demo"}, {"name": name, "path": str(load_open_goldens(name).folder)}]
+    models = [{"name": "demo", "engine": {"warmup_budget_s": 0}}, model(name, str(load_open_goldens(name).folder))]
     values = {"models": models, "default_model": "demo", "device": "cpu"}
     settings = Settings.model_validate(values)
     engines = {model.name: load_engine(settings, model) for model in settings.models}

@@ -30,6 +30,7 @@ from tests.audio_files import make_audio_file, pcm_of
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY
 from tests.parameters import few
+from tests.serving.conftest import model
 
 RATE_HZ, SEED, DURATION_S = 1000, 7, 10
 SAMPLERS = {"tiny-1.0": ("dpmpp-3m-sde", "k-heun", "v-ddim"), "tiny-small": ("pingpong", "euler", "dpmpp")}
@@ -42,7 +43,7 @@ pytestmark = [pytest.mark.server, pytest.mark.asyncio(loop_scope="module")]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
-    models = [{"name": name, "path": str(load_open_goldens(name).folder)} for name in TINY]
+    models = [model(name, str(load_open_goldens(name).folder)) for name in TINY]
     settings = Settings.model_validate(
         {"models": models, "device": "cpu", "output_dir": str(tmp_path_factory.mktemp("outputs"))}
     )
