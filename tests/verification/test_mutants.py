@@ -81,7 +81,7 @@ def test_unmodified_code_stays_within_every_error_bound(untouched: dict[str, Pat
 @pytest.mark.parametrize(
     ("name", "mutate", "component"),
     [
-        ("sharp-s", shorten_the_halo, "decoder halo"),
+        slow("sharp-s", shorten_the_halo, "decoder halo"),
         slow("sharp-l", scale_the_negative_output, "end-to-end latents"),
         *(slow(name, lower_the_floor, "schedules") for name in SHARP),
         slow("sharp-l", shorten_the_halo, "decoder halo"),

@@ -159,7 +159,7 @@ def edits_without_a_mask(patch: pytest.MonkeyPatch) -> None:
         slow(cosines_first, "number"),
         slow(other_norm_eps, "denoiser"),
         slow(every_window_takes_the_first_frames_noise, "decoder halo"),
-        slow(decoder_halo_one_short, "decoder halo"),
+        (decoder_halo_one_short, "decoder halo"),
         slow(encoder_halo_one_short, "decoder halo"),
         slow(unconditional_without_seconds, "denoiser guidance"),
         slow(heads_interleaved, "denoiser"),
