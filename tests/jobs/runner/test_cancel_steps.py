@@ -28,8 +28,8 @@ from tests.models.loaded import loaded
 from tests.patience import PATIENCE_S
 
 _NAME = "tiny-s"
-_STEPS = 6
-_VICTIM_S = 3.0  # the cancelled job is the longest, so `GatedModel` recognises it by its length
+_STEPS = 3
+_VICTIM_S = 1.5  # the cancelled job is the longest, so `GatedModel` recognises it by its length
 NEIGHBOURS = (
     GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=_STEPS),
     GenerationRequest(prompt="drums", duration_s=0.6, seed=2, steps=_STEPS + 3, cfg_scale=2.0, batch_size=2),
