@@ -132,8 +132,10 @@ async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of three processes."""
-    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """Yield a pool of three processes. They are forks of one process that has imported the tests' helpers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.jobs.stores", "tests.jobs.store.test_key_uses"])
+    with ProcessPoolExecutor(3, mp_context=context) as pool:
         yield pool
 
 
