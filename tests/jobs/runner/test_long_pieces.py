@@ -27,6 +27,7 @@ from stable_audio_serve.jobs.store.sections import Sections
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import PausingBackend
 from tests.jobs.conftest import Workshop, make_spec
+from tests.parameters import slow
 from tests.patience import until
 
 pytestmark = pytest.mark.server
@@ -182,10 +183,12 @@ def overwrite(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-@pytest.mark.parametrize("damage", [overwrite, Path.unlink])
-@pytest.mark.parametrize("number", [1, 2])  # read when the piece is assembled, read before section 3 is generated
+@pytest.mark.parametrize(
+    ("number", "damage"),  # 1 is read when the piece is assembled, 2 before section 3 is generated
+    [(1, overwrite), (2, Path.unlink), slow(1, Path.unlink), slow(2, overwrite)],
+)
 async def test_lost_section_and_those_after_it_are_made_again(
-    workshop: Workshop, damage: Callable[[Path], None], number: int
+    workshop: Workshop, number: int, damage: Callable[[Path], None]
 ) -> None:
     workshop.backend = PausingBackend(num_free=2)
     runner = await workshop.start_runner()

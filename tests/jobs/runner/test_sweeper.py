@@ -244,7 +244,7 @@ async def test_orphans_stay_where_another_database_has_the_claim(place: Place, t
 
 
 async def test_concurrent_sweepers_delete_each_file_once(place: Place) -> None:
-    for _ in range(30):
+    for _ in range(10):
         await place.put(file_key())
     for _ in range(5):
         await place.finish(await place.make_job())

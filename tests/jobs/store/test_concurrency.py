@@ -89,7 +89,7 @@ def add_same(url: str, number: int) -> list[bool]:
 
 def test_threads_never_lease_the_same_job(database: Database) -> None:
     store = JobStore(database, _MANY)
-    expected = {add(store).spec.id for _ in range(60)}
+    expected = {add(store).spec.id for _ in range(30)}
 
     def lease_them(owner: str) -> list[str]:
         ids = []
@@ -98,7 +98,7 @@ def test_threads_never_lease_the_same_job(database: Database) -> None:
         return ids
 
     ids = list(itertools.chain(*at_once([partial(lease_them, owner) for owner in "abcdef"])))
-    assert len(ids) == 60
+    assert len(ids) == 30
     assert set(ids) == expected
 
 
@@ -133,7 +133,7 @@ def test_changes_to_many_jobs_never_deadlock(database: Database) -> None:
     jobs = [lease(store) for job in [add(store) for _ in range(20)]]
     reports = [Report(job, "denoising", 0.5) for job in jobs]
     renew = partial(store.runners.renew, "me", lease_s=60, refs=[job.spec.ref for job in jobs])
-    for _ in range(30):
+    for _ in range(10):
         forwards, backwards, held = at_once(
             [partial(store.runners.report, reports), partial(store.runners.report, reports[::-1]), renew]
         )
@@ -236,7 +236,7 @@ def test_dead_letter_is_retried_or_deleted_but_never_both(database: Database) ->
 @on_postgresql
 def test_every_job_ends_once_with_faulty_runners(store_url: str, wall: Wall) -> None:
     """Runners end each job twice, sometimes after the lease has expired and the job was put back into the queue."""
-    num_jobs = 60
+    num_jobs = 30
     database = open_database(store_url, wall)
     store = JobStore(database, _MANY)
     for _ in range(num_jobs):
