@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -74,6 +74,21 @@ def open_site(folder: Path, settings: Settings) -> Site:
     return Site(client, backend, library, jobs, folder, hashes)
 
 
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    site = open_site(folder, make_settings(folder))
+    yield site
+    asyncio.run(site.jobs.close())
+
+
+@pytest.fixture
+def kept(opened: Site) -> Site:
+    """Returns a site that tests share. They change no adapters."""
+    opened.backend.requests.clear()
+    return opened
+
+
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
     site = open_site(tmp_path, make_settings(tmp_path))
@@ -82,89 +97,89 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     await site.jobs.close()
 
 
-async def test_adapters_reach_the_model_with_hash_and_source(site: Site) -> None:
+async def test_adapters_reach_the_model_with_hash_and_source(kept: Site) -> None:
     loras = [{"name": "vinyl", "strength": 0.5, "interval": [0.25, 1]}, {"name": "bells", "strength": -1}]
-    reply = await site.generate(model="medium", loras=loras)
+    reply = await kept.generate(model="medium", loras=loras)
     assert reply.status_code == 200
-    assert site.used == [
-        ("vinyl", 0.5, (0.25, 1.0), site.hashes["vinyl"]),
-        ("bells", -1.0, (0.0, 1.0), site.hashes["bells"]),
+    assert kept.used == [
+        ("vinyl", 0.5, (0.25, 1.0), kept.hashes["vinyl"]),
+        ("bells", -1.0, (0.0, 1.0), kept.hashes["bells"]),
     ]
-    assert site.backend.last.loras[0].source == str(site.folder / "adapters" / "vinyl.safetensors")
-    assert site.backend.last.lora_stacking == "chained"
-    assert (await site.generate(model="medium", loras=loras, lora_stacking="summed")).status_code == 200
-    assert site.backend.last.lora_stacking == "summed"
+    assert kept.backend.last.loras[0].source == str(kept.folder / "adapters" / "vinyl.safetensors")
+    assert kept.backend.last.lora_stacking == "chained"
+    assert (await kept.generate(model="medium", loras=loras, lora_stacking="summed")).status_code == 200
+    assert kept.backend.last.lora_stacking == "summed"
 
 
-async def test_null_stands_for_an_unset_adapter_field(site: Site) -> None:
-    assert (await site.generate(model="medium", loras=None, lora_stacking=None)).status_code == 200
-    assert site.used == []
-    assert (await site.generate(model="medium", loras=[{"name": "vinyl", "interval": None}])).status_code == 200
-    assert site.used == [("vinyl", 1.0, (0.0, 1.0), site.hashes["vinyl"])]
+async def test_null_stands_for_an_unset_adapter_field(kept: Site) -> None:
+    assert (await kept.generate(model="medium", loras=None, lora_stacking=None)).status_code == 200
+    assert kept.used == []
+    assert (await kept.generate(model="medium", loras=[{"name": "vinyl", "interval": None}])).status_code == 200
+    assert kept.used == [("vinyl", 1.0, (0.0, 1.0), kept.hashes["vinyl"])]
 
 
 @pytest.mark.parametrize("route", ["variations", "inpaint"])
-async def test_forms_take_adapters_as_json_text(site: Site, route: str) -> None:
+async def test_forms_take_adapters_as_json_text(kept: Site, route: str) -> None:
     times = {"inpaint_start_seconds": "0", "inpaint_end_seconds": "0.05"} if route == "inpaint" else {}
     data = {"prompt": "rain", "duration": "0.1", "model": "medium", **times}
     files = {"audio": ("a.wav", make_audio_file(duration_s=0.1))}
     loras = json.dumps([{"name": "vinyl", "strength": 0.5}])
-    reply = await site.client.post(f"/v1/audio/{route}", data={**data, "loras": loras}, files=files)
+    reply = await kept.client.post(f"/v1/audio/{route}", data={**data, "loras": loras}, files=files)
     assert reply.status_code == 200, reply.text
-    assert site.used == [("vinyl", 0.5, (0.0, 1.0), site.hashes["vinyl"])]
+    assert kept.used == [("vinyl", 0.5, (0.0, 1.0), kept.hashes["vinyl"])]
     for text in ("[", "{}", '[{"strength": 1}]', '[{"name": "vinyl", "strength": 7}]'):
-        reply = await site.client.post(f"/v1/audio/{route}", data={**data, "loras": text}, files=files)
+        reply = await kept.client.post(f"/v1/audio/{route}", data={**data, "loras": text}, files=files)
         assert reply.status_code == 422
         assert reply.json()["detail"][0]["loc"][:2] == ["body", "loras"]
 
 
 @pytest.mark.parametrize("name", ["medium:vinyl", "medium:vinyl+bells", "stabilityai/stable-audio-3-medium:vinyl"])
-async def test_model_names_may_have_adapters(site: Site, name: str) -> None:
-    reply = await site.generate(model=name)
+async def test_model_names_may_have_adapters(kept: Site, name: str) -> None:
+    reply = await kept.generate(model=name)
     assert reply.status_code == 200, reply.text
     assert reply.headers["x-model"] == "medium"
     wanted = name.rpartition(":")[2].split("+")
-    assert site.used == [(each, 1.0, (0.0, 1.0), site.hashes[each]) for each in wanted]
+    assert kept.used == [(each, 1.0, (0.0, 1.0), kept.hashes[each]) for each in wanted]
 
 
-async def test_adapters_of_name_and_field_are_joined(site: Site) -> None:
-    assert (await site.generate(model="medium:vinyl", loras=[{"name": "bells"}])).status_code == 200
-    assert [name for name, *_ in site.used] == ["vinyl", "bells"]
+async def test_adapters_of_name_and_field_are_joined(kept: Site) -> None:
+    assert (await kept.generate(model="medium:vinyl", loras=[{"name": "bells"}])).status_code == 200
+    assert [name for name, *_ in kept.used] == ["vinyl", "bells"]
 
 
-async def test_other_dialects_take_adapters_in_the_name(site: Site) -> None:
-    reply = await site.client.post("/v1/audio/generate", json={"input": "rain", "model": "medium:vinyl"})
+async def test_other_dialects_take_adapters_in_the_name(kept: Site) -> None:
+    reply = await kept.client.post("/v1/audio/generate", json={"input": "rain", "model": "medium:vinyl"})
     assert reply.status_code == 200, reply.text
-    assert [name for name, *_ in site.used] == ["vinyl"]
+    assert [name for name, *_ in kept.used] == ["vinyl"]
     body = {"prompt": "rain", "model_type": "finetune", "finetune_repo": "medium:bells"}
-    reply = await site.client.post("/saos/generate", json=body)
+    reply = await kept.client.post("/saos/generate", json=body)
     assert reply.status_code == 200, reply.text
-    assert [name for name, *_ in site.used] == ["bells"]
-    reply = await site.client.post("/v2/generate/audio", json={"prompt": "rain", "model": "medium:vinyl"})
+    assert [name for name, *_ in kept.used] == ["bells"]
+    reply = await kept.client.post("/v2/generate/audio", json={"prompt": "rain", "model": "medium:vinyl"})
     assert reply.status_code == 200, reply.text
 
 
-async def test_unknown_adapter_of_a_name_is_an_unknown_model(site: Site) -> None:
+async def test_unknown_adapter_of_a_name_is_an_unknown_model(kept: Site) -> None:
     for model in ("medium:vinil", "medium:Vinyl", "medium:torn", "small-sfx:vinyl"):
-        native = await site.generate(model=model)
+        native = await kept.generate(model=model)
         assert native.status_code == 422
         assert native.json()["detail"][0]["loc"] == ["body", "model"]
-        vllm = await site.client.post("/v1/audio/generate", json={"input": "rain", "model": model})
+        vllm = await kept.client.post("/v1/audio/generate", json={"input": "rain", "model": model})
         assert vllm.status_code == 404
         small = {"prompt": "rain", "model_type": "finetune", "finetune_repo": model}
-        assert (await site.client.post("/saos/generate", json=small)).status_code == 400
-        aiml = await site.client.post("/v2/generate/audio", json={"prompt": "rain", "model": model})
+        assert (await kept.client.post("/saos/generate", json=small)).status_code == 400
+        aiml = await kept.client.post("/v2/generate/audio", json={"prompt": "rain", "model": model})
         assert aiml.status_code == 400
         assert aiml.json()["meta"][0]["path"] == ["model"]
         form = {"prompt": "rain", "duration": "1", "model": model}
         for path in ("stable-audio", "stable-audio-2"):
-            stability = await site.client.post(f"/v2beta/audio/{path}/text-to-audio", data=form, files={"none": ""})
+            stability = await kept.client.post(f"/v2beta/audio/{path}/text-to-audio", data=form, files={"none": ""})
             assert stability.status_code == 400
             assert stability.json()["errors"][0].startswith("model: ")
-        sound = await site.client.post("/v1/sound-generation", json={"text": "rain", "model_id": model})
+        sound = await kept.client.post("/v1/sound-generation", json={"text": "rain", "model_id": model})
         assert sound.json()["detail"][0]["loc"] == ["body", "model_id"]
-    assert "vinyl" in (await site.generate(model="medium:vinil")).text
-    assert not site.backend.requests
+    assert "vinyl" in (await kept.generate(model="medium:vinil")).text
+    assert not kept.backend.requests
 
 
 @pytest.mark.parametrize(
@@ -179,14 +194,14 @@ async def test_unknown_adapter_of_a_name_is_an_unknown_model(site: Site) -> None
         ("medium", [{"name": "bells"}, {"name": "bells"}], "add up to 120"),
     ],
 )
-async def test_unusable_adapters_are_refused_by_field(site: Site, model: str, loras: Any, named: str) -> None:
+async def test_unusable_adapters_are_refused_by_field(kept: Site, model: str, loras: Any, named: str) -> None:
     for path in ("/v1/audio/generations", "/jobs"):
-        reply = await site.client.post(path, json={**BODY, "model": model, "loras": loras})
+        reply = await kept.client.post(path, json={**BODY, "model": model, "loras": loras})
         assert reply.status_code == 422
         (fault,) = reply.json()["detail"]
         assert fault["loc"] == ["body", "loras"]
         assert named in fault["msg"]
-        assert str(site.folder) not in reply.text
+        assert str(kept.folder) not in reply.text
 
 
 @pytest.mark.parametrize(
@@ -205,12 +220,12 @@ async def test_unusable_adapters_are_refused_by_field(site: Site, model: str, lo
         [{"name": "vinyl"}] * 65,
     ],
 )
-async def test_malformed_adapters_are_refused(site: Site, loras: Any) -> None:
-    reply = await site.generate(model="medium", loras=loras)
+async def test_malformed_adapters_are_refused(kept: Site, loras: Any) -> None:
+    reply = await kept.generate(model="medium", loras=loras)
     assert reply.status_code == 422
     assert all(fault["loc"][:2] == ["body", "loras"] for fault in reply.json()["detail"])
     assert "tuple" not in reply.text  # a word of Python
-    reply = await site.generate(model="medium", lora_stacking="mixed")
+    reply = await kept.generate(model="medium", lora_stacking="mixed")
     assert reply.status_code == 422
     assert "'chained' or 'summed'" in reply.text
 
@@ -227,21 +242,21 @@ async def test_models_without_adapters_refuse_them_by_name(tmp_path: Path) -> No
     await site.jobs.close()
 
 
-async def test_jobs_keep_sources_and_hashes(site: Site) -> None:
-    reply = await site.client.post("/jobs", json={**BODY, "model": "medium:vinyl", "loras": [{"name": "bells"}]})
+async def test_jobs_keep_sources_and_hashes(kept: Site) -> None:
+    reply = await kept.client.post("/jobs", json={**BODY, "model": "medium:vinyl", "loras": [{"name": "bells"}]})
     assert reply.status_code == 202
-    job = await site.jobs.get(JobRef("sa3", "all", reply.json()["id"]))
+    job = await kept.jobs.get(JobRef("sa3", "all", reply.json()["id"]))
     assert job is not None
     stored = job.spec.request
-    assert [(lora.name, lora.sha256) for lora in stored.loras] == [(n, site.hashes[n]) for n in ("vinyl", "bells")]
+    assert [(lora.name, lora.sha256) for lora in stored.loras] == [(n, kept.hashes[n]) for n in ("vinyl", "bells")]
     assert stored.loras[0].source.endswith("vinyl.safetensors")
     assert stored.lora_stacking == "chained"
 
 
-async def test_jobs_with_other_adapters_are_other_jobs(site: Site) -> None:
+async def test_jobs_with_other_adapters_are_other_jobs(kept: Site) -> None:
     def submit(strength: float) -> Any:
         body = {**BODY, "model": "medium", "loras": [{"name": "vinyl", "strength": strength}]}
-        return site.client.post("/jobs", json=body, headers={"Idempotency-Key": "one"})
+        return kept.client.post("/jobs", json=body, headers={"Idempotency-Key": "one"})
 
     first, again, other = await submit(1.0), await submit(1.0), await submit(0.5)
     assert first.json()["id"] == again.json()["id"]
@@ -274,8 +289,8 @@ async def test_recipes_have_adapters_and_replay_checks_the_file(site: Site) -> N
     assert (await site.client.post("/v1/audio/replay", json=recipe)).status_code == 422
 
 
-async def test_lists_have_adapters_without_folders(site: Site) -> None:
-    entries = {entry["id"]: entry for entry in (await site.client.get("/v1/models")).json()["data"]}
+async def test_lists_have_adapters_without_folders(kept: Site) -> None:
+    entries = {entry["id"]: entry for entry in (await kept.client.get("/v1/models")).json()["data"]}
     vinyl = entries["medium:vinyl"]
     assert "medium:torn" not in entries
     assert (vinyl["parent"], vinyl["root"], vinyl["type"], vinyl["rank"], vinyl["sha256"]) == (
@@ -283,10 +298,10 @@ async def test_lists_have_adapters_without_folders(site: Site) -> None:
         "vinyl.safetensors",
         "dora-rows",
         4,
-        site.hashes["vinyl"],
+        kept.hashes["vinyl"],
     )
     assert entries["medium"]["parent"] is None
-    listed = (await site.client.get("/loras")).json()
+    listed = (await kept.client.get("/loras")).json()
     assert listed == {"success": True, "loras": [], "adapters_dir": "", "model_loaded": True}
 
 
