@@ -18,6 +18,7 @@ from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.tables import JOBS
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
+from tests import backends
 from tests.backends import ToneBackend
 from tests.quick_apps import build_quickly
 
@@ -96,6 +97,12 @@ def backend(shared: tuple[FastAPI, ToneBackend]) -> ToneBackend:
     backend = shared[1]
     vars(backend).update(vars(ToneBackend()))
     return backend
+
+
+@pytest.fixture
+def low_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test backend generate audio at 8 kHz, for tests of long clips that do not read the samples."""
+    monkeypatch.setattr(backends, "RATE_HZ", 8000)
 
 
 @pytest.fixture

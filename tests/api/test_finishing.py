@@ -59,6 +59,7 @@ async def test_jobs_finish_clips_too(client: httpx.AsyncClient, runner: JobRunne
     assert (await client.get(job["download_url"])).content == synchronous.content
 
 
+@pytest.mark.usefixtures("low_rate")
 @pytest.mark.parametrize("response_format", ["wav", "flac", "mp3", "ogg", "opus"])
 async def test_variations_are_finished_in_every_format(client: httpx.AsyncClient, response_format: str) -> None:
     fields = {**BASE, "batch_size": 2, "loudness": {"target_lufs": -20}, "response_format": response_format}

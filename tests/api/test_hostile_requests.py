@@ -25,7 +25,7 @@ from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S
 from tests.sockets import listening
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("low_rate")]
 
 JSON = {"content-type": "application/json"}
 MULTIPART = {"content-type": "multipart/form-data; boundary=B"}

@@ -18,7 +18,7 @@ from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("low_rate")]
 
 KEYS = f"""
 alice:{hash_key("alice")} audio-seconds-per-minute=10

@@ -15,6 +15,8 @@ from tests.api.test_jobs import submit, wait
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 
+pytestmark = pytest.mark.usefixtures("low_rate")
+
 URL = "/v1/audio/generations"
 ROUTES = (URL, "/v1/audio/variations", "/v1/audio/inpaint", "/jobs", "/jobs/variations", "/jobs/inpaint")
 REGION = {"inpaint_start_seconds": 0.1, "inpaint_end_seconds": 0.2}

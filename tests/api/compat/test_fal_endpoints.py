@@ -28,6 +28,8 @@ from tests.parameters import few
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
+pytestmark = pytest.mark.usefixtures("low_rate")
+
 ROOT = Path(__file__).parents[2] / "data" / "fal" / "stable-audio.tsv"
 SOURCE_S = 2.0
 SOURCE = make_audio_file(duration_s=SOURCE_S, rate_hz=8000, channels=1)

@@ -109,6 +109,7 @@ async def test_other_accept_headers_get_bytes(client: httpx.AsyncClient, accept:
     assert reply.headers["finish-reason"] == "SUCCESS"
 
 
+@pytest.mark.usefixtures("low_rate")
 @pytest.mark.parametrize(
     ("path", "fields", "expected"),
     [
