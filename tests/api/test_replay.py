@@ -52,7 +52,8 @@ async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterato
     """Yield a client of a server with one real model. The server returns recipes in all dialects."""
     settings = Settings.model_validate(
         {
-            "models": [{"name": name, "path": path, "threads": 1}],  # several threads are slower on a busy machine
+            # Several threads are slower on a busy machine.
+            "models": [{"name": name, "path": path, "threads": 1, "engine": {"warmup_budget_s": 0}}],
             "output_dir": str(output_dir),
             "dialects": {"recipes": True},
         }
