@@ -398,7 +398,10 @@ class EngineSimulation(RuleBasedStateMachine):
         if interactive - started and not interactive.intersection(picked):
             # The step has batch rows only. The free places may be reserved for interactive rows, which start next.
             places = 0 if started.intersection(picked) else places
-        self.check_order(picked, batch, batch & started, places)
+        # In a step of one batch row alone, earlier batch rows are left out if they could share a step with interactive
+        # rows. They run later: `test_small_batch_rows_leave_lent_time_to_a_large_one`.
+        if not (interactive and len(picked) == 1):
+            self.check_order(picked, batch, batch & started, places)
         self.clock.now += 0.01 * sum(tokens) / 100
         for row_id in picked:
             self.works[row_id].finish_evaluation()
