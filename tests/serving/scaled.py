@@ -132,12 +132,14 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
     async def run() -> list[int]:
         running: set[asyncio.Task[object]] = set()
         seen: list[int] = []
-        looked_at = time.monotonic()
+        looked_at = due_at = time.monotonic()
         while len(seen) < 35:
             task = asyncio.create_task(backend.generate("busy", request))
             running.add(task)
             task.add_done_callback(running.discard)
-            await asyncio.sleep(random.expovariate(1.0 / pause_s))
+            # Late requests are sent at once, so that the load is the same on a slow machine.
+            due_at += random.expovariate(1.0 / pause_s)
+            await asyncio.sleep(max(0.0, due_at - time.monotonic()))
             if time.monotonic() > looked_at + 1.0:
                 looked_at = time.monotonic()
                 seen.append(counts[-1])
