@@ -94,25 +94,27 @@ def test_replaced_ingress_closes_its_event_streams(server: LaunchedServer) -> No
     minutes = make_long_body(steps=1000, duration=16, batch_size=4, cfg_scale=3, sampler_kwargs={"sampler_type": "rk4"})
     job_id = submit(server, minutes)
     assert len(server.pids("ServeReplica:audio:Ingress")) == 2
+    opened = threading.Semaphore(0)
+
+    def read_events() -> str:
+        with server.client.stream("GET", f"/jobs/{job_id}/events") as response:
+            opened.release()
+            return response.read().decode()
+
     with ThreadPoolExecutor(4) as pool:
-        opened = threading.Semaphore(0)
-
-        def read_events() -> str:
-            with server.client.stream("GET", f"/jobs/{job_id}/events") as response:
-                opened.release()
-                return response.read().decode()
-
         streams = [pool.submit(read_events) for _ in range(4)]  # some for each HTTP process
-        assert all(opened.acquire(timeout=PATIENCE_S) for _ in streams)
-        assert not any(stream.done() for stream in streams)
-        with server.look_inside("tests.serving.rescale", "Ingress", "1") as rescaling:
-            assert rescaling.wait(PATIENCE_S) == 0
-        wait_until(lambda: len(server.pids("ServeReplica:audio:Ingress")) == 1)
-        ended = [stream for stream in streams if stream.done()]
-        assert len(ended) == 2
-        for stream in ended:
-            assert stream.result().rstrip().splitlines()[-1].startswith("retry: ")
-        assert server.client.delete(f"/jobs/{job_id}").status_code == 202
+        try:
+            assert all(opened.acquire(timeout=PATIENCE_S) for _ in streams)
+            assert not any(stream.done() for stream in streams)
+            with server.look_inside("tests.serving.rescale", "Ingress", "1") as rescaling:
+                assert rescaling.wait(PATIENCE_S) == 0
+            wait_until(lambda: len(server.pids("ServeReplica:audio:Ingress")) == 1)
+            wait_until(lambda: sum(stream.done() for stream in streams) == 2)
+            ended = [stream for stream in streams if stream.done()]
+            for stream in ended:
+                assert stream.result().rstrip().splitlines()[-1].startswith("retry: ")
+        finally:
+            assert server.client.delete(f"/jobs/{job_id}").status_code == 202
         assert all("event: end" in stream.result() for stream in streams if stream not in ended)
 
 
