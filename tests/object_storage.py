@@ -53,6 +53,7 @@ class Faults:
     only: str = ""  # faults hit only requests with this text in `METHOD /path?query`
     is_down: bool = False  # every connection is reset
     is_silent: bool = False  # requests are accepted but never answered
+    ignores_ranges: bool = False  # the header Range has no effect
 
 
 class _Server(ThreadingHTTPServer):
@@ -136,11 +137,12 @@ class FaultyProxy:
 
     def forward(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> tuple[int, Any, bytes]:
         """Forward a request. Returns status, headers and body of the server's response."""
+        left_out = {"connection", "expect"} | ({"range"} if self.faults.ignores_ranges else set())
         connection = http.client.HTTPConnection("127.0.0.1", self._upstream_port, timeout=_UPSTREAM_TIMEOUT_S)
         try:
             connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
             for name, value in headers:
-                if name.lower() not in ("connection", "expect"):
+                if name.lower() not in left_out:
                     connection.putheader(name, value)
             connection.putheader("Connection", "close")
             connection.endheaders(body or None)

@@ -279,14 +279,21 @@ class S3Artifacts:
         raise FileNotFoundError(file.key)
 
     def _open(self, key: ArtifactKey, start: int = 0) -> Any:
-        """Return the body of an object from byte `start` on, or None when the object does not exist."""
+        """Return the body of an object from byte `start` on, or None when the object does not exist.
+
+        Raises StorageError if the service sends other bytes, because it ignores the header Range.
+        """
         options = {"Range": f"bytes={start}-"} if start else {}
         try:
-            return self._client.get_object(**self._at(key), **options)["Body"]
+            found = self._client.get_object(**self._at(key), **options)
         except s3_errors() as error:
             if is_missing(error):
                 return None
             raise
+        if start and not found.get("ContentRange", "").startswith(f"bytes {start}-"):
+            found["Body"].close()
+            raise StorageError("the object storage ignores the header Range")
+        return found["Body"]
 
 
 class _Reader(io.RawIOBase):

@@ -115,6 +115,18 @@ async def test_interrupted_download_resumes(object_storage: ObjectStorage, store
     assert sum(request.startswith("GET") for request in object_storage.proxy.requests) == 4
 
 
+async def test_service_that_ignores_ranges_sends_no_wrong_bytes(
+    object_storage: ObjectStorage, store: S3Artifacts
+) -> None:
+    file = await put(store, os.urandom(6 * MIB))
+    object_storage.proxy.faults = Faults(ignores_ranges=True)
+    with pytest.raises(StorageError, match="Range"):
+        await anext(store.read_part(file, start=2 * MIB, stop=3 * MIB))
+    object_storage.proxy.fates["GET"] = "cut-answer"
+    with pytest.raises(StorageError, match="Range"):
+        await read(store, file)
+
+
 async def test_file_deleted_during_a_download_is_an_error(object_storage: ObjectStorage, store: S3Artifacts) -> None:
     file = await put(store, os.urandom(6 * MIB))
     object_storage.proxy.fates["GET"] = "cut-answer"
