@@ -126,7 +126,9 @@ class JobStatus(BaseModel):
     storage_key: str | None
     sample_rate: int | None = Field(description="Hertz.")
     progress: JobProgress
-    attempts: int = Field(description="How often a runner has started the job.")
+    attempts: int = Field(
+        description="How often a runner has started the job; of a long piece, 1 again after each finished section."
+    )
     priority: Priority
     seeds: list[int] = Field(description="Seed of each variation, also if the request left it random.")
     clips: list[JobClip] | None = Field(description="The variations of a job that succeeded.")

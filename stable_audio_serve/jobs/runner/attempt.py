@@ -114,6 +114,9 @@ class Attempt:
 
     async def _end(self) -> Job | None:
         """Store the outcome of the work, or requeue the job. Returns the changed job, or None if its lease is lost."""
+        if self.job.spec.sections:  # a finished section has changed the number of attempts that count
+            now = await self._calls.call(self._context.store.clients.get, self.job.spec.ref)
+            self.job = self.job if now is None else replace(self.job, attempts=now.attempts)
         if self._work.cancelled():
             return await self._end_stopped()
         error = self._work.exception()

@@ -34,6 +34,8 @@ class Sections:
     def add(self, job: Job, section: FinishedSection, *, fraction: float) -> Job | None:
         """Add a finished section, and set the job's progress, in one transaction. The caller has stored the file.
 
+        The current attempt counts as the first one again: a piece may fail as often at each section as a short job.
+
         Returns the changed job, or None if its lease is lost. If the call is repeated because the database's answer was
         lost, the section is not added twice.
         """
@@ -46,7 +48,7 @@ class Sections:
                 return None
             insert = self._database.insert(SECTIONS).values(row | {"job": number}).on_conflict_do_nothing()
             is_new = connection.execute(insert.returning(SECTIONS.c.number)).first() is not None
-            progress = {"num_sections": section.number, "fraction": fraction}
+            progress = {"num_sections": section.number, "fraction": fraction, "attempts": 1}
             return self._transitions.change(
                 connection, _jobs.seq == number, message=message if is_new else None, **progress
             )
@@ -54,12 +56,13 @@ class Sections:
     def remove(self, job: Job, *, first: int, fraction: float) -> None:
         """Remove the finished sections with numbers of at least `first`, and set the job's progress.
 
-        The sweeper deletes their files later. Does nothing if the job's lease is lost.
+        The attempt counts even if it has made some of these sections. Otherwise, a storage that loses every file would
+        let the job run forever. The sweeper deletes their files later. Does nothing if the job's lease is lost.
         """
         seq = sa.select(_jobs.seq).where(is_held(job)).with_for_update()
         with self._database.writing() as connection:
             number = connection.execute(seq).scalar()
             if number is not None:
                 connection.execute(sa.delete(SECTIONS).where(SECTIONS.c.job == number, SECTIONS.c.number >= first))
-                progress = {"num_sections": first - 1, "fraction": fraction}
+                progress = {"num_sections": first - 1, "fraction": fraction, "attempts": job.attempts}
                 self._transitions.change(connection, _jobs.seq == number, message=None, **progress)

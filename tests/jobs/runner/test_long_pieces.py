@@ -175,8 +175,61 @@ async def test_refused_file_costs_only_its_own_section(workshop: Workshop, monke
     monkeypatch.setattr(workshop.queue.artifacts, "put", refuse_once)
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_long(1.0, 1.0, 1.0)))
-    assert (job.state, job.attempts, len(refused)) == ("succeeded", 2, 1)
+    assert (job.state, job.attempts, len(refused)) == ("succeeded", 1, 1)
     assert [request.seed for _, request in workshop.backend.requests] == [7, 8, 8, 9]
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
+async def test_attempts_before_a_finished_section_do_not_count(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, refused = workshop.queue.artifacts.put, set()
+
+    async def refuse_first(key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+        if file_name not in refused:
+            refused.add(file_name)
+            raise StorageError("no answer")
+        return await put(key, chunks, media_type=media_type, file_name=file_name)
+
+    monkeypatch.setattr(workshop.queue.artifacts, "put", refuse_first)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_long(1.0, 1.0, 1.0, 1.0)))
+    assert (job.state, len(refused)) == ("succeeded", 5), job.error  # four sections and the piece
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
+async def test_section_that_always_fails_makes_a_dead_letter(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, refused = workshop.queue.artifacts.put, []
+
+    async def refuse(key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+        if file_name.endswith("-3.wav"):
+            refused.append(key)
+            raise StorageError("no answer")
+        return await put(key, chunks, media_type=media_type, file_name=file_name)
+
+    monkeypatch.setattr(workshop.queue.artifacts, "put", refuse)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_long(1.0, 1.0, 1.0)))
+    assert (job.is_dead_letter, job.num_sections, len(refused)) == (True, 2, 2)
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
+async def test_storage_that_always_loses_sections_makes_a_dead_letter(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = workshop.queue.artifacts.put
+
+    async def lose(key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+        stored = await put(key, chunks, media_type=media_type, file_name=file_name)
+        await workshop.queue.artifacts.delete(key)
+        return stored
+
+    monkeypatch.setattr(workshop.queue.artifacts, "put", lose)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_long(1.0, 1.0)))
+    assert (job.is_dead_letter, [request.seed for _, request in workshop.backend.requests]) == (True, [7, 7])
 
 
 def overwrite(path: Path) -> None:
@@ -200,13 +253,14 @@ async def test_lost_section_and_those_after_it_are_made_again(
     damage(Path(workshop.settings.output_dir) / before[number - 1].file.key)
     await workshop.start_runner()
     job = await workshop.finished(job)
-    assert (job.state, job.attempts, job.num_sections) == ("succeeded", 2, 4), job.error
+    assert (job.state, job.attempts, job.num_sections) == ("succeeded", 1, 4), job.error
     assert job.result is not None
     finished = await workshop.queue.sections(job.spec.ref)
     kept = [old.file.key == new.file.key for old, new in zip(before, finished, strict=False)]
     assert kept[:2] == [number > 1, False]
     messages = [event.message for event in await workshop.queue.events(job.spec.ref) if event.message]
     assert f"the file of section {number} is gone or damaged" in " ".join(messages)
+    assert messages.count("started") == 3  # of both runners, and after the loss
     other = await workshop.finished(await workshop.queue.submit(make_long(1.0, 1.0, 1.0, 1.0)))
     assert other.result is not None
     assert job.result.file.sha256 == other.result.file.sha256

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from stable_audio_serve.jobs.job import Job, Lease
+from stable_audio_serve.core.generation import Section
+from stable_audio_serve.jobs.job import FinishedSection, Job, Lease
 from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.stores import (
     ERROR,
@@ -215,6 +216,21 @@ class TestReclaiming:
         wall.now += LEASE_S + 1
         (ended,) = store.runners.reclaim(max_attempts=1)
         assert (ended.state, ended.is_dead_letter) == ("cancelled", False)
+
+    def test_lost_runners_before_a_finished_section_do_not_count(self, store: JobStore, wall: Wall) -> None:
+        add(store, sections=(Section(1.0),) * 3)
+        for number in (1, 2):
+            wall.now += LEASE_S
+            store.runners.reclaim(max_attempts=2)
+            store.sections.add(lease(store), FinishedSection(number, FILE, 44100, 44100, 0.1), fraction=0.1 * number)
+        states = []
+        for _ in range(2):
+            wall.now += LEASE_S
+            (job,) = store.runners.reclaim(max_attempts=2)
+            states.append((job.state, job.is_dead_letter))
+            if not job.is_over:
+                lease(store)
+        assert states == [("queued", False), ("failed", True)]
 
     def test_many_jobs_are_reclaimed_in_batches(self, store: JobStore, wall: Wall) -> None:
         for _ in range(9):
