@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from stable_audio_serve.api.answers import attachment, sound_headers
+from stable_audio_serve.api.answers import attachment, chain, sound_headers
 from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.formats import media_type
@@ -73,11 +73,12 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
     return StreamingResponse(_send(copy), headers=headers, media_type=kind)
 
 
-def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
+async def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
     """Return a stream of the piece: the finished sections first, then each further section when it is finished.
 
     The stream is an MP3 file if the job's format is MP3, otherwise a WAV file of unknown length. Raises OverloadedError
-    or QuotaError if too many streams are open, and HTTPException 409 if the job ended before a section was finished.
+    or QuotaError if too many streams are open, HTTPException 409 if the job ended before a section was finished, and
+    StorageError if the first section is finished, but cannot be read.
     """
     _require_sections(job)
     if job.is_over and not job.num_sections:
@@ -91,8 +92,12 @@ def follow_answer(service: Service, request: Request, *, job: Job) -> Response:
         response = Response(headers=headers, media_type=kind)
         del response.headers["Content-Length"]  # Starlette sets it to 0, but the length is unknown
         return response
+    chunks, first = _follow(service, job, encoding=encoding), b""
+    if job.num_sections:  # read some audio before the status is sent, so that an error gets its own status
+        with service.streams.counted(request.state.caller):
+            first = await anext(chunks, b"")
     return service.streams.open_audio(
-        _follow(service, job, encoding=encoding),
+        chain(first, chunks),
         caller=request.state.caller,
         headers=headers,
         media_type=kind,

@@ -12,6 +12,9 @@ import pytest
 from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.core.keys import hash_key
 from tests.api.compat.serving import make_client
+from tests.api.test_buckets import storage_args
+from tests.api.test_jobs import wait
+from tests.object_storage import Faults, ObjectStorage
 
 BODY = {"prompt": "rain", "seed": 3}
 ID = "0123456789abcdef0123456789abcd"
@@ -103,6 +106,20 @@ async def test_head_of_a_growing_piece_has_no_length(client: httpx.AsyncClient) 
     reply = await client.head(f"{ticket['status_url']}/audio?follow=1")
     assert (reply.status_code, reply.headers["content-type"]) == (200, "audio/wav")
     assert "content-length" not in reply.headers
+
+
+@pytest.mark.server
+async def test_unreadable_sections_are_an_error_before_the_answer(object_storage: ObjectStorage) -> None:
+    storage = storage_args(object_storage, object_storage.make_bucket())
+    async with make_client(storage=storage) as (client, _):
+        ticket = (await client.post("/jobs", json=BODY | {"sections": [{"duration": 2}] * 2})).json()
+        await wait(client, ticket)
+        object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"), only="GET")
+        for query in ("section=1", "follow=1"):
+            reply = await client.get(f"{ticket['status_url']}/audio?{query}")
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+        object_storage.proxy.faults = Faults()
+        assert len((await client.get(f"{ticket['status_url']}/audio?follow=1")).content) > 4 * 44_100 * 4
 
 
 async def test_pieces_of_keys(tmp_path: Path) -> None:

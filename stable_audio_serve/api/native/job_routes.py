@@ -258,7 +258,7 @@ def _build_links(service: Service) -> APIRouter:
         if section is not None:
             return await section_answer(service, request, job=job, number=section)
         if follow:
-            return follow_answer(service, request, job=job)
+            return await follow_answer(service, request, job=job)
         if job.result is None:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")
         file = job.result.file
