@@ -83,7 +83,8 @@ class EventStreams:
 
         Changes include the events with ids above `after`. The iterator ends early when this process stops or drains,
         but with `finishes`, only if the job is not running then. Raises StorageError if the job database is unavailable
-        for more than a minute.
+        for more than a minute, and with `finishes`, if the job has no finished section and cannot start, because the
+        stores refuse files.
         """
         current: Job | None = job
         sent: object = None
@@ -99,6 +100,8 @@ class EventStreams:
                 yield Change(current, events, position)
             if current.is_over or self._must_end(current, finishes=finishes):
                 return
+            if finishes:
+                await _require_start(jobs, current)
             await self._pause(wait_s)
             wait_s = min(wait_s * 1.5, self._limits.last_poll_s)
             current = await self._ask(partial(jobs.get, job.spec.ref))
@@ -123,6 +126,8 @@ class EventStreams:
                 return
             if self._must_end(current, finishes=finishes):
                 raise StoppingError("the server process stops; ask again")
+            if finishes:
+                await _require_start(jobs, current)
             await self._pause(self._limits.section_poll_s)
 
     def _must_end(self, job: Job, *, finishes: bool) -> bool:
@@ -188,6 +193,15 @@ class EventStreams:
             self._open.change(-1)
             self._open_by_client[client] -= 1
             self._open_by_client += Counter()  # removes the entries of clients without open streams
+
+
+async def _require_start(jobs: JobQueue, job: Job) -> None:
+    """Raise StorageError if a job without finished sections cannot start, because the stores refuse files.
+
+    A job with finished sections waits until the stores accept files, because its sections would be lost.
+    """
+    if job.state == "queued" and not job.num_sections and (health := await jobs.watch.health()).state != "ok":
+        raise StorageError(f"the job cannot start: {health.reason}")
 
 
 class _Counted(Response):

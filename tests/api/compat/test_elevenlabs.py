@@ -23,7 +23,9 @@ from stable_audio_serve.core.errors import GenerationError, ModelUnavailableErro
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from tests.api.compat.serving import make_client, serve_app
+from tests.api.test_buckets import storage_args
 from tests.backends import PausingBackend, ToneBackend
+from tests.object_storage import Faults, ObjectStorage
 from tests.parameters import few, some
 from tests.patience import PATIENCE_S, until
 
@@ -386,6 +388,26 @@ async def test_client_that_leaves_while_its_piece_is_added_cancels_it(
         await asyncio.gather(sending, return_exceptions=True)
         jobs = (await client.get("/v1/status")).json()["jobs"]
         assert (jobs["queued"], jobs["cancelled"]) == (0, 1)
+
+
+@pytest.mark.server
+async def test_pieces_are_refused_while_files_cannot_be_stored(object_storage: ObjectStorage) -> None:
+    storage = storage_args(object_storage, object_storage.make_bucket())
+    piece: dict[str, Any] = {"params": QUICK, "json": {"composition_plan": PLAN}}
+    async with make_client(hasty=True, storage=storage) as (client, _):
+        for path in (MUSIC, STREAM):
+            object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"), only="PUT")
+            for _ in range(2):  # the first piece meets the error, the second one would not start
+                reply = await client.post(path, **piece)
+                assert detail(reply, 503)["status"] == "service_unavailable"
+                assert reply.headers["retry-after"] == "5"
+            jobs = (await client.get("/v1/status")).json()["jobs"]
+            assert (jobs["queued"], jobs["running"]) == (0, 0)
+            object_storage.proxy.faults = Faults()
+            async with asyncio.timeout(PATIENCE_S):
+                while (reply := await client.post(path, **piece)).status_code == 503:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            assert reply.status_code == 200
 
 
 @pytest.mark.server
