@@ -20,7 +20,7 @@ from stable_audio_serve.jobs.store.files import PublishedFiles
 from stable_audio_serve.jobs.store.rows import is_held
 from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions, requeued
-from stable_audio_serve.jobs.store.turns import Turns
+from stable_audio_serve.jobs.store.turns import LONGEST_DELAY_S, Turns
 
 GENERATED = 0.95  # a job's progress when its audio is generated, but not stored yet
 
@@ -98,7 +98,8 @@ class RunnerJobs:
         with self._database.reading() as connection:
             row = connection.execute(query).one()
         queued = {priority: row._mapping[priority] for priority in get_args(Priority)}
-        return Outlook(queued, row.stops, row.lease, row.reclaim, row.late, row.webhook)
+        lease_in_s = 0.0 if row.lease is not None and row.lease > LONGEST_DELAY_S else row.lease
+        return Outlook(queued, row.stops, lease_in_s, row.reclaim, row.late, row.webhook)
 
     def lease(
         self,

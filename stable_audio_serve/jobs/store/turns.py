@@ -23,6 +23,8 @@ _IS_WAITING = sa.and_(
 )
 _ORDER = (_turns.served, _turns.seq)
 LEFT_TO_OTHERS_S = 3600.0
+# Longer than every delay of a requeued job. A job that seems due later was added before the clock was set back.
+LONGEST_DELAY_S = 900.0
 
 
 class Turns:
@@ -45,9 +47,13 @@ class Turns:
         If `models` is None, any model will do. A job of a model that is not in `known` is left to other servers that
         share the database for `LEFT_TO_OTHERS_S`. The result is NULL if no job is due, or all due jobs are locked.
         """
-        is_due = [_jobs.not_before <= self._now, sa.or_(_jobs.start_before.is_(None), _jobs.start_before > self._now)]
+        now = self._now
+        is_due = [
+            sa.or_(_jobs.not_before <= now, _jobs.not_before > now + LONGEST_DELAY_S),
+            sa.or_(_jobs.start_before.is_(None), _jobs.start_before > now),
+        ]
         if known is not None:
-            is_due.append(sa.or_(_jobs.model.in_(known), _jobs.created_at <= self._now - LEFT_TO_OTHERS_S))
+            is_due.append(sa.or_(_jobs.model.in_(known), _jobs.created_at <= now - LEFT_TO_OTHERS_S))
         first = sa.select(_jobs.seq).where(_IS_WAITING, *is_due).order_by(_jobs.seq).limit(1)
         first = first.with_for_update(skip_locked=True).correlate(TURNS)
         # The database goes through the clients in order, and stops at the first one with a job that is due. Without

@@ -84,6 +84,18 @@ class TestOrder:
         wall.now += 10.5
         assert lease(store).spec.id == delayed.spec.id
 
+    def test_clock_that_was_set_back_delays_no_job(self, store: JobStore, wall: Wall) -> None:
+        job = add(store)
+        wall.now -= 3600.0
+        in_s = store.runners.outlook("me").lease_in_s
+        assert in_s is not None
+        assert in_s <= 0
+        store.runners.requeue(lease(store), delay_s=60, attempts=1, message="x")
+        assert store.runners.outlook("me").lease_in_s == pytest.approx(60)
+        assert store.runners.lease("me", lease_s=15) is None
+        wall.now += 60.5
+        assert lease(store).spec.id == job.spec.id
+
     def test_turns_are_separate_for_every_model(self, store: JobStore) -> None:
         for _ in range(3):
             add(store, client="a", model="m")
