@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -21,7 +21,7 @@ from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.private_files import open_temporary
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobSpec
-from stable_audio_serve.jobs.pieces.sections import num_final_samples, plan_sections, read_section
+from stable_audio_serve.jobs.pieces.sections import LostSectionError, num_final_samples, plan_sections, read_section
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,7 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
 
     In a lossless format at the model's sample rate, the joined responses for all sections are the whole piece. The last
     30 ms of a section change when the next section is joined to it, so the response for the next section begins with
-    them. Raises HTTPException 404 while the section is not finished, and StorageError.
+    them. Raises HTTPException 404 while the section is not finished, or if its file no longer exists, and StorageError.
     """
     _require_sections(job)
     num_sections = len(job.spec.sections)
@@ -52,9 +52,10 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
     try:
         rate_hz = section.sample_rate_hz
         writer = AudioWriter(copy, rate_hz, encoding=encoding)
-        async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
-            async for block in blocks:
-                await service.compute(partial(writer.write, block))
+        with _missing_files(job):
+            async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
+                async for block in blocks:
+                    await service.compute(partial(writer.write, block))
         await service.compute(writer.close)
     except BaseException:
         with suppress(OSError):  # on a full disk there is no space for the data in the file's buffer
@@ -77,8 +78,8 @@ async def follow_answer(service: Service, request: Request, *, job: Job) -> Resp
     """Return a stream of the piece: the finished sections first, then each further section when it is finished.
 
     The stream is an MP3 file if the job's format is MP3, otherwise a WAV file of unknown length. Raises OverloadedError
-    or QuotaError if too many streams are open, HTTPException 409 if the job ended before a section was finished, and
-    StorageError if the first section is finished, but cannot be read.
+    or QuotaError if too many streams are open, HTTPException 409 if the job ended before a section was finished, 404 if
+    it ended and the file of the first section no longer exists, and StorageError if the first section cannot be read.
     """
     _require_sections(job)
     if job.is_over and not job.num_sections:
@@ -94,7 +95,7 @@ async def follow_answer(service: Service, request: Request, *, job: Job) -> Resp
         return response
     chunks, first = _follow(service, job, encoding=encoding), b""
     if job.num_sections:  # read some audio before the status is sent, so that an error gets its own status
-        with service.streams.counted(request.state.caller):
+        with service.streams.counted(request.state.caller), _missing_files(job):
             first = await anext(chunks, b"")
     return service.streams.open_audio(
         chain(first, chunks),
@@ -133,6 +134,17 @@ def can_grow(file_format: AudioFormat) -> bool:
 def _require_sections(job: Job) -> None:
     if not job.spec.sections:
         raise HTTPException(409, "the job has no sections: only long pieces have")
+
+
+@contextmanager
+def _missing_files(job: Job) -> Iterator[None]:
+    """Raise HTTPException 404 if the file of a section no longer exists, unless an attempt will make it again."""
+    try:
+        yield
+    except LostSectionError as error:
+        if job.is_over and isinstance(error.__cause__, FileNotFoundError):
+            raise HTTPException(404, "the file no longer exists") from error
+        raise
 
 
 async def _follow(

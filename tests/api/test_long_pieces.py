@@ -122,6 +122,19 @@ async def test_unreadable_sections_are_an_error_before_the_answer(object_storage
         assert len((await client.get(f"{ticket['status_url']}/audio?follow=1")).content) > 4 * 44_100 * 4
 
 
+@pytest.mark.server
+async def test_lost_sections_of_an_ended_piece_are_not_found(tmp_path: Path) -> None:
+    async with make_client(output_dir=str(tmp_path)) as (client, _):
+        ticket = (await client.post("/jobs", json=BODY | {"sections": [{"duration": 2}] * 2})).json()
+        await wait(client, ticket)
+        for file in (tmp_path / "sections").iterdir():
+            file.unlink()
+        for query in ("section=1", "section=2", "follow=1"):
+            reply = await client.get(f"{ticket['status_url']}/audio?{query}")
+            assert (reply.status_code, reply.json()["detail"]) == (404, "the file no longer exists")
+        assert (await client.get(f"{ticket['status_url']}/audio")).status_code == 200
+
+
 async def test_pieces_of_keys(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"alice:{hash_key('alice')} audio-seconds-per-minute=10\nbob:{hash_key('bob')}\n")
     limits = StreamLimits(max_open_per_client=0)
