@@ -28,7 +28,7 @@ from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobError, JobResult
-from stable_audio_serve.jobs.runner.capacity import Capacity
+from stable_audio_serve.jobs.runner.capacity import Capacity, StorageGate
 from stable_audio_serve.jobs.runner.execution import JobExecutor
 from stable_audio_serve.jobs.runner.heartbeat import LeaseId, lease_id
 from stable_audio_serve.jobs.runner.long_pieces import LeaseLostError
@@ -67,6 +67,7 @@ class AttemptContext:
     artifacts: ArtifactStore
     executor: JobExecutor
     capacity: Capacity
+    gate: StorageGate
     settings: JobSettings
     pauses: RunnerPauses
     metrics: Metrics
@@ -182,6 +183,8 @@ class Attempt:
         delay_s = random.uniform(0.0, min(pauses.retry_s * 2**self.job.attempts, pauses.last_retry_s))
         if isinstance(error, ModelUnavailableError):
             self._context.capacity.close(self.job.spec.model, for_s=max(delay_s, error.retry_after_s or 0.0))
+        if isinstance(error, StorageError):
+            delay_s = max(delay_s, self._context.gate.others_first_s)
         age_s = (datetime.now(UTC) - self.job.created_at).total_seconds()
         if not self.job.is_readable and age_s < LEFT_TO_OTHERS_S:
             # A server of a newer version, which shares the database, can run the job.

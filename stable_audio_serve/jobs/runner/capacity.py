@@ -199,6 +199,15 @@ class StorageGate:
         """Return True if another job may start while `num_running` jobs are running."""
         return self._probing is None and (self._last_was_stored or num_running == 0)
 
+    @property
+    def others_first_s(self) -> float:
+        """How long a job whose file was refused must wait, so that other jobs start before it. 0 = not at all.
+
+        The first job that starts after a refusal runs alone. If it were the same job again, a file that never fits
+        would keep all other jobs waiting until its job is a dead letter.
+        """
+        return 0.0 if self._probing is None else self._pause_s  # twice the pause before the next probe
+
     def note_refused(self, error: StorageError, *, num_bytes: int) -> None:
         """Record that a file of `num_bytes` bytes could not be stored, or that a file could not be read (0 bytes)."""
         self._last_was_stored = False

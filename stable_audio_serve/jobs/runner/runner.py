@@ -109,6 +109,7 @@ class JobRunner:
                 clock=clock,
             ),
             capacity=self._capacity,
+            gate=self._gate,
             settings=self._settings,
             pauses=pauses,
             metrics=self._metrics,

@@ -6,20 +6,22 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stable_audio_serve.artifacts.store import Chunks, StoredFile
 from stable_audio_serve.core.errors import StorageError, StorageFullError, StoreMovedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, StoreState, health_of
 from tests.backends import ToneBackend
-from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, upload
+from tests.jobs.conftest import SHORT_PAUSES, RecordedMetrics, Workshop, make_spec, upload
 from tests.jobs.stores import Wall, database, postgres_with_tables, store_url, wall
 from tests.object_storage import Faults, ObjectStorage
 from tests.patience import until
@@ -95,6 +97,38 @@ async def test_file_that_never_fits_makes_a_retryable_dead_letter(tiny_disk: Pat
         assert (ended.state, ended.is_dead_letter) == (state, state == "failed")
         await runner.close()
         await workshop.queue.close()
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=20)])
+async def test_file_that_never_fits_lets_other_jobs_go_first(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, probe, is_full = workshop.queue.artifacts.put, workshop.queue.artifacts.probe, threading.Event()
+
+    async def refuse_large(key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+        if is_full.is_set() or sum(map(len, chunks())) > 500_000:
+            raise StorageFullError("the disk is full")
+        return await put(key, chunks, media_type=media_type, file_name=file_name)
+
+    async def probe_space(num_bytes: int) -> None:
+        if is_full.is_set():
+            raise StorageFullError("the disk is full")
+        await probe(num_bytes)
+
+    monkeypatch.setattr(workshop.queue.artifacts, "put", refuse_large)
+    monkeypatch.setattr(workshop.queue.artifacts, "probe", probe_space)
+    is_full.set()
+    large = await workshop.queue.submit(make_spec(duration_s=10.0))
+    # The large job is due again at once, unless it waits for the other job.
+    await workshop.start_runner(pauses=replace(SHORT_PAUSES, retry_s=0.0, probe_s=0.2, last_probe_s=0.4))
+    await workshop.until(large, lambda job: job.attempts == 1 and job.state == "queued")
+    small = await workshop.queue.submit(make_spec())
+    is_full.clear()
+    assert (await workshop.finished(small)).state == "succeeded"
+    now = await workshop.queue.get(large.spec.ref)
+    assert now is not None
+    assert not now.is_over
+    assert (await workshop.finished(large)).is_dead_letter
 
 
 async def test_runner_starts_jobs_again_after_a_probe_that_broke(
