@@ -88,6 +88,11 @@ class JobSpec:
     def ref(self) -> JobRef:
         return JobRef(self.contract, self.client, self.id)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a request waits for the job, and cancels it if the request ends first (`Service.own_job`)."""
+        return self.contract == "elevenlabs"
+
 
 @dataclass(frozen=True, slots=True)
 class JobError:

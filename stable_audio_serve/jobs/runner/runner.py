@@ -10,7 +10,7 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import get_args
@@ -186,21 +186,21 @@ class JobRunner:
         self.wake()
 
     def drain(self) -> int:
-        """Lease no more jobs, and requeue the jobs in progress. Their attempts do not count.
+        """Lease no more jobs, and requeue the jobs in progress, except jobs that a request waits for.
 
-        Returns the number of jobs that are not requeued yet.
+        The attempts at requeued jobs do not count. Returns the number of jobs that are neither requeued nor ended yet.
         """
         self._is_closing = True
         self.wake()
-        for attempt in self._attempts.values():
-            attempt.stop("closing")
+        self._requeue([attempt for attempt in self._attempts.values() if not attempt.job.spec.is_awaited])
         return self.num_held
 
     async def close(self) -> None:
         """Stop the runner. Jobs in progress are requeued, and their attempts do not count."""
         self.drain()
+        self._requeue(self._attempts.values())
         await _finish({self._loop_task} if self._loop_task else set())
-        self.drain()  # again, for attempts that the loop began in the meantime
+        self._requeue(self._attempts.values())  # again, for attempts that the loop began in the meantime
         await _finish({attempt.task for attempt in self._attempts.values()})
         for task in self._background:
             task.cancel()
@@ -211,6 +211,11 @@ class JobRunner:
             await self._notifier.close()
         await asyncio.to_thread(self._heartbeat.close)
         await self._context.executor.close()
+
+    @staticmethod
+    def _requeue(attempts: Iterable[Attempt]) -> None:
+        for attempt in attempts:
+            attempt.stop("closing")
 
     async def _run_loop(self) -> None:
         poll_s = self._pauses.first_poll_s

@@ -248,6 +248,30 @@ async def test_draining_runner_requeues_its_jobs_and_stays_healthy(workshop: Wor
     runner.check_health()
 
 
+async def test_draining_runner_finishes_jobs_that_requests_wait_for(workshop: Workshop) -> None:
+    workshop.backend.released.clear()
+    awaited, other = [await workshop.queue.submit(make_spec(contract=name)) for name in ("elevenlabs", "sa3")]
+    runner = await workshop.start_runner()
+    await until(lambda: workshop.backend.num_running == 2)
+    await until(lambda: runner.drain() == 1)
+    await workshop.until(other, lambda job: job.state == "queued")
+    workshop.backend.released.set()
+    assert (await workshop.finished(awaited)).state == "succeeded"
+    await until(lambda: runner.drain() == 0)
+
+
+async def test_closing_runner_requeues_jobs_that_requests_wait_for(workshop: Workshop) -> None:
+    workshop.backend.released.clear()
+    job = await workshop.queue.submit(make_spec(contract="elevenlabs"))
+    runner = await workshop.start_runner()
+    await until(lambda: workshop.backend.num_running == 1)
+    runner.drain()
+    await runner.close()
+    now = await workshop.queue.get(job.spec.ref)
+    assert now is not None
+    assert (now.state, now.attempts) == ("queued", 0)
+
+
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
 async def test_holding_runner_finishes_its_jobs_and_leases_no_others(workshop: Workshop) -> None:
     workshop.backend.released.clear()
