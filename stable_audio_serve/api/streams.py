@@ -82,9 +82,9 @@ class EventStreams:
         """Yield the current state of a job, then every change until the job ends or is deleted.
 
         Changes include the events with ids above `after`. The iterator ends early when this process stops or drains,
-        but with `finishes`, only if the job is not running then. Raises StorageError if the job database is unavailable
-        for more than a minute, and with `finishes`, if the job has no finished section and cannot start, because the
-        stores refuse files.
+        but with `finishes`, only if the job neither runs nor can start then. Raises StorageError if the job database is
+        unavailable for more than a minute, and with `finishes`, if the job has no finished section and cannot start,
+        because the stores refuse files.
         """
         current: Job | None = job
         sent: object = None
@@ -131,7 +131,11 @@ class EventStreams:
             await self._pause(self._limits.section_poll_s)
 
     def _must_end(self, job: Job, *, finishes: bool) -> bool:
-        return self._draining.is_leaving and not (finishes and job.state == "running")
+        if not self._draining.is_leaving:
+            return False
+        # If only this process is replaced, the next runner starts the job. A stopped or drained server starts no job.
+        can_start = job.spec.is_awaited and not self._draining.refuses_some
+        return not (finishes and (job.state == "running" or can_start))
 
     async def _pause(self, duration_s: float) -> None:
         if self._draining.is_leaving:

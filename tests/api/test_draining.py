@@ -13,6 +13,8 @@ from fastapi import FastAPI
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.core.errors import StoppingError
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_app
 from tests.api.test_jobs import submit
 from tests.backends import ToneBackend
@@ -169,6 +171,29 @@ async def test_running_jobs_of_open_requests_finish(path: str, how: str) -> None
         reply = await asyncio.wait_for(sending, timeout=PATIENCE_S)
     assert reply.status_code == 200
     assert "COMPLETED" in reply.text if path == "fal" else len(reply.content) % (6 * 44_100) == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/music", "/v1/music/stream"])
+async def test_request_of_a_replaced_process_waits_for_the_next_runner(path: str, reads: list[str]) -> None:
+    sections = [{"section_name": name, "duration_ms": 3000, "positive_local_styles": [name]} for name in "ab"]
+    body = {"composition_plan": {"positive_global_styles": ["jazz"], "sections": sections}}
+    async with make_app(run_jobs=False) as (app, backend), client_of(app) as client:
+        queue = app.state.jobs
+        backend.released.clear()
+        sending = asyncio.create_task(client.post(path, params={"output_format": "pcm_44100"}, json=body))
+        first, second = [
+            JobRunner(queue.store, queue.artifacts, backend=backend, settings=Settings()) for _ in range(2)
+        ]
+        await first.start()
+        await until(lambda: backend.num_running == 1)
+        draining_of(app).leave()
+        await first.close()
+        enough = len(reads) + 5
+        await until(lambda: sending.done() or len(reads) >= enough)
+        backend.released.set()
+        await second.start()
+        assert (await sending).status_code == 200
+        await second.close()
 
 
 async def test_request_counts_until_its_response_is_sent() -> None:
