@@ -79,7 +79,7 @@ class Examination:
             deploy_schema(file, host="127.0.0.1", port=8000)
         plan = plan_deployments(settings)
         self.file, self.plan = file, plan
-        check_key_file(settings.api.key_file)
+        check_key_file(plan.settings.api.key_file)
         check_gpu_shares(settings, cluster_gpus=self._num_gpus)
         nodes = [Slot(self._num_gpus, plan.num_cpus)]
         require_room(settings, nodes, least=plan.least_replicas, cluster_gpus=self._num_gpus)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from stable_audio_serve.artifacts import s3
 from stable_audio_serve.artifacts.s3_client import check_bucket
 from stable_audio_serve.cli import app
+from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.doctor import machine, models
 from stable_audio_serve.doctor.issue_report import redact
 from stable_audio_serve.doctor.models import Feature
@@ -193,6 +194,15 @@ def test_a_faulty_configuration_is_one_failure(folder: Path) -> None:
     found = findings(models=[], modles=[])
     assert list(found) == ["Python", "torch", "GPUs", "configuration"]
     assert "modles: unknown; did you mean models?" in found["configuration"]["message"]
+
+
+def test_a_key_file_in_the_home_folder_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "keys.txt").write_text(f"alice:{hash_key('secret')}\n")
+    settings: dict[str, Any] = {"models": [ABSENT], "api": {"key_file": "~/keys.txt"}}
+    assert findings(**settings)["configuration"]["state"] == "ok"
+    (folder / "keys.txt").unlink()
+    assert f"{folder}/keys.txt: it cannot be read" in findings(**settings)["configuration"]["message"]
 
 
 def test_a_value_that_ray_serve_refuses_fails(folder: Path) -> None:
