@@ -86,7 +86,7 @@ def open_client(
     import httpx
 
     from stable_audio_serve.client import Client, Retries
-    from stable_audio_serve.client.operations import TIMEOUT
+    from stable_audio_serve.client.operations import DIRECT, TIMEOUT
 
     load_dotenv()
     messages = WaitMessages(quiet=quiet)
@@ -94,7 +94,9 @@ def open_client(
     if most_retries is not None:
         retries = replace(retries, most=most_retries)
     http = httpx.Client(
-        timeout=timeout_s or TIMEOUT, event_hooks={"request": [messages.begin], "response": [messages.end]}
+        timeout=timeout_s or TIMEOUT,
+        event_hooks={"request": [messages.begin], "response": [messages.end]},
+        **DIRECT,
     )
     try:
         client = Client(url, api_key=_read_key(key_file), retries=retries, http=http)

@@ -27,7 +27,15 @@ from stable_audio_serve.client.controls import (
     accepts,
 )
 from stable_audio_serve.client.failures import Retries
-from stable_audio_serve.client.operations import TIMEOUT, AsyncNetwork, BlockingNetwork, Operations, iterate, run
+from stable_audio_serve.client.operations import (
+    DIRECT,
+    TIMEOUT,
+    AsyncNetwork,
+    BlockingNetwork,
+    Operations,
+    iterate,
+    run,
+)
 
 T = TypeVar("T")
 
@@ -49,7 +57,7 @@ class Client:
         http: httpx.Client | None = None,
     ) -> None:
         connection = Connection.choose(base_url, api_key)
-        self._http = http or httpx.Client(timeout=TIMEOUT)
+        self._http = http or httpx.Client(timeout=TIMEOUT, **DIRECT)
         self._operations = Operations(BlockingNetwork(self._http), connection, retries=retries)
         self.jobs = Jobs(self._operations)
 
@@ -261,7 +269,7 @@ class AsyncClient:
         http: httpx.AsyncClient | None = None,
     ) -> None:
         connection = Connection.choose(base_url, api_key)
-        self._http = http or httpx.AsyncClient(timeout=TIMEOUT)
+        self._http = http or httpx.AsyncClient(timeout=TIMEOUT, **DIRECT)
         self._operations = Operations(AsyncNetwork(self._http), connection, retries=retries)
         self.jobs = AsyncJobs(self._operations)
 

@@ -219,6 +219,11 @@ async def test_a_file_is_recreated_from_its_recipe(shell: Shell) -> None:
     assert b"standard input" in await shell.run("replay", "-", "--source", "-", code=2)
 
 
+async def test_commands_reach_this_machine_without_the_proxy(shell: Shell) -> None:
+    proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}  # no server listens there
+    assert json.loads(await shell.run("models", "--json", **proxy))
+
+
 async def test_models_are_listed(shell: Shell) -> None:
     assert [model["id"] for model in json.loads(await shell.run("models", "--json"))][:2] == [
         "small-sfx",

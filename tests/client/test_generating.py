@@ -32,6 +32,19 @@ async def test_generate_returns_a_clip_with_its_metadata(served: Served, connect
     assert served.backend.last.duration_s == 0.5
 
 
+async def test_this_machine_is_reached_without_the_proxy(
+    served: Served, connect: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no server listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for url in (served.url, served.url.replace("127.0.0.1", "localhost")):
+        assert await connect(url)("models")
+    with pytest.raises(errors.UnreachableError, match=r"refused|attempts failed"):  # by the proxy
+        await connect("http://audio.example.com")("models")
+
+
 async def test_fields_choose_the_encoding_of_files(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     take: Result = await call("generate", "rain", duration=0.5, bit_depth="float", sample_rate=48_000)
