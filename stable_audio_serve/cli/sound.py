@@ -210,6 +210,8 @@ def _make(
         prompt = read_prompt(prompt)
         source = None if audio is None else read_audio(audio)
         fields = {**options.controls, **(more or {}), "prompts": options.prompts_after(prompt)}
+        if kind != "loop":  # which is always WAV
+            fields["response_format"] = options.format_of_file
         controls = {name: value for name, value in fields.items() if value is not None}
     _carry_out(SoundRequest(kind, prompt, audio=source, regions=spans, controls=controls), options=options)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
@@ -17,6 +17,7 @@ from stable_audio_serve.cli.remote import KeyFileOption, UrlOption
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Description of the sound; - for standard input.")]
 Source = Annotated[str, typer.Argument(metavar="AUDIO", help="Source audio; - reads it from standard input.")]
 
+_Format = Literal["wav", "flac", "mp3", "ogg", "opus", "pcm", "ulaw", "alaw", "m4a", "aac"]
 Keep = Annotated[
     Literal["source", "model"] | None,
     typer.Option(
@@ -73,8 +74,8 @@ class SoundOptions:
         int, typer.Option("--variations", "-n", min=1, help="Number of variations; seeds count up from --seed.")
     ] = 1
     format: Annotated[
-        Literal["wav", "flac", "mp3", "ogg", "opus", "pcm", "ulaw", "alaw", "m4a", "aac"] | None,
-        typer.Option(help="File format; m4a and aac need the extra `aac`."),
+        _Format | None,
+        typer.Option(help="File format; default: as --out ends, else wav. m4a and aac need the extra `aac`."),
     ] = None
     bitrate: Annotated[int | None, typer.Option(min=8, max=320, help="Of lossy formats, kbit/s.")] = None
     bit_depth: Annotated[
@@ -134,6 +135,12 @@ class SoundOptions:
             "loras": [_parse_lora(text) for text in self.loras] if self.loras else None,
             "lora_stacking": self.lora_stacking,
         }
+
+    @property
+    def format_of_file(self) -> str | None:
+        """The format of --format, else the one that the ending of --out names."""
+        ending = Path(self.out).suffix.lower().removeprefix(".")
+        return self.format or (ending if ending in get_args(_Format) else None)
 
     def prompts_after(self, prompt: str) -> list[str] | None:
         """Return `prompt` and the prompts of the other variations, None if all variations have the same prompt."""

@@ -139,6 +139,23 @@ async def test_options_choose_the_encoding_of_files(shell: Shell) -> None:
     assert b"--format" in refused
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name", "expected"),
+    [
+        (["-o", "rain.mp3"], "rain.mp3", "MP3"),
+        (["-o", "rain.FLAC"], "rain.FLAC", "FLAC"),
+        (["-o", "rain.mp3", "--format", "flac"], "rain.mp3", "FLAC"),
+        (["-o", "rain.v2"], "rain.v2", "WAV"),
+        (["-o", "rain.mp3", "--local"], "rain.mp3", "MP3"),
+    ],
+)
+async def test_the_ending_of_the_file_sets_its_format(
+    arguments: list[str], name: str, expected: str, shell: Shell
+) -> None:
+    await shell.run("generate", "rain", "-d", "0.5", "--steps", "1", *arguments)
+    assert soundfile.info(io.BytesIO(await shell.read(name))).format == expected
+
+
 async def test_finishing_and_loop_options_reach_the_server(shell: Shell) -> None:
     printed = await shell.run(
         *(
