@@ -84,11 +84,14 @@ _PHRASES = (
     ("Input should be", "must be"),
     ("String should have at least 1 character", "must not be empty"),
     ("String should have", "must have"),
+    ("upload the source files of the recipe", "name the source files of the recipe with --source"),
 )
 _OF_SECTION = re.compile(r"\bsections\.(\d+)\.(duration|prompt)\b")
-# Matches names of API fields in a message: the first word of a sentence, or any word with an underscore.
+# Matches names of API fields in a message: the first word of a sentence, any word with an underscore, and `bpm` and
+# `bars` after `with`.
 _NAME = re.compile(
     r"(?:(?<=^)|(?<=; )|(?<=: ))[a-z_.]+(?=:| must | is )|(?<![\w.])[a-z]+(?:_[a-z]+)+(?:\.[a-z_]+)?(?!\w)"
+    r"|(?<=with )(?:bpm|bars)\b|(?<=with bpm and )bars\b"
 )
 
 

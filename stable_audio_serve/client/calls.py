@@ -172,13 +172,14 @@ class Connection:
         If an argument is missing, the environment variable STABLE_AUDIO_URL or STABLE_AUDIO_API_KEY is used.
         """
         text = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        shown = repr(text) if base_url else f"{text!r} ({URL_VARIABLE})"
         try:
             url = httpx.URL(text)
             is_server = url.scheme in {"http", "https"} and url.host and (url.port or 0) <= _LAST_PORT
         except (httpx.InvalidURL, UnicodeError) as error:
-            raise ValueError(f"{text!r} ({URL_VARIABLE}) is not a URL: {error}") from error
+            raise ValueError(f"{shown} is not a URL: {error}") from error
         if not is_server:
-            raise ValueError(f"{text!r} ({URL_VARIABLE}) is not the URL of a server, such as {DEFAULT_URL}")
+            raise ValueError(f"{shown} is not the URL of a server, such as {DEFAULT_URL}")
         url = url.copy_with(path=url.path.rstrip("/") + "/", query=None, fragment=None)
         key = api_key or os.environ.get(KEY_VARIABLE) or None
         if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):

@@ -76,6 +76,13 @@ def test_help_fits_80_columns(path: tuple[str, ...]) -> None:
         ),
         ("sections.0.prompt: String should have at least 1 character", "the prompt of --section 1 must not be empty"),
         ("the model is not ready, the prompt is fine", "the model is not ready, the prompt is fine"),
+        ("bars: bars must be set with bpm", "--bars must be set with --bpm"),
+        ("bpm: bpm must be set with bars", "--bpm must be set with --bars"),
+        ("loop: loop must be true with bpm and bars", "--loop must be true with --bpm and --bars"),
+        (
+            "audio: audio: upload the source files of the recipe; missing SHA-256: 0a",
+            "AUDIO: name the source files of the recipe with --source; missing SHA-256: 0a",
+        ),
     ],
 )
 def test_errors_name_options_instead_of_api_fields(message: str, expected: str) -> None:
@@ -93,6 +100,10 @@ def test_every_control_maps_to_an_option() -> None:
         (["replay", "."], "error: .: is a directory\n"),
         (["generate", "rain", "--key-file", "nope"], "error: --key-file: nope: file not found\n"),
         (["inpaint", "nope.wav", "rain", "-r", "3:2"], "error: --region 3:2: the start must be before the end\n"),
+        (
+            ["models", "--url", "nowhere"],
+            "error: 'nowhere' is not the URL of a server, such as http://127.0.0.1:8000\n",
+        ),
         (["generate", "rain", "--loudness", "nan"], "error: --loudness must be finite\n"),
         (["generate", "rain", "--section", "inf"], "error: --section must be finite\n"),
         (["jobs", "submit", "rain", "--after", "2"], "error: --region, --before, --after and --noise need --audio\n"),

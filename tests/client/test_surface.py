@@ -95,9 +95,12 @@ def test_the_environment_sets_server_and_key(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("url", ["nowhere", "ftp://a", "http://", "http://[::1", "http://a:99999", "http://xn--"])
-def test_an_invalid_url_is_refused_at_once(url: str) -> None:
+def test_an_invalid_url_is_refused_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"is not (a|the) URL"):
         Client(url)
+    monkeypatch.setenv("STABLE_AUDIO_URL", url)
+    with pytest.raises(ValueError, match=r" \(STABLE_AUDIO_URL\) is not (a|the) URL"):
+        Client()
 
 
 @pytest.mark.parametrize("key", ["secret\n", " secret", "sécret", "sec\x00ret"])
