@@ -45,8 +45,13 @@ def read_audio(audio: str) -> bytes:
 
 
 def read_prompt(prompt: str) -> str:
-    """Return the prompt, read from standard input if it is "-"."""
-    return typer.get_text_stream("stdin").read().strip() if prompt == STDIN else prompt
+    """Return the prompt, read from standard input if it is "-". Raises ValueError if it is not text."""
+    if prompt != STDIN:
+        return prompt
+    try:
+        return typer.get_text_stream("stdin").read().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on standard input is not {error.encoding.upper()} text") from error
 
 
 def read_recipe(content: bytes) -> dict[str, Any]:

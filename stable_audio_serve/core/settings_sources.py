@@ -129,9 +129,10 @@ def load_environment(environ: MutableMapping[str, str], *, directory: Path | Non
     if path is not None:
         try:
             values = dotenv_values(path)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f".env: cannot be read: {reason}", field=".env") from error
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}", field=".env") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: it is not UTF-8 text", field=".env") from error
         for name, value in values.items():
             if value is not None:
                 environ.setdefault(name, value)

@@ -125,6 +125,8 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(message, field=str(path)) from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", field=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: it is not UTF-8 text", field=str(path)) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

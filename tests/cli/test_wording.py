@@ -114,6 +114,11 @@ def test_mistakes_are_reported_plainly(arguments: list[str], expected: str) -> N
     assert (result.exit_code, result.stderr) == (2, expected)
 
 
+def test_a_prompt_in_another_encoding_is_refused() -> None:
+    result = CliRunner().invoke(app, ["generate", "-"], input="rain".encode("utf-16"))
+    assert (result.exit_code, result.stderr) == (2, "error: the prompt on standard input is not UTF-8 text\n")
+
+
 def test_extend_needs_a_length() -> None:
     result = CliRunner().invoke(app, ["extend", "x.wav", "rain"])
     assert (result.exit_code, result.stderr) == (2, "error: set --before or --after to the seconds of new audio\n")

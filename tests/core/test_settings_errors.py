@@ -112,6 +112,11 @@ def test_an_unknown_variable_with_our_prefix_is_refused(tmp_path: Path, name: st
     assert complaint(tmp_path) == error
 
 
+def test_env_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("OTHER=1\n", encoding="utf-16")
+    assert complaint(tmp_path) == f"{tmp_path}/.env: it is not UTF-8 text"
+
+
 def test_kubernetes_service_variables_are_ignored(tmp_path: Path) -> None:
     given = {
         "STABLE_AUDIO_SERVICE_HOST": "10.0.0.1",

@@ -69,6 +69,13 @@ def test_unusable_file_is_refused_by_name(tmp_path: Path, text: str, named: str)
         _ = read(tmp_path, text).port
 
 
+def test_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = make_file(tmp_path, "")
+    path.write_text(_APPLICATION, encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"serve\.yaml: it is not UTF-8 text$"):
+        read_serve_file(path)
+
+
 def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml does not exist; `stable-audio-serve init`"):
         read_serve_file(tmp_path / "absent.yaml")
