@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from stable_audio_serve.core.backend import Backend
     from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
     from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
-    from stable_audio_serve.core.settings import Settings
     from stable_audio_serve.core.settings_api import DialectSettings
-    from stable_audio_serve.core.settings_models import LoraSettings
+    from stable_audio_serve.core.settings_models import LoraSettings, ModelSettings
+    from stable_audio_serve.engine import Engine
+    from stable_audio_serve.serving.placement import Plan
 
 OnProgress = Callable[[JobProgress], None]
 _CANCEL_TIMEOUT_S = 5.0
@@ -120,26 +121,14 @@ def make_here(request: SoundRequest, *, config: Path | None, quiet: bool, on_pro
     import asyncio
 
     from stable_audio_serve.cli.configuration import load_configured
+    from stable_audio_serve.serving.engines import load_named_engine
+    from stable_audio_serve.serving.logs import configure_logging
+    from stable_audio_serve.serving.placement import plan_deployments
 
     if request.controls.get("sections") or request.recipe.get("sections"):
         raise ValueError("--local cannot make pieces with sections, which need the job queue of a server")
 
-    return asyncio.run(_make_here(request, load_configured(config, quiet=quiet), on_progress=on_progress))
-
-
-async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: OnProgress) -> Result:
-    import tempfile
-
-    import httpx
-
-    from stable_audio_serve.api.app import create_app
-    from stable_audio_serve.core.settings import Settings as Chosen
-    from stable_audio_serve.serving.adapters import Library
-    from stable_audio_serve.serving.engines import load_named_engine
-    from stable_audio_serve.serving.local import LocalBackend
-    from stable_audio_serve.serving.logs import configure_logging
-    from stable_audio_serve.serving.placement import plan_deployments
-
+    settings = load_configured(config, quiet=quiet)
     configure_logging("warning")  # log to standard error, because standard output may be the audio or JSON
     plan = plan_deployments(settings)
     name = request.model(plan.catalog, dialects=settings.dialects)
@@ -149,13 +138,29 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
     request, files = _name_files(request, taken=model.loras)
     model = model.model_copy(update={"engine": engine_settings, "loras": {**model.loras, **files}})
     on_progress(JobProgress("loading", 0.0, None, None))
-    engine = load_named_engine(plan.settings, model)
+    engine = load_named_engine(plan.settings, model)  # in an event loop, Ctrl-C would wait for the end of this
+    return asyncio.run(_make_here(request, plan, model=model, engine=engine, on_progress=on_progress))
+
+
+async def _make_here(
+    request: SoundRequest, plan: Plan, *, model: ModelSettings, engine: Engine, on_progress: OnProgress
+) -> Result:
+    import tempfile
+
+    import httpx
+
+    from stable_audio_serve.api.app import create_app
+    from stable_audio_serve.core.settings import Settings
+    from stable_audio_serve.serving.adapters import Library
+    from stable_audio_serve.serving.local import LocalBackend
+
+    settings, name = plan.settings, plan.catalog.resolve(model.name).name
     arguments, more = request.arguments()
     with tempfile.TemporaryDirectory() as folder:
         open_to_us = settings.api.model_copy(update={"key_hashes": (), "key_file": None})
-        alone = Chosen(output_dir=folder, api=open_to_us, audio=settings.audio, dialects=settings.dialects)
+        alone = Settings(output_dir=folder, api=open_to_us, audio=settings.audio, dialects=settings.dialects)
         async with LocalBackend(plan.catalog, {name: engine}) as backend:
-            adapters = Library(plan.settings.model_copy(update={"models": (model,)}), plan.catalog)
+            adapters = Library(settings.model_copy(update={"models": (model,)}), plan.catalog)
             await adapters.refresh()
             app = create_app(_Reporting(backend, on_progress), alone, adapters=adapters)
             http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)

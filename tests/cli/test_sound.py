@@ -26,6 +26,7 @@ from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core.errors import GenerationError, OverloadedError
 from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.models.registry import BUILT_IN
+from stable_audio_serve.serving import engines
 from tests.adapter_files import write_file
 from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
@@ -440,6 +441,24 @@ async def test_local_uses_the_server_configuration(shell: Shell) -> None:
 
 @pytest.mark.server
 @pytest.mark.slow
+def test_ctrl_c_ends_the_loading_of_a_local_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_loaded = False
+
+    def load(*_: object) -> None:
+        nonlocal is_loaded
+        signal.raise_signal(signal.SIGINT)
+        is_loaded = True
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engines, "load_named_engine", load)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = CliRunner().invoke(app, ["generate", "rain", "--local", "-q"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result.exit_code, result.stderr, is_loaded) == (130, "error: interrupted\n", False)
+
+
 async def test_local_takes_files_of_adapters(shell: Shell) -> None:
     write_file(shell.folder / "rough.safetensors", shape=(576, 192))  # the first layer of the demo model
     make = ("generate", "a kick drum", "--local", "-d", "0.5", "-s", "3", "--steps", "2")
