@@ -55,7 +55,7 @@ class SoundOptions:
     """The shared options. If an option is None, the default of the server or the model applies."""
 
     model: Annotated[str | None, typer.Option("--model", "-m", help="Name of a served model.")] = None
-    duration: Annotated[float | None, typer.Option("--duration", "-d", help="Length, seconds.")] = None
+    duration: Annotated[float | None, typer.Option("--duration", "-d", help="Length, seconds; default: 7.")] = None
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
     seed: Annotated[
         list[int] | None,

@@ -40,7 +40,7 @@ class Controls(TypedDict, total=False):
 
     model: Annotated[str | None, "Name or alias of a served model."]
     negative_prompt: Annotated[str | None, "What to avoid; takes effect with cfg_scale above 1."]
-    duration: Annotated[float | None, "Length, seconds."]
+    duration: Annotated[float | None, "Length, seconds; default 7, also if the source audio is longer."]
     steps: Annotated[int | None, "Denoising steps."]
     cfg_scale: Annotated[float | None, "Guidance: how closely the audio follows the prompt."]
     batch_size: Annotated[int | None, "Number of variations; seeds count up from `seed`."]

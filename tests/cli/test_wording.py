@@ -13,6 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from stable_audio_serve.api.native.schemas import GenerationBody
 from stable_audio_serve.cli import app, remote
 from stable_audio_serve.cli.messages import OPTIONS, describe_os_error, in_options
 from stable_audio_serve.cli.sound_options import SoundOptions
@@ -117,6 +118,12 @@ def test_mistakes_are_reported_plainly(arguments: list[str], expected: str) -> N
 def test_a_prompt_in_another_encoding_is_refused() -> None:
     result = CliRunner().invoke(app, ["generate", "-"], input="rain".encode("utf-16"))
     assert (result.exit_code, result.stderr) == (2, "error: the prompt on standard input is not UTF-8 text\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "variation", "inpaint"])
+def test_help_has_the_default_length(command: str) -> None:
+    default_s = GenerationBody.model_fields["duration"].default
+    assert f"Length, seconds; default: {default_s:g}." in CliRunner().invoke(app, [command, "--help"]).stdout
 
 
 def test_extend_needs_a_length() -> None:
