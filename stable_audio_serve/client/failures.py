@@ -28,6 +28,7 @@ _BY_STATUS: dict[int, type[StableAudioError]] = {
     504: errors.DeadlineExceededError,
     507: errors.StorageFullError,
 }
+_NO_ROUTE = "Not Found"  # the message of Starlette and FastAPI
 TEMPORARY = (
     errors.OverloadedError,
     errors.ModelUnavailableError,
@@ -58,6 +59,8 @@ def read_failure(response: httpx.Response) -> StableAudioError:
         body = {}
     body = body if isinstance(body, dict) else {}
     message, field = _read_detail(body.get("detail", body.get("error")))
+    if message == _NO_ROUTE:
+        message = f"the server has no route {response.request.url.path}; check the server's URL"
     message = message or f"the server answered {response.status_code} {response.reason_phrase}".rstrip()
     if issubclass(kind, errors.ConflictError):
         return kind(message, code=str(body.get("code", "conflict")), field=field)

@@ -181,6 +181,11 @@ async def test_each_kind_of_error_raises_its_exception(served: Served, connect: 
     assert len(served.backend.requests) == 5
 
 
+async def test_a_url_that_leads_to_no_route_is_named(served: Served, connect: Callable[..., Caller]) -> None:
+    with pytest.raises(errors.NotFoundError, match=r"^the server has no route /v1/v1/models; check the server's URL$"):
+        await connect(f"{served.url}/v1")("models")
+
+
 async def test_a_key_is_sent_and_a_wrong_one_refused(connect: Callable[..., Caller]) -> None:
     from stable_audio_serve.core.keys import hash_key, make_key
 
