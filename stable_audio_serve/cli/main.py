@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from stable_audio_serve import __version__
 from stable_audio_serve.cli import admin, jobs, keys, loras, serving, sound
 from stable_audio_serve.cli.doctor import doctor
+from stable_audio_serve.cli.messages import describe_os_error, fail
 from stable_audio_serve.cli.quality import quality
 from stable_audio_serve.cli.status import status
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+class _Commands(TyperGroup):
+    """All commands. If the disk for their output is full, they end with a sentence instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise fail(describe_os_error(error)) from error
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, rich_markup_mode=None)
 for _command in (serving.serve, serving.init, serving.config, doctor, status):
     app.command()(_command)
 app.add_typer(sound.app)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +136,20 @@ def test_extend_needs_a_length() -> None:
 def test_system_errors_are_described_in_words() -> None:
     assert describe_os_error(PermissionError(13, "Permission denied", "x")) == "x: permission denied"
     assert describe_os_error(OSError("there are too many files")) == "there are too many files"
+
+
+@pytest.mark.parametrize("command", [["keys", "new"], ["config"]])
+def test_a_full_disk_ends_a_command_with_a_sentence(command: list[str], tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "stable_audio_serve.cli", *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            cwd=tmp_path,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr.splitlines()[1:]) == (2, [b"error: no space left on device"])
 
 
 def test_an_unreachable_server_fails_within_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
