@@ -150,7 +150,8 @@ def _read_detail(detail: Any) -> tuple[str, str | None]:
         return str(detail or ""), None
     faults = [fault for fault in detail if isinstance(fault, dict)]
     names = [_name_at(fault.get("loc", [""])) for fault in faults]
-    texts = [f"{name}: {fault.get('msg')}" for name, fault in zip(names, faults, strict=True)]
+    found = [(name, str(fault.get("msg"))) for name, fault in zip(names, faults, strict=True)]
+    texts = [text if text.startswith(name) else f"{name}: {text}" for name, text in found]
     return "; ".join(texts), names[0] if names else None
 
 

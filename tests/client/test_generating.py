@@ -165,6 +165,13 @@ async def test_an_invalid_request_names_its_field(
     assert not served.backend.requests
 
 
+async def test_a_message_names_its_field_once(served: Served, connect: Callable[..., Caller]) -> None:
+    with pytest.raises(errors.InvalidRequestError, match=r"^duration must be at most"):
+        await connect(served.url)("generate", "rain", duration=4000)
+    with pytest.raises(errors.InvalidRequestError, match=r"^steps: Input should be"):
+        await connect(served.url)("generate", "rain", steps=0)
+
+
 async def test_each_kind_of_error_raises_its_exception(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     for error in (
