@@ -1,8 +1,8 @@
 """Parses a `model_config.json` of the Stable Audio Open family to frozen dataclasses. The module `network_config`
 parses the sections with the networks' dimensions.
 
-A missing key has the default of the reference implementation. An unknown key, or a value that requires a different
-network, raises an error that names the key.
+A missing key has the default of the reference implementation. A key that is neither read nor in `INERT_KEYS`, or a
+value that requires a different network, raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -25,9 +25,17 @@ OBJECTIVE_SAMPLERS = {"v": "dpmpp-3m-sde", "rectified_flow": "euler", "rf_denois
 # Ids of number conditioners for which a request has a value. Other ids are refused.
 NUMBER_IDS = ("seconds_start", "seconds_total")
 
-_TOP_KEYS = ("model_type", "sample_size", "sample_rate", "audio_channels", "model")
-_TOP_INERT = ("training", "dataset")  # top-level keys without effect on inference
-_NO_IDS: dict[str, list[str]] = {"prepend_cond_ids": [], "input_concat_ids": []}
+# Config keys that have no effect on inference, at any depth of the file.
+INERT_KEYS = frozenset(
+    {
+        # They affect only training, the initial weights, or which tensors of a checkpoint were trained.
+        *("training", "dataset", "requires_grad", "enable_grad", "zero_init_branch_outputs", "zero_init_output"),
+        *("bias", "fix_scale"),
+        # They affect only batching, precision, a table that is not used, or convolutions, which `use_conv` turns on.
+        *("iterate_batch", "chunked", "force_fp32", "abs_pos_emb_max_length", "conv_kernel_size"),
+    }
+)
+
 SHIFT_KEY = "distribution_shift_options"
 
 
@@ -78,15 +86,11 @@ class SaoConfig:
 
 def parse_config(config: ConfigReader) -> SaoConfig:
     """Parse a `model_config.json`. Raises CheckpointError naming the key that cannot be used."""
-    config.refuse_unknown((*_TOP_KEYS, *_TOP_INERT))
     config.choice("model_type", ("diffusion_cond",))
     model = config.section("model")
-    model.refuse_unknown(("pretransform", "conditioning", "diffusion", "io_channels"))
     diffusion = model.section("diffusion")
-    known = ("type", "config", "diffusion_objective", "cross_attention_cond_ids", "global_cond_ids", SHIFT_KEY)
-    diffusion.refuse_unknown((*known, *_NO_IDS))
     diffusion.choice("type", ("dit",))
-    diffusion.require(**_NO_IDS)
+    diffusion.require(prepend_cond_ids=[], input_concat_ids=[])
     autoencoder = parse_oobleck(model)
     prompt, numbers = _parse_conditioners(model)
     parsed = SaoConfig(
@@ -102,17 +106,16 @@ def parse_config(config: ConfigReader) -> SaoConfig:
         shift=diffusion.plain(SHIFT_KEY),
     )
     _check_parts(parsed, config=config, model=model, diffusion=diffusion)
+    config.refuse_unread(inert=INERT_KEYS)
     return parsed
 
 
 def _parse_conditioners(model: ConfigReader) -> tuple[PromptConfig, tuple[NumberConfig, ...]]:
     conditioning = model.section("conditioning")
-    conditioning.refuse_unknown(("configs", "cond_dim", "default_keys", "pre_encoded_keys"))
     conditioning.require(default_keys={}, pre_encoded_keys=[])
     width = conditioning.integer("cond_dim")
     prompts, numbers = [], []
     for item in conditioning.sections("configs"):
-        item.refuse_unknown(("id", "type", "config"))
         if item.choice("type", ("t5", "number")) == "t5":
             prompts.append(_parse_prompt(item, width))
         else:
@@ -124,7 +127,6 @@ def _parse_conditioners(model: ConfigReader) -> tuple[PromptConfig, tuple[Number
 
 def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
     config = item.section("config", optional=True)
-    config.refuse_unknown(("t5_model_name", "max_length", "project_out", "enable_grad"))
     if not config.text("t5_model_name", default="t5-base").strip("/. "):
         raise config.unusable("t5_model_name", "the name of a T5")
     return PromptConfig(
@@ -137,7 +139,6 @@ def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
 
 def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
     config = item.section("config", optional=True)
-    config.refuse_unknown(("min_val", "max_val", "fourier_features_type"))
     config.require(fourier_features_type="learned")
     minimum, maximum = config.number("min_val", default=0), config.number("max_val", default=1)
     if maximum <= minimum:

@@ -1,7 +1,7 @@
 """Parses the dimensions of transformer and autoencoder in a checkpoint's `model_config.json` to frozen dataclasses.
 
-A missing key has the default of the reference implementation. An unknown key, or a value that requires a different
-network, raises an error that names the key.
+A missing key has the default of the reference implementation. A value that requires a different network raises an
+error that names the key.
 """
 
 from __future__ import annotations
@@ -18,59 +18,6 @@ DILATIONS = (1, 3, 9)  # dilations of the three residual units at each resolutio
 _UNIT_REACH = 3 * sum(DILATIONS)  # the three residual units of one resolution together (kernel size 7)
 _ENDS_REACH = 3  # the encoder's first convolution, and the decoder's first and last one (kernel size 7)
 _CODE_REACH = 1  # the encoder's last convolution (kernel size 3)
-
-# Keys of the published configs, each with its only supported value. Keys may be absent.
-_FIXED = {
-    "patch_size": 1,
-    "transformer_type": "continuous_transformer",
-    "project_global_cond": True,
-    "global_cond_type": "prepend",
-    "timestep_cond_type": "global",
-    "timestep_features_type": "learned",
-    "num_memory_tokens": 0,
-    "input_concat_dim": 0,
-    "prepend_cond_dim": 0,
-    "norm_type": "layer_norm",
-    "sliding_window": None,
-    "causal": False,
-    "conformer": False,
-    "layer_scale": False,
-    "remove_norms": False,
-    "rotary_pos_emb": True,
-    "use_sinusoidal_emb": False,
-    "use_abs_pos_emb": False,
-    "final_cross_attn_ix": -1,
-    "add_rope": False,
-}
-_READ = (
-    "io_channels",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "cond_token_dim",
-    "global_cond_dim",
-    "project_cond_tokens",
-    "timestep_features_dim",
-    "attn_kwargs",
-    "ff_kwargs",
-    "norm_kwargs",
-)
-# Keys about weight initialisation and about an unused table, which have no effect on inference.
-_INERT = ("zero_init_branch_outputs", "abs_pos_emb_max_length")
-_FIXED_ATTENTION = {"differential": False, "feat_scale": False}
-_FIXED_FEEDFORWARD = {"glu": True, "no_bias": False, "use_conv": False}
-# Keys about initialisation, about convolutions (which `use_conv` turns on), about precision, and about which of the
-# tensors that a checkpoint contains were trained.
-_INERT_FEEDFORWARD = ("zero_init_output", "conv_kernel_size")
-_INERT_NORM = ("force_fp32", "bias", "fix_scale")
-
-_CHANNELS = ("io_channels", "in_channels", "out_channels")  # of the audio
-_SHAPE = ("channels", "c_mults", "strides", "latent_dim", "use_snake")
-_FIXED_CODER = {"antialias_activation": False}
-_FIXED_DECODER = {"use_nearest_upsample": False}
-_FIXED_PRETRANSFORM = {"model_half": False}
-# Keys about batching, windows and training, which have no effect on inference.
-_INERT_PRETRANSFORM = ("iterate_batch", "chunked", "enable_grad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +53,32 @@ class DenoiserConfig:
 def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
     """Parse `model.diffusion.config`. Raises CheckpointError naming the key that cannot be used."""
     config = diffusion.section("config")
-    config.require(**_FIXED)
-    config.refuse_unknown((*_FIXED, *_READ, *_INERT))
-    attention, feedforward, norms = (
-        config.section(key, optional=True) for key in ("attn_kwargs", "ff_kwargs", "norm_kwargs")
+    config.require(
+        patch_size=1,
+        transformer_type="continuous_transformer",
+        project_global_cond=True,
+        global_cond_type="prepend",
+        timestep_cond_type="global",
+        timestep_features_type="learned",
+        num_memory_tokens=0,
+        input_concat_dim=0,
+        prepend_cond_dim=0,
+        norm_type="layer_norm",
+        sliding_window=None,
+        causal=False,
+        conformer=False,
+        layer_scale=False,
+        remove_norms=False,
+        rotary_pos_emb=True,
+        use_sinusoidal_emb=False,
+        use_abs_pos_emb=False,
+        final_cross_attn_ix=-1,
+        add_rope=False,
     )
-    attention.refuse_unknown(("qk_norm", *_FIXED_ATTENTION))
-    attention.require(**_FIXED_ATTENTION)
-    feedforward.refuse_unknown(("mult", *_INERT_FEEDFORWARD, *_FIXED_FEEDFORWARD))
-    feedforward.require(**_FIXED_FEEDFORWARD)
-    norms.refuse_unknown(("eps", *_INERT_NORM))
-    norms.require(eps=1e-5)
+    attention, feedforward = (config.section(key, optional=True) for key in ("attn_kwargs", "ff_kwargs"))
+    attention.require(differential=False, feat_scale=False)
+    feedforward.require(glu=True, no_bias=False, use_conv=False)
+    config.section("norm_kwargs", optional=True).require(eps=1e-5)
     width, num_heads = config.integer("embed_dim", default=768), config.integer("num_heads", default=8)
     if width % num_heads:
         raise config.unusable("num_heads", f"a divisor of embed_dim ({width})")
@@ -196,27 +158,21 @@ def parse_oobleck(model: ConfigReader) -> OobleckConfig:
     counts that the section states must match encoder and decoder.
     """
     pretransform = model.section("pretransform")
-    pretransform.refuse_unknown(("type", "config", "scale", *_FIXED_PRETRANSFORM, *_INERT_PRETRANSFORM))
     pretransform.choice("type", ("autoencoder",))
-    pretransform.require(**_FIXED_PRETRANSFORM)
+    pretransform.require(model_half=False)
     config = pretransform.section("config")
-    config.refuse_unknown(("encoder", "decoder", "bottleneck", "latent_dim", "downsampling_ratio", *_CHANNELS))
     bottleneck, *coders = (config.section(name) for name in ("bottleneck", "encoder", "decoder"))
-    bottleneck.refuse_unknown(("type", "config"))
     bottleneck.require(config={})
     bottleneck.choice("type", ("vae",))
     for coder in coders:
-        coder.refuse_unknown(("type", "requires_grad", "config", "soft_clip"))
         coder.require(soft_clip=False)
         coder.choice("type", ("oobleck",))
     encoder, decoder = (coder.section("config") for coder in coders)
-    encoder.refuse_unknown(("in_channels", *_SHAPE, *_FIXED_CODER))
-    decoder.refuse_unknown(("out_channels", "final_tanh", *_FIXED_DECODER, *_SHAPE, *_FIXED_CODER))
     for part in (encoder, decoder):
-        part.require(**_FIXED_CODER)
+        part.require(antialias_activation=False)
         if not part.flag("use_snake", default=False):
             raise part.unusable("use_snake", "true")
-    decoder.require(**_FIXED_DECODER)
+    decoder.require(use_nearest_upsample=False)
     parsed = OobleckConfig(
         channels=config.integer("io_channels", default=2),
         latent_channels=config.integer("latent_dim"),

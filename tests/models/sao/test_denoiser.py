@@ -7,6 +7,7 @@ import torch
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.sao.config import INERT_KEYS
 from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser, DenoiserConditioning
 from stable_audio_serve.models.sao.network_config import DenoiserConfig, parse_denoiser
 from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
@@ -20,7 +21,10 @@ GUIDED_TOLERANCE = 5e-5
 
 
 def parse(values: dict[str, Any]) -> DenoiserConfig:
-    return parse_denoiser(ConfigReader({"config": values}, path="model.diffusion"))
+    diffusion = ConfigReader({"config": values}, path="model.diffusion")
+    parsed = parse_denoiser(diffusion)
+    diffusion.refuse_unread(inert=INERT_KEYS)
+    return parsed
 
 
 def tiny_values(name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.sao.config import INERT_KEYS
 from stable_audio_serve.models.sao.network_config import OobleckConfig, parse_oobleck
 from stable_audio_serve.models.sao.oobleck import NormedConv, OobleckAutoencoder
 from stable_audio_serve.models.sao.random_weights import OPEN_1_0
@@ -18,7 +19,10 @@ HALO = 16
 
 
 def parse(values: dict[str, Any]) -> OobleckConfig:
-    return parse_oobleck(ConfigReader({"pretransform": values}, path="model"))
+    model = ConfigReader({"pretransform": values}, path="model")
+    parsed = parse_oobleck(model)
+    model.refuse_unread(inert=INERT_KEYS)
+    return parsed
 
 
 @pytest.mark.parametrize("name", TINY)
