@@ -72,13 +72,13 @@ def other_norm_eps(patch: pytest.MonkeyPatch) -> None:
 
 
 def cosines_first(patch: pytest.MonkeyPatch) -> None:
-    exact = conditioners._LearnedFrequencies.forward
+    exact = conditioners.LearnedFrequencies.forward
 
     def swapped(self: Any, u: torch.Tensor) -> torch.Tensor:
         value, sines, cosines = exact(self, u).split([1, 128, 128], dim=-1)
         return torch.cat([value, cosines, sines], dim=-1)
 
-    patch.setattr(conditioners._LearnedFrequencies, "forward", swapped)
+    patch.setattr(conditioners.LearnedFrequencies, "forward", swapped)
 
 
 def decoder_halo_one_short(patch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,14 @@ from torch import nn
 
 from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.blocks import ExpoFourier
 from stable_audio_serve.models.checkpoint_files import find_weights
+from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.precision import Products, decoder_products, store_half, stored_dtypes, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
-from stable_audio_serve.models.sa3.conditioners import (
-    NumberConditioner,
-    PromptConditioner,
-    load_text_encoder,
-)
+from stable_audio_serve.models.sa3.conditioners import load_text_encoder
 from stable_audio_serve.models.sa3.config import INERT_KEYS, Sa3Config, parse_config
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
@@ -92,8 +90,8 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
     """Build the networks of a config with torch's initial weights."""
     return Sa3Components(
         text=text,
-        prompt=PromptConditioner(config.prompt, encoder_width=text.width),
-        numbers={number.id: NumberConditioner(number) for number in config.numbers},
+        prompt=PromptConditioner(config.prompt, encoder_width=text.width, learns_padding=True),
+        numbers={number.id: NumberConditioner(number, ExpoFourier(number.features)) for number in config.numbers},
         denoiser=Denoiser(config.denoiser),
         autoencoder=AudioAutoencoder(config.autoencoder),
     )

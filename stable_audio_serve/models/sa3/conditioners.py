@@ -1,7 +1,4 @@
-"""Embeds prompts and numbers as vectors: prompts with a text encoder and learned padding, numbers as Fourier features.
-
-Everything runs in float32, except the text encoder, which runs in the dtype of its files.
-"""
+"""Loads the text encoder of the Stable Audio 3 family, a T5Gemma. It runs in the dtype of its files."""
 
 from __future__ import annotations
 
@@ -10,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.blocks import ExpoFourier
-from stable_audio_serve.models.sa3.config import NumberConfig, PromptConfig
 from stable_audio_serve.models.text_encoder import TextEncoder, load_tokenizer_and_network
 
 
@@ -47,42 +42,3 @@ def _load_t5gemma(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
         use_safetensors=True,
     )
     return loaded
-
-
-class PromptConditioner(nn.Module):
-    """Converts a text encoder's hidden states to conditioning tokens, with a learned vector for padding.
-
-    If the hidden states do not have the width of the tokens, a linear layer projects them.
-    """
-
-    def __init__(self, config: PromptConfig, *, encoder_width: int) -> None:
-        super().__init__()
-        self.padding_embedding = nn.Parameter(torch.zeros(config.width))
-        self.proj_out = (
-            nn.Linear(encoder_width, config.width)
-            if config.project_out or encoder_width != config.width
-            else nn.Identity()
-        )
-
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Returns tokens (batch, tokens, width) float32.
-
-        `hidden` is (batch, tokens, encoder width). `mask` (batch, tokens) is true for real tokens.
-        """
-        # `where` instead of multiplication with the mask: the hidden states of padding can have any value, even NaN.
-        return torch.where(mask[..., None], self.proj_out(hidden), self.padding_embedding)
-
-
-class NumberConditioner(nn.Module):
-    """Clamps a number to its range and embeds it as one vector. Names of submodules match keys of checkpoints."""
-
-    def __init__(self, config: NumberConfig) -> None:
-        super().__init__()
-        self.config = config
-        embedding = nn.Sequential(ExpoFourier(config.features), nn.Linear(config.features, config.width))
-        self.embedder = nn.ModuleDict({"embedding": embedding})
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Returns embeddings (batch, width) float32 of numbers (batch,) float32."""
-        low, high = self.config.minimum, self.config.maximum
-        return self.embedder["embedding"]((values.clamp(low, high) - low) / (high - low))

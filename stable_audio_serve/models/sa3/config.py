@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
-from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, MAX_TOKENS, ConfigReader
+from stable_audio_serve.models.conditioners import NumberConfig, PromptConfig, parse_number, parse_prompt
+from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
 from stable_audio_serve.models.oscillator.timeline import Timeline, build_timeline
 from stable_audio_serve.models.sa3.lengths import LengthRule
 
@@ -42,8 +43,6 @@ DEFAULT_CHUNK_FRAMES = 32
 # The default sampler of each training objective.
 OBJECTIVE_SAMPLERS = {"rf_denoiser": "pingpong", "rectified_flow": "euler"}
 
-# Ids of number conditioners for which a request has a value. Other ids are refused.
-NUMBER_IDS = ("seconds_start", "seconds_total")
 EDIT_IDS = ("inpaint_mask", "inpaint_masked_input")
 
 
@@ -123,27 +122,6 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
         time_features=time_features,
         time_logsnr=config.flag("timestep_features_logsnr", default=False),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class PromptConfig:
-    """The configuration of the conditioner that embeds prompts."""
-
-    id: str
-    width: int
-    max_length: int
-    project_out: bool
-
-
-@dataclass(frozen=True, slots=True)
-class NumberConfig:
-    """The configuration of a conditioner that clamps a number to `minimum`..`maximum` and embeds it as a vector."""
-
-    id: str
-    width: int
-    minimum: float
-    maximum: float
-    features: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,28 +228,17 @@ def _parse_conditioners(
 
 
 def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
-    config = item.section("config", optional=True)
-    config.choice("padding_mode", ("learned",), default="zero")
-    return PromptConfig(
-        id=item.text("id"),
-        width=width,
-        max_length=config.integer("max_length", default=128, at_most=MAX_TOKENS),
-        project_out=config.flag("project_out", default=False),
-    )
+    item.section("config", optional=True).choice("padding_mode", ("learned",), default="zero")
+    return parse_prompt(item, width=width)
 
 
 def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
     config = item.section("config", optional=True)
     config.choice("fourier_features_type", ("expo",), default="learned")
-    minimum, maximum = config.number("min_val", default=0), config.number("max_val", default=1)
-    if maximum <= minimum:
-        raise config.unusable("max_val", f"above min_val ({minimum:g})")
     features = config.integer("fourier_features_dim", default=256, at_least=2)
     if features % 2:
         raise config.unusable("fourier_features_dim", "even")
-    return NumberConfig(
-        id=item.choice("id", NUMBER_IDS), width=width, minimum=minimum, maximum=maximum, features=features
-    )
+    return parse_number(item, width=width, features=features)
 
 
 def _check_widths(config: Sa3Config, diffusion: ConfigReader) -> None:

@@ -19,6 +19,7 @@ from stable_audio_serve.models.adapters.header import CONDITIONERS
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.packed import join_local
 from stable_audio_serve.models.blocks.varlen import has_varlen
+from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.native import CONTEXT, NativeModel, packed_layout, with_context, without_context
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise
@@ -34,7 +35,6 @@ from stable_audio_serve.models.protocol import (
     WindowRule,
 )
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
-from stable_audio_serve.models.sa3.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.denoiser import CONDITION_LAYERS, Denoiser, DenoiserConditioning
 from stable_audio_serve.models.sa3.planning import plan_rows

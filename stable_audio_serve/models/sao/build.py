@@ -10,10 +10,11 @@ from torch import nn
 from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
+from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.precision import store_half, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
-from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner, load_text_encoder
+from stable_audio_serve.models.sao.conditioners import LearnedFrequencies, load_text_encoder
 from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SaoConfig, parse_config
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
@@ -80,8 +81,8 @@ def build_components(config: SaoConfig, text: TextEncoder) -> SaoComponents:
     """Build the networks of a config with torch's initial weights."""
     return SaoComponents(
         text=text,
-        prompt=PromptConditioner(config.prompt, encoder_width=text.width),
-        numbers={number.id: NumberConditioner(number) for number in config.numbers},
+        prompt=PromptConditioner(config.prompt, encoder_width=text.width, learns_padding=False),
+        numbers={number.id: NumberConditioner(number, LearnedFrequencies()) for number in config.numbers},
         denoiser=Denoiser(config.denoiser),
         autoencoder=OobleckAutoencoder(config.autoencoder),
     )

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stable_audio_serve.models.config_reader import MAX_SAMPLES, MAX_TOKENS, ConfigReader
+from stable_audio_serve.models.conditioners import NumberConfig, PromptConfig, parse_number, parse_prompt
+from stable_audio_serve.models.config_reader import MAX_SAMPLES, ConfigReader
 from stable_audio_serve.models.sao.network_config import (
     DenoiserConfig,
     OobleckConfig,
@@ -22,8 +23,7 @@ from stable_audio_serve.models.sao.network_config import (
 # The default sampler of each training objective.
 OBJECTIVE_SAMPLERS = {"v": "dpmpp-3m-sde", "rectified_flow": "euler", "rf_denoiser": "pingpong"}
 
-# Ids of number conditioners for which a request has a value. Other ids are refused.
-NUMBER_IDS = ("seconds_start", "seconds_total")
+NUM_FREQUENCIES = 128  # of a number conditioner
 
 # Config keys that have no effect on inference, at any depth of the file.
 INERT_KEYS = frozenset(
@@ -37,26 +37,6 @@ INERT_KEYS = frozenset(
 )
 
 SHIFT_KEY = "distribution_shift_options"
-
-
-@dataclass(frozen=True, slots=True)
-class PromptConfig:
-    """The configuration of the conditioner that embeds prompts."""
-
-    id: str
-    width: int
-    max_length: int
-    project_out: bool
-
-
-@dataclass(frozen=True, slots=True)
-class NumberConfig:
-    """The configuration of a conditioner that clamps a number to `minimum`..`maximum` and embeds it as a vector."""
-
-    id: str
-    width: int
-    minimum: float
-    maximum: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,21 +109,12 @@ def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
     config = item.section("config", optional=True)
     if not config.text("t5_model_name", default="t5-base").strip("/. "):
         raise config.unusable("t5_model_name", "the name of a T5")
-    return PromptConfig(
-        id=item.text("id"),
-        width=width,
-        max_length=config.integer("max_length", default=128, at_most=MAX_TOKENS),
-        project_out=config.flag("project_out", default=False),
-    )
+    return parse_prompt(item, width=width)
 
 
 def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
-    config = item.section("config", optional=True)
-    config.require(fourier_features_type="learned")
-    minimum, maximum = config.number("min_val", default=0), config.number("max_val", default=1)
-    if maximum <= minimum:
-        raise config.unusable("max_val", f"above min_val ({minimum:g})")
-    return NumberConfig(id=item.choice("id", NUMBER_IDS), width=width, minimum=minimum, maximum=maximum)
+    item.section("config", optional=True).require(fourier_features_type="learned")
+    return parse_number(item, width=width, features=2 * NUM_FREQUENCIES + 1)
 
 
 def _check_parts(parsed: SaoConfig, *, config: ConfigReader, model: ConfigReader, diffusion: ConfigReader) -> None:

@@ -15,6 +15,7 @@ from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.varlen import has_varlen
+from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.native import CONTEXT, NativeModel, packed_layout, with_context, without_context
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
@@ -28,7 +29,6 @@ from stable_audio_serve.models.protocol import (
     StepBatch,
     TextEmbedding,
 )
-from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.sao.config import SaoConfig
 from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser, DenoiserConditioning
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder

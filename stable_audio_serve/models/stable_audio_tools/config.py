@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stable_audio_serve.models.conditioners import NUMBER_IDS
 from stable_audio_serve.models.config_reader import MAX_TOKENS, ConfigReader
-from stable_audio_serve.models.sao.config import NUMBER_IDS, SHIFT_KEY
+from stable_audio_serve.models.sao.config import SHIFT_KEY
 
 _USES = ("cross_attention_cond_ids", "global_cond_ids", "prepend_cond_ids", "input_concat_ids")
 _PART = ("type", "config", "requires_grad")

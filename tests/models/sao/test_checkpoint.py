@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import ConfigReader, read_config
-from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner
+from stable_audio_serve.models.sao.conditioners import LearnedFrequencies
 from stable_audio_serve.models.sao.config import SaoConfig, parse_config
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
@@ -23,9 +24,14 @@ from tests.models.sao.tiny import AUTOENCODER, DENOISER, TINY
 
 def make_parts(config: SaoConfig, *, encoder_width: int) -> dict[str, nn.Module]:
     conditioners: dict[str, nn.Module] = {
-        f"conditioner.conditioners.{number.id}.": NumberConditioner(number) for number in config.numbers
+        f"conditioner.conditioners.{number.id}.": NumberConditioner(number, LearnedFrequencies())
+        for number in config.numbers
     }
-    prompt = {"conditioner.conditioners.prompt.": PromptConditioner(config.prompt, encoder_width=encoder_width)}
+    prompt = {
+        "conditioner.conditioners.prompt.": PromptConditioner(
+            config.prompt, encoder_width=encoder_width, learns_padding=False
+        )
+    }
     return {
         DENOISER: Denoiser(config.denoiser),
         AUTOENCODER: OobleckAutoencoder(config.autoencoder),

@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner, PromptConfig
 from stable_audio_serve.models.config_reader import read_config
-from stable_audio_serve.models.sao.conditioners import (
-    NumberConditioner,
-    PromptConditioner,
-    load_text_encoder,
-)
-from stable_audio_serve.models.sao.config import PromptConfig, SaoConfig, parse_config
+from stable_audio_serve.models.sao.conditioners import LearnedFrequencies, load_text_encoder
+from stable_audio_serve.models.sao.config import SaoConfig, parse_config
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import load_open_goldens
@@ -39,7 +36,7 @@ def text_encoder(name: str, dtype: torch.dtype) -> TextEncoder:
 def embed(name: str, prompts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     encoder = text_encoder(name, dtype)
     ids, mask = encoder.tokenize(prompts).ids_and_mask.unbind(1)
-    return PromptConditioner(config_of(name).prompt, encoder_width=encoder.width)(
+    return PromptConditioner(config_of(name).prompt, encoder_width=encoder.width, learns_padding=False)(
         encoder.encode(ids, mask), mask.bool()
     )
 
@@ -73,7 +70,7 @@ def test_prompts_do_not_influence_each_other() -> None:
 
 def test_an_encoder_of_another_width_is_projected() -> None:
     config = PromptConfig(id="prompt", width=64, max_length=4, project_out=False)
-    conditioner = PromptConditioner(config, encoder_width=48)
+    conditioner = PromptConditioner(config, encoder_width=48, learns_padding=False)
     tokens = conditioner(
         torch.full((1, 2, 48), float("nan")).index_fill(1, torch.tensor([0]), 1.0), torch.tensor([[True, False]])
     )
@@ -86,7 +83,7 @@ def test_an_encoder_of_another_width_is_projected() -> None:
 def test_number_embeddings_match_the_reference_and_clamp(name: str, id_: str) -> None:
     goldens = load_open_goldens(name)
     (config,) = (number for number in config_of(name).numbers if number.id == id_)
-    conditioner, prefix = NumberConditioner(config), f"{CONDITIONERS}{id_}."
+    conditioner, prefix = NumberConditioner(config, LearnedFrequencies()), f"{CONDITIONERS}{id_}."
     assign(conditioner, name, prefix)
     values = torch.tensor(goldens.facts["cond_number_values"], dtype=torch.float32)
     expected = goldens.tensors[f"cond/{id_}"]
