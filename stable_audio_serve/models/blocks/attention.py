@@ -123,16 +123,28 @@ class SelfAttention(FusedModule):
 class CrossAttention(FusedModule):
     """Cross-attention to context tokens without positions.
 
-    `project_context` computes the context's keys and values once, for reuse in every `forward`.
+    `project_context` computes the context's keys and values once, for reuse in every `forward`. If `num_key_heads` is
+    less than `num_heads`, consecutive query heads share a head of keys and values. Padding tokens of the context are
+    not masked, as in the reference implementations.
     """
 
-    def __init__(self, width: int, *, context_width: int, num_heads: int, differential: bool, head_norm: str) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        context_width: int,
+        num_heads: int,
+        num_key_heads: int,
+        differential: bool,
+        head_norm: str,
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_key_heads = num_key_heads
         self.head_width = width // num_heads
         self.differential = differential
         self.to_q = nn.Linear(width, (2 if differential else 1) * width, bias=False)
-        self.to_kv = nn.Linear(context_width, (3 if differential else 2) * width, bias=False)
+        key_width = num_key_heads * self.head_width
+        self.to_kv = nn.Linear(context_width, (3 if differential else 2) * key_width, bias=False)
         self.to_out = nn.Linear(width, width, bias=False)
         self.q_norm = build_head_norm(head_norm, self.head_width)
         self.k_norm = build_head_norm(head_norm, self.head_width)
@@ -140,10 +152,10 @@ class CrossAttention(FusedModule):
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the normalised keys and the values of a context (batch, context tokens, context width).
 
-        Both are (batch, heads, context tokens, head width). Differential attention has twice as many heads: two sets
-        of keys, and the values repeated for the second set.
+        Both are (batch, key heads, context tokens, head width). Differential attention has twice as many heads: two
+        sets of keys, and the values repeated for the second set.
         """
-        parts = self.to_kv(context).unflatten(-1, (-1, self.num_heads, self.head_width))
+        parts = self.to_kv(context).unflatten(-1, (-1, self.num_key_heads, self.head_width))
         keys, values = parts[:, :, :-1].flatten(2, 3), parts[:, :, -1]
         if self.differential:
             values = torch.cat([values, values], dim=2)

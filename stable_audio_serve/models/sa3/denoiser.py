@@ -96,7 +96,9 @@ class TransformerLayer(FusedModule):
         self.pre_norm = RMSNorm(width, eps=config.norm_eps)
         self.self_attn = SelfAttention(width, num_heads=heads, differential=kind, head_norm=norm)
         self.cross_attend_norm = RMSNorm(width, eps=config.norm_eps)
-        self.cross_attn = CrossAttention(width, context_width=width, num_heads=heads, differential=kind, head_norm=norm)
+        self.cross_attn = CrossAttention(
+            width, context_width=width, num_heads=heads, num_key_heads=heads, differential=kind, head_norm=norm
+        )
         self.ff_norm = RMSNorm(width, eps=config.norm_eps)
         self.ff = FeedForward(width, mult=config.ff_mult)
         if config.local_width:
@@ -332,7 +334,7 @@ class Denoiser(FusedModule):
     def _project_stacked(self, tokens: Tensor, stacked: _Stacked, *, kernels: Kernels) -> Tensor:
         """Returns what `project_context` returns, from the embedded context tokens (rows, context tokens, width)."""
         attention = self.transformer.typed_layers[0].cross_attn
-        num_layers, num_heads, width = len(stacked.to_kv), attention.num_heads, attention.head_width
+        num_layers, num_heads, width = len(stacked.to_kv), attention.num_key_heads, attention.head_width
         parts = F.linear(tokens, stacked.to_kv.flatten(0, 1)).unflatten(-1, (num_layers, -1, num_heads, width))
         num_sets = parts.shape[3] - 1  # sets of keys: two in differential attention
         out = parts.new_empty(len(tokens), num_layers, 2, num_sets, num_heads, tokens.shape[1], width)

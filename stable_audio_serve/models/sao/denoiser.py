@@ -3,8 +3,7 @@
 Module names are the checkpoint's keys below `model.model.`. Independent of samplers, guidance and requests. Values that
 depend on neither latents nor time are computed once per request (`condition`) and passed to every step.
 
-Shapes: B rows, D latent channels, F latent frames, T context tokens, W width, H heads, G heads of keys and values,
-E head width.
+Shapes: B rows, D latent channels, F latent frames, T context tokens, W width.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks import (
-    Attend,
+    CrossAttention,
     FeedForward,
     Layout,
     Padded,
@@ -26,10 +25,8 @@ from stable_audio_serve.models.blocks import (
     RotaryTable,
     SelfAttention,
     add_branch,
-    build_head_norm,
     gather_affine,
 )
-from stable_audio_serve.models.blocks.attention import heads_first, merge_heads
 from stable_audio_serve.models.sao.network_config import MIN_ROTATED, DenoiserConfig
 
 NUM_PREFIX = 1  # tokens before each row's frames: one, the global conditioning vector
@@ -85,37 +82,6 @@ class ScaledLayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta, _NORM_EPS)
 
 
-class GroupedCrossAttention(nn.Module):
-    """Cross-attention to a context without positions. Consecutive query heads may share a head of keys and values.
-
-    Padding tokens of the context are not masked, as in the reference implementations. Their values are zero, but their
-    scores are part of the softmax.
-    """
-
-    def __init__(self, config: DenoiserConfig) -> None:
-        super().__init__()
-        width, key_width = config.width, config.key_width
-        self.num_heads, self.num_key_heads = config.num_heads, key_width // config.head_width
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_kv = nn.Linear(key_width, 2 * key_width, bias=False)
-        self.to_out = nn.Linear(width, width, bias=False)
-        self.q_norm = build_head_norm(config.head_norm, config.head_width)
-        self.k_norm = build_head_norm(config.head_norm, config.head_width)
-
-    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns keys and values, each (rows, key heads, context tokens, head width).
-
-        `context` is (rows, context tokens, key width).
-        """
-        key, value = self.to_kv(context).unflatten(-1, (2, self.num_key_heads, -1)).unbind(2)
-        return heads_first(self.k_norm(key)), heads_first(value)
-
-    def forward(self, x: Tensor, *, key: Tensor, value: Tensor, attend_fn: Attend) -> Tensor:
-        """(rows, tokens, width) -> (rows, tokens, width). If `value` is zero, the result is exactly zero."""
-        q = heads_first(self.q_norm(self.to_q(x).unflatten(-1, (self.num_heads, -1))))
-        return self.to_out(merge_heads(attend_fn(q, key, value)))
-
-
 class TransformerLayer(nn.Module):
     """Applies self-attention, cross-attention and a feed-forward network, each after a norm."""
 
@@ -127,7 +93,14 @@ class TransformerLayer(nn.Module):
             width, num_heads=config.num_heads, differential=False, head_norm=config.head_norm
         )
         self.cross_attend_norm = ScaledLayerNorm(width)
-        self.cross_attn = GroupedCrossAttention(config)
+        self.cross_attn = CrossAttention(
+            width,
+            context_width=config.key_width,
+            num_heads=config.num_heads,
+            num_key_heads=config.key_width // config.head_width,
+            differential=False,
+            head_norm=config.head_norm,
+        )
         self.ff_norm = ScaledLayerNorm(width)
         self.ff = FeedForward(width, mult=config.ff_mult)
 
