@@ -59,6 +59,12 @@ class ConfigReader:
             raise self.unusable(key, f"at most {at_most}")
         return int(value)
 
+    def even(self, key: str, *, default: int) -> int:
+        value = self.integer(key, default=default, at_least=2)
+        if value % 2:
+            raise self.unusable(key, "even")
+        return value
+
     def number(
         self,
         key: str,

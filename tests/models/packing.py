@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from stable_audio_serve.models.blocks import Layout
 from stable_audio_serve.models.blocks.packed import Packed
 from stable_audio_serve.models.blocks.packed_segments import PackedSegments
+from stable_audio_serve.models.native_denoiser import DenoiserConditioning
 from stable_audio_serve.models.protocol import StepBatch
-from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning
+from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import from_batch, to_branch
 from stable_audio_serve.models.segments import Segments
 
@@ -128,7 +129,7 @@ def run_packed(
     way: str = "row by row",
 ) -> list[Tensor]:
     """Run the rows (1, channels, frames) through the denoiser as one packed sequence. Returns each row's output."""
-    frames, num_prefix = [row.shape[-1] for row in rows], net.config.num_memory_tokens
+    frames, num_prefix = [row.shape[-1] for row in rows], net.config.num_prefix
     branches = [to_branch(condition) for condition in conditions]
     padded = torch.zeros(len(rows), 1, max(frames))
     batch = StepBatch.of(padded, t=times, valid=padded[:, 0] > 0, branches=branches)

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stable_audio_serve.models import native_denoiser
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
 from stable_audio_serve.models.conditioners import NumberConfig, PromptConfig, parse_number, parse_prompt
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
+from stable_audio_serve.models.native_denoiser import parse_heads
 from stable_audio_serve.models.oscillator.timeline import Timeline, build_timeline
 from stable_audio_serve.models.sa3.lengths import LengthRule
 
@@ -35,7 +37,6 @@ INERT_KEYS = frozenset(
 )
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
-MIN_ROTATED = 32  # smallest number of channels with rotary positions in a denoiser head
 # Lengths are rounded to this value if the encoder's config has no `chunk_size`, as in the reference implementation. The
 # encoder itself then uses chunks of 128.
 DEFAULT_CHUNK_FRAMES = 32
@@ -47,22 +48,15 @@ EDIT_IDS = ("inpaint_mask", "inpaint_masked_input")
 
 
 @dataclass(frozen=True, slots=True)
-class DenoiserConfig:
-    """The dimensions of the diffusion transformer. `local_width` 0 means no local (per-frame) conditioning."""
+class DenoiserConfig(native_denoiser.DenoiserConfig):
+    """The dimensions of the diffusion transformer. `local_width` 0 means no local (per-frame) conditioning.
 
-    latent_channels: int
-    width: int
-    depth: int
-    num_heads: int
-    context_width: int
-    global_width: int
+    `num_prefix` is the number of memory tokens.
+    """
+
     local_width: int
-    num_memory_tokens: int
-    ff_mult: float
     differential: bool
-    head_norm: str
     norm_eps: float
-    time_features: int
     time_logsnr: bool
 
 
@@ -97,15 +91,7 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
     feedforward = config.section("ff_kwargs", optional=True)
     attention.require(qk_norm_eps=1e-6, feat_scale=False)
     feedforward.require(glu=True, no_bias=False, use_conv=False, sinusoidal=False)
-    width = config.integer("embed_dim", default=768)
-    num_heads = config.integer("num_heads", default=8)
-    if width % num_heads:
-        raise config.unusable("num_heads", f"a divisor of embed_dim ({width})")
-    if width // num_heads < MIN_ROTATED:
-        raise config.unusable("num_heads", f"at most embed_dim / {MIN_ROTATED}")
-    time_features = config.integer("timestep_features_dim", default=256, at_least=2)
-    if time_features % 2:
-        raise config.unusable("timestep_features_dim", "even")
+    width, num_heads = parse_heads(config)
     return DenoiserConfig(
         latent_channels=config.integer("io_channels", default=32),
         width=width,
@@ -114,12 +100,12 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
         context_width=config.integer("cond_token_dim"),
         global_width=config.integer("global_cond_dim"),
         local_width=config.integer("local_add_cond_dim", default=0, at_least=0),
-        num_memory_tokens=config.integer("num_memory_tokens", default=0, at_least=0),
+        num_prefix=config.integer("num_memory_tokens", default=0, at_least=0),
         ff_mult=feedforward.number("mult", default=4.0, at_least=0.01),
         differential=attention.flag("differential", default=False),
         head_norm=attention.choice("qk_norm", HEAD_NORMS, default="none"),
         norm_eps=config.section("norm_kwargs", optional=True).number("eps", default=1e-5, at_least=0),
-        time_features=time_features,
+        time_features=config.even("timestep_features_dim", default=256),
         time_logsnr=config.flag("timestep_features_logsnr", default=False),
     )
 
@@ -235,10 +221,7 @@ def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
 def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
     config = item.section("config", optional=True)
     config.choice("fourier_features_type", ("expo",), default="learned")
-    features = config.integer("fourier_features_dim", default=256, at_least=2)
-    if features % 2:
-        raise config.unusable("fourier_features_dim", "even")
-    return parse_number(item, width=width, features=features)
+    return parse_number(item, width=width, features=config.even("fourier_features_dim", default=256))
 
 
 def _check_widths(config: Sa3Config, diffusion: ConfigReader) -> None:

@@ -9,7 +9,7 @@ Shapes: B rows, D latent channels, F latent frames, M memory tokens, T context t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,41 +21,23 @@ from stable_audio_serve.models.blocks import (
     CrossAttention,
     ExpoFourier,
     FeedForward,
-    FusedModule,
-    Kernels,
     Layout,
-    Padded,
     RMSNorm,
-    RotaryEmbedding,
     RotaryTable,
     SelfAttention,
     add_branch,
-    gather_affine,
 )
-from stable_audio_serve.models.sa3.config import MIN_ROTATED, DenoiserConfig
+from stable_audio_serve.models.native_denoiser import (
+    DenoiserConditioning,
+    NativeDenoiser,
+    NativeLayer,
+    NativeTransformer,
+    mlp,
+)
+from stable_audio_serve.models.sa3.config import DenoiserConfig
 
 # A layer whose name contains one of these texts runs in `Denoiser.condition`, not in `Denoiser.forward`.
 CONDITION_LAYERS = (".to_cond_embed.", ".to_global_embed.", ".to_local_embed.", ".cross_attn.to_kv")
-
-
-@dataclass(frozen=True, slots=True)
-class DenoiserConditioning:
-    """The inputs of a forward pass besides latents and time. Each is one tensor for all rows and layers.
-
-    `global_embed` is (rows, width). `context` (rows, layers, 2, heads, context tokens, head width) has the normalised
-    keys and then the values of the cross-attention. It is None for the unconditional branch, where both would be zero.
-    `local` (rows, layers, frames, width) is the local (per-frame) conditioning; its third axis has length 1 if all
-    frames are equal. It is None if the network has no local conditioning. An input of zeros does not give a `local` of
-    zeros, because the embedder has biases.
-    """
-
-    global_embed: Tensor
-    context: Tensor | None
-    local: Tensor | None
-
-    def without_context(self) -> DenoiserConditioning:
-        """Returns the unconditional branch: the same row with all context tokens zero."""
-        return DenoiserConditioning(self.global_embed, None, self.local)
 
 
 class Modulation(NamedTuple):
@@ -83,7 +65,7 @@ class Update(NamedTuple):
         return h + self.values if self.gate is None else torch.addcmul(h, self.gate[:, None], self.values)
 
 
-class TransformerLayer(FusedModule):
+class TransformerLayer(NativeLayer):
     """Applies self-attention, cross-attention, local conditioning and the feed-forward network, in this order.
 
     Self-attention and the feed-forward network are modulated and gated (adaptive norms).
@@ -102,7 +84,7 @@ class TransformerLayer(FusedModule):
         self.ff_norm = RMSNorm(width, eps=config.norm_eps)
         self.ff = FeedForward(width, mult=config.ff_mult)
         if config.local_width:
-            self.to_local_embed = _mlp(config.local_width, width, bias=True)
+            self.to_local_embed = mlp(config.local_width, width, bias=True)
 
     def forward(
         self,
@@ -169,24 +151,20 @@ class TransformerLayer(FusedModule):
         return h, layout.modulate(norm.without_gain(h), scale=modulation.scale, shift=modulation.shift)
 
 
-class Transformer(nn.Module):
+class Transformer(NativeTransformer[TransformerLayer]):
     """The transformer with its input and output projections, and with learned memory tokens before the frames.
 
     Rotary positions count the memory tokens, too.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         width = config.width
-        self.num_memory_tokens = config.num_memory_tokens
-        self.head_width = width // config.num_heads
-        if config.num_memory_tokens:
-            self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, width).normal_())
-        self.project_in = nn.Linear(config.latent_channels, width, bias=False)
-        self.project_out = nn.Linear(width, config.latent_channels, bias=False)
-        self.rotary_pos_emb = RotaryEmbedding(max(self.head_width // 2, MIN_ROTATED))
-        self.global_cond_embedder = _mlp(width, 6 * width, hidden=width, bias=True)
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
+        self.num_memory_tokens = config.num_prefix
+        if self.num_memory_tokens:
+            self.memory_tokens = nn.Parameter(torch.empty(self.num_memory_tokens, width).normal_())
+        self.global_cond_embedder = mlp(width, 6 * width, hidden=width, bias=True)
+        self.layers.extend(TransformerLayer(config) for _ in range(config.depth))
 
     def forward(self, x: Tensor, global_embed: Tensor, *, conditioning: DenoiserConditioning, layout: Layout) -> Tensor:
         """Latents x (rows, frames, latent channels) -> output (rows, frames, latent channels).
@@ -214,16 +192,6 @@ class Transformer(nn.Module):
             assert update.gate is not None, "a layer returns the update of its feed-forward network, which has a gate"
             h = layout.add_gated(h, update.values, gate=update.gate)
         return self.project_out(layout.frames(h))
-
-    @property
-    def typed_layers(self) -> Sequence[TransformerLayer]:
-        return [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
-
-    def rotary_table(self, positions: Tensor) -> RotaryTable:
-        """Returns the rotary table of all layers for tokens at `positions` (tokens,) float32."""
-        norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in self.typed_layers]
-        affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
-        return affine.table(positions, rates=self.rotary_pos_emb.rates(self.head_width))
 
     def _modulate(self, modulation: Tensor) -> list[tuple[Modulation, Modulation]]:
         """Returns each layer's modulations: the shared `modulation` (rows, 6 * width) plus the layer's own offsets.
@@ -255,26 +223,19 @@ class _Stacked(NamedTuple):
     local: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
 
-class Denoiser(FusedModule):
-    """The whole network: a residual 1x1 convolution before and after the transformer, and the conditioning's embedders.
+class Denoiser(NativeDenoiser):
+    """The whole network, which predicts a velocity.
 
-    Rows do not affect each other. Invalid frames are never keys, and their output is unspecified. Inputs are cast to
-    the weights' dtype, and the result has that dtype. Only the Fourier features of time are computed from the float32
-    value in every precision. (The reference implementation first rounds time to the model's dtype. Near t = 1, the
-    angles of the highest features differ by tens of radians between adjacent float16 numbers, so that a half-precision
-    model would see other times than the sampler uses.)
+    The reference implementation first rounds time to the model's dtype. Near t = 1, the angles of the highest Fourier
+    features differ by tens of radians between adjacent float16 numbers, so that a half-precision model would see other
+    times than the sampler uses.
     """
 
+    transformer: Transformer
+
     def __init__(self, config: DenoiserConfig) -> None:
-        super().__init__()
+        super().__init__(config, time_features=ExpoFourier(config.time_features))
         self.config = config
-        width, channels = config.width, config.latent_channels
-        self.timestep_features = ExpoFourier(config.time_features)
-        self.to_timestep_embed = _mlp(config.time_features, width, bias=True)
-        self.to_cond_embed = _mlp(config.context_width, width, bias=False)
-        self.to_global_embed = _mlp(config.global_width, width, bias=False)
-        self.preprocess_conv = nn.Conv1d(channels, channels, 1, bias=False)
-        self.postprocess_conv = nn.Conv1d(channels, channels, 1, bias=False)
         self.transformer = Transformer(config)
         self._stacked: _Stacked | None = None
 
@@ -301,38 +262,26 @@ class Denoiser(FusedModule):
             local=local,
         )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weights' dtype."""
-        return self.preprocess_conv.weight.dtype
-
-    def condition(self, context: Tensor | None, global_cond: Tensor, *, local: Tensor | None) -> DenoiserConditioning:
+    def condition(
+        self, context: Tensor | None, global_cond: Tensor, *, local: Tensor | None = None
+    ) -> DenoiserConditioning:
         """Returns the conditioning for `forward`, which does not depend on latents or time. Differentiable
         without fused kernels.
 
         `context` is (rows, context tokens, context width), `global_cond` (rows, global width), and `local` (rows, local
         width, frames or 1).
         """
-        keys = None if context is None else self.project_context(context)
-        embeds = None
-        if local is not None:
-            embeds = self._embed_local(local.to(self.dtype).transpose(1, 2))
-        return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys, embeds)
+        conditioning = super().condition(context, global_cond)
+        if local is None:
+            return conditioning
+        return replace(conditioning, local=self._embed_local(local.to(self.dtype).transpose(1, 2)))
 
     def project_context(self, context: Tensor) -> Tensor:
-        """Returns the cross-attention keys and values of all layers, in the shape of `DenoiserConditioning.context`.
-
-        `context` is (rows, context tokens, context width).
-        """
-        tokens, layers = self.to_cond_embed(context.to(self.dtype)), self.transformer.typed_layers
-        are_adapted = any(is_adapted(layer.cross_attn.to_kv) for layer in layers)
-        if self._stacked is not None and self.kernels is not None and not are_adapted:
-            return self._project_stacked(tokens, self._stacked, kernels=self.kernels)
-        parts = [part for layer in layers for part in layer.cross_attn.project_context(tokens)]
-        return torch.cat(parts, dim=1).unflatten(1, (len(layers), 2, -1))
-
-    def _project_stacked(self, tokens: Tensor, stacked: _Stacked, *, kernels: Kernels) -> Tensor:
-        """Returns what `project_context` returns, from the embedded context tokens (rows, context tokens, width)."""
+        """See `NativeDenoiser`. With fused kernels, the layers are computed together."""
+        are_adapted = any(is_adapted(layer.cross_attn.to_kv) for layer in self.transformer.typed_layers)
+        if self._stacked is None or self.kernels is None or are_adapted:
+            return super().project_context(context)
+        tokens, stacked = self.to_cond_embed(context.to(self.dtype)), self._stacked
         attention = self.transformer.typed_layers[0].cross_attn
         num_layers, num_heads, width = len(stacked.to_kv), attention.num_key_heads, attention.head_width
         parts = F.linear(tokens, stacked.to_kv.flatten(0, 1)).unflatten(-1, (num_layers, -1, num_heads, width))
@@ -340,7 +289,7 @@ class Denoiser(FusedModule):
         out = parts.new_empty(len(tokens), num_layers, 2, num_sets, num_heads, tokens.shape[1], width)
         keys, values = out.permute(2, 0, 5, 1, 3, 4, 6).unbind(0)  # (rows, tokens, layers, sets, heads, head width)
         # The values are normalised as well, because selecting the keys would need a copy.
-        normed = kernels.normed_heads(parts.flatten(3, 4), gamma=stacked.key_gain, eps=stacked.key_eps)
+        normed = self.kernels.normed_heads(parts.flatten(3, 4), gamma=stacked.key_gain, eps=stacked.key_eps)
         keys.copy_(normed.view(parts.shape)[:, :, :, :-1])
         values.copy_(parts[:, :, :, -1:].expand_as(values))
         return out.flatten(3, 4)
@@ -362,30 +311,7 @@ class Denoiser(FusedModule):
         """Times t (rows,) in 0..1 -> embeddings (rows, width)."""
         if self.config.time_logsnr:
             t = (5 - torch.log((1 - t) / t).clamp(-12, 5)) / 17
-        return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
-
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        *,
-        conditioning: DenoiserConditioning,
-        valid: Tensor | None = None,
-        packed: Layout | None = None,
-    ) -> Tensor:
-        """Returns the velocity of latents `x` (rows, latent channels, frames) at times `t` (rows,) float32.
-
-        `valid` (rows, frames) marks the frames that are not padding; None: all frames. If `packed` is given, `x` and
-        the result are (1, latent channels, frames of all rows), and `conditioning` must be the conditioning of a packed
-        batch.
-        """
-        x = x.to(self.dtype)
-        x = x + self.preprocess_conv(x)
-        global_embed = conditioning.global_embed + self.embed_time(t)
-        layout = packed or Padded(x.shape[-1], num_prefix=self.config.num_memory_tokens, valid=valid, dtype=x.dtype)
-        out = self.transformer(x.transpose(1, 2), global_embed, conditioning=conditioning, layout=layout)
-        out = out.transpose(1, 2)
-        return out + self.postprocess_conv(out)
+        return super().embed_time(t)
 
 
 def _stack(parameters: Sequence[Tensor]) -> Tensor:
@@ -399,9 +325,3 @@ def _stack(parameters: Sequence[Tensor]) -> Tensor:
 def _stack_linear(layers: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Returns the stacked weights (layers, width out, width in) and biases (layers, 1, width out)."""
     return _stack([layer.weight for layer in layers]), _stack([layer.bias for layer in layers])[:, None]
-
-
-def _mlp(width_in: int, width_out: int, *, bias: bool, hidden: int | None = None) -> nn.Sequential:
-    hidden = hidden or width_out
-    first, last = nn.Linear(width_in, hidden, bias=bias), nn.Linear(hidden, width_out, bias=bias)
-    return nn.Sequential(first, nn.SiLU(), last)

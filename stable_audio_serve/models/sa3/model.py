@@ -21,6 +21,7 @@ from stable_audio_serve.models.blocks.packed import join_local
 from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.native import CONTEXT, NativeModel, packed_layout, with_context, without_context
+from stable_audio_serve.models.native_denoiser import DenoiserConditioning
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import (
@@ -36,7 +37,7 @@ from stable_audio_serve.models.protocol import (
 )
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.config import Sa3Config
-from stable_audio_serve.models.sa3.denoiser import CONDITION_LAYERS, Denoiser, DenoiserConditioning
+from stable_audio_serve.models.sa3.denoiser import CONDITION_LAYERS, Denoiser
 from stable_audio_serve.models.sa3.planning import plan_rows
 from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.models.switches import exact
@@ -95,7 +96,7 @@ class Sa3Model(NativeModel):
             attention=name_kernels(
                 device, self.denoiser.dtype, num_heads=net.num_heads, head_width=heads["head_width"]
             ),
-            num_prefix=net.num_memory_tokens,
+            num_prefix=net.num_prefix,
             dtype=self.denoiser.dtype,
         )
         super().__init__(
@@ -169,7 +170,7 @@ class Sa3Model(NativeModel):
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns the velocity, float32, in the shape of `batch.x`. Rows do not affect each other's valid frames."""
-        num_prefix = self.config.denoiser.num_memory_tokens
+        num_prefix = self.config.denoiser.num_prefix
         conditioning, packed = from_batch(batch, num_prefix=num_prefix), packed_layout(batch, num_prefix=num_prefix)
         return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid, packed=packed).float()
 

@@ -17,6 +17,7 @@ from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.native import CONTEXT, NativeModel, packed_layout, with_context, without_context
+from stable_audio_serve.models.native_denoiser import DenoiserConditioning
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
 from stable_audio_serve.models.protocol import (
@@ -30,7 +31,7 @@ from stable_audio_serve.models.protocol import (
     TextEmbedding,
 )
 from stable_audio_serve.models.sao.config import SaoConfig
-from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser, DenoiserConditioning
+from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.planning import Halos, plan_rows, read_shift
 from stable_audio_serve.models.switches import exact
@@ -81,7 +82,7 @@ class SaoModel(NativeModel):
         net = config.denoiser
         heads = {
             "num_heads": net.num_heads,
-            "num_key_heads": net.key_width // net.head_width,
+            "num_key_heads": net.num_key_heads,
             "head_width": net.head_width,
         }
         dtype = self.denoiser.dtype
@@ -89,7 +90,7 @@ class SaoModel(NativeModel):
             spec,
             packs_segments=has_varlen(device, dtype, **heads),
             attention=name_kernels(device, dtype, num_heads=net.num_heads, head_width=net.head_width),
-            num_prefix=NUM_PREFIX,
+            num_prefix=net.num_prefix,
             dtype=dtype,
         )
         super().__init__(
@@ -148,7 +149,7 @@ class SaoModel(NativeModel):
 
         Rows do not affect each other's valid frames.
         """
-        conditioning, packed = from_batch(batch), packed_layout(batch, num_prefix=NUM_PREFIX)
+        conditioning, packed = from_batch(batch), packed_layout(batch, num_prefix=self.config.denoiser.num_prefix)
         return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid, packed=packed).float()
 
     @torch.inference_mode()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from stable_audio_serve.models import native_denoiser
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigReader
+from stable_audio_serve.models.native_denoiser import parse_heads
 
-MIN_ROTATED = 32  # smallest number of channels with rotary positions in a head
+NUM_PREFIX = 1  # tokens before each row's frames: one, the global conditioning vector
 HEAD_NORMS = ("none", "ln")
 DILATIONS = (1, 3, 9)  # dilations of the three residual units at each resolution of the autoencoder
 # How many inputs a convolution reads on each side of its position: (kernel size - 1) / 2, times the dilation.
@@ -21,32 +23,18 @@ _CODE_REACH = 1  # the encoder's last convolution (kernel size 3)
 
 
 @dataclass(frozen=True, slots=True)
-class DenoiserConfig:
+class DenoiserConfig(native_denoiser.DenoiserConfig):
     """The dimensions of the diffusion transformer.
 
-    `key_width` is the total width of the keys, and of the values, in cross-attention. If it is less than `width`, there
-    are fewer heads of keys and values than query heads (`num_heads`), and several query heads share a head of keys and
-    values. If `projects_context`, the context is first projected to the network's width.
+    If `projects_context`, the context is first projected to the network's width. Without that, `key_width` can be less
+    than `width`. Then there are fewer heads of keys and values than query heads, and several query heads share a head
+    of keys and values.
     """
 
-    latent_channels: int
-    width: int
-    depth: int
-    num_heads: int
-    context_width: int
     projects_context: bool
-    global_width: int
-    ff_mult: float
-    head_norm: str
-    time_features: int
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.num_heads
 
     @property
     def key_width(self) -> int:
-        """The width of the context inside the network. Keys and values of cross-attention have the same total width."""
         return self.width if self.projects_context else self.context_width
 
 
@@ -79,25 +67,19 @@ def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
     attention.require(differential=False, feat_scale=False)
     feedforward.require(glu=True, no_bias=False, use_conv=False)
     config.section("norm_kwargs", optional=True).require(eps=1e-5)
-    width, num_heads = config.integer("embed_dim", default=768), config.integer("num_heads", default=8)
-    if width % num_heads:
-        raise config.unusable("num_heads", f"a divisor of embed_dim ({width})")
-    if width // num_heads < MIN_ROTATED:
-        raise config.unusable("num_heads", f"at most embed_dim / {MIN_ROTATED}")
-    time_features = config.integer("timestep_features_dim", default=256, at_least=2)
-    if time_features % 2:
-        raise config.unusable("timestep_features_dim", "even")
+    width, num_heads = parse_heads(config)
     parsed = DenoiserConfig(
         latent_channels=config.integer("io_channels", default=32),
         width=width,
         depth=config.integer("depth", default=12, at_most=MAX_DEPTH),
         num_heads=num_heads,
+        num_prefix=NUM_PREFIX,
         context_width=config.integer("cond_token_dim"),
         projects_context=config.flag("project_cond_tokens", default=True),
         global_width=config.integer("global_cond_dim"),
         ff_mult=feedforward.number("mult", default=4.0, at_least=0.01),
         head_norm=attention.choice("qk_norm", HEAD_NORMS, default="none"),
-        time_features=time_features,
+        time_features=config.even("timestep_features_dim", default=256),
     )
     if parsed.key_width % parsed.head_width or num_heads % (parsed.key_width // parsed.head_width):
         expected = f"a number of whole heads of {parsed.head_width} channels that divides {num_heads} heads"
