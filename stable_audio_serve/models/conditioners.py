@@ -37,6 +37,19 @@ class NumberConfig:
     features: int
 
 
+@dataclass(frozen=True, slots=True)
+class ConditionersConfig:
+    """The configuration of the conditioners of a network.
+
+    `context_ids` and `global_ids` have ids of conditioners, in the order in which their outputs are concatenated.
+    """
+
+    prompt: PromptConfig
+    numbers: tuple[NumberConfig, ...]
+    context_ids: tuple[str, ...]
+    global_ids: tuple[str, ...]
+
+
 def parse_prompt(item: ConfigReader, *, width: int) -> PromptConfig:
     """Parse an entry of `model.conditioning.configs`. Raises CheckpointError naming the key that cannot be used."""
     config = item.section("config", optional=True)

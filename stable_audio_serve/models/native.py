@@ -1,27 +1,65 @@
-"""What the models whose networks this project implements have in common: text encoding, the context of the
-unconditional branch, and the choice of a denoiser call's token layout (padded or packed).
+"""What the models whose networks this project implements have in common: text encoding, the conditioning of rows, and
+the calls of the denoiser.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
+from stable_audio_serve.models.adapters.apply import is_adapted
 from stable_audio_serve.models.blocks import Layout, Packed, PackedSegments
+from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.fused import use_kernels
 from stable_audio_serve.models.blocks.kernel_check import load_kernels
-from stable_audio_serve.models.blocks.varlen import attend_packed
+from stable_audio_serve.models.blocks.packed import join_local
+from stable_audio_serve.models.blocks.varlen import attend_packed, has_varlen
+from stable_audio_serve.models.conditioners import ConditionersConfig, NumberConditioner, PromptConditioner
+from stable_audio_serve.models.native_denoiser import DenoiserConditioning, NativeDenoiser
+from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.precision import decoder_products, stores_half
-from stable_audio_serve.models.protocol import BranchConditioning, ModelSpec, StepBatch, TextEmbedding
+from stable_audio_serve.models.protocol import (
+    BranchConditioning,
+    ModelSpec,
+    RowConditioning,
+    RowPlan,
+    StepBatch,
+    TextEmbedding,
+)
+from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling.transfer import to_device
 
-CONTEXT = "context"  # key in StepBatch.constants: the cross-attention keys and values of every layer
+# Keys in StepBatch.constants. The context has the cross-attention keys and values of every layer.
+CONTEXT, _GLOBAL, _LOCAL = "context", "global", "local"
+_KEPT_NUMBERS = 256  # embeddings of numbers, for example of durations
+
+DenoiserT = TypeVar("DenoiserT", bound=NativeDenoiser)
+AutoencoderT = TypeVar("AutoencoderT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Components(Generic[DenoiserT, AutoencoderT]):
+    """The networks of one checkpoint, loaded and on their device. `numbers` has number conditioners by their id."""
+
+    text: TextEncoder
+    prompt: PromptConditioner
+    numbers: dict[str, NumberConditioner]
+    denoiser: DenoiserT
+    autoencoder: AutoencoderT
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Returns all networks, including the text encoder."""
+        return (self.text.encoder, self.prompt, *self.numbers.values(), self.denoiser, self.autoencoder)
 
 
 def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:
@@ -45,28 +83,43 @@ def with_context(branch: BranchConditioning, context: Tensor) -> BranchCondition
     return replace(branch, constants={**branch.constants, CONTEXT: context})
 
 
-class NativeModel:
-    """Base class of a model: implements text encoding, `spec` and `device`. Public methods run without gradients."""
-
-    denoiser: nn.Module
-    autoencoder: nn.Module
+class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
+    """Base class of a model. Public methods run without gradients."""
 
     def __init__(
         self,
-        text: TextEncoder,
-        prompt: nn.Module,
+        components: Components[DenoiserT, AutoencoderT],
         *,
+        conditioners: ConditionersConfig,
         spec: ModelSpec,
         device: torch.device,
         decode_precision: DecodePrecision,
     ) -> None:
-        """`prompt` converts the output of `text` to embeddings and sets the embeddings of padding tokens."""
-        self.text = text
-        self.prompt = prompt
-        self._spec = replace(spec, has_fused_kernels=load_kernels(device, spec.dtype) is not None)
+        for network in components.modules:
+            use_onednn(network)
+        self.text = components.text
+        self.prompt = components.prompt
+        self.numbers = components.numbers
+        self.denoiser = components.denoiser
+        self.autoencoder = components.autoencoder
+        self._conditioners = conditioners
+        dtype, shape = self.denoiser.dtype, self.denoiser.config
+        num_heads, head_width = shape.num_heads, shape.head_width
+        self._spec = replace(
+            spec,
+            packs_segments=has_varlen(
+                device, dtype, num_heads=num_heads, num_key_heads=shape.num_key_heads, head_width=head_width
+            ),
+            attention=name_kernels(device, dtype, num_heads=num_heads, head_width=head_width),
+            num_prefix=shape.num_prefix,
+            dtype=dtype,
+            has_fused_kernels=load_kernels(device, dtype) is not None,
+        )
         self._device = device
         self._decode_precision: DecodePrecision = decode_precision
         self._products = decoder_products(decode_precision, device)
+        # Most clips have one of a few durations, and on a GPU an embedding starts twelve kernels.
+        self._kept_number = lru_cache(maxsize=_KEPT_NUMBERS)(self._compute_number)
 
     def use_features(self, *, fast_decoding: bool, fused_kernels: bool) -> None:
         """See `SwitchableModel`. A decoder whose weights are stored in half precision always decodes in it."""
@@ -97,3 +150,128 @@ class NativeModel:
         ids, mask = ids_and_mask.unbind(1)
         embeddings: Tensor = self.prompt(self.text.encode(ids, mask), mask.bool())
         return TextEmbedding.each(prompts, embeddings, mask=mask, chars_read=tokens.chars_read)
+
+    @torch.inference_mode()
+    @exact
+    def condition(
+        self,
+        plan: RowPlan,
+        *,
+        prompt: TextEmbedding,
+        negative: TextEmbedding | None,
+        inpaint_latents: Tensor | None,
+    ) -> RowConditioning:
+        """Returns a row's conditioning, the same in all steps. Without guidance, there is no unconditional branch.
+
+        The context of the unconditional branch has the negative prompt and its numbers. The padding of the negative
+        prompt is zero, also if a learned vector is the padding of prompts. Without a negative prompt, the unconditional
+        branch has no context. Everything else is equal in both branches.
+        """
+        numbers = self._embed_numbers(plan.numbers)
+        global_cond = torch.cat([numbers[id_] for id_ in self._conditioners.global_ids], dim=-1)
+        context = self._context(prompt.tokens, numbers)
+        conditional = to_branch(self._condition_denoiser(context, global_cond, plan=plan, latents=inpaint_latents))
+        if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
+            return RowConditioning(conditional, None)
+        if negative is None:
+            return RowConditioning(conditional, without_context(conditional))
+        tokens = torch.where(negative.mask[:, None], negative.tokens, 0.0)
+        if plan.negative_numbers is not None:
+            numbers = self._embed_numbers(plan.negative_numbers)
+        away = self.denoiser.project_context(self._context(tokens, numbers))[0]
+        return RowConditioning(conditional, with_context(conditional, away))
+
+    @abstractmethod
+    def _condition_denoiser(
+        self, context: Tensor, global_cond: Tensor, *, plan: RowPlan, latents: Tensor | None
+    ) -> DenoiserConditioning:
+        """Returns the conditioning of one row. `latents` are those of the source of an edit."""
+
+    @torch.inference_mode()
+    @exact
+    def denoise(self, batch: StepBatch) -> Tensor:
+        """Returns v or velocity, depending on the training objective, float32, in the shape of `batch.x`.
+
+        Rows do not affect each other's valid frames.
+        """
+        num_prefix = self._spec.num_prefix
+        conditioning, packed = from_batch(batch, num_prefix=num_prefix), packed_layout(batch, num_prefix=num_prefix)
+        return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid, packed=packed).float()
+
+    def _embed_numbers(self, values: Mapping[str, float]) -> dict[str, Tensor]:
+        """Returns the embedding of each number (1, width) float32, by conditioner id."""
+        embeddings = {}
+        for id_, network in self.numbers.items():
+            compute = self._compute_number if is_adapted(network) else self._kept_number
+            embeddings[id_] = compute(id_, values[id_])
+        return embeddings
+
+    def _compute_number(self, id_: str, value: float) -> Tensor:
+        return self.numbers[id_](to_device(torch.tensor([value], dtype=torch.float32), self._device))
+
+    def _context(self, tokens: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Join prompt tokens (tokens, width) and embedded numbers, (1, width) each, to a context (1, tokens, width).
+
+        They are in the order of `context_ids`.
+        """
+        prompt_id = self._conditioners.prompt.id
+        parts = [tokens if id_ == prompt_id else numbers[id_] for id_ in self._conditioners.context_ids]
+        return torch.cat(parts)[None]
+
+
+def to_branch(row: DenoiserConditioning) -> BranchConditioning:
+    """Returns a single row's conditioning as named tensors.
+
+    Local embeddings are in `constants` if they are equal in all frames, else in `by_frame`. A batch can have both kinds
+    of rows, and missing names become zeros. `from_batch` therefore adds the local embeddings in `constants` and in
+    `by_frame`.
+    """
+    constants, by_frame = {_GLOBAL: row.global_embed[0]}, {}
+    if row.context is not None:
+        constants[CONTEXT] = row.context[0]
+    if row.local is not None:
+        local = row.local[0]  # (layers, frames or 1, width)
+        if local.shape[1] == 1:
+            constants[_LOCAL] = local
+        else:
+            by_frame[_LOCAL] = local.transpose(1, 2).flatten(0, 1)
+    return BranchConditioning(constants, by_frame)
+
+
+def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning:
+    """Returns the denoiser's conditioning for a batch. Packed rows have `num_prefix` tokens before their frames.
+
+    If the batch has `segments`, the result's `context` has the stored contexts of all requests, not one per row.
+    """
+    if batch.segments is not None:
+        return _from_segments(batch, batch.segments)
+    embed, local = batch.constants[_GLOBAL], batch.constants.get(_LOCAL)
+    if _LOCAL in batch.by_frame:
+        frames = batch.by_frame[_LOCAL].unflatten(1, (-1, embed.shape[-1])).transpose(2, 3).contiguous()
+        local = frames if local is None else frames + local
+    if local is not None and batch.frames:
+        local = _pack(local, batch.frames, num_prefix=num_prefix)
+    return DenoiserConditioning(embed, batch.constants.get(CONTEXT), local)
+
+
+def _from_segments(batch: StepBatch, segments: Segments) -> DenoiserConditioning:
+    """Returns the conditioning with all stored contexts as `context`, and local embeddings per row or per token."""
+    own = {
+        name: batch.constants[name].index_select(0, batch.slots[name])
+        for name in (_GLOBAL, _LOCAL)
+        if name in batch.constants
+    }
+    local = own.get(_LOCAL)  # (rows, layers, 1, width)
+    if _LOCAL in batch.by_frame:
+        frames = batch.by_frame[_LOCAL].unflatten(1, (-1, own[_GLOBAL].shape[-1])).transpose(2, 3)
+        if local is not None:
+            by_token = local[:, :, 0].index_select(0, segments.rows).transpose(0, 1)
+            frames = torch.where(segments.is_frame[:, None], frames + by_token, 0.0)
+        local = frames.contiguous()  # (1, layers, tokens, width)
+    return DenoiserConditioning(own[_GLOBAL], batch.constants.get(CONTEXT), local)
+
+
+def _pack(local: Tensor, frames: Sequence[int], *, num_prefix: int) -> Tensor:
+    """Convert local embeddings of rows (rows, layers, frames or 1, width) to (1, layers, tokens of all rows, width)."""
+    rows = [row[None, :, :own] for row, own in zip(local, frames, strict=True)]
+    return join_local(rows, frames=frames, num_prefix=num_prefix)

@@ -133,7 +133,7 @@ class NativeDenoiser(FusedModule):
     def __init__(self, config: DenoiserConfig, *, time_features: nn.Module) -> None:
         super().__init__()
         width, channels = config.width, config.latent_channels
-        self.num_prefix = config.num_prefix
+        self.config = config
         self.timestep_features = time_features
         self.to_timestep_embed = mlp(config.time_features, width, bias=True)
         self.to_cond_embed = mlp(config.context_width, config.key_width, bias=False)
@@ -185,7 +185,7 @@ class NativeDenoiser(FusedModule):
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
         global_embed = conditioning.global_embed + self.embed_time(t)
-        layout = packed or Padded(x.shape[-1], num_prefix=self.num_prefix, valid=valid, dtype=x.dtype)
+        layout = packed or Padded(x.shape[-1], num_prefix=self.config.num_prefix, valid=valid, dtype=x.dtype)
         out = self.transformer(x.transpose(1, 2), global_embed, conditioning=conditioning, layout=layout)
         out = out.transpose(1, 2)
         return out + self.postprocess_conv(out)

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from stable_audio_serve.models.blocks import Layout
 from stable_audio_serve.models.blocks.packed import Packed
 from stable_audio_serve.models.blocks.packed_segments import PackedSegments
+from stable_audio_serve.models.native import from_batch, to_branch
 from stable_audio_serve.models.native_denoiser import DenoiserConditioning
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.models.sa3.denoiser import Denoiser
-from stable_audio_serve.models.sa3.model import from_batch, to_branch
 from stable_audio_serve.models.segments import Segments
 
 WAYS = ("row by row", "one kernel")

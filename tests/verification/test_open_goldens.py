@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from stable_audio_serve.models import native
 from stable_audio_serve.models.protocol import BranchConditioning
 from stable_audio_serve.models.sao import conditioners, denoiser, model, planning
 from stable_audio_serve.models.sao.network_config import OobleckConfig
@@ -101,7 +102,7 @@ def unconditional_without_seconds(patch: pytest.MonkeyPatch) -> None:
         return BranchConditioning({"global": torch.zeros_like(branch.constants["global"])})
 
     patch.setattr(denoiser.DenoiserConditioning, "without_context", without)
-    patch.setattr(model, "without_context", without_all)
+    patch.setattr(native, "without_context", without_all)
 
 
 def heads_interleaved(patch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 
 from stable_audio_serve.models import native_denoiser
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
-from stable_audio_serve.models.conditioners import NumberConfig, PromptConfig, parse_number, parse_prompt
+from stable_audio_serve.models.conditioners import (
+    ConditionersConfig,
+    NumberConfig,
+    PromptConfig,
+    parse_number,
+    parse_prompt,
+)
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
 from stable_audio_serve.models.native_denoiser import parse_heads
 from stable_audio_serve.models.oscillator.timeline import Timeline, build_timeline
@@ -111,10 +117,9 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Sa3Config:
+class Sa3Config(ConditionersConfig):
     """All values that Stable Audio 3 models read from a checkpoint's config.
 
-    `context_ids` and `global_ids` have ids of conditioners, in the order in which their outputs are concatenated.
     `local_ids` has ids of per-frame inputs, from EDIT_IDS or `frame_conditioners`. `chunked` is true if the reference
     implementation encodes and decodes in windows. `shift` is the config section about the timestep shift; None: the
     default shift.
@@ -127,11 +132,7 @@ class Sa3Config:
     denoiser: DenoiserConfig
     autoencoder: ConfigReader
     chunked: bool
-    prompt: PromptConfig
-    numbers: tuple[NumberConfig, ...]
     frame_conditioners: Mapping[str, Timeline]
-    context_ids: tuple[str, ...]
-    global_ids: tuple[str, ...]
     local_ids: tuple[str, ...]
     shift: Mapping[str, Any] | None
 

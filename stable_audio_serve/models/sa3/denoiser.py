@@ -231,11 +231,11 @@ class Denoiser(NativeDenoiser):
     times than the sampler uses.
     """
 
+    config: DenoiserConfig
     transformer: Transformer
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__(config, time_features=ExpoFourier(config.time_features))
-        self.config = config
         self.transformer = Transformer(config)
         self._stacked: _Stacked | None = None
 

@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stable_audio_serve.models.conditioners import NumberConfig, PromptConfig, parse_number, parse_prompt
+from stable_audio_serve.models.conditioners import (
+    ConditionersConfig,
+    NumberConfig,
+    PromptConfig,
+    parse_number,
+    parse_prompt,
+)
 from stable_audio_serve.models.config_reader import MAX_SAMPLES, ConfigReader
 from stable_audio_serve.models.sao.network_config import (
     DenoiserConfig,
@@ -40,10 +46,9 @@ SHIFT_KEY = "distribution_shift_options"
 
 
 @dataclass(frozen=True, slots=True)
-class SaoConfig:
+class SaoConfig(ConditionersConfig):
     """All values that Stable Audio Open models read from a checkpoint's config.
 
-    `context_ids` and `global_ids` have ids of conditioners, in the order in which their outputs are concatenated.
     `shift` is the config section about the timestep shift of the sampler RK4; None: no shift.
     """
 
@@ -52,10 +57,6 @@ class SaoConfig:
     sample_size: int
     denoiser: DenoiserConfig
     autoencoder: OobleckConfig
-    prompt: PromptConfig
-    numbers: tuple[NumberConfig, ...]
-    context_ids: tuple[str, ...]
-    global_ids: tuple[str, ...]
     shift: Mapping[str, Any] | None
 
     @property

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from stable_audio_serve.models.native import from_batch, to_branch
 from stable_audio_serve.models.native_denoiser import DenoiserConditioning
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.models.sa3.denoiser import Denoiser, Update
-from stable_audio_serve.models.sa3.model import from_batch, to_branch
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import FAMILY, assert_near, loaded
