@@ -1,17 +1,20 @@
-"""What the planning of a request has in common in every model family: checks of the request, and which latent frames of
-the source an edit keeps.
+"""What the planning of a request has in common in every model family: checks of the request, its source audio, and
+which latent frames of the source an edit keeps.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stable_audio_serve.audio.keep import is_continuation
+from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import MAX_PROMPT_CHARS, GenerationRequest
+from stable_audio_serve.core.generation import MAX_PROMPT_CHARS, GenerationRequest, SourceAudio
+from stable_audio_serve.models.protocol import ModelSpec, SourcePlan, WindowSpan
 
 
 def check_request(request: GenerationRequest) -> None:
@@ -51,6 +54,52 @@ def check_request(request: GenerationRequest) -> None:
         raise InvalidRequestError(message, field="extend_before_s", allowed=f"0..{request.duration_s:g}")
     if request.duration_padding_s is not None and request.duration_padding_s < 0:
         raise InvalidRequestError("duration_padding_sec must not be negative", field="duration_padding_sec")
+
+
+def check_duration(request: GenerationRequest, spec: ModelSpec, *, is_limited: bool) -> None:
+    """Raise InvalidRequestError if the duration is not above 0 or, if `is_limited`, above the model's longest one."""
+    duration_s, cap_s = request.duration_s, spec.card.max_duration_s
+    allowed = f"0..{cap_s:g}"
+    if not math.isfinite(duration_s) or duration_s <= 0:
+        raise InvalidRequestError("duration must be above 0", field="duration", allowed=allowed)
+    if is_limited and duration_s > cap_s:
+        message = f"duration must be at most {cap_s:g} s for {spec.card.name}, got {duration_s:g}"
+        raise InvalidRequestError(message, field="duration", allowed=allowed)
+
+
+def require_share(level: float) -> float:
+    """Returns the noise level of an edit. Raises InvalidRequestError if it is not in 0..1."""
+    if not 0 <= level <= 1:
+        raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
+    return level
+
+
+def plan_sources(
+    request: GenerationRequest, spec: ModelSpec, *, frames: int, num_samples: int, windows: Sequence[WindowSpan]
+) -> tuple[SourcePlan | None, SourcePlan | None]:
+    """Returns the request's source of a variation and its source of an inpainting, each None if the request has none.
+
+    Sources get the model's sample rate and channels, and are cut or padded to `num_samples`. `windows` are those in
+    which the `frames` latent frames are encoded. A source begins where the request says. A variation that starts from
+    its source is filled with repetitions of the source before and after it, not with silence.
+    """
+    start = int(request.source_start_s * spec.card.sample_rate_hz)
+
+    def plan(audio: SourceAudio | None, *, is_repeated: bool) -> SourcePlan | None:
+        if audio is None:
+            return None
+        samples = prepare_source(
+            audio,
+            sample_rate_hz=spec.card.sample_rate_hz,
+            channels=spec.card.channels,
+            num_samples=num_samples,
+            start=start,
+            is_repeated=is_repeated,
+        )
+        return SourcePlan(samples=samples, frames=frames, windows=tuple(windows))
+
+    init = plan(request.init_audio, is_repeated=request.starts_from_its_source)
+    return init, plan(request.inpaint_audio, is_repeated=False)
 
 
 def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_rate_hz: int) -> Tensor | None:

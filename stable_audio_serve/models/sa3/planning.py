@@ -7,10 +7,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.models.planning import check_request, plan_keep_mask
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.planning import (
+    check_duration,
+    check_request,
+    plan_keep_mask,
+    plan_sources,
+    require_share,
+)
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowRule, WindowSpan
 from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.lengths import RowLength, plan_length
@@ -47,19 +52,19 @@ def plan_rows(
     for field, level in (("sigma_min", request.sigma_min), ("sigma_max", request.sigma_max), ("rho", request.rho)):
         if level is not None:
             raise InvalidRequestError(f"{field} has no meaning for {spec.card.name}", field=field, allowed="unset")
-    if not 0 <= request.init_noise_level <= 1:
-        raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
-    length = _plan_length(request, config, spec=spec, frames=frames)
+    require_share(request.init_noise_level)
+    check_duration(request, spec, is_limited=frames is None)
+    padding_s = (
+        spec.card.default_duration_padding_s if request.duration_padding_s is None else request.duration_padding_s
+    )
+    length = plan_length(request.duration_s, config.lengths, padding_s=padding_s, frames=frames)
     sampler, guidance = _plan_sampler(request, spec=spec, shift=shift, length=length)
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     negative = request.negative_prompt if guided and (request.negative_prompt or "").strip() else None
     rule = decode_rule if config.chunked and request.chunked_decode is None else None
-    start = int(request.source_start_s * spec.card.sample_rate_hz)
-    inpaint = _plan_source(request.inpaint_audio, config, length=length, start=start) if request.inpaint_audio else None
-    init = (
-        _plan_source(request.init_audio, config, length=length, start=start, is_repeated=request.starts_from_its_source)
-        if request.init_audio
-        else None
+    windows = _windows(length.frames, chunked=config.chunked)
+    init, inpaint = plan_sources(
+        request, spec, frames=length.frames, num_samples=length.frames * spec.hop, windows=windows
     )
     if inpaint is not None and not config.edits:
         raise InvalidRequestError("this model cannot inpaint", field="audio")
@@ -101,19 +106,6 @@ def _read_numbers(prompt: str, config: Sa3Config) -> dict[str, float]:
     return numbers
 
 
-def _plan_length(request: GenerationRequest, config: Sa3Config, *, spec: ModelSpec, frames: int | None) -> RowLength:
-    duration_s, cap_s = request.duration_s, spec.card.max_duration_s
-    if not math.isfinite(duration_s) or duration_s <= 0:
-        raise InvalidRequestError("duration must be above 0", field="duration", allowed=f"0..{cap_s:g}")
-    if frames is None and duration_s > cap_s:
-        message = f"duration must be at most {cap_s:g} s for {spec.card.name}, got {duration_s:g}"
-        raise InvalidRequestError(message, field="duration", allowed=f"0..{cap_s:g}")
-    padding_s = (
-        spec.card.default_duration_padding_s if request.duration_padding_s is None else request.duration_padding_s
-    )
-    return plan_length(duration_s, config.lengths, padding_s=padding_s, frames=frames)
-
-
 def _plan_sampler(
     request: GenerationRequest, *, spec: ModelSpec, shift: TimestepShift, length: RowLength
 ) -> tuple[SamplerPlan, Guidance]:
@@ -134,27 +126,6 @@ def _plan_sampler(
     sigmas = edit_times(build, level, schedule=request.edit_schedule or spec.card.default_edit_schedule)
     sampler = request.sampler or spec.default_sampler
     return build_plan(sampler, sigmas, guidance=guidance, has_source=has_source), guidance
-
-
-def _plan_source(
-    audio: SourceAudio, config: Sa3Config, *, length: RowLength, start: int, is_repeated: bool = False
-) -> SourcePlan:
-    """Returns source audio at the model's sample rate and channels, cut or padded to the row's length.
-
-    The source begins at sample `start` of the row. If `is_repeated`, the row is filled with repetitions of the source
-    before and after it, not with silence.
-    """
-    rule = config.lengths
-    samples = prepare_source(
-        audio,
-        sample_rate_hz=rule.sample_rate_hz,
-        channels=config.channels,
-        num_samples=length.frames * rule.hop,
-        start=start,
-        is_repeated=is_repeated,
-    )
-    windows = _windows(length.frames, chunked=config.chunked)
-    return SourcePlan(samples=samples, frames=length.frames, windows=windows)
 
 
 def _without_unused_windows(source: SourcePlan, keep_mask: Tensor) -> SourcePlan:

@@ -13,11 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
-from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.models.planning import check_request, plan_keep_mask
-from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowRule, WindowSpan
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.planning import (
+    check_duration,
+    check_request,
+    plan_keep_mask,
+    plan_sources,
+    require_share,
+)
+from stable_audio_serve.models.protocol import ModelSpec, RowPlan, WindowRule
 from stable_audio_serve.models.sao.config import SHIFT_KEY
 from stable_audio_serve.models.windows import audible_windows, halo_windows, whole_window
 from stable_audio_serve.sampling.blend import blend_plan, flow_path
@@ -66,7 +71,7 @@ def plan_rows(
     """
     check_request(request)
     _refuse_unsupported(request, spec)
-    output_samples = _output_samples(request, spec, forced=frames is not None)
+    check_duration(request, spec, is_limited=frames is None)
     frames = spec.max_frames if frames is None else frames
     guidance = Guidance(
         cfg_scale=spec.card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
@@ -79,15 +84,12 @@ def plan_rows(
     keep_mask = plan_keep_mask(request, frames=frames, hop=spec.hop, sample_rate_hz=spec.card.sample_rate_hz)
     numbers, negative_numbers = _numbers(request)
     decode_rule = None if request.chunked_decode is False or halos is None else WindowRule(halos.decoder)
-    encode_halo = None if halos is None else halos.encoder
-    start = int(request.source_start_s * spec.card.sample_rate_hz)
-    init, inpaint = (
-        None
-        if audio is None
-        else _plan_source(audio, spec, frames=frames, halo=encode_halo, start=start, is_repeated=is_repeated)
-        for audio, is_repeated in ((request.init_audio, request.starts_from_its_source), (request.inpaint_audio, False))
-    )
-    output_samples = min(output_samples, frames * spec.hop)
+    windows = whole_window(frames) if halos is None else halo_windows(frames, halo=halos.encoder)
+    # The model's longest duration may end within a latent frame. The samples of this partial frame are included,
+    # because they affect the latents before it.
+    num_samples = frames * spec.hop + (spec.tail_samples if frames == spec.max_frames else 0)
+    init, inpaint = plan_sources(request, spec, frames=frames, num_samples=num_samples, windows=windows)
+    output_samples = min(max(int(request.duration_s * spec.card.sample_rate_hz), 1), frames * spec.hop)
     num_audible = math.ceil(output_samples / spec.hop)
     decode_windows = (
         whole_window(frames)
@@ -130,18 +132,6 @@ def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
         raise InvalidRequestError(message, field="edit_schedule", allowed="unset")
 
 
-def _output_samples(request: GenerationRequest, spec: ModelSpec, *, forced: bool) -> int:
-    """Returns the clip's number of samples, at least one."""
-    duration_s, cap_s = request.duration_s, spec.card.max_duration_s
-    allowed = f"0..{cap_s:g}"
-    if not math.isfinite(duration_s) or duration_s <= 0:
-        raise InvalidRequestError("duration must be above 0", field="duration", allowed=allowed)
-    if not forced and duration_s > cap_s:
-        message = f"duration must be at most {cap_s:g} s for {spec.card.name}, got {duration_s:g}"
-        raise InvalidRequestError(message, field="duration", allowed=allowed)
-    return max(int(duration_s * spec.card.sample_rate_hz), 1)
-
-
 def _numbers(request: GenerationRequest) -> tuple[Mapping[str, float], Mapping[str, float]]:
     """Returns the values of the number conditioners, in seconds, for the prompt and for the negative prompt."""
     total_s = request.conditioned_total_s
@@ -172,7 +162,7 @@ def _plan_sampler(
 
         level = None
         if has_source:
-            level = max(_require_share(request.init_noise_level), MIN_NOISE_LEVEL)
+            level = max(require_share(request.init_noise_level), MIN_NOISE_LEVEL)
             times = edit_times(build, level, schedule=request.edit_schedule or spec.card.default_edit_schedule)
         else:
             times = build(_first_time(request.sigma_max))
@@ -191,7 +181,7 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
     if request.init_audio is not None:
         level = request.init_noise_level
         if over_time:
-            highest = max(_require_share(level), MIN_NOISE_LEVEL)
+            highest = max(require_share(level), MIN_NOISE_LEVEL)
         elif not LOWEST_SIGMA < level <= HIGHEST_SIGMA:
             allowed = f"above {LOWEST_SIGMA:g}, at most {HIGHEST_SIGMA:g}"
             message = f"init_noise_level must be {allowed} for a sampler over sigma, got {level:g}"
@@ -214,36 +204,3 @@ def _first_time(sigma_max: float | None) -> float:
         allowed = f"at least {MIN_NOISE_LEVEL:g}"
         raise InvalidRequestError(f"sigma_max must be {allowed}, got {sigma_max}", field="sigma_max", allowed=allowed)
     return time
-
-
-def _require_share(level: float) -> float:
-    if not 0 <= level <= 1:
-        raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
-    return level
-
-
-def _plan_source(
-    audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int | None, start: int, is_repeated: bool
-) -> SourcePlan:
-    """Returns source audio at the model's sample rate and channels, cut or padded to the generated length.
-
-    The source begins at sample `start` of the row. If `is_repeated`, the row is filled with repetitions of the source
-    before and after it, not with silence.
-
-    The model's longest duration may end within a latent frame. The samples of this partial frame are included, because
-    they affect the latents before it.
-    """
-    tail = spec.tail_samples if frames == spec.max_frames else 0
-    samples = prepare_source(
-        audio,
-        sample_rate_hz=spec.card.sample_rate_hz,
-        channels=spec.card.channels,
-        num_samples=frames * spec.hop + tail,
-        start=start,
-        is_repeated=is_repeated,
-    )
-    return SourcePlan(samples=samples, frames=frames, windows=_windows(frames, halo=halo))
-
-
-def _windows(frames: int, *, halo: int | None) -> tuple[WindowSpan, ...]:
-    return whole_window(frames) if halo is None else halo_windows(frames, halo=halo)
