@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,12 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.models.weight_sizes import DENOISER_KEYS
 from stable_audio_serve.sampling.transfer import to_device
 
 # Keys in StepBatch.constants. The context has the cross-attention keys and values of every layer.
 CONTEXT, _GLOBAL, _LOCAL = "context", "global", "local"
+AUTOENCODER_KEYS = "pretransform.model."  # prefix of the autoencoder's keys in the weight file
 _KEPT_NUMBERS = 256  # embeddings of numbers, for example of durations
 
 DenoiserT = TypeVar("DenoiserT", bound=NativeDenoiser)
@@ -60,6 +62,16 @@ class Components(Generic[DenoiserT, AutoencoderT]):
     def modules(self) -> tuple[nn.Module, ...]:
         """Returns all networks, including the text encoder."""
         return (self.text.encoder, self.prompt, *self.numbers.values(), self.denoiser, self.autoencoder)
+
+
+def checkpoint_modules(components: Components[Any, Any], conditioners: ConditionersConfig) -> dict[str, nn.Module]:
+    """Returns the networks by the prefix of their keys in the weight file, for reading and writing weight files."""
+    return {
+        f"conditioner.conditioners.{conditioners.prompt.id}.": components.prompt,
+        **{f"conditioner.conditioners.{id_}.": number for id_, number in components.numbers.items()},
+        DENOISER_KEYS: components.denoiser,
+        AUTOENCODER_KEYS: components.autoencoder,
+    }
 
 
 def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:

@@ -10,7 +10,7 @@ from stable_audio_serve.models.checkpoint_files import encoder_weights, find_wei
 from stable_audio_serve.models.config_reader import read_config
 from stable_audio_serve.models.weight_files import read_weights
 
-_DENOISER_KEYS = "model.model."  # prefix of the denoiser's keys, the same in both model families
+DENOISER_KEYS = "model.model."  # prefix of the denoiser's keys, the same in both model families
 _UNUSED = ("decoder.", "lm_head.")  # keys that contain these texts do not belong to the text encoder
 _OPEN_TEXT_BYTES = 2  # bytes per weight of a T5, which is loaded as float16 from files of any dtype
 
@@ -21,7 +21,7 @@ def weight_bytes(folder: Path, *, text_encoder: Path, dtype: torch.dtype) -> int
     Raises CheckpointError if a file is damaged.
     """
     networks = sum(
-        tensor.numel() * (dtype.itemsize if key.startswith(_DENOISER_KEYS) else torch.float32.itemsize)
+        tensor.numel() * (dtype.itemsize if key.startswith(DENOISER_KEYS) else torch.float32.itemsize)
         for key, tensor in read_weights(find_weights(folder)).items()
     )
     text_size = _OPEN_TEXT_BYTES if is_open_family(read_config(folder)) else None

@@ -17,6 +17,7 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.blocks import RMSNorm, RotaryEmbedding
 from stable_audio_serve.models.config_reader import read_config
 from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.native import checkpoint_modules
 from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.models.sa3 import build as sa3_build
 from stable_audio_serve.models.sa3.config import parse_config
@@ -26,6 +27,7 @@ from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.sao.oobleck import NormedConv
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weight_files import read_weights, release_pages
+from stable_audio_serve.models.weight_sizes import DENOISER_KEYS
 from stable_audio_serve.models.weights import cast_network, load_weights
 from tests.goldens import load_goldens, load_open_goldens
 from tests.models.loaded import FAMILY, loaded
@@ -177,11 +179,11 @@ def make_large_checkpoint(folder: Path) -> int:
     parsed = parse_config(read_config(folder))
     with torch.device("meta"):
         components = sa3_build.build_components(parsed, TextEncoder(None, nn.Identity(), width=768, max_length=8))
-    modules = sa3_build.checkpoint_modules(components, parsed)
+    modules = checkpoint_modules(components, parsed)
     shapes = {prefix + key: value.shape for prefix, net in modules.items() for key, value in net.state_dict().items()}
     save_file({key: torch.full(shape, 0.01) for key, shape in shapes.items()}, folder / "model.safetensors")
     sizes = {key: shape.numel() for key, shape in shapes.items()}
-    return sum(size * (2 if key.startswith(sa3_build.DENOISER_KEYS) else 4) for key, size in sizes.items())
+    return sum(size * (2 if key.startswith(DENOISER_KEYS) else 4) for key, size in sizes.items())
 
 
 def measure_loading(folder: Path, *, dtype: str) -> dict[str, int]:

@@ -15,6 +15,7 @@ from stable_audio_serve.models.blocks import ExpoFourier
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+from stable_audio_serve.models.native import AUTOENCODER_KEYS, checkpoint_modules
 from stable_audio_serve.models.precision import Products, decoder_products, store_half, stored_dtypes, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
@@ -24,9 +25,8 @@ from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weight_files import release_pages
+from stable_audio_serve.models.weight_sizes import DENOISER_KEYS
 from stable_audio_serve.models.weights import SkipRandomWeights, load_weights, require_exact_float32
-
-DENOISER_KEYS, AUTOENCODER_KEYS = "model.model.", "pretransform.model."
 
 
 def load_sa3(
@@ -113,16 +113,6 @@ def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: tor
         raise CheckpointError(message) from error
     if latents.shape[1] != net.latent_channels or made.shape != audio.shape:
         raise CheckpointError(f"{source}: model.pretransform.config does not lead from audio to latents and back")
-
-
-def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str, nn.Module]:
-    """Returns the networks by the prefix of their keys in the weight file, for reading and writing weight files."""
-    modules: dict[str, nn.Module] = {f"conditioner.conditioners.{config.prompt.id}.": components.prompt}
-    for id_, number in components.numbers.items():
-        modules[f"conditioner.conditioners.{id_}."] = number
-    modules[DENOISER_KEYS] = components.denoiser
-    modules[AUTOENCODER_KEYS] = components.autoencoder
-    return modules
 
 
 def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components) -> ModelSpec:

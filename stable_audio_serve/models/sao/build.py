@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+from stable_audio_serve.models.native import checkpoint_modules
 from stable_audio_serve.models.precision import store_half, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sao.conditioners import LearnedFrequencies, load_text_encoder
@@ -22,9 +22,9 @@ from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.planning import read_shift
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weight_files import release_pages
+from stable_audio_serve.models.weight_sizes import DENOISER_KEYS
 from stable_audio_serve.models.weights import SkipRandomWeights, load_weights, require_exact_float32
 
-DENOISER_KEYS = "model.model."
 _TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the reference implementation
 
 
@@ -86,16 +86,6 @@ def build_components(config: SaoConfig, text: TextEncoder) -> SaoComponents:
         denoiser=Denoiser(config.denoiser),
         autoencoder=OobleckAutoencoder(config.autoencoder),
     )
-
-
-def checkpoint_modules(components: SaoComponents, config: SaoConfig) -> dict[str, nn.Module]:
-    """Returns the networks by the prefix of their keys in the weight file."""
-    return {
-        f"conditioner.conditioners.{config.prompt.id}.": components.prompt,
-        **{f"conditioner.conditioners.{id_}.": number for id_, number in components.numbers.items()},
-        DENOISER_KEYS: components.denoiser,
-        "pretransform.model.": components.autoencoder,
-    }
 
 
 def build_spec(card: ModelCard, config: SaoConfig) -> ModelSpec:

@@ -15,7 +15,8 @@ from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.sa3.build import build_components, build_spec, checkpoint_modules
+from stable_audio_serve.models.native import checkpoint_modules
+from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder

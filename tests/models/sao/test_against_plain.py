@@ -22,8 +22,9 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.native import checkpoint_modules
 from stable_audio_serve.models.registry import resolve_entry
-from stable_audio_serve.models.sao.build import build_components, checkpoint_modules
+from stable_audio_serve.models.sao.build import build_components
 from stable_audio_serve.models.sao.config import parse_config
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.sampling import SeededNoise
