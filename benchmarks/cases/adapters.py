@@ -19,6 +19,7 @@ import torch
 from benchmarks.figures import worst
 from benchmarks.load import send_in_flight
 from benchmarks.models import write_adapters
+from benchmarks.random_weights.sa3 import build_random_model
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest, Lora
@@ -26,7 +27,6 @@ from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.adapters import Adapters
 from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel
-from stable_audio_serve.models.sa3.random_weights import build_random_model
 
 _MODEL = "small-music"
 _COUNT = 8

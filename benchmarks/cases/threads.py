@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.compare import LARGEST_DIFFERENCE
 from benchmarks.load import Audio
+from benchmarks.random_weights.sa3 import build_random_model
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.sa3.random_weights import build_random_model
 
 _MODEL = "small-music"
 _COUNTS = (1, 2)

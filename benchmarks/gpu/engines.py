@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.load import Audio
+from benchmarks.random_weights import sa3, sao
 from benchmarks.sides.servers import OurServer
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.clock import SystemClock
@@ -31,8 +32,6 @@ from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import BUILT_IN, resolve_entry
-from stable_audio_serve.models.sa3 import random_weights as sa3
-from stable_audio_serve.models.sao import random_weights as sao
 
 _GOLDENS = Path(__file__).parents[2] / "tests" / "data" / "goldens"
 _TINY = {"small": "sa3/sharp-s", "medium": "sa3/sharp-l", "open": "sao/tiny-1.0"}

@@ -24,11 +24,7 @@ from stable_audio_serve.engine.hardware.share import DeviceMemory, allowed_bytes
 from stable_audio_serve.engine.options import PLAIN, Features
 from stable_audio_serve.models.download import find_local
 from stable_audio_serve.models.registry import BUILT_IN
-from stable_audio_serve.models.sa3 import random_weights as sa3
-from stable_audio_serve.models.sa3.model import Sa3Model
-from stable_audio_serve.models.sao import random_weights as sao
-from stable_audio_serve.models.sao.model import SaoModel
-from stable_audio_serve.models.weight_sizes import weight_bytes
+from stable_audio_serve.models.weight_sizes import official_weight_bytes, weight_bytes
 from stable_audio_serve.models.weights import DTYPES
 from stable_audio_serve.serving import engines
 from stable_audio_serve.serving.adapters import Library
@@ -127,7 +123,7 @@ class ModelChecks:
     def _weights_bytes(self) -> int | None:
         """Return the size of the weights once they are loaded, or None if it is unknown.
 
-        The size is read from the headers of the files. Without files, the size of an official model is computed.
+        The size is read from the headers of the files. Without files, only the size of an official model is known.
         """
         dtype = DTYPES[engines.precisions(self._settings, self._model, device=self._device)["dtype"]]
         if self._folders is not None:
@@ -136,7 +132,7 @@ class ModelChecks:
         official = BUILT_IN.get(self.name)
         if official is None or self._entry.repo_id != official.repo_id:
             return None
-        return _official_bytes(self.name, dtype)
+        return official_weight_bytes(self.name, dtype=dtype)
 
     def _fit_gpu(self, weights: int) -> tuple[str, bool]:
         """Return a description of the GPU's memory, and whether weights and requests fit into its free part."""
@@ -198,18 +194,6 @@ async def _time(engine: Engine, request: GenerationRequest) -> float:
     began_at = time.monotonic()
     await engine.generate(request)
     return time.monotonic() - began_at
-
-
-def _official_bytes(name: str, dtype: torch.dtype) -> int:
-    """Return the size of an official model's weights. The model is built on torch's meta device, without memory."""
-    model: Sa3Model | SaoModel
-    if name in sao.OFFICIAL_CONFIGS:
-        card = BUILT_IN[name].card
-        model = sao.build_random_model(sao.OFFICIAL_CONFIGS[name], card, device="meta", dtype=dtype)
-    else:
-        model = sa3.build_random_model(name, device="meta", dtype=dtype)
-    networks = (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder)
-    return sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
 
 
 # A feature's name, and a function that tries the feature alone on the device. The function returns a message. It raises

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,27 @@ from stable_audio_serve.models.weight_files import read_weights
 DENOISER_KEYS = "model.model."  # prefix of the denoiser's keys, the same in both model families
 _UNUSED = ("decoder.", "lm_head.")  # keys that contain these texts do not belong to the text encoder
 _OPEN_TEXT_BYTES = 2  # bytes per weight of a T5, which is loaded as float16 from files of any dtype
+
+# The number of weights of the denoiser, and the bytes of all other networks, of each official model.
+_SMALL, _MEDIUM = (459_130_880, 996_968_964), (1_453_170_176, 3_972_610_500)
+_OFFICIAL: Mapping[str, tuple[int, int]] = {
+    "small-sfx": _SMALL,
+    "small-music": _SMALL,
+    "medium": _MEDIUM,
+    "small-sfx-base": _SMALL,
+    "small-music-base": _SMALL,
+    "medium-base": _MEDIUM,
+    "stable-audio-open-1.0": (1_056_939_008, 894_503_232),
+    "stable-audio-open-small": (340_928_512, 893_710_208),
+}
+
+
+def official_weight_bytes(name: str, *, dtype: torch.dtype) -> int | None:
+    """Returns what `weight_bytes` returns for an official model; None for the demo model, which has no weights."""
+    if name not in _OFFICIAL:
+        return None
+    num_weights, other_bytes = _OFFICIAL[name]
+    return num_weights * dtype.itemsize + other_bytes
 
 
 def weight_bytes(folder: Path, *, text_encoder: Path, dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.random_weights.sa3 import official_config
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Loaded
 from stable_audio_serve.core.processor import is_amd
 from stable_audio_serve.engine import Engine, EngineOptions, provenance
@@ -24,7 +25,6 @@ from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
-from stable_audio_serve.models.sa3.random_weights import official_config
 from stable_audio_serve.models.weights import cast_network
 from tests.factories import make_audio, make_request
 from tests.goldens import SHARP, TINY

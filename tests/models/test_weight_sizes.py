@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.random_weights import sa3, sao
 from stable_audio_serve.models.download import download_text_encoder
 from stable_audio_serve.models.families import load_model
-from stable_audio_serve.models.registry import resolve_entry
-from stable_audio_serve.models.weight_sizes import weight_bytes
+from stable_audio_serve.models.registry import BUILT_IN, resolve_entry
+from stable_audio_serve.models.weight_sizes import official_weight_bytes, weight_bytes
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
 
 
@@ -25,6 +26,19 @@ def test_sizes_from_headers_equal_the_loaded_networks(folder: Path) -> None:
     halved = weight_bytes(folder, text_encoder=text_encoder, dtype=torch.float16)
     denoiser = sum(parameter.nbytes for parameter in model.denoiser.parameters())  # type: ignore[attr-defined]
     assert sizes[0] - halved == pytest.approx(denoiser / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "demo"])
+def test_sizes_of_official_models_equal_their_networks(name: str, dtype: torch.dtype) -> None:
+    if name in sao.OFFICIAL_CONFIGS:
+        card = BUILT_IN[name].card
+        model = sao.build_random_model(sao.OFFICIAL_CONFIGS[name], card, device="meta", dtype=dtype)
+    else:
+        model = sa3.build_random_model(name, device="meta", dtype=dtype)  # type: ignore[assignment]
+    networks = (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder)
+    taken = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+    assert official_weight_bytes(name, dtype=dtype) == pytest.approx(taken, abs=2000)
 
 
 def test_weights_that_are_refused_are_not_loaded() -> None:

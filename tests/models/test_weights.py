@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.random_weights.sa3 import official_config
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.blocks import RMSNorm, RotaryEmbedding
@@ -21,7 +22,6 @@ from stable_audio_serve.models.native import checkpoint_modules
 from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.models.sa3 import build as sa3_build
 from stable_audio_serve.models.sa3.config import parse_config
-from stable_audio_serve.models.sa3.random_weights import official_config
 from stable_audio_serve.models.sao.conditioners import load_text_encoder
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.sao.oobleck import NormedConv

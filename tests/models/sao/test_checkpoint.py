@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.random_weights.sao import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import ConfigReader, read_config
 from stable_audio_serve.models.sao.conditioners import LearnedFrequencies
 from stable_audio_serve.models.sao.config import SaoConfig, parse_config
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
-from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.weights import load_weights
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import AUTOENCODER, DENOISER, TINY

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.random_weights.sao import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.native_denoiser import DenoiserConditioning
 from stable_audio_serve.models.sao.config import INERT_KEYS
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.network_config import NUM_PREFIX, DenoiserConfig, parse_denoiser
-from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
 from tests.goldens import load_open_goldens
 from tests.models.packing import SPARE_ROWS, WAYS, run_packed_with

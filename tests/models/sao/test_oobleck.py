@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.random_weights.sao import OPEN_1_0
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.config import INERT_KEYS
 from stable_audio_serve.models.sao.network_config import OobleckConfig, parse_oobleck
 from stable_audio_serve.models.sao.oobleck import NormedConv, OobleckAutoencoder
-from stable_audio_serve.models.sao.random_weights import OPEN_1_0
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY, load_autoencoder, model_values
 

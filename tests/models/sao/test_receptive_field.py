@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.random_weights.sao import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.config import parse_config
 from stable_audio_serve.models.sao.network_config import OobleckConfig
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
-from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.windows import halo_windows
 from tests.models.sao.tiny import TINY, load_autoencoder
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.random_weights.sao import OFFICIAL_CONFIGS
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.sao.random_weights import OFFICIAL_CONFIGS
 from stable_audio_serve.models.stable_audio_tools.config import Inputs, NumberInput, PromptInput, parse_inputs
 
 

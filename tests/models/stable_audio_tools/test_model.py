@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.random_weights.sao import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.core.catalog import NetworkBackend
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
@@ -23,7 +24,6 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DecodeWindow
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.config import parse_config
-from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.stable_audio_tools.build import build_wrapper, load_with_package
 from stable_audio_serve.models.stable_audio_tools.config import parse_inputs
 from stable_audio_serve.models.stable_audio_tools.model import PackageModel

@@ -1,0 +1,1 @@
+"""Models of the official sizes with random weights, for benchmarks and tests of sizes."""
