@@ -23,14 +23,20 @@ from stable_audio_serve.verification.quality.sound import Clip
 MAX_BYTES = 4 * 2**20  # larger reports are not read; a clip has about 45 kB
 MOST_CLIPS = 64
 
+_CHECKS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where weights come from: a folder, or a commit of a repository."""
 
-    folder: str | None = None
-    repo_id: str | None = None
-    commit: str | None = None
+    __pydantic_config__ = _CHECKS
+
+    folder: Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)] | None = None
+    repo_id: _Name | None = None
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
 
     def __str__(self) -> str:
         return self.folder or f"{self.repo_id} at {self.commit}"
@@ -43,11 +49,13 @@ class Setup:
     `weights` is the hash from `models.weight_hash`, `device` is cuda, cpu or mps, `dtype` is the denoiser's precision.
     """
 
-    model: str
-    weights: str
-    device: str
-    dtype: str
-    decode_precision: str
+    __pydantic_config__ = _CHECKS
+
+    model: _Name
+    weights: _Hash
+    device: _Name
+    dtype: _Name
+    decode_precision: _Name
 
     @property
     def report_id(self) -> str:
@@ -98,7 +106,7 @@ def parse_report(text: bytes, *, name: str) -> Report:
     """Return the report in `text`. Raises QualityReportError that mentions `name` if `text` is not a valid report."""
     wire = _parse(_WireReport, text, name=name)
     clips = {key: _parse_clip(clip, name=f"{name}: clip {key[:40]!r}") for key, clip in wire.clips.items()}
-    return Report(Setup(**wire.setup.model_dump()), Source(**wire.source.model_dump()), wire.made_at, clips)
+    return Report(wire.setup, wire.source, wire.made_at, clips)
 
 
 def dump_last_good(good: LastGood) -> bytes:
@@ -109,30 +117,14 @@ def dump_last_good(good: LastGood) -> bytes:
 def parse_last_good(text: bytes, *, name: str) -> LastGood:
     """Parse the output of `dump_last_good`. Raises QualityReportError that mentions `name` if `text` is invalid."""
     wire = _parse(_WireLastGood, text, name=name)
-    return LastGood(wire.model, wire.weights, Source(**wire.source.model_dump()))
+    return LastGood(wire.model, wire.weights, wire.source)
 
 
 class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = _CHECKS
 
 
-_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Size = Annotated[int, Field(ge=1, le=2**24)]
-
-
-class _WireSource(_Wire):
-    folder: Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)] | None
-    repo_id: _Name | None
-    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
-
-
-class _WireSetup(_Wire):
-    model: _Name
-    weights: _Hash
-    device: _Name
-    dtype: _Name
-    decode_precision: _Name
 
 
 class _WireClip(_Wire):
@@ -151,8 +143,8 @@ def _bounded(clips: dict[str, _WireClip]) -> dict[str, _WireClip]:
 class _WireReport(_Wire):
     kind: Annotated[str, Field(pattern="^report$")]
     version: int
-    setup: _WireSetup
-    source: _WireSource
+    setup: Setup
+    source: Source
     made_at: Annotated[float, Field(ge=0, le=4e9)]
     clips: Annotated[dict[str, _WireClip], AfterValidator(_bounded)]
 
@@ -162,7 +154,7 @@ class _WireLastGood(_Wire):
     version: int
     model: _Name
     weights: _Hash
-    source: _WireSource
+    source: Source
 
 
 _Parsed = TypeVar("_Parsed", _WireReport, _WireLastGood)
