@@ -213,7 +213,8 @@ def _body(
     fields: dict[str, Any] = {"prompt": prompt}
     fields |= {name: value for name, value in controls.items() if value is not None}
     if "loras" in fields:
-        fields["loras"] = [_lora(each) for each in fields["loras"]]
+        given = fields["loras"]
+        fields["loras"] = [_lora(each) for each in ([given] if isinstance(given, str) else given)]
     if regions is not None:
         fields["inpaint_start_seconds"] = [start_s for start_s, _ in regions]
         fields["inpaint_end_seconds"] = [end_s for _, end_s in regions]

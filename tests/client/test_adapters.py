@@ -95,6 +95,12 @@ async def test_adapters_reach_every_route(call: Caller, server: Refusing, name: 
     ]
 
 
+async def test_a_single_name_is_one_adapter(call: Caller, server: Refusing) -> None:
+    with pytest.raises(InvalidRequestError):
+        await call("generate", "rain", loras="tape")
+    assert server.fields["loras"] == [{"name": "tape"}]
+
+
 async def test_requests_without_adapters_have_no_such_field(call: Caller, server: Refusing) -> None:
     with pytest.raises(InvalidRequestError):
         await call("generate", "rain", loras=None)
