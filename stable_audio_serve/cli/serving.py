@@ -45,6 +45,8 @@ def init(
         with file.open("w" if force else "x", encoding="utf-8") as written:
             written.write(PACKAGED_FILE.read_text(encoding="utf-8"))
     except FileExistsError as error:
+        if file.is_dir():
+            raise fail(f"{file} is a folder; name a file") from error
         raise fail(f"{file} exists already; --force replaces it") from error
     except OSError as error:
         raise fail(f"{file} cannot be written: {error.strerror}") from error

@@ -130,6 +130,8 @@ def test_init_writes_the_commented_default_once(run: Run, tmp_path: Path) -> Non
         2,
         "error: absent/my.yaml cannot be written: No such file or directory\n",
     )
+    (tmp_path / "folder").mkdir()
+    assert run("init", "folder").stderr == "error: folder is a folder; name a file\n"
 
 
 def test_every_commented_line_of_the_default_is_valid(run: Run, tmp_path: Path) -> None:
