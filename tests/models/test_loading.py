@@ -187,6 +187,7 @@ def test_pickles_of_other_things_than_dense_tensors_are_refused(folder: Path, st
     assert "does not hold a state_dict of tensors" in failure(folder)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_pickles_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {"a": torch.zeros(64)}}, path, _use_new_zipfile_serialization=False)
