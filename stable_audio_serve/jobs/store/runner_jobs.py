@@ -98,6 +98,7 @@ class RunnerJobs:
         with self._database.reading() as connection:
             row = connection.execute(query).one()
         queued = {priority: row._mapping[priority] for priority in get_args(Priority)}
+        # A job that seems due after a longer delay is due now, as in `Turns`.
         lease_in_s = 0.0 if row.lease is not None and row.lease > LONGEST_DELAY_S else row.lease
         return Outlook(queued, row.stops, lease_in_s, row.reclaim, row.late, row.webhook)
 
@@ -176,7 +177,8 @@ class RunnerJobs:
     def requeue(
         self, job: Job, *, delay_s: float, attempts: int, message: str, has_started: bool = False
     ) -> Job | None:
-        """Requeue a job, with `attempts` as its number of attempts. It starts again after `delay_s` seconds or later.
+        """Requeue a job, with `attempts` as its number of attempts. It starts again after `delay_s` seconds (at most
+        `LONGEST_DELAY_S`) or later.
 
         If a model has worked on the job (`has_started`), or if attempts count, `start_within_s` limits it no more.
         If its client has cancelled the job, the job ends instead. Returns the changed job, or None if its lease is
@@ -191,7 +193,7 @@ class RunnerJobs:
             cancelled = sa.select(_jobs.cancel_requested).where(is_held(job)).with_for_update()
             if connection.execute(cancelled).scalar():
                 message, values = "cancelled", self._transitions.ended("cancelled", CANCELLED)
-            values["not_before"] = self._database.now + delay_s
+            values["not_before"] = self._database.now + min(delay_s, LONGEST_DELAY_S)
             return self._transitions.change(connection, is_held(job), message=message, **values)
 
     def reclaim(self, *, max_attempts: int) -> list[Job]:

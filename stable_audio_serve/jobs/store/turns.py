@@ -23,7 +23,7 @@ _IS_WAITING = sa.and_(
 )
 _ORDER = (_turns.served, _turns.seq)
 LEFT_TO_OTHERS_S = 3600.0
-# Longer than every delay of a requeued job. A job that seems due later was added before the clock was set back.
+# The longest delay of a requeued job. A job that seems due later was added before the clock was set back, and is due.
 LONGEST_DELAY_S = 900.0
 
 

@@ -96,6 +96,13 @@ class TestOrder:
         wall.now += 60.5
         assert lease(store).spec.id == job.spec.id
 
+    def test_long_delay_is_shortened_but_not_skipped(self, store: JobStore, wall: Wall) -> None:
+        job = add(store)
+        store.runners.requeue(lease(store), delay_s=5000, attempts=1, message="x")
+        assert store.runners.lease("me", lease_s=15) is None
+        wall.now += 1000
+        assert lease(store).spec.id == job.spec.id
+
     def test_turns_are_separate_for_every_model(self, store: JobStore) -> None:
         for _ in range(3):
             add(store, client="a", model="m")
