@@ -37,8 +37,8 @@ T = TypeVar("T")
 # The response to a generation arrives only when the audio is complete, so the client waits long. On the server, the
 # request's deadline limits the time.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-# Options of an `httpx.Client`: no proxy for addresses of this machine, even if environment variables name a proxy. It
-# would look for the server on its own machine.
+# Options of an `httpx.Client`: no proxy for addresses of this machine, even if environment variables name a proxy. The
+# proxy would look for the server on its own machine.
 DIRECT: dict[str, Any] = {"mounts": dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))}
 # The server sends a comment on the event stream every ten seconds, so 30 s without data mean a lost connection.
 _STREAM_TIMEOUT = httpx.Timeout(30.0, connect=10.0)

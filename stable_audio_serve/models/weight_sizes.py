@@ -30,7 +30,7 @@ _OFFICIAL: Mapping[str, tuple[int, int]] = {
 
 
 def official_weight_bytes(name: str, *, dtype: torch.dtype) -> int | None:
-    """Returns what `weight_bytes` returns for an official model; None for the demo model, which has no weights."""
+    """Returns what `weight_bytes` returns for an official model; None for other names."""
     if name not in _OFFICIAL:
         return None
     num_weights, other_bytes = _OFFICIAL[name]
