@@ -18,9 +18,17 @@ MAX_TOKENS = 16
 # How many characters of a prompt are read. The rewrites take up to 0.25 ms per character.
 MAX_CHARS = 2000
 
+_RHYTHMIC = (
+    "kicks?|drums?|(?:break ?)?beats?|loops?|grooves?|house|techno|disco|edm|dubstep|trap|drum (?:and|n|&) bass|floor"
+    "|metronomes?|click ?tracks?|clicks?|hats?|arps?|arpeggios?"
+)
+_LIKELY_TEMPO = r"(?<![\d.])((?:[4-9]\d|1\d\d|2[0-4]\d)(?:\.\d+)?)(?!\d|\.\d)"
+_NO_UNIT = r"(?!\s*-?\s*(?:k?hz|hertz|m?s\b|m?sec|milli|min|bars?|beats\b|steps?|times|notes?|%|db|/))"
 TEMPO_PATTERN = (
     r"(?<![\d.])(\d{2,3}(?:\.\d+)?)(?=\s*-?\s*(?:bpm\b|b\.p\.m|beats?\s+(?:per|a|/)\s*min|beats?/min))"
     r"|(?:\btempo\b|\bbpm\b)\s*(?:of|is|at|=|:|to)?\s*(\d{2,3}(?:\.\d+)?)\b"
+    rf"|\b(?:{_RHYTHMIC})\s*(?:at\b|[,@:(-])?\s*{_LIKELY_TEMPO}{_NO_UNIT}"
+    rf"|{_LIKELY_TEMPO}(?=\s+(?:rock\s+|hip\s*hop\s+)?(?:{_RHYTHMIC})\b)"
 )
 
 _VOICES = ("sine", "square", "saw", "triangle", "organ", "pad", "pluck", "flute", "piano", "bell", "bass")
@@ -36,7 +44,7 @@ _SPACED = r"(?<![^\s]){}(?![^\s])"  # matches {} only as whole words between spa
 _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"(?:4|four) (?:on|to) (?:the )?floor", "kick loop"),
     (r"middle c", "c4"),
-    (r"concert (?:a|pitch)", "a4"),
+    (r"concert (?:a|pitch)|a ?4(?:40|32)(?! hz)", "a4"),
     (r"left(?: (?:channel|speaker|side|ear))? (?:to|into|towards?) (?:the )?right", "lefttoright"),
     (r"right(?: (?:channel|speaker|side|ear))? (?:to|into|towards?) (?:the )?left", "righttoleft"),
     (r"low(?: (?:pitch|frequency|note))? to high", "up"),
@@ -50,54 +58,57 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"beats? (?:per|a) min(?:ute)?", "bpm"),
     (r"(?:on )?(?:each|every) beat", "loop"),
     (r"bass ?drums?|kick ?drums?|kicks?|kicking", "kick"),
-    (r"snares?|snare drums?|rim ?shots?", "snare"),
-    (r"(?:closed |open )?hi ?hats?|hats?", "hat"),
+    (r"snares?|snare drums?|rim ?shots?|gun ?shots?", "snare"),
+    (r"(?:closed |open )?hi ?hats?|hats?|shakers?|maracas|tambourines?", "hat"),
     (r"(?:hand )?claps?|hand ?claps?|clapping", "clap"),
-    (r"tom ?toms?|toms?", "tom"),
+    (r"tom ?toms?|toms?|bongos?|congas?|timpani", "tom"),
     (r"cow ?bells?", "cowbell"),
     (r"(?:crash |ride )?cymbals?|crash", "cymbal"),
     (r"click ?tracks?|metronomes?", "metronome"),
-    (r"clicks?|clicking|ticks?|ticking", "click"),
+    (r"clicks?|clicking|ticks?|ticking|claves?|wood ?blocks?", "click"),
     (r"lasers?|laser (?:zap|shot|gun)s?|zaps?|pew", "laser"),
     (
         r"(?:four )?(?:house|techno|disco|edm|dance)(?: music)?(?: (?:drums?|beats?|grooves?|loops?|patterns?))*",
         "house",
     ),
-    (r"(?:rock|pop|funk|hip ?hop|trap)(?: drums?)?(?: (?:beats?|grooves?|loops?|patterns?|drums?))*", "drums"),
+    (
+        r"(?:rock|pop|funk|hip ?hop|trap|jazz|dubstep|boom ?bap)(?: (?:beats?|grooves?|loops?|patterns?|drums?))*",
+        "drums",
+    ),
     (
         r"drums?(?: (?:beats?|grooves?|loops?|patterns?|machines?|kits?|breaks?|tracks?))*|break ?beats?|grooves?",
         "drums",
     ),
     (r"loops?|looping|looped|patterns?|beats?|rhythms?|pulses?|pulsing", "loop"),
-    (r"(?:white|static) noise|hiss(?:ing)?|static", "white noise"),
+    (r"(?:white|static) noise|hiss(?:ing)?|static|applause", "white noise"),
     (r"pink noise", "pink noise"),
     (r"(?:brown|red|brownian) noise", "brown noise"),
     (r"noises?|noisy", "noise"),
     (r"winds?|windy|breezes?|gusts?", "wind"),
-    (r"rain(?:s|ing|fall|drops)?|rainy", "rain"),
-    (r"oceans?|seas?|waves? (?:crashing|breaking|on (?:the|a) (?:shore|beach))|surf", "ocean"),
-    (r"silen(?:ce|t|tly)|nothing|mute(?:d)?", "silence"),
+    (r"rain(?:s|ing|fall|drops)?|rainy|drizzle|shower", "rain"),
+    (r"oceans?|seas?|waves? (?:crashing|breaking|on (?:the|a) (?:shore|beach))|surf|waterfalls?|rivers?", "ocean"),
+    (r"silen(?:ce|t|tly)|nothing|mute(?:d)?|no (?:sound|audio|noise)", "silence"),
     (r"risers?|up ?sweeps?", "sweep up"),
     (r"sweeps?|sweeping|gliss(?:ando)?|glides?|gliding|chirps?|slides?|sliding|portamento", "sweep"),
     (r"ris(?:es?|ing)|ascend(?:s|ing)?|upwards?|going up|goes up|increas(?:es|ing)|climb(?:s|ing)|up", "up"),
     (r"fall(?:s|ing)?|descend(?:s|ing)?|downwards?|going down|goes down|decreas(?:es|ing)|drop(?:s|ping)|down", "down"),
     (r"sirens?|police siren|ambulance", "siren"),
     (r"alarms?|alarm clock|buzzer", "alarm"),
-    (r"sines?|sin|sinus|sinusoid(?:s|al)?|pure tones?|beeps?", "sine"),
+    (r"sines?|sin|sinus|sinusoid(?:s|al)?|pure tones?|beeps?|hum(?:s|ming)?|theremin", "sine"),
     (r"squares?|pulse wave|chip ?tune|8 ?bit", "square"),
-    (r"saws?|saw ?(?:tooth|teeth)s?", "saw"),
+    (r"saws?|saw ?(?:tooth|teeth)s?|buzz(?:ing)?|brass|trumpets?|horns?|synth lead", "saw"),
     (r"triangles?|triangular|tri", "triangle"),
     (r"organs?", "organ"),
-    (r"pads?|strings?|ambient pad", "pad"),
-    (r"plucks?|plucked(?: strings?)?|guitars?|harps?", "pluck"),
-    (r"flutes?|whistles?", "flute"),
+    (r"pads?|strings?|ambient pad|drones?|violins?|cellos?|choirs?", "pad"),
+    (r"plucks?|plucked(?: strings?)?|guitars?|harps?|marimbas?|xylophones?|kalimba|banjo|ukulele", "pluck"),
+    (r"flutes?|whistles?|recorder|ocarina|clarinets?", "flute"),
     (r"pianos?|electric pianos?|keys|rhodes", "piano"),
-    (r"bells?|chimes?|glockenspiel", "bell"),
+    (r"bells?|chimes?|glockenspiel|vibraphones?|celesta|music ?box", "bell"),
     (r"(?:sub ?|synth )?bass(?:es|line)?", "bass"),
     (r"chords?|triads?", "chord"),
     (r"arpeggi(?:os?|ated|ating|o)|arps?|broken chords?", "arpeggio"),
-    (r"maj|majors?", "major"),
-    (r"m|min|minors?", "minor"),
+    (r"maj[79]?|majors?|sus[24]|aug(?:mented)?|add9", "major"),
+    (r"m7?|min7?|minors?|dim(?:inished)?", "minor"),
     (r"quiet(?:ly|er)?|faint(?:ly)?|low volume|soft volume", "quiet"),
     (r"loud(?:ly|er)?|high volume", "loud"),
     (r"lefts?|leftmost", "left"),
@@ -158,6 +169,7 @@ def rewrites() -> list[tuple[str, str]]:
     steps = [
         ("♯", "#"),
         ("♭", "b"),
+        ("@", " at "),
         (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # 1,000
         (r"(?<!\d)\d{1,2}/\d{1,2}(?!\d)", " "),  # 4/4
         (r"(?:kilo ?hertz|k ?hz|kcps)", " khz "),
@@ -174,9 +186,12 @@ def rewrites() -> list[tuple[str, str]]:
         (r"\d+ (?:bars?|measures?|beats?|times|steps?|voices?|notes?)(?![a-z])", " "),
         (r"(?<![a-z])(?:about|around|roughly|approximately|approx|circa|exactly)(?![a-z])", " "),
         (r" (?:in |of )?(?:the )?octave (?=\d)", " "),
+        (r" (?:in |of )?(?:the )?(?=\d(?:st|nd|rd|th) octave)", " "),
+        (r"(?<=\d)(?:st|nd|rd|th) octave", ""),
         (r"(?<![a-z])(?:until|till|towards?|up to|down to)(?![a-z])(?= \d| [a-g])", "to"),
         (r"\s+", " "),
         (rf"(?<=\d|z) and (?={number} k?hz)", " to "),
+        (r" to an? (?=\d)", " to "),
     ]
     steps += [(_SPACED.format(f"(?:{pattern})"), word) for pattern, word in _SYNONYMS[:3]]
     steps += [step for index in range(FIRST_PITCH, LAST_PITCH + 1) for step in _pitch_rewrites(index)]
@@ -208,6 +223,7 @@ def _pitch_pattern(index: int) -> str:
         rf"(?<![\d.])(?:{whole})(?:\.\d+)? ?hz(?![a-z])",
         rf"(?<![\d.])(?:{'|'.join(map(re.escape, kilo)) or '(?!)'}) ?khz(?![a-z])",
         rf"{after_word}(?<![\d.])(?:{whole})(?![\d.a-z])(?! (?:bpm|k?hz))",
+        rf"(?<![\d.])(?:{whole})(?:\.\d+)?(?= (?:sine|square|saw|triangle))",
         rf"(?<![\d.])(?:{whole})(?:\.\d+)?{before_range}",
     ]
     if index % 2 == 0:
@@ -229,6 +245,8 @@ def _decimals(hundredths: int) -> list[str]:
 
 
 _BEFORE_NOTE = "(?<=note |key of |key |chord on |chord in |chord of |triad on |triad of |root )"
+# The verb "am", AM radio and FM synthesis are not chords.
+_NO_CHORD = "[af]m (?!at |on |chord|triad|arp|pad|piano|organ|pluck|guitar|bpm)"
 _LETTERS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
 _SIGNS = {"": 0, r"(?:#| sharp|sharp)": 1, r"(?:b| flat|flat)": -1}
 
@@ -247,14 +265,18 @@ def _note_forms(index: int) -> list[str]:
                 with_octave.append(rf"{letter}{sign} ?{octave}")
                 if octave == 4:
                     without.append(f"{letter}{sign}")
-    not_a_count = r"(?![\w#.])(?! (?:bars?|beats?|x|parts?|measures?|times|voices?|th|st|nd|rd)(?![a-z]))"
+    not_a_count = r"(?![\w#.])(?! (?:bars?|beats?|x|parts?|measures?|times|voices?|th|st|nd|rd|k?hz)(?![a-z]))"
     forms = [rf"(?<![\w#])(?:{'|'.join(with_octave)}){not_a_count}"] if with_octave else []
     if without:
         name = "|".join(without)
         forms += [
-            rf"(?<![\w#])(?:{name})(?= ?(?:major|minor|maj|min)(?![a-z]))",
-            rf"(?<![\w#])(?:{name})(?= ?m (?:chord|triad|arpeggio))",
-            rf"(?<![\w#])(?!a )(?:{name})(?= (?:chord|triad|arpeggio))",
+            rf"(?<![\w#])(?:{name})(?= ?(?:major|minor|maj|min|dim|sus|aug|add9)(?![a-z]))",
+            rf"(?<![\w#])(?:{name})(?= ?m7? (?:chord|triad|arpeggio))",
+            rf"(?<![\w#])(?!a )(?:{name})(?= (?:7 )?(?:chord|triad|arpeggio))",
+            rf"(?<![\w#])(?:{name})(?=7 (?:chord|triad|arpeggio))",
+            rf"(?<![\w#])(?<!i |\d )(?!{_NO_CHORD})(?:{name})(?=m7?(?![\w#]))",
             rf"{_BEFORE_NOTE}(?:{name})(?![\w#])(?! (?:sharp|flat|\d))",
+            rf"(?<= in )(?!a )(?:{name})(?![\w#])(?! (?:sharp|flat|\d))",
+            rf"(?<=^a | a |^an | an )(?:{name})(?= on |$)",
         ]
     return forms

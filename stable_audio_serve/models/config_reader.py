@@ -89,10 +89,10 @@ class ConfigReader:
             raise self.unusable(key, "true or false")
         return value
 
-    def text(self, key: str, *, default: str | None = None) -> str:
+    def text(self, key: str, *, default: str | None = None, most_chars: int = _MOST_CHARS) -> str:
         value = self._get(key, default)
-        if not isinstance(value, str) or len(value) > _MOST_CHARS:
-            raise self.unusable(key, f"a string of at most {_MOST_CHARS} characters")
+        if not isinstance(value, str) or len(value) > most_chars:
+            raise self.unusable(key, f"a string of at most {most_chars} characters")
         return value
 
     def choice(self, key: str, allowed: Sequence[str], *, default: str | None = None) -> str:

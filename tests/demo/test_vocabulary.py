@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from examples.demo_model.captions import caption
 from examples.demo_model.scenes import draw_scene
-from examples.demo_model.vocabulary import MAX_CHARS, build_tokenizer
+from examples.demo_model.vocabulary import MAX_CHARS, TEMPO_PATTERN, build_tokenizer
 from stable_audio_serve.models.oscillator.bank import nearest_oscillator
+from stable_audio_serve.models.registry import BUILT_IN
 from tests.parameters import slow
+
+CHECKPOINT = Path(BUILT_IN["demo"].folder or "")
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +62,37 @@ def tokenizer() -> Tokenizer:
         ("95 bpm", "drums bpm"),
         ("square wave, F sharp in octave 3", "square pitch52"),
         ("kick, kick and kick at 100 bpm", "kick bpm"),
+        ("a 1 kHz tone", "pitch110"),  # not the note A1
+        ("a 2kHz to a 4kHz sweep", "pitch134 target158 sweep"),
+        ("play an A440", "pitch82"),
+        ("sine@440", "sine pitch82"),
+        ("220 square", "pitch58 square"),
+        ("Am", "chord pitch82 minor"),
+        ("Bbm7 organ chord", "pitch84 minor organ chord"),
+        ("piano in F#m", "chord piano pitch76 minor"),
+        ("Cmaj7 pad", "chord pitch64 major pad"),
+        ("E7 chord", "major pitch72 chord"),
+        ("7 am alarm", "alarm"),
+        ("I am the wind", "wind"),
+        ("AM radio static", "white noise"),
+        ("FM bell", "bell"),
+        ("a C on a bell", "pitch64 bell"),
+        ("pad in G", "pad pitch78"),
+        ("rain in a forest", "rain"),
+        ("C in the 3rd octave", "pitch40"),
+        ("violin A4", "pad pitch82"),
     ],
 )
 def test_spellings_become_known_words(tokenizer: Tokenizer, prompt: str, words: str) -> None:
     assert " ".join(tokenizer.encode(prompt).tokens) == words
+
+
+def test_the_packaged_checkpoint_reads_prompts_like_this_source(tokenizer: Tokenizer) -> None:
+    packaged = json.loads((CHECKPOINT / "t5gemma" / "tokenizer.json").read_text())
+    assert json.loads(tokenizer.to_str()) == packaged
+    conditioners = json.loads((CHECKPOINT / "model_config.json").read_text())["model"]["conditioning"]["configs"]
+    tempos = [each["config"]["tempo"]["pattern"] for each in conditioners if each["type"] == "timeline"]
+    assert tempos == [TEMPO_PATTERN]
 
 
 @pytest.mark.parametrize("form", ["{}Hz sine", slow("a sine of {} Hertz"), slow("SINE {} HZ!"), slow("sine at {}")])

@@ -23,6 +23,7 @@ _START_S = (0.1, 0.3, 1.0, 3.0)
 _END_S = (0.1, 0.3, 1.0)
 _BEAT_RATES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # cycles per beat; 0.25 is a bar of four
 
+_MOST_PATTERN_CHARS = 2000
 _LONG_S = 12.0  # all clips of at least this duration have the same duration feature
 
 NUM_TIMELINE_FEATURES = 1 + len(_PROGRESS_HARMONICS) + len(_START_S) + len(_END_S) + 1 + 1 + 2 * len(_BEAT_RATES) + 1
@@ -98,7 +99,7 @@ def build_timeline(config: ConfigReader) -> Timeline:
     """
     tempo = config.section("tempo")
     try:
-        pattern = re.compile(tempo.text("pattern"))
+        pattern = re.compile(tempo.text("pattern", most_chars=_MOST_PATTERN_CHARS))
     except re.error as error:
         raise tempo.unusable("pattern", f"a regular expression ({error})") from error
     minimum, maximum = tempo.number("min_val", at_least=1), tempo.number("max_val", at_least=1)

@@ -29,6 +29,15 @@ FRAME_S = 4096 / 44100
         ("", 120),
         ("808 kick in 4/4", 120),
         ("999 bpm", 300),
+        ("techno kick 140", 140),
+        ("drums at 99.5, loud", 99.5),
+        ("128 house beat", 128),
+        ("hi-hats @ 160", 160),
+        ("kick drum 60 Hz", 120),
+        ("drum loop, 60 seconds", 120),
+        ("loop of 64 bars, 90s", 120),
+        ("drums -60 dB", 120),
+        ("drum machine 808, 2024", 120),
     ],
 )
 def test_tempo_is_read_from_the_usual_spellings(prompt: str, tempo: float) -> None:
