@@ -244,7 +244,9 @@ def _decimals(hundredths: int) -> list[str]:
     return sorted(forms | {form[1:] for form in forms if form.startswith("0.")})
 
 
-_BEFORE_NOTE = "(?<=note |key of |key |chord on |chord in |chord of |triad on |triad of |root )"
+_BEFORE_NOTE = "(?<=note |key of |key |root )"
+# Here, "a" before most words is the article: "a chord on a pad".
+_BEFORE_LETTER = "(?<=chord on |chord of |triad on |triad of | in )(?!a (?!at |on |for |with |and |bpm)[a-z ])"
 # The verb "am", AM radio and FM synthesis are not chords.
 _NO_CHORD = "[af]m (?!at |on |chord|triad|arp|pad|piano|organ|pluck|guitar|bpm)"
 _LETTERS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
@@ -276,7 +278,7 @@ def _note_forms(index: int) -> list[str]:
             rf"(?<![\w#])(?:{name})(?=7 (?:chord|triad|arpeggio))",
             rf"(?<![\w#])(?<!i |\d )(?!{_NO_CHORD})(?:{name})(?=m7?(?![\w#]))",
             rf"{_BEFORE_NOTE}(?:{name})(?![\w#])(?! (?:sharp|flat|\d))",
-            rf"(?<= in )(?!a )(?:{name})(?![\w#])(?! (?:sharp|flat|\d))",
-            rf"(?<=^a | a |^an | an )(?:{name})(?= on |$)",
+            rf"{_BEFORE_LETTER}(?:{name})(?![\w#])(?! (?:sharp|flat|\d))",
+            rf"(?:^ ?|(?<=^a | a |^an | an ))(?:{name})(?= on |$)",
         ]
     return forms
