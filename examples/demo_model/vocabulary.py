@@ -20,7 +20,7 @@ MAX_CHARS = 2000
 
 _RHYTHMIC = (
     "kicks?|drums?|(?:break ?)?beats?|loops?|grooves?|house|techno|disco|edm|dubstep|trap|drum (?:and|n|&) bass|floor"
-    "|metronomes?|click ?tracks?|clicks?|hats?|arps?|arpeggios?"
+    "|metronomes?|click ?tracks?|clicks?|hats?|claps?|snares?|cowbells?|patterns?|arps?|arpeggios?"
 )
 _LIKELY_TEMPO = r"(?<![\d.])((?:[4-9]\d|1\d\d|2[0-4]\d)(?:\.\d+)?)(?!\d|\.\d)"
 _NO_UNIT = r"(?!\s*-?\s*(?:k?hz|hertz|m?s\b|m?sec|milli|min|bars?|beats\b|steps?|times|notes?|%|db|/))"
@@ -170,6 +170,8 @@ def rewrites() -> list[tuple[str, str]]:
         ("♯", "#"),
         ("♭", "b"),
         ("@", " at "),
+        (r"(?<=\d)-(?=k?hz|(?:kilo)?hertz)", " "),
+        (r"(?<=\d|z|n)\s?\.\.+\s?(?=\d)", " to "),
         (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # 1,000
         (r"(?<!\d)\d{1,2}/\d{1,2}(?!\d)", " "),  # 4/4
         (r"(?:kilo ?hertz|k ?hz|kcps)", " khz "),
@@ -188,10 +190,12 @@ def rewrites() -> list[tuple[str, str]]:
         (r" (?:in |of )?(?:the )?octave (?=\d)", " "),
         (r" (?:in |of )?(?:the )?(?=\d(?:st|nd|rd|th) octave)", " "),
         (r"(?<=\d)(?:st|nd|rd|th) octave", ""),
-        (r"(?<![a-z])(?:until|till|towards?|up to|down to)(?![a-z])(?= \d| [a-g])", "to"),
+        (r"(?<![a-z])(?:until|till|towards?|up to|down to|(?:ends?|ending) (?:at|on))(?![a-z])(?= \d| [a-g])", "to"),
         (r"\s+", " "),
         (rf"(?<=\d|z) and (?={number} k?hz)", " to "),
         (r" to an? (?=\d)", " to "),
+        (r"(?<=\d|z) and to (?=\d)", " to "),
+        (r"(?<![a-z])(?:tuned|set) to ", ""),
     ]
     steps += [(_SPACED.format(f"(?:{pattern})"), word) for pattern, word in _SYNONYMS[:3]]
     steps += [step for index in range(FIRST_PITCH, LAST_PITCH + 1) for step in _pitch_rewrites(index)]
@@ -246,7 +250,9 @@ def _decimals(hundredths: int) -> list[str]:
 
 _BEFORE_NOTE = "(?<=note |key of |key |root )"
 # Here, "a" before most words is the article: "a chord on a pad".
-_BEFORE_LETTER = "(?<=chord on |chord of |triad on |triad of | in )(?!a (?!at |on |for |with |and |bpm)[a-z ])"
+_BEFORE_LETTER = (
+    "(?<=chord |triad |chord on |chord of |triad on |triad of | in )(?!a (?!at |on |for |with |and |bpm)[a-z ])"
+)
 # The verb "am", AM radio and FM synthesis are not chords.
 _NO_CHORD = "[af]m (?!at |on |chord|triad|arp|pad|piano|organ|pluck|guitar|bpm)"
 _LETTERS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
