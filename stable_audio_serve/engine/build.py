@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Protocol, get_args
+from typing import get_args
 
 import torch
 
@@ -49,30 +49,14 @@ from stable_audio_serve.sampling.noise import NoiseSource
 _NOISE_THREADS = 4  # one thread would take 13 to 27 ms to draw the noise of a step with 16,000 latent frames
 
 
-class DeviceKind(Protocol):
-    """The attributes of `engine.hardware.device.Device` that decide the mode and the batch policy."""
-
-    @property
-    def default_mode(self) -> Mode: ...
-
-    @property
-    def frame_grid(self) -> int: ...
-
-    @property
-    def prefers_packed(self) -> bool: ...
-
-    @property
-    def shares_calls(self) -> bool: ...
-
-
-def resolve_mode(options: EngineOptions, device: DeviceKind) -> Mode:
+def resolve_mode(options: EngineOptions, device: Device) -> Mode:
     """Return the mode that `options` set, else the device's default mode."""
     return options.mode or device.default_mode
 
 
 def resolve_policy(
     options: EngineOptions,
-    device: DeviceKind,
+    device: Device,
     *,
     cost: CostModel,
     pads_rows: bool = True,

@@ -11,7 +11,7 @@ import torch
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import NullMetrics
-from stable_audio_serve.engine.hardware.device import WaitingDevice
+from stable_audio_serve.engine.hardware.device import Device
 from tests.engine.late_device import LateDevice
 
 MOST_ROUNDS = 60  # a test repeats its requests at most so many times until the engine has captured their calls
@@ -31,7 +31,7 @@ class _Capturing:
         return replay
 
 
-class RecordingDevice(_Capturing, WaitingDevice):
+class RecordingDevice(_Capturing, Device):
     """A CPU device that simulates CUDA graphs."""
 
     def __init__(self, clock: Clock = SystemClock()) -> None:

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import Mode
-from stable_audio_serve.engine.hardware.device import Moment, WaitingDevice
+from stable_audio_serve.engine.hardware.device import Device, Moment
 from tests.engine.torch_operations import is_composite
 
 
-class LateDevice(WaitingDevice):
+class LateDevice(Device):
     """A device whose second stream does its work after `patience` polls, or earlier if something waits for the work.
 
     If `patience` is None, the work is done only when something waits for it.

@@ -12,13 +12,13 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.calls.conditioning import ConditioningArena
 from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames
-from stable_audio_serve.engine.hardware.device import WaitingDevice
+from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.update import StepNumbers
 from tests.factories import make_audio, make_request
 
 NETWORK_ROWS, PADDED = 16, 128
-DEVICE = WaitingDevice(torch.device("cpu"), clock=SystemClock())
+DEVICE = Device(torch.device("cpu"), clock=SystemClock())
 REQUESTS = {
     "plain": (make_request(duration_s=0.9, seed=1), make_request(duration_s=0.3, seed=2, sampler="euler")),
     "guided": (

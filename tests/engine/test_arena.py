@@ -22,7 +22,7 @@ from stable_audio_serve.engine.hardware.arena import (
     read,
     write,
 )
-from stable_audio_serve.engine.hardware.device import WaitingDevice
+from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.models.protocol import BranchConditioning, RowConditioning
 
 CHANNELS = 3
@@ -94,7 +94,7 @@ def test_nothing_stays_reserved_if_not_all_parts_fit() -> None:
 
 
 def test_conditioning_that_cannot_be_stored_reserves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    arena = ConditioningArena(WaitingDevice(torch.device("cpu"), clock=SystemClock()))
+    arena = ConditioningArena(Device(torch.device("cpu"), clock=SystemClock()))
     branch = BranchConditioning({"global": torch.ones(3)}, {"mask": torch.ones(2, 65)})
     arena.hold(RowConditioning(branch, branch)).free()
     before = [list(each._free) for each in (*arena.slots.values(), *arena.frames.values())]

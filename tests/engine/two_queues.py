@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-from stable_audio_serve.engine.hardware.device import Moment, WaitingDevice
+from stable_audio_serve.engine.hardware.device import Device, Moment
 from tests.factories import FakeClock
 from tests.patience import PATIENCE_S
 
 
-class TwoQueues(WaitingDevice):
+class TwoQueues(Device):
     """Two simulated CUDA streams (queues). A model calls `take` with the time of each of its calls.
 
     Work on the second stream begins after all earlier work on the first. While the second works, the first waits.

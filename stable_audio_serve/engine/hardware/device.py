@@ -53,46 +53,51 @@ class Moment(Protocol):
         ...
 
 
-class Device(Protocol):
-    """What the engine thread uses of a device. There is one implementation for CUDA and one for CPUs."""
+class Device:
+    """A device as the engine thread uses it. The work of this one is finished when a call returns: it is a CPU, or is
+    treated like one.
+    """
 
-    torch_device: torch.device
-    default_mode: Mode
-    frame_grid: int  # clips are best padded to a multiple of this many latent frames
-    is_proved: bool  # whether the device needs no check of speed features at start, because it has none
-    can_capture: bool
-    survives_failed_capture: bool  # if False, the process must be replaced after a capture has failed
-    has_second_queue: bool  # if False, work queued within `on_second_queue` goes to the only queue
-    prefers_packed: bool  # without CUDA graphs, concatenating clips of different lengths is faster than padding them
-    shares_calls: bool  # in strict mode, several clips share a call, whose batch size is fixed
+    is_proved = True  # whether the device needs no check of speed features at start, because it has none
+    can_capture = False
+    survives_failed_capture = True  # if False, the process must be replaced after a capture has failed
+    has_second_queue = False  # if False, work queued within `on_second_queue` goes to the only queue
+
+    def __init__(self, device: torch.device, *, clock: Clock) -> None:
+        is_cpu = device.type == "cpu"
+        self.torch_device = device
+        self.default_mode: Mode = "strict" if is_cpu else "fast"  # on a CPU, large batches save little time
+        self.frame_grid = 1 if is_cpu else 64  # clips are best padded to a multiple of this many latent frames
+        # Without CUDA graphs, concatenating clips of different lengths is faster than padding them.
+        self.prefers_packed = is_cpu
+        self.shares_calls = not is_cpu  # in strict mode, several clips share a call, whose batch size is fixed
+        self._clock = clock
 
     def upload(self, host: Tensor) -> Tensor:
         """Return a copy of a host tensor on the device. Does not wait for the copy to finish."""
-        ...
+        return to_device(host, self.torch_device)
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return uninitialised host memory that asynchronous copies can read (pinned on CUDA)."""
-        ...
+        return torch.empty(shape, dtype=dtype)
 
     def download(self, source: Tensor, target: Tensor) -> None:
         """Start copying a device tensor to the contiguous host tensor `target`, which a later `collect` fills."""
-        ...
+        target.copy_(source)
 
     def collect(self) -> None:
         """Fill the `target` of every `download` that has finished."""
-        ...
 
     def mark(self) -> Moment:
         """Return the point after all work that is queued so far. Within `on_second_queue`, this point also comes after
         all work that was in the first queue when the context was entered.
         """
-        ...
+        return _Reached(self._clock.monotonic())
 
     def occupy(self, time_s: float) -> None:
         """Keep the queue busy for about this time. Work that the host queues meanwhile then runs without waiting for
         the host.
         """
-        ...
 
     def on_second_queue(self, *reads: Tensor) -> AbstractContextManager[None]:
         """Return a context manager within which device work goes to the second queue, if there is one.
@@ -103,13 +108,12 @@ class Device(Protocol):
         `reads` are tensors from the first queue that the second queue reads. Their memory is not reused until the
         second queue has finished this work.
         """
-        ...
+        return nullcontext()
 
     def follow(self, moment: Moment) -> None:
         """Make all work that is queued later wait for `moment`, a point in the second queue. Does not block the
         host.
         """
-        ...
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Capture the device work of `run` as a CUDA graph. Returns a function that replays the graph.
@@ -118,7 +122,7 @@ class Device(Protocol):
         `on_second_queue` must also be replayed within `on_second_queue`, because all graphs of a queue share memory.
         Raises RuntimeError if the work cannot be captured; the device stays usable.
         """
-        ...
+        raise RuntimeError("this device captures nothing")
 
     def require_usable(self, error: Exception) -> None:
         """Raise DeviceLostError if `error` has made the device unusable.
@@ -126,74 +130,23 @@ class Device(Protocol):
         If the error comes from the device, wait for all queued work: only a lost device then raises again. After a
         launch that failed, the device is still usable.
         """
-        ...
+        if not isinstance(error, torch.AcceleratorError):
+            return
+        try:
+            torch.accelerator.synchronize(self.torch_device)
+        except torch.AcceleratorError as again:  # the error of a lost device comes back with every call
+            raise DeviceLostError(f"the device {self.torch_device} is lost: {error}") from again
 
     def restricted(self, features: Features) -> Device:
-        """Return another `Device` for the same hardware, which uses only these features."""
-        ...
-
-    def use(self) -> DeviceUse:
-        """Return the kind of device and, if known, how many bytes of its memory are in use."""
-        ...
-
-    def memory(self) -> DeviceMemory | None:
-        """Return how much of the device's memory is free and in use; None if the device shares the host's memory."""
-        ...
-
-
-class WaitingDevice:
-    """A device whose work is finished when the call returns: a CPU, or a device treated like one."""
-
-    def __init__(self, device: torch.device, *, clock: Clock) -> None:
-        is_cpu = device.type == "cpu"
-        self.torch_device = device
-        self.default_mode: Mode = "strict" if is_cpu else "fast"  # on a CPU, large batches save little time
-        self.frame_grid = 1 if is_cpu else 64
-        self.shares_calls = not is_cpu
-        self.is_proved = True
-        self.can_capture = False
-        self.survives_failed_capture = True
-        self.has_second_queue = False
-        self.prefers_packed = is_cpu
-        self._clock = clock
-
-    def upload(self, host: Tensor) -> Tensor:
-        return to_device(host, self.torch_device)
-
-    def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    def download(self, source: Tensor, target: Tensor) -> None:
-        target.copy_(source)
-
-    def collect(self) -> None:
-        """Nothing to do: downloads are synchronous."""
-
-    def mark(self) -> Moment:
-        return _Reached(self._clock.monotonic())
-
-    def occupy(self, time_s: float) -> None:
-        """Nothing to do: nothing is queued."""
-
-    def on_second_queue(self, *reads: Tensor) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def follow(self, moment: Moment) -> None:
-        """Nothing to do: work is done as soon as it is queued."""
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        raise RuntimeError("this device captures nothing")
-
-    def require_usable(self, error: Exception) -> None:
-        _require_usable(self.torch_device, error)
-
-    def restricted(self, features: Features) -> Device:
+        """Return a `Device` for the same hardware that uses only these features."""
         return self
 
     def use(self) -> DeviceUse:
+        """Return the kind of device and, if known, how many bytes of its memory are in use."""
         return DeviceUse(self.torch_device.type)
 
     def memory(self) -> DeviceMemory | None:
+        """Return how much of the device's memory is free and in use; None if the device shares the host's memory."""
         return None
 
 
@@ -282,7 +235,7 @@ class DownloadRing:
             self.collect()
 
 
-class CudaDevice:
+class CudaDevice(Device):
     """A CUDA GPU. Work is asynchronous. The second queue is a second stream. Calls can be captured as CUDA graphs."""
 
     default_mode: Mode = "fast"
@@ -314,9 +267,6 @@ class CudaDevice:
         # High priority, because work on this stream is short, and clips that are being decoded are almost finished.
         # Denoising steps, on the other stream, use the rest of the GPU.
         return torch.cuda.Stream(self.torch_device, priority=-1)
-
-    def upload(self, host: Tensor) -> Tensor:
-        return to_device(host, self.torch_device)
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
@@ -386,9 +336,6 @@ class CudaDevice:
             raise RuntimeError(f"this work cannot be captured: {error}") from error
         return graph
 
-    def require_usable(self, error: Exception) -> None:
-        _require_usable(self.torch_device, error)
-
     def restricted(self, features: Features) -> Device:
         return CudaDevice(self.torch_device, share=self._share, features=features)
 
@@ -422,15 +369,6 @@ class _Event:
         return float(earlier._event.elapsed_time(self._event))
 
 
-def _require_usable(device: torch.device, error: Exception) -> None:
-    if not isinstance(error, torch.AcceleratorError):
-        return
-    try:
-        torch.accelerator.synchronize(device)
-    except torch.AcceleratorError as again:  # the error of a lost device comes back with every call
-        raise DeviceLostError(f"the device {device} is lost: {error}") from again
-
-
 def open_device(device: torch.device, *, clock: Clock, share: float = WHOLE) -> Device:
     """Return the `Device` for a torch device. `share`, 0..1, is the fraction of a GPU's memory for this process."""
-    return CudaDevice(device, share=share) if device.type == "cuda" else WaitingDevice(device, clock=clock)
+    return CudaDevice(device, share=share) if device.type == "cuda" else Device(device, clock=clock)
