@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
@@ -120,25 +120,83 @@ def build_parts(
 
     Raises ConfigError if the options ask for more memory than the device has.
     """
-    cost = CostModel()
-    builder = _Builder(
+    is_strict, cost, second = mode == "strict", CostModel(), device.has_second_queue
+    policy = policy or _own_policy(model.spec, options, features=features, device=device, cost=cost)
+    plan = _plan_memory(model, options, device=device)
+    max_prompts = 1 if is_strict else options.slots  # in one call of the text encoder
+    inbox, predictor, noise_pools = Inbox(), Predictor(cost, policy), _noise_pools(device)
+    memory = RowMemory(model.spec, plan, max_rows=options.max_rows, is_fixed=is_strict, has_second_queue=second)
+    scheduler = build_scheduler(options, policy, predictor=predictor, has_second_queue=second, max_bytes=plan.rows)
+    executor = Executor(
         model,
-        options,
+        policy,
         device=device,
-        is_strict=mode == "strict",
+        max_per_call=max_prompts,
+        is_strict=is_strict,
+        clock=clock,
+        metrics=metrics,
+        max_graph_bytes=plan.graphs,
+        captures_off_file=options.captures_off_file,
+        slot_table_bytes=options.lora_cache_bytes // 2,
+    )
+    stages = Stages(
+        model,
+        executor,
+        device=device,
         cost=cost,
-        policy=policy or _own_policy(model.spec, options, features=features, device=device, cost=cost),
-        plan=plan_memory(
-            device.memory(),
-            max_rows_bytes=options.max_memory_bytes,
-            prompt_cache_bytes=options.prompt_cache_bytes,
-            lora_cache_bytes=options.lora_cache_bytes if isinstance(model, AdaptableModel) else 0,
-            captures=device.can_capture,
-        ),
+        prompt_cache_bytes=options.prompt_cache_bytes,
+        noise_pools=noise_pools,
+        is_fixed=is_strict,
         clock=clock,
         metrics=metrics,
     )
-    return builder.build(admission, noise_factory)
+    loop = EngineLoop(
+        model.spec,
+        scheduler=scheduler,
+        stages=stages,
+        predictor=predictor,
+        memory=memory,
+        admission=admission,
+        inbox=inbox,
+        clock=clock,
+        metrics=metrics,
+    )
+
+    def prepare() -> None:
+        if plan.rows is not None or device.can_capture:
+            executor.fix_memory(memory.measure(model, noise_factory))
+        if options.warmup_budget_s > 0:
+            WarmUp(
+                model,
+                cost,
+                policy=policy,
+                max_tokens=_max_tokens(options, policy),
+                max_prompts=max_prompts,
+                noise_factory=noise_factory,
+                device=device,
+                budget_s=options.warmup_budget_s,
+            ).run()
+
+    # Here, not in the engine thread: the default of a new thread is the number that another thread has set last.
+    num_threads = options.torch_threads or torch.get_num_threads()
+    use_threads = steady_threads if is_strict and not device.shares_calls else plain_threads
+    thread = EngineThread(loop, inbox, sharing=use_threads(num_threads), prepare=prepare, clock=clock)
+    return EngineParts(thread, inbox, memory, stages, predictor, noise_pools)
+
+
+def _plan_memory(model: DiffusionModel, options: EngineOptions, *, device: Device) -> MemoryPlan:
+    return plan_memory(
+        device.memory(),
+        max_rows_bytes=options.max_memory_bytes,
+        prompt_cache_bytes=options.prompt_cache_bytes,
+        lora_cache_bytes=options.lora_cache_bytes if isinstance(model, AdaptableModel) else 0,
+        captures=device.can_capture,
+    )
+
+
+def _noise_pools(device: Device) -> dict[Priority, ThreadPoolExecutor]:
+    num_threads = _NOISE_THREADS if device.shares_calls else 1  # on a CPU, steps need the cores
+    return {priority: ThreadPoolExecutor(num_threads, thread_name_prefix="noise") for priority in get_args(Priority)}
 
 
 def _own_policy(
@@ -177,105 +235,3 @@ def build_scheduler(
 def _max_tokens(options: EngineOptions, policy: BatchPolicy) -> int:
     """Return the scheduler's limit of latent frames per step; 0 makes it pick one row at a time."""
     return 0 if isinstance(policy, OneRowPerCall) else options.max_step_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class _Builder:
-    model: DiffusionModel
-    options: EngineOptions
-    _: KW_ONLY
-    device: Device
-    is_strict: bool
-    cost: CostModel
-    policy: BatchPolicy
-    plan: MemoryPlan
-    clock: Clock
-    metrics: Metrics
-
-    def build(self, admission: Admission, noise_factory: Callable[[int], NoiseSource]) -> EngineParts:
-        num_threads = _NOISE_THREADS if self.device.shares_calls else 1  # on a CPU, steps need the cores
-        noise_pools = {
-            priority: ThreadPoolExecutor(num_threads, thread_name_prefix="noise") for priority in get_args(Priority)
-        }
-        inbox = Inbox()
-        predictor = Predictor(self.cost, self.policy)
-        memory = RowMemory(
-            self.model.spec,
-            self.plan,
-            max_rows=self.options.max_rows,
-            is_fixed=self.is_strict,
-            has_second_queue=self.device.has_second_queue,
-        )
-        stages = self._stages(noise_pools)
-        loop = EngineLoop(
-            self.model.spec,
-            scheduler=build_scheduler(
-                self.options,
-                self.policy,
-                predictor=predictor,
-                has_second_queue=self.device.has_second_queue,
-                max_bytes=self.plan.rows,
-            ),
-            stages=stages,
-            predictor=predictor,
-            memory=memory,
-            admission=admission,
-            inbox=inbox,
-            clock=self.clock,
-            metrics=self.metrics,
-        )
-        warm_up = self._warm_up(noise_factory)
-
-        def prepare() -> None:
-            if self.plan.rows is not None or self.device.can_capture:
-                stages.fix_memory(memory.measure(self.model, noise_factory))
-            if self.options.warmup_budget_s > 0:
-                warm_up.run()
-
-        use_threads = steady_threads if self.is_strict and not self.device.shares_calls else plain_threads
-        # Not in the engine thread: the default of a new thread is the number that another thread has set last.
-        sharing = use_threads(self.options.torch_threads or torch.get_num_threads())
-        thread = EngineThread(loop, inbox, sharing=sharing, prepare=prepare, clock=self.clock)
-        return EngineParts(thread, inbox, memory, stages, predictor, noise_pools)
-
-    def _stages(self, noise_pools: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
-        executor = Executor(
-            self.model,
-            self.policy,
-            device=self.device,
-            max_per_call=self._max_prompts,
-            is_strict=self.is_strict,
-            clock=self.clock,
-            metrics=self.metrics,
-            max_graph_bytes=self.plan.graphs,
-            captures_off_file=self.options.captures_off_file,
-            slot_table_bytes=self.options.lora_cache_bytes // 2,
-        )
-        return Stages(
-            self.model,
-            executor,
-            device=self.device,
-            cost=self.cost,
-            prompt_cache_bytes=self.options.prompt_cache_bytes,
-            noise_pools=noise_pools,
-            is_fixed=self.is_strict,
-            clock=self.clock,
-            metrics=self.metrics,
-        )
-
-    def _warm_up(self, noise_factory: Callable[[int], NoiseSource]) -> WarmUp:
-        return WarmUp(
-            self.model,
-            self.cost,
-            policy=self.policy,
-            max_tokens=_max_tokens(self.options, self.policy),
-            max_prompts=self._max_prompts,
-            noise_factory=noise_factory,
-            device=self.device,
-            budget_s=self.options.warmup_budget_s,
-        )
-
-    @property
-    def _max_prompts(self) -> int:
-        """The largest number of prompts in one call of the text encoder."""
-        return 1 if self.is_strict else self.options.slots

@@ -32,7 +32,6 @@ from stable_audio_serve.engine.calls.requests import (
 )
 from stable_audio_serve.engine.hardware.device import Device, Moment
 from stable_audio_serve.engine.scheduling.cost import CostModel
-from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.engine.scheduling.pacing import CallTimes
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
 from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, EncodeWindow, TextEmbedding
@@ -111,10 +110,6 @@ class Stages:
         self._noise_pools = noise_pools
         self._ready: Moment | None = None  # the end of all text and source encoding that is queued on the device
         self._delivering: deque[tuple[Row, Moment]] = deque()
-
-    def fix_memory(self, fixed: FixedMemory) -> None:
-        """Allocate all memory that is kept between calls. Must be called on the engine thread before the first row."""
-        self._executor.fix_memory(fixed)
 
     def start(self, rows: Sequence[Row]) -> Failures:
         """Start drawing the rows' noise, encode their prompts, and prepare the encoding of their source audio.
