@@ -24,8 +24,8 @@ class AnyShape:
     kind: Kind = "denoise"
 
     @property
-    def inputs(self) -> tuple[int, torch.dtype]:
-        return self.size, torch.float32
+    def num_inputs(self) -> int:
+        return self.size
 
     @property
     def num_outputs(self) -> int:

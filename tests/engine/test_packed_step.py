@@ -59,7 +59,7 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 
 
 def pack(bench: Bench, rows: Sequence[StepRow]) -> PackedShape:
-    return PackedShape(bench.shape(rows), TOKENS, bench.model.spec.num_prefix)
+    return PackedShape.packing(bench.shape(rows), tokens=TOKENS, num_prefix=bench.model.spec.num_prefix)
 
 
 def step(bench: Bench, shape: PackedShape, buffer: Tensor) -> None:
@@ -100,8 +100,8 @@ def test_replayed_packed_step_is_bit_identical_for_other_rows(bench: Bench, kind
     with torch.inference_mode():
         first, second = (bench.rows(REQUESTS[kind], evaluation=evaluation) for evaluation, kind in enumerate(kinds))
         shapes = [pack(bench, rows) for rows in (first, second)]
-        draws = any(shape.own.draws for shape in shapes)
-        general = replace(shapes[0], own=replace(shapes[0].own, draws=draws)).general()
+        draws = any(shape.draws for shape in shapes)
+        general = replace(shapes[0], draws=draws).general()
         # A NaN at the end of the test must come from a step, not from unused memory.
         bench.registers.memory.nan_to_num_()
         memories = bench.memories
@@ -134,8 +134,7 @@ def test_a_step_without_rows_writes_no_register(bench: Bench) -> None:
         rows = bench.rows(REQUESTS["guided"], evaluation=0)
         before = bench.registers.memory.clone()
         shape = pack(bench, rows).general()
-        num_inputs, dtype = shape.inputs
-        step(bench, shape, torch.zeros(num_inputs, dtype=dtype))
+        step(bench, shape, torch.zeros(shape.num_inputs))
         before[SCRATCH_PAGE] = bench.registers.memory[SCRATCH_PAGE]
         assert torch.equal(bench.registers.memory.view(torch.int32), before.view(torch.int32))
 

@@ -65,8 +65,8 @@ class DecodeShape:
         return self.windows * self.latents[1]
 
     @property
-    def inputs(self) -> tuple[int, torch.dtype]:
-        return sum(self._sizes), torch.float32
+    def num_inputs(self) -> int:
+        return sum(self._sizes)
 
     @property
     def num_outputs(self) -> int:

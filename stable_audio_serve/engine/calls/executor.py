@@ -236,20 +236,21 @@ class Executor:
         slots = self._slots_of(rows, step_rows)
         captured_rows = self._place_slots(rows, step_rows)
         is_packed_by_host = bool(call.lengths) and not call.tokens
-        own = StepShape.of(
+        shape = StepShape.of(
             step_rows,
             network_rows=sum(len(row.branches) for row in step_rows) if is_packed_by_host else call.rows,
             frames=call.frames,
             latent_channels=self._model.spec.card.latent_channels,
         )
-        shape = PackedShape(own, call.tokens, self._model.spec.num_prefix) if call.tokens else own
+        if call.tokens:
+            shape = PackedShape.packing(shape, tokens=call.tokens, num_prefix=self._model.spec.num_prefix)
         frames = [step_row.held.frames for step_row in step_rows for _ in step_row.branches] if call.lengths else []
         if is_packed_by_host:
             seen = [step_row.valid_frames for step_row in step_rows for _ in step_row.branches]
-            buffer = self._device.upload(own.write(step_rows, self._device))
+            buffer = self._device.upload(shape.write(step_rows, self._device))
             denoise = partial(denoise_joined, self._model.denoise, frames=frames, valid_frames=seen)
             with self._adapted(slots, frames=frames):
-                run_step(denoise, buffer, memories=self._memories(), shape=own)
+                run_step(denoise, buffer, memories=self._memories(), shape=shape)
         elif captured_rows is None or not self._replay(
             (shape.with_adapters(captured_rows) if slots else shape).general(), captured_rows
         ):
@@ -330,7 +331,7 @@ class Executor:
     def _adaptable_layers(self) -> Mapping[str, nn.Linear | nn.Conv1d]:
         return adaptable_layers(self._model.adaptable) if isinstance(self._model, AdaptableModel) else {}
 
-    def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
+    def _replay(self, shape: StepShape, rows: Sequence[StepRow]) -> bool:
         """Replay the CUDA graph of this shape with the inputs of `rows`.
 
         Returns False if there is no such graph or the replay failed. The call must then run eagerly.
@@ -344,7 +345,7 @@ class Executor:
         self._confirm(captured, shape=shape, rows=rows)
         return True
 
-    def _confirm(self, captured: Captured, *, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> None:
+    def _confirm(self, captured: Captured, *, shape: StepShape, rows: Sequence[StepRow]) -> None:
         """Compare a captured step with an eager one before its first use: replay it, restore the registers, run it
         eagerly, and compare both results. The registers then contain the eager result.
         """
@@ -367,7 +368,7 @@ class Executor:
         """
         return self._graphs.capture_next(is_idle=is_idle)
 
-    def _run(self, shape: StepShape | PackedShape, inputs: Tensor) -> None:
+    def _run(self, shape: StepShape, inputs: Tensor) -> None:
         denoise, memories = self._model.denoise, self._memories()
         if shape.adapter_pages:
             denoise = partial(self._denoise_from_table, inputs=shape.sections.read(inputs))
@@ -388,7 +389,7 @@ class Executor:
         with adapting(self._adaptable_layers, rows):
             return self._model.denoise(batch)
 
-    def _run_on(self, shape: StepShape | PackedShape, memory: CallMemory) -> None:
+    def _run_on(self, shape: StepShape, memory: CallMemory) -> None:
         """Run a step during a graph capture. The step writes to the registers, so `memory.outputs` is not used."""
         self._run(shape, memory.inputs)
 

@@ -9,7 +9,7 @@ batch and removes the padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from itertools import accumulate
 
 import torch
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from stable_audio_serve.engine.calls.step import Memories, Section, Sections, StepRow, StepShape, evaluate
 from stable_audio_serve.engine.hardware.arena import PAGE_FRAMES, ZERO_PAGE, Pages, pages_of
 from stable_audio_serve.engine.hardware.device import Device
-from stable_audio_serve.engine.hardware.graphs import Kind
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.sampling.guidance import PagedRows, row_sum
@@ -27,53 +26,32 @@ from stable_audio_serve.sampling.update import KEPT_PARTS, StepTerms
 
 
 @dataclass(frozen=True, slots=True)
-class PackedShape:
+class PackedShape(StepShape):
     """The shape of a packed call: everything that is fixed in its CUDA graph.
 
-    `tokens` and the `rows`, `network_rows` and `frames` of `own` are capacities, of which a call may use less. The
-    other fields of `own` are as in a padded call. The network adds `num_prefix` tokens to the frames of each network
-    row.
+    `tokens`, `rows`, `network_rows` and `frames` are capacities, of which a call may use less. The network adds
+    `num_prefix` tokens to the frames of each network row.
     """
 
-    own: StepShape
+    _: KW_ONLY
     tokens: int
     num_prefix: int
 
-    def general(self) -> PackedShape:
-        """Return the shape to capture as a CUDA graph. The graph also serves rows with other samplers or guidance."""
-        return replace(self, own=self.own.general())
-
-    def with_adapters(self, rows: Sequence[StepRow]) -> PackedShape:
-        """Return the shape of the same call when it reads the adapters of `rows` from the slot table."""
-        return replace(self, own=self.own.with_adapters(rows))
-
-    @property
-    def adapter_pages(self) -> int:
-        return self.own.adapter_pages
-
-    @property
-    def kind(self) -> Kind:
-        return "denoise"
+    @classmethod
+    def packing(cls, own: StepShape, *, tokens: int, num_prefix: int) -> PackedShape:
+        """Return the shape of a packed call of the same rows as the padded call `own`."""
+        return cls(
+            **{field.name: getattr(own, field.name) for field in fields(own)}, tokens=tokens, num_prefix=num_prefix
+        )
 
     @property
     def size(self) -> int:
         return self.tokens
 
     @property
-    def inputs(self) -> tuple[int, torch.dtype]:
-        """The number of values in the input buffer, and their dtype. A buffer of zeros describes a call without
-        rows.
-        """
-        return self.sections.size, torch.float32
-
-    @property
-    def num_outputs(self) -> int:
-        return 0
-
-    @property
     def num_pages(self) -> int:
         """The number of memory pages per register that all rows of a call together can have at most."""
-        return self.tokens // PAGE_FRAMES + self.own.rows
+        return self.tokens // PAGE_FRAMES + self.rows
 
     @property
     def sections(self) -> Sections:
@@ -82,40 +60,40 @@ class PackedShape:
         An unused row therefore has 0 frames, and the number of an unused page is `ZERO_PAGE`, a page of zeros that is
         never written.
         """
-        own, pages = self.own, self.num_pages
+        pages = self.num_pages
         return Sections(
             [
-                *own.shared_sections,
-                Section("lane_frames", (own.network_rows,)),
-                Section("lane_valid_frames", (own.network_rows,)),
-                Section("first_page", (own.rows,)),  # the index, among all pages, of the first page of each row
+                *self.shared_sections,
+                Section("lane_frames", (self.network_rows,)),
+                Section("lane_valid_frames", (self.network_rows,)),
+                Section("first_page", (self.rows,)),  # the index, among all pages, of the first page of each row
                 Section("page_rows", (pages,)),  # the index of the row to which each page belongs
                 Section("page_starts", (pages,)),  # which frame of the row is the first of the page
-                Section("registers", (pages, own.num_registers, 1)),  # numbers of memory pages, as in `kept`
-                Section("kept", (pages * own.use.blends, KEPT_PARTS, 1)),
-                Section("noise", (pages * own.draws, own.latent_channels, PAGE_FRAMES), torch.float32),
+                Section("registers", (pages, self.num_registers, 1)),  # numbers of memory pages, as in `kept`
+                Section("kept", (pages * self.use.blends, KEPT_PARTS, 1)),
+                Section("noise", (pages * self.draws, self.latent_channels, PAGE_FRAMES), torch.float32),
             ]
         )
 
     def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
         """Return a host buffer that contains all inputs of these rows."""
-        own, sections = self.own, self.sections
+        sections = self.sections
         counts = [pages_of(row.held.frames) for row in rows]
         first_page = list(accumulate(counts, initial=0))[:-1]
         registers = [row.held.parts[: row.num_registers] for row in rows]
-        kept = [row.held.parts[row.num_registers :] for row in rows if own.use.blends]
+        kept = [row.held.parts[row.num_registers :] for row in rows if self.use.blends]
         values = {
-            **own.shared_values(rows),
+            **self.shared_values(rows),
             "lane_frames": [row.held.frames for row in rows for _ in row.branches],
             "lane_valid_frames": [row.valid_frames for row in rows for _ in row.branches],
             "first_page": first_page,
             "page_rows": [index for index, count in enumerate(counts) for _ in range(count)],
             "page_starts": [PAGE_FRAMES * page for count in counts for page in range(count)],
-            "registers": _by_page(registers, counts, num_parts=own.num_registers),
+            "registers": _by_page(registers, counts, num_parts=self.num_registers),
             "kept": _by_page(kept, counts, num_parts=KEPT_PARTS),
         }
         buffer = sections.write(values, device=device)
-        if own.draws:
+        if self.draws:
             noise = sections.read(buffer)["noise"]
             for row, start, count in zip(rows, first_page, counts, strict=True):
                 if row.noise is not None:
@@ -146,7 +124,7 @@ def run_packed_step(
 
     `buffer` is the host buffer that `shape.write` returned, copied to the device.
     """
-    inputs, own = shape.sections.read(buffer), shape.own
+    inputs = shape.sections.read(buffer)
     rows = inputs["page_rows"]
     frame = inputs["page_starts"][:, None] + torch.arange(PAGE_FRAMES, device=buffer.device, dtype=torch.int32)
 
@@ -155,15 +133,15 @@ def run_packed_step(
         output = denoise(tokens.batch(x, memories=memories)).float()[0]
         return lambda network_rows: tokens.pages(output, network_rows, frame=frame)
 
-    of_rows = ("values", "frames", *(("valid_frames", "guidance") if own.guides else ()))
+    of_rows = ("values", "frames", *(("valid_frames", "guidance") if shape.guides else ()))
     by_page = {name: inputs[name].index_select(0, rows) for name in of_rows}
-    add_up = _paged_rows(inputs, shape).sum if own.guides else row_sum
-    evaluate(network, {**inputs, **by_page}, memory=memories.registers, shape=own, frame=frame, add_up=add_up)
+    add_up = _paged_rows(inputs, shape).sum if shape.guides else row_sum
+    evaluate(network, {**inputs, **by_page}, memory=memories.registers, shape=shape, frame=frame, add_up=add_up)
 
 
 def _paged_rows(inputs: Mapping[str, Tensor], shape: PackedShape) -> PagedRows:
     """Return which pages belong to which row."""
-    place = torch.arange(pages_of(shape.own.frames), device=inputs["frames"].device, dtype=torch.int32)
+    place = torch.arange(pages_of(shape.frames), device=inputs["frames"].device, dtype=torch.int32)
     counts = (inputs["frames"] + PAGE_FRAMES - 1) // PAGE_FRAMES
     pages = torch.where(place < counts[:, None], inputs["first_page"][:, None] + place, shape.num_pages)
     return PagedRows(pages, inputs["page_rows"])
@@ -182,7 +160,7 @@ class _Tokens:
             inputs["lane_valid_frames"],
             num_prefix=shape.num_prefix,
             num_tokens=shape.tokens,
-            longest_frames=shape.own.frames,
+            longest_frames=shape.frames,
         )
         segments = self.segments
         # Shape (tokens,): the number of each token's frame within its row; 0 for prefix tokens, which have no frame.
@@ -190,21 +168,21 @@ class _Tokens:
 
     def batch(self, x: Tensor, *, memories: Memories) -> StepBatch:
         """Return the network's inputs. `x` (G, D, 64) are the latents of all G pages."""
-        inputs, own, segments = self._inputs, self._shape.own, self.segments
+        inputs, shape, segments = self._inputs, self._shape, self.segments
         first = PAGE_FRAMES * inputs["first_page"].index_select(0, inputs["lanes"])
         places = first.index_select(0, segments.rows) + self._frames
         latents = x.transpose(0, 1).flatten(1).index_select(1, places)
         return StepBatch(
             x=torch.where(segments.is_frame, latents, 0.0)[None],
-            t=StepTerms(inputs["values"], own.use).t.index_select(0, inputs["lanes"]),
+            t=StepTerms(inputs["values"], shape.use).t.index_select(0, inputs["lanes"]),
             valid=None,
-            constants={name: memories.constants[name] for name in own.constants},
+            constants={name: memories.constants[name] for name in shape.constants},
             by_frame={
                 name: self._read(memories.by_frame[name], table)
-                for name, table in zip(own.by_frame, inputs["by_frame"], strict=True)
+                for name, table in zip(shape.by_frame, inputs["by_frame"], strict=True)
             },
             segments=segments,
-            slots=dict(zip(own.constants, inputs["constants"], strict=True)),
+            slots=dict(zip(shape.constants, inputs["constants"], strict=True)),
         )
 
     def _read(self, memory: Tensor, table: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -142,13 +142,13 @@ class StepShape:
             by_frame=tuple(sorted({name for branch in branches for name in branch.pages})),
         )
 
-    def with_adapters(self, rows: Sequence[StepRow]) -> StepShape:
+    def with_adapters(self, rows: Sequence[StepRow]) -> Self:
         """Return the shape of the same call when it reads the adapters of `rows` from the slot table."""
         return replace(
             self, adapter_pages=_bucket(page + 1 for row in rows if row.adapter for page in row.adapter.pages)
         )
 
-    def general(self) -> StepShape:
+    def general(self) -> Self:
         """Return the shape to capture as a CUDA graph. The graph also serves rows with other samplers or guidance."""
         return replace(
             self,
@@ -168,11 +168,9 @@ class StepShape:
         return self.network_rows * self.frames
 
     @property
-    def inputs(self) -> tuple[int, torch.dtype]:
-        """The number of values in the input buffer, and their dtype. A buffer of zeros describes a call without
-        rows.
-        """
-        return self.sections.size, torch.float32
+    def num_inputs(self) -> int:
+        """The number of values in the input buffer. A buffer of zeros describes a call without rows."""
+        return self.sections.size
 
     @property
     def num_outputs(self) -> int:

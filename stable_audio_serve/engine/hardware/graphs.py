@@ -60,8 +60,8 @@ class Shape(Protocol):
         ...
 
     @property
-    def inputs(self) -> tuple[int, torch.dtype]:
-        """The number of input values and their dtype."""
+    def num_inputs(self) -> int:
+        """The number of float32 values that the call reads from its input memory."""
         ...
 
     @property
@@ -240,10 +240,9 @@ class Graphs:
         run = self._candidates.pop(shape)
         del self._misses[shape]
         try:
-            num_inputs, dtype = shape.inputs
             memory = CallMemory(
-                self._fixed(self._inputs, shape.kind, num=num_inputs, dtype=dtype).zero_(),
-                self._fixed(self._outputs, shape.kind, num=shape.num_outputs, dtype=torch.float32),
+                self._fixed(self._inputs, shape.kind, num=shape.num_inputs).zero_(),
+                self._fixed(self._outputs, shape.kind, num=shape.num_outputs),
             )
             replay = self._device.capture(lambda: run(shape, memory))
         except DeviceLostError:
@@ -332,13 +331,13 @@ class Graphs:
             del self._captured[dropped]
             self._count(dropped.kind)
 
-    def _fixed(self, shared: dict[Kind, Tensor], kind: Kind, *, num: int, dtype: torch.dtype) -> Tensor:
+    def _fixed(self, shared: dict[Kind, Tensor], kind: Kind, *, num: int) -> Tensor:
         """Return the first `num` values of the tensor that all graphs of a kind share.
 
         If the tensor is too small, it is replaced by a larger one. Graphs that were captured before keep the old one.
         """
         if kind not in shared or len(shared[kind]) < num:
-            shared[kind] = torch.zeros(num, dtype=dtype, device=self._device.torch_device)
+            shared[kind] = torch.zeros(num, device=self._device.torch_device)
         return shared[kind][:num]
 
     def _count(self, kind: Kind) -> None:
