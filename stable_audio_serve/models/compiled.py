@@ -7,17 +7,14 @@ compilation. Independent of the engine.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.private_files import make_private_folder, require_own_folder
-from stable_audio_serve.models.forwarding import ForwardingModel
-from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, SwitchableModel
-from stable_audio_serve.models.sa3.model import Sa3Model
-from stable_audio_serve.models.sao.model import SaoModel
+from stable_audio_serve.models.native import NativeModel
+from stable_audio_serve.models.protocol import DiffusionModel
 
 KERNELS = Path("~/.cache/stable-audio-serve/compiled")  # folder of compiled kernels, for reuse by later processes
 # Largest number of compilations per layer. Torch's default of 8 is too small: every kind of call needs its own
@@ -25,48 +22,22 @@ KERNELS = Path("~/.cache/stable-audio-serve/compiled")  # folder of compiled ker
 _MOST_VARIANTS = 64
 
 
-class CompiledModel(ForwardingModel):
-    """A model whose layers are compiled on their first call."""
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model's spec with `is_compiled` on, `packs_segments` and `has_fused_kernels` off and, on a CPU,
-        `packs_rows` off.
-
-        `packs_segments` is untested with compiled layers. On a CPU, packed rows would need a compilation for each
-        combination of row lengths.
-        """
-        spec = self._model.spec
-        return replace(
-            spec,
-            is_compiled=True,
-            has_fused_kernels=False,
-            packs_rows=spec.packs_rows and self.device.type != "cpu",
-            packs_segments=False,
-        )
-
-    def use_features(self, *, fast_decoding: bool, fused_kernels: bool) -> None:
-        """See `SwitchableModel`. The compiler makes its own kernels."""
-        assert isinstance(self._model, SwitchableModel)  # as all models of `backend: native`
-        self._model.use_features(fast_decoding=fast_decoding, fused_kernels=False)
-
-
-def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: str = "inductor") -> CompiledModel:
-    """Returns the model with layers that are compiled on their first call, for any number of rows and frames.
+def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: str = "inductor") -> DiffusionModel:
+    """Returns the model, which from now on compiles its layers on their first call, for any number of rows and frames.
 
     Compiled kernels are cached in `folder` for later processes. Raises ConfigError with the field `compile` if the
     machine cannot compile. Also raises it if other users can write to `folder`, because this process executes the files
     in it.
     """
-    if not isinstance(model, Sa3Model | SaoModel):
+    native: object = model
+    if not isinstance(native, NativeModel):
         raise ConfigError("compile needs the networks of `backend: native`", field="compile")
     _keep_kernels(folder)
     _require_compiler(model.device, backend)
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
-    for layer in model.denoiser.transformer.typed_layers:
-        layer.compile(fullgraph=True, dynamic=True, backend=backend)
-    return CompiledModel(model)
+    native.compile_layers(backend)
+    return model
 
 
 def _keep_kernels(folder: Path) -> None:

@@ -138,9 +138,23 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
         if not stores_half(self._decode_precision, self._device):
             precision = self._decode_precision if fast_decoding else "float32"
             self._products = decoder_products(precision, self._device)
-        kernels = load_kernels(self._device, self._spec.dtype) if fused_kernels else None
+        is_fused = fused_kernels and self._spec.has_fused_kernels
+        kernels = load_kernels(self._device, self._spec.dtype) if is_fused else None
         for network in (self.denoiser, self.autoencoder):
             use_kernels(network, kernels)
+
+    def compile_layers(self, backend: str) -> None:
+        """Compile the denoiser's layers with `torch.compile` on their first call.
+
+        The compiler makes its own kernels. Packed rows with their lengths on the device are untested with compiled
+        layers. On a CPU, packed rows would need a compilation for each combination of row lengths.
+        """
+        for layer in self.denoiser.transformer.typed_layers:
+            layer.compile(fullgraph=True, dynamic=True, backend=backend)
+        packs_rows = self._spec.packs_rows and self._device.type != "cpu"
+        self._spec = replace(
+            self._spec, is_compiled=True, has_fused_kernels=False, packs_rows=packs_rows, packs_segments=False
+        )
 
     @property
     def spec(self) -> ModelSpec:

@@ -17,11 +17,14 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.core.settings import ModelSettings
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models import native
 from stable_audio_serve.models.adapters.base import Base
+from stable_audio_serve.models.blocks import FusedModule
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.forwarding import ForwardingModel
-from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch, SwitchableModel
+from stable_audio_serve.models.native import NativeModel
+from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch
 from stable_audio_serve.models.registry import resolve_entry
 from tests.adapter_files import LAYER, write_file
 from tests.goldens import load_goldens, load_open_goldens
@@ -122,14 +125,18 @@ def test_an_engine_serves_a_compiled_model_in_fast_mode(tmp_path: Path) -> None:
     assert (found[0] - found[1]).abs().max() > 1e-2
 
 
-def test_a_compiled_model_switches_only_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = load("sharp-s")
-    model = compile_layers(inner, folder=tmp_path, backend=TRACED)
-    assert isinstance(model, SwitchableModel)
-    asked: list[dict[str, bool]] = []
-    monkeypatch.setattr(inner, "use_features", lambda **features: asked.append(features))
-    model.use_features(fast_decoding=False, fused_kernels=True)
-    assert asked == [{"fast_decoding": False, "fused_kernels": False}]
+def test_a_compiled_model_uses_no_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load_kernels", lambda *_: object())
+    model = load("sharp-s")
+    assert isinstance(model, NativeModel)
+    assert model.spec.has_fused_kernels
+    for is_compiled in (False, True):
+        if is_compiled:
+            compile_layers(model, folder=tmp_path, backend=TRACED)
+        model.use_features(fast_decoding=False, fused_kernels=True)
+        fused = [part for part in model.denoiser.modules() if isinstance(part, FusedModule)]
+        assert all((part.kernels is None) == is_compiled for part in fused)
+        assert model.spec.has_fused_kernels != is_compiled
 
 
 def test_compiled_kernels_are_stored_in_a_private_folder(tmp_path: Path) -> None:
