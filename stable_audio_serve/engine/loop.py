@@ -130,11 +130,11 @@ class EngineLoop:
             self._receive(request)
         self._end_cancelled_and_late()
         self._report_positions()
-        ids = self._scheduler.pick(use_second_queue=self._stages.second_queue_has_room) or self._scheduler.pick()
+        ids = self._scheduler.pick(use_second_queue=self._stages.times.second_queue_has_room) or self._scheduler.pick()
         picked = [self._rows[row_id] for row_id in ids]
         try:
             if not picked:
-                return self._deliver(wait=True) or self._stages.capture(is_idle=True)
+                return self._deliver(wait=True) or self._stages.executor.capture_next(is_idle=True)
             self._work(picked)
             self._deliver()
         except DeviceLostError:
@@ -213,8 +213,8 @@ class EngineLoop:
         if rows:
             self._fail(self._stages.denoise(rows))
         self._unschedule_finished(rows)
-        self._stages.keep_pace()
-        self._stages.capture(is_idle=False)
+        self._stages.times.keep_pace()
+        self._stages.executor.capture_next(is_idle=False)
 
     def _unschedule_finished(self, rows: Sequence[Row]) -> None:
         """Remove each row from the scheduler once all its remaining work is queued on the device."""

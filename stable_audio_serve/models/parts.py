@@ -1,4 +1,4 @@
-"""The interfaces of the four parts of an audio autoencoder.
+"""The interfaces of three parts of an audio autoencoder. The fourth, the bottleneck, is the same in all checkpoints.
 
 To add a type of part, add its build function to the tables in `stable_audio_serve/models/sa3/autoencoder.py`. Encoding
 runs pretransform, encoder and bottleneck; decoding runs bottleneck, decoder and pretransform.
@@ -85,18 +85,6 @@ class Decoder(Protocol):
 
         The decoder pads the latents at the end to a multiple of `latent_multiple`.
         """
-        ...
-
-
-class Bottleneck(Protocol):
-    """Converts the encoder's raw latents to the denoiser's latents (the same shape) and back."""
-
-    def encode(self, raw: Tensor) -> Tensor:
-        """Raw latents (batch, latent channels, latent frames) -> the denoiser's latents."""
-        ...
-
-    def decode(self, latents: Tensor, noise: Noises) -> Tensor:
-        """The denoiser's latents (batch, latent channels, latent frames) -> the decoder's input."""
         ...
 
 

@@ -79,7 +79,7 @@ class PromptCache:
 class Stages:
     """Runs the phases of rows, with one method per phase. Used by the engine thread only.
 
-    Each of these methods returns the rows that failed, with their exceptions.
+    Each of these methods returns the rows that failed, with their exceptions. `times` measures the calls of `executor`.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class Stages:
         With `is_fixed`, the audio is decoded in exactly the planned windows.
         """
         self._model = model
-        self._executor = executor
+        self.executor = executor
         self._device = device
-        self._times = CallTimes(device, cost=cost, metrics=metrics)
+        self.times = CallTimes(device, cost=cost, metrics=metrics)
         self._is_fixed = is_fixed
         self._clock = clock
         self._metrics = metrics
@@ -185,13 +185,13 @@ class Stages:
             rows = [row for row in rows if all(row is not failed for failed, _ in failures)]
         if not rows:
             return failures
-        calls = self._executor.calls(rows)
+        calls = self.executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
         groups = [call.groups for call in calls]
         is_adapted = any(row.slot is not None for row in rows)
-        failures += self._times.time(
-            "denoise", groups, run=lambda: self._executor.denoise(rows, calls), is_adapted=is_adapted
+        failures += self.times.time(
+            "denoise", groups, run=lambda: self.executor.denoise(rows, calls), is_adapted=is_adapted
         )
         failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))
@@ -219,8 +219,8 @@ class Stages:
             for row in rows:
                 failed.update({one.id: (one, error) for one, error in run_alone(row, cut, device=self._device)})
             calls = [((1, window.latents.shape[-1]),) for _, window in windows]
-            outcomes = self._times.time(
-                "decode", calls, run=lambda: self._executor.decode([window for _, window in windows])
+            outcomes = self.times.time(
+                "decode", calls, run=lambda: self.executor.decode([window for _, window in windows])
             )
             for (row, _), outcome in zip(windows, outcomes, strict=True):
                 if isinstance(outcome, Exception):
@@ -268,33 +268,15 @@ class Stages:
                 failures.append((row, _not_a_number(row)))
         return arrived, failures
 
-    def capture(self, *, is_idle: bool) -> bool:
-        """Capture a CUDA graph of one more call shape. See `Executor.capture_next` for the return value."""
-        return self._executor.capture_next(is_idle=is_idle)
-
-    @property
-    def captures_off_reason(self) -> str:
-        """Why the engine captures no more CUDA graphs. Empty if it still does, or if the device has no CUDA graphs."""
-        return self._executor.captures_off_reason
-
     def require_usable(self, error: Exception) -> None:
         """Raise DeviceLostError if `error` has made the device unusable."""
         self._device.require_usable(error)
-
-    @property
-    def second_queue_has_room(self) -> bool:
-        """Whether more windows may be encoded or decoded now. False while too many earlier windows are unfinished."""
-        return self._times.second_queue_has_room
-
-    def keep_pace(self) -> None:
-        """Wait until the device has only a few unfinished calls, and record how long the finished calls took."""
-        self._times.keep_pace()
 
     def _encode(self, windows: Sequence[EncodeWindow]) -> Sequence[Tensor | Exception]:
         if not windows:  # another row of the request has already encoded them
             return []
         calls = [((1, window.samples.shape[-1] // self._model.spec.hop),) for window in windows]
-        return self._times.time("encode", calls, run=lambda: self._executor.encode(windows))
+        return self.times.time("encode", calls, run=lambda: self.executor.encode(windows))
 
     def _embed(self, rows: Sequence[Row]) -> Failures:
         """Store the embeddings of the rows' prompts in `row.request.shared`. Prompts that are not in the cache are
@@ -312,7 +294,7 @@ class Stages:
         self._metrics.increment("engine_prompt_cache_misses", len(missing))
         if missing:
             with self._device.on_second_queue():
-                outcomes = self._times.time("text", [((len(missing), 0),)], run=lambda: self._executor.embed(missing))
+                outcomes = self.times.time("text", [((len(missing), 0),)], run=lambda: self.executor.embed(missing))
                 self._ready = self._device.mark()
             known.update(zip(missing, outcomes, strict=True))
             for outcome in outcomes:
@@ -371,7 +353,7 @@ class Stages:
         parts = [registers]
         if kept is not None:
             parts.append(torch.stack([kept.mask.float().expand_as(kept.source), kept.source, kept.noise]))
-        held = self._executor.hold(torch.cat(parts) if kept is not None else registers)
+        held = self.executor.hold(torch.cat(parts) if kept is not None else registers)
         latents = None if plan.start_blend or inpaint is None else inpaint.latents()
         try:
             conditioning = self._condition(row, latents)
@@ -394,9 +376,9 @@ class Stages:
 
     def _condition_again(self, row: Row) -> None:
         stepping = row.in_phase(Stepping)
-        conditioning = self._executor.condition(row, stepping.inpaint)
+        conditioning = self.executor.condition(row, stepping.inpaint)
         stepping.conditioning.free()  # first, because memory of a fixed size has no room for both
-        held = self._executor.conditioning.hold(conditioning)
+        held = self.executor.conditioning.hold(conditioning)
         row.phase = replace(stepping, conditioning=held, slot=row.slot)
 
     def _condition(self, row: Row, inpaint: Tensor | None) -> HeldConditioning:
@@ -409,11 +391,11 @@ class Stages:
         earlier = shared.conditioning.get(row.plan.prompt) if is_shared else None
         if earlier is not None and not earlier.is_freed:
             return earlier.share()
-        held = self._executor.conditioning.hold(self._executor.condition(row, inpaint))
+        held = self.executor.conditioning.hold(self.executor.condition(row, inpaint))
         if is_shared and (inpaint is None or not self._model.spec.noisy_source_encoder):
             # Memory of a fixed size is planned for rows in progress. It has no space for the conditioning of a request
             # that has no row in progress.
-            shared.keeps_conditioning = self._executor.conditioning.fixed is None
+            shared.keeps_conditioning = self.executor.conditioning.fixed is None
             shared.conditioning[row.plan.prompt] = held.share() if shared.keeps_conditioning else held
         return held
 
@@ -423,7 +405,7 @@ class Stages:
         audio = AudioAssembly.of(
             row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._is_fixed, device=self._device
         )
-        latents = self._executor.release(stepping.held, part=LATENTS)
+        latents = self.executor.release(stepping.held, part=LATENTS)
         # From here on, the row has no memory of the phase Stepping, which an error would free again.
         row.phase = Decoding(stepping.noise.source, latents, audio, self._device.mark())
         stepping.conditioning.free()

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.oscillator import parts as oscillator
 from stable_audio_serve.models.parts import (
-    Bottleneck,
     Decoder,
     Encoder,
     Noises,
@@ -98,7 +97,7 @@ class AudioAutoencoder(nn.Module):
         self.pretransform = _build(_PRETRANSFORMS, config.section("pretransform"))
         self.encoder = _build(_ENCODERS, config.section("encoder"))
         self.decoder = _build(_DECODERS, config.section("decoder"))
-        self.bottleneck = _build(_BOTTLENECKS, config.section("bottleneck"))
+        self.bottleneck = build_softnorm(config.section("bottleneck"))
         for section in (config, config.section("decoder")):
             section.require(soft_clip=False)
         self.channels = config.integer("io_channels", default=2)
@@ -163,7 +162,9 @@ def build_patched(config: ConfigReader) -> Patched:
 
 
 def build_softnorm(config: ConfigReader) -> SoftNorm:
-    """Build the bottleneck from the `bottleneck.config` section of a checkpoint's config."""
+    """Build the bottleneck from the `bottleneck` section of a checkpoint's config."""
+    config.choice("type", ("softnorm",))
+    config = config.section("config", optional=True)
     if config.integer("noise_augment_dim", default=0, at_least=0):
         raise config.unusable("noise_augment_dim", "0")
     return SoftNorm(config.integer("dim"), regularized=config.flag("noise_regularize", default=False))
@@ -184,7 +185,6 @@ _DECODERS: _Builders[Decoder] = {
     "same": same.build_decoder,
     "taae_v2": same.build_decoder,
 }
-_BOTTLENECKS: _Builders[Bottleneck] = {"softnorm": build_softnorm}
 
 
 def _build(builders: _Builders[_Part], config: ConfigReader) -> _Part:
