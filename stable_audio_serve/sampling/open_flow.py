@@ -25,7 +25,7 @@ from stable_audio_serve.sampling.samplers import (
     refused_sampler,
     rk4,
 )
-from stable_audio_serve.sampling.schedules import TimestepShift, check_level, check_steps
+from stable_audio_serve.sampling.schedules import TimestepShift, check_steps
 from stable_audio_serve.sampling.terms import VELOCITY, PlanWriter, register
 
 _FIRST_LOG_SNR, _LAST_LOG_SNR = -6.0, 2.0
@@ -38,10 +38,9 @@ def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepSh
 
     The times of RK4 are evenly spaced, then warped by `shift`. The times of other samplers are evenly spaced in
     log-SNR. If `level` is below about 0.12, the times after the first exceed `level`, as in the reference
-    implementation. Raises InvalidRequestError if `steps` or `level` is out of range.
+    implementation. Raises InvalidRequestError if `steps` is out of range.
     """
     check_steps(steps)
-    check_level(level)
     if sampler == "rk4":
         times = torch.linspace(level, 0, steps + 1, dtype=torch.float32)
         return shift.warp(times, torch.tensor(max(length, 1.0), dtype=torch.float32))

@@ -143,11 +143,10 @@ def test_guidance_is_decided_by_the_time() -> None:
     assert [evaluation.guided for evaluation in plan.evaluations] == [0.3 <= e.t <= 0.8 for e in plan.evaluations]
 
 
-@pytest.mark.parametrize(("field", "steps", "level"), [("steps", 0, 1.0), ("init_noise_level", 4, 0.0)])
-def test_values_out_of_range_are_refused(field: str, steps: int, level: float) -> None:
+def test_step_counts_out_of_range_are_refused() -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        open_flow_times("euler", steps, level=level, shift=NO_SHIFT, length=12)
-    assert caught.value.field == field
+        open_flow_times("euler", 0, level=1.0, shift=NO_SHIFT, length=12)
+    assert caught.value.field == "steps"
 
 
 @pytest.mark.parametrize("name", ["k-heun", "k-dpm-adaptive"])

@@ -182,6 +182,8 @@ def test_an_edit_of_a_v_model_starts_at_its_own_level(level: float) -> None:
         ("tiny-small", "sigma_max", {"sigma_max": math.nan}),
         ("tiny-small", "sigma_max", {"sigma_max": -1.0}),
         ("tiny-small", "init_noise_level", {"init_audio": CLIP, "init_noise_level": 1.5}),
+        ("tiny-small", "init_noise_level", {"init_audio": CLIP, "init_noise_level": -0.1}),
+        ("tiny-small", "init_noise_level", {"init_audio": CLIP, "init_noise_level": math.nan}),
     ],
 )
 def test_invalid_values_are_refused_by_field(name: str, field: str, fields: dict[str, Any]) -> None:
