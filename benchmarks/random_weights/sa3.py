@@ -12,8 +12,8 @@ import torch
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.precision import resolve_decode_precision
-from stable_audio_serve.models.registry import BUILT_IN
-from stable_audio_serve.models.sa3.build import assemble, build_components, build_spec
+from stable_audio_serve.models.registry import BUILT_IN, sa3_card
+from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -123,16 +123,17 @@ def build_random_model(
     require_exact_float32()
     target = torch.device(device)
     torch.manual_seed(seed)
-    config = parse_config(ConfigReader(official_config(name)))
+    reader = ConfigReader(official_config(name))
+    config = parse_config(reader)
     with target, torch.no_grad():
         text = _random_text_encoder(config.prompt.max_length)
         components = build_components(config, text)
     for module in components.modules:
         module.eval().requires_grad_(False)
     cast_network(components.denoiser, dtype)
-    spec = build_spec(BUILT_IN[name].card, config, components=components)
+    spec = build_spec(sa3_card(BUILT_IN[name].card, reader, cap_s=BUILT_IN[name].cap_s), config, components=components)
     precision = resolve_decode_precision(target, decode_precision, dtype=dtype)
-    return assemble(components, config=config, spec=spec, device=target, decode_precision=precision)
+    return Sa3Model(components, config=config, spec=spec, device=target, decode_precision=precision)
 
 
 def _random_text_encoder(max_length: int) -> TextEncoder:

@@ -14,7 +14,7 @@ from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.registry import open_card
-from stable_audio_serve.models.sao.build import assemble, build_components, build_spec
+from stable_audio_serve.models.sao.build import build_components, build_spec
 from stable_audio_serve.models.sao.config import parse_config
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -136,7 +136,7 @@ def build_random_model(
     cast_network(components.denoiser, dtype)
     spec = build_spec(open_card(card, reader, cap_s=None), config)
     precision = resolve_decode_precision(target, decode_precision, dtype=dtype)
-    return assemble(components, config=config, spec=spec, device=target, decode_precision=precision)
+    return SaoModel(components, config=config, spec=spec, device=target, decode_precision=precision)
 
 
 def _random_text_encoder(max_length: int) -> TextEncoder:

@@ -24,7 +24,7 @@ from stable_audio_serve.models.blocks.varlen import attend_packed, has_varlen
 from stable_audio_serve.models.conditioners import ConditionersConfig, NumberConditioner, PromptConditioner
 from stable_audio_serve.models.native_denoiser import DenoiserConditioning, NativeDenoiser
 from stable_audio_serve.models.onednn import use_onednn
-from stable_audio_serve.models.precision import decoder_products, stores_half
+from stable_audio_serve.models.precision import decoder_products, store_half, stores_half
 from stable_audio_serve.models.protocol import (
     BranchConditioning,
     ModelSpec,
@@ -107,6 +107,16 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
         device: torch.device,
         decode_precision: DecodePrecision,
     ) -> None:
+        """`components` are prepared for inference: values that are derived from weights are computed once.
+
+        If `decode_precision` is "half" on a CPU, the decoder's matrices and kernels are stored in half precision.
+        """
+        autoencoder: Any = components.autoencoder  # its class has more attributes than nn.Module
+        autoencoder.resolve()
+        if device.type == "cuda":
+            components.denoiser.resolve()
+        if stores_half(decode_precision, device):
+            store_half(autoencoder.decoder, device)
         for network in components.modules:
             use_onednn(network)
         self.text = components.text

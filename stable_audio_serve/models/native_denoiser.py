@@ -146,6 +146,9 @@ class NativeDenoiser(FusedModule):
         """The weights' dtype."""
         return self.preprocess_conv.weight.dtype
 
+    def resolve(self) -> None:
+        """Prepare the weights for inference on a GPU. Call it after they are loaded and on their device."""
+
     def condition(self, context: Tensor | None, global_cond: Tensor) -> DenoiserConditioning:
         """Returns the conditioning for `forward`, which does not depend on latents or time.
 

@@ -191,7 +191,7 @@ def describe_entry(entry: ModelEntry) -> ModelEntry:
     if folder is None:
         return entry
     config = read_config(folder)
-    describe = open_card if is_open_family(config) else _sa3_card
+    describe = open_card if is_open_family(config) else sa3_card
     card = describe(entry.card, config, cap_s=entry.cap_s)
     if entry.card.name not in BUILT_IN:
         steps, cfg_scale = OBJECTIVE_DEFAULTS[card.objective]
@@ -213,7 +213,8 @@ def _config_folder(entry: ModelEntry) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
+def sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
+    """Returns the card, completed from the config of a Stable Audio 3 checkpoint. As `open_card`."""
     rate, longest_s = _rate_and_longest(config)
     model = config.section("model")
     return replace(

@@ -21,7 +21,7 @@ from stable_audio_serve.core.processor import is_amd
 from stable_audio_serve.engine import Engine, EngineOptions, provenance
 from stable_audio_serve.engine.hardware.threads import steady_threads
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.registry import BUILT_IN
+from stable_audio_serve.models.registry import BUILT_IN, sa3_card
 from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
@@ -68,13 +68,14 @@ def make_wide_model() -> Sa3Model:
     networks["diffusion"]["config"]["depth"] = 1
     for part in ("encoder", "decoder"):
         networks["pretransform"]["config"][part]["config"]["transformer_depths"] = [1]
-    config = parse_config(ConfigReader(raw))
+    reader, entry = ConfigReader(raw), BUILT_IN["small-music"]
+    config = parse_config(reader)
     torch.manual_seed(0)
     with torch.no_grad():
         components = build_components(config, loaded("tiny-s").text)
     for module in components.modules:
         module.eval().requires_grad_(False)
-    spec = build_spec(BUILT_IN["small-music"].card, config, components=components)
+    spec = build_spec(sa3_card(entry.card, reader, cap_s=entry.cap_s), config, components=components)
     return Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -95,7 +96,7 @@ def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
         prompt=model.prompt,
         numbers=model.numbers,
         denoiser=model.denoiser,
-        autoencoder=model.autoencoder,
+        autoencoder=deepcopy(model.autoencoder),  # a model in half precision stores the decoder in it
     )
     return Sa3Model(parts, config=model.config, spec=model.spec, device=model.device, decode_precision=choice)
 

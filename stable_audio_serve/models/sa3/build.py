@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +15,7 @@ from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.native import AUTOENCODER_KEYS, checkpoint_modules
-from stable_audio_serve.models.precision import Products, decoder_products, store_half, stored_dtypes, stores_half
+from stable_audio_serve.models.precision import Products, decoder_products, stored_dtypes, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.conditioners import load_text_encoder
@@ -66,23 +65,6 @@ def load_sa3(
     _check_autoencoder(components.autoencoder, products, device=device, source=folder / CONFIG_FILE)
     release_pages(weights_file, mapped)  # the check loaded the encoder's weights, which only edits of audio need
     spec = build_spec(card, config, components=components)
-    return assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
-
-
-def assemble(
-    components: Sa3Components,
-    *,
-    config: Sa3Config,
-    spec: ModelSpec,
-    device: torch.device,
-    decode_precision: DecodePrecision,
-) -> Sa3Model:
-    """Returns a model with the given networks, which must already be on `device`."""
-    components.autoencoder.resolve()
-    if device.type == "cuda":
-        components.denoiser.resolve()
-    if stores_half(decode_precision, device):
-        store_half(cast("nn.Module", components.autoencoder.decoder), device)
     return Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 
 
@@ -116,20 +98,10 @@ def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: tor
 
 
 def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components) -> ModelSpec:
-    """Returns the model's spec, with `card` completed from the config.
-
-    The card keeps its name and default parameters. Its longest duration is limited to the config's.
-    """
+    """Returns the model's spec. The registry must have completed `card` from this config."""
     lengths = config.lengths
-    longest_s = lengths.max_frames * lengths.hop / lengths.sample_rate_hz
     return ModelSpec(
-        card=replace(
-            card,
-            sample_rate_hz=lengths.sample_rate_hz,
-            channels=config.channels,
-            latent_channels=config.latent_channels,
-            max_duration_s=min(card.max_duration_s, longest_s),
-        ),
+        card=card,
         hop=lengths.hop,
         max_frames=lengths.max_frames,
         default_sampler=config.default_sampler,

@@ -12,7 +12,6 @@ from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.native import checkpoint_modules
-from stable_audio_serve.models.precision import store_half, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sao.conditioners import LearnedFrequencies, load_text_encoder
 from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SaoConfig, parse_config
@@ -57,24 +56,9 @@ def load_sao(
     modules = checkpoint_modules(components, config)
     mapped = load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
     spec = build_spec(card, config)
-    model = assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
-    release_pages(weights_file, mapped)  # `assemble` replaced the autoencoder's mapped weights by computed kernels
+    model = SaoModel(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
+    release_pages(weights_file, mapped)  # the model replaced the autoencoder's mapped weights by computed kernels
     return model
-
-
-def assemble(
-    components: SaoComponents,
-    *,
-    config: SaoConfig,
-    spec: ModelSpec,
-    device: torch.device,
-    decode_precision: DecodePrecision,
-) -> SaoModel:
-    """Returns a model with the given networks, which must already be on `device`."""
-    components.autoencoder.resolve()
-    if stores_half(decode_precision, device):
-        store_half(components.autoencoder.decoder, device)
-    return SaoModel(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 
 
 def build_components(config: SaoConfig, text: TextEncoder) -> SaoComponents:
