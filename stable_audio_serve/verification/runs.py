@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
@@ -172,37 +171,40 @@ class RowResult(NamedTuple):
     calls: samplers.Calls  # input and output of each network call: with guidance, conditional rows, then unconditional
 
 
-class ObservedModel(ForwardingModel):
-    """Records a model's calls and each row's final latents, headroom included.
+class ObservedModel:
+    """Wraps a model, and records its calls and each row's final latents, headroom included.
 
     If `texts` is not empty, it replaces the text encoder.
     """
 
     def __init__(self, model: DiffusionModel, texts: Mapping[str, TextEmbedding]) -> None:
-        super().__init__(model)
+        self._model = model
         self._texts = texts
         self.latents: dict[NoiseSource, dict[int, Tensor]] = defaultdict(dict)  # row's noise -> frame -> latent (D,)
         self.calls: list[tuple[Tensor, Tensor]] = []
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
     @property
     def spec(self) -> ModelSpec:
-        return replace(super().spec, captures_decode=False)  # a CUDA graph would bypass `decode` below
+        return replace(self._model.spec, captures_decode=False)  # a CUDA graph would bypass `decode` below
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        plans = super().plan(request, frames=frames)
+        plans = self._model.plan(request, frames=frames)
         return tuple(replace(plan, output_samples=plan.frames * self.spec.hop) for plan in plans)
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        return [self._texts[prompt] for prompt in prompts] if self._texts else super().encode_text(prompts)
+        return [self._texts[prompt] for prompt in prompts] if self._texts else self._model.encode_text(prompts)
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        self.calls.append((batch.x, super().denoise(batch)))
+        self.calls.append((batch.x, self._model.denoise(batch)))
         return self.calls[-1][1]
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         for window in windows:
             self.latents[window.noise] |= dict(enumerate(window.latents.cpu().unbind(1), window.start))
-        return super().decode(windows)
+        return self._model.decode(windows)
 
 
 def run_case(
@@ -213,7 +215,8 @@ def run_case(
 
     async def generate() -> list[GenerationResult]:
         options = EngineOptions(warmup_budget_s=0.0, max_queue_s=1e9)
-        async with Engine(observed, options, noise_factory=lambda seed: noise[seed]) as engine:
+        seen = cast("DiffusionModel", observed)
+        async with Engine(seen, options, noise_factory=lambda seed: noise[seed]) as engine:
             return await asyncio.gather(*(engine.generate(row, frames=plans[0].frames) for row in case.requests))
 
     results = []

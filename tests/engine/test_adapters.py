@@ -22,7 +22,6 @@ from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from stable_audio_serve.models.adapters.adapter import read_adapter
 from stable_audio_serve.models.adapters.base import Base
 from stable_audio_serve.models.adapters.slot_table import SlotTable
-from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.protocol import ModelSpec, RowConditioning, StepBatch
 from stable_audio_serve.models.sa3.model import Sa3Model
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts
@@ -30,6 +29,7 @@ from tests.engine.test_captured_calls import RecordedDevice
 from tests.engine.test_packed_step import packing
 from tests.factories import ToyModel, make_audio, make_request
 from tests.models.adapters.plain import TYPES, Change, dense_weight, make_change, write_adapter
+from tests.models.forwarding import ForwardingModel
 from tests.models.loaded import loaded
 from tests.models.packing import attend_varlen
 from tests.parameters import slow

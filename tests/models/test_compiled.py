@@ -22,12 +22,12 @@ from stable_audio_serve.models.adapters.base import Base
 from stable_audio_serve.models.blocks import FusedModule
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.families import load_model
-from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.native import NativeModel
 from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch
 from stable_audio_serve.models.registry import resolve_entry
 from tests.adapter_files import LAYER, write_file
 from tests.goldens import load_goldens, load_open_goldens
+from tests.models.forwarding import ForwardingModel
 
 FOLDERS = {"sharp-s": load_goldens, "tiny-1.0": load_open_goldens}
 TRACED = "eager"  # a backend of torch.compile that traces the layers but compiles nothing

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, StepBatch
+from tests.models.forwarding import ForwardingModel
 from tests.models.sao.test_model import loaded, run
 from tests.parameters import slow
 

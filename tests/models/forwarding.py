@@ -1,4 +1,4 @@
-"""The base class of wrappers around a model. A wrapper changes or observes some methods and forwards the others."""
+"""A base class for wrappers around a model. A wrapper changes or observes some methods and forwards the others."""
 
 from __future__ import annotations
 
