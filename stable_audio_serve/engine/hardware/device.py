@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,20 +37,22 @@ class DeviceLostError(Exception):
     """The device can no longer be used by this process. The process must be replaced."""
 
 
-class Moment(Protocol):
-    """A point in a device's queue, such as a CUDA event."""
+class Moment:
+    """A point in a device's queue, such as a CUDA event. This one was reached when it was made, at `at_s`."""
+
+    def __init__(self, at_s: float) -> None:
+        self.at_s = at_s
 
     def is_reached(self) -> bool:
         """Whether the device has finished all work that was queued before this point."""
-        ...
+        return True
 
     def wait(self) -> None:
         """Block until the device has finished all work that was queued before this point."""
-        ...
 
     def ms_since(self, earlier: Moment) -> float:
         """Return the device time in ms from `earlier` to this point. Both must be in the same queue and be reached."""
-        ...
+        return (self.at_s - earlier.at_s) * 1000.0
 
 
 class Device:
@@ -92,7 +94,7 @@ class Device:
         """Return the point after all work that is queued so far. Within `on_second_queue`, this point also comes after
         all work that was in the first queue when the context was entered.
         """
-        return _Reached(self._clock.monotonic())
+        return Moment(self._clock.monotonic())
 
     def occupy(self, time_s: float) -> None:
         """Keep the queue busy for about this time. Work that the host queues meanwhile then runs without waiting for
@@ -148,21 +150,6 @@ class Device:
     def memory(self) -> DeviceMemory | None:
         """Return how much of the device's memory is free and in use; None if the device shares the host's memory."""
         return None
-
-
-class _Reached:
-    def __init__(self, at_s: float) -> None:
-        self.at_s = at_s
-
-    def is_reached(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        """Nothing to do."""
-
-    def ms_since(self, earlier: Moment) -> float:
-        assert isinstance(earlier, _Reached)
-        return (self.at_s - earlier.at_s) * 1000.0
 
 
 @dataclass(slots=True)
@@ -349,7 +336,7 @@ class CudaDevice(Device):
         return DeviceMemory(total, allowed, held=torch.cuda.memory_reserved(self.torch_device), free=free)
 
 
-class _Event:
+class _Event(Moment):
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
         self._event.record(torch.cuda.current_stream(device))
