@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,7 +21,6 @@ from stable_audio_serve.core.catalog import ModelQuality
 from stable_audio_serve.core.errors import ModelUnavailableError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.metrics import QuietMetrics
-from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import autoscaling_stats
@@ -128,14 +128,14 @@ class ModelReplica:
     async def generate_reporting(
         self, request: GenerationRequest
     ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
-        """Run one request: yield progress reports, and finally what `generate` returns."""
-        feed = ProgressFeed(_PROGRESS_INTERVAL_S)
-        working = asyncio.create_task(self._generate(request, on_progress=feed.put))
-        working.add_done_callback(lambda _: feed.close())
+        """Run one request: yield its latest progress four times a second, and finally what `generate` returns."""
+        latest: deque[Progress] = deque(maxlen=1)
+        working = asyncio.create_task(self._generate(request, on_progress=latest.append))
         try:
-            async for progress in feed:
-                yield progress
-            yield await working
+            while not (await asyncio.wait({working}, timeout=_PROGRESS_INTERVAL_S))[0]:
+                if latest:
+                    yield latest.pop()
+            yield working.result()
         finally:
             working.cancel()  # if the caller has disconnected; has no effect if the work is finished
 
