@@ -110,7 +110,6 @@ def create_app(
     app.state.address_header = address_header
     app.state.limiter = service.limiter
     app.state.origins = origins
-    app.state.readiness = service.readiness
     app.state.draining = service.draining  # read by the code that stops this process
     sa3 = APIRouter()
     sa3.include_router(native.build_router(service))

@@ -24,7 +24,6 @@ from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
-from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams, StreamLimits
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio import workers
@@ -111,9 +110,8 @@ class Service:
         self.jobs = jobs or open_queue(settings, catalog=backend.catalog)
         self.metrics = metrics or NullMetrics()
         self.clock = clock or SystemClock()
-        self.readiness = Readiness()
         self.keys = ApiKeys(KeyRing(settings.api, metrics=self.metrics, clock=self.clock))
-        self.draining = Draining(self.readiness, self.clock)
+        self.draining = Draining(self.clock)
         self.streams = EventStreams(self.draining, metrics=self.metrics, limits=stream_limits)
         self.limiter = KeyLimiter(self.jobs.store.database, metrics=self.metrics, clock=self.clock)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})

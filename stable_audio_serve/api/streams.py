@@ -134,7 +134,7 @@ class EventStreams:
         if not self._draining.is_leaving:
             return False
         # If only this process is replaced, the next runner starts the job. A stopped or drained server starts no job.
-        can_start = job.spec.is_awaited and not self._draining.refuses_some
+        can_start = job.spec.is_awaited and self._draining.refusal is None
         return not (finishes and (job.state == "running" or can_start))
 
     async def _pause(self, duration_s: float) -> None:

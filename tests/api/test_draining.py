@@ -11,7 +11,6 @@ import pytest
 from fastapi import FastAPI
 
 from stable_audio_serve.api.middleware.draining import Draining
-from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.core.errors import StoppingError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.runner.runner import JobRunner
@@ -77,7 +76,7 @@ async def test_new_requests_are_refused_and_running_ones_finish() -> None:
 
 def stopping(clock: FakeClock, *, request_at: float | None = None, check_at: float | None = None) -> Draining:
     """Return a server that stops at second 100, and got a request and a check of /ready before."""
-    draining = Draining(Readiness(), clock)
+    draining = Draining(clock)
     if request_at is not None:
         clock.now = request_at
         draining.admit({"method": "POST"})

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from stable_audio_serve.api.middleware.readiness import Readiness
+from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.core.catalog import ModelStatus
 from tests.api.prefixes import PREFIXES as DIALECTS
 from tests.backends import ToneBackend
@@ -27,8 +27,8 @@ STAGES = [
 
 
 @pytest.fixture
-def readiness(shared: tuple[FastAPI, ToneBackend]) -> Readiness:
-    return shared[0].state.readiness
+def draining(shared: tuple[FastAPI, ToneBackend]) -> Draining:
+    return shared[0].state.draining
 
 
 @pytest.mark.parametrize(("stage", "status", "word", "healthy"), STAGES)
@@ -74,15 +74,16 @@ async def test_health_is_503_if_all_models_failed(client: httpx.AsyncClient, bac
     assert (await client.get(f"{prefix}/health")).status_code == expected
 
 
-async def test_blocked_server_is_not_ready_and_gives_the_reason(
-    client: httpx.AsyncClient, readiness: Readiness
-) -> None:
-    readiness.block("draining", "the server is stopping")
+async def test_blocked_server_is_not_ready_and_gives_the_reason(client: httpx.AsyncClient, draining: Draining) -> None:
+    draining.drain()
     try:
         ready, health = await client.get("/ready"), await client.get("/health")
     finally:
-        readiness.clear("draining")
-    assert (ready.status_code, ready.json()["reasons"]) == (503, ["the server is stopping"])
+        draining.resume()
+    assert (ready.status_code, ready.json()["reasons"]) == (
+        503,
+        ["an operator is draining this server; send new work to another server"],
+    )
     assert (health.status_code, health.json()["status"], health.json()["healthy"]) == (200, "draining", False)
     assert (await client.get("/ready")).status_code == 200
 

@@ -13,11 +13,9 @@ from contextlib import suppress
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import StoppingError
 
-_CAUSE = "draining"
 _STOPPING = "the server is stopping"
 _DRAINING = "an operator is draining this server; send new work to another server"
 _RETRY_AFTER_S = 5.0
@@ -37,12 +35,13 @@ class Draining:
     Each application has one instance and uses it on its event loop only. `leave` and `stop` cannot be undone.
     """
 
-    def __init__(self, readiness: Readiness, clock: Clock) -> None:
-        self._readiness = readiness
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        # The reason why new work is refused, None if it is accepted. While work is refused, a new request counts as in
+        # flight only once `admit` accepts it.
+        self.refusal: str | None = None
         self._leaving = asyncio.Event()
         self._is_replaced = False
-        self._refusal: str | None = None  # the reason why new work is refused, None if it is accepted
         self._in_flight: set[object] = set()
         self._at_drain: frozenset[object] | None = None  # requests in flight when `drain` was called
         self._stopped_at: float | None = None
@@ -79,11 +78,6 @@ class Draining:
         """Whether an operator drains the whole server, so that new work is refused."""
         return self._at_drain is not None
 
-    @property
-    def refuses_some(self) -> bool:
-        """Whether new work is refused. If so, a new request counts as in flight only once `admit` accepts it."""
-        return self._refusal is not None
-
     def leave(self) -> None:
         """End the event streams, because another process replaces this one. Open streams would keep this one running.
 
@@ -96,30 +90,28 @@ class Draining:
         """End the event streams and refuse all new requests, because the server stops."""
         if self._stopped_at is None:
             self._stopped_at = self._clock.monotonic()
-        self._refuse(_STOPPING)
+        self.refusal = _STOPPING
         self.leave()
 
     def drain(self) -> None:
         """Refuse new work until `resume`. GET and HEAD stay allowed, so that clients can fetch earlier results."""
-        if self._refusal is None:
+        if self.refusal is None:
             self._at_drain = frozenset(self._in_flight)
-            self._refuse(_DRAINING)
+            self.refusal = _DRAINING
             self._leaving.set()
 
     def resume(self) -> None:
         """Accept new work again, unless the server is stopping."""
-        if self._refusal == _DRAINING:
-            self._refusal = self._at_drain = None
-            self._readiness.clear(_CAUSE)
+        if self.refusal == _DRAINING:
+            self.refusal = self._at_drain = None
             if not self._is_replaced:
                 self._leaving.clear()
 
     def admit(self, scope: Scope) -> None:
         """Count a request as in flight. Raises StoppingError to refuse it. Not called for health probes."""
         self._last_request_at = self._clock.monotonic()
-        refusal = self._refusal
-        if refusal == _STOPPING or (refusal is not None and scope["method"] not in _READING):
-            raise StoppingError(refusal, retry_after_s=_RETRY_AFTER_S)
+        if self.refusal == _STOPPING or (self.refusal is not None and scope["method"] not in _READING):
+            raise StoppingError(self.refusal, retry_after_s=_RETRY_AFTER_S)
         if "in_flight_token" in scope:  # `begin` may have added the token already; then this has no effect
             self._in_flight.add(scope["in_flight_token"])
 
@@ -133,7 +125,7 @@ class Draining:
         The request counts as in flight at once, or if new work is refused, only when `admit` accepts it.
         """
         token = object()
-        if self._refusal is None:
+        if self.refusal is None:
             self._in_flight.add(token)
         return token
 
@@ -146,10 +138,6 @@ class Draining:
         with suppress(TimeoutError):
             async with asyncio.timeout(duration_s):
                 await self._leaving.wait()
-
-    def _refuse(self, sentence: str) -> None:
-        self._refusal = sentence
-        self._readiness.block(_CAUSE, sentence)
 
 
 class DrainingMiddleware:
@@ -167,7 +155,7 @@ class DrainingMiddleware:
             return
 
         async def send_and_close(message: Message) -> None:
-            if message["type"] == "http.response.start" and draining.refuses_some:
+            if message["type"] == "http.response.start" and draining.refusal is not None:
                 MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
 from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import default_model
 from stable_audio_serve.api.middleware.key_ring import KeyFileState
-from stable_audio_serve.api.middleware.readiness import Verdict
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.adapters import AdapterCard
 from stable_audio_serve.core.catalog import GateOutcome, ModelCard, ModelStatus
@@ -17,6 +17,8 @@ from stable_audio_serve.core.settings_sources import preloaded_names
 from stable_audio_serve.jobs.store.health import StoreHealth, StoreState
 
 _UNKNOWN = ModelStatus("loading")
+# Stages in which a model accepts requests. "idle" and "waking" have no replica yet: requests wait until one is loaded.
+_ANSWERING = frozenset({"ready", "idle", "waking"})
 
 
 class QualityHealth(BaseModel):
@@ -168,8 +170,8 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_
     loaded = sorted(name for name, model in models.items() if model.stage == "ready")
     return Health(
         status="ok" if loaded and not verdict.is_blocked else verdict.status,
-        healthy=verdict.is_ready,
-        reasons=list(verdict.reasons),
+        healthy=not verdict.reasons,
+        reasons=verdict.reasons,
         model=catalog.default.name,
         model_info=_describe_window(service),
         device=models[catalog.default.name].device or settings.device,
@@ -194,9 +196,9 @@ def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_s
     """Return the response of the readiness route."""
     verdict = _judge(service, status)
     return Ready(
-        ready=verdict.is_ready,
+        ready=not verdict.reasons,
         status=verdict.status,
-        reasons=list(verdict.reasons),
+        reasons=verdict.reasons,
         job_store=_describe_store(job_store),
     )
 
@@ -251,13 +253,27 @@ def describe_adapters(service: Service, status: Mapping[str, ModelStatus]) -> Ad
     )
 
 
-def _judge(service: Service, status: Mapping[str, ModelStatus]) -> Verdict:
-    default = service.backend.catalog.default.name
+class _Verdict(NamedTuple):
+    """Whether a load balancer should send requests to this server: only if there are no `reasons` not to."""
+
+    status: str  # ok, loading, failed, draining or keys
+    reasons: list[str]
+    is_blocked: bool  # whether the server accepts no work for another reason than its default model
+
+
+def _judge(service: Service, status: Mapping[str, ModelStatus]) -> _Verdict:
+    blocked = {}
+    if service.draining.refusal is not None:
+        blocked["draining"] = service.draining.refusal
     if service.keys.ring.health.state == "unread":
-        service.readiness.block("keys", "the key file cannot be read")
-    else:
-        service.readiness.clear("keys")
-    return service.readiness.judge(default, status.get(default, _UNKNOWN))
+        blocked["keys"] = "the key file cannot be read"
+    default = service.backend.catalog.default.name
+    words, reasons = [*blocked], [*blocked.values()]
+    if (stage := status.get(default, _UNKNOWN).stage) not in _ANSWERING:
+        words.append(stage)
+        state = "cannot be loaded" if stage == "failed" else "is being loaded"
+        reasons.append(f"the default model, {default}, {state}")
+    return _Verdict(words[0] if words else "ok", reasons, bool(blocked))
 
 
 def _describe_store(health: StoreHealth) -> JobStoreHealth:
