@@ -224,35 +224,6 @@ class NullMetrics:
         declared(name, "histogram", labels=labels)
 
 
-class QuietMetrics:
-    """A sink that passes values to another sink. Before `open`, the values of counters and histograms are dropped.
-
-    `open` is called after the warm-up runs, which would otherwise count as requests.
-    """
-
-    def __init__(self, sink: Metrics) -> None:
-        self._sink = sink
-        self._is_open = False
-
-    def open(self) -> None:
-        """Pass all values to the wrapped sink from now on."""
-        self._is_open = True
-
-    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
-        """Add `value` to the counter `name`. Dropped until `open` is called."""
-        if self._is_open:
-            self._sink.increment(name, value, **labels)
-
-    def gauge(self, name: str, value: float, **labels: str) -> None:
-        """Set the gauge `name` to `value`. Unlike other metrics, gauges are passed on before `open` is called."""
-        self._sink.gauge(name, value, **labels)
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add one sample to the histogram `name`. Dropped until `open` is called."""
-        if self._is_open:
-            self._sink.observe(name, value, **labels)
-
-
 class Level:
     """A gauge that counts up and down from zero, such as the number of open streams. Not thread-safe."""
 

@@ -144,23 +144,32 @@ class RecentSum:
 
 
 class StepMeter:
-    """A metrics sink that forwards all values, and counts denoising steps and their rows over the last ten seconds.
+    """An engine's metrics sink. It forwards values, and counts denoising steps and their rows of the last ten seconds.
 
-    A row is one variation that a denoising step computes. Thread-safe.
+    A row is one variation that a denoising step computes. Before `open`, only gauges are forwarded, because warm-up
+    runs would count as requests. Thread-safe.
     """
 
     def __init__(self, metrics: Metrics, *, clock: Clock | None = None) -> None:
         self._metrics = metrics
+        self._is_open = False
         self._steps = RecentSum(_WINDOW_S, clock=clock)
         self._rows = RecentSum(_WINDOW_S, clock=clock)
 
+    def open(self) -> None:
+        """Forward and count all values from now on."""
+        self._is_open = True
+
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
-        self._metrics.increment(name, value, **labels)
+        if self._is_open:
+            self._metrics.increment(name, value, **labels)
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
         self._metrics.gauge(name, value, **labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
+        if not self._is_open:
+            return
         self._metrics.observe(name, value, **labels)
         if name == _ROWS:
             self._steps.add()

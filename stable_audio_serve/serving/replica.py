@@ -20,7 +20,6 @@ from ray.serve.schema import ReplicaState
 from stable_audio_serve.core.catalog import ModelQuality
 from stable_audio_serve.core.errors import ModelUnavailableError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
-from stable_audio_serve.core.metrics import QuietMetrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import autoscaling_stats
@@ -81,15 +80,15 @@ class ModelReplica:
             from stable_audio_serve.serving.trial import Trial
         with self._stage("load"):
             fetch_files(settings, model)
-        metrics = self._meter = StepMeter(RayMetrics(model=model.name))
-        quiet = QuietMetrics(metrics)
+        metrics = RayMetrics(model=model.name)
+        self._meter = StepMeter(metrics)
         load = partial(
             load_engine,
             settings,
             model,
             gpu_share=ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0),
             cluster_gpus=ray.cluster_resources().get("GPU", 0.0),
-            metrics=quiet,
+            metrics=self._meter,
         )
         if settings.quality_gate.enabled:
             artifacts = open_artifacts(settings, is_prepared=True)
@@ -115,7 +114,7 @@ class ModelReplica:
                 weights = await hashing
             engine.name_checkpoint(weights)
             quality = ModelQuality("off", weights)
-        quiet.open()
+        self._meter.open()
         return engine, quality
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
