@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.offline import OfflineBackend
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.metrics import GROUPS, Metric, exported_name
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.serving.local import LocalBackend
 
 _DOCS = Path(__file__).parent
 _ROUTES_HEAD = """# All routes
@@ -46,7 +47,8 @@ A metric appears with its first sample; one marked * may never appear on a healt
 
 def describe_api() -> dict[str, Any]:
     """Return the OpenAPI description of the application with its default settings."""
-    return create_app(OfflineBackend(), Settings()).openapi()
+    backend = LocalBackend(ModelCatalog([ModelCard("none", "none")]), {})
+    return create_app(backend, Settings()).openapi()
 
 
 def draw_routes(document: dict[str, Any]) -> str:

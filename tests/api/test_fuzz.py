@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.offline import OfflineBackend
 from stable_audio_serve.core.settings import Settings
 from tests.api.fuzzing import Known, is_lenient, make_meaningful, run_server
+from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.server  # tests that run a server are marked, because they are slow
@@ -31,7 +31,7 @@ _sent: list[str] = []
 # Statuses with which an invalid request may be refused: Schemathesis' own list, 412 (fal's proxy path) and 413.
 _REFUSALS = [400, 401, 403, 404, 405, 406, 409, 412, 413, 415, 422, 428, 429]
 _CONFIG = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": {"expected-statuses": _REFUSALS}}})
-schema = schemathesis.openapi.from_dict(create_app(OfflineBackend(), Settings()).openapi(), config=_CONFIG)
+schema = schemathesis.openapi.from_dict(create_app(ToneBackend(), Settings()).openapi(), config=_CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 from fastapi.routing import iter_route_contexts
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.offline import OfflineBackend
 from stable_audio_serve.core.settings import Settings
 from tests.api.prefixes import PREFIXES
+from tests.backends import ToneBackend
 
 FAL = "/fal-ai/stable-audio"
 REQUESTS = "/fal-ai/{app}/requests/{request_id}"
@@ -35,7 +35,7 @@ ALIASES = {
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(OfflineBackend(), Settings())
+    return create_app(ToneBackend(), Settings())
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.offline import OfflineBackend
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
@@ -99,7 +98,7 @@ def routes_of(app: FastAPI) -> Iterator[Route]:
         yield from (Route(method, path, contract, bool(in_query)) for method in sorted(found.methods or ()))
 
 
-ROUTES = sorted(set(routes_of(create_app(OfflineBackend(), Settings()))), key=str)
+ROUTES = sorted(set(routes_of(create_app(ToneBackend(), Settings()))), key=str)
 OWNED = [route for route in ROUTES if route.contract]
 
 

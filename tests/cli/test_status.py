@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.offline import OfflineBackend
 from stable_audio_serve.cli import app, tables
 from stable_audio_serve.core.settings import Settings
+from tests.backends import ToneBackend
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred [bold]b[/bold]\r\nnext"
 
@@ -124,6 +124,6 @@ def test_keys_are_read_from_a_file_and_not_from_an_option() -> None:
 
 
 def test_the_openapi_schema_has_the_admin_routes() -> None:
-    paths = create_app(OfflineBackend(), Settings()).openapi()["paths"]
+    paths = create_app(ToneBackend(), Settings()).openapi()["paths"]
     admin = {path for path in paths if path.startswith("/v1/admin/")}
     assert {"/v1/admin/drain", "/v1/admin/models/{model}/load", "/v1/admin/models/{model}/unload"} < admin

@@ -19,7 +19,6 @@ from stable_audio_serve.api.compat.stable_audio_open_small import routes as open
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.native import job_routes as native_jobs
 from stable_audio_serve.api.native import routes as native
-from stable_audio_serve.api.offline import OfflineBackend
 from stable_audio_serve.api.shared_routes import files, merged, server
 from stable_audio_serve.core.settings import Settings
 from tests.api.compat.serving import serve_app
@@ -111,7 +110,7 @@ async def run_page(page: Path, folder: Path, **settings: Any) -> Run:
 def operations() -> dict[str, set[str]]:
     """Returns METHOD and path of every operation in the OpenAPI description, by tag."""
     found: dict[str, set[str]] = {}
-    for path, operations in create_app(OfflineBackend(), Settings()).openapi()["paths"].items():
+    for path, operations in create_app(ToneBackend(), Settings()).openapi()["paths"].items():
         for method, operation in operations.items():
             if path == "/api/fal/proxy" and method not in ("get", "post", "put"):
                 continue  # this route accepts every method, and the page needs to show only one
