@@ -16,9 +16,9 @@ class ReplicaReport:
     """The last report of one replica, `age_s` seconds old. Values that the replica did not report are None.
 
     `profile` is text: the name of the engine's profile, the reason for a plain profile, and the features that are off.
-    `memory_bytes` maps each purpose of GPU memory to the bytes planned for it. `in_flight` is the number of unfinished
+    `memory_bytes` maps each purpose of GPU memory to the bytes planned for it. `requests` is the number of unfinished
     requests, and `backlog_s` is their predicted device time. `rows_per_step` is the mean number of variations in a
-    denoising step over the last ten seconds. `finished_per_minute` is the number of requests that finished in the
+    denoising step over the last ten seconds. `requests_per_minute` is the number of requests that finished in the
     minute before the report. `start_s` is the duration of each stage of the replica's start in seconds.
     """
 
@@ -28,10 +28,10 @@ class ReplicaReport:
     dtype: str | None = None
     profile: str | None = None
     memory_bytes: Mapping[str, int] | None = None
-    in_flight: int | None = None
+    requests: int | None = None
     backlog_s: float | None = None
     rows_per_step: float | None = None
-    finished_per_minute: int | None = None
+    requests_per_minute: int | None = None
     start_s: Mapping[str, float] = field(default_factory=dict)
     quality: ModelQuality | None = None
 

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _TTL_S = 0.5  # if the status is older, it is fetched again in the background; callers still get the old status
 _STALE_S = 2.0  # if the status is older, callers wait for the new status
 _TIMEOUT_S = 0.8
+# The fields of a report that have the same names and values in a replica's statistics.
+_AS_PUBLISHED = ("device", "dtype", "profile", "memory_bytes", "requests", "rows_per_step", "requests_per_minute")
 _QUALITY = TypeAdapter(ModelQuality | None)
 
 
@@ -85,20 +87,14 @@ def reports(model: str) -> tuple[ReplicaReport, ...]:
 
 def _report(name: str, stats: Mapping[str, Any], *, age_s: float) -> ReplicaReport:
     """Return a replica's report. Fields that the replica's version of this package does not publish are None."""
-    backlog_ms, rows = stats.get("backlog_ms"), stats.get("rows_per_step")
+    backlog_ms = stats.get("backlog_ms")
     return ReplicaReport(
         name,
         age_s,
-        device=stats.get("device"),
-        dtype=stats.get("dtype"),
-        profile=stats.get("profile"),
-        memory_bytes=stats.get("memory_bytes"),
-        in_flight=stats.get("in_flight"),
-        backlog_s=None if backlog_ms is None else float(backlog_ms) / 1000.0,
-        rows_per_step=None if rows is None else float(rows),
-        finished_per_minute=stats.get("finished_per_minute"),
+        backlog_s=None if backlog_ms is None else backlog_ms / 1000.0,
         start_s=stats.get("start_s") or {},
         quality=_quality(stats.get("quality")),
+        **{field: stats.get(field) for field in _AS_PUBLISHED},
     )
 
 

@@ -169,9 +169,9 @@ class ModelReplica:
             "dtype": self._engine.dtype,
             "profile": self._engine.describe_profile(),
             "memory_bytes": self._engine.memory.parts(),
-            "in_flight": self._in_flight,
+            "requests": self._in_flight,
             "rows_per_step": self._meter.rows_per_step,
-            "finished_per_minute": int(self._finished.total),
+            "requests_per_minute": int(self._finished.total),
             "start_s": self._start_s,
             "quality": asdict(self._quality),
         }

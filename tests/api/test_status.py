@@ -59,10 +59,10 @@ async def test_status_has_models_replicas_and_jobs() -> None:
             "bfloat16",
             "accelerated",
             memory_bytes={"weights": 3, "rows": 4},
-            in_flight=3,
+            requests=3,
             backlog_s=1.5,
             rows_per_step=6.0,
-            finished_per_minute=70,
+            requests_per_minute=70,
         ),
         ReplicaReport(
             "b2",
@@ -70,10 +70,10 @@ async def test_status_has_models_replicas_and_jobs() -> None:
             "cuda:1",
             "bfloat16",
             "plain: by choice",
-            in_flight=1,
+            requests=1,
             backlog_s=0.5,
             rows_per_step=2.0,
-            finished_per_minute=5,
+            requests_per_minute=5,
         ),
         ReplicaReport("c3", 0.1),  # a replica with an older program may report nothing else
     )

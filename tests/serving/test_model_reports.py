@@ -26,7 +26,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_reports_have_an_age_and_dead_replicas_are_dropped(now: list[float]) -> None:
     quality = ModelQuality("passed", "b17e", revision="12")
-    own = {"in_flight": 2, "rows_per_step": 3.5, "finished_per_minute": 9, "start_s": {"load": 1.5}, "quality": quality}
+    own = {"requests": 2, "rows_per_step": 3.5, "requests_per_minute": 9, "start_s": {"load": 1.5}, "quality": quality}
     device = {"device": "cuda:0", "dtype": "float16", "profile": "plain", "memory_bytes": {"weights": 7}}
     stats = device | own | {"quality": asdict(quality), "backlog_ms": 1500.0}
     record_stats("m", {"b": stats, "a": {}})

@@ -90,28 +90,13 @@ def _describe_model(service: Service, card: ModelCard, *, report: ModelReport) -
         rows_per_step=fmean(rows) if rows else None,
         waiting_jobs_s=report.waiting_jobs_s,
         requests_per_minute=sum(map(_last_minute, report.replicas)),
-        replicas=[_describe_replica(replica) for replica in report.replicas],
+        replicas=[schemas.Replica.model_validate(replica) for replica in report.replicas],
     )
 
 
 def _last_minute(replica: ReplicaReport) -> int:
     """Return the requests per minute in a replica's report, 0 if the report is older than a minute."""
-    return replica.finished_per_minute or 0 if replica.age_s < _MINUTE_S else 0
-
-
-def _describe_replica(replica: ReplicaReport) -> schemas.Replica:
-    return schemas.Replica(
-        id=replica.id,
-        device=replica.device,
-        dtype=replica.dtype,
-        profile=replica.profile,
-        memory_bytes=None if replica.memory_bytes is None else dict(replica.memory_bytes),
-        requests=replica.in_flight,
-        backlog_s=replica.backlog_s,
-        rows_per_step=replica.rows_per_step,
-        requests_per_minute=replica.finished_per_minute,
-        age_s=replica.age_s,
-    )
+    return replica.requests_per_minute or 0 if replica.age_s < _MINUTE_S else 0
 
 
 def _describe_jobs(jobs: JobsOverview, store: JobStoreHealth) -> schemas.Jobs:
