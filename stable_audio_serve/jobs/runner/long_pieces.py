@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from stable_audio_serve.artifacts.keys import section_key
-from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
+from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import text_of
 from stable_audio_serve.audio.formats import file_rate, media_type
@@ -33,7 +33,6 @@ from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import GenerationError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
-from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.private_files import temporary_file
 from stable_audio_serve.core.sound import ClipFacts, Peaks
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobResult, JobSpec
@@ -65,21 +64,6 @@ class LeaseLostError(Exception):
     """The job's lease was lost, so this runner must not change the job any more."""
 
 
-class PutFile(Protocol):
-    """Stores a file of a job, see `JobExecutor.put`."""
-
-    def __call__(
-        self,
-        job: Job,
-        chunks: Chunks,
-        *,
-        name: str,
-        media_type: str,
-        num_bytes: int,
-        key: ArtifactKey | None = None,
-    ) -> Awaitable[StoredFile]: ...
-
-
 class LongPieces:
     """Makes the long pieces of one runner."""
 
@@ -90,10 +74,11 @@ class LongPieces:
         *,
         store: JobStore,
         audio: AudioWorkers,
-        put: PutFile,
+        put: Callable[..., Awaitable[StoredFile]],
         calls: PatientCalls,
         clock: Clock,
     ) -> None:
+        """`put` stores a file of a job, see `JobExecutor.put`."""
         self._backend = backend
         self._artifacts = artifacts
         self._store = store
