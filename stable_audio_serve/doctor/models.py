@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.core.settings import ModelSettings
 from stable_audio_serve.doctor.findings import Finding, run_check
 from stable_audio_serve.doctor.machine import memory_bytes
 from stable_audio_serve.engine import Engine, EngineOptions
@@ -28,7 +28,6 @@ from stable_audio_serve.models.weight_sizes import official_weight_bytes, weight
 from stable_audio_serve.models.weights import DTYPES
 from stable_audio_serve.serving import engines
 from stable_audio_serve.serving.adapters import Library
-from stable_audio_serve.serving.engines import load_engine
 from stable_audio_serve.serving.placement import Plan, describe_models, model_entry
 from stable_audio_serve.serving.preflight import require_weights
 from stable_audio_serve.serving.reservations import reserved_gpus
@@ -114,11 +113,22 @@ class ModelChecks:
             torch.cuda.empty_cache()  # for the next model
 
     def features(self) -> Iterator[Finding]:
-        """Try each accelerated feature alone."""
-        features = accelerated_features(self._settings, self._model, device=self._device)
-        for feature, try_alone in features or [("features", lambda: f"none to try on {self._device.type}")]:
-            name = f"{self.name}: {feature}"
-            yield from run_check(name, partial(_try_feature, name, try_alone))
+        """Try each accelerated feature alone. A feature fails if its results differ from those of the plain path."""
+        if self._device.type != "cuda":
+            yield Finding(f"{self.name}: features", "ok", f"none to try on {self._device.type}")
+            return
+        for feature in fields(Features):
+            name = f"{self.name}: {feature.name}"
+            yield from run_check(name, partial(self._try_alone, name, feature.name))
+
+    def _try_alone(self, name: str, feature: str) -> Iterator[Finding]:
+        only = replace(PLAIN, **{feature: True})
+        tried = self._model.engine.model_copy(update={"profile": "auto", "features": asdict(only)})
+        engine = engines.load_engine(self._settings, self._model.model_copy(update={"engine": tried}))
+        asyncio.run(_start(engine))
+        if engine.profile.features != only:
+            raise ValueError(engine.profile.reason)
+        yield Finding(name, "ok", "agrees with the plain path")
 
     def _weights_bytes(self) -> int | None:
         """Return the size of the weights once they are loaded, or None if it is unknown.
@@ -186,19 +196,10 @@ def _fit_machine(weights: int) -> tuple[str, bool]:
     return f"the machine's {total / 1e9:.1f} GB", weights < _CPU_SHARE * total
 
 
-def _try_feature(where: str, try_alone: Callable[[], str]) -> Iterator[Finding]:
-    yield Finding(where, "ok", try_alone())
-
-
 async def _time(engine: Engine, request: GenerationRequest) -> float:
     began_at = time.monotonic()
     await engine.generate(request)
     return time.monotonic() - began_at
-
-
-# A feature's name, and a function that tries the feature alone on the device. The function returns a message. It raises
-# an error if the feature fails, or if its results differ from those of an engine without features (the plain path).
-Feature = tuple[str, Callable[[], str]]
 
 
 def chosen_profile(model: ModelSettings, device: torch.device) -> tuple[str, str]:
@@ -208,25 +209,6 @@ def chosen_profile(model: ModelSettings, device: torch.device) -> tuple[str, str
     if model.engine.profile != "auto":
         return model.engine.profile, "the setting engine.profile"
     return "auto", "decided by the check when the replica starts; --features runs it now"
-
-
-def accelerated_features(settings: Settings, model: ModelSettings, *, device: torch.device) -> Sequence[Feature]:
-    """Return the features that can be tried alone with this model; none on a device without CUDA."""
-    if device.type != "cuda":
-        return ()
-
-    def try_alone(feature: str) -> str:
-        only = replace(PLAIN, **{feature: True})
-        tried = model.engine.model_copy(
-            update={"profile": "auto", "features": {each.name: getattr(only, each.name) for each in fields(Features)}}
-        )
-        engine = load_engine(settings, model.model_copy(update={"engine": tried}))
-        asyncio.run(_start(engine))
-        if engine.profile.features != only:
-            raise ValueError(engine.profile.reason)
-        return "agrees with the plain path"
-
-    return [(each.name, partial(try_alone, each.name)) for each in fields(Features)]
 
 
 async def _start(engine: Engine) -> None:

@@ -20,9 +20,12 @@ from stable_audio_serve.artifacts import s3
 from stable_audio_serve.artifacts.s3_client import check_bucket
 from stable_audio_serve.cli import app
 from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.doctor import machine, models
 from stable_audio_serve.doctor.issue_report import redact
-from stable_audio_serve.doctor.models import Feature
+from stable_audio_serve.engine.options import PLAIN, Features
+from stable_audio_serve.engine.profile import Profile
+from stable_audio_serve.serving.placement import plan_deployments
 from tests.adapter_files import write_file
 from tests.models.hub import Repo, pointing_library_at, running_hub
 from tests.serving.launched import free_port, write_config
@@ -225,16 +228,33 @@ def test_an_unexpected_exception_fails_one_line(monkeypatch: pytest.MonkeyPatch)
     assert found["demo: memory"]["state"] == "ok"
 
 
-def test_each_feature_is_tried_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def differ() -> str:
-        raise ValueError("31 dB")
+class TriedEngine:
+    """An engine with the configured features. Its check at the start finds that the audio of packed calls is wrong."""
 
-    features: list[Feature] = [("captures", lambda: "92 dB"), ("packing", differ)]
-    monkeypatch.setattr(models, "accelerated_features", lambda *_, **__: features)
+    def __init__(self, _: Settings, model: ModelSettings) -> None:
+        features = Features(**model.engine.features)
+        self.profile = Profile(PLAIN, "31 dB") if features.packing else Profile(features)
+
+    async def __aenter__(self) -> TriedEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+def test_each_feature_is_tried_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.engines, "load_engine", TriedEngine)
+    model = ModelSettings(name="demo", device="cuda")
+    checks = models.ModelChecks(plan_deployments(Settings(models=(model,))), model, num_gpus=1)
+    found = {finding.check: (finding.state, finding.message) for finding in checks.features()}
+    assert found.pop("demo: packing") == ("failure", "ValueError: 31 dB")
+    agrees = ("ok", "agrees with the plain path")
+    assert found == {f"demo: {name}": agrees for name in ("captures", "second_queue", "fast_decoding", "fused_kernels")}
+
+
+def test_no_feature_is_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "memory_bytes", lambda: 0)  # loads no model
     found = findings("--features", models=[{"name": "demo", "device": "cpu"}])
-    assert (found["demo: captures"]["state"], found["demo: captures"]["message"]) == ("ok", "92 dB")
-    assert (found["demo: packing"]["state"], found["demo: packing"]["message"]) == ("failure", "ValueError: 31 dB")
+    assert (found["demo: features"]["state"], found["demo: features"]["message"]) == ("ok", "none to try on cpu")
 
 
 def test_the_report_has_no_secret_and_no_foreign_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
