@@ -66,10 +66,10 @@ def check(file: Annotated[Path, typer.Argument(help="File of keys.")]) -> None:
 
     Prints client, scopes and limits of each key. Exit code 2: a line is invalid; the error message names the line.
     """
-    from stable_audio_serve.core.key_file import load_key_file
+    from stable_audio_serve.core.key_file import parse_key_file, read_key_file
 
     try:
-        _, keys = load_key_file(str(file))
+        keys = parse_key_file(read_key_file(str(file)))
     except OSError as error:
         raise fail(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -15,15 +15,6 @@ from stable_audio_serve.core.keys import ApiKey, KeyLimits, parse_key
 _MAX_BYTES = 16_777_216
 
 
-def load_key_file(path: str) -> tuple[bytes, tuple[ApiKey, ...]]:
-    """Return the content of the key file, and the keys in it, in the order of their lines.
-
-    Raises OSError if the file cannot be read, and ValueError if its content is invalid.
-    """
-    data = read_key_file(path)
-    return data, parse_key_file(data)
-
-
 def read_key_file(path: str) -> bytes:
     """Return the content of the key file.
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from stable_audio_serve.cli.main import app
-from stable_audio_serve.core.key_file import load_key_file, merge_keys, parse_key_file
+from stable_audio_serve.core.key_file import merge_keys, parse_key_file, read_key_file
 from stable_audio_serve.core.keys import (
     DEFAULT_SCOPES,
     SCOPES,
@@ -106,12 +106,12 @@ def test_comments_empty_lines_and_a_byte_order_mark_are_ignored() -> None:
 def test_a_path_that_is_not_a_key_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # reading the pipe would block forever, because nothing writes to it
     with pytest.raises(ValueError, match="not a regular file"):
-        load_key_file(str(tmp_path / "pipe"))
+        read_key_file(str(tmp_path / "pipe"))
     with pytest.raises(OSError, match="directory"):
-        load_key_file(str(tmp_path))
+        read_key_file(str(tmp_path))
     (tmp_path / "large").write_bytes(b"#" * 16_777_217)
     with pytest.raises(ValueError, match="larger"):
-        load_key_file(str(tmp_path / "large"))
+        read_key_file(str(tmp_path / "large"))
 
 
 def test_ten_thousand_keys_are_read() -> None:

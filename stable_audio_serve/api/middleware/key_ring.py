@@ -18,7 +18,7 @@ import structlog
 from stable_audio_serve.core.cached_query import CachedQuery
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.key_file import load_key_file, merge_keys, parse_key_file, read_key_file
+from stable_audio_serve.core.key_file import merge_keys, parse_key_file, read_key_file
 from stable_audio_serve.core.keys import ApiKey, parse_key_hash
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ApiSettings
@@ -49,7 +49,7 @@ def check_key_file(path: str | None) -> None:
     if path is None:
         return
     try:
-        load_key_file(path)
+        parse_key_file(read_key_file(path))
     except (OSError, ValueError) as error:
         message = f"api.key_file (STABLE_AUDIO_API_KEY_FILE): {path}: {_sentence(error)}"
         raise ConfigError(message, field="api.key_file") from error
