@@ -109,7 +109,8 @@ async def file_answer(
     part = None if is_head or is_known else _find_part(request, num_bytes=file.num_bytes, etag=etag)
     start, stop = part or (0, file.num_bytes)
     is_whole = (start, stop) == (0, file.num_bytes)
-    chunks = jobs.read(file) if is_whole else jobs.read_part(file, start=start, stop=stop)
+    files = jobs.artifacts
+    chunks = files.read(file) if is_whole else files.read_part(file, start=start, stop=stop)
     try:
         first = await anext(chunks, b"")
     except FileNotFoundError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
@@ -214,14 +214,6 @@ class JobQueue:
     async def find_file(self, file_id: str) -> StoredFile | None:
         """Return the published file, or the audio of a finished job, that has this id; None if there is none."""
         return await self._find(partial(self.store.files.find, file_id))
-
-    def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """Return the content of a file in chunks, see `ArtifactStore.read`."""
-        return self.artifacts.read(file)
-
-    def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
-        """Return the bytes [start, stop) of a file in chunks, see `ArtifactStore.read_part`."""
-        return self.artifacts.read_part(file, start=start, stop=stop)
 
     async def _find(self, query: Callable[[], T]) -> T:
         """Run a query on a thread for queries. Raises StorageError after `_READ_TIMEOUT_S`.

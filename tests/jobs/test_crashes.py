@@ -72,7 +72,7 @@ class Site:
         with self.queue.store.database.reading() as connection:
             assert connection.execute(sa.select(FILES.c.key)).scalars().all() == [ended.result.file.key]
         assert {headers["webhook-id"] for _, headers, _ in self.receiver.requests} == {job.spec.id}
-        return ended, b"".join([chunk async for chunk in self.queue.read(ended.result.file)])
+        return ended, b"".join([chunk async for chunk in self.queue.artifacts.read(ended.result.file)])
 
 
 @pytest.fixture(params=["sqlite"])
@@ -102,7 +102,7 @@ def expected(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactor
         ended = await queue.get(job.spec.ref)
         assert ended is not None
         assert ended.result is not None
-        audio = b"".join([chunk async for chunk in queue.read(ended.result.file)])
+        audio = b"".join([chunk async for chunk in queue.artifacts.read(ended.result.file)])
         await queue.close()
         return audio
 
@@ -235,7 +235,7 @@ async def read(queue: JobQueue, job: Job) -> bytes:
     ended = await queue.get(job.spec.ref)
     assert ended is not None
     assert ended.result is not None, (ended.state, ended.error)
-    return b"".join([chunk async for chunk in queue.read(ended.result.file)])
+    return b"".join([chunk async for chunk in queue.artifacts.read(ended.result.file)])
 
 
 def is_stopped(process: BaseProcess) -> bool:

@@ -77,7 +77,7 @@ async def make(workshop: Workshop, prompt: str, *, seed: int) -> Audio:
         assert found is not None
         job = found
     assert job.result is not None, job.error
-    data = b"".join([chunk async for chunk in workshop.queue.read(job.result.file)])
+    data = b"".join([chunk async for chunk in workshop.queue.artifacts.read(job.result.file)])
     return np.asarray(soundfile.read(io.BytesIO(data), dtype="float32")[0].T)
 
 

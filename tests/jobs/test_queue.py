@@ -129,4 +129,4 @@ async def test_published_file_stays_if_only_the_answer_is_lost(
         await workshop.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav", file_id="mine")
     found = await workshop.queue.find_file("mine")
     assert found is not None
-    assert [chunk async for chunk in workshop.queue.read(found)] == [b"x"]
+    assert [chunk async for chunk in workshop.queue.artifacts.read(found)] == [b"x"]

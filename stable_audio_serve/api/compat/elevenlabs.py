@@ -246,7 +246,7 @@ def build_router(service: Service) -> APIRouter:
                 first, headers = await anext(chunks), {"X-Seed": str(generation.seed)}
                 return StreamingResponse(chain(first, chunks), headers=headers, media_type=media_type(file_format))
             file = await service.run_job(spec, card=card, caller=request.state.caller)
-            headers, content = sound_headers(file.clips, file.made_on), service.jobs.read(file)
+            headers, content = sound_headers(file.clips, file.made_on), service.jobs.artifacts.read(file)
         headers |= {} if is_stream else {"Content-Length": str(file.num_bytes)}
         return StreamingResponse(content, headers=headers, media_type=file.media_type)
 

@@ -236,7 +236,7 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
             status = _STATUS.get(error.code, 500)
             return _answer(request, status if status < 429 else 500, [error.message])
         file = job.result.file
-        chunks = service.jobs.read(file)
+        chunks = service.jobs.artifacts.read(file)
         try:
             first = await anext(chunks, b"")
         except FileNotFoundError as error:

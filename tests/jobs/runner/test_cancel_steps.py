@@ -107,7 +107,7 @@ async def finish(queue: JobQueue, job: Job) -> Job:
 
 async def audio_of(queue: JobQueue, job: Job) -> bytes:
     assert job.result is not None, job.error
-    return b"".join([chunk async for chunk in queue.read(job.result.file)])
+    return b"".join([chunk async for chunk in queue.artifacts.read(job.result.file)])
 
 
 @pytest.mark.server

@@ -35,7 +35,7 @@ async def test_a_job_becomes_a_file(workshop: Workshop) -> None:
     assert result is not None
     assert (result.sample_rate_hz, result.seeds) == (44100, (7,))
     assert (result.file.file_name, result.file.media_type) == ("rain.wav", "audio/wav")
-    data = b"".join([chunk async for chunk in workshop.queue.read(result.file)])
+    data = b"".join([chunk async for chunk in workshop.queue.artifacts.read(result.file)])
     assert len(data) == result.file.num_bytes
     assert soundfile.info(io.BytesIO(data)).frames == 44100
     assert workshop.files() == [f"{job.spec.id}-rain.wav"]

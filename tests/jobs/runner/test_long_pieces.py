@@ -43,7 +43,7 @@ def make_long(*durations_s: float, overlap_s: float = 0.5, **overrides: Any) -> 
 
 
 async def audio_of(workshop: Workshop, file: StoredFile) -> npt.NDArray[np.float32]:
-    data = b"".join([chunk async for chunk in workshop.queue.read(file)])
+    data = b"".join([chunk async for chunk in workshop.queue.artifacts.read(file)])
     samples, rate_hz = soundfile.read(io.BytesIO(data), dtype="float32")
     assert rate_hz == RATE_HZ
     return np.asarray(samples)

@@ -180,7 +180,7 @@ async def test_late_runner_deletes_its_own_file_only(workshop: Workshop, monkeyp
     await until(lambda: workshop.files() == [f"{job.spec.id}-2-audio.wav"])
     assert await workshop.queue.get(job.spec.ref) == ended
     assert ended.result is not None
-    assert [chunk async for chunk in workshop.queue.read(ended.result.file)]
+    assert [chunk async for chunk in workshop.queue.artifacts.read(ended.result.file)]
     await until(lambda: metrics.counters["job_leases_lost",] == 1)
 
 

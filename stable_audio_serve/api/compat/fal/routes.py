@@ -267,7 +267,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         url, stored = file_url(base_url(request, limits), job.result), job.result.file
         if job.spec.wire.get("sync_mode"):
             try:
-                content = b"".join([chunk async for chunk in jobs.read(stored)])
+                content = b"".join([chunk async for chunk in jobs.artifacts.read(stored)])
                 url = await service.compute(lambda: data_uri(content, stored.media_type))
             except FileNotFoundError as error:
                 raise HTTPException(404, "the file no longer exists") from error

@@ -83,7 +83,7 @@ async def _copy_own(
             raise FileNotFoundError
         _check_size(file.num_bytes, max_bytes)
         count(file.num_bytes)
-        async for chunk in service.jobs.read(file):
+        async for chunk in service.jobs.artifacts.read(file):
             with needing_room():
                 into.write(chunk)
     except FileNotFoundError as error:
