@@ -48,23 +48,14 @@ _MAX_JSON_MARKS = 10_000  # the most lists, objects and commas in a JSON body wi
 _COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
 
 
-class HexIdConvertor(StringConvertor):
-    """`{name:hex_id}` in routes matches an id in the server's format: 32 hexadecimal digits."""
-
-    regex = "[0-9a-f]{32}"
-
-
-class JobIdConvertor(StringConvertor):
-    """`{name:job_id}` in routes matches any text except the route names `variations` and `inpaint`.
-
-    Invalid job ids match too, so that the response can explain what is wrong with them.
-    """
-
-    regex = "(?!(?:variations|inpaint)$)[^/]+"
+def register_pattern(name: str, regex: str) -> None:
+    """Let `{parameter:name}` in routes match a regular expression."""
+    register_url_convertor(name, type(name, (StringConvertor,), {"regex": regex})())
 
 
-register_url_convertor("hex_id", HexIdConvertor())
-register_url_convertor("job_id", JobIdConvertor())
+register_pattern("hex_id", "[0-9a-f]{32}")  # an id in the server's format
+# Any text except the names of routes. Invalid job ids match too, so that the response can explain what is wrong.
+register_pattern("job_id", "(?!(?:variations|inpaint)$)[^/]+")
 
 
 class BoundedRequest(Request):

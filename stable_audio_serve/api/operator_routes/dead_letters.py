@@ -8,7 +8,6 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
-from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from stable_audio_serve.api.description import error_responses
@@ -16,7 +15,7 @@ from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody, ValidationErrors
 from stable_audio_serve.api.native.status import iso
 from stable_audio_serve.api.operator_routes import schemas
-from stable_audio_serve.api.routing import operator_route_class
+from stable_audio_serve.api.routing import operator_route_class, register_pattern
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.jobs.job import JobEvent
 from stable_audio_serve.jobs.store.dead_letters import DeadLetter
@@ -32,11 +31,7 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
 }
 
 
-class _LetterNumberConvertor(StringConvertor):
-    regex = "[0-9]{1,19}"  # more digits could not be converted to a number
-
-
-register_url_convertor("letter_number", _LetterNumberConvertor())
+register_pattern("letter_number", "[0-9]{1,19}")  # more digits could not be converted to a number
 
 
 def build_router(service: Service) -> APIRouter:

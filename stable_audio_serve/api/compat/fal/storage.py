@@ -28,14 +28,13 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.answers import audio_type
 from stable_audio_serve.api.compat.fal.errors import render_error
-from stable_audio_serve.api.compat.fal.targets import register_pattern
 from stable_audio_serve.api.compat.fal.wire import INVALID, errors
 from stable_audio_serve.api.links import base_url, published_url
 from stable_audio_serve.api.middleware.api_keys import sent_key
 from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.limits import accept_file_body
-from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.routing import public_route_class, register_pattern, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import ConflictError, KeysUnavailableError, StorageError
 from stable_audio_serve.core.private_files import needing_room

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
-from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stable_audio_serve.api.compat.fal.wire import OWNER, Links
 from stable_audio_serve.api.links import base_url
+from stable_audio_serve.api.routing import register_pattern
 from stable_audio_serve.core.settings import ApiSettings
 
 TARGET_HEADER = "x-fal-target-url"
@@ -34,11 +34,6 @@ TARGET_PARAMETER = {
     "description": "Intended fal URL, for example https://fal.run/fal-ai/stable-audio. This server responds itself.",
     "schema": {"type": "string", "pattern": f"^https?://({'|'.join(map(re.escape, _PREFIXES))})/[!-~]*$"},
 }
-
-
-def register_pattern(name: str, regex: str) -> None:
-    """Let `{parameter:name}` in routes match a regular expression."""
-    register_url_convertor(name, type(name, (StringConvertor,), {"regex": regex})())
 
 
 _APP = "stable-audio(?:-3|-25)?"  # an application: the first part of an endpoint's id after `fal-ai/`
