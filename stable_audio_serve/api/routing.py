@@ -24,12 +24,7 @@ from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.callers import find_caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
-from stable_audio_serve.api.middleware.limits import (
-    MAX_FIELDS_BYTES,
-    ClientGoneError,
-    accept_file_in_json,
-    accept_form,
-)
+from stable_audio_serve.api.middleware.limits import MAX_FIELDS_BYTES, ClientGoneError, connection_of
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
 from stable_audio_serve.core.errors import UnauthorizedError
@@ -84,7 +79,7 @@ class BoundedRequest(Request):
         limits: dict[str, int] = {"max_files": _MAX_FILES, "max_fields": _MAX_FIELDS, "max_part_size": _MAX_FIELD_BYTES}
         try:
             if _has_form(self):
-                accept_form(self.scope)
+                connection_of(self.scope).accept_form()
             if self._form is None and _content_type(self).startswith("multipart/form-data"):
                 async with aclosing(self.stream()) as stream:
                     self._form = await _WholeFormParser(self.headers, stream, **limits).parse()
@@ -167,7 +162,7 @@ def route_class(
         request.state.caller = find_caller(request, key, address_header=request.app.state.address_header)
         request.state.client = key.client
         if takes_files_in_json and takes_files_in_json(request):
-            accept_file_in_json(request.scope)
+            connection_of(request.scope).accept_file_in_json()
         if request.method == "POST" and _GENERATING_SCOPES.intersection(needed) and _has_form(request):
             limiter: KeyLimiter = request.app.state.limiter
             await limiter.require_room(key, takes_place="generate" in needed)

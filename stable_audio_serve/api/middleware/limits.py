@@ -74,7 +74,7 @@ class LimitsMiddleware:
             return
         handler = asyncio.current_task()
         assert handler is not None
-        connection = _Connection(
+        connection = Connection(
             receive,
             send,
             handler=handler,
@@ -94,30 +94,10 @@ class LimitsMiddleware:
             await connection.close()
 
 
-def accept_file_body(scope: Scope) -> None:
-    """Let this request's body be as large as an uploaded file may be. Call this before the body is read."""
-    scope["state"]["connection"].accept_file_body()
-
-
-def accept_form(scope: Scope) -> None:
-    """Let this request's body be as large as a form with a file may be. Call this before the body is read."""
-    scope["state"]["connection"].accept_form()
-
-
-def accept_file_in_json(scope: Scope) -> None:
-    """Let this request's body be as large as JSON with a file may be. Call this before the body is read."""
-    scope["state"]["connection"].accept_file_in_json()
-
-
-def count_fetched(scope: Scope, num_bytes: int) -> None:
-    """Count bytes that the server fetches for this request like bytes of its body. Raises HTTPException 503."""
-    scope["state"]["connection"].count_fetched(num_bytes)
-
-
-def is_answered(scope: Scope) -> bool:
-    """Whether the whole response was sent."""
-    connection = scope["state"].get("connection")
-    return connection is not None and connection.is_answered
+def connection_of(scope: Scope) -> Connection:
+    """Return the connection of a request that `LimitsMiddleware` handles."""
+    connection: Connection = scope["state"]["connection"]
+    return connection
 
 
 @dataclass(slots=True)
@@ -192,8 +172,8 @@ def _name_client(scope: Scope) -> str:
     return caller.name if caller else (scope.get("client") or ("",))[0]
 
 
-class _Connection:
-    """The `receive` and `send` of one request, with limits.
+class Connection:
+    """The `receive` and `send` of one request, with limits. Call the methods `accept_*` before the body is read.
 
     Once the body is complete, a watcher task reads the connection to detect a disconnect.
     """
@@ -220,7 +200,7 @@ class _Connection:
         self._slow_client: str | None = None  # the client for which the body counts as slow
         self._is_given_up = False  # whether the rest of the body is not needed
         self._unsent_bytes = math.inf  # bytes of the response that are not sent yet; inf if its length is unknown
-        self.is_answered = False
+        self.is_answered = False  # whether the whole response was sent
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
 
@@ -229,16 +209,19 @@ class _Connection:
         return self._gone.is_set()
 
     def accept_file_body(self) -> None:
+        """Let the body be as large as an uploaded file may be."""
         limit = self._limits.max_upload_bytes
         refusal = f"body: the upload is larger than {limit} bytes (api.max_upload_bytes)"
         self._body = replace(self._body, max_bytes=limit, refusal=refusal)
 
     def accept_form(self) -> None:
+        """Let the body be as large as a form with a file may be."""
         limit = self._limits.max_upload_bytes
         refusal = f"audio: the upload is larger than {limit} bytes (api.max_upload_bytes)"
         self._body = replace(self._body, max_bytes=limit + MAX_FIELDS_BYTES, refusal=refusal)
 
     def accept_file_in_json(self) -> None:
+        """Let the body be as large as JSON with a file may be."""
         limit = min(MAX_FILE_IN_JSON_BYTES, self._limits.max_upload_bytes) + MAX_FIELDS_BYTES
         self._body = replace(self._body, max_bytes=limit, refusal=f"body: larger than {limit} bytes; upload the file")
 
@@ -267,6 +250,7 @@ class _Connection:
         return message
 
     def count_fetched(self, num_bytes: int) -> None:
+        """Count bytes that the server fetches for this request like bytes of its body. Raises HTTPException 503."""
         self._count(num_bytes)
         if self._is_over_total():
             raise HTTPException(503, _TOO_MANY_BYTES, headers=_RETRY)

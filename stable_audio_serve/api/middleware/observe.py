@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_audio_serve.api.middleware.limits import ClientGoneError, is_answered
+from stable_audio_serve.api.middleware.limits import ClientGoneError, connection_of
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import GenerationError, StoppingError, StorageError
 from stable_audio_serve.core.metrics import Level, Metrics
@@ -65,7 +65,7 @@ class ObserveMiddleware:
             except ClientGoneError:
                 status = _CLIENT_GONE_STATUS
             except asyncio.CancelledError:
-                status = status if is_answered(scope) else _CLIENT_GONE_STATUS
+                status = status if connection_of(scope).is_answered else _CLIENT_GONE_STATUS
                 raise
             except Exception as error:
                 # A stored file could not be read to its end, or the process stops during a stream of audio. The client

@@ -7,7 +7,6 @@ import re
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import IO
 from urllib.parse import unquote_to_bytes
 
@@ -15,7 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from stable_audio_serve.api.links import base_url
-from stable_audio_serve.api.middleware.limits import count_fetched
+from stable_audio_serve.api.middleware.limits import connection_of
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.private_files import needing_room, temporary_file
@@ -32,7 +31,7 @@ async def opened_source(url: str, service: Service, *, request: Request) -> Asyn
     Raises InvalidRequestError, and HTTPException 503 if too many bytes are being received.
     """
     max_bytes, base = service.settings.api.max_upload_bytes, base_url(request, service.settings.api)
-    count = partial(count_fetched, request.scope)
+    count = connection_of(request.scope).count_fetched
     with temporary_file() as file:
         if url[:5].lower() == "data:":
             content = await asyncio.to_thread(_decode, url)

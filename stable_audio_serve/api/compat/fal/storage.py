@@ -33,7 +33,7 @@ from stable_audio_serve.api.links import base_url, published_url
 from stable_audio_serve.api.middleware.api_keys import sent_key
 from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.key_ring import KeyRing
-from stable_audio_serve.api.middleware.limits import accept_file_body
+from stable_audio_serve.api.middleware.limits import connection_of
 from stable_audio_serve.api.routing import public_route_class, register_pattern, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import ConflictError, KeysUnavailableError, StorageError
@@ -209,7 +209,7 @@ async def _store(jobs: JobQueue, request: Request, *, ticket: Ticket) -> None:
     Raises HTTPException 400 if a different file was already stored for this ticket. Raises UploadQuotaError and
     StorageError.
     """
-    accept_file_body(request.scope)
+    connection_of(request.scope).accept_file_body()
     with tempfile.SpooledTemporaryFile(max_size=_CHUNK_BYTES) as file:
         body, num_bytes = UploadFile(file), 0  # type: ignore[arg-type]
         async for chunk in request.stream():
