@@ -20,6 +20,7 @@ from stable_audio_serve.api.compat.hosted import (
     MAX_S,
     START_DESCRIPTION,
     ClipInput,
+    File,
     WholeNumber,
     to_request,
 )
@@ -81,15 +82,6 @@ class AimlMeta(BaseModel):
     usage: dict[str, int] = {"credits_used": 0}
 
 
-class AimlFile(BaseModel):
-    """The finished file. Its URL needs no key."""
-
-    url: str
-    content_type: str
-    file_name: str
-    file_size: int
-
-
 class AimlFailure(BaseModel):
     """The reason why there is no file."""
 
@@ -102,7 +94,7 @@ class AimlGeneration(BaseModel):
 
     id: str
     status: Literal["queued", "generating", "completed", "error"]
-    audio_file: AimlFile | None = Field(None, exclude_if=IS_NONE)
+    audio_file: File | None = Field(None, exclude_if=IS_NONE)
     error: AimlFailure | None = Field(None, exclude_if=IS_NONE)
     meta: AimlMeta = AimlMeta()
 
@@ -193,14 +185,8 @@ def build_router(service: Service) -> APIRouter:
 def _describe(job: Job, base: str) -> AimlGeneration:
     status = _STATES[job.state]
     if job.result is not None:
-        file = job.result.file
-        audio_file = AimlFile(
-            url=file_url(base, job.result),
-            content_type=file.media_type,
-            file_name=file.file_name,
-            file_size=file.num_bytes,
-        )
-        return AimlGeneration(id=job.spec.id, status=status, audio_file=audio_file)
+        file = File.of(job.result.file, url=file_url(base, job.result))
+        return AimlGeneration(id=job.spec.id, status=status, audio_file=file)
     if status == "error":
         name, message = (job.error.code, job.error.message) if job.error else (job.state, "the generation ended")
         return AimlGeneration(id=job.spec.id, status=status, error=AimlFailure(name=name, message=message))

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Prompt
 from stable_audio_serve.api.service import resolve_seed
+from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.sound import Peaks
@@ -28,6 +29,20 @@ def check_whole(value: object) -> object:
 
 
 WholeNumber = Annotated[int, BeforeValidator(check_whole)]
+
+
+class File(BaseModel):
+    """A stored file. Its URL needs no key."""
+
+    url: str
+    content_type: str
+    file_name: str
+    file_size: int
+
+    @classmethod
+    def of(cls, file: StoredFile, *, url: str) -> File:
+        """Describe a stored file that can be downloaded at `url`."""
+        return cls(url=url, content_type=file.media_type, file_name=file.file_name, file_size=file.num_bytes)
 
 
 class ClipInput(BaseModel):

@@ -15,7 +15,6 @@ from stable_audio_serve.api.compat.fal.wire import (
     SA25_APP,
     AudioOutput,
     Completed,
-    File,
     InProgress,
     Links,
     LogEntry,
@@ -26,6 +25,7 @@ from stable_audio_serve.api.compat.fal.wire import (
     SeededOutput,
     Status,
 )
+from stable_audio_serve.api.compat.hosted import File
 from stable_audio_serve.api.links import file_url
 from stable_audio_serve.api.streams import Change, EventStreams
 from stable_audio_serve.jobs.job import Job, JobEvent, JobResult, State

@@ -21,7 +21,6 @@ from stable_audio_serve.api.compat.fal.wire import (
     AudioOutput,
     CancelReply,
     Completed,
-    File,
     InProgress,
     PromptedOutput,
     Queued,
@@ -29,6 +28,7 @@ from stable_audio_serve.api.compat.fal.wire import (
     Ticket,
     errors,
 )
+from stable_audio_serve.api.compat.hosted import File
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.routing import public_route_class
 from stable_audio_serve.api.service import Service

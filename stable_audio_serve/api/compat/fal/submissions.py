@@ -11,7 +11,8 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.compat.fal.answers import data_uri, describe_output
 from stable_audio_serve.api.compat.fal.targets import links_of
-from stable_audio_serve.api.compat.fal.wire import File, Output, Ticket
+from stable_audio_serve.api.compat.fal.wire import Output, Ticket
+from stable_audio_serve.api.compat.hosted import File
 from stable_audio_serve.api.links import base_url, published_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.service import Service

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stable_audio_serve.api.compat.hosted import DEFAULT_STEPS, MAX_S, START_DESCRIPTION, ClipInput, WholeNumber
+from stable_audio_serve.api.compat.hosted import DEFAULT_STEPS, MAX_S, START_DESCRIPTION, ClipInput, File, WholeNumber
 from stable_audio_serve.api.description import error_responses
-from stable_audio_serve.artifacts.store import StoredFile
 
 OWNER = "fal-ai"
 APP = f"{OWNER}/stable-audio"
@@ -34,20 +33,6 @@ class AudioInput(ClipInput):
 
     seconds_start: WholeNumber = Field(0, ge=0, le=MAX_S, description=START_DESCRIPTION)
     steps: WholeNumber = Field(DEFAULT_STEPS, ge=2, le=1000, description="Denoising steps.")
-
-
-class File(BaseModel):
-    """A stored file. Its URL needs no key."""
-
-    url: str
-    content_type: str
-    file_name: str
-    file_size: int
-
-    @classmethod
-    def of(cls, file: StoredFile, *, url: str) -> File:
-        """Describe a stored file that can be downloaded at `url`."""
-        return cls(url=url, content_type=file.media_type, file_name=file.file_name, file_size=file.num_bytes)
 
 
 class AudioOutput(BaseModel):
