@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat.stable_audio_open_small.answers import base64_answer, clip_metadata
@@ -27,6 +27,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
     StyleForm,
     parse,
 )
+from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.native.answers import audio_answer
 from stable_audio_serve.api.native.errors import describe_error as describe_sa3_error
 from stable_audio_serve.api.native.ignored import warning_headers
@@ -47,8 +48,11 @@ ONLY_SA3 = GenerationBody.model_fields.keys() - {name for form in _OPEN_SMALL fo
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
-def _json_error(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": {"type": "object"}}}}
+class MergedError(BaseModel):
+    """Any error: a sentence, and the details of Stable Audio 3's API."""
+
+    error: str
+    detail: str | list[dict[str, Any]]
 
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -57,16 +61,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "model": Base64Answer,
         "content": dict.fromkeys(MEDIA_TYPES, _BINARY),
     },
-    400: _json_error("A field of a Stable Audio Open Small request is invalid, or the model refuses the request."),
-    401: _json_error("Keys are configured, and the request has no valid one."),
-    403: _json_error("The key lacks a scope, or the request's origin or host is not allowed."),
-    408: _json_error("The body did not arrive in time."),
-    413: _json_error("The body is too large."),
-    422: _json_error("A field of a Stable Audio 3 request is invalid."),
-    429: _json_error("This caller has reached a limit; Retry-After is the time to wait."),
-    500: _json_error("Internal error."),
-    503: _json_error("No capacity now; Retry-After is the time to wait."),
-    504: _json_error("The time budget ran out."),
+    400: {"model": MergedError, "description": "An Open Small field is invalid, or the model refuses the request."},
+    422: {"model": MergedError, "description": "A field of a Stable Audio 3 request is invalid."},
+    **error_responses(MergedError, 401, 408, 413, 429, 500, 503, 504),
 }
 
 
