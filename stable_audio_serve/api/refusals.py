@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -43,6 +44,23 @@ class Refusal(Generic[Row]):
     message: str
     headers: Mapping[str, str]
     is_internal: bool
+
+
+def to_fault(field: str | tuple[str | int, ...], message: str, *, value: object = None) -> dict[str, Any]:
+    """Return an entry about an invalid field of the body, as in FastAPI's list of invalid fields."""
+    place = (field,) if isinstance(field, str) else field
+    return {"type": "value_error", "loc": ("body", *place), "msg": message, "input": value}
+
+
+def invalid(field: str, message: str, *, value: object = None, place: str = "body") -> RequestValidationError:
+    """Return the error that FastAPI raises for an invalid field. `place` is the part of the request that has it."""
+    return RequestValidationError([to_fault(field, message, value=value) | {"loc": (place, field)}])
+
+
+def invalid_body(error: ValidationError) -> RequestValidationError:
+    """Return the error that FastAPI raises for a body that a Pydantic model does not accept."""
+    faults = error.errors(include_url=False)
+    return RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults])
 
 
 def field_and_message(_: Request, fault: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
 from fastapi import APIRouter, Query
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -29,7 +28,7 @@ from stable_audio_serve.api.fields import IS_NONE
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusal, Refusals
+from stable_audio_serve.api.refusals import Refusal, Refusals, invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
@@ -146,8 +145,7 @@ def build_router(service: Service) -> APIRouter:
             model = card if body.model == MODEL else catalog.resolve(body.model)
             return service.adapted(model, to_request(body, model, request_id=request_id))
         except UnknownModelError as error:
-            fault = {"type": "value_error", "loc": ("body", "model"), "msg": f"{error.message}, {MODEL}"}
-            raise RequestValidationError([fault]) from error
+            raise invalid("model", f"{error.message}, {MODEL}") from error
 
     @router.post("/v2/generate/audio", summary="Submit (AIML API)", responses=_SUBMIT_RESPONSES)
     async def submit(request: Request, body: AimlInput) -> AimlGeneration:

@@ -10,7 +10,6 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, UploadFile
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,7 +19,7 @@ from stable_audio_serve.api.answers import chain, file_chunks
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import NOT_BLANK, Finite
 from stable_audio_serve.api.middleware.observe import note
-from stable_audio_serve.api.refusals import Refusals, field_and_message
+from stable_audio_serve.api.refusals import Refusals, field_and_message, invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.artifacts.store import StoredFile
@@ -308,7 +307,7 @@ def _resolve_model(service: Service, form: TextForm, *, version: _Version) -> Mo
     try:
         return catalog.resolve(form.model)
     except UnknownModelError as error:
-        raise _fault("model", f"{error.message}, {', '.join(version.names)}") from error
+        raise invalid("model", f"{error.message}, {', '.join(version.names)}") from error
 
 
 def _to_request(
@@ -339,7 +338,7 @@ def _to_request(
         end_s = min(form.mask_end, duration_s)
         if form.mask_start >= end_s:
             allowed = f"less than mask_end and than the length of the clip ({duration_s:g})"
-            raise _fault("mask_start", f"must be {allowed}, not {form.mask_start:g}")
+            raise invalid("mask_start", f"must be {allowed}, not {form.mask_start:g}")
         return replace(request, inpaint_audio=source, inpaint_regions_s=((form.mask_start, end_s),))
     return request
 
@@ -369,11 +368,7 @@ def _audio(request: Request, content: AsyncIterator[bytes], *, file: EncodedFile
 
 def _check(field: str, value: float | None, *, low: float, high: float, where: str = "") -> None:
     if value is not None and not low <= value <= high:
-        raise _fault(field, f"must be from {low:g} to {high:g}{where}")
-
-
-def _fault(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message}])
+        raise invalid(field, f"must be from {low:g} to {high:g}{where}")
 
 
 def _answer(  # noqa: PLR0917

@@ -24,6 +24,7 @@ from stable_audio_serve.api.native.schemas import (
     check_sampler_kwargs,
 )
 from stable_audio_serve.api.native.sections import read_sections, section_faults
+from stable_audio_serve.api.refusals import invalid, to_fault
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.audio.formats import check_encoding
 from stable_audio_serve.audio.loops import BEATS_PER_BAR
@@ -78,7 +79,7 @@ def parse_sampler_kwargs(given: str | dict[str, Any]) -> dict[str, Any]:
     try:
         return check_sampler_kwargs(values)
     except ValueError as error:
-        raise RequestValidationError([to_fault("sampler_kwargs", str(error), value=values)]) from error
+        raise invalid("sampler_kwargs", str(error), value=values) from error
 
 
 def parse_loras(given: str | Sequence[LoraBody] | None) -> tuple[Lora, ...]:
@@ -104,7 +105,7 @@ def to_finishing(fields: Fields, generation: GenerationRequest) -> Finishing:
     try:
         finishing.check(duration_s=generation.duration_s, is_loop=generation.loop is not None)
     except InvalidRequestError as error:
-        raise RequestValidationError([to_fault(error.field or "", error.message, value=None)]) from error
+        raise invalid(error.field or "", error.message) from error
     return finishing
 
 
@@ -132,7 +133,7 @@ def to_request(
     try:
         card = catalog.resolve(fields.model) if "model" in given else catalog.default
     except UnknownModelError as error:
-        raise RequestValidationError([to_fault("model", error.message, value=fields.model)]) from error
+        raise invalid("model", error.message, value=fields.model) from error
     faults: list[dict[str, Any]] = []
     loop, bars_s = _plan_loop(fields, faults=faults)
     prompts, seeds = _plan_variations(fields, faults=faults)
@@ -215,7 +216,7 @@ def _plan_variations(fields: Fields, *, faults: list[dict[str, Any]]) -> tuple[t
             size, source = len(values), name
         elif len(values) != size:
             message = f"{name} must have as many entries as {source}, {size}, not {len(values)}"
-            faults.append(to_fault(name, message, value=None))
+            faults.append(to_fault(name, message))
     return tuple(prompts or ()), tuple(resolve_seed(seed) for seed in seeds or ())
 
 
@@ -233,7 +234,7 @@ def _plan_loop(fields: Fields, *, faults: list[dict[str, Any]]) -> tuple[LoopSta
         faults.append(to_fault("loop", "loop must be true with bpm and bars", value=fields.loop))
     if bpm is None or bars is None:
         missing, given = ("bpm", "bars") if bpm is None else ("bars", "bpm")
-        faults.append(to_fault(missing, f"{missing} must be set with {given}", value=None))
+        faults.append(to_fault(missing, f"{missing} must be set with {given}"))
         return "free", None
     duration_s = bars * BEATS_PER_BAR * 60 / bpm
     if "duration" in fields.model_fields_set and abs(fields.duration - duration_s) > SAME_S:
@@ -250,7 +251,7 @@ def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCa
     """
     if form.edit_schedule is not None and card.objective == "v":
         message = f"edit_schedule must be unset: the model {card.name} does not support it"
-        raise RequestValidationError([to_fault("edit_schedule", message, value=form.edit_schedule)])
+        raise invalid("edit_schedule", message, value=form.edit_schedule)
     level = card.noise_level(form.init_noise_level, sampler=generation.sampler)
     return replace(generation, init_noise_level=level, edit_schedule=form.edit_schedule)
 
@@ -287,8 +288,3 @@ def unused_options(values: Mapping[str, Any], card: ModelCard) -> list[str]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def to_fault(field: str, message: str, *, value: object) -> dict[str, Any]:
-    """Return an entry about an invalid field, for the list of errors of a RequestValidationError."""
-    return {"type": "value_error", "loc": ("body", field), "msg": message, "input": value}

@@ -12,8 +12,9 @@ from typing import Any
 import pydantic_core
 from fastapi.exceptions import RequestValidationError
 
-from stable_audio_serve.api.native.convert import SAME_S, to_fault
+from stable_audio_serve.api.native.convert import SAME_S
 from stable_audio_serve.api.native.schemas import InpaintForm
+from stable_audio_serve.api.refusals import to_fault
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio

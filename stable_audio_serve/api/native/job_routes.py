@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
@@ -33,6 +32,7 @@ from stable_audio_serve.api.native.status import (
     recipes_of,
 )
 from stable_audio_serve.api.native.submission import CONTRACT
+from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.section_audio import follow_answer, section_answer
 from stable_audio_serve.api.service import Service
@@ -176,8 +176,7 @@ def build_router(service: Service) -> APIRouter:
         try:
             page = await jobs.list_own(CONTRACT, request.state.client, state=status, cursor=cursor, limit=limit)
         except InvalidRequestError as error:
-            fault = {"type": "value_error", "loc": ("query", error.field), "msg": error.message, "input": cursor}
-            raise RequestValidationError([fault]) from error
+            raise invalid("cursor", error.message, value=cursor, place="query") from error
         statuses = await statuses_of(request, page.jobs)
         briefs = [brief(status) for status in statuses]
         return JobPage(jobs=briefs, next_cursor=page.next_cursor, ignored=list(ignored_names(request)))
@@ -251,8 +250,7 @@ def _build_links(service: Service) -> APIRouter:
         check_names(request, (), limits=service.settings.api, parameters=("section", "follow"))
         if follow and section is not None:
             message = "follow sends all sections: leave out follow or section"
-            fault = {"type": "value_error", "loc": ("query", "follow"), "msg": message, "input": follow}
-            raise RequestValidationError([fault])
+            raise invalid("follow", message, value=follow, place="query")
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))
         job = _require(job or await jobs.find_unguessable(CONTRACT, JobId(job_id)))
         if section is not None:

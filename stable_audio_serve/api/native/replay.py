@@ -31,6 +31,7 @@ from stable_audio_serve.api.native.ignored import check_names
 from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
 from stable_audio_serve.api.native.status import REPLAY_OF, JobTicket, hash_recipe, job_url
 from stable_audio_serve.api.native.submission import CONTRACT
+from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, FinishedFile, finish, finish_window
@@ -134,7 +135,7 @@ def build_router(service: Service) -> APIRouter:
         try:
             result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
         except InvalidRequestError as error:
-            raise _fault(error.field or "recipe", error.message) from error
+            raise invalid(error.field or "recipe", error.message) from error
         output = await service.finish_by(result, lambda: _finish(result, recipe, origin=ClipOrigin.of(generation)))
         note(request.scope, num_bytes=output.file.num_bytes)
         response = audio_answer(request, output, file_format=recipe.response_format)
@@ -170,7 +171,7 @@ async def _replay_by_job(service: Service, request: Request, *, recipe: Recipe, 
     try:
         await service.add_job(spec, card=card, caller=request.state.caller)
     except InvalidRequestError as error:
-        raise _fault(error.field or "recipe", error.message) from error
+        raise invalid(error.field or "recipe", error.message) from error
     note(request.scope, job_id=job_id, model=card.name, duration_s=spec.request.duration_s)
     return JSONResponse(JobTicket(id=job_id, status_url=job_url(base, job_id)).model_dump(), 202)
 
@@ -192,7 +193,7 @@ async def _read(service: Service, request: Request) -> _Sent:
     uploads = tuple(value for _, value in form.multi_items() if isinstance(value, UploadFile))
     given = [(name, value) for name, value in form.multi_items() if name in {"recipe", "file"}]
     if len(given) != 1:
-        raise _fault(
+        raise invalid(
             "recipe", "recipe: send either the part recipe, or the part file with an audio file that contains a recipe"
         )
     (name, value) = given[0]
@@ -213,14 +214,14 @@ async def _extract(service: Service, file: UploadFile | str, *, caller: Caller) 
         raise InvalidUploadError("file: the uploaded file is empty", field="file")
     text = await service.read_text(file, caller=caller, field="file")
     if text is None:
-        raise _fault("file", "file: the audio file contains no recipe")
+        raise invalid("file", "file: the audio file contains no recipe")
     return text
 
 
 def _parse(text: str | bytes) -> Recipe:
     """Parse a recipe. Raises RequestValidationError that names the invalid fields."""
     if len(text) > MOST_BYTES:
-        raise _fault("recipe", f"recipe: longer than {MOST_BYTES} bytes")
+        raise invalid("recipe", f"recipe: longer than {MOST_BYTES} bytes")
     if isinstance(text, bytes):
         text = text.removeprefix(codecs.BOM_UTF8)  # some editors and shells write a byte order mark first
     with suppress(ValueError):  # Pydantic reports invalid JSON below
@@ -229,7 +230,7 @@ def _parse(text: str | bytes) -> Recipe:
         return Recipe.model_validate_json(text)
     except ValidationError as error:
         if error.error_count() > _MOST_FAULTS:  # listing them would block the event loop for seconds
-            raise _fault("recipe", f"recipe: more than {_MOST_FAULTS} fields are unknown or invalid") from error
+            raise invalid("recipe", f"recipe: more than {_MOST_FAULTS} fields are unknown or invalid") from error
         faults = [
             {**fault, "loc": ("body", *(fault["loc"] or ("recipe",)))} for fault in error.errors(include_url=False)
         ]
@@ -244,7 +245,7 @@ def _refuse_long_lists(sent: object) -> None:
     for name, part in sent.items() if isinstance(sent, dict) else ():
         most = MOST_SECTIONS if name == "sections" else MOST_REGIONS
         if isinstance(part, list) and len(part) > most:
-            raise _fault(name, f"{name}: more than {most} entries")
+            raise invalid(name, f"{name}: more than {most} entries")
 
 
 def _short(fault: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
     try:
         card = service.backend.catalog.resolve(recipe.model)
     except UnknownModelError as error:
-        raise _fault("model", error.message) from error
+        raise invalid("model", error.message) from error
     limits = service.settings.api
     longest_s, most_steps = min(limits.max_duration_s, card.max_duration_s), limits.most_steps(card.default_steps)
     if service.settings.dialects.recipes:  # recipes may come from other dialects, which have higher limits
@@ -270,28 +271,28 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
     duration_s = 0.0 if recipe.sections else recipe.duration  # the limits of sections are checked below
     for name, value, most in (("duration", duration_s, longest_s), ("steps", recipe.steps or 0, most_steps)):
         if value > most:
-            raise _fault(name, f"{name} must be at most {most:g}")
+            raise invalid(name, f"{name} must be at most {most:g}")
     try:
         check_encoding(recipe.encoding)
     except InvalidRequestError as error:
-        raise _fault(error.field or "response_format", error.message) from error
+        raise invalid(error.field or "response_format", error.message) from error
     if recipe.sampler is not None and recipe.sampler not in card.samplers:
-        raise _fault("sampler", f"sampler must be one of {', '.join(card.samplers)} for the model {card.name}")
+        raise invalid("sampler", f"sampler must be one of {', '.join(card.samplers)} for the model {card.name}")
     sections = [Section(one.duration, one.prompt) for one in recipe.sections or ()]
     overlap_s = recipe.overlap or 0.0
     for fault in find_faults(sections, overlap_s=overlap_s, card=card, limits=limits) if sections else ():
         name, *place = str(fault.field).split(".")
-        raise _fault("overlap" if name == "overlap_s" else ".".join([name, *place]), fault.message)
+        raise invalid("overlap" if name == "overlap_s" else ".".join([name, *place]), fault.message)
     duration_s = total_duration_s(sections) if sections else recipe.duration
     if not math.isclose(recipe.duration, duration_s, abs_tol=1e-6):
-        raise _fault("duration", f"duration must be the sum of the sections' durations, {duration_s:g}")
+        raise invalid("duration", f"duration must be the sum of the sections' durations, {duration_s:g}")
     try:
         recipe.finishing.check(duration_s=duration_s, is_loop=recipe.loop is not None)
     except InvalidRequestError as error:
-        raise _fault(error.field or "recipe", error.message) from error
+        raise invalid(error.field or "recipe", error.message) from error
     for start_s, end_s in recipe.inpaint_regions or ():
         if end_s > recipe.duration:
-            raise _fault("inpaint_regions", f"inpaint_regions: {start_s:g} to {end_s:g} exceeds the duration")
+            raise invalid("inpaint_regions", f"inpaint_regions: {start_s:g} to {end_s:g} exceeds the duration")
     return card
 
 
@@ -304,14 +305,10 @@ async def _find_sources(
     found = await service.compute(lambda: {hash_file(upload.file): upload for upload in uploads})
     missing = [sha256 for sha256 in recipe.hashes if sha256 not in found]
     if missing:
-        raise _fault("audio", f"audio: upload the source files of the recipe; missing SHA-256: {', '.join(missing)}")
+        raise invalid("audio", f"audio: upload the source files of the recipe; missing SHA-256: {', '.join(missing)}")
     decode = partial(service.decode, card=card, caller=caller, padding_s=recipe.duration_padding_sec)
     sources = {sha256: await decode(found[sha256]) for sha256 in recipe.hashes}
     mixed = {source.sha256 for source in (recipe.init_audio, recipe.inpaint_audio) if source and source.is_mixed}
     return await service.compute(
         lambda: {key: audio.to_mono() if key in mixed else audio for key, audio in sources.items()}
     )
-
-
-def _fault(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message, "input": None}])

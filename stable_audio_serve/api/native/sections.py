@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from stable_audio_serve.api.native.schemas import Fields, JobBody
+from stable_audio_serve.api.refusals import to_fault
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import Section
 from stable_audio_serve.core.settings import ApiSettings
@@ -24,10 +25,10 @@ def section_faults(fields: Fields, *, card: ModelCard, limits: ApiSettings) -> l
         return []
     sections = read_sections(fields)
     if fields.sections == []:
-        return [_fault("sections", message="sections must have at least one entry, or be unset", value=[])]
+        return [to_fault("sections", "sections must have at least one entry, or be unset", value=[])]
     if not sections:
         unused = fields.overlap_s is not None
-        return [_fault("overlap_s", message="overlap_s needs sections", value=fields.overlap_s)] if unused else []
+        return [to_fault("overlap_s", "overlap_s needs sections", value=fields.overlap_s)] if unused else []
     total_s = total_duration_s(sections)
     has_other_length = "duration" in fields.model_fields_set and not math.isclose(fields.duration, total_s)
     contradicting = (
@@ -39,14 +40,14 @@ def section_faults(fields: Fields, *, card: ModelCard, limits: ApiSettings) -> l
         ("peaks", fields.peaks, fields.peaks == "scale", "limit or clip"),
     )
     faults = [
-        _fault(name, message=f"{name} must be {allowed} or unset with sections", value=value)
+        to_fault(name, f"{name} must be {allowed} or unset with sections", value=value)
         for name, value, is_wrong, allowed in contradicting
         if is_wrong
     ]
     overlap_s = choose_overlap(fields.overlap_s, card=card, limits=limits)
     for error in find_faults(sections, overlap_s=overlap_s, card=card, limits=limits):
         place = tuple(int(part) if part.isdecimal() else part for part in str(error.field).split("."))
-        faults.append(_fault(*place, message=error.message, value=_value_at(fields, place)))
+        faults.append(to_fault(place, error.message, value=_value_at(fields, place)))
     return faults
 
 
@@ -58,7 +59,3 @@ def _value_at(fields: JobBody, place: tuple[str | int, ...]) -> Any:
         case ("overlap_s",):
             return fields.overlap_s
     return None
-
-
-def _fault(*place: str | int, message: str, value: object) -> dict[str, Any]:
-    return {"type": "value_error", "loc": ("body", *place), "msg": message, "input": value}

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Header, Path, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from stable_audio_serve.api.description import error_responses
@@ -35,6 +34,7 @@ from stable_audio_serve.api.native.schemas import (
 )
 from stable_audio_serve.api.native.sections import read_sections
 from stable_audio_serve.api.native.status import JobTicket, job_url, jobs_base
+from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard
@@ -238,8 +238,7 @@ async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> No
     try:
         await check_webhook_url(fields.webhook_url, field="webhook_url", allow_hosts=allow_hosts)
     except InvalidRequestError as error:
-        fault = {"type": "value_error", "loc": ("body", "webhook_url"), "msg": error.message}
-        raise RequestValidationError([{**fault, "input": fields.webhook_url}]) from error
+        raise invalid("webhook_url", error.message, value=fields.webhook_url) from error
 
 
 def _fingerprint(method: str, mode: Mode, *, fields: _Fields, upload: JobUpload | None) -> str:

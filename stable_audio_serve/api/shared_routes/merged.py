@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse, Response
 
@@ -33,7 +32,7 @@ from stable_audio_serve.api.native.errors import describe_error as describe_sa3_
 from stable_audio_serve.api.native.ignored import warning_headers
 from stable_audio_serve.api.native.routes import MEDIA_TYPES, convert, run
 from stable_audio_serve.api.native.schemas import GenerationBody
-from stable_audio_serve.api.refusals import ExpectedError
+from stable_audio_serve.api.refusals import ExpectedError, invalid_body
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.loops import read_tempo
@@ -114,8 +113,7 @@ async def _generate_sa3(service: Service, request: Request, *, values: dict[str,
     try:
         body = Sa3Body.model_validate(values)
     except ValidationError as error:
-        faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
-        raise RequestValidationError(faults) from error
+        raise invalid_body(error) from error
     card, generation = convert(service, request, fields=body)
     output = await run(service, request, card=card, generation=generation, fields=body, started_at=started_at)
     if body.return_format != "base64":

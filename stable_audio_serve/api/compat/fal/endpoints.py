@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from stable_audio_serve.api.compat.fal.wire import OWNER, SA25_APP
 from stable_audio_serve.api.compat.hosted import WholeNumber, check_whole
 from stable_audio_serve.api.fields import Finite, Prompt
+from stable_audio_serve.api.refusals import invalid_body
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.audio.formats import BITRATES_KBPS, available_formats
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
@@ -119,8 +120,7 @@ class Endpoint:
         try:
             return self.schema.model_validate(body)
         except ValidationError as error:
-            faults = error.errors(include_url=False)
-            raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from error
+            raise invalid_body(error) from error
 
     def choose_model(self, catalog: ModelCatalog, settings: DialectSettings) -> ModelCard:
         """Return the model that answers. Raises HTTPException 404 if it is not served."""

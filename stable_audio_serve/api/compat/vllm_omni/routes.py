@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from stable_audio_serve.api.answers import SOUND_HEADERS, encoded_answer, result_headers
@@ -14,6 +13,7 @@ from stable_audio_serve.api.compat.vllm_omni.errors import render_error, unknown
 from stable_audio_serve.api.compat.vllm_omni.schemas import AudioBody, ErrorBody
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
+from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service, resolve_seed
 from stable_audio_serve.audio.encode import encode_audio
@@ -73,7 +73,7 @@ def build_router(service: Service) -> APIRouter:
         """Generate one clip from a text prompt."""
         started_at = service.clock.monotonic()
         if body.stream_format == "sse":
-            raise _fault("body", "stream_format", message="sse is not supported yet; use audio")
+            raise invalid("stream_format", "sse is not supported yet; use audio")
         card = _resolve_model(service, body)
         span = _resolve_span(body, cap_s=card.max_duration_s)
         generation = _to_request(body, card, span=span, request_id=request.state.request_id)
@@ -101,11 +101,7 @@ def _resolve_model(service: Service, body: AudioBody) -> ModelCard:
 def _require_json(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise _fault("header", "Content-Type", message="must be application/json")
-
-
-def _fault(place: str, field: str, *, message: str) -> RequestValidationError:
-    return RequestValidationError([{"type": "value_error", "loc": (place, field), "msg": message, "input": None}])
+        raise invalid("Content-Type", "must be application/json", place="header")
 
 
 def _resolve_span(body: AudioBody, *, cap_s: float) -> _Span:
