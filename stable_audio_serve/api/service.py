@@ -298,7 +298,7 @@ class Service:
         """
         with self.streams.counted(caller):
             async with self.limiter.admitted(caller.key, audio_s=0.0, takes_place=True, metered_s=0.0):
-                adding = asyncio.ensure_future(self.add_job(spec, card=card, caller=caller))
+                adding = asyncio.ensure_future(self.add_job(replace(spec, is_awaited=True), card=card, caller=caller))
                 try:
                     added = await asyncio.shield(adding)
                 except asyncio.CancelledError:

@@ -72,6 +72,7 @@ class JobSpec:
     webhook_url: str | None = None
     client: ClientId = NO_CLIENT  # the client that the job belongs to
     id_is_chosen: bool = False  # whether the client chose the id
+    is_awaited: bool = False  # whether a request waits for the job, and cancels it if the request ends first
     idempotency_key: str | None = None  # unique among the jobs of one client in one contract
     fingerprint: str = ""  # SHA-256 of the request, to detect another request with the same id or idempotency key
     wire: Mapping[str, Any] = field(default_factory=dict)  # JSON that only the job's HTTP API needs, for its responses
@@ -87,11 +88,6 @@ class JobSpec:
     @property
     def ref(self) -> JobRef:
         return JobRef(self.contract, self.client, self.id)
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether a request waits for the job, and cancels it if the request ends first (`Service.own_job`)."""
-        return self.contract == "elevenlabs"
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,7 +250,7 @@ async def test_draining_runner_requeues_its_jobs_and_stays_healthy(workshop: Wor
 
 async def test_draining_runner_finishes_jobs_that_requests_wait_for(workshop: Workshop) -> None:
     workshop.backend.released.clear()
-    awaited, other = [await workshop.queue.submit(make_spec(contract=name)) for name in ("elevenlabs", "sa3")]
+    awaited, other = [await workshop.queue.submit(make_spec(is_awaited=awaited)) for awaited in (True, False)]
     runner = await workshop.start_runner()
     await until(lambda: workshop.backend.num_running == 2)
     await until(lambda: runner.drain() == 1)
@@ -262,7 +262,7 @@ async def test_draining_runner_finishes_jobs_that_requests_wait_for(workshop: Wo
 
 async def test_closing_runner_requeues_jobs_that_requests_wait_for(workshop: Workshop) -> None:
     workshop.backend.released.clear()
-    job = await workshop.queue.submit(make_spec(contract="elevenlabs"))
+    job = await workshop.queue.submit(make_spec(is_awaited=True))
     runner = await workshop.start_runner()
     await until(lambda: workshop.backend.num_running == 1)
     runner.drain()
