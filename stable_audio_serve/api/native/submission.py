@@ -37,9 +37,8 @@ from stable_audio_serve.api.native.status import JobTicket, job_url, jobs_base
 from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.core.generation import Role
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
 from stable_audio_serve.jobs.pieces.sections import choose_overlap, section_peaks
@@ -80,25 +79,18 @@ def build_router(service: Service) -> APIRouter:
     router = APIRouter(
         prefix="/jobs", route_class=route_class(render_error, scopes=("jobs",)), strict_content_type=False
     )
-    submit = _Submission(service).submit
 
     @router.post("", summary="Submit Generation", status_code=202, responses=_RESPONSES)
     async def generate(
         request: Request, response: Response, *, body: JobBody, idempotency_key: _Key = None
     ) -> JobTicket:
         """Submit a job that generates audio from a text prompt."""
-        card, generation = convert(service, request, fields=body)
-        return await submit(
-            request, response, fields=body, card=card, generation=generation, mode=_mode_of(body), key=idempotency_key
-        )
+        return await _submit(service, request, response=response, fields=body, key=idempotency_key)
 
     @router.put("/{job_id:job_id}", summary="Submit Generation As", status_code=202, responses=_RESPONSES)
     async def generate_as(request: Request, response: Response, *, job_id: _ChosenId, body: JobBody) -> JobTicket:
         """Submit a job that generates audio from a text prompt, with an id chosen by the client."""
-        card, generation = convert(service, request, fields=body)
-        return await submit(
-            request, response, fields=body, card=card, generation=generation, mode=_mode_of(body), job_id=JobId(job_id)
-        )
+        return await _submit(service, request, response=response, fields=body, job_id=JobId(job_id))
 
     @router.post("/variations", summary="Submit Variation", status_code=202, responses=_UPLOAD_RESPONSES)
     async def vary(
@@ -109,11 +101,7 @@ def build_router(service: Service) -> APIRouter:
         idempotency_key: _Key = None,
     ) -> JobTicket:
         """Submit a job that generates a variation of uploaded audio."""
-        card, generation = convert(service, request, fields=form)
-        generation = to_edit(generation, form, card=card)
-        return await submit(
-            request, response, fields=form, card=card, generation=generation, mode="audio-to-audio", key=idempotency_key
-        )
+        return await _submit(service, request, response=response, fields=form, key=idempotency_key)
 
     @router.post("/inpaint", summary="Submit Inpainting", status_code=202, responses=_UPLOAD_RESPONSES)
     async def inpaint(
@@ -124,112 +112,88 @@ def build_router(service: Service) -> APIRouter:
         idempotency_key: _Key = None,
     ) -> JobTicket:
         """Submit a job that regenerates regions of uploaded audio, or extends it before its start or after its end."""
-        card, generation = convert(service, request, fields=form)
-        check_edit(form, generation)
-        source = await service.decode(
-            form.audio, card, caller=request.state.caller, padding_s=generation.duration_padding_s
-        )
-        generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
-        note(request.scope, duration_s=generation.duration_s)
-        return await submit(
-            request,
-            response,
-            fields=form,
-            card=card,
-            generation=generation,
-            mode="inpainting",
-            key=idempotency_key,
-            source=source,
-        )
+        return await _submit(service, request, response=response, fields=form, key=idempotency_key)
 
     return router
 
 
-def _mode_of(body: JobBody) -> Mode:
-    return "long-piece" if body.sections else "text-to-audio"
+async def _submit(
+    service: Service,
+    request: Request,
+    *,
+    response: Response,
+    fields: _Fields,
+    key: str | None = None,
+    job_id: JobId | None = None,
+) -> JobTicket:
+    """Store a new job, or find the existing job if the client repeats a request. Returns the job's ticket.
 
-
-class _Submission:
-    """The steps that are the same for all submissions, once their fields are converted."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def submit(
-        self,
-        request: Request,
-        response: Response,
-        *,
-        fields: _Fields,
-        card: ModelCard,
-        generation: GenerationRequest,
-        mode: Mode,
-        key: str | None = None,
-        job_id: JobId | None = None,
-        source: SourceAudio | None = None,
-    ) -> JobTicket:
-        """Store a new job, or find the existing job if the client repeats a request. Returns the job's ticket.
-
-        `source` is the decoded audio of the upload, or None if it is not decoded yet. Raises RequestValidationError,
-        and the errors of the job store.
-        """
-        settings = self._service.settings
-        await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
-        finishing = to_finishing(fields, generation)
-        upload = await self._keep_upload(
-            request, fields, card=card, padding_s=generation.duration_padding_s, mode=mode, source=source
+    Raises RequestValidationError, and the errors of the job store.
+    """
+    settings = service.settings
+    card, generation = convert(service, request, fields=fields)
+    source, mode = None, _mode_of(fields)
+    if isinstance(fields, JobVariationForm):
+        generation = to_edit(generation, fields, card=card)
+    elif isinstance(fields, JobInpaintForm):
+        check_edit(fields, generation)
+        source = await service.decode(
+            fields.audio, card, caller=request.state.caller, padding_s=generation.duration_padding_s
         )
-        base = jobs_base(request, limits=settings.api)
-        is_chosen, job_id = job_id is not None, job_id or JobId(uuid.uuid4().hex)
-        sections, peaks = read_sections(fields), fields.peaks or settings.audio.peaks
-        overlap_s = fields.overlap_s if isinstance(fields, JobBody) else None
-        spec = JobSpec(
-            id=job_id,
-            contract=CONTRACT,
-            model=card.name,
-            mode=mode,
-            request=generation,
-            encoding=to_encoding(fields),
-            file_stem=file_stem(card.name),
-            peaks=section_peaks(peaks) if sections else peaks,
-            finishing=finishing,
-            with_manifest=fields.manifest,
-            with_recipe=True,
-            file_prefix=f"{job_id}-",
-            upload=upload,
-            sections=sections,
-            overlap_s=choose_overlap(overlap_s, card=card, limits=settings.api) if sections else 0.0,
-            webhook_url=fields.webhook_url,
-            client=request.state.client,
-            id_is_chosen=is_chosen,
-            idempotency_key=key,
-            fingerprint=_fingerprint(request.method, mode, fields=fields, upload=upload),
-            wire={"base_url": base},
+        generation = to_inpainting(generation, fields, source=source, card=card, limits=settings.api)
+        note(request.scope, duration_s=generation.duration_s)
+    await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
+    finishing, upload = to_finishing(fields, generation), None
+    if not isinstance(fields, JobBody):
+        role: Role = "inpaint" if mode == "inpainting" else "init"
+        upload = await service.keep_upload(
+            fields.audio,
+            card,
+            caller=request.state.caller,
+            padding_s=generation.duration_padding_s,
+            role=role,
+            source=source,
         )
-        added = await self._service.add_job(spec, card=card, caller=request.state.caller)
-        note(request.scope, job_id=added.job.spec.id)
-        if not added.is_new:
-            response.headers[REPLAYED] = "true"
-        job_id = added.job.spec.id
-        return JobTicket(id=job_id, status_url=job_url(base, job_id), ignored=list(ignored_names(request)))
+        upload = replace(upload, is_start=isinstance(fields, JobInpaintForm) and starts_from_source(fields))
+    base = jobs_base(request, limits=settings.api)
+    is_chosen, job_id = job_id is not None, job_id or JobId(uuid.uuid4().hex)
+    sections, peaks = read_sections(fields), fields.peaks or settings.audio.peaks
+    overlap_s = fields.overlap_s if isinstance(fields, JobBody) else None
+    spec = JobSpec(
+        id=job_id,
+        contract=CONTRACT,
+        model=card.name,
+        mode=mode,
+        request=generation,
+        encoding=to_encoding(fields),
+        file_stem=file_stem(card.name),
+        peaks=section_peaks(peaks) if sections else peaks,
+        finishing=finishing,
+        with_manifest=fields.manifest,
+        with_recipe=True,
+        file_prefix=f"{job_id}-",
+        upload=upload,
+        sections=sections,
+        overlap_s=choose_overlap(overlap_s, card=card, limits=settings.api) if sections else 0.0,
+        webhook_url=fields.webhook_url,
+        client=request.state.client,
+        id_is_chosen=is_chosen,
+        idempotency_key=key,
+        fingerprint=_fingerprint(request.method, mode, fields=fields, upload=upload),
+        wire={"base_url": base},
+    )
+    added = await service.add_job(spec, card=card, caller=request.state.caller)
+    note(request.scope, job_id=added.job.spec.id)
+    if not added.is_new:
+        response.headers[REPLAYED] = "true"
+    job_id = added.job.spec.id
+    return JobTicket(id=job_id, status_url=job_url(base, job_id), ignored=list(ignored_names(request)))
 
-    async def _keep_upload(
-        self,
-        request: Request,
-        fields: _Fields,
-        *,
-        card: ModelCard,
-        padding_s: float | None,
-        mode: Mode,
-        source: SourceAudio | None,
-    ) -> JobUpload | None:
-        if isinstance(fields, JobBody):
-            return None
-        role: Literal["init", "inpaint"] = "inpaint" if mode == "inpainting" else "init"
-        upload = await self._service.keep_upload(
-            fields.audio, card, caller=request.state.caller, padding_s=padding_s, role=role, source=source
-        )
-        return replace(upload, is_start=isinstance(fields, JobInpaintForm) and starts_from_source(fields))
+
+def _mode_of(fields: _Fields) -> Mode:
+    if isinstance(fields, JobBody):
+        return "long-piece" if fields.sections else "text-to-audio"
+    return "inpainting" if isinstance(fields, JobInpaintForm) else "audio-to-audio"
 
 
 async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> None:
