@@ -20,7 +20,7 @@ from anyio import CancelScope
 from starlette.datastructures import UploadFile
 
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
-from stable_audio_serve.api.middleware.callers import Caller
+from stable_audio_serve.api.middleware.callers import Caller, current_client
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
@@ -131,7 +131,6 @@ class Service:
         upload: UploadFile,
         card: ModelCard,
         *,
-        caller: Caller,
         padding_s: float | None,
         allowed_s: tuple[float, float] | None = None,
         field: str = "audio",
@@ -143,23 +142,23 @@ class Service:
         self._check_size(upload, field=field)
         max_s = _usable_s(card, padding_s)
         started_at = self.clock.monotonic()
-        async with self._turn(caller):
+        async with self._turn():
             source = await self._audio.decode(upload.file, max_s=max_s, allowed_s=allowed_s, field=field)
         self.metrics.observe("upload_decode_ms", (self.clock.monotonic() - started_at) * 1000)
         return source
 
-    async def read_text(self, upload: UploadFile, *, caller: Caller, field: str) -> str | None:
+    async def read_text(self, upload: UploadFile, *, field: str) -> str | None:
         """Return the text embedded in an uploaded file, see `embedded_text.extract`. Raises the errors of `decode`."""
         self._check_size(upload, field=field)
-        async with self._turn(caller):
+        async with self._turn():
             return await self._audio.read_text(upload.file, field=field)
 
-    def _turn(self, caller: Caller) -> asyncio.Lock:
-        """Return the lock that a client holds while one of its uploads waits for the decoder or is decoded.
+    def _turn(self) -> asyncio.Lock:
+        """Return the lock that the current client holds while one of its uploads waits for the decoder or is decoded.
 
         One upload is decoded at a time, for up to 20 s. So an upload waits for at most one upload of each other client.
         """
-        return self._turns.setdefault(caller.name, asyncio.Lock())
+        return self._turns.setdefault(current_client.get(), asyncio.Lock())
 
     def _check_size(self, upload: UploadFile, *, field: str) -> None:
         limit = self.settings.api.max_upload_bytes
@@ -181,7 +180,6 @@ class Service:
         upload: UploadFile,
         card: ModelCard,
         *,
-        caller: Caller,
         padding_s: float | None,
         role: Role,
         source: SourceAudio | None = None,
@@ -191,7 +189,7 @@ class Service:
         `source` is the result of `decode` for this file, if it was called. Raises InvalidUploadError,
         UploadTooLargeError, StorageError.
         """
-        source = source or await self.decode(upload, card, caller=caller, padding_s=padding_s)
+        source = source or await self.decode(upload, card, padding_s=padding_s)
         return await self.store_upload(upload, source, max_s=_usable_s(card, padding_s), role=role)
 
     async def store_upload(self, upload: UploadFile, source: SourceAudio, *, max_s: float, role: Role) -> JobUpload:

@@ -191,9 +191,7 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
     async def submit(request: Request, form: TextForm) -> StabilityTicket:
         card, source, upload = _resolve_model(service, form, version=_V3), None, None
         if isinstance(form, _SourceForm):
-            source = await service.decode(
-                form.audio, card, caller=request.state.caller, padding_s=None, allowed_s=_SOURCE_S
-            )
+            source = await service.decode(form.audio, card, padding_s=None, allowed_s=_SOURCE_S)
         generation = _to_request(form, card, version=_V3, source=source, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s)
         if isinstance(form, _SourceForm) and source is not None:
@@ -249,7 +247,7 @@ def _add_synchronous(router: APIRouter, service: Service) -> None:
         version = _V2 if form.model == "stable-audio-2" else _V25
         card, source = _resolve_model(service, form, version=version), None
         if isinstance(form, _SourceForm):
-            source = await service.decode(form.audio, card, caller=request.state.caller, padding_s=None)
+            source = await service.decode(form.audio, card, padding_s=None)
         generation = _to_request(form, card, version=version, source=source, request_id=request.state.request_id)
         card, generation = service.adapted(card, generation)
         note(request.scope, model=card.name, duration_s=generation.duration_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from starlette.requests import Request
@@ -10,6 +11,10 @@ from starlette.requests import Request
 from stable_audio_serve.core.keys import ANYBODY, ApiKey
 
 _IPV6_BITS = 64  # IPv6 addresses with the same first 64 bits count as one client, because they belong to one network
+
+
+# The name of the client whose request the current task handles.
+current_client: ContextVar[str] = ContextVar("current_client", default="")
 
 
 class Caller(NamedTuple):
@@ -20,8 +25,13 @@ class Caller(NamedTuple):
 
 
 def find_caller(request: Request, key: ApiKey, *, address_header: str | None) -> Caller:
-    """Return the caller of a request. `address_header` is the header in which a proxy sends the client's address."""
-    return Caller(key, _network(_address(request, address_header)) if key is ANYBODY else key.client)
+    """Return the caller of a request, and set `current_client`.
+
+    `address_header` is the header in which a proxy sends the client's address.
+    """
+    caller = Caller(key, _network(_address(request, address_header)) if key is ANYBODY else key.client)
+    current_client.set(caller.name)
+    return caller
 
 
 def _address(request: Request, header: str | None) -> str:

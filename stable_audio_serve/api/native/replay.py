@@ -23,7 +23,6 @@ from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.answers import RECIPE_HEADER, REPLAY
 from stable_audio_serve.api.links import base_url
-from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer, file_stem
 from stable_audio_serve.api.native.errors import render_error
@@ -126,7 +125,7 @@ def build_router(service: Service) -> APIRouter:
         check_names(request, sent.unknown, limits=service.settings.api)
         recipe = _parse(sent.text)
         card = _require_model(service, recipe)
-        sources = await _find_sources(service, recipe, caller=request.state.caller, card=card, uploads=sent.uploads)
+        sources = await _find_sources(service, recipe, card=card, uploads=sent.uploads)
         if recipe.sections:
             service.keys.admit(request, ("jobs",))  # the ticket is of no use to a key without this scope
             return await _replay_by_job(service, request, recipe=recipe, card=card)
@@ -199,20 +198,20 @@ async def _read(service: Service, request: Request) -> _Sent:
     (name, value) = given[0]
     unknown = tuple(other for other, sent in form.multi_items() if other != name and not isinstance(sent, UploadFile))
     if name == "file":
-        return _Sent(await _extract(service, value, caller=request.state.caller), uploads, unknown)
+        return _Sent(await _extract(service, value), uploads, unknown)
     if isinstance(value, UploadFile):
         return _Sent(await value.read(MOST_BYTES + 1), uploads, unknown)
     return _Sent(value, uploads, unknown)
 
 
-async def _extract(service: Service, file: UploadFile | str, *, caller: Caller) -> str:
+async def _extract(service: Service, file: UploadFile | str) -> str:
     """Return the recipe in an uploaded audio file as text.
 
     Raises RequestValidationError, InvalidUploadError, UploadTooLargeError, all for the field `file`.
     """
     if isinstance(file, str):
         raise InvalidUploadError("file: the uploaded file is empty", field="file")
-    text = await service.read_text(file, caller=caller, field="file")
+    text = await service.read_text(file, field="file")
     if text is None:
         raise invalid("file", "file: the audio file contains no recipe")
     return text
@@ -297,7 +296,7 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
 
 
 async def _find_sources(
-    service: Service, recipe: Recipe, *, caller: Caller, card: ModelCard, uploads: tuple[UploadFile, ...]
+    service: Service, recipe: Recipe, *, card: ModelCard, uploads: tuple[UploadFile, ...]
 ) -> dict[str, SourceAudio]:
     """Return the decoded source audio of a recipe by SHA-256. Raises RequestValidationError if a file is missing."""
     if not recipe.hashes:
@@ -306,7 +305,7 @@ async def _find_sources(
     missing = [sha256 for sha256 in recipe.hashes if sha256 not in found]
     if missing:
         raise invalid("audio", f"audio: upload the source files of the recipe; missing SHA-256: {', '.join(missing)}")
-    decode = partial(service.decode, card=card, caller=caller, padding_s=recipe.duration_padding_sec)
+    decode = partial(service.decode, card=card, padding_s=recipe.duration_padding_sec)
     sources = {sha256: await decode(found[sha256]) for sha256 in recipe.hashes}
     mixed = {source.sha256 for source in (recipe.init_audio, recipe.inpaint_audio) if source and source.is_mixed}
     return await service.compute(

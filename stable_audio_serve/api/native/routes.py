@@ -84,9 +84,7 @@ def build_router(service: Service) -> APIRouter:
         """Generate a variation of uploaded audio."""
         started_at = service.clock.monotonic()
         card, generation = convert(service, request, fields=form)
-        source = await service.decode(
-            form.audio, card, caller=request.state.caller, padding_s=generation.duration_padding_s
-        )
+        source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = replace(to_edit(generation, form, card=card), init_audio=source)
         return await answer(request, form, card=card, generation=generation, started_at=started_at)
 
@@ -96,9 +94,7 @@ def build_router(service: Service) -> APIRouter:
         started_at = service.clock.monotonic()
         card, generation = convert(service, request, fields=form)
         check_edit(form, generation)
-        source = await service.decode(
-            form.audio, card, caller=request.state.caller, padding_s=generation.duration_padding_s
-        )
+        source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
         note(request.scope, duration_s=generation.duration_s)
         init = source if starts_from_source(form) else None

@@ -137,9 +137,7 @@ async def _submit(
         generation = to_edit(generation, fields, card=card)
     elif isinstance(fields, JobInpaintForm):
         check_edit(fields, generation)
-        source = await service.decode(
-            fields.audio, card, caller=request.state.caller, padding_s=generation.duration_padding_s
-        )
+        source = await service.decode(fields.audio, card, padding_s=generation.duration_padding_s)
         generation = to_inpainting(generation, fields, source=source, card=card, limits=settings.api)
         note(request.scope, duration_s=generation.duration_s)
     await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
@@ -147,12 +145,7 @@ async def _submit(
     if not isinstance(fields, JobBody):
         role: Role = "inpaint" if mode == "inpainting" else "init"
         upload = await service.keep_upload(
-            fields.audio,
-            card,
-            caller=request.state.caller,
-            padding_s=generation.duration_padding_s,
-            role=role,
-            source=source,
+            fields.audio, card, padding_s=generation.duration_padding_s, role=role, source=source
         )
         upload = replace(upload, is_start=isinstance(fields, JobInpaintForm) and starts_from_source(fields))
     base = jobs_base(request, limits=settings.api)

@@ -187,7 +187,7 @@ def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None
             generation = convert(source=None)
         else:
             async with opened_source(values[FIELD], service, request=request) as opened:
-                source = await service.decode(opened, card, caller=request.state.caller, padding_s=None, field=FIELD)
+                source = await service.decode(opened, card, padding_s=None, field=FIELD)
                 generation = convert(source=source)
                 if submission.is_queued:
                     role: Role = "init" if generation.init_audio else "inpaint"

@@ -13,7 +13,6 @@ from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import
     default_model,
     find_model,
 )
-from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.service import Service, resolve_seed
 from stable_audio_serve.audio.loops import read_tempo
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
@@ -55,7 +54,7 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
     """Handle `POST /generate/style-transfer`."""
     started_at = service.clock.monotonic()
     model = default_model(service)
-    source = await read_upload(service, form.audio_file, caller=request.state.caller, model=model)
+    source = await read_upload(service, form.audio_file, model=model)
     generation = GenerationRequest(
         prompt=form.prompt,
         duration_s=model.window_s,
@@ -86,12 +85,12 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
     )
 
 
-async def read_upload(service: Service, upload: UploadFile, *, caller: Caller, model: WindowedModel) -> SourceAudio:
+async def read_upload(service: Service, upload: UploadFile, *, model: WindowedModel) -> SourceAudio:
     """Return the part of an upload that the model can use, mixed to mono.
 
     Before encoding, the mono signal is copied to all channels of the model.
 
     Raises InvalidUploadError, UploadTooLargeError.
     """
-    audio = await service.decode(upload, model.card, caller=caller, padding_s=None, field="audio_file")
+    audio = await service.decode(upload, model.card, padding_s=None, field="audio_file")
     return await service.compute(audio.to_mono)

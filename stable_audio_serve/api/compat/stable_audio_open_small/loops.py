@@ -33,11 +33,7 @@ async def make_loop(service: Service, request: Request, *, form: LoopForm) -> Re
     started_at = service.clock.monotonic()
     model = find_model(service, form)
     loop = _plan(model, form)
-    source = (
-        await read_upload(service, form.audio_file, caller=request.state.caller, model=model)
-        if form.audio_file
-        else None
-    )
+    source = await read_upload(service, form.audio_file, model=model) if form.audio_file else None
     generation = _to_generation(request, model, form=form, source=source, seed=resolve_seed(form.seed))
     num_samples = loop.num_samples(model.card.sample_rate_hz)
     clip = await make_clip(
