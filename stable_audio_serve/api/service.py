@@ -175,27 +175,12 @@ class Service:
         except (OSError, InvalidUploadError) as error:
             raise GenerationError(f"{path.name} cannot be read: {error}") from error
 
-    async def keep_upload(
-        self,
-        upload: UploadFile,
-        card: ModelCard,
-        *,
-        padding_s: float | None,
-        role: Role,
-        source: SourceAudio | None = None,
+    async def store_upload(
+        self, upload: UploadFile, source: SourceAudio, *, card: ModelCard, padding_s: float | None, role: Role
     ) -> JobUpload:
-        """Check that a model can use an uploaded file, then store it unchanged for a new job.
+        """Store an uploaded file unchanged for a new job, which decodes it again. Raises StorageError.
 
-        `source` is the result of `decode` for this file, if it was called. Raises InvalidUploadError,
-        UploadTooLargeError, StorageError.
-        """
-        source = source or await self.decode(upload, card, padding_s=padding_s)
-        return await self.store_upload(upload, source, max_s=_usable_s(card, padding_s), role=role)
-
-    async def store_upload(self, upload: UploadFile, source: SourceAudio, *, max_s: float, role: Role) -> JobUpload:
-        """Store an uploaded file unchanged for a new job, which decodes `max_s` seconds of it. Raises StorageError.
-
-        `source` is the audio that was decoded from `upload`.
+        `source` is the result of `decode` for this file, model and padding.
         """
 
         def chunks() -> Iterator[bytes]:
@@ -203,7 +188,7 @@ class Service:
             return iter(lambda: upload.file.read(_UPLOAD_CHUNK_BYTES), b"")
 
         file = await self.jobs.put_upload(chunks, media_type="application/octet-stream", file_name="upload")
-        return JobUpload(file, role, max_s, source.samples.nbytes)
+        return JobUpload(file, role, _usable_s(card, padding_s), source.samples.nbytes)
 
     async def generate(
         self, card: ModelCard, request: GenerationRequest, *, caller: Caller, started_at: float

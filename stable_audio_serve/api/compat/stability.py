@@ -196,7 +196,7 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
         note(request.scope, model=card.name, duration_s=generation.duration_s)
         if isinstance(form, _SourceForm) and source is not None:
             role: Role = "inpaint" if isinstance(form, RegionForm) else "init"
-            upload = await service.store_upload(form.audio, source, max_s=source.duration_s, role=role)
+            upload = await service.store_upload(form.audio, source, card=card, padding_s=None, role=role)
         spec = JobSpec(
             id=JobId(secrets.token_hex(32)),
             contract="stability",

@@ -64,17 +64,15 @@ def build_router(service: Service) -> APIRouter:
         route_class=route_class(render_error, scopes=("generate",)), tags=[TAG], strict_content_type=False
     )
 
-    async def answer(
-        request: Request, fields: Fields, *, card: ModelCard, generation: GenerationRequest, started_at: float
-    ) -> Response:
+    async def answer(request: Request, fields: Fields) -> Response:
+        started_at = service.clock.monotonic()
+        card, generation = await read_fields(service, request, fields=fields)
         output = await run(service, request, card=card, generation=generation, fields=fields, started_at=started_at)
         return audio_answer(request, output, file_format=fields.response_format)
 
     async def generate(request: Request, body: GenerationBody) -> Response:
         """Generate audio from a text prompt."""
-        started_at = service.clock.monotonic()
-        card, generation = convert(service, request, fields=body)
-        return await answer(request, body, card=card, generation=generation, started_at=started_at)
+        return await answer(request, body)
 
     router.post("/v1/audio/generations", response_class=Response, responses=AUDIO_RESPONSES)(generate)
     router.post("/generate", include_in_schema=False)(generate)
@@ -82,26 +80,34 @@ def build_router(service: Service) -> APIRouter:
     @router.post("/v1/audio/variations", response_class=Response, responses=AUDIO_RESPONSES)
     async def vary(request: Request, form: Annotated[VariationForm, _MULTIPART]) -> Response:
         """Generate a variation of uploaded audio."""
-        started_at = service.clock.monotonic()
-        card, generation = convert(service, request, fields=form)
-        source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
-        generation = replace(to_edit(generation, form, card=card), init_audio=source)
-        return await answer(request, form, card=card, generation=generation, started_at=started_at)
+        return await answer(request, form)
 
     @router.post("/v1/audio/inpaint", response_class=Response, responses=AUDIO_RESPONSES)
     async def inpaint(request: Request, form: Annotated[InpaintForm, _MULTIPART]) -> Response:
         """Regenerate regions of uploaded audio, or extend it before its start or after its end."""
-        started_at = service.clock.monotonic()
-        card, generation = convert(service, request, fields=form)
-        check_edit(form, generation)
-        source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
-        generation = to_inpainting(generation, form, source=source, card=card, limits=service.settings.api)
-        note(request.scope, duration_s=generation.duration_s)
-        init = source if starts_from_source(form) else None
-        generation = replace(generation, inpaint_audio=source, init_audio=init)
-        return await answer(request, form, card=card, generation=generation, started_at=started_at)
+        return await answer(request, form)
 
     return router
+
+
+async def read_fields(service: Service, request: Request, *, fields: Fields) -> tuple[ModelCard, GenerationRequest]:
+    """Return the model and the request for `fields`, with its source audio.
+
+    Raises RequestValidationError, InvalidRequestError and the errors of `Service.decode`.
+    """
+    card, generation = convert(service, request, fields=fields)
+    if isinstance(fields, InpaintForm):
+        check_edit(fields, generation)
+        source = await service.decode(fields.audio, card, padding_s=generation.duration_padding_s)
+        generation = to_inpainting(generation, fields, source=source, card=card, limits=service.settings.api)
+        note(request.scope, duration_s=generation.duration_s)
+        init = source if starts_from_source(fields) else None
+        return card, replace(generation, inpaint_audio=source, init_audio=init)
+    if isinstance(fields, VariationForm):
+        generation = to_edit(generation, fields, card=card)
+        source = await service.decode(fields.audio, card, padding_s=generation.duration_padding_s)
+        return card, replace(generation, init_audio=source)
+    return card, generation
 
 
 def convert(service: Service, request: Request, *, fields: Fields) -> tuple[ModelCard, GenerationRequest]:

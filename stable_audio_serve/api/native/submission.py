@@ -19,11 +19,10 @@ from starlette.responses import Response
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import file_stem
-from stable_audio_serve.api.native.convert import to_edit, to_encoding, to_finishing
-from stable_audio_serve.api.native.edits import check_edit, starts_from_source, to_inpainting
+from stable_audio_serve.api.native.convert import to_encoding, to_finishing
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import ignored_names
-from stable_audio_serve.api.native.routes import convert
+from stable_audio_serve.api.native.routes import read_fields
 from stable_audio_serve.api.native.schemas import (
     ConflictBody,
     ErrorBody,
@@ -38,7 +37,6 @@ from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import Role
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
 from stable_audio_serve.jobs.pieces.sections import choose_overlap, section_peaks
@@ -131,23 +129,22 @@ async def _submit(
     Raises RequestValidationError, and the errors of the job store.
     """
     settings = service.settings
-    card, generation = convert(service, request, fields=fields)
-    source, mode = None, _mode_of(fields)
-    if isinstance(fields, JobVariationForm):
-        generation = to_edit(generation, fields, card=card)
-    elif isinstance(fields, JobInpaintForm):
-        check_edit(fields, generation)
-        source = await service.decode(fields.audio, card, padding_s=generation.duration_padding_s)
-        generation = to_inpainting(generation, fields, source=source, card=card, limits=settings.api)
-        note(request.scope, duration_s=generation.duration_s)
+    card, generation = await read_fields(service, request, fields=fields)
     await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
+    mode: Mode = "inpainting" if isinstance(fields, JobInpaintForm) else "audio-to-audio"
+    if isinstance(fields, JobBody):
+        mode = "long-piece" if fields.sections else "text-to-audio"
     finishing, upload = to_finishing(fields, generation), None
-    if not isinstance(fields, JobBody):
-        role: Role = "inpaint" if mode == "inpainting" else "init"
-        upload = await service.keep_upload(
-            fields.audio, card, padding_s=generation.duration_padding_s, role=role, source=source
+    init, edited = generation.init_audio, generation.inpaint_audio
+    if not isinstance(fields, JobBody) and (source := edited or init):
+        upload = await service.store_upload(
+            fields.audio,
+            source,
+            card=card,
+            padding_s=generation.duration_padding_s,
+            role="inpaint" if edited else "init",
         )
-        upload = replace(upload, is_start=isinstance(fields, JobInpaintForm) and starts_from_source(fields))
+        upload = replace(upload, is_start=init is not None and edited is not None)
     base = jobs_base(request, limits=settings.api)
     is_chosen, job_id = job_id is not None, job_id or JobId(uuid.uuid4().hex)
     sections, peaks = read_sections(fields), fields.peaks or settings.audio.peaks
@@ -157,7 +154,7 @@ async def _submit(
         contract=CONTRACT,
         model=card.name,
         mode=mode,
-        request=generation,
+        request=replace(generation, init_audio=None, inpaint_audio=None),
         encoding=to_encoding(fields),
         file_stem=file_stem(card.name),
         peaks=section_peaks(peaks) if sections else peaks,
@@ -181,12 +178,6 @@ async def _submit(
         response.headers[REPLAYED] = "true"
     job_id = added.job.spec.id
     return JobTicket(id=job_id, status_url=job_url(base, job_id), ignored=list(ignored_names(request)))
-
-
-def _mode_of(fields: _Fields) -> Mode:
-    if isinstance(fields, JobBody):
-        return "long-piece" if fields.sections else "text-to-audio"
-    return "inpainting" if isinstance(fields, JobInpaintForm) else "audio-to-audio"
 
 
 async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> None:

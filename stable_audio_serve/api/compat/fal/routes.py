@@ -191,7 +191,7 @@ def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None
                 generation = convert(source=source)
                 if submission.is_queued:
                     role: Role = "init" if generation.init_audio else "inpaint"
-                    upload = await service.store_upload(opened, source, max_s=source.duration_s, role=role)
+                    upload = await service.store_upload(opened, source, card=card, padding_s=None, role=role)
         order = Order(card, generation, encoding, upload=upload, wire=wire)
         return await submit(request, service, order=order, submission=submission)  # type: ignore[return-value]
 
