@@ -18,7 +18,7 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.formats import media_type
 from stable_audio_serve.audio.writer import AudioWriter, StreamFile
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.private_files import open_temporary
+from stable_audio_serve.core.private_files import open_temporary, read_chunks
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, Encoding
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobSpec
 from stable_audio_serve.jobs.pieces.sections import LostSectionError, num_final_samples, plan_sections, read_section
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_CHUNK_BYTES = 1_048_576
 _GROWING = (AudioFormat.MP3, AudioFormat.WAV, AudioFormat.PCM, AudioFormat.ULAW, AudioFormat.ALAW)
 _MP3_KBPS = 192
 
@@ -191,6 +190,5 @@ async def _encoded(
 
 async def _send(file: BinaryIO) -> AsyncIterator[bytes]:
     with file:
-        file.seek(0)
-        while chunk := file.read(_CHUNK_BYTES):
+        for chunk in read_chunks(file):
             yield chunk

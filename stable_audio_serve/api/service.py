@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -52,6 +53,7 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, Lora, Role, SourceAudio
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.private_files import read_chunks
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import Job, JobError, JobSpec, JobUpload
@@ -67,7 +69,6 @@ _STATUS_TIMEOUT_S = 1.0
 _BUSY_RETRY_S = 5.0
 _BUDGET_S = 900.0  # time limit of a request without a deadline: three times the default of `max_queue_s`
 _SOURCE_MARGIN_S = 1.0
-_UPLOAD_CHUNK_BYTES = 1_048_576
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +183,9 @@ class Service:
 
         `source` is the result of `decode` for this file, model and padding.
         """
-
-        def chunks() -> Iterator[bytes]:
-            upload.file.seek(0)
-            return iter(lambda: upload.file.read(_UPLOAD_CHUNK_BYTES), b"")
-
-        file = await self.jobs.put_upload(chunks, media_type="application/octet-stream", file_name="upload")
+        file = await self.jobs.put_upload(
+            partial(read_chunks, upload.file), media_type="application/octet-stream", file_name="upload"
+        )
         return JobUpload(file, role, _usable_s(card, padding_s), source.samples.nbytes)
 
     async def generate(

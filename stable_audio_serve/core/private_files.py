@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 from stable_audio_serve.core.errors import StorageFullError
+
+_CHUNK_BYTES = 1_048_576
 
 
 def make_private_folder(folder: Path) -> None:
@@ -57,6 +59,13 @@ def temporary_file() -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # on a full disk there is no room for what is still in the file's buffer
             file.close()
+
+
+def read_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the content of a file from its start."""
+    file.seek(0)
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
 
 
 def require_own_folder(folder: Path) -> None:

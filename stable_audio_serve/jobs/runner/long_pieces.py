@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from stable_audio_serve.artifacts.keys import section_key
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
@@ -33,7 +33,7 @@ from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import GenerationError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
-from stable_audio_serve.core.private_files import temporary_file
+from stable_audio_serve.core.private_files import read_chunks, temporary_file
 from stable_audio_serve.core.sound import ClipFacts, Peaks
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobResult, JobSpec
 from stable_audio_serve.jobs.pieces.recipes import common_maker, find_different, recipes_of
@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 T = TypeVar("T")
-
-_CHUNK_BYTES = 1_048_576
 
 
 class LeaseLostError(Exception):
@@ -230,7 +228,7 @@ class LongPieces:
                 await _to_end(self._audio.run_encoding(partial(_close, writer)))
             stored = await self._put(
                 job,
-                partial(_read_chunks, file),
+                partial(read_chunks, file),
                 name=f"{spec.file_stem}.{file_format}",
                 media_type=media_type(file_format),
                 num_bytes=file.seek(0, 2),
@@ -348,8 +346,3 @@ async def _to_end(work: Awaitable[T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise
-
-
-def _read_chunks(file: BinaryIO) -> Iterator[bytes]:
-    file.seek(0)
-    return iter(lambda: file.read(_CHUNK_BYTES), b"")

@@ -10,13 +10,12 @@ import asyncio
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from hashlib import file_digest, sha256
-from typing import IO, Annotated
+from typing import Annotated
 
 from anyio import CancelScope
 from fastapi import APIRouter, Depends, Header
@@ -37,7 +36,7 @@ from stable_audio_serve.api.middleware.limits import connection_of
 from stable_audio_serve.api.routing import public_route_class, register_pattern, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import ConflictError, KeysUnavailableError, StorageError
-from stable_audio_serve.core.private_files import needing_room
+from stable_audio_serve.core.private_files import needing_room, read_chunks
 from stable_audio_serve.jobs.queue import JobQueue
 
 _TICKET_LIFE_S = 86_400
@@ -221,7 +220,7 @@ async def _store(jobs: JobQueue, request: Request, *, ticket: Ticket) -> None:
             return
         # Uploads to the same URL at once are counted separately. Only one of them is stored.
         uploads, name = jobs.store.uploads, secrets.token_hex(16)
-        chunks = partial(_chunks, file)
+        chunks = partial(read_chunks, file)
         try:
             await jobs.write(partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes))
             await jobs.publish(chunks, media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id)
@@ -249,9 +248,3 @@ async def _is_stored(jobs: JobQueue, file: tempfile.SpooledTemporaryFile[bytes],
     if (await asyncio.to_thread(file_digest, file, "sha256")).hexdigest() != existing.sha256:
         raise HTTPException(400, "upload: a different file was uploaded to this URL already")
     return True
-
-
-def _chunks(file: IO[bytes]) -> Iterator[bytes]:
-    file.seek(0)
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
