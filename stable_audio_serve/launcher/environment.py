@@ -20,7 +20,6 @@ import sys
 import sysconfig
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from stable_audio_serve.core.errors import ConfigError
@@ -32,9 +31,9 @@ from stable_audio_serve.serving import haproxy
 # (10002-19999).
 _FIRST_PORT = 20000
 _LAST_PORT = 32000
-# Number of ports that a server reserves. The first five have the purposes in `PortBlock`. The others are for ingress
-# replicas, which need many ports: the port of a stopped replica is used again only after `api.max_deadline_s` (an hour
-# by default).
+# Number of ports that a server reserves. The first five have the purposes in `haproxy_environment`. The others are for
+# ingress replicas, which need many ports: the port of a stopped replica is used again only after `api.max_deadline_s`
+# (an hour by default).
 _BLOCK = 128
 _ATTEMPTS = 50
 LOOPBACK = "127.0.0.1"
@@ -44,46 +43,12 @@ _MOST_FILES = 65_536  # not more, because some programs allocate a table with an
 _BINARY_CHECK_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class PortBlock:
-    """The numbers of consecutive free ports that one server uses.
-
-    `claim` is the first port. The launcher listens on it, so that other servers see that the block is in use.
-    """
-
-    claim: int
-
-    @property
-    def haproxy_stats(self) -> int:
-        """The port of HAProxy's statistics page."""
-        return self.claim + 1
-
-    @property
-    def haproxy_metrics(self) -> int:
-        """The port of HAProxy's Prometheus page. HAProxy needs a port for the page even if its metrics are disabled."""
-        return self.claim + 2
-
-    @property
-    def fallback_http(self) -> int:
-        """The port of Ray Serve's Python proxy, to which HAProxy sends requests while no ingress replica answers."""
-        return self.claim + 3
-
-    @property
-    def fallback_grpc(self) -> int:
-        """The port of the gRPC server of Ray Serve's Python proxy."""
-        return self.claim + 4
-
-    @property
-    def replicas(self) -> tuple[int, int]:
-        """The ports of the ingress replicas: the first port, and the one after the last."""
-        return self.claim + 5, self.claim + _BLOCK
-
-
 @contextmanager
-def claim_ports(host: str, *, without: Collection[int | None] = ()) -> Iterator[PortBlock]:
+def claim_ports(host: str, *, without: Collection[int | None] = ()) -> Iterator[range]:
     """Reserve a block of free ports, none of which is in `without`, until the context ends.
 
-    Raises OSError if no block is free.
+    This process listens on the first one, so that other servers see that the block is in use. Raises OSError if no
+    block is free.
 
     All ports of the block are free on `host`, because HAProxy serves its statistics and metrics pages there. The other
     ports are used on the loopback address.
@@ -101,7 +66,7 @@ def claim_ports(host: str, *, without: Collection[int | None] = ()) -> Iterator[
             except OSError:
                 continue
             if all(is_port_free(host, port) for port in range(first + 1, first + _BLOCK)):
-                yield PortBlock(first)
+                yield range(first, first + _BLOCK)
                 return
     raise OSError(f"no {_BLOCK} consecutive free ports between {_FIRST_PORT} and {_LAST_PORT}")
 
@@ -222,13 +187,13 @@ def color_environment() -> dict[str, str]:
     return {} if sys.stdout.isatty() and sys.stderr.isatty() else {"RAY_COLOR_PREFIX": "0"}
 
 
-def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, settings: Settings) -> dict[str, str]:
+def haproxy_environment(ports: range, directory: Path, *, host: str, settings: Settings) -> dict[str, str]:
     """Return the environment variables with which Ray Serve uses HAProxy as its proxy.
 
     HAProxy uses the ports in `ports` and writes its files to `directory`. It listens on `host`. Ray Serve listens on
     loopback, so that clients cannot bypass HAProxy. Raises OSError if HAProxy is not installed or cannot run.
     """
-    first_replica, last_replica = ports.replicas
+    _, stats, metrics, fallback_http, fallback_grpc, first_replica = ports[:6]
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": _program(directory),
@@ -242,12 +207,13 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
         # Serve gives no new replica that port before the old process has ended.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(settings.api.max_deadline_s)),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),  # needed even if the metrics are disabled
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        # Ray Serve's Python proxy, to which HAProxy sends requests while no ingress replica answers.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_replica),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last_replica),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.stop),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),

@@ -25,7 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from stable_audio_serve.core.settings import MetricsSettings, ProxySettings, Settings
-from stable_audio_serve.launcher.environment import PortBlock, claim_ports, haproxy_environment
+from stable_audio_serve.launcher.environment import claim_ports, haproxy_environment
 from stable_audio_serve.serving.haproxy import (
     ADDRESS_HEADER,
     ConfigurationChangedError,
@@ -112,7 +112,7 @@ class Proxy:
 
     api: Any
     port: int
-    ports: PortBlock
+    ports: range  # the statistics page is on the second port, the metrics are on the third
     config: Path
     socket: Path
 
@@ -139,8 +139,8 @@ async def proxying(
             socket_path=str(folder / "admin.sock"),
             server_state_base=str(folder),
             server_state_file=str(folder / "server-state"),
-            stats_port=ports.haproxy_stats,
-            metrics_port=ports.haproxy_metrics,
+            stats_port=ports[1],
+            metrics_port=ports[2],
             metrics_enabled=False,
             has_received_routes=True,
         )
@@ -225,7 +225,7 @@ async def test_http_2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         answers = [
             await exchange(port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", host=host)
-            for host, port in ((_PUBLIC, proxy.port), *(("127.0.0.1", port) for port in _pages(proxy.ports)))
+            for host, port in ((_PUBLIC, proxy.port), *(("127.0.0.1", port) for port in proxy.ports[1:3]))
         ]
     assert [answer.split(b"\r\n")[0] for answer in answers] == [b"HTTP/1.1 400 Bad request"] * 3
 
@@ -348,7 +348,7 @@ async def test_public_address_and_admin_socket_are_restricted(tmp_path: Path, mo
         await proxy.api.reload()
         async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
             assert (await client.get(f"{proxy.url}/docs")).status_code == 200
-            for port, path in ((proxy.ports.haproxy_stats, "/stats"), (proxy.ports.haproxy_metrics, "/metrics")):
+            for port, path in ((proxy.ports[1], "/stats"), (proxy.ports[2], "/metrics")):
                 assert (await client.get(f"http://127.0.0.1:{port}{path}")).status_code == 200
                 assert not is_open(_PUBLIC, port)
         assert not is_open("127.0.0.1", proxy.port)
@@ -362,12 +362,8 @@ async def test_reload_keeps_every_listener_beside_an_ipv6_one(tmp_path: Path, mo
         pytest.skip("no IPv6 here")
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch, public="::1") as proxy:
         await proxy.api.reload()
-        for address in (("::1", proxy.port), *(("127.0.0.1", port) for port in _pages(proxy.ports))):
+        for address in (("::1", proxy.port), *(("127.0.0.1", port) for port in proxy.ports[1:3])):
             socket.create_connection(address, timeout=PATIENCE_S).close()
-
-
-def _pages(ports: PortBlock) -> tuple[int, int]:
-    return ports.haproxy_stats, ports.haproxy_metrics
 
 
 async def test_connection_limit_follows_the_file_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
