@@ -12,6 +12,7 @@ import typer
 
 from stable_audio_serve.cli.messages import ExitCode, fail, plain_errors
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
+from stable_audio_serve.cli.sound import Kind, build_request
 from stable_audio_serve.cli.sound_options import (
     After,
     Bars,
@@ -64,31 +65,22 @@ def submit(
 ) -> None:
     """Submit a job and print its id."""
     from stable_audio_serve.cli import makers
-    from stable_audio_serve.cli.sound_files import check_inputs, parse_region, parse_sections, read_audio, read_prompt
+    from stable_audio_serve.cli.sound_files import parse_sections
 
     with plain_errors(), open_client(options.url, options.key_file) as client:
-        check_inputs(prompt, audio)
         is_edit = bool(regions or before or after)
         if audio is None and (is_edit or noise is not None):
             raise ValueError("--region, --before, --after and --noise need --audio")
         if keep and not is_edit:
             raise ValueError("--keep needs --region, --before or --after")
-        spans = [parse_region(region) for region in regions or ()]
         if audio is not None and (loop or bpm is not None or bars is not None or sections):
             raise ValueError("--loop, --bpm, --bars and --section are for prompts without --audio")
-        fields = {**options.controls, "init_noise_level": noise, "keep": keep, "webhook_url": webhook}
-        fields |= {"loop": loop or None, "bpm": bpm, "bars": bars}
-        fields |= {"extend_before_s": before or None, "extend_after_s": after or None}
-        fields |= parse_sections(sections, overlap_s=overlap)
-        prompt = read_prompt(prompt)
-        fields["prompts"] = options.prompts_after(prompt)
-        request = makers.SoundRequest(
-            "generate" if audio is None else "inpaint" if is_edit else "vary",
-            prompt,
-            audio=None if audio is None else read_audio(audio),
-            regions=spans,
-            controls={name: value for name, value in fields.items() if value is not None},
-        )
+        more = {"init_noise_level": noise, "keep": keep, "webhook_url": webhook}
+        more |= {"loop": loop or None, "bpm": bpm, "bars": bars}
+        more |= {"extend_before_s": before or None, "extend_after_s": after or None}
+        more |= parse_sections(sections, overlap_s=overlap)
+        kind: Kind = "generate" if audio is None else "inpaint" if is_edit else "vary"
+        request = build_request(kind, prompt, audio=audio, regions=regions, more=more, options=options)
         job = makers.submit(request, client, key=key)
     typer.echo(json.dumps(dict(job.sent), indent=2) if options.as_json else job.id)
 

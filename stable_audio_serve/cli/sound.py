@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+Kind = Literal["generate", "vary", "inpaint", "loop"]
+
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
     *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
@@ -192,28 +194,37 @@ def models(
     print_models(found)
 
 
-def _make(
-    kind: Literal["generate", "vary", "inpaint", "loop"],
+def _make(kind: Kind, prompt: str, *, options: SoundOptions, **asked: Any) -> None:
+    with plain_errors():
+        request = build_request(kind, prompt, options=options, **asked)
+    _carry_out(request, options=options)
+
+
+def build_request(
+    kind: Kind,
     prompt: str,
     *,
     options: SoundOptions,
     audio: str | None = None,
     regions: list[str] | None = None,
     more: dict[str, Any] | None = None,
-) -> None:
+) -> SoundRequest:
+    """Return the request for audio, and read its files. `more` has fields that are not shared options.
+
+    Raises ValueError, OSError.
+    """
     from stable_audio_serve.cli.makers import SoundRequest
     from stable_audio_serve.cli.sound_files import check_inputs, parse_region, read_audio, read_prompt
 
-    with plain_errors():
-        spans = [parse_region(region) for region in regions or ()]
-        check_inputs(prompt, audio)
-        prompt = read_prompt(prompt)
-        source = None if audio is None else read_audio(audio)
-        fields = {**options.controls, **(more or {}), "prompts": options.prompts_after(prompt)}
-        if kind != "loop":  # which is always WAV
-            fields["response_format"] = options.format_of_file
-        controls = {name: value for name, value in fields.items() if value is not None}
-    _carry_out(SoundRequest(kind, prompt, audio=source, regions=spans, controls=controls), options=options)
+    spans = [parse_region(region) for region in regions or ()]
+    check_inputs(prompt, audio)
+    prompt = read_prompt(prompt)
+    source = None if audio is None else read_audio(audio)
+    fields = {**options.controls, **(more or {}), "prompts": options.prompts_after(prompt)}
+    if kind != "loop":  # which is always WAV
+        fields["response_format"] = options.format_of_file
+    controls = {name: value for name, value in fields.items() if value is not None}
+    return SoundRequest(kind, prompt, audio=source, regions=spans, controls=controls)
 
 
 def _carry_out(request: SoundRequest, *, options: SoundOptions) -> None:
