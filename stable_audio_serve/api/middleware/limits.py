@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -134,24 +134,6 @@ class _Pace:
             self._window_bytes, self._window_s = 0, 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _BodyLimit:
-    max_bytes: int
-    declared_bytes: int  # Content-Length, 0 without one
-    is_there: bool
-    waits_for_permission: bool  # the client sends the body only after status 100 (header Expect)
-    refusal: str
-
-
-def _body_limit(scope: Scope) -> _BodyLimit:
-    headers = dict(scope["headers"])
-    declared = headers.get(b"content-length", b"")
-    declared_bytes = int(declared) if declared.isdigit() else 0
-    refusal = f"body: larger than {MAX_FIELDS_BYTES} bytes"
-    is_there = declared_bytes > 0 or b"transfer-encoding" in headers
-    return _BodyLimit(MAX_FIELDS_BYTES, declared_bytes, is_there, b"expect" in headers, refusal)
-
-
 def _in_pieces(message: Message) -> Iterator[Message]:
     """Divide a part of a response's body, so that `send_idle_s` applies to each piece of it.
 
@@ -190,7 +172,13 @@ class Connection:
         times: ClientTimes,
     ) -> None:
         self._receive, self._send, self._handler = receive, send, handler
-        self._scope, self._body = scope, _body_limit(scope)
+        self._scope = scope
+        request_headers = dict(scope["headers"])
+        declared = request_headers.get(b"content-length", b"")
+        self._declared_bytes = int(declared) if declared.isdigit() else 0
+        self._has_body = self._declared_bytes > 0 or b"transfer-encoding" in request_headers
+        self._waits_for_permission = b"expect" in request_headers  # the client sends the body only after status 100
+        self._limit_body(MAX_FIELDS_BYTES, f"body: larger than {MAX_FIELDS_BYTES} bytes")
         self._held, self._limits, self._times = held, limits, times
         self._deadline_at = asyncio.get_running_loop().time() + times.total_s
         self._pace = _Pace(times)
@@ -211,19 +199,21 @@ class Connection:
     def accept_file_body(self) -> None:
         """Let the body be as large as an uploaded file may be."""
         limit = self._limits.max_upload_bytes
-        refusal = f"body: the upload is larger than {limit} bytes (api.max_upload_bytes)"
-        self._body = replace(self._body, max_bytes=limit, refusal=refusal)
+        self._limit_body(limit, f"body: the upload is larger than {limit} bytes (api.max_upload_bytes)")
 
     def accept_form(self) -> None:
         """Let the body be as large as a form with a file may be."""
         limit = self._limits.max_upload_bytes
         refusal = f"audio: the upload is larger than {limit} bytes (api.max_upload_bytes)"
-        self._body = replace(self._body, max_bytes=limit + MAX_FIELDS_BYTES, refusal=refusal)
+        self._limit_body(limit + MAX_FIELDS_BYTES, refusal)
 
     def accept_file_in_json(self) -> None:
         """Let the body be as large as JSON with a file may be."""
         limit = min(MAX_FILE_IN_JSON_BYTES, self._limits.max_upload_bytes) + MAX_FIELDS_BYTES
-        self._body = replace(self._body, max_bytes=limit, refusal=f"body: larger than {limit} bytes; upload the file")
+        self._limit_body(limit, f"body: larger than {limit} bytes; upload the file")
+
+    def _limit_body(self, max_bytes: int, refusal: str) -> None:
+        self._max_bytes, self._refusal = max_bytes, refusal
 
     async def receive(self) -> Message:
         """Return the next part of the body. After the end of the body, wait until the client disconnects.
@@ -238,11 +228,11 @@ class Connection:
             self._gone.set()
             return message
         self._count(len(message.get("body", b"")))
-        if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
-            await self._drop_rest(message, max_bytes=2 * self._body.max_bytes)
-            raise HTTPException(413, self._body.refusal, headers=_CLOSE)
+        if max(self._received_bytes, self._declared_bytes) > self._max_bytes:
+            await self._drop_rest(message, max_bytes=2 * self._max_bytes)
+            raise HTTPException(413, self._refusal, headers=_CLOSE)
         if self._is_over_total():
-            await self._drop_rest(message, max_bytes=2 * self._body.max_bytes)
+            await self._drop_rest(message, max_bytes=2 * self._max_bytes)
             raise HTTPException(503, _TOO_MANY_BYTES, headers=_BUSY)
         if not message.get("more_body", False):
             self._give_slot()
@@ -265,7 +255,7 @@ class Connection:
         The limit applies only if other requests also have bodies. It refuses only large bodies, so that clients with
         large uploads do not stop the small requests of others.
         """
-        is_large = max(self._received_bytes, self._body.declared_bytes) > MAX_FIELDS_BYTES
+        is_large = max(self._received_bytes, self._declared_bytes) > MAX_FIELDS_BYTES
         return is_large and self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes
 
     async def send(self, message: Message) -> None:
@@ -277,7 +267,7 @@ class Connection:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             self._unsent_bytes = float(headers.get("Content-Length", math.inf))
-            if self._body.is_there and self._watcher is None and not await self._drop_body():
+            if self._has_body and self._watcher is None and not await self._drop_body():
                 headers["Connection"] = "close"
         else:
             self._unsent_bytes -= len(message.get("body", b""))
@@ -321,7 +311,7 @@ class Connection:
     async def _take_slot(self) -> None:
         client, num_slow = _name_client(self._scope), self._held.num_slow
         if num_slow.total() >= self._times.max_slow or num_slow[client] >= self._times.max_slow_per_client:
-            await self._drop_rest({"more_body": True}, max_bytes=2 * self._body.max_bytes)
+            await self._drop_rest({"more_body": True}, max_bytes=2 * self._max_bytes)
             raise HTTPException(503, "body: too many slow uploads are in progress; retry later", headers=_BUSY)
         num_slow[client] += 1
         self._slow_client = client
@@ -351,7 +341,7 @@ class Connection:
         Many clients read no response while they send the body. If the server closed the connection before the body has
         arrived, the rest of the body would reset the connection, and the response could be lost.
         """
-        if self._is_given_up or (self._body.waits_for_permission and not self._received_bytes):
+        if self._is_given_up or (self._waits_for_permission and not self._received_bytes):
             return False
         return await self._drop_rest({"more_body": True}, max_bytes=_MAX_DROPPED_BYTES)
 
