@@ -35,7 +35,7 @@ from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.adapters import AdapterLibrary, NoAdapters
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
-from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import (
     UNAVAILABLE,
     ConflictError,
@@ -97,7 +97,6 @@ class Service:
         *,
         jobs: JobQueue | None = None,
         metrics: Metrics | None = None,
-        clock: Clock | None = None,
         stream_limits: StreamLimits | None = None,
         adapters: AdapterLibrary = NoAdapters(),
     ) -> None:
@@ -110,7 +109,7 @@ class Service:
         self.adapters = adapters
         self.jobs = jobs or open_queue(settings, catalog=backend.catalog)
         self.metrics = metrics or NullMetrics()
-        self.clock = clock or SystemClock()
+        self.clock = SystemClock()
         self.keys = ApiKeys(KeyRing(settings.api, metrics=self.metrics, clock=self.clock))
         self.draining = Draining(self.clock)
         self.streams = EventStreams(self.draining, metrics=self.metrics, limits=stream_limits)

@@ -14,7 +14,6 @@ from typing import Any
 import structlog
 
 from stable_audio_serve.artifacts.keys import upload_key
-from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 from stable_audio_serve.core.settings import StorageSettings
 
@@ -164,9 +163,7 @@ def _secret(value: Any) -> str | None:
     return None if value is None else value.get_secret_value()
 
 
-def check_bucket(
-    settings: StorageSettings, *, prefix: str, budget_s: float = _CHECK_BUDGET_S, clock: Clock = SystemClock()
-) -> None:
+def check_bucket(settings: StorageSettings, *, prefix: str, budget_s: float = _CHECK_BUDGET_S) -> None:
     """Check the bucket: write, read, list and delete a small object.
 
     Failed operations are repeated for up to `budget_s` seconds in total. Raises ConfigError with one sentence that
@@ -180,7 +177,7 @@ def check_bucket(
         raise _explain(error, settings, doing="using") from error
     except ValueError as error:  # the endpoint is not a URL
         raise _sentence(_ENDPOINT, f"{settings.endpoint_url} cannot be used: {error}") from error
-    attempt = partial(_attempt, deadline=clock.monotonic() + budget_s, clock=clock)
+    attempt = partial(_attempt, deadline=time.monotonic() + budget_s)
     at = {"Bucket": settings.bucket, "Key": prefix + upload_key()}
 
     def read() -> None:
@@ -201,7 +198,7 @@ def check_bucket(
             raise _explain(error, settings, doing=doing) from error
 
 
-def _attempt(call: Callable[[], Any], *, deadline: float, clock: Clock) -> None:
+def _attempt(call: Callable[[], Any], *, deadline: float) -> None:
     """Run `call`. Run it again until the deadline while the service is unreachable or returns server errors."""
     while True:
         try:
@@ -209,7 +206,7 @@ def _attempt(call: Callable[[], Any], *, deadline: float, clock: Clock) -> None:
         except s3_errors() as error:
             status = status_of(error)
             is_temporary = code_of(error) not in _NO_KEYS | _BAD_BUCKET and (status is None or status >= 500)
-            if not is_temporary or clock.monotonic() + _CHECK_PAUSE_S > deadline:
+            if not is_temporary or time.monotonic() + _CHECK_PAUSE_S > deadline:
                 raise
             time.sleep(_CHECK_PAUSE_S)
         else:

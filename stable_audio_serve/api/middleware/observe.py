@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 import uuid
 from typing import Any
 
@@ -18,7 +19,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.middleware.limits import ClientGoneError, connection_of
-from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import GenerationError, StoppingError, StorageError
 from stable_audio_serve.core.metrics import Level, Metrics
 
@@ -35,11 +35,10 @@ class ObserveMiddleware:
     Handlers add values to the log line with `note`.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, clock: Clock | None = None) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
         self._in_progress = Level(metrics, "http_requests_in_progress")
-        self._clock = clock or SystemClock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
         if scope["type"] != "http":
@@ -48,7 +47,7 @@ class ObserveMiddleware:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id = _request_id(scope)
         state["log"] = {}
-        started_at = self._clock.monotonic()
+        started_at = time.monotonic()
         status = 0
         self._in_progress.change(1)
 
@@ -77,7 +76,7 @@ class ObserveMiddleware:
                 if not status:
                     await _opaque_answer(scope)(scope, receive, send_with_id)
             finally:
-                self._account(scope, status, duration_ms=(self._clock.monotonic() - started_at) * 1000)
+                self._account(scope, status, duration_ms=(time.monotonic() - started_at) * 1000)
 
     def _account(self, scope: Scope, status: int, *, duration_ms: float) -> None:
         self._in_progress.change(-1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -19,7 +20,6 @@ from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, finish
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
-from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import DamagedFileError, StorageError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
@@ -48,7 +48,6 @@ class JobExecutor:
         calls: PatientCalls,
         limits: ApiSettings,
         gate: StorageGate,
-        clock: Clock | None = None,
     ) -> None:
         """The executor reports to `gate` every file that was stored, or that could not be stored or read.
 
@@ -58,12 +57,9 @@ class JobExecutor:
         self._artifacts = artifacts
         self._gate = gate
         self._limits = limits
-        self._clock = clock or SystemClock()
         self._source_bytes = ByteBudget(workers.MAX_SOURCE_BYTES)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
-        self._pieces = LongPieces(
-            backend, artifacts, store=store, audio=self._audio, put=self.put, calls=calls, clock=self._clock
-        )
+        self._pieces = LongPieces(backend, artifacts, store=store, audio=self._audio, put=self.put, calls=calls)
 
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
         """Run the job, store its audio file, and return the result. Progress is passed to `report`.
@@ -88,9 +84,9 @@ class JobExecutor:
             return result
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
             request = self._limited(await self._with_source(spec), job)
-            started_at = self._clock.monotonic()
+            started_at = time.monotonic()
             generated = await self._backend.generate(spec.model, request, on_progress=on_progress)
-            inference_s = self._clock.monotonic() - started_at
+            inference_s = time.monotonic() - started_at
             del request  # frees the memory of the source audio
         report(Report(job, "storing", GENERATED))
         stored, sample_rate_hz = await self._store(job, generated)
@@ -154,7 +150,7 @@ class JobExecutor:
         if job.spec.start_within_s is not None and job.attempts <= 1:
             start_before = job.created_at.timestamp() + job.spec.start_within_s
             if job.started_at is None or job.started_at.timestamp() < start_before:
-                start_within_s = max(start_before - self._clock.time(), _LEAST_START_S)
+                start_within_s = max(start_before - time.time(), _LEAST_START_S)
         deadline_s = request.deadline_s or self._limits.max_deadline_s
         return replace(request, request_id=job.spec.id, deadline_s=deadline_s, start_within_s=start_within_s)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
@@ -29,7 +30,6 @@ from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.audio.writer import AudioWriter
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import GenerationError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
@@ -74,7 +74,6 @@ class LongPieces:
         audio: AudioWorkers,
         put: Callable[..., Awaitable[StoredFile]],
         calls: PatientCalls,
-        clock: Clock,
     ) -> None:
         """`put` stores a file of a job, see `JobExecutor.put`."""
         self._backend = backend
@@ -83,7 +82,6 @@ class LongPieces:
         self._audio = audio
         self._put = put
         self._calls = calls
-        self._clock = clock
 
     async def make(
         self,
@@ -177,9 +175,9 @@ class LongPieces:
                 fraction = _fraction(plans, num_finished=plan.number - 1, next_fraction=progress.fraction)
                 report(Report(job, progress.stage, fraction, engine_position=progress.queue_position))
 
-        started_at = self._clock.monotonic()
+        started_at = time.monotonic()
         result = await self._backend.generate(job.spec.model, request, on_progress=on_progress)
-        inference_s = self._clock.monotonic() - started_at
+        inference_s = time.monotonic() - started_at
         finish = partial(
             _finish_section,
             result,

@@ -19,7 +19,6 @@ import structlog
 
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.backend import Backend
-from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import GenerationError, StorageError, UnknownModelError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import Priority
@@ -66,12 +65,10 @@ class JobRunner:
         settings: Settings,
         notifier: Notifier | None = None,
         metrics: Metrics | None = None,
-        clock: Clock | None = None,
         pauses: RunnerPauses = RunnerPauses(),
         prices: Callable[[str], Prices | None] = lambda model: None,
     ) -> None:
         """If `notifier` is None, no webhooks are sent. `prices` returns the last prices of a model's engines."""
-        clock = clock or SystemClock()
         self._store = store
         self._backend = backend
         self._settings = settings.jobs
@@ -94,7 +91,6 @@ class JobRunner:
             prices=prices,
             target_wait_s={model.name: model.replicas.target_wait_s for model in settings.models},
             max_running=self._settings.max_running,
-            clock=clock,
         )
         self._context = AttemptContext(
             store=store,
@@ -106,7 +102,6 @@ class JobRunner:
                 calls=PatientCalls(retry_s=pauses.store_retry_s),
                 limits=settings.api,
                 gate=self._gate,
-                clock=clock,
             ),
             capacity=self._capacity,
             gate=self._gate,
@@ -122,7 +117,7 @@ class JobRunner:
             held=lambda: tuple(self._attempts),  # thread-safe, because Python copies the keys in one operation
             on_change=self._stop_changed,
         )
-        self._sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics, clock=clock)
+        self._sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics)
         self._attempts: dict[LeaseId, Attempt] = {}
         self._outlook: Outlook | None = None
         self._waiting: Mapping[str, Waiting] | None = None
