@@ -57,7 +57,6 @@ class ToneBackend:
     released: asyncio.Event = field(default_factory=open_event)  # while it is not set, requests wait
     queue_s: float = 0.0  # how long each request waits before it starts
     error: Exception | None = None
-    status_delay_s: float = 0.0
     device: DeviceUse = field(default_factory=DeviceUse)
     level: float = 0.5
     prompt_chars: int | None = None  # the model ignores a prompt's characters after this number
@@ -101,7 +100,6 @@ class ToneBackend:
         return replace(result, provenance=provenance)
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        await asyncio.sleep(self.status_delay_s)
         return self.statuses
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-import structlog
 from anyio import CancelScope
 from starlette.datastructures import UploadFile
 
@@ -34,7 +33,7 @@ from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.adapters import AdapterLibrary, NoAdapters
 from stable_audio_serve.core.backend import Backend
-from stable_audio_serve.core.catalog import ModelCard, ModelStatus
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import (
     UNAVAILABLE,
@@ -63,9 +62,6 @@ from stable_audio_serve.jobs.store.client_jobs import Added
 
 T = TypeVar("T")
 
-log = structlog.get_logger("stable_audio_serve.api")
-
-_STATUS_TIMEOUT_S = 1.0
 _BUSY_RETRY_S = 5.0
 _BUDGET_S = 900.0  # time limit of a request without a deadline: three times the default of `max_queue_s`
 _SOURCE_MARGIN_S = 1.0
@@ -115,7 +111,6 @@ class Service:
         self.streams = EventStreams(self.draining, metrics=self.metrics, limits=stream_limits)
         self.limiter = KeyLimiter(self.jobs.store.database, metrics=self.metrics, clock=self.clock)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
-        self._last_status: Mapping[str, ModelStatus] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._num_generating = 0
         self._source_bytes = 0
@@ -345,15 +340,6 @@ class Service:
     async def compute(self, function: Callable[[], T]) -> T:
         """Run `function` on an encoding thread and return its result."""
         return await self._audio.run_encoding(function)
-
-    async def status(self) -> Mapping[str, ModelStatus]:
-        """Return the status of each model, or the previous status if the backend does not answer within a second."""
-        try:
-            async with asyncio.timeout(_STATUS_TIMEOUT_S):
-                self._last_status = await self.backend.status()
-        except TimeoutError:
-            log.warning("model status did not arrive in time")
-        return self._last_status
 
 
 def _audio_s(request: GenerationRequest) -> float:

@@ -27,5 +27,5 @@ class Backend(Protocol):
         ...
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Return the status of each model by canonical name. Loads no model, and does not wait until one is loaded."""
+        """Return the status of each model by canonical name, within a second. Loads no model and waits for none."""
         ...

@@ -107,7 +107,7 @@ async def test_probes_respond_while_the_backend_hangs(client: httpx.AsyncClient,
     body = {"prompt": "x", "duration": 1}
     paths = ("/health", "/ready")
     expected = [(200, (await client.get(path)).json()) for path in paths]
-    backend.delay_s = backend.status_delay_s = 600
+    backend.delay_s = 600
     busy = [asyncio.create_task(client.post("/v1/audio/generations", json=body)) for _ in range(270)]
     try:
         while backend.num_running < 256:  # `ingress.max_ongoing_requests`: as many as run at once

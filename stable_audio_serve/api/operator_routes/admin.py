@@ -50,7 +50,7 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
             raise HTTPException(404, error.message) from error
 
     async def stage_of(name: str) -> str:
-        return (await service.status()).get(name, ModelStatus("loading")).stage
+        return (await service.backend.status()).get(name, ModelStatus("loading")).stage
 
     @router.post("/models/{model:path}/load", status_code=202, responses=_MODEL_RESPONSES)
     async def load(model: str) -> KeptModel:

@@ -279,7 +279,7 @@ def _with_policy(page: HTMLResponse) -> HTMLResponse:
 
 async def _describe(service: Service, request: Request) -> Card:
     catalog, base = service.backend.catalog, base_url(request, service.settings.api)
-    ready = info.describe_ready(service, await service.status(), job_store=await service.jobs.watch.health())
+    ready = info.describe_ready(service, await service.backend.status(), job_store=await service.jobs.watch.health())
     return Card(
         status=ready.status,
         ready=ready.ready,

@@ -45,7 +45,7 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
 
     async def look() -> tuple[Mapping[str, ModelStatus], StoreHealth]:
         status, job_store, _ = await asyncio.gather(
-            service.status(), service.jobs.watch.health(), service.keys.ring.refresh()
+            service.backend.status(), service.jobs.watch.health(), service.keys.ring.refresh()
         )
         return status, job_store
 
@@ -109,7 +109,7 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
 
     async def list_adapters() -> info.AdapterList:
         """List the adapters (LoRA) of the default model, as sa3.cpp does."""
-        return info.describe_adapters(service, await service.status())
+        return info.describe_adapters(service, await service.backend.status())
 
     router.add_api_route(
         "/loras",

@@ -167,7 +167,7 @@ def _scopes_of(request: Request) -> tuple[Scope, ...]:
 
 
 async def _status_of(service: Service, model: WindowedModel) -> ModelStatus:
-    return (await service.status()).get(model.card.name, ModelStatus("loading"))
+    return (await service.backend.status()).get(model.card.name, ModelStatus("loading"))
 
 
 def _describe_model(model: WindowedModel, status: ModelStatus) -> dict[str, Any]:
