@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +21,7 @@ from stable_audio_serve.cli.remote import JsonOption
 
 if TYPE_CHECKING:
     from stable_audio_serve.core.settings import Settings
-    from stable_audio_serve.jobs.job import Job, JobEvent
+    from stable_audio_serve.jobs.job import Job
     from stable_audio_serve.jobs.store.job_store import JobStore
 
 app = typer.Typer(no_args_is_help=True, help="List, show, cancel and retry jobs in the configured store.")
@@ -67,7 +68,8 @@ def show(name: _Name, client: _Client = None, *, as_json: JsonOption = False, fi
 
     with _opened(file) as (store, _):
         job = _find(store, name, client=client)
-        found = _as_json(job) | {"events": [_event_as_json(event) for event in store.clients.events(job.spec.ref)]}
+        events = store.clients.events(job.spec.ref)
+        found = _as_json(job) | {"events": [asdict(event) | {"at": _iso(event.at)} for event in events]}
     if as_json:
         _print_json(found)
     else:
@@ -214,23 +216,11 @@ def _as_json(job: Job) -> dict[str, Any]:
         "eta_s": job.eta_s,
         "owner": job.lease.owner if job.lease else None,
         "fence": job.lease.fence if job.lease else None,
-        "error": {"code": error.code, "message": error.message, "field": error.field} if error else None,
+        "error": asdict(error) if error else None,
         "upload_key": spec.upload.file.key if spec.upload else None,
         "artifact_key": result.file.key if result else None,
         "artifact_bytes": result.file.num_bytes if result else None,
         "artifact_sha256": result.file.sha256 if result else None,
-    }
-
-
-def _event_as_json(event: JobEvent) -> dict[str, Any]:
-    """Return an event as JSON values."""
-    return {
-        "id": event.id,
-        "at": _iso(event.at),
-        "stage": event.stage,
-        "fraction": event.fraction,
-        "eta_s": event.eta_s,
-        "message": event.message,
     }
 
 
