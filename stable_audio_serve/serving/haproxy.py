@@ -51,6 +51,7 @@ class ProxyOptions:
     idle_timeout_s: float = 120.0  # longest time in which a client sends or receives no data
     metrics_host: str = "127.0.0.1"  # address of the statistics and Prometheus pages
     public_host: str | None = None
+    replica_wait_s: float = 60.0  # longest time in which a request gets no answer while no ingress replica runs
     limits_connections: bool = True  # derive the connection limit from `_MOST_FILES`; False = keep Ray's limit
 
     @classmethod
@@ -158,6 +159,25 @@ def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
     return _replace(text, r"^( *)http-reuse always$", replacement=replacement, is_repeated=True)
 
 
+def _limit_wait_for_replicas(text: str, options: ProxyOptions) -> str:
+    """Limit how long requests wait while no replica runs.
+
+    Then HAProxy sends them to Ray Serve's own proxy, the backup server, which keeps them until a replica starts. This
+    hides the restart of the only replica from clients. If no replica can start, they would wait forever.
+    """
+    limit = f"timeout server {math.ceil(options.replica_wait_s * 1000)}ms"
+    sections = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
+    return "".join(
+        re.sub(r"^(backend .*\n)( +)", rf"\1\2{limit}\n\2", section) if _has_only_backup(section) else section
+        for section in sections
+    )
+
+
+def _has_only_backup(section: str) -> bool:
+    servers = re.findall(r"^ +server .*$", section, flags=re.MULTILINE)
+    return bool(servers) and all(server.endswith(" backup") for server in servers)
+
+
 def _answer_503_without_routes(text: str, options: ProxyOptions) -> str:
     """Answer 503 instead of 404 while the configuration has no routes yet, because any path may exist later."""
     if _has_applications(text):
@@ -193,6 +213,7 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _answer_serve_errors_in_json,
     _set_address_header,
     _connect_for_each_request,
+    _limit_wait_for_replicas,
     _answer_503_without_routes,
     _bind_statistics,
     _bind_frontend,

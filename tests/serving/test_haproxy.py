@@ -31,6 +31,7 @@ from stable_audio_serve.serving.haproxy import (
     ConfigurationChangedError,
     ProxyOptions,
     address_header,
+    find_binary,
     finish,
 )
 from tests.patience import PATIENCE_S, until
@@ -341,6 +342,46 @@ async def test_only_unanswered_requests_get_a_retry_time(tmp_path: Path, monkeyp
             proxy.api.set_backend_configs({})
             await proxy.api.reload()
             assert has_retry_time(await client.get("/docs"))  # HAProxy knows no route, as after a restart
+
+
+@asynccontextmanager
+async def running(config: str, folder: Path, *, port: int) -> AsyncIterator[None]:
+    """Run HAProxy with this configuration, without our wrapper program, until the context ends."""
+    (folder / "own.cfg").write_text(config)
+    process = await asyncio.create_subprocess_exec(find_binary(), "-db", "-f", str(folder / "own.cfg"))
+    try:
+        await until(lambda: is_open(_PUBLIC, port))
+        yield
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_request_without_replicas_does_not_wait_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Serve's own proxy keeps requests until a replica starts. Here the app stands in for it."""
+    from ray.serve._private import haproxy as ray_haproxy
+
+    reached.clear()
+    released.clear()
+    async with listening(app) as backend_port:
+        async with proxying(backend_port, tmp_path, monkeypatch) as proxy:
+            backend = proxy.api.backend_configs["app"]
+            backend.fallback_server = ray_haproxy.ServerConfig(name="proxy", host="127.0.0.1", port=backend_port)
+            proxy.api._generate_config_file_internal()
+            assert "timeout server" not in finish(proxy.config.read_text(), ProxyOptions())
+            backend.servers = []
+            proxy.api._generate_config_file_internal()
+            rendered = proxy.config.read_text()
+        options = ProxyOptions(public_host=_PUBLIC, replica_wait_s=_LONG_S / 2)
+        async with (
+            running(finish(rendered, options), tmp_path, port=proxy.port),
+            httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S) as client,
+        ):
+            assert (await client.get("/docs")).status_code == 200
+            reply = await client.get("/wait")
+    assert reached == ["/wait"]
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+    assert "try again" in reply.json()["detail"]
 
 
 async def test_public_address_and_admin_socket_are_restricted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
