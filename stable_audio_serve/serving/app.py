@@ -199,7 +199,8 @@ def assemble(
     plan = replace(plan, store_identity=stores.identity)
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
     check_gpu_shares(plan.settings, cluster_gpus=cluster_gpus)
-    plan = replace(plan, settings=decide_surge(plan.settings, node_slots(ray.nodes()), cluster_gpus=cluster_gpus))
+    nodes = node_slots(ray.nodes())
+    plan = replace(plan, settings=decide_surge(plan.settings, nodes, cluster_gpus=cluster_gpus))
     models = {
         model.name: _bind(
             by_name.get(model.name, replica),
@@ -209,8 +210,8 @@ def assemble(
         )
         for model in plan.settings.models
     }
-    runner = _bind(JobRunnerReplica, runner_options(plan.settings), plan, models)
-    return _bind(Ingress, ingress_options(plan.settings), plan, models, runner)
+    runner = _bind(JobRunnerReplica, runner_options(plan.settings, nodes), plan, models)
+    return _bind(Ingress, ingress_options(plan.settings, nodes), plan, models, runner)
 
 
 def _bind(deployed: type, options: Mapping[str, Any], *args: object) -> serve.Application:

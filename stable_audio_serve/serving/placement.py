@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -20,10 +20,7 @@ from stable_audio_serve.core.settings_sources import check_model_names, least_re
 from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.adapters.sources import is_remote
 from stable_audio_serve.models.registry import DEMO, DEMO_ADAPTERS, ModelEntry, describe_entry, resolve_entry
-from stable_audio_serve.serving.reservations import (
-    replica_slot,
-    reserved_cpus,
-)
+from stable_audio_serve.serving.reservations import Slot, replica_slot, reserved_cpus
 
 INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
@@ -41,6 +38,7 @@ _POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
 _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregation_function": "max"}
 _CONSTRUCTOR_ATTEMPTS = 2  # if a replica fails to start twice, a third attempt would most likely fail too
 _ONE_REPLICA = 1  # extra replicas during an update, in percent; Ray Serve rounds 1 % up to one replica
+_MOST_PER_NODE = 100  # the largest limit that Ray Serve accepts
 _DRAIN_POLL_S = 0.1  # seconds between Ray Serve's checks whether a stopping replica has finished its requests
 # The settings for jemalloc are from PyTorch's guide to tuning on CPUs, except the last one. Freed memory of any size is
 # kept for the next call. All threads share one arena, so that each can use the memory that another has freed. The last
@@ -177,21 +175,28 @@ def model_entry(model: ModelSettings) -> ModelEntry:
     )
 
 
-def ingress_options(settings: Settings) -> dict[str, Any]:
-    """Return the deployment options of the HTTP ingress."""
+def ingress_options(settings: Settings, nodes: Sequence[Slot] = ()) -> dict[str, Any]:
+    """Return the deployment options of the HTTP ingress. `nodes` has the resources of each node of a cluster."""
     ingress = settings.ingress
+    num_nodes = sum(node.cpus >= ingress.num_cpus for node in nodes)
     return {
         "name": INGRESS_NAME,
         "num_replicas": ingress.replicas,
         "max_ongoing_requests": _NO_LIMIT,
         "health_check_period_s": 1.0,  # short, because HAProxy sends requests to a dead replica until the next check
         **_drain_options(settings),
+        **_spread_options(ingress.replicas, num_nodes=num_nodes),
         "ray_actor_options": {"num_cpus": ingress.num_cpus},
     }
 
 
-def runner_options(settings: Settings) -> dict[str, Any]:
-    """Return the deployment options of the job runners. They reserve no CPU, because they mostly wait for models."""
+def runner_options(settings: Settings, nodes: Sequence[Slot] = ()) -> dict[str, Any]:
+    """Return the deployment options of the job runners. They reserve no CPU, because they mostly wait for models.
+
+    `nodes` has the resources of each node of a cluster. Only nodes with CPUs count, because the configuration of a
+    cluster may let runners reserve a part of a CPU.
+    """
+    num_nodes = sum(node.cpus > 0 for node in nodes)
     return {
         "name": RUNNER_NAME,
         "num_replicas": settings.jobs.runners,
@@ -199,6 +204,7 @@ def runner_options(settings: Settings) -> dict[str, Any]:
         "health_check_period_s": 2.0,  # short, because the jobs of a dead runner wait until the next check
         "graceful_shutdown_timeout_s": 10.0,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
+        **_spread_options(settings.jobs.runners, num_nodes=num_nodes),
         "ray_actor_options": {"num_cpus": 0},
     }
 
@@ -271,6 +277,17 @@ def _engine_options(settings: Settings, *, name: str) -> dict[str, Any]:
             "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
         },
     }
+
+
+def _spread_options(num_replicas: int, *, num_nodes: int) -> dict[str, Any]:
+    """Return the deployment option that keeps more than half of several replicas off any one of several nodes.
+
+    Ray Serve would fill one node before the next (RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY). If this node were lost, no
+    replica would be left.
+    """
+    if num_replicas == 1 or num_nodes <= 1:
+        return {}
+    return {"max_replicas_per_node": min(math.ceil(num_replicas / 2), _MOST_PER_NODE)}
 
 
 def _drain_options(settings: Settings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.serving.placement import ingress_options, model_options, plan_deployments
+from stable_audio_serve.serving.placement import ingress_options, model_options, plan_deployments, runner_options
 from stable_audio_serve.serving.reservations import Slot, decide_surge, require_room
 
 
@@ -199,6 +199,25 @@ def test_serve_never_queues_requests_before_the_ingress() -> None:
     most_connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert options["max_ongoing_requests"] > min(most_connections, 65_536)
     assert options.get("max_queued_requests", -1) == -1
+
+
+@pytest.mark.parametrize(
+    ("replicas", "cpus", "most"), [(2, (8, 8), 1), (3, (8, 8), 2), (5, (8, 8, 8), 3), (300, (8, 8), 100)]
+)
+def test_loss_of_one_node_leaves_ingress_and_runners(replicas: int, cpus: tuple[int, ...], most: int) -> None:
+    settings = Settings.model_validate({"ingress": {"replicas": replicas}, "jobs": {"runners": replicas}})
+    nodes = [Slot(0.0, float(number)) for number in cpus]
+    for options in (ingress_options(settings, nodes), runner_options(settings, nodes)):
+        assert options["max_replicas_per_node"] == most
+
+
+@pytest.mark.parametrize(("replicas", "cpus"), [(1, (8, 8)), (2, (8,)), (2, (8, 0)), (2, ())])
+def test_replicas_share_a_node_if_there_is_only_one(replicas: int, cpus: tuple[int, ...]) -> None:
+    ingress = {"replicas": replicas, "num_cpus": 0.9}
+    settings = Settings.model_validate({"ingress": ingress, "jobs": {"runners": replicas}})
+    nodes = [Slot(0.0, float(number)) for number in cpus]
+    for options in (ingress_options(settings, nodes), runner_options(settings, nodes)):
+        assert "max_replicas_per_node" not in options
 
 
 def test_folders_are_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
