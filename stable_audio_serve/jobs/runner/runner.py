@@ -234,6 +234,8 @@ class JobRunner:
         """Do all work that `outlook` shows as due now. Returns the number of jobs that were changed."""
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         num_done = 0
+        if outlook.is_set_back:
+            num_done += await asyncio.to_thread(self._store.runners.set_back)
         if outlook.num_stops:
             await asyncio.to_thread(self._heartbeat.beat)
         if _is_due(outlook.reclaim_in_s):

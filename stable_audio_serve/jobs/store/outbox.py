@@ -16,6 +16,10 @@ from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.rows import is_job, to_job
 from stable_audio_serve.jobs.store.tables import JOBS
 
+# The longest pause between two attempts to deliver a notice. A notice that seems due later was postponed before the
+# clock was set back.
+LONGEST_PAUSE_S = 21_600.0
+
 _jobs = JOBS.c
 
 
@@ -72,8 +76,8 @@ class Outbox:
         self._update(notice, webhook_at=None)
 
     def postpone(self, notice: Notice, *, delay_s: float) -> None:
-        """Schedule the next delivery of a notice in `delay_s` seconds."""
-        self._update(notice, webhook_at=self._database.now + delay_s)
+        """Schedule the next delivery of a notice in `delay_s` seconds, at most `LONGEST_PAUSE_S`."""
+        self._update(notice, webhook_at=self._database.now + min(delay_s, LONGEST_PAUSE_S))
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
         """Set the time of the next delivery of a notice. None removes the notice.

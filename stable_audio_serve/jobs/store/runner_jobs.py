@@ -17,6 +17,7 @@ from stable_audio_serve.jobs.job import Job, JobError, JobRef, JobResult
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.files import PublishedFiles
+from stable_audio_serve.jobs.store.outbox import LONGEST_PAUSE_S
 from stable_audio_serve.jobs.store.rows import is_held
 from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions, requeued
@@ -31,6 +32,7 @@ _BATCH = 500  # most rows that one statement changes
 
 _jobs = JOBS.c
 _QUEUED, _RUNNING = in_state("queued"), in_state("running")
+_HAS_NOTICE = _jobs.webhook_at.is_not(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Outlook:
     `queued` has the number of queued jobs by priority. `num_stops` is how many jobs of this runner were cancelled. Each
     of the other fields is the number of seconds until the next work of one kind is due: a job to lease, an expired
     lease, a queued job that did not start in time, a webhook. A value of 0 or less means that the work is due now, and
-    None that there is no such work.
+    None that there is no such work. If `is_set_back` is true, some times are too late (`RunnerJobs.set_back`).
     """
 
     queued: Mapping[Priority, int]
@@ -69,6 +71,7 @@ class Outlook:
     reclaim_in_s: float | None
     late_in_s: float | None
     webhook_in_s: float | None
+    is_set_back: bool = False
 
     @property
     def num_queued(self) -> int:
@@ -93,14 +96,35 @@ class RunnerJobs:
             (_least(_jobs.not_before, _QUEUED) - now).label("lease"),
             (_least(_jobs.lease_until, _RUNNING) - now).label("reclaim"),
             (_least(_jobs.start_before, _jobs.start_before.is_not(None)) - now).label("late"),
-            (_least(_jobs.webhook_at, _jobs.webhook_at.is_not(None)) - now).label("webhook"),
+            (_least(_jobs.webhook_at, _HAS_NOTICE) - now).label("webhook"),
+            sa.or_(count(_is_started_later(now)) > 0, _greatest(_jobs.webhook_at, _HAS_NOTICE) > now + LONGEST_PAUSE_S)
+            .is_(sa.true())
+            .label("is_set_back"),
         )
         with self._database.reading() as connection:
             row = connection.execute(query).one()
         queued = {priority: row._mapping[priority] for priority in get_args(Priority)}
         # A job that seems due after a longer delay is due now, as in `Turns`.
         lease_in_s = 0.0 if row.lease is not None and row.lease > LONGEST_DELAY_S else row.lease
-        return Outlook(queued, row.stops, lease_in_s, row.reclaim, row.late, row.webhook)
+        return Outlook(queued, row.stops, lease_in_s, row.reclaim, row.late, row.webhook, row.is_set_back)
+
+    def set_back(self) -> int:
+        """Correct times that are too late, because the database's clock was set back. Returns how many.
+
+        Otherwise the lease of a dead runner would not expire, and a webhook would not be due, until the clock is where
+        it was before. A job that has started in the future starts now, and its lease ends as long after its start as
+        before, so that the lease of a running runner does not expire before the runner renews it. A webhook that is due
+        later than `LONGEST_PAUSE_S` from now is due now.
+        """
+        now = self._database.now
+        jobs = sa.update(JOBS).where(_is_started_later(now))
+        notices = sa.update(JOBS).where(_HAS_NOTICE, _jobs.webhook_at > now + LONGEST_PAUSE_S)
+        with self._database.writing() as connection:
+            num_jobs = connection.execute(
+                jobs.values(lease_until=now + (_jobs.lease_until - _jobs.started_at), started_at=now)
+            ).rowcount
+            num_notices = connection.execute(notices.values(webhook_at=now)).rowcount
+        return num_jobs + num_notices
 
     def lease(
         self,
@@ -246,6 +270,14 @@ def _lock(connection: sa.Connection, job_ids: Collection[JobId]) -> None:
     # Two queries, because a session avoids sorting: with one, PostgreSQL would read all jobs, ended ones too, in order.
     found = connection.execute(sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids))).scalars().all()
     connection.execute(sa.select(_jobs.seq).where(_jobs.seq.in_(found)).order_by(_jobs.seq).with_for_update())
+
+
+def _is_started_later(now: sa.ColumnElement[float]) -> sa.ColumnElement[bool]:
+    return sa.and_(_RUNNING, _jobs.started_at > now)
+
+
+def _greatest(column: sa.ColumnElement[Any], *conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:
+    return sa.select(sa.func.max(column)).where(*conditions).scalar_subquery()
 
 
 def _least(column: sa.ColumnElement[Any], *conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:

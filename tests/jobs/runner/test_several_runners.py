@@ -108,6 +108,31 @@ async def test_job_longer_than_its_lease_stays_with_its_runner(
     assert len(workshop.backend.requests) == 1
 
 
+async def test_job_of_a_dead_runner_survives_a_clock_set_back(workshop: Workshop, wall: Wall) -> None:
+    job = await workshop.queue.submit(make_spec())
+    assert workshop.queue.store.runners.lease("dead", lease_s=_LEASE_S) is not None
+    wall.now -= 3600.0
+    await workshop.start_runner()
+    await until(lambda: not workshop.queue.store.runners.outlook("").is_set_back)
+    wall.now += 1.1 * _LEASE_S
+    job = await workshop.finished(job)
+    assert (job.state, job.attempts) == ("succeeded", 2)
+
+
+async def test_running_job_survives_a_clock_set_back(workshop: Workshop, wall: Wall) -> None:
+    workshop.backend.released.clear()
+    for _ in range(2):
+        await workshop.start_runner()
+    job = await workshop.queue.submit(make_spec())
+    await running(workshop)
+    wall.now -= 3600.0
+    await until(lambda: not workshop.queue.store.runners.outlook("").is_set_back)
+    workshop.backend.released.set()
+    job = await workshop.finished(job)
+    assert (job.state, job.attempts) == ("succeeded", 1)
+    assert len(workshop.backend.requests) == 1
+
+
 async def test_busy_event_loop_loses_no_lease(workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop.backend.released.clear()
     renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")

@@ -65,6 +65,18 @@ class TestOutbox:
         wall.now += 60
         assert claim(outbox).attempt == 2
 
+    def test_clock_that_was_set_back_keeps_no_notice(self, store: JobStore, database: Database, wall: Wall) -> None:
+        outbox = Outbox(database)
+        add(store, webhook_url="https://a.example/")
+        store.runners.fail(lease(store), ERROR)
+        outbox.postpone(claim(outbox), delay_s=18_000)
+        assert not store.runners.outlook("me").is_set_back
+        wall.now -= 30 * 86_400
+        assert store.runners.outlook("me").is_set_back
+        assert store.runners.set_back() == 1
+        assert not store.runners.outlook("me").is_set_back
+        assert claim(outbox).attempt == 2
+
     def test_concurrent_claims_get_each_notice_once(self, store: JobStore, database: Database) -> None:
         outbox = Outbox(database)
         for _ in range(12):

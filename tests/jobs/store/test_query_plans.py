@@ -111,6 +111,7 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "expire": lambda store: store.runners.expire(),
     "waiting work": lambda store: store.waiting.by_model(),
     "unfinished": lambda store: store.operators.unfinished(),
+    "set back": lambda store: store.runners.set_back(),
     "outlook": lambda store: store.runners.outlook("busy"),
     "dead letters": lambda store: store.operators.list_all(dead_letters=True),
     "page of dead letters": lambda store: store.dead_letters.page(before=5_000),

@@ -251,6 +251,37 @@ class TestReclaiming:
                 lease(store)
         assert states == [("queued", False), ("failed", True)]
 
+    @pytest.mark.parametrize("back_s", [20.0, 3600.0, 1e9])
+    def test_clock_that_was_set_back_keeps_no_lease(self, store: JobStore, wall: Wall, back_s: float) -> None:
+        """A dead runner's lease ends as long after the step as it would have lasted since its job's start."""
+        add(store)
+        job = lease(store, "dead")
+        wall.now += 4
+        assert store.runners.renew("dead", lease_s=LEASE_S, refs=[job.spec.ref])
+        assert not store.runners.outlook("me").is_set_back
+        wall.now -= back_s
+        assert store.runners.outlook("me").is_set_back
+        assert store.runners.set_back() == 1
+        outlook = store.runners.outlook("me")
+        assert not outlook.is_set_back
+        assert outlook.reclaim_in_s == pytest.approx(4 + LEASE_S)
+        assert store.runners.set_back() == 0
+        wall.now += 4 + LEASE_S - 1
+        assert not store.runners.reclaim(max_attempts=3)
+        wall.now += 2
+        assert [other.spec.id for other in store.runners.reclaim(max_attempts=3)] == [job.spec.id]
+
+    def test_live_runner_keeps_its_lease_when_the_clock_is_set_back(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        job = lease(store, "alive")
+        wall.now -= 3600
+        store.runners.set_back()
+        wall.now += LEASE_S - 1
+        assert not store.runners.reclaim(max_attempts=3)
+        assert store.runners.renew("alive", lease_s=LEASE_S, refs=[job.spec.ref])
+        assert store.runners.outlook("me").reclaim_in_s == pytest.approx(LEASE_S)
+        assert store.runners.succeed(job, result_of(job)) is not None
+
     def test_many_jobs_are_reclaimed_in_batches(self, store: JobStore, wall: Wall) -> None:
         for _ in range(9):
             add(store)
