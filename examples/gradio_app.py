@@ -7,6 +7,7 @@
 Use a separate environment, because Gradio installs many packages.
 """
 
+import argparse
 import sys
 from tempfile import mkdtemp
 
@@ -28,6 +29,7 @@ def generate(prompt: str, duration: float, seed: float, source: str | None, stre
     return str(clip.save(f"{folder}/{clip.request_id}.wav")), clip.seed
 
 
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 try:
     client, folder = Client(), mkdtemp(prefix="sounds-")
     longest_s = min(model.max_duration_s for model in client.models())

@@ -79,6 +79,13 @@ async def until_it_answers(http: httpx.AsyncClient, process: asyncio.subprocess.
                 return
 
 
+def test_help_starts_no_page(python: Path) -> None:
+    command = (str(python), str(EXAMPLES / "gradio_app.py"), "--help")
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True, env=environ)
+    assert done.stdout.startswith("usage: gradio_app.py")
+
+
 async def test_the_gradio_page_generates_audio(python: Path, tmp_path: Path) -> None:
     port = free_port()
     async with serve_app() as (server_port, backend):
