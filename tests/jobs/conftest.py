@@ -5,8 +5,10 @@ import itertools
 import multiprocessing
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -124,19 +126,23 @@ class CountingBackend(ToneBackend):
         return await super().generate(model, request)
 
 
+@contextmanager
+def forks_of(*modules: str) -> Iterator[ForkServerContext]:
+    """Yield a multiprocessing context whose processes are forks of one process that has imported `modules`.
+
+    Multiprocessing starts this process once and keeps it. So it is stopped at the end, because the processes of another
+    context would be forked from it too and would import their own modules again and again.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    yield context
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
 async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:
     data = make_audio_file(duration_s=0.5)
     file = await workshop.queue.put_upload(lambda: [data], media_type="audio/wav", file_name="a.wav")
     return JobUpload(file, role, max_s=10.0, decoded_bytes=2 * 22050 * 4)
-
-
-@pytest.fixture(scope="session")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of three processes. They are forks of one process that has imported the tests' helpers."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.stores", "tests.jobs.store.test_key_uses"])
-    with ProcessPoolExecutor(3, mp_context=context) as pool:
-        yield pool
 
 
 @pytest.fixture

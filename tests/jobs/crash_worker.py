@@ -7,7 +7,6 @@ start quickly.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import threading
@@ -37,13 +36,6 @@ from tests.jobs.conftest import SHORT_PAUSES
 from tests.models.loaded import loaded
 
 MODEL = "tiny-s"
-
-
-def make_context() -> ForkServerContext:
-    """Return a multiprocessing context whose processes are forked from a process that has loaded the model."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.crash_preload"])
-    return context
 
 
 def start_worker(context: ForkServerContext, settings: Settings, *, failpoints: str = "") -> BaseProcess:

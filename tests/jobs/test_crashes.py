@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -21,8 +21,8 @@ from stable_audio_serve.jobs.job import Job, JobSpec
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store.tables import FILES
-from tests.jobs.conftest import make_spec
-from tests.jobs.crash_worker import MODEL, make_context, start_worker
+from tests.jobs.conftest import forks_of, make_spec
+from tests.jobs.crash_worker import MODEL, start_worker
 from tests.patience import PATIENCE_S, until
 from tests.webhook_receiver import Receiver, receiving
 
@@ -32,8 +32,9 @@ _REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=4)
 
 
 @pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    return make_context()
+def context() -> Iterator[ForkServerContext]:
+    with forks_of("tests.jobs.crash_preload") as context:
+        yield context
 
 
 @dataclass
