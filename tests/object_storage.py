@@ -27,7 +27,6 @@ import botocore.loaders
 import botocore.session
 import httpx
 from botocore.config import Config
-from moto.server import ThreadedMotoServer
 
 from stable_audio_serve.core.settings import StorageSettings
 
@@ -313,6 +312,8 @@ class ObjectStorage:
 @contextmanager
 def running_object_storage(*, seed: int = 0) -> Iterator[ObjectStorage]:
     """Run the S3 service and its proxy on free local ports until the context ends."""
+    from moto.server import ThreadedMotoServer  # imported here: moto loads slowly, and few tests need it
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

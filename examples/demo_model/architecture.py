@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
 from examples.demo_model.scenes import DEFAULT_TEMPO_BPM
 from examples.demo_model.vocabulary import (
@@ -110,6 +109,9 @@ def _conditioners() -> list[dict[str, Any]]:
 
 def build_text_encoder() -> nn.Module:
     """Build a tiny, untrained T5Gemma encoder. The embeddings of its pitch tokens are smooth functions of pitch."""
+    # Imported here, because it loads in 2 s and few programs need it.
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
+
     half = {
         "vocab_size": len(vocabulary()),
         "hidden_size": COND_DIM,

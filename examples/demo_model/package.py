@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import T5GemmaEncoderModel
 
 from examples.demo_model import architecture
 from examples.demo_model.train_autoencoder import Autoencoder, AutoencoderConfig
@@ -44,6 +43,8 @@ def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, *, folder: Path
 
 def read_checkpoint(folder: Path) -> tuple[Network, Autoencoder]:
     """Returns the networks of a checkpoint that `write_checkpoint` wrote, in float32."""
+    from transformers import T5GemmaEncoderModel  # loads in 2 s; few programs read a checkpoint
+
     network, autoencoder = Network(), Autoencoder(AutoencoderConfig())
     stored = load_file(folder / "model.safetensors")
     for key, value in _weights(network, autoencoder).items():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyloudnorm
 import pytest
 import soundfile
 import soxr
@@ -47,6 +46,8 @@ def finish(audio: Audio, finishing: Finishing, *, rate_hz: int = RATE_HZ) -> Aud
 
 def measure(audio: Audio, rate_hz: int) -> tuple[float, float]:
     """Returns loudness in LUFS and true peak in dBTP, measured by pyloudnorm and by soxr's resampler."""
+    import pyloudnorm  # imported here, because its scipy loads slowly in each process that collects this test
+
     loudness = pyloudnorm.Meter(rate_hz, filter_class="DeMan").integrated_loudness(audio.T.astype(np.float64))
     return loudness, 20 * np.log10(np.abs(soxr.resample(audio.T, rate_hz, 4 * rate_hz)).max())
 

@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import numpy.typing as npt
-import pyloudnorm
 import pytest
 
 from stable_audio_serve.audio.loudness import describe_clip, measure_loudness
@@ -42,6 +41,8 @@ def test_loudness_of_the_compliance_signals(rate_hz: int, parts: list[tuple[floa
     ),
 )
 def test_loudness_matches_pyloudnorm(rate_hz: int, seconds: float, channels: int) -> None:
+    import pyloudnorm  # imported here, because its scipy loads slowly in each process that collects this test
+
     rng = np.random.default_rng(0)
     meter = pyloudnorm.Meter(rate_hz, filter_class="DeMan")
     noise = rng.uniform(-1, 1, (channels, round(seconds * rate_hz)))

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import requests
 
@@ -54,6 +53,8 @@ async def test_documented_example_client(url: str, tmp_path: Path) -> None:
 
 
 async def test_openai_lists_the_models(url: str) -> None:
+    import openai  # imported here, because it loads slowly in each process that collects this test
+
     for base in (f"{url}/v1", f"{url}/vllm/v1"):
         async with openai.AsyncOpenAI(base_url=base, api_key="unused", max_retries=0) as client:
             models = (await client.models.list()).data
@@ -62,6 +63,8 @@ async def test_openai_lists_the_models(url: str) -> None:
 
 
 async def test_openai_with_keys(locked_url: str) -> None:
+    import openai
+
     async with openai.AsyncOpenAI(base_url=f"{locked_url}/v1", api_key="token-abc123", max_retries=0) as client:
         assert len((await client.models.list()).data) == 4
     async with openai.AsyncOpenAI(base_url=f"{locked_url}/v1", api_key="wrong", max_retries=0) as client:
@@ -72,6 +75,8 @@ async def test_openai_with_keys(locked_url: str) -> None:
 
 
 async def test_openai_reads_the_error(url: str) -> None:
+    import openai
+
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
         with pytest.raises(openai.BadRequestError) as caught:
             await client.post("/audio/generate", body={"input": ""}, cast_to=object)
