@@ -1,9 +1,7 @@
-"""API keys: which routes need one, how it may be sent, and the response to an invalid one."""
+"""API keys: how a key may be sent, and the response to an invalid one. `test_owners.py` tests which routes need one."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,20 +11,9 @@ from fastapi import FastAPI
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
-from tests.api.prefixes import PREFIXES
 from tests.backends import ToneBackend
 
 KEYS = ("first-key", "id-part:secret-part", "schlüssel")
-
-PUBLIC = {
-    *(("GET", path) for path in ("/", "/health", "/ready", "/saos/health")),
-    *(("GET", path) for path in ("/files/{file_id}/{file_name}", "/jobs/{job_id}/audio")),
-    *(("PUT", path) for path in ("/storage/upload/{ticket}", "/storage/upload/{ticket}/{number}")),
-    ("POST", "/storage/upload/{ticket}/complete"),
-    *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
-    *(("GET", path) for path in ("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt")),
-    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt")),
-}
 
 
 @pytest.fixture(scope="module")
@@ -39,34 +26,6 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
 
 def connect(app: FastAPI, **headers: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", headers=headers)
-
-
-def _fill(path: str) -> str:
-    ids = {"job_id": "0" * 32, "file_id": "0" * 32, "ticket": "a.b", "number": "1"}
-    ids |= {"app": "stable-audio-3", "endpoint": "medium/text-to-audio"}
-    return re.sub(r"{(\w+)}", lambda match: ids.get(match[1], match[1]), path)
-
-
-def operations(app: FastAPI) -> Iterator[tuple[str, str]]:
-    for path, methods in app.openapi()["paths"].items():
-        for method in methods:
-            yield method.upper(), _fill(path)
-
-
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
-@pytest.mark.server
-async def test_every_route_except_public_ones_needs_a_key(locked: FastAPI, headers: dict[str, str]) -> None:
-    public = {(method, _fill(path)) for method, path in PUBLIC}
-    async with connect(locked, **headers) as client:
-        for method, path in operations(locked):
-            for prefix in ("", *PREFIXES):
-                reply = await client.request(method, prefix + path)
-                if (method, path) in public:
-                    assert reply.status_code != 401, path
-                elif not (prefix and reply.status_code in (404, 405)):  # 404, 405: the dialect has no such path
-                    assert reply.status_code == 401, (method, prefix + path)
-                    assert reply.headers["www-authenticate"] == "Bearer"
-                    assert reply.headers["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -190,15 +190,23 @@ async def failures_at(site: Site, routes: Iterable[Route], check: Check) -> list
     return failures
 
 
+def assert_asks_for_a_key(reply: httpx.Response) -> None:
+    """Check the headers of a response with status 401."""
+    if reply.status_code == 401:
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert reply.headers["content-type"] == "application/json"
+
+
 async def test_without_a_valid_key_existing_and_missing_jobs_look_the_same(site: Site) -> None:
     async def check(site: Site, route: Route) -> None:
         job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
         for key in (None, "bad"):
             reply = await site.ask(route, key, job_id)
             assert reply.status_code == (404 if route.is_audio else 401)
+            assert_asks_for_a_key(reply)
             assert observable(reply, job_id) == observable(await site.ask(route, key, missing), missing)
 
-    assert not await failures_at(site, [route for route in ROUTES if not route.is_open], check)
+    assert not await failures_at(site, OWNED, check)
 
 
 async def test_job_of_another_client_looks_missing(site: Site) -> None:
@@ -235,9 +243,10 @@ async def test_job_is_found_by_each_key_of_its_client(site: Site) -> None:
 
 async def test_routes_without_owner_are_the_same_for_every_valid_key(site: Site) -> None:
     async def check(site: Site, route: Route) -> None:
-        without, bad, *good = [
-            (await site.ask(route, key, "")).status_code for key in (None, "bad", ALICE, BOB, "unnamed")
-        ]
+        replies = [await site.ask(route, key, "") for key in (None, "bad", ALICE, BOB, "unnamed")]
+        without, bad, *good = [reply.status_code for reply in replies]
+        for reply in replies[:2]:
+            assert_asks_for_a_key(reply)
         assert len(set(good)) == 1
         assert good[0] not in (401, 500)
         assert {without, bad} == ({good[0]} if route.is_open else {401})
