@@ -109,12 +109,14 @@ def test_faulty_statistics_leave_the_replicas_as_they_are(broken: Any, caplog: p
 
 
 @pytest.mark.server
-def test_the_policy_imports_nothing_heavy() -> None:
+def test_the_policy_and_the_router_import_nothing_heavy() -> None:
+    """The HTTP processes and Ray Serve's controller import them, so they must load fast."""
     code = (
         "import sys; before = set(sys.modules)\n"
         "import ray, ray.serve; theirs = set(sys.modules)\n"
         "import stable_audio_serve.serving.autoscaling\n"
-        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - theirs} - {'stable_audio_serve'}))"
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - theirs} - {'stable_audio_serve'}))\n"
+        "import stable_audio_serve.serving.routing; print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.split() == ["[]", "False"]
