@@ -53,13 +53,6 @@ def checkpoint_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
-    """Returns environment variables that make a process use the hub at `endpoint` and the cache below `home`."""
-    mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
-    return mine | variables | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
-
-
 @contextmanager
 def pointing_library_at(
     endpoint: str, home: Path, *, token: str | None = None, is_offline: bool = False

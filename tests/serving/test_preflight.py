@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,15 @@ from huggingface_hub import constants
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.models.stable_audio_tools import package
-from stable_audio_serve.serving.placement import Plan, plan_deployments
-from stable_audio_serve.serving.preflight import describe_downloads, entries_to_download, require_weights
+from stable_audio_serve.serving.placement import Plan, describe_models, plan_deployments
+from stable_audio_serve.serving.preflight import (
+    describe_downloads,
+    entries_to_download,
+    fetch_configs,
+    require_weights,
+)
 from tests.goldens import OPEN_GOLDENS
-from tests.models.hub import Repo, checkpoint_files, fill_cache, hub_environment, running_hub, silent_hub
+from tests.models.hub import Repo, checkpoint_files, fill_cache, pointing_library_at, running_hub, silent_hub
 from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
 from tests.serving.launched import command, free_port, write_config
@@ -152,36 +156,20 @@ def test_startup_fails_if_the_backend_lacks_the_family(
         check(make_plan({**model, "backend": "stable_audio_tools"}), print_error=pytest.fail)
 
 
-FETCH = """
-import sys
-from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.serving.placement import describe_models, plan_deployments
-from stable_audio_serve.serving.preflight import fetch_configs
-from stable_audio_serve.models.stable_audio_tools import package
-package.find_spec = lambda name: None  # a machine that loads no model does not need the package
-model = {"name": "lab", "repo_id": "lab/model", "backend": "stable_audio_tools"}
-plan = plan_deployments(Settings.model_validate({"models": [model]}))
-fetch_configs(plan, plan.settings.models, print_error=print)
-print(*(card.family for card in (*plan.catalog, *describe_models(plan).catalog)))
-"""
-
-
 def fetch_elsewhere(folder: Path, endpoint: str) -> list[str]:
-    """Read the model's config from the hub, like a head node, which loads no model. Return the printed lines.
+    """Read the model's config from the hub, like a head node, which loads no model. Return the warnings and a line.
 
-    The lines are warnings. The last line has the model's family as it was assumed before reading the config, and as the
-    config says.
+    The line has the model's family as it was assumed before reading the config, and as the config says.
     """
-    environment = hub_environment(endpoint, folder / "hub")
-    done = subprocess.run(
-        [sys.executable, "-c", FETCH], env=environment, capture_output=True, text=True, cwd=folder, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    printed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, pointing_library_at(endpoint, folder):
+        patch.setattr(package, "find_spec", lambda name: None)  # the package is needed only to load a model
+        plan = make_plan({**HUB_MODEL, "backend": "stable_audio_tools"})
+        fetch_configs(plan, plan.settings.models, print_error=printed.append)
+        families = [card.family for card in (*plan.catalog, *describe_models(plan).catalog)]
+    return [*printed, " ".join(families)]
 
 
-@pytest.mark.server
-@pytest.mark.slow
 def test_repository_is_described_by_its_config(tmp_path: Path) -> None:
     files = checkpoint_files(OPEN_GOLDENS / "tiny-1.0")
     with running_hub({"lab/model": Repo(files)}) as hub:
@@ -190,7 +178,6 @@ def test_repository_is_described_by_its_config(tmp_path: Path) -> None:
     assert fetch_elsewhere(tmp_path, "http://127.0.0.1:9")[-1] == "stable-audio-open stable-audio-open"
 
 
-@pytest.mark.server
 def test_unreachable_config_of_another_node_only_warns(tmp_path: Path) -> None:
     warning, families = fetch_elsewhere(tmp_path, "http://127.0.0.1:9")
     assert warning.startswith("warning: model lab: lab/model is not complete in ")
