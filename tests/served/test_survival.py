@@ -29,7 +29,7 @@ def test_killed_runner_and_replica_lose_nothing(server: LaunchedServer) -> None:
     assert alone.status_code == 200
     with Load(server.client) as load, ThreadPoolExecutor(1) as pool:
         load.wait_for_progress()
-        interrupted = submit(server, make_body(steps=500, duration=4))
+        interrupted = submit(server, make_body(steps=300, duration=4))
         wait(server, interrupted, "running", *OVER)  # on a busy machine, the polls may miss that it runs
         kill(server, "ServeReplica:audio:job-runner")
         load.wait_for_progress()

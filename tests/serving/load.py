@@ -14,7 +14,7 @@ import httpx
 from tests.patience import wait_until
 
 _OVER = ("succeeded", "failed", "cancelled")
-_PAUSE_S = 0.1  # between two requests of a client
+_PAUSE_S = 0.2  # between two requests of a client
 # Between two jobs of a client. Jobs come faster than they are run, so a queue builds up, but not a long one.
 _PAUSE_OF_JOBS_S = 1.0
 _TIMES = 6  # how many more answered requests and accepted jobs `wait_for_progress` waits for
