@@ -161,15 +161,14 @@ async def test_every_route_except_probes_checks_host_and_origin(client: httpx.As
         request = route.request("0" * 32)
         for headers, is_foreign in (
             ({"Host": "evil.example:8000"}, PROBES.fullmatch(route.path) is None),
-            *(({"Origin": origin}, route.method not in ("GET", "HEAD", "OPTIONS")) for origin in (EVIL, "null")),
+            ({"Origin": EVIL}, route.method not in ("GET", "HEAD", "OPTIONS")),
             ({"Origin": "http://localhost:3000"}, False),
-            ({}, False),
         ):
             reply = await client.request(**request, headers=headers)
             is_closed = "no keys are configured" in reply.text  # admin routes without keys refuse all requests
             is_refused = reply.status_code == 403 and "upload" not in reply.text and not is_closed
             is_named = route.method == "HEAD" or (
-                next(iter(headers), "") in reply.text
+                next(iter(headers)) in reply.text
                 and reply.headers.get("content-type", "").startswith("application/json")
             )
             if is_refused != is_foreign or (is_foreign and not is_named):

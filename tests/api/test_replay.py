@@ -366,16 +366,16 @@ async def test_recipe_may_start_with_a_byte_order_mark(client: httpx.AsyncClient
 
 
 async def test_recipe_with_many_errors_is_refused_with_one(client: httpx.AsyncClient) -> None:
-    """A recipe of 1 MB could contain 600,000 errors. Reporting all of them would block the event loop."""
+    """A recipe of 1 MB could contain 600,000 errors. Listing all of them would block the event loop."""
     (recipe,) = recipes_of(await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1}))
-    keys = dict.fromkeys(map(str, range(50_000)), 1)
+    keys = dict.fromkeys(map(str, range(5_000)), 1)
     for bad, field in (
         (keys, "recipe"),
         ({"made_on": recipe["made_on"] | keys}, "recipe"),
         ({"loras": [{"name": "a", "strength": 1} | keys]}, "recipe"),
-        ({"sections": [dict(list(keys.items())[:50])] * 1000, "overlap": 1}, "recipe"),
-        ({"inpaint_regions": [[]] * 200_000}, "inpaint_regions"),
-        ({"prompt": [1] * 200_000}, "prompt"),
+        ({"sections": [dict(list(keys.items())[:50])] * 100, "overlap": 1}, "recipe"),
+        ({"inpaint_regions": [[]] * 20_000}, "inpaint_regions"),
+        ({"prompt": [1] * 20_000}, "prompt"),
     ):
         reply = await client.post(REPLAY, json=recipe | bad)
         (fault,) = reply.json()["detail"]
