@@ -16,8 +16,7 @@ from stable_audio_serve.models.weights import cast_network
 from tests.goldens import load_open_goldens
 from tests.gpu.loaded import gpu_only
 from tests.models.loaded import assert_near
-from tests.models.sao.test_generation import CASES, make_noise
-from tests.models.sao.test_model import run, to_requests
+from tests.models.sao.test_model import CASES, make_noise, run, to_requests
 from tests.models.sao.tiny import TINY
 
 pytestmark = pytest.mark.gpu

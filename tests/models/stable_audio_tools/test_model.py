@@ -32,8 +32,15 @@ from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, SeededNoise
 from tests.goldens import SA3_GOLDENS, load_open_goldens
 from tests.models.sao.test_checkpoint import make_parts, shapes_of
-from tests.models.sao.test_generation import CASES, TOLERANCE, make_noise
-from tests.models.sao.test_model import run, to_requests, with_objective, with_sample_size
+from tests.models.sao.test_model import (
+    CASES,
+    TOLERANCE,
+    make_noise,
+    run,
+    to_requests,
+    with_objective,
+    with_sample_size,
+)
 from tests.models.sao.tiny import TINY
 from tests.models.stable_audio_tools.installed import needs_package, quiet
 from tests.parameters import slow
