@@ -14,7 +14,6 @@ import pytest
 import soundfile
 
 from stable_audio_serve.core.errors import GenerationError, InvalidRequestError
-from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.runner import JobRunner
@@ -399,14 +398,3 @@ async def test_unwritable_folder_is_503_with_retry_after(tmp_path: Path) -> None
             assert reply.status_code == 503, reply.text
             assert int(reply.headers["retry-after"]) > 0
             assert "occupied" not in reply.text
-
-
-async def test_jobs_need_a_key_but_their_links_do_not() -> None:
-    async with make_client(api={"key_hashes": [hash_key(b"secret")]}) as (client, _):
-        assert (await client.post("/jobs", json=BODY)).status_code == 401
-        client.headers["Authorization"] = "Bearer secret"
-        ticket = await submit(client)
-        status = await wait(client, ticket)
-        del client.headers["Authorization"]
-        assert (await client.get(ticket["status_url"])).status_code == 401
-        assert (await client.get(status["download_url"])).status_code == 200
