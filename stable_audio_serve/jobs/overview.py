@@ -12,7 +12,9 @@ from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.job import State
 from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs, Unfinished
 
-_COUNTS_FRESH_S = 15.0  # longer than for unfinished jobs, because the query for the other numbers reads every job
+# Longer than for unfinished jobs, because the query for the other numbers reads every job. In a large database it may
+# take many seconds or be ended, and the numbers of unfinished jobs must not wait for it.
+_COUNTS_FRESH_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +44,28 @@ class JobsWatch:
     def __init__(self, jobs: OperatorJobs, *, fresh_s: float = 1.0) -> None:
         """Make no query. `fresh_s` is how many seconds the numbers of unfinished jobs are cached."""
         self._jobs = jobs
-        self._all_counted_at = float("-inf")
-        self._query = CachedQuery(self._count, first=JobsOverview(), fresh_s=fresh_s)
+        self._unfinished = CachedQuery(self._count_unfinished, first=JobsOverview(), fresh_s=fresh_s)
+        self._all = CachedQuery(self._count_all, first=JobsOverview(), fresh_s=_COUNTS_FRESH_S)
 
     async def overview(self) -> JobsOverview:
         """Return the numbers of jobs within a second. If the database is slow, return the cached numbers."""
-        in_time = await self._query.refresh()
-        found = self._query.result
-        return found if in_time else replace(found, reason="the job database does not answer")
+        in_time = await asyncio.gather(self._unfinished.refresh(), self._all.refresh())
+        unfinished, counted = self._unfinished.result, self._all.result
+        reason = unfinished.reason or counted.reason if all(in_time) else "the job database does not answer"
+        return replace(unfinished, counts=counted.counts, reason=reason)
 
     async def close(self) -> None:
-        """Wait less than a second for a query in progress."""
-        await self._query.wait()
+        """Wait less than a second for queries in progress."""
+        await asyncio.gather(self._unfinished.wait(), self._all.wait())
 
-    async def _count(self) -> JobsOverview:
-        known, now = self._query.result, time.monotonic()
-        counts = known.counts
+    async def _count_unfinished(self) -> JobsOverview:
         try:
-            unfinished = await asyncio.to_thread(self._jobs.unfinished)
-            if now - self._all_counted_at >= _COUNTS_FRESH_S:
-                counts = await asyncio.to_thread(self._jobs.counts)
-                self._all_counted_at = now
+            return JobsOverview(await asyncio.to_thread(self._jobs.unfinished), counted_at=time.monotonic())
         except StorageError as error:
-            return replace(known, reason=error.message)
-        return JobsOverview(unfinished, counts, now)
+            return replace(self._unfinished.result, reason=error.message)
+
+    async def _count_all(self) -> JobsOverview:
+        try:
+            return JobsOverview(counts=await asyncio.to_thread(self._jobs.counts))
+        except StorageError as error:
+            return replace(self._all.result, reason=error.message)

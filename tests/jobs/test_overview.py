@@ -32,13 +32,15 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class Slow(OperatorJobs):
-    """A fake job store for operators. Its queries are counted, and `unfinished` waits until `released` is set."""
+    """A fake job store for operators. Its queries are counted, and wait until `released` and `counted` are set."""
 
     def __init__(self) -> None:
         self.queries: Counter[str] = Counter()
-        self.released = threading.Event()
+        self.released, self.counted = threading.Event(), threading.Event()
         self.released.set()
+        self.counted.set()
         self.error: StorageError | None = None
+        self.count_error: StorageError | None = None
 
     def unfinished(self) -> Unfinished:
         self.queries["unfinished"] += 1
@@ -49,6 +51,9 @@ class Slow(OperatorJobs):
 
     def counts(self) -> dict[State, int]:
         self.queries["counts"] += 1
+        self.counted.wait(PATIENCE_S)
+        if self.count_error:
+            raise self.count_error
         return {"queued": 1}
 
 
@@ -97,3 +102,27 @@ async def test_broken_database_reports_the_reason() -> None:
     jobs.error = StorageError("the job database is away")
     found = await JobsWatch(jobs).overview()
     assert (found.unfinished, found.age_s, found.reason) == (None, None, "the job database is away")
+
+
+@pytest.mark.server
+async def test_unfinished_jobs_are_known_while_all_jobs_are_counted() -> None:
+    jobs = Slow()
+    jobs.counted.clear()
+    watch = JobsWatch(jobs)
+    found = await watch.overview()
+    jobs.counted.set()
+    assert (found.unfinished, found.counts) == (Unfinished(1, 2, 3, 4.0), None)
+    assert found.reason == "the job database does not answer"
+    await watch.close()
+    assert (await watch.overview()).counts == {"queued": 1}
+
+
+async def test_unfinished_jobs_are_known_if_counting_all_jobs_fails() -> None:
+    jobs = Slow()
+    jobs.count_error = StorageError("the query took too long")
+    watch = JobsWatch(jobs, fresh_s=0.0)
+    for _ in range(2):
+        found = await watch.overview()
+        assert (found.unfinished, found.counts) == (Unfinished(1, 2, 3, 4.0), None)
+        assert found.reason == "the query took too long"
+    assert jobs.queries == {"unfinished": 2, "counts": 1}  # the slow query is not repeated at once
