@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import gc
 import io
+import weakref
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import soundfile
 
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.generation import SourceAudio
+from stable_audio_serve.jobs.store.client_jobs import Added
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 
@@ -113,3 +119,30 @@ async def test_source_is_cut_to_the_part_the_model_can_use(client: httpx.AsyncCl
     assert (await client.post(VARIATIONS, data=form, files={"audio": upload})).status_code == 200
     assert backend.last.init_audio is not None
     assert 7 * 8000 <= backend.last.init_audio.samples.shape[1] <= 9 * 8000
+
+
+@pytest.mark.parametrize("url", ["/jobs/variations", "/jobs/inpaint"])
+async def test_decoded_audio_is_freed_before_a_job_is_added(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    samples: list[weakref.ref[object]] = []
+    is_freed: list[bool] = []
+    decode, add_job = Service.decode, Service.add_job
+
+    async def decode_and_watch(self: Service, *args: Any, **options: Any) -> SourceAudio:
+        source = await decode(self, *args, **options)
+        samples.append(weakref.ref(source.samples))
+        return source
+
+    async def look_and_add_job(self: Service, *args: Any, **options: Any) -> Added:
+        gc.collect()
+        is_freed.extend(ref() is None for ref in samples)
+        return await add_job(self, *args, **options)
+
+    monkeypatch.setattr(Service, "decode", decode_and_watch)
+    monkeypatch.setattr(Service, "add_job", look_and_add_job)
+    form = {"prompt": "x", "duration": "1", "init_noise_level": "0.5"}
+    region = {"inpaint_start_seconds": "0.2", "inpaint_end_seconds": "0.5"} if "inpaint" in url else {}
+    reply = await client.post(url, data=form | region, files={"audio": ("a.wav", make_audio_file(), "audio/wav")})
+    assert reply.status_code == 202, reply.text
+    assert is_freed == [True]

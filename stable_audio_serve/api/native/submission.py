@@ -36,7 +36,9 @@ from stable_audio_serve.api.native.status import JobTicket, job_url, jobs_base
 from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
 from stable_audio_serve.jobs.pieces.sections import choose_overlap, section_peaks
@@ -134,17 +136,12 @@ async def _submit(
     mode: Mode = "inpainting" if isinstance(fields, JobInpaintForm) else "audio-to-audio"
     if isinstance(fields, JobBody):
         mode = "long-piece" if fields.sections else "text-to-audio"
-    finishing, upload = to_finishing(fields, generation), None
-    init, edited = generation.init_audio, generation.inpaint_audio
-    if not isinstance(fields, JobBody) and (source := edited or init):
-        upload = await service.store_upload(
-            fields.audio,
-            source,
-            card=card,
-            padding_s=generation.duration_padding_s,
-            role="inpaint" if edited else "init",
-        )
-        upload = replace(upload, is_start=init is not None and edited is not None)
+    finishing = to_finishing(fields, generation)
+    upload = None
+    if not isinstance(fields, JobBody):
+        upload = await _store_source(service, fields, card=card, generation=generation)
+    # Adding a job may take long, so free the decoded audio. The job decodes the file again.
+    generation = replace(generation, init_audio=None, inpaint_audio=None)
     base = jobs_base(request, limits=settings.api)
     is_chosen, job_id = job_id is not None, job_id or JobId(uuid.uuid4().hex)
     sections, peaks = read_sections(fields), fields.peaks or settings.audio.peaks
@@ -154,7 +151,7 @@ async def _submit(
         contract=CONTRACT,
         model=card.name,
         mode=mode,
-        request=replace(generation, init_audio=None, inpaint_audio=None),
+        request=generation,
         encoding=to_encoding(fields),
         file_stem=file_stem(card.name),
         peaks=section_peaks(peaks) if sections else peaks,
@@ -178,6 +175,23 @@ async def _submit(
         response.headers[REPLAYED] = "true"
     job_id = added.job.spec.id
     return JobTicket(id=job_id, status_url=job_url(base, job_id), ignored=list(ignored_names(request)))
+
+
+async def _store_source(
+    service: Service, form: JobVariationForm | JobInpaintForm, *, card: ModelCard, generation: GenerationRequest
+) -> JobUpload | None:
+    """Store the uploaded file of a form for its job. `generation` has the audio that was decoded from the file."""
+    init, edited = generation.init_audio, generation.inpaint_audio
+    if (source := edited or init) is None:
+        return None
+    upload = await service.store_upload(
+        form.audio,
+        source,
+        card=card,
+        padding_s=generation.duration_padding_s,
+        role="inpaint" if edited else "init",
+    )
+    return replace(upload, is_start=init is not None and edited is not None)
 
 
 async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> None:
