@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.exceptions import RequestValidationError
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StringConstraints
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StringConstraints
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -75,6 +75,14 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
 
+def _refuse_source(value: object) -> None:
+    if value is not None:
+        raise ValueError("must be null: songs are not stored")
+
+
+_StoredSong = Annotated[None, BeforeValidator(_refuse_source), Field(description="Must be null.")]
+
+
 class SoundBody(_Body):
     """A sound effect."""
 
@@ -97,6 +105,8 @@ class PlanSection(_Body):
         (), validation_alias=AliasChoices("positive_local_styles", "positive_styles")
     )
     duration_ms: int = Field(ge=3000, le=120_000)
+    source_from: _StoredSong = None
+    conditioning_ref: _StoredSong = None
 
 
 class Plan(_Body):

@@ -196,6 +196,10 @@ MUSIC_REFUSED = [
     ({"prompt": None, "composition_plan": {"sections": [{"duration_ms": 120_001}]}}, "duration_ms"),
     ({"prompt": None, "composition_plan": {"sections": [{}]}}, "duration_ms"),
     ({"prompt": None, "composition_plan": PLAN | {"positive_global_styles": ["x" * 1001]}}, 0),
+    *(
+        ({"prompt": None, "composition_plan": {part: [{"duration_ms": 3000, field: {"song_id": "x"}}]}}, field)
+        for part, field in (("sections", "source_from"), ("chunks", "conditioning_ref"))
+    ),
     ({"music_length_ms": 2999}, "music_length_ms"),
     ({"music_length_ms": 600_001}, "music_length_ms"),
     ({"music_length_ms": 3000.5}, "music_length_ms"),
@@ -250,6 +254,12 @@ async def test_stream_has_the_same_bytes_without_a_length(client: httpx.AsyncCli
     assert int(whole.headers["content-length"]) == len(whole.content)
     assert streamed.content == whole.content
     assert streamed.headers["x-seed"] == "5"
+
+
+async def test_null_sources_of_sections_are_accepted(client: httpx.AsyncClient) -> None:
+    plan = {"sections": [{"duration_ms": 3000, "source_from": None, "conditioning_ref": None}]}
+    reply = await client.post(MUSIC, params={"output_format": "ulaw_8000"}, json={"composition_plan": plan})
+    assert reply.status_code == 200, reply.text
 
 
 async def test_blank_styles_are_left_out_of_the_prompt(client: httpx.AsyncClient, backend: ToneBackend) -> None:
