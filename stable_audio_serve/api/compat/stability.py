@@ -19,6 +19,7 @@ from stable_audio_serve.api.answers import chain, file_chunks
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import NOT_BLANK, Finite
 from stable_audio_serve.api.middleware.observe import note
+from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import Refusals, field_and_message, invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
@@ -167,7 +168,8 @@ _AUDIO: dict[int | str, dict[str, Any]] = {
         "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("audio/mpeg", "audio/wav")},
     }
 }
-_MULTIPART = Form(media_type="multipart/form-data")
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_MULTIPART = Form(media_type=_FORMS[0])
 _TextBody = Annotated[TextForm, _MULTIPART]
 _AudioBody = Annotated[AudioForm, _MULTIPART]
 _InpaintBody = Annotated[RegionForm, _MULTIPART]
@@ -364,6 +366,13 @@ def _audio(request: Request, content: AsyncIterator[bytes], *, file: EncodedFile
     return StreamingResponse(in_base64(), headers=headers, media_type="application/json")
 
 
+def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[tuple[str, str]]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if fault["type"] == "missing" and kind not in {*_FORMS, ""}:  # the fields may be in the body, but it is not parsed
+        return [("content-type", f"must be {_FORMS[0]}, not {printable(kind)}")]
+    return field_and_message(request, fault)
+
+
 def _check(field: str, value: float | None, *, low: float, high: float, where: str = "") -> None:
     if value is not None and not low <= value <= high:
         raise invalid(field, f"must be from {low:g} to {high:g}{where}")
@@ -381,10 +390,10 @@ _REFUSALS: Refusals[int, tuple[str, str], Response] = Refusals(
     table=_STATUS,
     internal=500,
     internal_message="the generation could not be accepted; request id {request_id}",
-    parse_fault=field_and_message,
+    parse_fault=_parse_fault,
     find_fault=lambda _, error: ("model", error.message) if isinstance(error, UnknownModelError) else None,
     name_field=lambda fault: fault[0],
-    answer_fields=lambda request, faults: _answer(request, 400, [": ".join(fault) for fault in faults]),
+    answer_fields=lambda request, faults: _answer(request, 400, [*dict.fromkeys(map(": ".join, faults))]),
     answer_http=lambda request, error: _answer(request, error.status_code, [str(error.detail)], error.headers),
     answer_error=lambda request, refusal: _answer(request, refusal.row, [refusal.message], refusal.headers),
 )

@@ -213,6 +213,19 @@ async def test_unusable_source_audio_is_refused(client: httpx.AsyncClient, sourc
     assert message in fault
 
 
+@pytest.mark.parametrize("path", [TEXT, VARY, INPAINT, TEXT_2])
+@pytest.mark.parametrize("kind", ["application/json", "Text/Plain; charset=utf-8"])
+async def test_bodies_that_are_no_forms_are_refused(client: httpx.AsyncClient, path: str, kind: str) -> None:
+    reply = await client.post(path, content=b'{"prompt": "x"}', headers={"Content-Type": kind})
+    assert faults(reply) == [f"content-type: must be multipart/form-data, not {kind.lower().partition(';')[0]}"]
+
+
+async def test_text_needs_no_multipart_form(client: httpx.AsyncClient) -> None:
+    assert (await client.post(TEXT, data={"prompt": "x", "duration": "1"})).status_code == 202
+    for form in ({}, {"duration": "1"}):
+        assert faults(await client.post(TEXT, data=form)) == ["prompt: Field required"]
+
+
 @pytest.mark.parametrize("path", [VARY, INPAINT, VARY_2, INPAINT_2])
 async def test_source_audio_is_required(client: httpx.AsyncClient, path: str) -> None:
     assert faults(await client.post(path, data={"prompt": "x"}, files=NOTHING)) == ["audio: Field required"]
