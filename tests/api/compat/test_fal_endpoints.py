@@ -255,6 +255,18 @@ async def test_endpoints_without_their_model_are_404(client: httpx.AsyncClient) 
     assert "the model medium-base is not served; served: small-sfx, " in reply.json()["detail"]
 
 
+@pytest.mark.parametrize("endpoint", [f"{SMALL}/audio-to-audio", "fal-ai/stable-audio-25/text-to-audio"])
+@pytest.mark.parametrize("prefix", ["", "/queue"])
+async def test_endpoint_may_end_with_a_slash(client: httpx.AsyncClient, endpoint: str, prefix: str) -> None:
+    """fal's JavaScript client appends a slash if its caller names the endpoint by a URL."""
+    body = body_for(endpoint) | {"sync_mode": True}
+    reply = await client.post(f"{prefix}/{endpoint}/", json=body)
+    assert reply.status_code == 200, reply.text
+    if prefix:
+        app = "/".join(endpoint.split("/")[:2])
+        assert f"/queue/{app}/requests/" in reply.json()["status_url"]
+
+
 async def test_unknown_endpoints_are_404(client: httpx.AsyncClient) -> None:
     for path in ("fal-ai/stable-audio-3/large/text-to-audio", f"{MEDIUM}/sing", "fal-ai/stable-audio-25/x"):
         assert (await client.post(f"/{path}", json={"prompt": "x"})).status_code == 404

@@ -136,7 +136,8 @@ def _scopes_of_submission(request: Request) -> tuple[Scope, ...]:
 
 
 def _find_endpoint(app: str, endpoint: str) -> Endpoint | None:
-    return ENDPOINTS.get(f"{OWNER}/{app}/{endpoint}")
+    # fal's JavaScript client appends a slash if its caller names the endpoint by a URL.
+    return ENDPOINTS.get(f"{OWNER}/{app}/{endpoint.removesuffix('/')}")
 
 
 def _takes_source(request: Request) -> bool:
