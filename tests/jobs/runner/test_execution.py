@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import soundfile
+import sqlalchemy as sa
 
 from stable_audio_serve.audio import workers
-from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.sound import AudioFormat, Encoding
+from stable_audio_serve.jobs.store.tables import JOBS
 from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload
 from tests.patience import until
 
@@ -89,12 +90,10 @@ async def test_request_has_the_job_id_and_a_deadline(workshop: Workshop) -> None
 
 
 async def test_engine_gets_the_remaining_time_to_start(workshop: Workshop) -> None:
-    class Later(SystemClock):
-        def time(self) -> float:
-            return super().time() + 60.0
-
     job = await workshop.queue.submit(make_spec(start_within_s=120.0))
-    await workshop.start_runner(clock=Later())
+    with workshop.queue.store.database.writing() as connection:
+        connection.execute(sa.update(JOBS).values(created_at=JOBS.c.created_at - 60.0))
+    await workshop.start_runner()
     await workshop.finished(job)
     left_s = workshop.backend.last.start_within_s
     assert left_s is not None
