@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
-from stable_audio_serve.api.middleware.callers import find_caller
+from stable_audio_serve.api.middleware.callers import current_client, find_caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.limits import MAX_FIELDS_BYTES, ClientGoneError, connection_of
@@ -149,8 +149,8 @@ def route_class(
     If keys are configured, a request needs a key with one of `scopes`. The key is checked before the body is read. If
     the request uploads a file, the limits of its key are checked before the body is read too. `enter` is called before
     these checks. With `takes_bare_key`, the header `Authorization` may have the key alone. If `takes_files_in_json`
-    returns true, the JSON body may have a file as a data URI. The class sets `request.state.caller`, and
-    `request.state.client` to the key's client.
+    returns true, the JSON body may have a file as a data URI. The class sets `request.state.caller`,
+    `current_client`, and `request.state.client` to the key's client.
     """
 
     async def admit(request: Request) -> None:
@@ -160,6 +160,7 @@ def route_class(
         needed = scopes(request) if callable(scopes) else scopes
         key = keys.admit(request, needed, takes_bare_key=takes_bare_key)
         request.state.caller = find_caller(request, key, address_header=request.app.state.address_header)
+        current_client.set(request.state.caller.name)
         request.state.client = key.client
         if takes_files_in_json and takes_files_in_json(request):
             connection_of(request.scope).accept_file_in_json()

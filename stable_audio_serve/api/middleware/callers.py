@@ -12,8 +12,7 @@ from stable_audio_serve.core.keys import ANYBODY, ApiKey
 
 _IPV6_BITS = 64  # IPv6 addresses with the same first 64 bits count as one client, because they belong to one network
 
-
-# The name of the client whose request the current task handles.
+# The name of the client whose request the current task handles; set when its key is admitted.
 current_client: ContextVar[str] = ContextVar("current_client", default="")
 
 
@@ -25,13 +24,8 @@ class Caller(NamedTuple):
 
 
 def find_caller(request: Request, key: ApiKey, *, address_header: str | None) -> Caller:
-    """Return the caller of a request, and set `current_client`.
-
-    `address_header` is the header in which a proxy sends the client's address.
-    """
-    caller = Caller(key, _network(_address(request, address_header)) if key is ANYBODY else key.client)
-    current_client.set(caller.name)
-    return caller
+    """Return the caller of a request. `address_header` is the header in which a proxy sends the client's address."""
+    return Caller(key, _network(_address(request, address_header)) if key is ANYBODY else key.client)
 
 
 def _address(request: Request, header: str | None) -> str:
