@@ -98,7 +98,7 @@ fmt: install ## format the code and apply automatic fixes
 type: install ## check types only
 	$(VENV)/bin/mypy
 
-bench: install ## run the short form of the benchmarks with goals, except threads and adapters, under 15 minutes (FULL=1: hours, for published results)
+bench: install ## run the short form of the benchmarks with goals, except threads and adapters, about 15 minutes (FULL=1: hours, for published results)
 	$(PY) -m benchmarks bench $(if $(FULL),--full) --out $(or $(RESULTS),bench-results)
 
 bench-gpu: $(if $(filter file,$(origin PY)),install) ## compare each fast feature of a CUDA device with the plain path and measure it, under 9 minutes, JSON in OUT=gpu-results

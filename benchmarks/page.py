@@ -39,7 +39,7 @@ sides and stops if one of them did different work. `lock` is the pipeline behind
 Latency is the time from a request's scheduled arrival to the last byte of its answer. A round during which other
 programs used more than a tenth of a core is repeated; after four such attempts it is marked as void.
 
-`make bench` measures the short form of the goals in under 15 minutes, `make bench FULL=1` the long form, both without
+`make bench` measures the short form of the goals in about 15 minutes, `make bench FULL=1` the long form, both without
 the goals of `threads` and `adapters`. To compare with another server:
 `python -m benchmarks run --against lock,ours --url http://host:port --dialect sa3`.
 """
