@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.catalog import DecodePrecision
@@ -142,12 +143,16 @@ class PackageModel:
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns the audio (channels, hop * frames) float32 of each window, not clamped to -1..1."""
+        """Returns the audio (channels, hop * frames) float32 of each window, not clamped to -1..1.
+
+        Decoders with an odd stride return fewer samples than that. The missing samples are silence.
+        """
         audio = []
         for window in windows:
             with self._products(), _OwnNoise(WindowNoise(window.noise, "decode", window.start)):
                 latents = window.latents[None].to(self._device, torch.float32)
-                audio.append(self.wrapper.pretransform.decode(latents)[0].float())
+                decoded = self.wrapper.pretransform.decode(latents)[0].float()
+                audio.append(F.pad(decoded, (0, latents.shape[-1] * self._spec.hop - decoded.shape[-1])))
         return audio
 
     def _arguments(self, prompt: TextEmbedding, numbers: Mapping[str, float]) -> dict[str, Tensor]:

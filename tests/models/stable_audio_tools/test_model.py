@@ -318,6 +318,34 @@ def test_a_source_fills_a_fractional_window(backend: NetworkBackend, tmp_path: P
     torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
 
 
+def test_a_clip_of_a_decoder_with_an_odd_stride_ends_in_silence(tmp_path: Path) -> None:
+    """Transposed convolutions with an odd stride return fewer samples than latent frames times the ratio."""
+    source = load_open_goldens("tiny-small").folder
+    values = json.loads((source / "model_config.json").read_text())
+    autoencoder = values["model"]["pretransform"]["config"]
+    for part in ("encoder", "decoder"):
+        autoencoder[part]["config"]["strides"] = [2, 3, 5]
+    autoencoder["downsampling_ratio"] = 30
+    values["sample_size"] = samples = 16 * 30
+    (tmp_path / "model_config.json").write_text(json.dumps(values))
+    shutil.copytree(source / "t5", tmp_path / "t5")
+    write_random_weights(tmp_path)
+    model = load(tmp_path)
+    expected = import_package().diffusion.generate_diffusion_cond(
+        model.wrapper, steps=2, cfg_scale=1.0, conditioning=[{"prompt": "a kick drum", "seconds_total": 0.48}],
+        sample_size=samples, seed=7, device="cpu", sampler_type="euler",
+    )  # fmt: skip
+    rate = model.spec.card.sample_rate_hz
+    request = GenerationRequest(
+        prompt="a kick drum", duration_s=samples / rate, seed=7, steps=2, cfg_scale=1.0, sampler="euler"
+    )
+    (made,) = run(model, [request])
+    num_decoded = expected.shape[-1]
+    assert num_decoded < samples == made.shape[-1]
+    torch.testing.assert_close(torch.from_numpy(made[:, :num_decoded]), expected[0], rtol=0, atol=TOLERANCE)
+    assert not made[:, num_decoded:].any()
+
+
 def write_random_weights(folder: Path) -> None:
     """Write random weights with which the network's activations stay near 1."""
     config = read_config(folder)
