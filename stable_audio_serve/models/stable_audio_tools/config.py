@@ -76,6 +76,7 @@ def parse_inputs(config: ConfigReader) -> Inputs:
     network = diffusion.section("config")
     if "sliding_window" in network:
         raise network.unusable("sliding_window", "unset: the package needs flash_attn for it, which rounds to float16")
+    network.choice("timestep_cond_type", ("global",), default="global")  # the package fails in each call of another one
     inputs = _parse_conditioners(model.section("conditioning"))
     known = (inputs.prompt.id, *(number.id for number in inputs.numbers))
     for key in _USES:

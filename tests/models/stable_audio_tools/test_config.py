@@ -46,6 +46,7 @@ def test_numbers_come_from_the_request_by_id_or_default_key() -> None:
         ([], {"diffusion": {"input_concat_ids": ["mask"]}}, r"input_concat_ids must be a list drawn from prompt"),
         ([], {"diffusion": {"type": "adp_1d"}}, r"model\.diffusion\.type must be one of dit"),
         ([], {"diffusion__config": {"sliding_window": [8, 8]}}, r"diffusion\.config\.sliding_window must be unset"),
+        ([], {"diffusion__config": {"timestep_cond_type": "input_concat"}}, r"cond_type must be one of global"),
         ([], {"diffusion": {"mask_padding": True}}, r"model\.diffusion\.mask_padding is not known"),
         ([], {"conditioning": {"pre_encoded_keys": ["prompt"]}}, r"conditioning\.pre_encoded_keys is not known"),
         ([], {"pretransform": {"type": "wavelet"}}, r"model\.pretransform\.type must be one of autoencoder"),
@@ -53,7 +54,7 @@ def test_numbers_come_from_the_request_by_id_or_default_key() -> None:
     ],
     ids=[
         "a number nobody sends", "audio", "two prompts", "an id without conditioner", "another network",
-        "windowed attention", "diffusion", "conditioning", "another pretransform", "decoder",
+        "windowed attention", "time as channels", "diffusion", "conditioning", "another pretransform", "decoder",
     ],
 )  # fmt: skip
 def test_unfillable_conditioners_and_ignored_keys_are_refused(
