@@ -71,9 +71,9 @@ def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
 def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:
     """Returns the tokenizer and the network in a folder, ready for inference.
 
-    Raises CheckpointError if a file or weight is missing, if the network has fewer layers than the weights, or if the
-    tokenizer does not fit the network. Without this check, transformers would replace missing weights with random
-    numbers, and ignore weights of further layers.
+    Raises CheckpointError if a file or weight is missing, if a weight is not finite, if the network has fewer layers
+    than the weights, or if the tokenizer does not fit the network. Without this check, transformers would replace
+    missing weights with random numbers, and ignore weights of further layers.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -85,6 +85,8 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
         ids = tokenizer(_TRIAL, truncation=True, max_length=_TRIAL_TOKENS, padding="max_length")["input_ids"]
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "ignore_mismatched_sizes" in reason:  # transformers names the weights only in its log
+            reason = "its weights have other shapes than its config.json says"
         raise CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}") from error
     absent = sorted([*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", ()))])
     if absent:
@@ -94,6 +96,9 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
     known: int = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if max(ids) >= known:
         raise CheckpointError(f"the tokenizer in {folder} makes token {max(ids)}, but the text encoder knows {known}")
+    for key, parameter in encoder.named_parameters():
+        if not all(bound.isfinite() for bound in parameter.aminmax()):
+            raise CheckpointError(f"the text encoder in {folder}: {key} holds values that are not finite")
     return tokenizer, encoder.eval().requires_grad_(False)
 
 

@@ -248,6 +248,18 @@ def test_text_encoder_with_a_missing_weight_is_refused(folder: Path) -> None:
     assert "encoder.norm.weight" in failure(folder)
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [(math.nan, "encoder.norm.weight holds values that are not finite"), (1.0, "other shapes")]
+)
+def test_a_text_encoder_with_a_wrong_weight_is_refused(folder: Path, value: float, said: str) -> None:
+    path = folder / "t5gemma" / "model.safetensors"
+    weights = load_file(path)
+    width = len(weights["encoder.norm.weight"])
+    weights["encoder.norm.weight"] = torch.full((width if math.isnan(value) else width + 1,), value)
+    save_file(weights, path, metadata={"format": "pt"})
+    assert said in failure(folder)
+
+
 def test_a_text_encoder_without_weights_is_refused_before_its_size_is_read(folder: Path) -> None:
     (folder / "t5gemma" / "model.safetensors").unlink()
     entry = ModelEntry(ModelCard("spoilt", "stable-audio-3"), folder=str(folder))
