@@ -47,7 +47,8 @@ _READ = (
     "; adapters are read in the format of Stable Audio 3's trainers: a safetensors file with tensors like"
     " model.transformer.layers.0.self_attn.to_qkv.parametrizations.weight.0.lora_A"
 )
-_FOREIGN = {  # format -> how its tensors are named
+_FOREIGN = {  # format -> how its tensors are named; the first match counts
+    "a whole checkpoint, not an adapter": re.compile(r"pretransform\.|conditioner\.conditioners\."),
     "in the PEFT format": re.compile(r"base_model\.|.*\.lora_[AB]\.(default\.)?weight"),
     "in the format of kohya and ComfyUI": re.compile(r"lora_(unet|te)|.*(lora_(up|down)\b|\.alpha$)"),
 }

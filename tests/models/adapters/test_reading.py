@@ -151,6 +151,7 @@ def test_other_types_are_refused_by_name(tmp_path: Path, kind: Any) -> None:
         ("lora_unet_layers_0_to_q.lora_up.weight", "kohya"),
         ("diffusion_model.layers.0.to_q.lora_down.weight", "kohya"),
         ("model.layers.0.to_q.alpha", "kohya"),
+        ("pretransform.model.decoder.layers.3.transformers.0.ff_norm.alpha", "is a whole checkpoint, not an adapter"),
         ("model.layers.0.to_q.weight", "model.layers.0.to_q.weight"),
         ("model\n\x1b[31m", "holds model??[31m,"),
     ],
