@@ -57,6 +57,14 @@ def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple:
     return chunked_windows(frames, size=size, overlap=overlap)
 
 
+def are_exact(windows: Sequence[WindowSpan], rule: WindowRule) -> bool:
+    """Returns whether decoding these windows gives the same audio as decoding the whole clip."""
+    starts = all(span.start % rule.multiple == 0 for span in windows)
+    before = all(span.keep_start - span.start >= rule.halo for span in windows[1:])
+    after = all(span.stop - span.keep_stop >= rule.halo and span.stop % rule.multiple == 0 for span in windows[:-1])
+    return starts and before and after
+
+
 def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple[WindowSpan, ...]:
     """Returns windows of equal length over the first `num_audible` of `frames` frames. Later frames are not audible.
 

@@ -19,7 +19,7 @@ from stable_audio_serve.models.planning import (
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowRule, WindowSpan
 from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.lengths import RowLength, plan_length
-from stable_audio_serve.models.windows import audible_windows, chunked_windows, whole_window
+from stable_audio_serve.models.windows import are_exact, audible_windows, chunked_windows, whole_window
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import build_plan
 from stable_audio_serve.sampling.schedules import (
@@ -44,9 +44,9 @@ def plan_rows(
     """Returns one plan per variation. The plans differ only in their seed and their prompt.
 
     `decode_rule` is the rule for decoding in windows. It is not used if the request or the config selects the reference
-    implementation's windows or a single window. `shift` is the model's timestep shift. `frames` overrides the number of
-    latent frames; the duration is then not limited, and a clip longer than these frames is cut. Raises
-    InvalidRequestError naming the field.
+    implementation's windows or a single window, nor if these windows change the audio. `shift` is the model's timestep
+    shift. `frames` overrides the number of latent frames; the duration is then not limited, and a clip longer than
+    these frames is cut. Raises InvalidRequestError naming the field.
     """
     check_request(request)
     for field, level in (("sigma_min", request.sigma_min), ("sigma_max", request.sigma_max), ("rho", request.rho)):
@@ -61,8 +61,10 @@ def plan_rows(
     sampler, guidance = _plan_sampler(request, spec=spec, shift=shift, length=length)
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     negative = request.negative_prompt if guided and (request.negative_prompt or "").strip() else None
-    rule = decode_rule if config.chunked and request.chunked_decode is None else None
     windows = _windows(length.frames, chunked=config.chunked)
+    is_free = config.chunked and request.chunked_decode is None and are_exact(windows, decode_rule)
+    rule = decode_rule if is_free else None
+    chunks_decoding = config.chunked if request.chunked_decode is None else request.chunked_decode
     init, inpaint = plan_sources(
         request, spec, frames=length.frames, num_samples=length.frames * spec.hop, windows=windows
     )
@@ -72,7 +74,7 @@ def plan_rows(
     if inpaint is not None and keep_mask is not None:
         inpaint = _without_unused_windows(inpaint, keep_mask)
     decode_windows = (
-        _windows(length.frames, chunked=bool(request.chunked_decode))
+        _windows(length.frames, chunked=chunks_decoding)
         if rule is None
         else audible_windows(length.frames, num_audible=math.ceil(length.output_samples / spec.hop), rule=rule)
     )

@@ -163,6 +163,14 @@ def test_the_request_sets_padding_and_windows() -> None:
     assert len(one(chunked_decode=False).decode_windows) == 1
 
 
+def test_windows_of_the_reference_that_are_not_exact_are_used_as_they_are() -> None:
+    """The reference's last window of 129 frames starts at frame 1, within a chunk of the decoder (2 frames)."""
+    (even,), (odd,) = (loaded("sharp-s").plan(make_request(), frames=frames) for frames in (130, 129))
+    assert even.decode_rule is not None
+    assert odd.decode_rule is None
+    assert odd.decode_windows == chunked_windows(129)
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
