@@ -15,9 +15,8 @@ from stable_audio_serve.core.catalog import OPEN_FAMILY
 from stable_audio_serve.core.errors import StableAudioError, UnreachableError
 
 if TYPE_CHECKING:
-    from stable_audio_serve.core.backend import Backend
-    from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
-    from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
+    from stable_audio_serve.core.catalog import ModelCatalog
+    from stable_audio_serve.core.generation import Progress
     from stable_audio_serve.core.settings_api import DialectSettings
     from stable_audio_serve.core.settings_models import LoraSettings, ModelSettings
     from stable_audio_serve.engine import Engine
@@ -154,15 +153,18 @@ async def _make_here(
     from stable_audio_serve.serving.adapters import Library
     from stable_audio_serve.serving.local import LocalBackend
 
+    def report(progress: Progress) -> None:
+        on_progress(JobProgress(progress.stage, progress.fraction, None, progress.queue_position))
+
     settings, name = plan.settings, plan.catalog.resolve(model.name).name
     arguments, more = request.arguments()
     with tempfile.TemporaryDirectory() as folder:
         open_to_us = settings.api.model_copy(update={"key_hashes": (), "key_file": None})
         alone = Settings(output_dir=folder, api=open_to_us, audio=settings.audio, dialects=settings.dialects)
-        async with LocalBackend(plan.catalog, {name: engine}) as backend:
+        async with LocalBackend(plan.catalog, {name: engine}, on_progress=report) as backend:
             adapters = Library(settings.model_copy(update={"models": (model,)}), plan.catalog)
             await adapters.refresh()
-            app = create_app(_Reporting(backend, on_progress), alone, adapters=adapters)
+            app = create_app(backend, alone, adapters=adapters)
             http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)
             async with AsyncClient("http://localhost", http=http) as client:
                 return await getattr(client, request.kind)(*arguments, **more)
@@ -185,28 +187,3 @@ def _name_files(request: SoundRequest, *, taken: Collection[str]) -> tuple[Sound
             name = next(name for name in names if name not in taken and files.get(name, file) == file)
             lora["name"], files[name] = name, file
     return (replace(request, controls={**request.controls, "loras": loras}) if files else request), files
-
-
-@dataclass(frozen=True, slots=True)
-class _Reporting:
-    """A backend that runs requests on `backend` and also passes their progress to `report`."""
-
-    backend: Backend
-    report: OnProgress
-
-    @property
-    def catalog(self) -> ModelCatalog:
-        return self.backend.catalog
-
-    async def generate(
-        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
-    ) -> GenerationResult:
-        def report(progress: Progress) -> None:
-            self.report(JobProgress(progress.stage, progress.fraction, None, progress.queue_position))
-            if on_progress is not None:
-                on_progress(progress)
-
-        return await self.backend.generate(model, request, on_progress=report)
-
-    async def status(self) -> Mapping[str, ModelStatus]:
-        return await self.backend.status()

@@ -9,16 +9,20 @@ import asyncio
 from collections.abc import Mapping
 
 from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.engine import Engine
 
 
 class LocalBackend:
     """Runs each generation request on the engine of its model. `async with` starts and closes the engines."""
 
-    def __init__(self, catalog: ModelCatalog, engines: Mapping[str, Engine]) -> None:
+    def __init__(
+        self, catalog: ModelCatalog, engines: Mapping[str, Engine], *, on_progress: ProgressCallback | None = None
+    ) -> None:
+        """`on_progress` receives the progress of all requests."""
         self._catalog = catalog
         self._engines = engines
+        self._on_progress = on_progress
 
     @property
     def catalog(self) -> ModelCatalog:
@@ -29,7 +33,12 @@ class LocalBackend:
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
         """Run one request on the model with this canonical name, see `Backend.generate`."""
-        return await self._engines[model].generate(request, on_progress=on_progress)
+
+        def report(progress: Progress) -> None:
+            for callback in filter(None, (self._on_progress, on_progress)):
+                callback(progress)
+
+        return await self._engines[model].generate(request, on_progress=report)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         """Return the status of each model: ready, with one replica."""
