@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
 
+from stable_audio_serve.core.cached_query import CachedQuery
 from stable_audio_serve.core.catalog import ModelQuality, ModelStatus
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.operations import ReplicaReport
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TTL_S = 0.5  # if the status is older, it is fetched again in the background; callers still get the old status
-_STALE_S = 2.0  # if the status is older, callers wait for the new status
-_TIMEOUT_S = 0.8
+_FRESH_S = 0.5  # if the status is older, the controller is asked again
 # The fields of a report that have the same names and values in a replica's statistics.
 _AS_PUBLISHED = ("device", "dtype", "profile", "memory_bytes", "requests", "rows_per_step", "requests_per_minute")
 _QUALITY = TypeAdapter(ModelQuality | None)
@@ -128,14 +127,8 @@ def read_application(name: str) -> ApplicationStatusOverview | None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    taken_at: float
-    models: Mapping[str, ModelStatus]
-
-
 class ModelWatch:
-    """Caches the status of all models. Use from one event loop."""
+    """Knows the status of all models. Use from one event loop."""
 
     def __init__(
         self, names: Iterable[str], handles: Mapping[str, DeploymentHandle], *, application: str, metrics: Metrics
@@ -145,25 +138,18 @@ class ModelWatch:
         self._handles = handles
         self._application = application
         self._metrics = metrics
-        self._snapshot = _Snapshot(float("-inf"), {name: ModelStatus(stage="loading") for name in self._names})
-        self._refresh: asyncio.Task[None] | None = None
-        self._refresh_began_at = float("-inf")
+        self._models: Mapping[str, ModelStatus] = {name: ModelStatus(stage="loading") for name in self._names}
         self._answered_at = float("-inf")
+        self._controller = CachedQuery(self._ask, first=None, fresh_s=_FRESH_S)
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Return the status of each model as Ray Serve's controller reported it, at most `_STALE_S` ago.
+        """Return the status of each model as Ray Serve's controller reported it, at most `_FRESH_S` ago.
 
-        If the controller does not answer within `_TIMEOUT_S`, for example because Ray's head node restarts, return the
-        last status, however old it is.
+        If the controller does not answer within a second, for example because Ray's head node restarts, return the last
+        status, however old it is.
         """
-        now = time.monotonic()
-        age_s = now - self._snapshot.taken_at
-        if age_s > _TTL_S and (self._refresh is None or self._refresh.done()):
-            self._refresh, self._refresh_began_at = asyncio.create_task(self._take_snapshot()), now
-        patience_s = self._refresh_began_at + _TIMEOUT_S - now
-        if age_s > _STALE_S and self._refresh is not None and patience_s > 0:
-            await asyncio.wait({self._refresh}, timeout=patience_s)
-        return self._snapshot.models
+        await self._controller.refresh()
+        return self._models
 
     @property
     def age_s(self) -> float:
@@ -173,16 +159,14 @@ class ModelWatch:
     def note_answer(self, model: str) -> None:
         """Mark a model as ready because a replica of it has answered a request.
 
-        The next call of `status` still asks the controller. If the controller does not answer, `status` reports that
-        the model is ready.
+        `status` reports this until the controller answers again.
         """
-        models = self._snapshot.models
-        if models[model].stage == "ready":
-            return
-        known = replace(models[model], stage="ready", num_replicas=max(1, models[model].num_replicas))
-        self._snapshot = _Snapshot(float("-inf"), {**models, model: known})
+        last = self._models[model]
+        if last.stage != "ready":
+            ready = replace(last, stage="ready", num_replicas=max(1, last.num_replicas))
+            self._models = {**self._models, model: ready}
 
-    async def _take_snapshot(self) -> None:
+    async def _ask(self) -> None:
         try:
             application = await asyncio.to_thread(read_application, self._application)
         except RayError as error:
@@ -195,11 +179,10 @@ class ModelWatch:
             if stage == "ready":
                 self._handles[name].options()  # starts the model's router, which then receives statistics
         self._answered_at = time.monotonic()
-        self._snapshot = _Snapshot(
-            self._answered_at,
-            {name: self._model_status(name, stage, application=application) for name, stage in stages.items()},
-        )
-        for name, status in self._snapshot.models.items():
+        self._models = {
+            name: self._model_status(name, stage, application=application) for name, stage in stages.items()
+        }
+        for name, status in self._models.items():
             self._metrics.gauge("model_update_refused", float(status.refused_update is not None), model=name)
 
     def _model_status(self, name: str, stage: str, *, application: ApplicationStatusOverview) -> ModelStatus:

@@ -169,7 +169,7 @@ async def test_a_failed_update_cancels_only_calls_that_no_replica_has(monkeypatc
     failed = SimpleNamespace(status="DEPLOY_FAILED", status_trigger="", replica_states={"STOPPING": 1}, message="")
     application = SimpleNamespace(deployments={"small-sfx": running})
     monkeypatch.setattr(model_states, "read_application", lambda _: application)
-    for module, name in ((backend_module, "_LOAD_CHECK_S"), (model_states, "_TTL_S"), (model_states, "_STALE_S")):
+    for module, name in ((backend_module, "_LOAD_CHECK_S"), (model_states, "_FRESH_S")):
         monkeypatch.setattr(module, name, 0.02)
     handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=generate), options=lambda: None)
     model = RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
