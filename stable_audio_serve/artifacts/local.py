@@ -14,9 +14,8 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -24,21 +23,20 @@ import structlog
 from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, QUALITY_FOLDER, is_ours, upload_key
 from stable_audio_serve.artifacts.store import (
     PROBE_BYTES,
+    ArtifactStore,
     BackendName,
     Chunks,
     ObjectPage,
     StoredFile,
     StoredObject,
     StoreThreads,
-    part,
     require_size,
     until_stopped,
-    verified,
 )
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError, StoreMovedError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.ids import ArtifactKey
-from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.private_files import make_private_folder, open_private
 
 log = structlog.get_logger("stable_audio_serve.artifacts")
@@ -111,17 +109,16 @@ class Folder:
             return None
 
 
-class LocalArtifacts:
-    """An `ArtifactStore` in one folder, which must not be moved. `ArtifactStore` documents the methods."""
+class LocalArtifacts(ArtifactStore):
+    """Files in one folder, which must not be moved. `ArtifactStore` documents the methods."""
 
     def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
         """Create the store without any I/O.
 
         If the folder is missing and `may_make` is true, it is created when the first file is stored.
         """
+        super().__init__(StoreThreads(_NUM_THREADS, name="local-files"), metrics=metrics)
         self._folder = Folder(folder, may_make=may_make)
-        self._metrics = metrics or NullMetrics()
-        self._threads = StoreThreads(_NUM_THREADS, name="local-files")
 
     def __str__(self) -> str:
         return f"folder {self._folder.path}"
@@ -130,44 +127,12 @@ class LocalArtifacts:
     def backend_name(self) -> BackendName:
         return "local"
 
-    async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        path = self._path(key)
-
-        def write(stop: threading.Event) -> tuple[int, str]:
-            return self._write(path, chunks, stop=stop)
-
-        num_bytes, sha256 = await self._threads.run(write, undo=partial(_remove, path))
-        return StoredFile(key, media_type, file_name, num_bytes, sha256)
-
-    def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        chunks = verified(file, self._read(self._path(file.key)), metrics=self._metrics)
-        return self._threads.stream(chunks)
-
-    def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
-        read = partial(self._read, self._path(file.key))
-        return self._threads.stream(part(file, read, start=start, stop=stop, metrics=self._metrics))
-
-    async def delete(self, key: ArtifactKey) -> None:
-        path = self._path(key)
-
-        def remove() -> None:
-            self._folder.require()
-            _remove(path)
-
-        await self._threads.call(remove)
-
-    async def probe(self, num_bytes: int) -> None:
-        await self._threads.call(partial(self._probe, num_bytes))
-
-    async def close(self) -> None:
-        self._threads.close()
-
     def check(self) -> None:
-        path = self._path(upload_key())
+        key = upload_key()
         try:
-            self._write(path, lambda: [b"check"], stop=threading.Event())
-            is_same = b"".join(self._read(path)) == b"check"
-            _remove(path)
+            self._write(self._path(key), lambda: [b"check"], stop=threading.Event())
+            is_same = b"".join(self._read(key)) == b"check"
+            self._delete(key)
         except StorageError as error:
             raise self._config_error(error.message) from error
         if not is_same:
@@ -239,6 +204,12 @@ class LocalArtifacts:
             raise _storage_error(error) from error
         return num_removed
 
+    def _put(
+        self, key: ArtifactKey, chunks: Chunks, *, stop: threading.Event, media_type: str, file_name: str
+    ) -> StoredFile:
+        num_bytes, sha256 = self._write(self._path(key), chunks, stop=stop)
+        return StoredFile(key, media_type, file_name, num_bytes, sha256)
+
     def _probe(self, num_bytes: int) -> None:
         path = self._path(upload_key())
         self._folder.require()
@@ -259,9 +230,15 @@ class LocalArtifacts:
             raise _storage_error(error) from error
         return _write(path, chunks, stop=stop)
 
-    def _read(self, path: Path, start: int = 0) -> Generator[bytes]:
+    def _read(self, key: ArtifactKey, start: int = 0) -> Generator[bytes]:
+        path = self._path(key)
         self._folder.require()
         yield from _read(path, start)
+
+    def _delete(self, key: ArtifactKey) -> None:
+        path = self._path(key)
+        self._folder.require()
+        _remove(path)
 
     def _path(self, key: ArtifactKey) -> Path:
         parts = key.split("/")

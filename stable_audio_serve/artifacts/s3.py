@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
-from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -25,22 +24,21 @@ from stable_audio_serve.artifacts.s3_client import (
 from stable_audio_serve.artifacts.store import (
     MAX_LISTED,
     PROBE_BYTES,
+    ArtifactStore,
     BackendName,
     Chunks,
     ObjectPage,
     StoredFile,
     StoredObject,
     StoreThreads,
-    part,
     require_size,
     until_stopped,
-    verified,
 )
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.file_names import content_disposition
 from stable_audio_serve.core.ids import ArtifactKey
-from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import StorageSettings
 
 log = structlog.get_logger("stable_audio_serve.artifacts")
@@ -54,15 +52,14 @@ _LOST_RACE = (409, 412)  # HTTP conflict, precondition failed: another process w
 _MAX_BREAKS = 5  # a download fails if its connection breaks more often than this without delivering a byte in between
 
 
-class S3Artifacts:
-    """An `ArtifactStore` in one existing bucket. `ArtifactStore` documents the methods."""
+class S3Artifacts(ArtifactStore):
+    """Files in one existing bucket. `ArtifactStore` documents the methods."""
 
     def __init__(self, settings: StorageSettings, *, metrics: Metrics | None = None) -> None:
         """Create the store without any I/O. `settings` must name a bucket."""
+        super().__init__(StoreThreads(_NUM_THREADS, name="s3-files"), metrics=metrics)
         self._settings = settings
         self._prefix = f"{settings.prefix}/" if settings.prefix else ""
-        self._metrics = metrics or NullMetrics()
-        self._threads = StoreThreads(_NUM_THREADS, name="s3-files")
         self._lock = threading.Lock()
         self._made_client: Any = None
 
@@ -72,28 +69,6 @@ class S3Artifacts:
     @property
     def backend_name(self) -> BackendName:
         return "s3"
-
-    async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        def put(stop: threading.Event) -> StoredFile:
-            return self._put(key, chunks, stop=stop, media_type=media_type, file_name=file_name)
-
-        return await self._threads.run(put, undo=partial(self._delete, key))
-
-    def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        return self._threads.stream(verified(file, self._read(file), metrics=self._metrics))
-
-    def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
-        read = partial(self._read, file)
-        return self._threads.stream(part(file, read, start=start, stop=stop, metrics=self._metrics))
-
-    async def delete(self, key: ArtifactKey) -> None:
-        await self._threads.call(partial(self._delete, key))
-
-    async def probe(self, num_bytes: int) -> None:
-        await self._threads.call(partial(self._probe, num_bytes))
-
-    async def close(self) -> None:
-        self._threads.close()
 
     def check(self) -> None:
         check_bucket(self._settings, prefix=self._prefix)
@@ -254,15 +229,11 @@ class S3Artifacts:
         with storage_errors("delete"):
             self._client.delete_object(**self._at(key))
 
-    def _read(self, file: StoredFile, start: int = 0) -> Generator[bytes]:
-        """Yield the object's bytes from `start` on. If the connection breaks, open another one and continue from the
-        same byte.
-
-        Raises FileNotFoundError, StorageError.
-        """
+    def _read(self, key: ArtifactKey, start: int = 0) -> Generator[bytes]:
+        """If the connection breaks, open another one and continue from the same byte."""
         num_read = num_breaks = 0
         with storage_errors("read"):
-            while (body := self._open(file.key, start + num_read)) is not None:
+            while (body := self._open(key, start + num_read)) is not None:
                 with closing(body):
                     try:
                         for chunk in body.iter_chunks(_CHUNK_BYTES):
@@ -276,7 +247,7 @@ class S3Artifacts:
                             raise
         if num_read:
             raise StorageError("the stored file was deleted during the download")
-        raise FileNotFoundError(file.key)
+        raise FileNotFoundError(key)
 
     def _open(self, key: ArtifactKey, start: int = 0) -> Any:
         """Return the body of an object from byte `start` on, or None when the object does not exist.

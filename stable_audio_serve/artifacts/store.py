@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import structlog
 
 from stable_audio_serve.core.errors import DamagedFileError, StorageError
 from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.ids import ArtifactKey
-from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.sound import ClipFacts
 
 log = structlog.get_logger("stable_audio_serve.artifacts")
@@ -79,20 +80,32 @@ class ObjectPage:
     next_cursor: str | None
 
 
-class ArtifactStore(Protocol):
-    """Stores files. A file is either complete or absent."""
+class ArtifactStore(ABC):
+    """Stores files. A file is either complete or absent.
+
+    Each kind of store implements the abstract methods, which block.
+    """
+
+    def __init__(self, threads: StoreThreads, *, metrics: Metrics | None) -> None:
+        """Create the store without any I/O. Its work runs on `threads`."""
+        self._threads = threads
+        self._metrics = metrics or NullMetrics()
 
     @property
+    @abstractmethod
     def backend_name(self) -> BackendName:
         """The kind of store. Clients see this name."""
-        ...
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Write a file. Raises StorageError, StorageFullError.
 
         After an error or a cancellation the incomplete file is removed. If that fails, the sweeper removes it later.
         """
-        ...
+
+        def put(stop: threading.Event) -> StoredFile:
+            return self._put(key, chunks, stop=stop, media_type=media_type, file_name=file_name)
+
+        return await self._threads.run(put, undo=partial(self._delete, key))
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """Yield the file in chunks. The last chunk is yielded only after the SHA-256 of the whole file was checked.
@@ -100,77 +113,96 @@ class ArtifactStore(Protocol):
         Raises FileNotFoundError before the first chunk if the file does not exist. Raises DamagedFileError instead of
         the last chunk if the SHA-256 is wrong. Raises StorageError.
         """
-        ...
+        return self._threads.stream(verified(file, self._read(file.key), metrics=self._metrics))
 
     def read_part(self, file: StoredFile, *, start: int, stop: int) -> AsyncGenerator[bytes]:
         """Yield the bytes [start, stop) of the file in chunks. Verified if the file has at most `MAX_VERIFIED_PART`.
 
         Raises the same errors as `read`, DamagedFileError if the file ends before `stop`.
         """
-        ...
+        read = partial(self._read, file.key)
+        return self._threads.stream(part(file, read, start=start, stop=stop, metrics=self._metrics))
 
     async def delete(self, key: ArtifactKey) -> None:
         """Remove a file, if it exists. Raises StorageError."""
-        ...
+        await self._threads.call(partial(self._delete, key))
 
     async def probe(self, num_bytes: int) -> None:
         """Check, at little cost, that a file of this size could be written now. Raises StorageError otherwise."""
-        ...
+        await self._threads.call(partial(self._probe, num_bytes))
 
     async def close(self) -> None:
         """Stop accepting work."""
-        ...
+        self._threads.close()
 
+    @abstractmethod
     def check(self) -> None:
         """Check the store: write a file and read it back, within ten seconds. Blocking.
 
         Raises ConfigError, which names the settings to change.
         """
-        ...
 
+    @abstractmethod
     def url(self, file: StoredFile) -> str | None:
         """Return a link to the file that bypasses this server, or None if the store has no such links.
 
         Blocking. Raises StorageError.
         """
-        ...
 
+    @abstractmethod
     def bucket_key(self, file: StoredFile) -> str | None:
         """Return the full key of the file in its bucket, or None if the store has no bucket."""
-        ...
 
+    @abstractmethod
     def require_place(self) -> None:
         """Raise StoreMovedError if the folder of a local store was moved or replaced. Blocking."""
-        ...
 
+    @abstractmethod
     def claim(self, owner: str) -> float | None:
         """Make `owner` the owner of the store if it has none. Blocking. Raises StorageError.
 
         Returns the Unix time in seconds at which `owner` became the owner. Files that are older than this time do not
         belong to `owner`. Returns None if the store has another owner.
         """
-        ...
 
+    @abstractmethod
     def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
         """Return the content of a small file without checking its SHA-256, or None if there is no such file. Blocking.
 
         Raises StorageError, and DamagedFileError for a file above `max_bytes`.
         """
-        ...
 
+    @abstractmethod
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
         """Return the files directly in `folder`, except those with keys of other programs. Blocking.
 
         Raises StorageError.
         """
-        ...
 
+    @abstractmethod
     def sweep_unfinished(self, *, before: float) -> int:
         """Remove the incomplete files that are older than the Unix time `before`. Returns their number. Blocking.
 
         Raises StorageError.
         """
-        ...
+
+    @abstractmethod
+    def _put(
+        self, key: ArtifactKey, chunks: Chunks, *, stop: threading.Event, media_type: str, file_name: str
+    ) -> StoredFile:
+        """Write a file, see `put`. Raises StoppedError soon after `stop` is set."""
+
+    @abstractmethod
+    def _read(self, key: ArtifactKey, start: int = 0) -> Generator[bytes]:
+        """Yield the bytes of a file from `start` on. Raises FileNotFoundError, StorageError."""
+
+    @abstractmethod
+    def _delete(self, key: ArtifactKey) -> None:
+        """Remove a file, see `delete`."""
+
+    @abstractmethod
+    def _probe(self, num_bytes: int) -> None:
+        """Write and remove a file of at most `PROBE_BYTES`, see `probe`."""
 
 
 class StoppedError(Exception):
