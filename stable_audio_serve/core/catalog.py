@@ -149,9 +149,6 @@ class ModelCatalog:
     def __iter__(self) -> Iterator[ModelCard]:
         return iter(self._cards.values())
 
-    def __len__(self) -> int:
-        return len(self._cards)
-
 
 # Result of the quality gate, which compares a new replica's audio with the model's quality report. passed: the audio
 # matches. unchecked: no report could be read. fallback: the configured weights failed, so the replica serves the last

@@ -179,18 +179,6 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
             )
 
 
-def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mapping[str, str] = os.environ) -> str:
-    """Return a text that says why the default model is the default: a setting names it, or it is the first model."""
-    variable = _first_set(environ, VARIABLES[("default_model",)])
-    if variable is not None:
-        return f"named by {variable}"
-    if settings.default_model is not None:
-        return "named by default_model"
-    if len(catalog) == 1:
-        return "the only model"
-    return "the first of models" if next(iter(catalog)) is catalog.default else "the first of models that is no demo"
-
-
 def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:
     """Return the canonical names of the models to keep loaded: `preload_models`.
 

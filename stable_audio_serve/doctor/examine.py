@@ -11,7 +11,7 @@ import torch
 
 from stable_audio_serve.api.middleware.key_ring import check_key_file
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.core.settings_sources import explain_default, load_settings
+from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.doctor import machine
 from stable_audio_serve.doctor.findings import Finding, run_check
 from stable_audio_serve.doctor.models import ModelChecks
@@ -83,8 +83,8 @@ class Examination:
         check_gpu_shares(settings, cluster_gpus=self._num_gpus)
         nodes = [Slot(self._num_gpus, plan.num_cpus)]
         require_room(settings, nodes, least=plan.least_replicas, cluster_gpus=self._num_gpus)
-        default = f"{plan.catalog.default.name} is the default ({explain_default(settings, plan.catalog)})"
-        yield Finding("configuration", "ok", f"{file.path} serves {', '.join(plan.names)}; {default}")
+        served = f"{', '.join(plan.names)}; {plan.catalog.default.name} is the default"
+        yield Finding("configuration", "ok", f"{file.path} serves {served}")
         problems: list[str] = []
         check_proxy(settings, os.environ, print_error=problems.append)
         for problem in problems:

@@ -23,7 +23,7 @@ from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, S
 from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
 from stable_audio_serve.core.setting_types import ProxyKind
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.core.settings_sources import explain_default, load_settings
+from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.launcher import environment
 from stable_audio_serve.launcher.embedded import (
@@ -119,7 +119,7 @@ def serve(
             # the config file. It must run before the next line: if the key `args` is misspelled, that line would report
             # the default model instead of the configured one.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
-            report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
+            report(f"default model: {plan.catalog.default.name}")
             # Models that start later are not checked here: their weights are checked when they load.
             started = [model for model in plan.settings.models if model.name in plan.started]
             require_weights(plan, started, print_error=print_error)

@@ -206,7 +206,7 @@ def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: P
         check=False,
     )
     assert done.returncode == 2
-    assert done.stdout.splitlines()[-1] == "default model: small-music (named by STABLE_AUDIO_DEFAULT_MODEL)"
+    assert done.stdout.splitlines()[-1] == "default model: small-music"
     first, *_, last = done.stderr.splitlines()
     assert first.startswith("configuration: no serve_config.yaml here; serving small-sfx, small-music and medium")
     assert last.startswith("error: model small-sfx: stabilityai/stable-audio-3-small-sfx is not complete in ")
