@@ -133,8 +133,9 @@ class Refusals(Generic[Row, Fault, Answer]):
         note(request.scope, refusal=error.kind)
         is_internal = error.kind not in self.table
         message = error.message
+        if is_internal or isinstance(error, StorageError):
+            note(request.scope, error=message)
         if is_internal:
-            note(request.scope, error=error.message)
             message = self.internal_message.format(request_id=request.state.request_id)
         row = self.table.get(error.kind, self.internal)
         return Refusal(error, row, message, _retry_after(error), is_internal)

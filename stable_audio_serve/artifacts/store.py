@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -218,7 +219,7 @@ def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[by
 
 
 class StoreThreads:
-    """Runs the blocking work of one store on its own threads."""
+    """Runs the blocking work of one store on its own threads. Log lines of the work have the caller's request id."""
 
     def __init__(self, num_threads: int, *, name: str) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
@@ -230,26 +231,26 @@ class StoreThreads:
         anyway, `undo` runs.
         """
         stop = threading.Event()
-        future = self._pool.submit(work, stop)
+        future = self._submit(partial(work, stop))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             stop.set()
             if not future.cancel():
-                undoing = self._pool.submit(_undo, future, undo)
+                undoing = self._submit(partial(_undo, future, undo))
                 await asyncio.wait([asyncio.wrap_future(undoing)], timeout=_WIND_DOWN_S)
             raise
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run `work` on a thread and return its result. The work continues if the caller is cancelled."""
-        return await asyncio.wrap_future(self._pool.submit(work))
+        return await asyncio.wrap_future(self._submit(work))
 
     async def stream(self, chunks: Generator[bytes]) -> AsyncGenerator[bytes]:
         """Yield the items of `chunks`, which runs on a thread. Closes `chunks` even after errors and cancellations."""
         future: Future[bytes | None] | None = None
         try:
             while True:
-                future = self._pool.submit(partial(next, chunks, None))
+                future = self._submit(partial(next, chunks, None))
                 chunk = await asyncio.wrap_future(future)
                 if chunk is None:
                     return
@@ -261,6 +262,9 @@ class StoreThreads:
     def close(self) -> None:
         """Stop accepting work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        return self._pool.submit(copy_context().run, work)
 
 
 def _undo(future: Future[T], undo: Callable[[], None]) -> None:

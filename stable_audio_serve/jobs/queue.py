@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -58,7 +58,7 @@ class JobQueue:
         self._writers = ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="job-writes")
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="job-reads")
         self._submitting: asyncio.Task[None] | None = None
-        self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
+        self._submitted: list[tuple[JobSpec, asyncio.Future[Added], Context]] = []
 
     async def submit(self, spec: JobSpec) -> Job:
         """Add a job for which the client chose no id and no idempotency key, and return it."""
@@ -87,7 +87,7 @@ class JobQueue:
     async def _add(self, spec: JobSpec) -> Added:
         """Add the job. Jobs that are submitted while a transaction runs are added together in the next one."""
         future = asyncio.get_running_loop().create_future()
-        self._submitted.append((spec, future))
+        self._submitted.append((spec, future, copy_context()))
         if self._submitting is None or self._submitting.done():
             self._submitting = asyncio.create_task(self._add_submitted())
         return await future
@@ -98,12 +98,14 @@ class JobQueue:
                 self._submitted[:_MOST_PER_TRANSACTION],
                 self._submitted[_MOST_PER_TRANSACTION:],
             )
+            run = submitted[0][2].run  # log lines carry the id of the first of these requests
             outcomes: Sequence[Added | Exception]
             try:
-                outcomes = await self.write(partial(self.store.clients.add_all, [spec for spec, _ in submitted]))
+                specs = [spec for spec, _, _ in submitted]
+                outcomes = await self.write(partial(run, self.store.clients.add_all, specs))
             except Exception as error:  # noqa: BLE001  # each caller of `_add` raises the error
                 outcomes = [error] * len(submitted)
-            for (_, future), outcome in zip(submitted, outcomes, strict=True):
+            for (_, future, _), outcome in zip(submitted, outcomes, strict=True):
                 if future.done():  # the task that submitted this job was cancelled
                     continue
                 if isinstance(outcome, Exception):
@@ -237,7 +239,7 @@ class JobQueue:
         `_WRITE_TIMEOUT_S`. The transaction may still take place then. If the caller is cancelled, it waits for the end
         of a transaction that has begun.
         """
-        queued = self._writers.submit(transaction)
+        queued = self._writers.submit(copy_context().run, transaction)  # see `_find`
         writing = asyncio.wrap_future(queued)
         try:
             await asyncio.wait({writing}, timeout=_WRITE_TIMEOUT_S)

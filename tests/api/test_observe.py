@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.middleware.limits import LimitsMiddleware
 from stable_audio_serve.api.middleware.observe import ObserveMiddleware
-from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.core.errors import OverloadedError, StorageError, StorageFullError
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.backends import ToneBackend
@@ -60,6 +60,18 @@ async def test_client_errors_are_logged_at_info_with_the_field(
     assert line["log_level"] == "info"
     assert (line["status"], line["refusal"], line["fields"]) == (422, "validation", ["steps"])
     assert "secret" not in str(line)
+
+
+async def test_storage_errors_are_logged_with_the_reason(
+    client: httpx.AsyncClient, backend: ToneBackend, lines: list[dict[str, Any]]
+) -> None:
+    for error in (StorageError("the bucket does not answer"), StorageFullError("the disk is full")):
+        backend.error = error
+        await client.post(URL, json={"prompt": "x"})
+    assert [(line["refusal"], line["error"]) for line in lines] == [
+        ("storage", "the bucket does not answer"),
+        ("storage_full", "the disk is full"),
+    ]
 
 
 async def test_unexpected_error_is_logged_with_its_traceback(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import structlog
 
 from stable_audio_serve.artifacts.keys import artifact_key, file_key, upload_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
@@ -224,6 +225,25 @@ async def test_damaged_file_is_never_returned_complete(place: Place, num_bytes: 
     assert sum(map(len, got)) <= max(0, num_bytes - 1)
     assert num_bytes > MIB or not got
     assert place.metrics.counts == {"damaged_files": 1}
+
+
+async def test_work_logs_with_the_id_of_its_request(place: Place) -> None:
+    seen: list[object] = []
+
+    def chunks() -> list[bytes]:
+        seen.append(structlog.contextvars.get_contextvars())
+        return [b"sound"]
+
+    merge = structlog.contextvars.merge_contextvars
+    with structlog.testing.capture_logs(processors=[merge]) as lines:
+        with structlog.contextvars.bound_contextvars(request_id="r1"):
+            file = await place.store.put(KEY, chunks, media_type="audio/wav", file_name="a.wav")
+        place.write(KEY, b"noise")
+        with structlog.contextvars.bound_contextvars(request_id="r2"), pytest.raises(DamagedFileError):
+            await read(place, file)
+    assert seen
+    assert all(values == {"request_id": "r1"} for values in seen)
+    assert [(line["event"], line["request_id"]) for line in lines] == [("a stored file is damaged", "r2")]
 
 
 async def test_abandoned_reader_leaves_the_store_usable(place: Place) -> None:

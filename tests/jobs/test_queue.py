@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+from collections.abc import Sequence
 from contextlib import closing
 
 import pytest
@@ -13,10 +14,11 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, StorageError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs import queue as queue_module
+from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.store.client_jobs import Added
 from tests.jobs.conftest import Workshop, make_spec
 from tests.jobs.stores import add
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 
 
 @pytest.fixture
@@ -85,6 +87,37 @@ async def test_reads_log_with_the_id_of_their_request(workshop: Workshop, monkey
     with structlog.contextvars.bound_contextvars(request_id="r1"):
         await workshop.queue.get(make_spec().ref)
     assert seen == [{"request_id": "r1"}]
+
+
+async def test_writes_log_with_the_id_of_a_request_of_their_own(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Concurrent submissions share a transaction. Its log lines have the id of one of these, not of an earlier one."""
+    seen: list[object] = []
+    add_all, may_end = workshop.queue.store.clients.add_all, threading.Event()
+
+    def note(specs: Sequence[JobSpec]) -> Sequence[Added | Exception]:
+        seen.append(structlog.contextvars.get_contextvars())
+        may_end.wait()
+        return add_all(specs)
+
+    async def submit(request_id: str) -> None:
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            await workshop.queue.add(make_spec())
+
+    monkeypatch.setattr(workshop.queue.store.clients, "add_all", note)
+    first = asyncio.create_task(submit("r1"))
+    await until(lambda: seen)
+    others = [asyncio.create_task(submit(name)) for name in ("r2", "r3")]
+    await asyncio.sleep(0)
+    may_end.set()
+    await asyncio.gather(first, *others)
+    monkeypatch.setattr(
+        workshop.queue.store.clients, "cancel", lambda ref: (seen.append(structlog.contextvars.get_contextvars()), None)
+    )
+    with structlog.contextvars.bound_contextvars(request_id="r4"):
+        await workshop.queue.cancel(make_spec().ref)
+    assert seen == [{"request_id": name} for name in ("r1", "r2", "r4")]
 
 
 async def test_reads_of_a_database_that_has_stopped_end(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
