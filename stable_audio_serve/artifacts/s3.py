@@ -16,6 +16,7 @@ from stable_audio_serve.artifacts.keys import OWNER_KEY, is_ours, upload_key
 from stable_audio_serve.artifacts.s3_client import (
     check_bucket,
     is_missing,
+    is_timeout,
     make_client,
     s3_errors,
     status_of,
@@ -182,10 +183,11 @@ class S3Artifacts(ArtifactStore):
                     Callback=lambda _: failpoint("mid_upload"),
                     Config=self._transfer_config(),
                 )
-            except s3_errors():
+            except s3_errors() as error:
                 # The file may be stored despite the error. If the response to the call that completes a multipart
                 # upload is lost, boto3 repeats the call. The repeated call fails: the upload id no longer exists.
-                if not self._is_stored(file):
+                # A service that does not answer is not asked, because the caller has waited long enough.
+                if is_timeout(error) or not self._is_stored(file):
                     raise
         return file
 

@@ -133,6 +133,13 @@ def is_missing(error: BaseException) -> bool:
     return code_of(error) in ("NoSuchKey", "404", "NotFound")
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Whether the service did not answer in time."""
+    from botocore.exceptions import ConnectTimeoutError, ReadTimeoutError
+
+    return isinstance(error, ConnectTimeoutError | ReadTimeoutError)
+
+
 @contextmanager
 def storage_errors(operation: str) -> Iterator[None]:
     """Turn the client's exceptions into StorageError and StorageFullError."""

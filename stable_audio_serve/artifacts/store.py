@@ -31,6 +31,8 @@ log = structlog.get_logger("stable_audio_serve.artifacts")
 T = TypeVar("T")
 
 MAX_VERIFIED_PART = 1_048_576  # parts of files with at most this many bytes are verified
+# Work that no thread has begun after this time is refused. A hanging service keeps each thread busy for up to 100 s.
+_BEGIN_WITHIN_S = 60.0
 _WIND_DOWN_S = 1.0  # a cancelled caller waits at most this long for the removal of the file that it was writing
 
 BackendName = Literal["local", "s3"]
@@ -219,7 +221,10 @@ def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[by
 
 
 class StoreThreads:
-    """Runs the blocking work of one store on its own threads. Log lines of the work have the caller's request id."""
+    """Runs the blocking work of one store on its own threads. Log lines of the work have the caller's request id.
+
+    Every method raises StorageError if no thread is free in time.
+    """
 
     def __init__(self, num_threads: int, *, name: str) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
@@ -233,7 +238,7 @@ class StoreThreads:
         stop = threading.Event()
         future = self._submit(partial(work, stop))
         try:
-            return await asyncio.wrap_future(future)
+            return await self._result(future)
         except asyncio.CancelledError:
             stop.set()
             if not future.cancel():
@@ -243,7 +248,7 @@ class StoreThreads:
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run `work` on a thread and return its result. The work continues if the caller is cancelled."""
-        return await asyncio.wrap_future(self._submit(work))
+        return await self._result(self._submit(work))
 
     async def stream(self, chunks: Generator[bytes]) -> AsyncGenerator[bytes]:
         """Yield the items of `chunks`, which runs on a thread. Closes `chunks` even after errors and cancellations."""
@@ -251,7 +256,7 @@ class StoreThreads:
         try:
             while True:
                 future = self._submit(partial(next, chunks, None))
-                chunk = await asyncio.wrap_future(future)
+                chunk = await self._result(future)
                 if chunk is None:
                     return
                 yield chunk
@@ -265,6 +270,17 @@ class StoreThreads:
 
     def _submit(self, work: Callable[[], T]) -> Future[T]:
         return self._pool.submit(copy_context().run, work)
+
+    @staticmethod
+    async def _result(future: Future[T]) -> T:
+        result = asyncio.wrap_future(future)
+        try:
+            await asyncio.wait({result}, timeout=_BEGIN_WITHIN_S)
+            if future.cancel():
+                raise StorageError("the artifact store is busy with slow calls")
+            return await result
+        finally:
+            future.cancel()  # has no effect on work that a thread has begun
 
 
 def _undo(future: Future[T], undo: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -18,6 +19,7 @@ import httpx
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
+from stable_audio_serve.artifacts import s3
 from stable_audio_serve.artifacts.keys import FOLDERS, artifact_key, upload_key
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.s3_client import check_bucket
@@ -155,6 +157,16 @@ async def test_a_service_that_is_down_is_a_storage_error_in_bounded_time(
     assert time.monotonic() - started_at < 90
     object_storage.proxy.faults = Faults()
     assert await read(store, file) == b"x"
+
+
+async def test_upload_to_a_silent_service_asks_nothing_more(
+    object_storage: ObjectStorage, store: S3Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "make_client", partial(s3.make_client, read_timeout_s=0.1, max_attempts=2))
+    object_storage.proxy.faults = Faults(is_silent=True)
+    with pytest.raises(StorageError, match="ReadTimeoutError"):
+        await put(store, b"x")
+    assert {request.split()[0] for request in object_storage.proxy.requests} == {"PUT"}
 
 
 async def test_other_callers_do_not_wait_for_a_silent_service(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+from stable_audio_serve.artifacts import store as store_module
 from stable_audio_serve.artifacts.keys import artifact_key, file_key, upload_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.s3 import S3Artifacts
@@ -244,6 +245,32 @@ async def test_work_logs_with_the_id_of_its_request(place: Place) -> None:
     assert seen
     assert all(values == {"request_id": "r1"} for values in seen)
     assert [(line["event"], line["request_id"]) for line in lines] == [("a stored file is damaged", "r2")]
+
+
+async def test_work_without_a_free_thread_is_refused_in_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, clients of a service that hangs would wait the longer the more of them there are."""
+    file, may_end = await put(place, b"x"), threading.Event()
+
+    def block() -> list[bytes]:
+        may_end.wait()
+        return [b"sound"]
+
+    keys = [upload_key() for _ in range(40)]  # more than there are threads
+    puts = [place.store.put(key, block, media_type="audio/wav", file_name="a.wav") for key in keys]
+    async with asyncio.timeout(PATIENCE_S):
+        with monkeypatch.context() as hurried:
+            hurried.setattr(store_module, "_BEGIN_WITHIN_S", 0.1)
+            putting = [asyncio.create_task(one) for one in puts]
+            await asyncio.wait(putting, return_when=asyncio.FIRST_EXCEPTION)
+            for doing in (read(place, file), place.store.delete(KEY), place.store.probe(1)):
+                with pytest.raises(StorageError, match="busy with slow calls"):
+                    await doing
+        may_end.set()
+        outcomes = await asyncio.gather(*putting, return_exceptions=True)
+        assert await read(place, file) == b"x"
+    stored = [outcome.key for outcome in outcomes if isinstance(outcome, StoredFile)]
+    assert {type(outcome) for outcome in outcomes} == {StoredFile, StorageError}
+    assert place.names() == sorted([KEY, *stored])
 
 
 async def test_abandoned_reader_leaves_the_store_usable(place: Place) -> None:
