@@ -99,6 +99,7 @@ class Database:
             without_log: sa.Engine | None = sqlite.create_engine_without_log(file)
         else:
             self.engine, without_log = _create_postgresql(url), None
+            sa.event.listen(self.engine, "connect", self._require_same_server)
         self._not_durable = self.engine.execution_options(is_durable=False)
         self._reader = self.engine.execution_options(reading=True)
         if not self.is_sqlite:  # readers run single statements, which need no BEGIN and ROLLBACK
@@ -244,6 +245,20 @@ class Database:
         self._has_identity = True
         self._identity = self._identity or found
         self._require_identity(found)
+
+    def _require_same_server(self, connection: Any, _: Any) -> None:
+        """Refuse a new connection that leads to another database, for example after a failover of PostgreSQL.
+
+        Raises StoreMovedError. Jobs that the other database accepted would be lost as soon as the first one is back.
+        """
+        if self._is_ready and self._identity is not None:
+            try:
+                found = connection.execute(f"SELECT id FROM {IDENTITY.name}").fetchone()
+                connection.rollback()
+                self._require_identity(found and found[0])
+            except BaseException:
+                connection.close()
+                raise
 
     def _make_ready(self) -> None:
         if self._is_ready:

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
+from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError, StoreMovedError
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.jobs.store.database import Database, database_url
@@ -40,6 +40,13 @@ def execute(url: str, statement: str) -> None:
     else:
         with psycopg.connect(url) as connection:
             connection.execute(statement.encode())
+
+
+def swap(postgres: PostgresServer, first: str, second: str) -> None:
+    """Swap the names of two databases, which ends all connections to them."""
+    for name, new in ((first, "moved"), (second, first), ("moved", second)):
+        postgres.execute(f"SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = '{name}'")
+        postgres.execute(f"ALTER DATABASE {name} RENAME TO {new}")
 
 
 def test_only_transactions_without_durability_skip_the_disk(empty_url: str) -> None:
@@ -279,6 +286,33 @@ class TestFaults:
         assert find(store, job) == job
         assert store.operators.counts() == {"queued": 1}
         database.close()
+
+    @pytest.mark.server
+    def test_failover_to_another_database_loses_no_job(self, postgres: PostgresServer, postgres_url: str) -> None:
+        """Jobs that the other database accepted would be missing once the first one is back."""
+        another_url = postgres.create_database()
+        another = JobStore(open_database(another_url))
+        job = add(another)  # creates the tables
+        another.database.close()
+        first = open_database(postgres_url)
+        identity = JobStore(first).identity()
+        first.close()
+        store = JobStore(Database(database_url(postgres_url, Path()), identity=identity))
+        own = add(store)
+        names = [url.rpartition("/")[2] for url in (postgres_url, another_url)]
+        swap(postgres, *names)
+        try:
+            for _ in range(2):
+                with pytest.raises(StoreMovedError):
+                    add(store)
+                with pytest.raises(StoreMovedError):
+                    store.clients.get(job.spec.ref)
+        finally:
+            swap(postgres, *names)
+        assert find(store, own) == own
+        assert store.operators.counts() == {"queued": 1}
+        store.database.close()
+        postgres.drop_database(another_url)
 
     @pytest.mark.server
     def test_connection_lost_in_a_transaction_changes_nothing(
