@@ -13,12 +13,13 @@ import asyncio
 import ipaddress
 import re
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import IO
+from typing import IO, Any
 
 import httpcore
 import httpx
@@ -30,6 +31,8 @@ DELIVERY_TIMEOUT_S = 15.0
 DOWNLOAD_TIMEOUT_S = 60.0
 RESOLVE_TIMEOUT_S = 3.0
 _ADDRESS_TIMEOUT_S = 3.0
+# Most bytes of a response's headers, with the interim responses (1xx) before it.
+_MAX_HEAD_BYTES = 32_768
 
 _MAX_URL_CHARACTERS = 2048
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
@@ -117,13 +120,15 @@ async def download(
     """
     target = _parse(url)
     headers = {"Host": target.netloc, "User-Agent": "stable-audio-serve", "Accept-Encoding": "identity"}
+    network = _CheckedNetwork(allow_hosts)
     async with (
         _explained(timeout_s),
-        httpcore.AsyncConnectionPool(network_backend=_CheckedNetwork(allow_hosts)) as pool,
+        httpcore.AsyncConnectionPool(network_backend=network) as pool,
         pool.stream("GET", target.url, headers=list(headers.items())) as answer,
     ):
         if answer.status != 200:
             raise DeliveryError(f"answered with status {answer.status}")
+        network.has_answer = True
         num_bytes = 0
         async for chunk in answer.aiter_stream():
             num_bytes += len(chunk)
@@ -230,6 +235,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
     def __init__(self, allow_hosts: Collection[str]) -> None:
         self._allow_hosts = allow_hosts
         self._network = httpcore.AnyIOBackend()
+        self.has_answer = False  # set this when the headers of the response have arrived
 
     async def connect_tcp(  # noqa: PLR0917 - as httpcore has it
         self,
@@ -252,7 +258,48 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
             _require_public(addresses)
         for address in addresses[:-1]:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                return await self._network.connect_tcp(
+                stream = await self._network.connect_tcp(
                     str(address), port, _ADDRESS_TIMEOUT_S, local_address, socket_options
                 )
-        return await self._network.connect_tcp(str(addresses[-1]), port, timeout, local_address, socket_options)
+                return _CheckedStream(stream, self)
+        stream = await self._network.connect_tcp(str(addresses[-1]), port, timeout, local_address, socket_options)
+        return _CheckedStream(stream, self)
+
+
+class _CheckedStream(httpcore.AsyncNetworkStream):
+    """A connection that reads at most `_MAX_HEAD_BYTES` before the response has arrived. Then it raises DeliveryError.
+
+    Otherwise, interim responses without end could keep this process from other work, because it takes long to parse
+    them.
+    """
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream, network: _CheckedNetwork) -> None:
+        self._stream = stream
+        self._network = network
+        self._bytes_left = _MAX_HEAD_BYTES
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        if self._network.has_answer:
+            return await self._stream.read(max_bytes, timeout)
+        if not self._bytes_left:
+            raise DeliveryError("sends too many headers")
+        data = await self._stream.read(min(max_bytes, self._bytes_left), timeout)
+        self._bytes_left -= len(data)
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(  # noqa: PLR0917 - as httpcore has it
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> httpcore.AsyncNetworkStream:
+        return _CheckedStream(await self._stream.start_tls(ssl_context, server_hostname, timeout), self._network)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import os
 import socket
+import ssl
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.jobs.webhooks import delivery
-from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, check_webhook_url, post_json
+from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, check_webhook_url, download, post_json
 from tests.patience import PATIENCE_S
 from tests.webhook_receiver import receiving
 
 ALLOWED = ("127.0.0.1",)
+_NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
 async def test_body_arrives_unchanged() -> None:
@@ -57,6 +63,38 @@ async def test_endless_answer_is_not_read() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n"
     async with receiving(answer=head + b"x" * 10_000_000) as receiver, asyncio.timeout(PATIENCE_S):
         await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
+
+
+async def test_few_interim_answers_are_skipped() -> None:
+    async with receiving(answer=b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 10 + _NO_CONTENT) as receiver:
+        await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
+
+
+async def test_endless_interim_answers_end_the_delivery() -> None:
+    """Otherwise, one receiver could keep the process from other work, because parsing them takes much time."""
+    async with receiving(answer=b"HTTP/1.1 100 Continue\r\n\r\n" * 50_000 + _NO_CONTENT) as receiver:
+        with pytest.raises(DeliveryError, match="too many headers"):
+            await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
+
+
+async def test_large_file_arrives_over_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    content, got = os.urandom(1_000_000), io.BytesIO()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + content)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context) as server, asyncio.timeout(PATIENCE_S):
+        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/a.wav"
+        await download(url, got, max_bytes=len(content), allow_hosts=ALLOWED)
+    assert got.getvalue() == content
 
 
 async def test_silent_server_costs_a_bounded_time() -> None:
