@@ -5,6 +5,7 @@ Each model family chooses the network and interprets its output.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.checkpoint_files import damaged
+from stable_audio_serve.models.config_reader import MAX_DEPTH
 from stable_audio_serve.models.protocol import PromptTokens
 
 # Called with a folder. Returns the network and the loading report of transformers (`output_loading_info`).
 NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
 
 
-_TRIAL, _TRIAL_TOKENS = "a bright tone, 440 Hz", 16  # a prompt whose tokens are checked at load
+_TRIAL, _TRIAL_TOKENS = ("", "a bright tone, 440 Hz"), 16  # prompts that are tokenized at load; the first is padding
+_TRIAL_ENCODED = 2  # first tokens of the last prompt that are encoded at load: few, because a CPU can be slow
+_DEPTH_KEYS = ("num_layers", "num_hidden_layers")  # of a T5 and of a T5Gemma
 
 
 class TextEncoder:
@@ -71,35 +76,88 @@ def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
 def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:
     """Returns the tokenizer and the network in a folder, ready for inference.
 
-    Raises CheckpointError if a file or weight is missing, if a weight is not finite, if the network has fewer layers
-    than the weights, or if the tokenizer does not fit the network. Without this check, transformers would replace
-    missing weights with random numbers, and ignore weights of further layers.
+    Raises CheckpointError if a file is missing or damaged, if a weight is missing or not finite, if the network has
+    fewer layers than the weights or cannot encode a prompt, or if the tokenizer does not fit the network. Without this
+    check, transformers would replace missing weights with random numbers, and ignore weights of further layers.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    _check_config(folder)
     try:
         encoder, report = load_network(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
-        ids = tokenizer(_TRIAL, truncation=True, max_length=_TRIAL_TOKENS, padding="max_length")["input_ids"]
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _reason(error)
         if "ignore_mismatched_sizes" in reason:  # transformers names the weights only in its log
             reason = "its weights have other shapes than its config.json says"
         raise CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
+        trial = TextEncoder(tokenizer, encoder, width=0, max_length=_TRIAL_TOKENS)
+        ids, mask = trial.tokenize(_TRIAL).ids_and_mask.unbind(1)
+    except Exception as error:
+        raise _refuse_tokenizer(folder, error) from error
     absent = sorted([*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", ()))])
     if absent:
         raise CheckpointError(f"the text encoder in {folder} lacks {len(absent)} weights, the first is {absent[0]}")
     if unused := sorted(key for key in report.get("unexpected_keys", ()) if _is_of_a_layer(key)):
         raise CheckpointError(f"the text encoder in {folder} has weights that its config.json does not: {unused[0]}")
     known: int = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if max(ids) >= known:
-        raise CheckpointError(f"the tokenizer in {folder} makes token {max(ids)}, but the text encoder knows {known}")
+    if ids.max() >= known:
+        raise CheckpointError(f"the tokenizer in {folder} makes token {ids.max()}, but the text encoder knows {known}")
     for key, parameter in encoder.named_parameters():
         if not all(bound.isfinite() for bound in parameter.aminmax()):
             raise CheckpointError(f"the text encoder in {folder}: {key} holds values that are not finite")
-    return tokenizer, encoder.eval().requires_grad_(False)
+    encoder.eval().requires_grad_(False)
+    try:
+        hidden = trial.encode(ids[-1:, :_TRIAL_ENCODED], mask[-1:, :_TRIAL_ENCODED])
+    except Exception as error:  # a value in config.json that is used only here can raise any error
+        raise CheckpointError(
+            f"the text encoder in {folder} cannot be run with its config.json: {_reason(error)}"
+        ) from error
+    if not hidden.isfinite().all():
+        raise CheckpointError(f"the text encoder in {folder} makes values that are not finite; check its config.json")
+    return tokenizer, encoder
+
+
+def _check_config(folder: Path) -> None:
+    """Raise CheckpointError if a text encoder's config.json is damaged or states too many layers to build."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return  # transformers names the missing file
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        sections = [config, config.get("encoder")]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise damaged(path, error) from error
+    for section in sections:
+        for key in _DEPTH_KEYS:
+            depth = section.get(key) if isinstance(section, dict) else None
+            if isinstance(depth, int | float) and depth > MAX_DEPTH:
+                raise CheckpointError(f"{path}: {key} must be at most {MAX_DEPTH}, found {depth}")
+
+
+def _refuse_tokenizer(folder: Path, error: Exception) -> CheckpointError:
+    """Returns the error for a tokenizer that raised `error`. It says whether the file tokenizer.json is damaged."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    reason = _reason(error)
+    if path.is_file():
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as cause:  # noqa: BLE001  # the package raises only the class Exception
+            reason = damaged(path, cause).message
+    return CheckpointError(f"the tokenizer of the text encoder in {folder} cannot be loaded: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """Returns an error's first line; also the second line if the first one only introduces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines or isinstance(error, LookupError):  # the text of a KeyError is only the key
+        return " ".join([type(error).__name__, *lines[:1]])
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
 
 
 def _is_of_a_layer(key: str) -> bool:

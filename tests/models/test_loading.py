@@ -293,6 +293,46 @@ def test_corrupt_text_encoder_files(folder: Path, spoilt: str) -> None:
     assert "text encoder" in failure(folder)
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "{}", '{"version"', "<html>", "[" * 10_000])
+def test_a_damaged_tokenizer_is_named(folder: Path, content: str) -> None:
+    (folder / "t5gemma" / "tokenizer.json").write_text(content)
+    message = failure(folder)
+    assert f"{folder / 't5gemma' / 'tokenizer.json'}" in message
+    assert message.endswith("; fetch it again")
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"model_type"', "<html>", "[" * 10_000])
+def test_a_damaged_text_encoder_config_is_named(folder: Path, content: str) -> None:
+    (folder / "t5gemma" / "config.json").write_text(content)
+    message = failure(folder)
+    assert f"{folder / 't5gemma' / 'config.json'} is corrupt or incomplete" in message
+    assert message.endswith("; fetch it again")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("num_hidden_layers", 2**40, "num_hidden_layers must be at most 1024, found 1099511627776"),
+        ("attn_logit_softcapping", math.nan, "makes values that are not finite"),
+        ("rms_norm_eps", math.nan, "makes values that are not finite"),
+        ("dropout_rate", math.nan, "cannot be run"),
+        ("head_dim", "wide", "'head_dim': TypeError: Field 'head_dim' expected int, got str"),
+    ],
+)
+def test_text_encoder_configs_that_cannot_be_run_are_refused(folder: Path, key: str, value: Any, said: str) -> None:
+    path = folder / "t5gemma" / "config.json"
+    config = json.loads(path.read_text())
+    (config if key == "dropout_rate" else config["encoder"])[key] = value  # transformers copies the whole model's rate
+    path.write_text(json.dumps(config))
+    assert said in failure(folder)
+
+
+def test_a_padding_token_that_the_text_encoder_lacks_is_refused(folder: Path) -> None:
+    path = folder / "t5gemma" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<unknown padding>"}))
+    assert "makes token 96, but the text encoder knows 96" in failure(folder)
+
+
 def test_text_encoder_inside_a_whole_encoder_decoder_model(folder: Path) -> None:
     """The folder of the official text encoder contains a whole encoder-decoder model. Only the encoder is loaded."""
     from transformers import AutoConfig, T5GemmaForConditionalGeneration
