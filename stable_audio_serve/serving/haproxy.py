@@ -37,6 +37,9 @@ _REFUSAL = f"return status 503 content-type application/json string '{_UNAVAILAB
 # HAProxy derives its connection limit from the process's limit of open files, and allocates memory for each possible
 # file. HAProxy's limit is set to this number, because the process's limit is a billion on some systems.
 _MOST_FILES = 65_536
+# How often HAProxy tries to connect again for the same request: enough to try every ingress replica once. Before some
+# attempts it waits for 1 s.
+_RETRIES = 30
 
 
 class ConfigurationChangedError(Exception):
@@ -159,6 +162,21 @@ def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
     return _replace(text, r"^( *)http-reuse always$", replacement=replacement, is_repeated=True)
 
 
+def _try_all_servers(text: str, options: ProxyOptions) -> str:
+    """Let a request whose connection is refused try the other replicas, then Ray Serve's own proxy.
+
+    With the defaults, HAProxy marks a replica as down after three refused connections, but gives up a request after
+    four. Thus with two stopped replicas in its list, it answered 503 although Ray Serve's own proxy could answer. An
+    update stops every replica in the list of an HAProxy that was replaced by a reload, but still serves open
+    connections. If a replica is marked as down by mistake, HAProxy's health checks correct this in about 0.5 s.
+    """
+    text = _replace(text, r"^( *)retry-on .*$", replacement=rf"\g<0>\n\1retries {_RETRIES}")
+    if re.search(r"^ +server (?!.* backup$)", text, flags=re.MULTILINE) is None:
+        return text
+    limit = r"^( +server .* observe layer4 error-limit) \d+( on-error mark-down)$"
+    return _replace(text, limit, replacement=r"\1 1\2", is_repeated=True)
+
+
 def _limit_wait_for_replicas(text: str, options: ProxyOptions) -> str:
     """Limit how long requests wait while no replica runs.
 
@@ -213,6 +231,7 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _answer_serve_errors_in_json,
     _set_address_header,
     _connect_for_each_request,
+    _try_all_servers,
     _limit_wait_for_replicas,
     _answer_503_without_routes,
     _bind_statistics,

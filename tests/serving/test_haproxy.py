@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,14 @@ _PUBLIC = "127.0.0.2"  # the address that our wrapper makes HAProxy listen on, i
 _HEADER_TIMEOUT_S = 1.0
 _IDLE_TIMEOUT_S = 1.5
 _LONG_S = 2.5 * _IDLE_TIMEOUT_S
+_ONE_KEPT_CONNECTION = httpx.Limits(max_connections=1, keepalive_expiry=None)
 _END_S = 30.0  # HAProxy must close a connection within this time, even on a slow machine
 _EDITED = (
     "stats socket",
     "local0 info",
     "maxconn",
     "defaults",
+    "retry-on",
     "timeout client",
     "http-reuse always",
     "errorfile 502",
@@ -384,6 +386,37 @@ async def test_request_without_replicas_does_not_wait_forever(tmp_path: Path, mo
     assert "try again" in reply.json()["detail"]
 
 
+@pytest.mark.parametrize("num_replicas", [2, 5])
+async def test_request_after_all_replicas_stopped_is_answered(
+    num_replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update stops all replicas that a replaced HAProxy knows, but the client's connection is still open.
+
+    The app stands in for Ray Serve's own proxy, which answers then.
+    """
+    from ray.serve._private import haproxy as ray_haproxy
+
+    async with listening(app) as live_port, proxying(live_port, tmp_path, monkeypatch) as proxy:
+        backend = proxy.api.backend_configs["app"]
+        backend.fallback_server = ray_haproxy.ServerConfig(name="proxy", host="127.0.0.1", port=live_port)
+        (updated,) = backend.servers
+        async with (
+            AsyncExitStack() as replicas,
+            httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S, limits=_ONE_KEPT_CONNECTION) as client,
+        ):
+            ports = [await replicas.enter_async_context(listening(app)) for _ in range(num_replicas)]
+            backend.servers = [
+                ray_haproxy.ServerConfig(name=f"old-{port}", host="127.0.0.1", port=port) for port in ports
+            ]
+            await proxy.api.reload()
+            assert (await client.get("/docs")).status_code == 200
+            backend.servers = [updated]
+            await proxy.api.reload()
+            await replicas.aclose()
+            reply = await client.get("/docs")
+    assert (reply.status_code, reply.headers["connection"]) == (200, "close")  # the replaced HAProxy's last answer
+
+
 async def test_public_address_and_admin_socket_are_restricted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         await proxy.api.reload()
@@ -437,6 +470,8 @@ async def test_every_edit_applies_once_or_stops_startup(tmp_path: Path, monkeypa
         changed = "".join(line for line in lines if gone not in line)
         with pytest.raises(ConfigurationChangedError, match=gone):
             finish(changed, options)
+    with pytest.raises(ConfigurationChangedError, match="error-limit"):
+        finish(rendered.replace("error-limit", "limit"), options)
     proxy.config.write_text(changed)
     with pytest.raises(RuntimeError, match="crashed during startup: error: this version of Ray writes") as caught:
         await proxy.api._start_and_wait_for_haproxy()
