@@ -280,7 +280,7 @@ class StoreThreads:
                 raise StorageError("the artifact store is busy with slow calls")
             return await result
         finally:
-            future.cancel()  # has no effect on work that a thread has begun
+            result.cancel()  # work that a thread has begun goes on, and asyncio does not report its error
 
 
 def _undo(future: Future[T], undo: Callable[[], None]) -> None:
