@@ -21,6 +21,7 @@ class CachedQuery(Generic[T]):
         *,
         first: T,
         fresh_s: Callable[[T], float] | float = 1.0,
+        usable_s: float = 0.0,
         kept_s: float = math.inf,
         timeout_s: float = 0.8,
         clock: Clock | None = None,
@@ -28,12 +29,14 @@ class CachedQuery(Generic[T]):
         """Make no query yet. `query` must not raise.
 
         `fresh_s` is how many seconds a result is used without a new query. It may depend on the result. When a query
-        has run for `timeout_s` seconds, its callers get the last result. `first` is the result until there is another
-        one, and if the last one is older than `kept_s` seconds.
+        has run for `timeout_s` seconds, its callers get the last result. If that is newer than `usable_s` seconds, they
+        get it without waiting. `first` is the result until there is another one, and if the last one is older than
+        `kept_s` seconds.
         """
         self._query = query
         self._first = self._last = first
         self._fresh_s = fresh_s
+        self._usable_s = usable_s
         self._kept_s = kept_s
         self._timeout_s = timeout_s
         self._clock = clock or SystemClock()
@@ -46,13 +49,14 @@ class CachedQuery(Generic[T]):
         return self.result
 
     async def refresh(self) -> bool:
-        """Query again if the last result is old. Return False if the query does not end within `timeout_s`."""
+        """Query again if the last result is old. Return False if the query has not ended."""
         if not self._is_running:
             fresh_s = self._fresh_s(self._last) if callable(self._fresh_s) else self._fresh_s
             if self._age_s >= fresh_s:
                 self._began_at = self._clock.monotonic()
                 self._running = asyncio.create_task(self._run())
-        return await self._wait(self._timeout_s - self.running_s)
+        patience_s = self._timeout_s if self._age_s >= self._usable_s else 0.0
+        return await self._wait(patience_s - self.running_s)
 
     async def wait(self) -> bool:
         """Wait at most `timeout_s` for a query in progress. Return False if it has not ended."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FRESH_S = 0.5  # if the status is older, the controller is asked again
+_USABLE_S = 2.0  # if the status is older, callers wait for the controller; otherwise a busy one would delay each probe
 # The fields of a report that have the same names and values in a replica's statistics.
 _AS_PUBLISHED = ("device", "dtype", "profile", "memory_bytes", "requests", "rows_per_step", "requests_per_minute")
 _QUALITY = TypeAdapter(ModelQuality | None)
@@ -140,10 +141,10 @@ class ModelWatch:
         self._metrics = metrics
         self._models: Mapping[str, ModelStatus] = {name: ModelStatus(stage="loading") for name in self._names}
         self._answered_at = float("-inf")
-        self._controller = CachedQuery(self._ask, first=None, fresh_s=_FRESH_S)
+        self._controller = CachedQuery(self._ask, first=None, fresh_s=_FRESH_S, usable_s=_USABLE_S)
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Return the status of each model as Ray Serve's controller reported it, at most `_FRESH_S` ago.
+        """Return the status of each model as Ray Serve's controller reported it, at most `_USABLE_S` ago.
 
         If the controller does not answer within a second, for example because Ray's head node restarts, return the last
         status, however old it is.

@@ -6,6 +6,7 @@ import asyncio
 
 from stable_audio_serve.core.cached_query import CachedQuery
 from tests.factories import FakeClock
+from tests.patience import PATIENCE_S
 
 
 class CountedQuery:
@@ -52,6 +53,21 @@ async def test_late_answer_is_awaited_briefly_then_the_cached_one_expires() -> N
     counted.is_free.set()
     await query.wait()
     assert await query.answer() == 2
+
+
+async def test_a_usable_result_is_returned_while_the_next_query_runs() -> None:
+    clock, counted = FakeClock(), CountedQuery()
+    query = CachedQuery(counted, first=0, fresh_s=1.0, usable_s=2.0, timeout_s=3600.0, clock=clock)
+    assert await query.answer() == 1
+    counted.is_free.clear()
+    clock.now += 1.5
+    async with asyncio.timeout(PATIENCE_S):
+        assert await query.answer() == 1
+    counted.is_free.set()
+    await query.wait()
+    assert query.result == 2
+    clock.now += 2.5
+    assert await query.answer() == 3
 
 
 async def test_invalidate_discards_the_query_in_progress() -> None:

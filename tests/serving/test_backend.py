@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from ray.exceptions import NodeDiedError, OwnerDiedError, RayError
 from ray.serve.exceptions import RequestCancelledError
 
+from stable_audio_serve.core.cached_query import CachedQuery
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.serving import backend as backend_module
@@ -139,6 +141,30 @@ async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeyp
         assert {status["small-sfx"].stage for status in statuses} == {"ready"}
     finally:
         head_is_back.set()
+
+
+async def test_a_slow_controller_does_not_delay_readers_of_a_recent_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, each probe of a load balancer would take as long as the controller."""
+    asked, may_answer = threading.Event(), threading.Event()
+    application = SimpleNamespace(deployments={})
+
+    def answer(_: str) -> Any:
+        if asked.is_set():
+            assert may_answer.wait(60)
+        asked.set()
+        return application
+
+    monkeypatch.setattr(model_states, "read_application", answer)
+    monkeypatch.setattr(model_states, "_FRESH_S", 0.0)
+    monkeypatch.setattr(model_states, "_USABLE_S", 3600.0)
+    monkeypatch.setattr(model_states, "CachedQuery", partial(CachedQuery, timeout_s=3600.0))
+    model = backend(_RESULT)
+    try:
+        await model.status()
+        async with asyncio.timeout(PATIENCE_S):
+            await model.status()
+    finally:
+        may_answer.set()
 
 
 class PendingCall:
