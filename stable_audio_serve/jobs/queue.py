@@ -243,14 +243,15 @@ class JobQueue:
         writing = asyncio.wrap_future(queued)
         try:
             await asyncio.wait({writing}, timeout=_WRITE_TIMEOUT_S)
+            if not writing.done():
+                raise StorageError("the job database does not answer")
+            return writing.result()
         except asyncio.CancelledError:
             if not queued.cancel():
                 await asyncio.wait({writing}, timeout=_WRITE_TIMEOUT_S)
             raise
-        if not writing.done():
-            queued.cancel()
-            raise StorageError("the job database does not answer")
-        return writing.result()
+        finally:
+            writing.cancel()  # also cancels `queued`; asyncio does not report the error of a transaction that goes on
 
     async def close(self) -> None:
         """Close the database and the artifact store."""

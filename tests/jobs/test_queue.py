@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -77,6 +78,34 @@ async def test_reads_do_not_wait_for_writes_to_a_locked_database(
         locking.execute("ROLLBACK")
     assert {type(outcome) for outcome in outcomes} == {StorageError}
     assert (await workshop.queue.cancel(jobs[-1].spec.ref))[0] == "removed"
+
+
+async def test_failed_writes_without_a_caller_are_not_logged_as_unhandled(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio would log a traceback for each transaction that fails after its caller has got an error or has left."""
+    begun, may_end = threading.Event(), threading.Event()
+    logged: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context["message"]))
+
+    def fail() -> None:
+        begun.set()
+        may_end.wait(PATIENCE_S)
+        raise StorageError("the job database failed")
+
+    cancelled = asyncio.create_task(workshop.queue.write(fail))
+    await asyncio.to_thread(begun.wait, PATIENCE_S)
+    cancelled.cancel()
+    with monkeypatch.context() as hurried:
+        hurried.setattr(queue_module, "_WRITE_TIMEOUT_S", 0.1)
+        with pytest.raises(StorageError, match="does not answer"):
+            await workshop.queue.write(fail)
+    may_end.set()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    del cancelled
+    await workshop.queue.submit(make_spec())
+    gc.collect()
+    assert logged == []
 
 
 async def test_reads_log_with_the_id_of_their_request(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
