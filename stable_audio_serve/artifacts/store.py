@@ -223,7 +223,7 @@ def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[by
 class StoreThreads:
     """Runs the blocking work of one store on its own threads. Log lines of the work have the caller's request id.
 
-    Every method raises StorageError if no thread is free in time.
+    `run`, `call` and `stream` raise StorageError if no thread is free in time.
     """
 
     def __init__(self, num_threads: int, *, name: str) -> None:
