@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.checkpoint_files import damaged
+from stable_audio_serve.models.checkpoint_files import damaged, encoder_weights
 from stable_audio_serve.models.config_reader import MAX_DEPTH
 from stable_audio_serve.models.protocol import PromptTokens
+from stable_audio_serve.models.weight_files import read_weights
 
 # Called with a folder. Returns the network and the loading report of transformers (`output_loading_info`).
 NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
@@ -88,10 +89,7 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
     try:
         encoder, report = load_network(folder)
     except Exception as error:
-        reason = _reason(error)
-        if "ignore_mismatched_sizes" in reason:  # transformers names the weights only in its log
-            reason = "its weights have other shapes than its config.json says"
-        raise CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}") from error
+        raise _refuse_network(folder, error) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
         trial = TextEncoder(tokenizer, encoder, width=0, max_length=_TRIAL_TOKENS)
@@ -136,6 +134,19 @@ def _check_config(folder: Path) -> None:
             depth = section.get(key) if isinstance(section, dict) else None
             if isinstance(depth, int | float) and depth > MAX_DEPTH:
                 raise CheckpointError(f"{path}: {key} must be at most {MAX_DEPTH}, found {depth}")
+
+
+def _refuse_network(folder: Path, error: Exception) -> CheckpointError:
+    """Returns the error for a network that raised `error`. It names the damaged weight file, if there is one."""
+    reason = _reason(error)
+    if "ignore_mismatched_sizes" in reason:  # transformers names the weights only in its log
+        reason = "its weights have other shapes than its config.json says"
+    try:
+        for path in encoder_weights(folder):
+            read_weights(path)
+    except CheckpointError as cause:
+        reason = cause.message
+    return CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}")
 
 
 def _refuse_tokenizer(folder: Path, error: Exception) -> CheckpointError:

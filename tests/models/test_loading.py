@@ -293,6 +293,22 @@ def test_corrupt_text_encoder_files(folder: Path, spoilt: str) -> None:
     assert "text encoder" in failure(folder)
 
 
+@pytest.mark.parametrize(
+    "content", ["null", "{}", "<html>", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "absent"}}']
+)
+def test_a_damaged_index_of_text_encoder_weights_is_named(folder: Path, content: str) -> None:
+    (folder / "t5gemma" / "model.safetensors").unlink()
+    (folder / "t5gemma" / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in failure(folder)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_truncated_text_encoder_weights_are_named(folder: Path, size: int) -> None:
+    path = folder / "t5gemma" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert f"{path} is corrupt or incomplete" in failure(folder)
+
+
 @pytest.mark.parametrize("content", ["null", "[]", "{}", '{"version"', "<html>", "[" * 10_000])
 def test_a_damaged_tokenizer_is_named(folder: Path, content: str) -> None:
     (folder / "t5gemma" / "tokenizer.json").write_text(content)
