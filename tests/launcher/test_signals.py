@@ -60,6 +60,25 @@ def test_a_stop_signal_is_never_lost(script: str) -> None:
     assert run(script) == "stopped\n"
 
 
+@pytest.mark.parametrize(
+    ("later_s", "exit_code"),
+    [(2.0, 3), (0.5, 0)],
+    ids=["second Ctrl-C", "Ctrl-C that a program such as make passes on"],
+)
+def test_second_signal_stops_at_once_unless_it_is_a_repeat(later_s: float, exit_code: int) -> None:
+    script = f"""
+try:
+    send(signal.SIGINT)
+except KeyboardInterrupt:
+    stop.begin_stop(exit_code=3)
+    stopping_at = time.monotonic()
+    time.monotonic = lambda: stopping_at + {later_s}
+    send(signal.SIGINT)
+"""
+    ended = subprocess.run([sys.executable, "-c", f"import time\n{_START}{script}"], timeout=PATIENCE_S, check=False)
+    assert ended.returncode == exit_code
+
+
 def test_other_signals_do_not_stop_the_server() -> None:
     handler = "signal.signal(signal.SIGUSR1, lambda *_: None)"
     assert run(f"{handler}; send(signal.SIGUSR1); stop.wait(0.1)") == "waited\n"
