@@ -22,6 +22,8 @@ from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.audio.encode import encode_audio
 from stable_audio_serve.cli import app
 from stable_audio_serve.cli.sound_files import read_recipe, slug
+from stable_audio_serve.cli.tables import progress_line
+from stable_audio_serve.client import JobProgress
 from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core.errors import GenerationError, OverloadedError
 from stable_audio_serve.core.sound import AudioFormat, Encoding
@@ -392,6 +394,27 @@ async def test_pieces_with_sections_are_generated_submitted_and_replayed(shell: 
     assert messages(too_short.encode()) == ["error: the length of --section 2 must be greater than 0"]
     assert "30:rain" in (await shell.run("generate", "rain", "--section", "x", code=2)).decode()
     assert "--section" in (await shell.run("generate", "rain", "--overlap", "2", code=2)).decode()
+
+
+@pytest.mark.parametrize(
+    ("progress", "texts"),
+    [
+        (JobProgress("queued", 0.0, None, 0), ["queued, next"]),
+        (JobProgress("queued", 0.0, 31.2, 4), ["queued, 4 ahead", "31 s left"]),
+        (JobProgress("denoise", 0.5, 12.4, None), ["denoise", "12 s left"]),
+        (JobProgress("denoise", 0.5, 9.6, None, sections_done=2, num_sections=5), ["section 3 of 5", "10 s left"]),
+    ],
+    ids=["next", "queued", "running", "long piece"],
+)
+def test_a_terminal_shows_the_stage_and_the_remaining_time(
+    progress: JobProgress, texts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # write as to a terminal
+    for is_quiet in (False, True):
+        with progress_line(quiet=is_quiet) as show:
+            show(progress)
+        shown = capsys.readouterr().err
+        assert [text in shown for text in texts] == [not is_quiet] * len(texts)
 
 
 async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> None:
