@@ -21,6 +21,8 @@ from stable_audio_serve.api.native import job_routes as native_jobs
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.shared_routes import files, merged, server
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.settings_models import ModelSettings, ReplicaSettings
+from stable_audio_serve.core.settings_sources import VARIABLES
 from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
 from tests.backends import RATE_HZ, ToneBackend
@@ -260,6 +262,41 @@ def test_settings_named_on_pages_exist() -> None:
         if key not in document[section]
     ]
     assert not unknown
+
+
+def test_documented_defaults_are_those_of_the_settings() -> None:
+    """Checks table rows such as | `jobs.runners` | 1 | and text such as `drain_s` (20 s)."""
+    settings = Settings().model_dump()
+    defaults = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    for section, values in settings.items():
+        if isinstance(values, dict):
+            defaults |= {f"{section}.{key}": value for key, value in values.items()}
+    for path, names in VARIABLES.items():
+        defaults |= dict.fromkeys(names, defaults[".".join(path)])
+    defaults |= ModelSettings(name="demo").model_dump() | ReplicaSettings().model_dump()
+    units = {"": 1, " s": 1, " seconds": 1, " MiB": 2**20, " GiB": 2**30}
+    number = rf"([\d.]+)({'|'.join(units)})"
+    found = []
+    for page in pages():
+        text = (ROOT / page).read_text()
+        found += [
+            (page, *row) for row in re.findall(rf"^\| `([\w.]+)`[^|]*\| {number}(?:,[^|]*)? \|", text, re.MULTILINE)
+        ]
+        found += [(page, *row) for row in re.findall(rf"`([\w.]+)` \({number}\)", text)]
+        found += [(page, *row, "") for row in re.findall(r"^\| `([\w.]+)`[^|]*\| `([^`|]+)` \|", text, re.MULTILINE)]
+    wrong, num_checked = [], 0
+    for page, name, value, unit in found:
+        default = defaults.get(name)
+        if isinstance(default, bool | str):
+            num_checked, is_right = num_checked + 1, str(default).lower() == value.lower()
+        elif isinstance(default, int | float):
+            num_checked, is_right = num_checked + 1, default == float(value) * units[unit]
+        else:
+            continue  # no setting, or a default in words
+        if not is_right:
+            wrong.append(f"{page}: {name} is {default}, not {value}{unit}")
+    assert wrong == []
+    assert num_checked >= 25
 
 
 def test_every_page_with_commands_is_run() -> None:
