@@ -3,9 +3,12 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -103,32 +106,52 @@ async def test_jobs_are_listed_cancelled_and_refused(
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_cancel_with_a_lost_answer_succeeds(served: Served, connect: Callable[..., Caller]) -> None:
-    call, num_requests = connect(served.url), 0
+@asynccontextmanager
+async def losing_the_first_answer(
+    url: str, after: Callable[[], Awaitable[object]] = partial(asyncio.sleep, 0)
+) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Forward requests to a server, and lose the first answer, after a call of `after`.
 
-    async def lose_the_first_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal num_requests
-        num_requests += 1
-        request = await reader.readuntil(b"\r\n\r\n")
-        there, here = await asyncio.open_connection(*served.url.removeprefix("http://").split(":"))
-        here.write(request.replace(b"keep-alive", b"close"))
+    Yields the URL to send requests to, and a list of the requests' heads.
+    """
+    heads: list[bytes] = []
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(head := await reader.readuntil(b"\r\n\r\n"))
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        body = await reader.readexactly(int(length[1]) if length else 0)
+        there, here = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        here.write(head.replace(b"keep-alive", b"close") + body)
         answer = await there.read()
         here.close()
-        if num_requests == 1:
-            await call("jobs.wait", job.id)
+        if len(heads) == 1:
+            await after()
         else:
             writer.write(answer)
         writer.close()
 
+    async with await asyncio.start_server(forward, "127.0.0.1", 0) as between:
+        yield f"http://127.0.0.1:{between.sockets[0].getsockname()[1]}", heads
+
+
+async def test_a_cancel_with_a_lost_answer_succeeds(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
     served.backend.released.clear()
-    async with await asyncio.start_server(lose_the_first_answer, "127.0.0.1", 0) as between:
-        lossy = connect(f"http://127.0.0.1:{between.sockets[0].getsockname()[1]}")
-        job = await call("jobs.submit", "rain", duration=0.1)
+    job = await call("jobs.submit", "rain", duration=0.1)
+    async with losing_the_first_answer(served.url, lambda: call("jobs.wait", job.id)) as (url, heads):
+        lossy = connect(url)
         assert (await lossy("jobs.cancel", job.id)).status == "cancelled"
-        assert num_requests > 1
+        assert len(heads) > 1
         with pytest.raises(errors.ConflictError):
             await lossy("jobs.cancel", job.id)
     served.backend.released.set()
+
+
+async def test_a_submission_with_a_lost_answer_makes_one_job(served: Served, connect: Callable[..., Caller]) -> None:
+    async with losing_the_first_answer(served.url) as (url, heads):
+        job = await connect(url)("jobs.submit", "rain", duration=0.1)
+        assert [head.split(b" HTTP")[0] for head in heads[:2]] == [b"POST /jobs"] * 2
+    assert [each.id for each in (await connect(served.url)("jobs.list")).jobs] == [job.id]
 
 
 async def test_a_failed_job_raises_its_error(served: Served, connect: Callable[..., Caller], *, tmp_path: Path) -> None:
