@@ -17,9 +17,12 @@ from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.compat import aimlapi, elevenlabs, fal, stability
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
+from stable_audio_serve.api.middleware.limits import MAX_FIELDS_BYTES, ClientTimes
 from stable_audio_serve.api.native import job_routes as native_jobs
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.shared_routes import files, merged, server
+from stable_audio_serve.audio.workers import MAX_SOURCE_BYTES
+from stable_audio_serve.core.generation import MAX_PROMPT_CHARS
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_models import ModelSettings, ReplicaSettings
 from stable_audio_serve.core.settings_sources import VARIABLES
@@ -297,6 +300,19 @@ def test_documented_defaults_are_those_of_the_settings() -> None:
             wrong.append(f"{page}: {name} is {default}, not {value}{unit}")
     assert wrong == []
     assert num_checked >= 25
+
+
+def test_documented_limits_of_slow_clients_are_those_in_use() -> None:
+    times = ClientTimes()
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", (DOCS / "security.md").read_text(), re.MULTILINE)
+    assert {
+        ("time for the whole body", f"{times.total_s:g} s, and at least {times.rate_bytes_s / 1024:g} kB a second"),
+        ("speed of reading a response", f"{64 * 60 / times.send_idle_s:g} KiB a minute; slower connections are closed"),
+        ("slow bodies in one process", f"{times.max_slow}, of which {times.max_slow_per_client} of one client"),
+        ("size of a JSON body", f"{MAX_FIELDS_BYTES / 2**20:g} MiB"),
+        ("size of decoded audio in one process", f"{MAX_SOURCE_BYTES / 2**30:g} GiB"),
+        ("length of a prompt and a negative prompt", f"{MAX_PROMPT_CHARS:,} characters"),
+    } - set(rows) == set()
 
 
 def test_every_page_with_commands_is_run() -> None:
