@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import resource
 import socket
 import subprocess
 import sys
@@ -184,3 +185,19 @@ def test_each_start_has_its_own_token() -> None:
     first, second = (environment.base_environment(Settings()) for _ in range(2))
     assert first["RAY_AUTH_MODE"] == "token"
     assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
+
+
+def test_ray_sends_no_usage_statistics() -> None:
+    assert environment.base_environment(Settings())["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_limit_of_open_files_is_raised() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = 512 if hard == resource.RLIM_INFINITY else min(hard, 512)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+        environment.raise_file_limit()
+        raised, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert raised == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
