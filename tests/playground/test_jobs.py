@@ -161,6 +161,26 @@ def test_waiting_order_that_another_tab_sends_is_shown_by_both(page: Page) -> No
     assert len(page.clips) == 1
 
 
+def test_server_panel_shows_models_and_jobs(page: Page) -> None:
+    model = {"stage": "ready", "max_replicas": 3, "rows_per_step": 2.46, "backlog_s": 7.0, "requests_per_minute": 12}
+    model["replicas"] = [{"device": "cuda:0"}, {"device": "cuda:1"}]
+    jobs = {"queued": 4, "running": 1, "dead_letters": 2}
+    status = {"status": "ok", "version": "1.2", "reasons": ["a reason"], "models": {"music": model}, "jobs": jobs}
+    cells, facts = page.browser.execute_async_script(
+        """
+        const [status, done] = arguments;
+        import("./playground/server_panel.js").then(({ ServerPanel }) => {
+          new ServerPanel().draw(status);
+          const cells = [...document.querySelectorAll("#server-models td")];
+          done([cells.map((cell) => cell.textContent), document.getElementById("server-facts").textContent]);
+        });
+        """,
+        status,
+    )
+    assert cells == ["music", "ready", "2 of 3", "cuda:0, cuda:1", "2.5", "7.0 s", "12"]
+    assert facts == "Jobs: 4 queued, 1 running, 2 dead letters. Version 1.2. a reason"
+
+
 @pytest.mark.slow
 def test_server_panel_sends_one_request_at_a_time_and_keeps_focus(page: Page) -> None:
     num_asked = page.browser.execute_async_script(
