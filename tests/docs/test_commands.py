@@ -21,6 +21,7 @@ from stable_audio_serve.api.middleware.limits import MAX_FIELDS_BYTES, ClientTim
 from stable_audio_serve.api.native import job_routes as native_jobs
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.shared_routes import files, merged, server
+from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.audio.workers import MAX_SOURCE_BYTES
 from stable_audio_serve.core.generation import MAX_PROMPT_CHARS
 from stable_audio_serve.core.settings import Settings
@@ -313,6 +314,13 @@ def test_documented_limits_of_slow_clients_are_those_in_use() -> None:
         ("size of decoded audio in one process", f"{MAX_SOURCE_BYTES / 2**30:g} GiB"),
         ("length of a prompt and a negative prompt", f"{MAX_PROMPT_CHARS:,} characters"),
     } - set(rows) == set()
+
+
+def test_documented_limits_of_event_streams_are_those_in_use() -> None:
+    limits, text = StreamLimits(), " ".join((DOCS / "jobs.md").read_text().split())
+    assert f"Idle streams get a comment every {limits.comment_s:g} s." in text
+    assert f"has at most {limits.max_open} open streams and answers 503 to more" in text
+    assert f"and at most {limits.max_open_per_client} of one client and answers 429 to more" in text
 
 
 def test_every_page_with_commands_is_run() -> None:
