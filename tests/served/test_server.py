@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from stable_audio_serve.core.processor import has_native_bfloat16
 from stable_audio_serve.core.settings import Settings
 from tests.patience import PATIENCE_S, wait_until
 from tests.served.conftest import count_ended, make_body, make_long_body
@@ -153,6 +154,12 @@ def test_every_stage_of_the_start_is_printed(server: LaunchedServer) -> None:
     assert "tiny: import" in server.output
     assert f"ready: {server.url}" in server.output
     assert "\x1b" not in server.output  # no colour codes, because the output does not go to a terminal
+
+
+def test_start_names_models_that_bfloat16_would_speed_up(server: LaunchedServer) -> None:
+    device = wait_until(lambda: server.client.get("/health").json()["models"]["tiny"]["device"])
+    hint = "hint: this CPU supports bfloat16, but float32 is used for tiny."  # the demo model is left out
+    assert (hint in server.output) is (device == "cpu" and has_native_bfloat16())
 
 
 def test_a_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, metrics_port: int) -> None:
