@@ -46,6 +46,11 @@ def test_an_untampered_copy_passes_and_names_unknown_tensors(folder: Path) -> No
     assert answer.exit_code == 0, "\n".join(answer.lines)
     assert "lyrics/x" in answer.line("lyrics", "skipped")
     assert "reverb" in answer.line("end-to-end", "skipped")
+    stated = json.loads((folder / "golden.json").read_text())["components"]["rounding"]["max_abs"]
+    bounds = {each["key"].split("[")[0]: each["bound"] for each in answer.report["comparisons"]}
+    shared = stated.keys() & bounds.keys()
+    assert shared  # the bound of these is ten times the stated rounding, instead of the bound of their component
+    assert {key: bounds[key] for key in shared} == pytest.approx({key: 10 * stated[key] for key in shared})
 
 
 @pytest.mark.parametrize("component", some(WEIGHTS, {"denoiser"}))
