@@ -68,9 +68,8 @@ def _drain(
     # A proxy's `is_drained` considers only requests that the proxy received before this call.
     for proxy in proxies:
         proxy.update_draining.remote(True)
-    num_in_flight = sum(_broadcast(ingress))
-    if num_in_flight:
-        report(f"finishing {num_in_flight} requests within {within_s:g} s (a second signal stops at once) ...")
+    if any(_broadcast(ingress)):  # a number would not be that of the requests, because an idle replica may answer 1
+        report(f"finishing current requests within {within_s:g} s (a second signal stops at once) ...")
     while True:
         num_left = sum(_broadcast(runner)) + sum(_broadcast(ingress))
         if not num_left and not _num_in_haproxy(statistics_host) and _are_drained(proxies):
