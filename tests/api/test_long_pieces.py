@@ -36,6 +36,8 @@ WRONG: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = [
         [("sections", 0, "duration"), ("sections", 1, "duration"), ("sections",)],
     ),
     ({"sections": [{"duration": 4}], "overlap_s": 61}, [("overlap_s",)]),
+    ({"sections": [{"duration": 4}], "overlap_s": 130}, [("overlap_s",)]),
+    ({"sections": [{"duration": 61}], "overlap_s": 130}, [("overlap_s",), ("sections", 0, "duration")]),
     ({"sections": [{"duration": 4}], "overlap_s": 0.01}, [("overlap_s",)]),
     ({"overlap_s": 2}, [("overlap_s",)]),
     ({"sections": [{"duration": 4}], "duration": 5}, [("duration",)]),

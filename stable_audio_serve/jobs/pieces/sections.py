@@ -95,6 +95,8 @@ def find_faults(
         allowed = f"{LEAST_OVERLAP_S:g}..{most_s / 2:g}"
         message = f"overlap_s must be from {LEAST_OVERLAP_S:g} to {most_s / 2:g}, half the longest clip of {name}"
         faults.append(InvalidRequestError(message, field="overlap_s", allowed=allowed))
+        # The sections are checked against the nearest allowed overlap, so that their errors name a range that exists.
+        overlap_s = min(max(overlap_s, LEAST_OVERLAP_S), most_s / 2)
     most_own_s = most_s - overlap_s
     for index, section in enumerate(sections):
         field = f"sections.{index}.duration"
