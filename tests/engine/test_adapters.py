@@ -17,10 +17,12 @@ from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora, Stacking
+from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import Engine, EngineOptions, adapters
 from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from stable_audio_serve.models.adapters.adapter import read_adapter
 from stable_audio_serve.models.adapters.base import Base
+from stable_audio_serve.models.adapters.fold import fold
 from stable_audio_serve.models.adapters.slot_table import SlotTable
 from stable_audio_serve.models.protocol import ModelSpec, RowConditioning, StepBatch
 from stable_audio_serve.models.sa3.model import Sa3Model
@@ -91,6 +93,29 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "inpaint": {"duration_s": 0.8, "inpaint_audio": make_audio(0.8), "inpaint_regions_s": ((0.2, 0.5),)},
     "several": {"duration_s": 0.6, "batch_size": 2},
 }
+
+
+class AdapterMetrics(NullMetrics):
+    """Records the metrics of adapters."""
+
+    def __init__(self) -> None:
+        self.num_loads = 0
+        self.fold_ms: list[float] = []
+        self.gauges: dict[str, float] = {}
+
+    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
+        super().increment(name, value, **labels)
+        self.num_loads += name == "engine_adapter_loads"
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        super().gauge(name, value, **labels)
+        if name.startswith("engine_adapter_"):
+            self.gauges[name] = value
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        super().observe(name, value, **labels)
+        if name == "engine_adapter_fold_ms":
+            self.fold_ms.append(value)
 
 
 @asynccontextmanager
@@ -184,6 +209,15 @@ async def test_requests_with_other_adapters_change_nothing(tmp_path: Path, mode:
             assert_alike(found, expected)
         if not request.loras:
             assert_alike(found, await generate(request))
+
+
+async def test_a_neighbour_with_the_same_adapter_changes_no_byte(tmp_path: Path) -> None:
+    lora = make_lora(tmp_path, change("lora"))
+    requests = [replace(make_clip(duration_s=0.9, loras=(lora,)), seed=seed) for seed in range(2)]
+    async with running(mode="slots") as engine:
+        together = await asyncio.gather(*map(engine.generate, requests))
+    for request, found in zip(requests, together, strict=True):
+        assert_same(found, await generate(request, mode="slots"))
 
 
 @pytest.mark.slow
@@ -470,3 +504,18 @@ async def test_the_least_recently_used_adapter_makes_room(tmp_path: Path) -> Non
         assert_same(await engine.generate(replace(request, loras=(loras[2],))), whole[2])
     async with running(lora_cache_bytes=1000) as engine:
         assert "lora_cache_bytes allows 1000" in str(await refused(engine, loras[0]))
+
+
+async def test_the_adapter_used_last_stays_and_metrics_count_loads(tmp_path: Path) -> None:
+    loras = [make_lora(tmp_path, change("lora", seed=seed), name=f"m{seed}") for seed in range(3)]
+    fitted = base().fit(read_adapter(Path(loras[0].source)))
+    used = fitted.nbytes + fold(base(), [(fitted, 1.0)], stacking="chained", max_rank=64).nbytes
+    metrics = AdapterMetrics()
+    async with running(lora_cache_bytes=2 * used, metrics=metrics) as engine:
+        for number, num_loads in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3)):
+            await engine.generate(make_clip(duration_s=0.3, loras=(loras[number],)))
+            assert metrics.num_loads == len(metrics.fold_ms) == num_loads
+            if number == 0 and num_loads == 1:
+                assert metrics.gauges == {"engine_adapter_slots": 1, "engine_adapter_bytes": used}
+    assert metrics.gauges["engine_adapter_bytes"] <= 2 * used
+    assert min(metrics.fold_ms) > 0
