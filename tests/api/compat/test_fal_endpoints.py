@@ -325,10 +325,12 @@ async def test_edits_reach_the_model(client: httpx.AsyncClient, backend: ToneBac
     assert backend.last.init_audio.duration_s == SOURCE_S
     assert (await post(client, f"{SMALL}/audio-inpainting", mask_end_seconds=100)).status_code == 200
     assert (backend.last.duration_s, backend.last.inpaint_regions_s) == (SOURCE_S, ((0.5, SOURCE_S),))
+    assert backend.last.keep == "source"
     reply = await post(client, f"{SMALL}/audio-outpainting", extend_seconds_before=3, extend_seconds_after=1)
     assert reply.status_code == 200, reply.text
     assert (backend.last.duration_s, backend.last.source_start_s) == (6, 3)
     assert backend.last.inpaint_regions_s == ((0, 3), (5, 6))
+    assert backend.last.keep == "source"
     assert (await post(client, "fal-ai/stable-audio-25/audio-to-audio")).status_code == 200
     assert (backend.last.duration_s, backend.last.init_noise_level) == (SOURCE_S, 0.8)
     assert (await post(client, "fal-ai/stable-audio-25/inpaint", mask_end=2)).status_code == 200

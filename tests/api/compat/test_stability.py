@@ -247,6 +247,7 @@ async def test_variation_and_region_reach_the_model(
         assert (await wait(client, reply.json()["id"]) if path == INPAINT else reply).status_code == 200
         assert backend.last.inpaint_regions_s == ((1.5, 7.0),)
         assert backend.last.inpaint_audio is not None
+        assert backend.last.keep == "source"
 
 
 async def test_random_seeds_differ_and_are_reported(client: httpx.AsyncClient, backend: ToneBackend) -> None:
