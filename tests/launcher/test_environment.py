@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import resource
+import runpy
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from ray._common.utils import import_attr
+from ray.serve._private import constants
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
@@ -101,6 +103,20 @@ def test_reload_timeout_covers_the_longest_request(tmp_path: Path) -> None:
             settings = Settings.model_validate({"api": {"max_deadline_s": longest_s}})
             variables = haproxy_environment(ports, tmp_path, host=_HOST, settings=settings)
             assert int(variables["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == math.ceil(longest_s)
+
+
+def test_ray_serve_reads_the_times_for_old_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped replica's port stays unused until an old HAProxy has ended, and an unhealthy replica ends at once."""
+    settings = Settings.model_validate({"api": {"max_deadline_s": 777}})
+    with claim_ports(_HOST) as ports:
+        variables = environment.base_environment(settings)
+        variables |= haproxy_environment(ports, tmp_path, host=_HOST, settings=settings)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    read = runpy.run_path(constants.__file__)
+    assert read["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] == 777
+    assert read["RAY_SERVE_PORT_QUARANTINE_S"] == 777 + 30
+    assert read["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] is True
 
 
 def test_port_block_has_room_for_a_hundred_replicas() -> None:
