@@ -237,6 +237,7 @@ async def test_a_database_that_hangs_delays_requests_once(store_url: str, monkey
 
 async def test_request_keeps_its_place_until_it_ends(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     open_database(store_url).prepare()
+    assert 2 * key_limits._RENEW_S < key_uses.LEASE_S  # so that a request keeps its place if one renewal fails
     monkeypatch.setattr(key_uses, "LEASE_S", 1.5)
     monkeypatch.setattr(key_limits, "_RENEW_S", 0.2)
     one, other = (KeyLimiter(open_database(store_url)) for _ in range(2))

@@ -24,7 +24,9 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     settings = load(tmp_path)
     assert [model.name for model in settings.models] == ["small-sfx", "small-music", "medium"]
     assert (settings.api.max_duration_s, settings.api.most_steps(8), settings.api.max_batch_size) == (380.0, 50, 4)
+    assert (settings.api.max_deadline_s, settings.api.max_long_s) == (3600.0, 1800.0)
     assert settings.api.max_upload_bytes == 104_857_600
+    assert settings.storage.max_bytes_per_key == 2 * 2**30
     assert settings.output_dir == "outputs"
     assert settings.model_half is True
     assert settings.preload_models is None
