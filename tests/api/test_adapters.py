@@ -21,6 +21,7 @@ from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store.loaded_adapters import AdapterStore
 from stable_audio_serve.serving.adapters import Library
+from stable_audio_serve.serving.placement import plan_deployments
 from tests.adapter_files import write_file
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
@@ -65,7 +66,7 @@ def open_site(folder: Path, settings: Settings) -> Site:
         "bells": write_file(folder / "adapters" / "bells.safetensors", rank=60),
     }
     (folder / "adapters" / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    backend, jobs = ToneBackend(), open_queue(settings)
+    backend, jobs = ToneBackend(plan_deployments(settings).catalog), open_queue(settings)
     library = Library(settings, backend.catalog, store=AdapterStore(jobs.store.database, "audio"))
     library.start()
     app = create_app(backend, settings, jobs=jobs, adapters=library)
@@ -228,6 +229,18 @@ async def test_malformed_adapters_are_refused(kept: Site, loras: Any) -> None:
     reply = await kept.generate(model="medium", lora_stacking="mixed")
     assert reply.status_code == 422
     assert "'chained' or 'summed'" in reply.text
+
+
+async def test_requests_without_a_stacking_use_the_configured_one(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path)
+    sfx, medium = settings.models
+    models = (sfx, medium.model_copy(update={"lora_stacking": "summed"}))
+    site = open_site(tmp_path, settings.model_copy(update={"models": models}))
+    async with site.client:
+        for fields, expected in (({}, "summed"), ({"lora_stacking": "chained"}, "chained")):
+            assert (await site.generate(model="medium:vinyl", **fields)).status_code == 200
+            assert site.backend.last.lora_stacking == expected
+    await site.jobs.close()
 
 
 async def test_models_without_adapters_refuse_them_by_name(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     assert (settings.api.max_deadline_s, settings.api.max_long_s) == (3600.0, 1800.0)
     assert settings.api.max_upload_bytes == 104_857_600
     assert settings.storage.max_bytes_per_key == 2 * 2**30
+    model = settings.models[0]
+    assert (model.max_loras, model.max_lora_rank, model.lora_cache_bytes) == (4, 64, 512 * 2**20)
+    assert model.lora_stacking == "chained"
     assert settings.output_dir == "outputs"
     assert settings.model_half is True
     assert settings.preload_models is None
