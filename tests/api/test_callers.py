@@ -10,6 +10,8 @@ import pytest
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import ApiSettings, Settings
+from tests.api.compat.serving import make_client
+from tests.api.test_jobs import submit, wait
 from tests.backends import ToneBackend
 
 _BODY = {"prompt": "rain", "input": "rain", "duration": 1}
@@ -62,3 +64,10 @@ async def test_with_keys_the_client_is_the_keys(tmp_path: Path, path: str) -> No
     headers = {"Authorization": "Bearer secret", _HEADER: "198.51.100.1"}
     key_hashes = [f"alice:{hash_key('secret')}"]
     assert await find_client(tmp_path, path=path, headers=headers, key_hashes=key_hashes) == "alice"
+
+
+async def test_jobs_count_for_the_client_that_submitted_them() -> None:
+    async with make_client(api={"key_hashes": [f"alice:{hash_key('secret')}"]}) as (client, backend):
+        client.headers["Authorization"] = "Bearer secret"
+        await wait(client, await submit(client))
+        assert backend.last.client == "alice"
