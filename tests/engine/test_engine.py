@@ -286,6 +286,21 @@ async def test_full_queue_refuses_at_once_with_a_realistic_retry_time() -> None:
         await engine.generate(make_request())
 
 
+async def test_full_queue_has_room_for_another_client_only() -> None:
+    gate = Gate(at=5)
+    async with make_engine(gate, max_queue_s=0.001) as engine:
+        greedy = make_request(steps=100, duration_s=2.0, client="greedy")
+        running = asyncio.create_task(engine.generate(greedy))
+        await gate.reached()
+        before_ms = engine.backlog_ms
+        with pytest.raises(OverloadedError):
+            await asyncio.wait_for(engine.generate(greedy), PATIENCE_S)
+        other = asyncio.create_task(engine.generate(make_request(client="other")))
+        await until(lambda: engine.backlog_ms > before_ms or other.done())
+        gate.open()
+        await asyncio.gather(running, other)
+
+
 async def test_planning_is_bounded() -> None:
     model = SlowPlanner()
     async with Engine(model, EngineOptions(max_planning=3, torch_threads=1, warmup_budget_s=0.0)) as engine:
