@@ -10,13 +10,16 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+import ray
 import yaml
 
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.serving.app import assemble
 from stable_audio_serve.serving.preflight import check_proxy
 from tests.cluster.tools import CLUSTER
 from tests.patience import PATIENCE_S, wait_until
@@ -47,6 +50,17 @@ def test_shorter_hard_stop_in_the_environment_warns() -> None:
     assert len(warnings) == 1
     assert "ends requests after 120 s" in warnings[0]
     assert "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" in warnings[0]
+
+
+def test_application_warns_of_a_shorter_hard_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", raising=False)
+    assemble({"models": [{"name": "demo"}], "output_dir": str(tmp_path)}, replica=object)
+    assert "HAProxy ends requests after 120 s" in caplog.text
 
 
 @pytest.fixture
