@@ -13,6 +13,7 @@ import pytest
 import soundfile
 from fastapi import FastAPI
 
+from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.client import JobProgress, Retries
 from stable_audio_serve.core import errors
 from tests.backends import PausingBackend
@@ -52,6 +53,7 @@ async def test_piece_and_its_sections_have_the_same_samples(served: Served, conn
 
 
 async def test_first_section_is_sent_while_the_second_is_made() -> None:
+    assert StreamLimits().section_poll_s < 1  # listeners get a section less than a second after it was stored
     async with serve(PausingBackend()) as served, httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as http:
         body = {"prompt": "rain", "sections": [{"duration": 2.0}] * 3, "response_format": "flac"}
         path = (await http.post("/jobs", json=body)).json()["status_url"]
