@@ -519,5 +519,6 @@ async def test_the_adapter_used_last_stays_and_metrics_count_loads(tmp_path: Pat
             assert metrics.num_loads == len(metrics.fold_ms) == num_loads
             if number == 0 and num_loads == 1:
                 assert metrics.gauges == {"engine_adapter_slots": 1, "engine_adapter_bytes": used}
+                assert engine.adapters_in_memory() == [fitted.sha256]  # replicas report them to the routers
     assert metrics.gauges["engine_adapter_bytes"] <= 2 * used
     assert min(metrics.fold_ms) > 0
