@@ -27,6 +27,7 @@ from stable_audio_serve.jobs.store.sections import Sections
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import PausingBackend
 from tests.jobs.conftest import Workshop, make_spec
+from tests.jobs.runner.test_reports import ReportingBackend, denoised
 from tests.parameters import slow
 from tests.patience import until
 
@@ -102,6 +103,19 @@ async def test_each_section_continues_the_stored_end_of_the_one_before(workshop:
     before = np.concatenate([finished[0][:-JOIN], finished[1]])[-int(1.5 * RATE_HZ) :]
     np.testing.assert_array_equal(sources[2].samples, before.T)
     assert requests[2].inpaint_regions_s == ((1.5, pytest.approx(3.5, abs=1e-4)),)
+
+
+async def test_progress_includes_the_section_that_is_being_made(workshop: Workshop) -> None:
+    workshop.backend = backend = ReportingBackend()
+    await workshop.start_runner()
+    job = await workshop.queue.submit(make_long(1.0, 2.0, 1.0))
+    await until(lambda: len(backend.callbacks) == 1)
+    backend.callbacks[0](denoised(0.5))
+    # The model makes a second more of all sections but the last, and half a second of overlap with the one before.
+    expected = 0.95 * 0.5 * 2.0 / (2.0 + 3.5 + 1.5)
+    await workshop.until(job, lambda job: job.fraction == pytest.approx(expected, rel=1e-3))
+    backend.released.set()
+    assert (await workshop.finished(job)).fraction == 1.0
 
 
 async def test_failed_job_keeps_its_finished_sections(workshop: Workshop) -> None:
