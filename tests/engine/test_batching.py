@@ -18,6 +18,7 @@ from stable_audio_serve.engine.scheduling.batching import (
     GRAPH_ROWS,
     AnyRows,
     BatchPolicy,
+    Call,
     EqualLengths,
     FixedSlots,
     GraphShapes,
@@ -137,6 +138,11 @@ def test_packed_rows_share_one_call_sorted_by_length() -> None:
     assert (call.members, call.rows, call.frames) == ((2, 0, 3, 1), 6, 430)
     assert call.lengths == (40, 100, 100, 100, 430, 430)
     assert call.groups == ((1, 40), (3, 100), (2, 430))
+
+
+def test_unused_tokens_of_a_packed_call_are_shared_by_its_rows() -> None:
+    call = Call((0, 1, 2), rows=4, frames=9, lengths=(9, 5, 5), tokens=24, num_spare=5)
+    assert call.groups == ((1, 11), (2, 7))
 
 
 def test_fast_mode_on_a_cpu_packs_rows_unless_a_grid_is_set() -> None:
