@@ -17,6 +17,7 @@ from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.operations import DrainReport, ServerReport
 from tests.api.compat.serving import make_app
 from tests.api.test_draining import BODY, GENERATE
+from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.jobs.stores import ERROR
 from tests.patience import PATIENCE_S, until
@@ -72,8 +73,12 @@ async def make_admin(
                 yield client, app
 
 
-async def submit(client: httpx.AsyncClient) -> dict[str, Any]:
-    reply = await client.post("/jobs", json=BODY, headers=PLAIN)
+async def submit(client: httpx.AsyncClient, source: bytes | None = None) -> dict[str, Any]:
+    """Submit a job, with an upload if `source` is given. Returns the response's JSON."""
+    if source is None:
+        reply = await client.post("/jobs", json=BODY, headers=PLAIN)
+    else:
+        reply = await client.post("/jobs/variations", data=BODY, files={"audio": ("a.wav", source)}, headers=PLAIN)
     assert reply.status_code == 202
     ticket: dict[str, Any] = reply.json()
     return ticket
@@ -160,8 +165,8 @@ async def test_drain_and_resume_do_not_undo_a_stop() -> None:
         assert (await client.get("/ready")).status_code == 503
 
 
-async def give_up_job(client: httpx.AsyncClient, app: FastAPI) -> dict[str, Any]:
-    ticket = await submit(client)
+async def give_up_job(client: httpx.AsyncClient, app: FastAPI, source: bytes | None = None) -> dict[str, Any]:
+    ticket = await submit(client, source)
     store = app.state.jobs.store
     leased = store.runners.lease("a runner", lease_s=60)
     assert store.runners.fail(leased, ERROR, is_dead_letter=True) is not None
@@ -192,6 +197,18 @@ async def test_dead_letters_are_listed_shown_retried_once_and_deleted() -> None:
         assert deleted == {"done": sorted(numbers[1:]), "not_found": [numbers[0]]}
         assert (await client.get(f"/jobs/{tickets[0]['id']}", headers=PLAIN)).status_code == 404
         assert (await client.get(LETTERS)).json() == {"dead_letters": [], "next_cursor": None}
+
+
+async def test_deleted_dead_letters_leave_no_uploads(tmp_path: Path) -> None:
+    source = make_audio_file(duration_s=0.1)
+    async with make_admin(run_jobs=False, output_dir=str(tmp_path)) as (client, app):
+        for _ in range(9):
+            await give_up_job(client, app, source)
+        assert len([*(tmp_path / "uploads").iterdir()]) == 9
+        numbers = [letter["number"] for letter in (await client.get(LETTERS)).json()["dead_letters"]]
+        deleted = await client.post(f"{LETTERS}/delete", json={"numbers": numbers})
+        assert sorted(deleted.json()["done"]) == sorted(numbers)
+        assert [*(tmp_path / "uploads").iterdir()] == []
 
 
 async def test_number_that_is_too_long_is_no_dead_letter() -> None:
