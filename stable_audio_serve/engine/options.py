@@ -1,12 +1,11 @@
-"""The options of one engine. They are immutable, and are checked when the object is created."""
+"""The options of one engine. They are immutable. `core.settings_models` checks the values that operators set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import Mode
 
 ProfileChoice = Literal["auto", "plain", "accelerated"]
@@ -33,8 +32,6 @@ class EngineOptions:
     In `mode` strict, the default on a CPU, the audio of a request has the same bits whatever other requests run. In
     `mode` fast, the default on CUDA, requests of different lengths share device calls. This changes the audio slightly:
     with the reference checkpoints by at most 1.2e-5, which is less than one unit of 16-bit audio (3e-5).
-
-    Raises ConfigError for an invalid value.
     """
 
     mode: Mode | None = None
@@ -61,24 +58,3 @@ class EngineOptions:
     captures_off_file: Path | None = None
     # How long the timed calls of the warm-up may take. The first call of each kind is not timed. 0: no warm-up.
     warmup_budget_s: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.mode not in (None, "strict", "fast"):
-            raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
-        if self.profile not in get_args(ProfileChoice):
-            allowed = ", ".join(get_args(ProfileChoice))
-            raise ConfigError(f"engine profile {self.profile!r} is unknown", field="profile", allowed=allowed)
-        least = {"slots": 2, "max_rows": 2}  # a guided clip takes two slots; each priority needs one clip in progress
-        whole = ("max_rows", "max_step_tokens", "slots", "max_lora_rank", "max_planning")
-        for name in (*whole, "frame_grid", "max_memory_bytes", "torch_threads"):
-            value = getattr(self, name)
-            if value is not None and value < least.get(name, 1):
-                allowed = f">= {least.get(name, 1)}"
-                raise ConfigError(f"engine {name} must be {allowed}, got {value}", field=name, allowed=allowed)
-        for name in ("max_queue_s", "batch_share", "prompt_cache_bytes", "lora_cache_bytes", "warmup_budget_s"):
-            value = getattr(self, name)
-            if not value >= 0:
-                raise ConfigError(f"engine {name} must not be negative, got {value}", field=name, allowed=">= 0")
-        if not 0 < self.fixed_share < 1:
-            message = f"engine fixed_share must lie between 0 and 1, got {self.fixed_share}"
-            raise ConfigError(message, field="fixed_share", allowed="0 < fixed_share < 1")
