@@ -22,7 +22,7 @@ from stable_audio_serve.models.blocks import (
     SelfAttention,
     gather_affine,
 )
-from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
 
 _MIN_ROTATED = 32  # smallest number of channels with rotary positions in a head
 
@@ -57,14 +57,47 @@ class DenoiserConfig:
         return self.key_width // self.head_width
 
 
-def parse_heads(config: ConfigReader) -> tuple[int, int]:
-    """Returns width and number of heads. Raises CheckpointError naming the key that cannot be used."""
+def parse_transformer(config: ConfigReader) -> dict[str, Any]:
+    """Parse what every family reads in the same way from `model.diffusion.config`, to fields of `DenoiserConfig`.
+
+    Raises CheckpointError naming the key that cannot be used.
+    """
+    config.require(
+        patch_size=1,
+        transformer_type="continuous_transformer",
+        project_global_cond=True,
+        timestep_cond_type="global",
+        input_concat_dim=0,
+        prepend_cond_dim=0,
+        sliding_window=None,
+        causal=False,
+        conformer=False,
+        layer_scale=False,
+        remove_norms=False,
+        rotary_pos_emb=True,
+        use_sinusoidal_emb=False,
+        use_abs_pos_emb=False,
+        final_cross_attn_ix=-1,
+        add_rope=False,
+    )
+    feedforward = config.section("ff_kwargs", optional=True)
+    feedforward.require(glu=True, no_bias=False, use_conv=False)
+    config.section("attn_kwargs", optional=True).require(feat_scale=False)
     width, num_heads = config.integer("embed_dim", default=768), config.integer("num_heads", default=8)
     if width % num_heads:
         raise config.unusable("num_heads", f"a divisor of embed_dim ({width})")
     if width // num_heads < _MIN_ROTATED:
         raise config.unusable("num_heads", f"at most embed_dim / {_MIN_ROTATED}")
-    return width, num_heads
+    return {
+        "latent_channels": config.integer("io_channels", default=32),
+        "width": width,
+        "depth": config.integer("depth", default=12, at_most=MAX_DEPTH),
+        "num_heads": num_heads,
+        "context_width": config.integer("cond_token_dim"),
+        "global_width": config.integer("global_cond_dim"),
+        "ff_mult": feedforward.number("mult", default=4.0, at_least=0.01),
+        "time_features": config.even("timestep_features_dim", default=256),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from stable_audio_serve.models.conditioners import (
     parse_number,
     parse_prompt,
 )
-from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
-from stable_audio_serve.models.native_denoiser import parse_heads
+from stable_audio_serve.models.config_reader import MAX_SAMPLES, ConfigReader
+from stable_audio_serve.models.native_denoiser import parse_transformer
 from stable_audio_serve.models.oscillator.timeline import Timeline, build_timeline
 from stable_audio_serve.models.sa3.lengths import LengthRule
 
@@ -69,49 +69,24 @@ class DenoiserConfig(native_denoiser.DenoiserConfig):
 def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
     """Parse `model.diffusion.config`. Raises CheckpointError naming the key that cannot be used."""
     config.require(
-        patch_size=1,
-        transformer_type="continuous_transformer",
         project_cond_tokens=True,
-        project_global_cond=True,
-        timestep_cond_type="global",
         timestep_features_type="expo",
-        input_concat_dim=0,
-        prepend_cond_dim=0,
         norm_type="rms_norm",
-        sliding_window=None,
-        causal=False,
-        conformer=False,
-        layer_scale=False,
-        remove_norms=False,
-        rotary_pos_emb=True,
-        use_sinusoidal_emb=False,
-        use_abs_pos_emb=False,
-        final_cross_attn_ix=-1,
         cross_attn_rotary_pos_emb=False,
-        add_rope=False,
     )
     config.choice("global_cond_type", ("adaLN",), default="prepend")
     config.choice("timestep_features_type", ("expo",), default="learned")
     config.choice("norm_type", ("rms_norm",), default="layer_norm")
     attention = config.section("attn_kwargs", optional=True)
-    feedforward = config.section("ff_kwargs", optional=True)
-    attention.require(qk_norm_eps=1e-6, feat_scale=False)
-    feedforward.require(glu=True, no_bias=False, use_conv=False, sinusoidal=False)
-    width, num_heads = parse_heads(config)
+    attention.require(qk_norm_eps=1e-6)
+    config.section("ff_kwargs", optional=True).require(sinusoidal=False)
     return DenoiserConfig(
-        latent_channels=config.integer("io_channels", default=32),
-        width=width,
-        depth=config.integer("depth", default=12, at_most=MAX_DEPTH),
-        num_heads=num_heads,
-        context_width=config.integer("cond_token_dim"),
-        global_width=config.integer("global_cond_dim"),
+        **parse_transformer(config),
         local_width=config.integer("local_add_cond_dim", default=0, at_least=0),
         num_prefix=config.integer("num_memory_tokens", default=0, at_least=0),
-        ff_mult=feedforward.number("mult", default=4.0, at_least=0.01),
         differential=attention.flag("differential", default=False),
         head_norm=attention.choice("qk_norm", HEAD_NORMS, default="none"),
         norm_eps=config.section("norm_kwargs", optional=True).number("eps", default=1e-5, at_least=0),
-        time_features=config.even("timestep_features_dim", default=256),
         time_logsnr=config.flag("timestep_features_logsnr", default=False),
     )
 

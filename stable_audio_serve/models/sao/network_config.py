@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 from stable_audio_serve.models import native_denoiser
-from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigReader
-from stable_audio_serve.models.native_denoiser import parse_heads
+from stable_audio_serve.models.config_reader import MAX_SIZE, ConfigReader
+from stable_audio_serve.models.native_denoiser import parse_transformer
 
 NUM_PREFIX = 1  # tokens before each row's frames: one, the global conditioning vector
 HEAD_NORMS = ("none", "ln")
@@ -42,47 +42,19 @@ def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
     """Parse `model.diffusion.config`. Raises CheckpointError naming the key that cannot be used."""
     config = diffusion.section("config")
     config.require(
-        patch_size=1,
-        transformer_type="continuous_transformer",
-        project_global_cond=True,
-        global_cond_type="prepend",
-        timestep_cond_type="global",
-        timestep_features_type="learned",
-        num_memory_tokens=0,
-        input_concat_dim=0,
-        prepend_cond_dim=0,
-        norm_type="layer_norm",
-        sliding_window=None,
-        causal=False,
-        conformer=False,
-        layer_scale=False,
-        remove_norms=False,
-        rotary_pos_emb=True,
-        use_sinusoidal_emb=False,
-        use_abs_pos_emb=False,
-        final_cross_attn_ix=-1,
-        add_rope=False,
+        global_cond_type="prepend", timestep_features_type="learned", num_memory_tokens=0, norm_type="layer_norm"
     )
-    attention, feedforward = (config.section(key, optional=True) for key in ("attn_kwargs", "ff_kwargs"))
-    attention.require(differential=False, feat_scale=False)
-    feedforward.require(glu=True, no_bias=False, use_conv=False)
+    attention = config.section("attn_kwargs", optional=True)
+    attention.require(differential=False)
     config.section("norm_kwargs", optional=True).require(eps=1e-5)
-    width, num_heads = parse_heads(config)
     parsed = DenoiserConfig(
-        latent_channels=config.integer("io_channels", default=32),
-        width=width,
-        depth=config.integer("depth", default=12, at_most=MAX_DEPTH),
-        num_heads=num_heads,
+        **parse_transformer(config),
         num_prefix=NUM_PREFIX,
-        context_width=config.integer("cond_token_dim"),
         projects_context=config.flag("project_cond_tokens", default=True),
-        global_width=config.integer("global_cond_dim"),
-        ff_mult=feedforward.number("mult", default=4.0, at_least=0.01),
         head_norm=attention.choice("qk_norm", HEAD_NORMS, default="none"),
-        time_features=config.even("timestep_features_dim", default=256),
     )
-    if parsed.key_width % parsed.head_width or num_heads % (parsed.key_width // parsed.head_width):
-        expected = f"a number of whole heads of {parsed.head_width} channels that divides {num_heads} heads"
+    if parsed.key_width % parsed.head_width or parsed.num_heads % parsed.num_key_heads:
+        expected = f"a number of whole heads of {parsed.head_width} channels that divides {parsed.num_heads} heads"
         raise config.unusable("cond_token_dim", expected)
     return parsed
 
