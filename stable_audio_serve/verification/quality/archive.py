@@ -19,11 +19,9 @@ from stable_audio_serve.verification.quality.report import (
     MAX_BYTES,
     LastGood,
     Report,
-    dump_last_good,
-    dump_report,
+    dump,
     last_good_id,
-    parse_last_good,
-    parse_report,
+    parse,
 )
 
 T = TypeVar("T")
@@ -42,7 +40,7 @@ class ReportArchive:
         text, name = await self._fetch(report_id), f"quality report {report_id}"
         if text is None:
             return None
-        report = parse_report(text, name=name)
+        report = parse(Report, text, name=name)
         if report.setup.report_id != report_id:
             raise QualityReportError(f"{name} is of another model or setup than its name says")
         return report
@@ -56,18 +54,18 @@ class ReportArchive:
         text = await self._fetch(name)
         if text is None:
             return None
-        good = parse_last_good(text, name=f"quality record {name}, the last good weights of {model}")
+        good = parse(LastGood, text, name=f"quality record {name}, the last good weights of {model}")
         if good.model != model:
             raise QualityReportError(f"quality record {name} is of another model than {model}")
         return good
 
     async def save(self, report: Report) -> None:
         """Write a report. Raises StorageError."""
-        await self._put(report.setup.report_id, dump_report(report))
+        await self._put(report.setup.report_id, dump(report))
 
     async def save_last_good(self, good: LastGood) -> None:
         """Record the weights with which a model passed. Raises StorageError."""
-        await self._put(last_good_id(good.model), dump_last_good(good))
+        await self._put(last_good_id(good.model), dump(good))
 
     async def delete(self, report_id: str) -> None:
         """Delete a report or a record of last good weights, if it exists. Raises StorageError."""
