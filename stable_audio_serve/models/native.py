@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.models.adapters.apply import is_adapted
-from stable_audio_serve.models.blocks import Layout, Packed, PackedSegments
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.fused import use_kernels
 from stable_audio_serve.models.blocks.kernel_check import load_kernels
-from stable_audio_serve.models.blocks.packed import join_local
+from stable_audio_serve.models.blocks.layouts import Layout
+from stable_audio_serve.models.blocks.packed import Packed, join_local
+from stable_audio_serve.models.blocks.packed_segments import PackedSegments
 from stable_audio_serve.models.blocks.varlen import attend_packed, has_varlen
 from stable_audio_serve.models.conditioners import ConditionersConfig, NumberConditioner, PromptConditioner
 from stable_audio_serve.models.native_denoiser import DenoiserConditioning, NativeDenoiser

@@ -12,16 +12,10 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from stable_audio_serve.models.blocks import (
-    CrossAttention,
-    FusedModule,
-    Layout,
-    Padded,
-    RotaryEmbedding,
-    RotaryTable,
-    SelfAttention,
-    gather_affine,
-)
+from stable_audio_serve.models.blocks.attention import CrossAttention, SelfAttention
+from stable_audio_serve.models.blocks.fused import FusedModule
+from stable_audio_serve.models.blocks.layouts import Layout, Padded
+from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, RotaryTable, gather_affine
 from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
 
 _MIN_ROTATED = 32  # smallest number of channels with rotary positions in a head

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks import Layout
+from stable_audio_serve.models.blocks.layouts import Layout
 from stable_audio_serve.models.blocks.packed import Packed
 from stable_audio_serve.models.blocks.packed_segments import PackedSegments
 from stable_audio_serve.models.native import from_batch, to_branch

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.blocks import RMSNorm
+from stable_audio_serve.models.blocks.norms import RMSNorm
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model

@@ -19,7 +19,7 @@ from stable_audio_serve.core.settings import ModelSettings
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models import native
 from stable_audio_serve.models.adapters.base import Base
-from stable_audio_serve.models.blocks import FusedModule
+from stable_audio_serve.models.blocks.fused import FusedModule
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.native import NativeModel

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from benchmarks.random_weights.sa3 import official_config
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.blocks import RMSNorm, RotaryEmbedding
+from stable_audio_serve.models.blocks.norms import RMSNorm
+from stable_audio_serve.models.blocks.rotary import RotaryEmbedding
 from stable_audio_serve.models.config_reader import read_config
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.native import checkpoint_modules

@@ -10,7 +10,7 @@ from torch import nn
 
 from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.blocks import ExpoFourier
+from stable_audio_serve.models.blocks.fourier import ExpoFourier
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config

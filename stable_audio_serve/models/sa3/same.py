@@ -15,22 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks import (
-    Attend,
-    BandAttention,
-    DyT,
-    FeedForward,
-    FusedModule,
-    HeadAffine,
-    RotaryEmbedding,
-    RotaryTable,
-    SelfAttention,
-    add_branch,
-    attend,
-    cosines,
-    gather_affine,
-    sine,
-)
+from stable_audio_serve.models.blocks.attention import Attend, SelfAttention, attend
+from stable_audio_serve.models.blocks.band import BandAttention
+from stable_audio_serve.models.blocks.feedforward import FeedForward, add_branch, sine
+from stable_audio_serve.models.blocks.fused import FusedModule
+from stable_audio_serve.models.blocks.norms import DyT
+from stable_audio_serve.models.blocks.rotary import HeadAffine, RotaryEmbedding, RotaryTable, cosines, gather_affine
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_TOKENS, ConfigReader
 from stable_audio_serve.models.parts import Noises, stack_draws
 

@@ -14,14 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks import (
-    CrossAttention,
-    FeedForward,
-    Layout,
-    RotaryTable,
-    SelfAttention,
-    add_branch,
-)
+from stable_audio_serve.models.blocks.attention import CrossAttention, SelfAttention
+from stable_audio_serve.models.blocks.feedforward import FeedForward, add_branch
+from stable_audio_serve.models.blocks.layouts import Layout
+from stable_audio_serve.models.blocks.rotary import RotaryTable
 from stable_audio_serve.models.native_denoiser import (
     DenoiserConditioning,
     NativeDenoiser,

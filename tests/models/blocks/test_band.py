@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_serve.models.blocks import BandAttention, attend
+from stable_audio_serve.models.blocks.attention import attend
+from stable_audio_serve.models.blocks.band import BandAttention
 
 
 def draw(batch: int, length: int) -> list[Tensor]:

@@ -14,19 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stable_audio_serve.models.blocks import (
-    HEAD_NORMS,
-    BandAttention,
-    DyT,
-    RotaryEmbedding,
-    SelfAttention,
-    attend,
-    sine,
-)
-from stable_audio_serve.models.blocks.attention import heads_first
+from stable_audio_serve.models.blocks.attention import SelfAttention, attend, heads_first
+from stable_audio_serve.models.blocks.band import BandAttention
+from stable_audio_serve.models.blocks.feedforward import sine
 from stable_audio_serve.models.blocks.fused import Kernels, Places, use_kernels
 from stable_audio_serve.models.blocks.kernel_check import errors, load_kernels
-from stable_audio_serve.models.blocks.rotary import gather_affine
+from stable_audio_serve.models.blocks.norms import HEAD_NORMS, DyT
+from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, gather_affine
 from stable_audio_serve.models.sa3 import same
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Model

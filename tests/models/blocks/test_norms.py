@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_serve.models.blocks import RMSNorm
+from stable_audio_serve.models.blocks.norms import RMSNorm
 
 DEVICES = [
     "cpu",

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stable_audio_serve.models.blocks import HEAD_NORMS, RotaryEmbedding, build_head_norm, gather_affine
-from stable_audio_serve.models.blocks.rotary import rotate, without_affine
+from stable_audio_serve.models.blocks.norms import HEAD_NORMS, build_head_norm
+from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, gather_affine, rotate, without_affine
 
 POSITIONS, HEADS, LAYERS = 7, 3, 2
 
