@@ -27,7 +27,7 @@ from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.protocol import DiffusionModel
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling.noise import SeededNoise
 
 _LONGEST_S = 120.0
 _ADAPTED_S = 10.0

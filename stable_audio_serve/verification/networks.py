@@ -27,7 +27,9 @@ from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.conditioners import load_text_encoder
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.windows import WINDOW_FRAMES, chunked_windows, cut_windows
-from stable_audio_serve.sampling import Guidance, GuidanceBatch, SeededNoise, guide
+from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
+from stable_audio_serve.sampling.noise import SeededNoise
+from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.verification.checks import ADAPTERS, Check, Finding, Subject, calls_of, same
 from stable_audio_serve.verification.runs import CallOrderNoise, RowNoise
 

@@ -36,7 +36,8 @@ from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.build import build_spec
 from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
 from stable_audio_serve.models.windows import chunked_windows, whole_window
-from stable_audio_serve.sampling import GuidanceBatch, NoiseSource, ReplayDraw, ReplayNoise, SeededNoise, guide
+from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
+from stable_audio_serve.sampling.noise import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.verification import samplers
 from stable_audio_serve.verification.checks import Check, Finding, Goldens, Subject, calls_of, same

@@ -11,17 +11,20 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from stable_audio_serve import sampling
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.generation import EditSchedule, SourceAudio
 from stable_audio_serve.models.sa3.model import Sa3Model
-from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, ReplayPath, SamplerPlan, SigmaRange, shift_from_config
-from stable_audio_serve.sampling.brownian import MAX_ENTROPY, BrownianTree, brownian_steps
-from stable_audio_serve.sampling.karras import polyexponential_sigmas
-from stable_audio_serve.sampling.plan import LATENTS
+from stable_audio_serve.sampling.brownian import MAX_ENTROPY, BrownianTree, ReplayPath, brownian_steps
+from stable_audio_serve.sampling.karras import SigmaRange, polyexponential_sigmas
+from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise
+from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
+from stable_audio_serve.sampling.plan import LATENTS, Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
+from stable_audio_serve.sampling.samplers import SAMPLERS as FLOW_SAMPLERS
+from stable_audio_serve.sampling.schedules import shift_from_config
+from stable_audio_serve.sampling.update import StepTerms, advance, network_input, start_state
 from stable_audio_serve.sampling.v_network import sigma_to_time
-from stable_audio_serve.sampling.v_samplers import OVER_TIME
+from stable_audio_serve.sampling.v_samplers import OVER_TIME, V_SAMPLERS, build_v_plan
 from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 
 Calls = Sequence[tuple[Tensor, Tensor]]  # input and guided output (B, D, F) of each network call of a plan
@@ -77,12 +80,12 @@ def _levels(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
 
 def _flow_times(it: Subject, match: re.Match[str]) -> Tensor:
     args = it.goldens.section("schedules", match[0])
-    return sampling.open_flow_times("euler", args["steps"], level=args["sigma_max"], shift=_NO_SHIFT, length=1)
+    return open_flow_times("euler", args["steps"], level=args["sigma_max"], shift=_NO_SHIFT, length=1)
 
 
 def _shifted_times(it: Subject, match: re.Match[str]) -> Tensor:
     shift = shift_from_config({"type": "full", "min_length": 256, "max_length": 4096, "use_sine": bool(match[1])})
-    return sampling.open_flow_times("rk4", len(it.goldens[match[0]]) - 1, level=1.0, shift=shift, length=int(match[2]))
+    return open_flow_times("rk4", len(it.goldens[match[0]]) - 1, level=1.0, shift=shift, length=int(match[2]))
 
 
 def _path_increment(it: Subject, match: re.Match[str]) -> Tensor:
@@ -142,14 +145,14 @@ def _run_plan(
     calls: list[tuple[Tensor, Tensor]] = []
     rows = [replay.row(row) for row in range(len(noise))]
     starts = zip(noise, [None] * len(rows) if source is None else source, strict=True)
-    state = torch.stack([sampling.start_state(plan, own, source=given) for own, given in starts])
+    state = torch.stack([start_state(plan, own, source=given) for own, given in starts])
     for call in plan.evaluations:
-        terms = sampling.StepTerms.of([call] * len(rows))
-        seen = sampling.network_input(state, terms)
+        terms = StepTerms.of([call] * len(rows))
+        seen = network_input(state, terms)
         calls.append((seen, made := network(seen, call.t)))
         unguided = _UNGUIDED_SHARE * made if any(call.b_uncond) else None
         drawn = torch.stack([row.step(tuple(noise.shape[1:])) for row in rows]) if call.draws_noise else None
-        state = sampling.advance(state, terms, velocity=made, unconditional=unguided, noise=drawn)
+        state = advance(state, terms, velocity=made, unconditional=unguided, noise=drawn)
     return state[:, LATENTS], calls
 
 
@@ -172,7 +175,7 @@ def compare_steps(
         if sampler == "rk4":
             call, seen, output = plan.evaluations[stop - 1], after, calls[stop - 1][1]
         angle = call.t * math.pi / 2
-        clean, noise = (1.0, call.t) if sampler in sampling.SAMPLERS else (math.cos(angle), math.sin(angle))
+        clean, noise = (1.0, call.t) if sampler in FLOW_SAMPLERS else (math.cos(angle), math.sin(angle))
         is_after = sampler in ("euler", "rk4") or (sampler in OVER_TIME and stop < len(calls))
         size = max(1.0, float(wanted.abs().max()))  # at sigma = 500, |x| reaches 1000 and rounding moves the estimate
         yield Finding(f"{prefix}x[{index}]", (after if is_after else x) / size, wanted / size)
@@ -215,7 +218,7 @@ def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
     script = sampler_script(sampler, plan, shape=tuple(noise.shape))
     yield from compare_script(name, script, facts=facts, sampler=sampler)
     replay = ReplayNoise(int(facts["manual_seed"]), script, num_rows=len(noise))
-    network = v_output if sampler in sampling.V_SAMPLERS else flow_output
+    network = v_output if sampler in V_SAMPLERS else flow_output
     made, calls = _run_plan(plan, replay, noise=noise, source=source, network=network)
     yield from compare_steps(f"{name}/", plan, calls=calls, result=made, sampler=sampler, sigmas=facts["sigma"], it=it)
     size = max(1.0, float(goldens[f"{name}/x"][-1].abs().max()))
@@ -224,16 +227,16 @@ def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
 
 def _plan(args: Mapping[str, Any], *, has_source: bool, frames: int) -> SamplerPlan:
     sampler, steps, shift = args["sampler_type"], int(args["steps"]), _NO_SHIFT
-    if sampler in sampling.V_SAMPLERS:
+    if sampler in V_SAMPLERS:
         span = SigmaRange(args["sigma_min"], args["sigma_max"])
         # A scale other than 1 makes CFG++ request the unconditional branch. The formula already is the guided output.
-        guidance = sampling.Guidance(cfg_scale=2.0 if sampler == "v-ddim-cfgpp" else 1.0)
-        return sampling.build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source)
+        guidance = Guidance(cfg_scale=2.0 if sampler == "v-ddim-cfgpp" else 1.0)
+        return build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source)
     if stated := args.get("dist_shift"):
         low, high = map(int, re.findall(r"\d+", stated))  # "min 256, max 4096"
         shift = shift_from_config({"type": "full", "min_length": low, "max_length": high})
-    times = sampling.open_flow_times(sampler, steps, level=args.get("sigma_max", 1.0), shift=shift, length=frames)
-    return sampling.build_open_flow_plan(sampler, times, guidance=sampling.Guidance(), has_source=has_source)
+    times = open_flow_times(sampler, steps, level=args.get("sigma_max", 1.0), shift=shift, length=frames)
+    return build_open_flow_plan(sampler, times, guidance=Guidance(), has_source=has_source)
 
 
 SAMPLERS = (

@@ -22,7 +22,7 @@ from stable_audio_serve.engine.hardware.graphs import Graphs
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling.noise import SeededNoise
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, LateRecordingDevice, RecordingDevice
 from tests.factories import make_audio, make_request
 from tests.goldens import load_open_goldens

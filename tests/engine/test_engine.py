@@ -32,7 +32,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.calls.executor import Executor
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling.noise import SeededNoise
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_varied_requests
 from tests.parameters import slow
 from tests.patience import PATIENCE_S, until

@@ -14,7 +14,7 @@ from torch import Tensor
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow
-from stable_audio_serve.sampling import SAMPLERS
+from stable_audio_serve.sampling.samplers import SAMPLERS
 from tests.engine.test_batch_independence import assert_same, make_options
 from tests.factories import ToyModel, make_audio, make_request, make_varied_requests
 from tests.parameters import slow

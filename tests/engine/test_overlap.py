@@ -18,7 +18,7 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.scheduling import windows
 from stable_audio_serve.models.protocol import DecodeWindow
 from stable_audio_serve.models.windows import cut_windows
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling.noise import SeededNoise
 from tests.engine.late_device import LateDevice
 from tests.engine.two_queues import TwoQueues
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_varied_requests

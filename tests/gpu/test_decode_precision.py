@@ -14,7 +14,7 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.precision import decoder_products, resolve_decode_precision
 from stable_audio_serve.models.protocol import DecodeWindow, SwitchableModel
 from stable_audio_serve.models.registry import resolve_entry
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling.noise import SeededNoise
 from tests.goldens import SHARP, load_goldens
 from tests.gpu.loaded import gpu_only, load_on
 from tests.models.precisions import LEAST_DB, noise_ratio_db

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stable_audio_serve.core.generation import GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling.noise import SeededNoise
 from tests.engine.test_checkpoint_independence import SUBJECTS, make_neighbours
 from tests.factories import make_request
 from tests.gpu.loaded import CHECKPOINTS, load_on, open_for

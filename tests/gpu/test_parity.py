@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.models.blocks.varlen import has_varlen
-from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
+from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
+from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.verification.checks import Goldens
 from stable_audio_serve.verification.verify import BOUNDS, Report, compare
 from tests.goldens import SHARP, load_goldens

@@ -8,30 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_serve.sampling import (
-    DEFAULT_SHIFT,
-    SAMPLERS,
-    V_SAMPLERS,
-    Guidance,
-    Kept,
-    SamplerPlan,
-    SeededNoise,
-    SigmaRange,
-    StepTerms,
-    advance,
-    angle_path,
-    blend_plan,
-    build_open_flow_plan,
-    build_plan,
-    build_v_plan,
-    flow_path,
-    network_input,
-    open_flow_times,
-    sigma_path,
-    start_state,
-    v_path,
-)
-from stable_audio_serve.sampling.plan import LATENTS
+from stable_audio_serve.sampling.blend import angle_path, blend_plan, flow_path, sigma_path
+from stable_audio_serve.sampling.karras import SigmaRange
+from stable_audio_serve.sampling.noise import SeededNoise
+from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
+from stable_audio_serve.sampling.plan import LATENTS, Guidance, SamplerPlan
+from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan
+from stable_audio_serve.sampling.schedules import DEFAULT_SHIFT
+from stable_audio_serve.sampling.update import Kept, StepTerms, advance, network_input, start_state
+from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan, v_path
 from tests.parameters import slow
 
 CHANNELS, FRAMES = 3, 12

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, ReplayPath
-from stable_audio_serve.sampling.brownian import BrownianTree, brownian_steps
+from stable_audio_serve.sampling.brownian import BrownianTree, ReplayPath, brownian_steps
+from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise
 from tests.goldens import load_open_goldens
 
 COMMON = load_open_goldens("common")

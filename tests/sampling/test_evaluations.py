@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from stable_audio_serve.core.pricing import EVALUATIONS_PER_STEP
-from stable_audio_serve.sampling import SAMPLERS, V_SAMPLERS, Guidance, SigmaRange, build_plan, build_v_plan
+from stable_audio_serve.sampling.karras import SigmaRange
+from stable_audio_serve.sampling.plan import Guidance
+from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan
+from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan
 
 
 @pytest.mark.parametrize("sampler", dict.fromkeys([*SAMPLERS, *V_SAMPLERS]))

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
+from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
+from stable_audio_serve.sampling.plan import Guidance
 
 GUIDANCES = (
     Guidance(cfg_scale=3.0, apg_scale=0.0),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.core.errors import GenerationError
-from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, SeededNoise
+from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise, SeededNoise
 
 CPU = torch.device("cpu")
 

@@ -6,18 +6,12 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.sampling import (
-    SAMPLERS,
-    Guidance,
-    ReplayDraw,
-    ReplayNoise,
-    SamplerPlan,
-    build_open_flow_plan,
-    build_plan,
-    open_flow_times,
-    shift_from_config,
-    start_state,
-)
+from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise
+from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan
+from stable_audio_serve.sampling.schedules import shift_from_config
+from stable_audio_serve.sampling.update import start_state
 from stable_audio_serve.verification.samplers import flow_output
 from tests.goldens import load_open_goldens
 from tests.sampling.toys import run_plan

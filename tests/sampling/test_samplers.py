@@ -7,16 +7,11 @@ import torch
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.sampling import (
-    DEFAULT_SHIFT,
-    SAMPLERS,
-    Guidance,
-    ReplayDraw,
-    ReplayNoise,
-    build_plan,
-    build_sigmas,
-    start_state,
-)
+from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise
+from stable_audio_serve.sampling.plan import Guidance
+from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan
+from stable_audio_serve.sampling.schedules import DEFAULT_SHIFT, build_sigmas
+from stable_audio_serve.sampling.update import start_state
 from tests.goldens import load_goldens
 from tests.sampling.toys import run_plan
 

@@ -8,12 +8,7 @@ import torch
 
 from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
 from stable_audio_serve.core.generation import EditSchedule
-from stable_audio_serve.sampling import (
-    DEFAULT_SHIFT,
-    build_sigmas,
-    edit_times,
-    shift_from_config,
-)
+from stable_audio_serve.sampling.schedules import DEFAULT_SHIFT, build_sigmas, edit_times, shift_from_config
 from tests.goldens import SHARP, load_goldens
 
 TOLERANCE = 1e-6

@@ -5,23 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.sampling import (
-    DEFAULT_SHIFT,
-    SAMPLERS,
-    V_SAMPLERS,
-    Guidance,
-    Kept,
-    SigmaRange,
-    StepTerms,
-    advance,
-    blend_plan,
-    build_plan,
-    build_sigmas,
-    build_v_plan,
-    flow_path,
-    network_input,
-    v_path,
-)
+from stable_audio_serve.sampling.blend import blend_plan, flow_path
+from stable_audio_serve.sampling.karras import SigmaRange
+from stable_audio_serve.sampling.plan import Guidance
+from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan
+from stable_audio_serve.sampling.schedules import DEFAULT_SHIFT, build_sigmas
+from stable_audio_serve.sampling.update import Kept, StepTerms, advance, network_input
+from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan, v_path
 
 CHANNELS, FRAMES = 3, 7
 

@@ -6,20 +6,13 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.sampling import (
-    SAMPLERS,
-    V_SAMPLERS,
-    Guidance,
-    ReplayDraw,
-    ReplayNoise,
-    ReplayPath,
-    SamplerPlan,
-    SeededNoise,
-    SigmaRange,
-    build_v_plan,
-    start_state,
-)
-from stable_audio_serve.sampling.karras import polyexponential_sigmas
+from stable_audio_serve.sampling.brownian import ReplayPath
+from stable_audio_serve.sampling.karras import SigmaRange, polyexponential_sigmas
+from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise, SeededNoise
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.samplers import SAMPLERS
+from stable_audio_serve.sampling.update import start_state
+from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan
 from stable_audio_serve.verification.samplers import v_output
 from tests.goldens import load_open_goldens
 from tests.sampling.toys import linear_v_velocity, run_plan

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stable_audio_serve.sampling import NoiseSource, SamplerPlan, StepTerms, advance, network_input
-from stable_audio_serve.sampling.plan import LATENTS
+from stable_audio_serve.sampling.noise import NoiseSource
+from stable_audio_serve.sampling.plan import LATENTS, SamplerPlan
+from stable_audio_serve.sampling.update import StepTerms, advance, network_input
 
 
 def toy_velocity(x: Tensor, times: Tensor) -> Tensor:

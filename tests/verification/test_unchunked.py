@@ -14,7 +14,7 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
-from stable_audio_serve.sampling import ReplayNoise
+from stable_audio_serve.sampling.noise import ReplayNoise
 from stable_audio_serve.verification.checks import Goldens
 from stable_audio_serve.verification.runs import (
     CallOrderNoise,

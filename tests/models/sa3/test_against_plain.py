@@ -21,7 +21,7 @@ from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling.noise import SeededNoise
 from tests.goldens import load_goldens
 from tests.models.loaded import assert_near, loaded
 from tests.models.sa3.plain_generation import PlainModel, PlainRun

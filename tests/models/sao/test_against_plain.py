@@ -27,7 +27,7 @@ from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.build import build_components
 from stable_audio_serve.models.sao.config import parse_config
 from stable_audio_serve.models.sao.model import SaoModel
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling.noise import SeededNoise
 from tests.goldens import load_open_goldens
 from tests.models.loaded import assert_near
 from tests.models.sao.plain_model import PlainModel

@@ -12,7 +12,8 @@ from stable_audio_serve.models.native_denoiser import DenoiserConditioning
 from stable_audio_serve.models.sao.config import INERT_KEYS
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.network_config import NUM_PREFIX, DenoiserConfig, parse_denoiser
-from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
+from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
+from stable_audio_serve.sampling.plan import Guidance
 from tests.goldens import load_open_goldens
 from tests.models.packing import SPARE_ROWS, WAYS, run_packed_with
 from tests.models.sao.tiny import TINY, load_denoiser, model_values

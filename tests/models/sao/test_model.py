@@ -23,8 +23,9 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.model import SaoModel
-from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, ReplayPath, SigmaRange
-from stable_audio_serve.sampling.karras import polyexponential_sigmas
+from stable_audio_serve.sampling.brownian import ReplayPath
+from stable_audio_serve.sampling.karras import SigmaRange, polyexponential_sigmas
+from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY
 from tests.parameters import slow

@@ -16,7 +16,7 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.model import SaoModel
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling.noise import SeededNoise
 from stable_audio_serve.verification.checks import Goldens
 from stable_audio_serve.verification.verify import Report, compare
 from tests.goldens import load_open_goldens

@@ -29,7 +29,7 @@ from stable_audio_serve.models.stable_audio_tools.config import parse_inputs
 from stable_audio_serve.models.stable_audio_tools.model import PackageModel
 from stable_audio_serve.models.stable_audio_tools.package import import_package
 from stable_audio_serve.models.text_encoder import TextEncoder
-from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, SeededNoise
+from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise, SeededNoise
 from tests.goldens import SA3_GOLDENS, load_open_goldens
 from tests.models.sao.test_checkpoint import make_parts, shapes_of
 from tests.models.sao.test_model import (
