@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
+from stable_audio_serve.models.conditioners import PromptConfig
 from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, ConfigReader, read_config
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sao.conditioners import load_text_encoder
 from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SHIFT_KEY
 from stable_audio_serve.models.sao.planning import read_shift
-from stable_audio_serve.models.stable_audio_tools.config import Inputs, PromptInput, parse_inputs
+from stable_audio_serve.models.stable_audio_tools.config import Inputs, parse_inputs
 from stable_audio_serve.models.stable_audio_tools.model import PackageModel
 from stable_audio_serve.models.stable_audio_tools.package import import_package
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -79,7 +80,7 @@ def build_wrapper(config: ConfigReader, inputs: Inputs, *, text: TextEncoder) ->
     try:
         with SkipRandomWeights():
             wrapper = models.factory.create_model_from_config(values)
-            prompt = _prompt_conditioner(inputs.prompt, width=conditioning["cond_dim"], text=text)
+            prompt = _prompt_conditioner(inputs.prompt, text=text)
             wrapper.conditioner.conditioners[inputs.prompt.id] = prompt
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -129,7 +130,7 @@ def _values(config: ConfigReader) -> dict[str, Any]:
     }
 
 
-def _prompt_conditioner(config: PromptInput, *, width: int, text: TextEncoder) -> nn.Module:
+def _prompt_conditioner(config: PromptConfig, *, text: TextEncoder) -> nn.Module:
     """Returns the package's prompt conditioner around a loaded text encoder.
 
     The package's constructor would download the encoder by name, accepts only some names, and would leave missing
@@ -137,7 +138,7 @@ def _prompt_conditioner(config: PromptInput, *, width: int, text: TextEncoder) -
     """
     conditioners = import_package().conditioners
     prompt: Any = conditioners.T5Conditioner.__new__(conditioners.T5Conditioner)
-    conditioners.Conditioner.__init__(prompt, text.width, width, project_out=config.projects)
+    conditioners.Conditioner.__init__(prompt, text.width, config.width, project_out=config.project_out)
     prompt.tokenizer, prompt.max_length = text.tokenizer, text.max_length
     prompt.enable_grad = False
     prompt.__dict__["model"] = text.encoder  # bypasses module registration, as in the package

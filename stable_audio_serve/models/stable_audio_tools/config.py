@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stable_audio_serve.models.conditioners import NUMBER_IDS
-from stable_audio_serve.models.config_reader import MAX_TOKENS, ConfigReader
+from stable_audio_serve.models.conditioners import NUMBER_IDS, PromptConfig, parse_prompt
+from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.config import SHIFT_KEY
 
 _USES = ("cross_attention_cond_ids", "global_cond_ids", "prepend_cond_ids", "input_concat_ids")
 _PART = ("type", "config", "requires_grad")
+_PROMPT = ("t5_model_name", "max_length", "project_out", "enable_grad")
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "": ("model_type", "sample_size", "sample_rate", "audio_channels", "model", "training", "dataset"),
     "model": ("pretransform", "conditioning", "diffusion", "io_channels"),
@@ -29,15 +30,6 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "model.pretransform.config.decoder": (*_PART, "soft_clip"),
     "model.pretransform.config.bottleneck": _PART,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class PromptInput:
-    """The conditioner that embeds prompts. `max_length` is in tokens. If `projects`, it always has a projection."""
-
-    id: str
-    max_length: int
-    projects: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +50,7 @@ class NumberInput:
 class Inputs:
     """The conditioners of a config."""
 
-    prompt: PromptInput
+    prompt: PromptConfig
     numbers: tuple[NumberInput, ...]
 
 
@@ -87,13 +79,14 @@ def parse_inputs(config: ConfigReader) -> Inputs:
 
 def _parse_conditioners(conditioning: ConfigReader) -> Inputs:
     substitutes = conditioning.plain("default_keys") or {}
-    prompts: list[PromptInput] = []
+    prompts: list[PromptConfig] = []
     numbers: list[NumberInput] = []
     for item in conditioning.sections("configs"):
         item.refuse_unknown(("id", "type", "config"))
         id_, kind = item.text("id"), item.choice("type", ("t5", "number", "int"))
         if kind == "t5":
-            prompts.append(_parse_prompt(id_, item.section("config", optional=True)))
+            item.section("config", optional=True).refuse_unknown(_PROMPT)
+            prompts.append(parse_prompt(item, width=conditioning.integer("cond_dim")))
             continue
         source = id_ if id_ in NUMBER_IDS else substitutes.get(id_)
         if source not in NUMBER_IDS:
@@ -102,12 +95,6 @@ def _parse_conditioners(conditioning: ConfigReader) -> Inputs:
     if len(prompts) != 1:
         raise conditioning.unusable("configs", "a list with exactly one conditioner of type t5")
     return Inputs(prompts[0], tuple(numbers))
-
-
-def _parse_prompt(id_: str, config: ConfigReader) -> PromptInput:
-    config.refuse_unknown(("t5_model_name", "max_length", "project_out", "enable_grad"))
-    max_length = config.integer("max_length", default=128, at_most=MAX_TOKENS)
-    return PromptInput(id_, max_length, projects=config.flag("project_out", default=False))
 
 
 def _refuse_unknown(config: ConfigReader) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks.random_weights.sao import OFFICIAL_CONFIGS
 from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.conditioners import PromptConfig
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.stable_audio_tools.config import Inputs, NumberInput, PromptInput, parse_inputs
+from stable_audio_serve.models.stable_audio_tools.config import Inputs, NumberInput, parse_inputs
 
 
 def make_config(*conditioners: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -32,8 +33,8 @@ def test_numbers_come_from_the_request_by_id_or_default_key() -> None:
     bars = {"id": "length", "type": "int", "config": {}}
     config = make_config(bars, conditioning={"default_keys": {"length": "seconds_start"}})
     inputs = parse_inputs(ConfigReader(config))
-    total = NumberInput("seconds_total", "seconds_total", is_whole=False)
-    assert inputs == Inputs(PromptInput("prompt", 64, False), (total, NumberInput("length", "seconds_start", True)))
+    numbers = NumberInput("seconds_total", "seconds_total", False), NumberInput("length", "seconds_start", True)
+    assert inputs == Inputs(PromptConfig("prompt", 768, 64, False), numbers)
     assert [number.value({"seconds_total": 7.9, "seconds_start": 3.9}) for number in inputs.numbers] == [7.9, 3]
 
 
