@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from stable_audio_serve.sampling.terms import NOISE, Terms, combine, register
+from stable_audio_serve.sampling.terms import NOISE, Terms, register
 from stable_audio_serve.sampling.v_network import VNetwork
 
 LMS_ORDER = 4
@@ -107,8 +107,9 @@ def lms(network: VNetwork, sigmas: Sequence[float]) -> None:
     for step, (s, n) in enumerate(itertools.pairwise(sigmas)):
         order = min(step + 1, LMS_ORDER)
         slopes = [network.slope(s), *earlier[: order - 1]]
-        nodes = [sigmas[step - back] for back in range(order)]
-        network.evaluate(s, _X + combine(_adams_weights(nodes, n), slopes), slopes[0], *earlier[:-1])
+        weights = _adams_weights([sigmas[step - back] for back in range(order)], n)
+        change = sum((slope * weight for slope, weight in zip(slopes, weights, strict=True)), Terms({}))
+        network.evaluate(s, _X + change, slopes[0], *earlier[:-1])
         network.end_step()
 
 

@@ -7,7 +7,6 @@ of the register after the call. Coefficients are float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
@@ -30,9 +29,6 @@ class Terms:
 
     def __mul__(self, factor: float) -> Terms:
         return Terms({key: factor * weight for key, weight in self.weights.items()})
-
-    def __rmul__(self, factor: float) -> Terms:
-        return self * factor
 
     def __truediv__(self, divisor: float) -> Terms:
         return Terms({key: weight / divisor for key, weight in self.weights.items()})
@@ -107,11 +103,3 @@ class PlanWriter:
             evaluations=tuple(self._evaluations),
             step_ends=tuple(self._step_ends),
         )
-
-
-def combine(weights: Sequence[float], parts: Sequence[Terms]) -> Terms:
-    """Return the sum of `weights[i] * parts[i]`."""
-    total = Terms({})
-    for weight, part in zip(weights, parts, strict=True):
-        total = total + weight * part
-    return total

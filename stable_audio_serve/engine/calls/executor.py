@@ -152,7 +152,7 @@ class Executor:
 
     def calls(self, rows: Sequence[Row]) -> list[Call]:
         """Split the next evaluation of these rows into device calls."""
-        return self._policy.split([row.lane for row in rows])
+        return self._policy.split([row.work.lane for row in rows])
 
     def hold(self, parts: Tensor) -> HeldFrames:
         """Store one row's tensors on the device.

@@ -33,7 +33,6 @@ from stable_audio_serve.engine.adapters import HeldSlots
 from stable_audio_serve.engine.calls.conditioning import HeldConditioning
 from stable_audio_serve.engine.hardware.arena import HeldFrames
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, Moment
-from stable_audio_serve.engine.scheduling.batching import Lane
 from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
 from stable_audio_serve.models.adapters.fold import Slot
@@ -370,11 +369,6 @@ class Row:
     def evaluation(self) -> Evaluation:
         """The evaluation that runs next."""
         return self.plan.sampler.evaluations[self.work.num_done]
-
-    @property
-    def lane(self) -> Lane:
-        """The size of the row's next evaluation: its number of network rows and latent frames."""
-        return self.work.lane
 
     @property
     def slot(self) -> Slot | None:

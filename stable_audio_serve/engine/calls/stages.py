@@ -186,7 +186,7 @@ class Stages:
         if not rows:
             return failures
         calls = self.executor.calls(rows)
-        lanes = [row.lane for row in rows]
+        lanes = [row.work.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
         groups = [call.groups for call in calls]
         is_adapted = any(row.slot is not None for row in rows)
