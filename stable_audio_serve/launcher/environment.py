@@ -161,6 +161,8 @@ def base_environment(settings: Settings) -> dict[str, str]:
         # Without this, a thread of Ray Serve that calls Ray after Ray was stopped would start a new Ray instance.
         "RAY_ENABLE_AUTO_CONNECT": "0",
         "RAY_DEDUP_LOGS": "0",
+        # Otherwise, Ray may print at the stop that a call of Ray Serve's controller failed and is tried again.
+        "RAY_enable_output_error_log_if_still_retry": "0",
         # Ray does not limit the log files of replicas by default.
         "RAY_ROTATION_MAX_BYTES": "50000000",
         "RAY_ROTATION_BACKUP_COUNT": "2",

@@ -57,8 +57,9 @@ def check_that_stopping_finishes_work(stopped: LaunchedServer, number: int) -> N
 
 
 def check_log(launched: LaunchedServer, *, since: int) -> None:
-    """Check that the server's output has no traceback from line `since` on, and no colour codes."""
-    assert not [line for line in launched.lines[since:] if "Traceback" in line], launched.output
+    """Check that the server's output has no traceback or failed call from line `since` on, and no colour codes."""
+    faults = ("Traceback", "retries remaining")
+    assert not [line for line in launched.lines[since:] if any(fault in line for fault in faults)], launched.output
     assert "\x1b" not in launched.output
 
 
