@@ -6,6 +6,7 @@ stops Ray, and `signals` handles signals.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import re
@@ -245,6 +246,7 @@ def bfloat16_hint(plan: Plan, devices: Mapping[str, str | None], *, cpu_facts: P
 
 
 def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
+    import ray
     from ray import serve
     from ray.exceptions import RayError
 
@@ -252,6 +254,9 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
 
     ray_internals.require()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Ray Serve builds the application in a worker process of Ray, where the import of this module takes two seconds.
+    # This task imports it in such a process while Ray Serve starts.
+    ray.remote(num_cpus=0, max_retries=0)(importlib.import_module).remote("stable_audio_serve.serving.app")
     try:
         serve.start(
             proxy_location=schema.proxy_location,
