@@ -111,6 +111,12 @@ def create_app(
     app.state.limiter = service.limiter
     app.state.origins = origins
     app.state.draining = service.draining  # read by the code that stops this process
+    _include_routes(app, service, operations=operations or UnmanagedOperations(backend, service.draining))
+    return app
+
+
+def _include_routes(app: FastAPI, service: Service, *, operations: Operations) -> None:
+    """Add all routes. If two of them have the same path, the first one handles it."""
     sa3 = APIRouter()
     sa3.include_router(native.build_router(service))
     sa3.include_router(replay.build_router(service))
@@ -128,18 +134,16 @@ def create_app(
     app.include_router(pages.build_router(service))
     app.include_router(pages.build_api_router(service))
     app.include_router(server.build_router(service))
-    operations = operations or UnmanagedOperations(backend, service.draining)
     app.include_router(status.build_router(service, operations))
     app.include_router(admin.build_router(service, operations))
     app.include_router(adapter_routes.build_router(service))
     app.include_router(merged.build_router(service))
     app.include_router(open_small.build_health_router(service), prefix="/saos")
-    for name, router in routers.items():  # if two dialects have the same path, the first router handles it
+    for name, router in routers.items():
         app.include_router(router)
         shared = server.build_router(service, dialect=name)
         for part in (router, shared):
             app.include_router(part, prefix=f"/{name}", include_in_schema=False)
-    return app
 
 
 def _render_unrouted(request: Request, error: HTTPException) -> Response:

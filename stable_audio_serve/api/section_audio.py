@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+# Formats of files that can be sent before their end is known.
 _GROWING = (AudioFormat.MP3, AudioFormat.WAV, AudioFormat.PCM, AudioFormat.ULAW, AudioFormat.ALAW)
 _MP3_KBPS = 192
 
@@ -104,12 +105,30 @@ async def follow_answer(service: Service, request: Request, *, job: Job) -> Resp
     )
 
 
-async def make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller: Caller) -> AsyncGenerator[bytes]:
+async def piece_answer(
+    service: Service, request: Request, *, spec: JobSpec, card: ModelCard, is_stream: bool
+) -> StreamingResponse:
+    """Run the job of a long piece, and return its file. With `is_stream`, the response has no Content-Length.
+
+    A stream begins when the first section is finished, or when all are, if files of this format cannot be sent before
+    their end is known. If the client leaves, the job is cancelled. Raises the errors of `Service.run_job`.
+    """
+    caller = request.state.caller
+    if is_stream and spec.encoding.file_format in _GROWING:
+        chunks = _make_piece(service, spec, card=card, caller=caller)
+        first, headers = await anext(chunks), {"X-Seed": str(spec.request.seed)}
+        kind = media_type(spec.encoding.file_format)
+        return StreamingResponse(chain(first, chunks), headers=headers, media_type=kind)
+    file = await service.run_job(spec, card=card, caller=caller)
+    headers = sound_headers(file.clips, file.made_on)
+    headers |= {} if is_stream else {"Content-Length": str(file.num_bytes)}
+    return StreamingResponse(service.jobs.artifacts.read(file), headers=headers, media_type=file.media_type)
+
+
+async def _make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller: Caller) -> AsyncGenerator[bytes]:
     """Add the job of a long piece, and yield the bytes of its file while it is made.
 
-    If the iterator is closed early, the job is cancelled.
-
-    Raises the errors of `Service.run_job`. `can_grow` must be true for the file format of `spec`.
+    If the iterator is closed early, the job is cancelled. Raises the errors of `Service.run_job`.
     """
     async with service.own_job(spec, card=card, caller=caller) as job:
         try:
@@ -123,11 +142,6 @@ async def make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller
         finally:
             with CancelScope(shield=True):  # the response's scope is cancelled when the client has left
                 await service.jobs.cancel(spec.ref)
-
-
-def can_grow(file_format: AudioFormat) -> bool:
-    """Whether a file can be sent before its end is known."""
-    return file_format in _GROWING
 
 
 def _require_sections(job: Job) -> None:

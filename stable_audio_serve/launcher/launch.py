@@ -149,10 +149,7 @@ def serve(
         watch.lap("models")
         report(f"cold start: {watch}{_load_stages(health, plan)}")
         report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")
-        devices = {name: facts["device"] for name, facts in health["models"].items()}
-        for hint in (bfloat16_hint(plan, devices), _unused_gpu_hint(plan, devices)):
-            if hint:
-                report(hint)
+        _report_hints(plan, health, report=report)
         report(_ready_text(url, plan))
         with suppress(KeyboardInterrupt):
             signals.wait()
@@ -207,6 +204,13 @@ def _num_gpus() -> float:
     import ray
 
     return float(ray.cluster_resources().get("GPU", 0.0))
+
+
+def _report_hints(plan: Plan, health: Mapping[str, Any], *, report: Report) -> None:
+    devices = {name: facts["device"] for name, facts in health["models"].items()}
+    for hint in (bfloat16_hint(plan, devices), _unused_gpu_hint(plan, devices)):
+        if hint:
+            report(hint)
 
 
 def _unused_gpu_hint(plan: Plan, devices: Mapping[str, str | None]) -> str | None:

@@ -16,17 +16,15 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from stable_audio_serve.api.answers import SOUND_HEADERS, chain, encoded_answer, file_chunks, sound_headers
+from stable_audio_serve.api.answers import SOUND_HEADERS, encoded_answer, file_chunks, sound_headers
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import Refusals
 from stable_audio_serve.api.routing import route_class
-from stable_audio_serve.api.section_audio import can_grow, make_piece
+from stable_audio_serve.api.section_audio import piece_answer
 from stable_audio_serve.api.service import Output, Service, resolve_seed
-from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.audio.formats import SAMPLE_RATES_HZ, media_type
 from stable_audio_serve.audio.seams import LEAST_SURPLUS_S
@@ -232,11 +230,7 @@ def build_router(service: Service) -> APIRouter:
         generation, sections = _to_music(body, card, limits=service.settings.api, request_id=request.state.request_id)
         name = _AUTO.get(body.model_id or "", _DEFAULT_FORMAT) if output_format == "auto" else str(output_format)
         is_stream = request.url.path.endswith("/stream")
-        if not sections:
-            output = await run(request, generation, card=card, name=name)
-            file: EncodedFile | StoredFile = output.file
-            headers, content = sound_headers(output.clips, output.result.made_on), file_chunks(output.file)
-        else:
+        if sections:
             spec = JobSpec(
                 id=JobId(uuid.uuid4().hex),
                 contract="elevenlabs",
@@ -251,14 +245,11 @@ def build_router(service: Service) -> APIRouter:
                 client=request.state.client,
             )
             note(request.scope, model=card.name, duration_s=generation.duration_s, job_id=spec.id)
-            if is_stream and can_grow(file_format := spec.encoding.file_format):
-                chunks = make_piece(service, spec, card=card, caller=request.state.caller)
-                first, headers = await anext(chunks), {"X-Seed": str(generation.seed)}
-                return StreamingResponse(chain(first, chunks), headers=headers, media_type=media_type(file_format))
-            file = await service.run_job(spec, card=card, caller=request.state.caller)
-            headers, content = sound_headers(file.clips, file.made_on), service.jobs.artifacts.read(file)
-        headers |= {} if is_stream else {"Content-Length": str(file.num_bytes)}
-        return StreamingResponse(content, headers=headers, media_type=file.media_type)
+            return await piece_answer(service, request, spec=spec, card=card, is_stream=is_stream)
+        output = await run(request, generation, card=card, name=name)
+        headers = sound_headers(output.clips, output.result.made_on)
+        headers |= {} if is_stream else {"Content-Length": str(output.file.num_bytes)}
+        return StreamingResponse(file_chunks(output.file), headers=headers, media_type=output.file.media_type)
 
     async def show_user(request: Request) -> dict[str, Any]:
         """Describe the key. Clients call this to check it."""

@@ -41,7 +41,6 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
     ElevenLabs' list.
     """
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
-    created_at = int(service.clock.time())
 
     async def look() -> tuple[Mapping[str, ModelStatus], StoreHealth]:
         status, job_store, _ = await asyncio.gather(
@@ -82,6 +81,14 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
             response.headers["Retry-After"] = _RETRY_AFTER_S
         return body
 
+    _add_lists(router, service, dialect=dialect)
+    return router
+
+
+def _add_lists(router: APIRouter, service: Service, *, dialect: str | None) -> None:
+    """Add the routes that list the models and the adapters."""
+    created_at = int(service.clock.time())
+
     def is_elevenlabs(request: Request) -> bool:
         return dialect == "elevenlabs" or (dialect is None and ELEVENLABS_HEADER in request.headers)
 
@@ -118,4 +125,3 @@ def build_router(service: Service, *, dialect: str | None = None) -> APIRouter:
         responses=error_responses(NativeErrorBody, 401, 500),
         route_class_override=route_class(render_error, scopes=()),
     )
-    return router
