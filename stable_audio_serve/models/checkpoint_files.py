@@ -173,11 +173,11 @@ def _encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
 
 
 def encoder_weights(folder: Path) -> Iterator[Path]:
-    """Yield the text encoder's weight file, or all files that its index lists.
+    """Yield the text encoder's weight file, which may be missing, or all files that its index lists.
 
-    Raises CheckpointError if one of these files is missing.
+    Raises CheckpointError if one of the listed files is missing.
     """
-    if (folder / WEIGHTS_FILE).is_file():
+    if (folder / WEIGHTS_FILE).is_file() or not (folder / _SHARD_INDEX).is_file():
         yield folder / WEIGHTS_FILE
         return
     try:
