@@ -240,6 +240,17 @@ def hostile() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("key", ["kind", "version"])
+async def test_a_report_that_does_not_state_its_format_is_refused(gate: QualityGate, folder: Path, key: str) -> None:
+    report_id = (await judge(gate)).report
+    path = folder / "quality" / report_id
+    stated = json.loads(path.read_bytes())
+    del stated[key]
+    path.write_bytes(json.dumps(stated).encode())
+    with pytest.raises(QualityReportError, match=rf"{report_id} cannot be used: {key}"):
+        await judge(gate, pinned=report_id)
+
+
 @pytest.mark.parametrize("kind", hostile())
 async def test_a_broken_or_hostile_report_is_named_and_stops_no_model(
     gate: QualityGate, folder: Path, kind: str, caplog: pytest.LogCaptureFixture

@@ -26,7 +26,7 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora
 from stable_audio_serve.verification.quality.archive import ReportArchive
 from stable_audio_serve.verification.quality.report import MOST_CLIPS, LastGood, Report, Setup, Source
-from stable_audio_serve.verification.quality.requests import golden_requests
+from stable_audio_serve.verification.quality.requests import VERSION, golden_requests
 from stable_audio_serve.verification.quality.sound import Clip, describe, difference_from_other, difference_from_same
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,8 @@ class QualityGate:
         faults |= _compare_adapted(adapted, reference)
         if reference.should_save:
             good = {_clip_name(lora): clip for lora, clip in adapted.items() if lora.name not in faults}
-            await self._save(Report(setup, source, self._clock.time(), {**clips, **good}))
+            report = Report(setup, source, self._clock.time(), {**clips, **good}, kind="report", version=VERSION)
+            await self._save(report)
         return Passed(reference.basis, setup.report_id, reference.problem, faults)
 
     async def _run_adapted(
@@ -177,7 +178,9 @@ class QualityGate:
                 await self._archive.save(report)
             elif new := {name: clip for name, clip in report.clips.items() if name not in known.clips}:
                 await self._archive.save(replace(known, clips=dict([*known.clips.items(), *new.items()][:MOST_CLIPS])))
-            await self._archive.save_last_good(LastGood(setup.model, setup.weights, report.source))
+            await self._archive.save_last_good(
+                LastGood(setup.model, setup.weights, report.source, kind="last good", version=VERSION)
+            )
         except (StorageError, QualityReportError) as error:
             logger.warning("quality gate: model=%s: its report is not kept: %s", report.setup.model, error.message)
 

@@ -108,8 +108,8 @@ class Report:
     source: Source
     made_at: Annotated[float, Field(ge=0, le=4e9)]  # Unix time, seconds
     clips: Annotated[_Clips, Field(min_length=1, max_length=MOST_CLIPS)]
-    kind: Literal["report"] = "report"
-    version: int = VERSION
+    kind: Literal["report"]
+    version: int  # no default, because a file must state it
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,8 @@ class LastGood:
     model: _Name
     weights: _Hash
     source: Source
-    kind: Literal["last good"] = "last good"
-    version: int = VERSION
+    kind: Literal["last good"]
+    version: int
 
 
 def last_good_id(model: str) -> str:
