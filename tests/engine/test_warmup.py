@@ -24,7 +24,7 @@ class Timed:
     def __init__(
         self, *, lazy_s: float = 0.0, disturbed: Sequence[int] = (), slower: float = 1.0, most_rows: int = 1000
     ) -> None:
-        """The first call of each kind takes `lazy_s` longer. The calls with the indices `disturbed` take 1 s longer.
+        """The first call of each kind takes `lazy_s` longer. The calls with the indices `disturbed` take 20 ms longer.
 
         There is no memory for more than `most_rows` rows or prompts.
         """
@@ -41,7 +41,7 @@ class Timed:
             raise torch.OutOfMemoryError("too many rows for this device")
         self.clock.now += 0.001 * self._slower * (2.0 + len(items))
         self.clock.now += self._lazy_s if name not in self.calls else 0.0
-        self.clock.now += 1.0 if len(self.calls) in self._disturbed else 0.0
+        self.clock.now += 0.02 if len(self.calls) in self._disturbed else 0.0
         self.calls.append(name)
 
     def warm_up(self, *, budget_s: float, policy: BatchPolicy | None = None, max_tokens: int = 0) -> CostModel:
@@ -75,11 +75,19 @@ def test_calls_that_need_too_much_memory_are_not_timed() -> None:
 
 
 def test_the_fastest_of_three_runs_counts() -> None:
-    disturbed = Timed(disturbed=range(1, 1000, 3)).warm_up(budget_s=1000.0)
+    disturbed = Timed(disturbed=[call for call in range(1000) if call % 3]).warm_up(budget_s=1000.0)
     alone = Timed().warm_up(budget_s=1000.0)
     for rows in (1, 2):
         calls = [cost.call_ms("denoise", rows=rows, frames=64) for cost in (disturbed, alone)]
         assert calls[0] == pytest.approx(calls[1])
+
+
+def test_a_shape_whose_calls_are_long_runs_only_once() -> None:
+    short, long = Timed(), Timed(slower=50.0)  # a call takes 3 ms or more, and 150 ms or more
+    costs = [timed.warm_up(budget_s=1000.0) for timed in (short, long)]
+    num_short, num_long = (timed.calls.count("denoise") - 1 for timed in (short, long))  # without the untimed first run
+    assert num_short == 3 * num_long > 0
+    assert costs[1].call_ms("denoise", rows=1, frames=64) == pytest.approx(150.0)
 
 
 def test_the_budget_limits_runs_but_each_kind_is_measured_once() -> None:

@@ -35,7 +35,8 @@ _PROMPT = "warm-up"
 DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # clip durations to time, as shares of the model's longest duration
 _COUNTS = (1, 2, 4, 8, 32)  # batch sizes to time, both of denoising steps and of text encoder calls
 _MOST_QUEUEING_S = 0.1  # of one call
-_NUM_RUNS = 3  # runs of each shape; the shortest time counts, because other programs only make a run longer
+_NUM_RUNS = 3  # most runs of each shape; the shortest time counts, because other programs only make a run longer
+_ENOUGH_S = 0.1  # if the runs of a shape have taken this long, it does not run again: short delays change them little
 
 
 def step_calls(policy: BatchPolicy, frames: int, *, max_tokens: int) -> list[Call]:
@@ -203,18 +204,19 @@ class WarmUp:
 
     def _best_ms(self, probe: _Probe) -> float:
         """Return the shortest time of up to three runs. After the first, runs that exceed the budget are skipped."""
-        best_s = self._run_once(probe)
+        best_s = total_s = self._run_once(probe)
         self._left_s -= best_s
         # A CUDA graph does not wait for the host. Later runs of a call that is captured when it is repeated therefore
         # begin when the host has queued the whole call.
         is_captured = self._device.can_capture and self._can_capture(probe)
         queueing_s = min(best_s, _MOST_QUEUEING_S) if is_captured else 0.0
         for _ in range(_NUM_RUNS - 1):
-            if best_s + queueing_s > self._left_s:
+            if total_s >= _ENOUGH_S or best_s + queueing_s > self._left_s:
                 break
             if is_captured:
                 self._device.occupy(queueing_s)
             run_s = self._run_once(probe)
+            total_s += run_s
             self._left_s -= run_s + queueing_s
             best_s = min(best_s, run_s)
         return 1000.0 * best_s
