@@ -151,19 +151,40 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Step:
+    """A step that is being filled. `num_started` and `started_bytes` count all started rows, by priority. They include
+    the rows that this step starts.
+    """
+
+    num_started: dict[Priority, int]
+    started_bytes: dict[Priority, int]
     entries: list[_Entry] = field(default_factory=list)
-    num_new: int = 0
-    num_new_batch: int = 0
-    new_bytes: int = 0
-    new_batch_bytes: int = 0
-    waits_for_memory: bool = False  # a row does not fit into memory, so no later row may start
     tokens: float = 0.0
     second_queue_frames: float = 0.0  # latent frames of the rows that are encoded or decoded during the step
+    is_full: bool = False  # no later row is denoised in this step
+    waits_for_memory: bool = False  # a row does not fit into memory, so no later row may start
     waits_for_second_queue: bool = False  # a row would be encoded or decoded, but the second queue may not be used
 
     @property
     def works(self) -> list[RowWork]:
         return [entry.work for entry in self.entries]
+
+    @property
+    def num_new(self) -> int:
+        """How many rows this step starts."""
+        return sum(not entry.started for entry in self.entries)
+
+    def take(self, entry: _Entry, *, on_second_queue: bool = False) -> None:
+        """Add a row to the step."""
+        self.entries.append(entry)
+        self.tokens += entry.tokens
+        self.second_queue_frames += entry.work.frames if on_second_queue else 0
+        self.reserve(entry)
+
+    def reserve(self, entry: _Entry) -> None:
+        """Count a row as started, so that no later row takes its memory."""
+        if not entry.started:
+            self.num_started[entry.priority] += 1
+            self.started_bytes[entry.priority] += entry.num_bytes
 
 
 class Scheduler:
@@ -271,41 +292,48 @@ class Scheduler:
         """Return how many latent frames a row with this work adds to a step; 0 if the second queue does the work."""
         return 0 if self._uses_second_queue(work) else work.tokens
 
+    def _step(self, *, waits_for_memory: bool = False) -> _Step:
+        return _Step(self._num_started.copy(), self._started_bytes.copy(), waits_for_memory=waits_for_memory)
+
     def _fill(self, priority: Priority, *, use_second_queue: bool, waits_for_memory: bool = False) -> _Step:
         """Return a step with as many rows of one priority as the limits for denoising, memory and the second queue
         allow.
 
         With `waits_for_memory`, an earlier row waits for memory, so no row may start.
         """
-        step, budget, second_budget, is_full = _Step(waits_for_memory=waits_for_memory), 0.0, 0.0, False
-        num_left = self._num_started[priority]  # how many started rows are still to come in this loop
-        for entry in self._orders[priority]:
-            if is_full and not num_left:
-                break  # none of the later rows has started, so none can be encoding or decoding
-            if not self._may_run(entry, step=step):
-                if not num_left:
-                    break  # none of the later rows has started, and none may start
-                continue
-            num_left -= entry.started
+        step, budget, second_budget = self._step(waits_for_memory=waits_for_memory), 0.0, 0.0
+        for entry in self._runnable(priority, step=step):
             if self._uses_second_queue(entry.work):
                 step.waits_for_second_queue |= not use_second_queue
                 second_budget = second_budget or self._budget(priority, entry.work.frames)
                 if use_second_queue and (not step.second_queue_frames or step.second_queue_frames < second_budget):
-                    _take_on_second_queue(step, entry)
+                    step.take(entry, on_second_queue=True)
                 else:
-                    _reserve(step, entry)  # counts this row as started, so that no later row takes its memory
-            elif is_full:
-                continue
-            elif not step.tokens:
-                budget = self._budget(priority, entry.work.frames)
-                _take(step, entry)
-            elif step.tokens >= budget or step.tokens + entry.tokens > min(_OVERFILL * budget, self._limits.max_tokens):
-                is_full = True
-                if not self._has_second_queue:
-                    break
-            else:
-                _take(step, entry)
+                    step.reserve(entry)
+            elif not step.is_full:
+                budget = budget or self._budget(priority, entry.work.frames)
+                most = min(_OVERFILL * budget, self._limits.max_tokens)
+                step.is_full = step.tokens > 0 and (step.tokens >= budget or step.tokens + entry.tokens > most)
+                if not step.is_full:
+                    step.take(entry)
         return step
+
+    def _runnable(self, priority: Priority, *, step: _Step) -> Iterator[_Entry]:
+        """Yield the rows of one priority that have started or may start, in order of deadline.
+
+        If the step is full or a row may not start, ends after the last started row, which may be on the second queue.
+        Ends at once if the step is full and there is no second queue.
+        """
+        num_left = self._num_started[priority]  # how many started rows are still to come
+        for entry in self._orders[priority]:
+            may_run = self._may_run(entry, step=step)
+            if may_run:
+                num_left -= entry.started
+                yield entry
+            if step.is_full and not self._has_second_queue:
+                return
+            if (step.is_full or not may_run) and not num_left:
+                return
 
     def _lend(self, step: _Step, *, use_second_queue: bool) -> _Step:
         """Add batch rows to an interactive step, as long as lent time covers the device time that they add.
@@ -320,33 +348,43 @@ class Scheduler:
         share_ms = self._limits.batch_share * ms
         joined_ms = 0.0  # lent time that rows which join this step use
         for entry in self._orders["batch"]:
-            if not self._may_run(entry, step=step):
-                continue
             is_second = self._uses_second_queue(entry.work)
-            if is_second and not use_second_queue:
+            if not self._may_run(entry, step=step) or (is_second and not use_second_queue):
                 continue
             new = int(not entry.started)
-            joins = is_second or step.tokens + entry.tokens <= self._limits.max_tokens
-            works = [*step.works, entry.work] if joins else [entry.work]
-            costs_ms = self._step_ms(works, step.num_new + new) - ms if joins else self._step_ms(works, new)
-            if costs_ms > self._lent_ms + (share_ms if joins else 0.0):
-                self._lent_ms += share_ms
-                return step
-            self._lent_ms -= max(0.0, costs_ms)
-            if not joins:
-                self._lent_ms += joined_ms  # the rows that would have joined run later
-                return _take(_Step(), entry)
-            ms += costs_ms
-            joined_ms += max(0.0, costs_ms)
-            (_take_on_second_queue if is_second else _take)(step, entry)
-        unstarted = next((entry for entry in self._orders["batch"] if not entry.started), None)
-        if unstarted is not None and step.waits_for_memory:
-            needed_ms = self._step_ms([unstarted.work], 1)
-            self._lent_ms = min(self._lent_ms + share_ms, needed_ms)
-            self._saves_memory = self._lent_ms >= needed_ms
+            if is_second or step.tokens + entry.tokens <= self._limits.max_tokens:
+                added_ms = self._step_ms([*step.works, entry.work], step.num_new + new) - ms
+                if added_ms > self._lent_ms + share_ms:
+                    break
+                self._lent_ms -= max(0.0, added_ms)
+                joined_ms += max(0.0, added_ms)
+                ms += added_ms
+                step.take(entry, on_second_queue=is_second)
+            else:
+                alone_ms = self._step_ms([entry.work], new)
+                if alone_ms > self._lent_ms:
+                    break
+                self._lent_ms += joined_ms - alone_ms  # the rows that would have joined run later
+                alone = self._step()
+                alone.take(entry)
+                return alone
         else:
-            self._lent_ms = 0.0  # no batch row waits for more lent time, so what is left is dropped
+            self._limit_lent_time(step, share_ms=share_ms)
+            return step
+        self._lent_ms += share_ms
         return step
+
+    def _limit_lent_time(self, step: _Step, *, share_ms: float) -> None:
+        """Drop lent time that no batch row needs. If the first batch row waits for memory, it needs a step of its own,
+        and gets its memory next when lent time covers this step.
+        """
+        unstarted = next((entry for entry in self._orders["batch"] if not entry.started), None)
+        if unstarted is None or not step.waits_for_memory:
+            self._lent_ms = 0.0
+            return
+        needed_ms = self._step_ms([unstarted.work], 1)
+        self._lent_ms = min(self._lent_ms + share_ms, needed_ms)
+        self._saves_memory = self._lent_ms >= needed_ms
 
     def _may_run(self, entry: _Entry, *, step: _Step) -> bool:
         """Return whether a row has already started or may start now.
@@ -356,16 +394,15 @@ class Scheduler:
         if entry.started:
             return True
         if (max_bytes := self._limits.max_bytes) is not None:
-            taken = sum(self._started_bytes.values()) + step.new_bytes
+            taken, batch_bytes = sum(step.started_bytes.values()), step.started_bytes["batch"]
             if taken and taken + entry.num_bytes > max_bytes:
                 step.waits_for_memory = True
             if step.waits_for_memory:
                 return False
-            batch_bytes = self._started_bytes["batch"] + step.new_batch_bytes
             if entry.priority == "batch" and batch_bytes and batch_bytes + entry.num_bytes > max_bytes - max_bytes // 4:
                 return False
-        most, num_started = self._limits.max_started, self.num_started + step.num_new
-        num_batch = self._num_started["batch"] + step.num_new_batch
+        most, num_batch = self._limits.max_started, step.num_started["batch"]
+        num_started = sum(step.num_started.values())
         if entry.priority == "batch":
             return num_batch < most - max(most // 4, 1) and num_started < most
         reserves_batch_slot = not num_batch and bool(self._orders["batch"])
@@ -403,22 +440,3 @@ class Scheduler:
 
     def __contains__(self, row_id: RowId) -> bool:
         return row_id in self._entries
-
-
-def _take(step: _Step, entry: _Entry) -> _Step:
-    step.entries.append(entry)
-    step.tokens += entry.tokens
-    return _reserve(step, entry)
-
-
-def _reserve(step: _Step, entry: _Entry) -> _Step:
-    step.num_new += not entry.started
-    step.new_bytes += 0 if entry.started else entry.num_bytes
-    step.new_batch_bytes += entry.num_bytes if entry.priority == "batch" and not entry.started else 0
-    step.num_new_batch += entry.priority == "batch" and not entry.started
-    return step
-
-
-def _take_on_second_queue(step: _Step, entry: _Entry) -> _Step:
-    step.second_queue_frames += entry.work.frames
-    return _take(step, entry)
