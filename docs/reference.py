@@ -18,9 +18,8 @@ _ROUTES_HEAD = """# All routes
 {description}
 
 A running server has the full OpenAPI description at `/openapi.json`: every field with its type, range and default,
-every answer and every error. `/docs` shows it as a page to try, `/redoc` as a page to read.
-
-`make docs` generates this page and `docs/openapi.json` from the code.
+every answer and every error. `/docs` shows it as a page to try, `/redoc` as a page to read. `make docs` generates this
+page and `docs/openapi.json`.
 """
 _METRICS_HEAD = """# Metrics
 
@@ -35,13 +34,10 @@ scrape_configs:
     static_configs: [{targets: ["localhost:9464"]}] # of a server started with --metrics-port 9464
 ```
 
-Samples appear within 10 s, Ray's report interval. Each metric also has Ray's labels. `WorkerId` is the process: sum
-counters and histograms over it, `sum without (WorkerId) (...)`, and use the maximum of a gauge that every runner
-reports. A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`. Names that end in `_ms` are milliseconds.
-A metric appears with its first sample; one marked * may never appear on a healthy server. Ray Serve's own metrics
-(`ray_serve_...`) are on the same page.
-
-`make docs` generates this page from `stable_audio_serve/core/metrics.py`.
+Samples appear within 10 s. Each metric also has Ray's labels. `WorkerId` is the process: sum counters and histograms
+over it, `sum without (WorkerId) (...)`, and use the maximum of a gauge that every runner reports. A histogram `x` is
+exported as `x_bucket`, `x_count` and `x_sum`. A metric appears with its first sample; one marked * may never appear on
+a healthy server. Ray Serve's own metrics (`ray_serve_...`) are on the same page. `make docs` generates this page.
 """
 
 
