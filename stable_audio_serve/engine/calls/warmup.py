@@ -36,7 +36,7 @@ DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # clip durations to time, as sha
 _COUNTS = (1, 2, 4, 8, 32)  # batch sizes to time, both of denoising steps and of text encoder calls
 _MOST_QUEUEING_S = 0.1  # of one call
 _NUM_RUNS = 3  # most runs of each shape; the shortest time counts, because other programs only make a run longer
-_ENOUGH_S = 0.1  # if the runs of a shape have taken this long, it does not run again: short delays change them little
+_ENOUGH_S = 0.1  # if two runs have taken this long, there is no third one: short delays change long runs little
 
 
 def step_calls(policy: BatchPolicy, frames: int, *, max_tokens: int) -> list[Call]:
@@ -210,8 +210,9 @@ class WarmUp:
         # begin when the host has queued the whole call.
         is_captured = self._device.can_capture and self._can_capture(probe)
         queueing_s = min(best_s, _MOST_QUEUEING_S) if is_captured else 0.0
-        for _ in range(_NUM_RUNS - 1):
-            if total_s >= _ENOUGH_S or best_s + queueing_s > self._left_s:
+        for num_done in range(1, _NUM_RUNS):
+            # At least two runs: on a GPU, the first run of a shape may also choose kernels.
+            if (num_done > 1 and total_s >= _ENOUGH_S) or best_s + queueing_s > self._left_s:
                 break
             if is_captured:
                 self._device.occupy(queueing_s)
