@@ -150,6 +150,7 @@ def _fill(
         _refuse(
             source, "is stored in no checkpoint, so nothing fills it", keys=[prefix + key for key in _empty(module)]
         )
+        module.to(device)  # buffers that no checkpoint contains
     return mapped
 
 

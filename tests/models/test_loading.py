@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -395,7 +396,7 @@ DECODER = "model.pretransform.config.decoder.config"
         (f"{DIT}.timestep_features_type", "learned"),
         (f"{DIT}.norm_type", ...),
         (f"{DIT}.patch_size", 2),
-        (f"{DIT}.attn_kwargs.qk_norm", "l2"),
+        (f"{DIT}.attn_kwargs.qk_norm", "l1"),
         (f"{DECODER}.strides", [4, 4]),
         (f"{DECODER}.strides", []),
         ("model.pretransform.config.encoder.config.strides", []),
@@ -483,6 +484,15 @@ def test_a_precision_that_a_device_lacks_is_refused_by_name(device: str, dtype: 
 def test_a_missing_device_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="tpu"):
         resolve_device("tpu")
+
+
+def test_a_norm_without_weights_is_not_expected_in_the_checkpoint(folder: Path) -> None:
+    configure(folder, f"{DIT}.attn_kwargs.qk_norm", "l2")
+    unused = re.compile(r"model\.model\..*\.[qk]_norm\.gamma")
+    rewrite(folder, lambda weights: [weights.pop(key) for key in list(weights) if unused.fullmatch(key)])
+    attention = load(folder).denoiser.transformer.layers[0].self_attn
+    heads = torch.randn(5, attention.head_width, generator=torch.Generator().manual_seed(1))
+    assert_near(attention.q_norm(heads), torch.nn.functional.normalize(heads, dim=-1), within=1e-6)
 
 
 def test_half_precision_denoiser_stays_near_the_float32_one(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Normalisation layers of the model families: RMS norm, DyT, and the per-head norms of queries and keys."""
+"""Normalisation layers of the model families: RMS norm, unit norm, DyT, and the per-head norms of queries and keys."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ class RMSNorm(nn.Module):
     Computed in float32 for every input dtype: in half precision the mean of squares could overflow.
     """
 
+    gamma: Tensor
+
     def __init__(self, width: int, *, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
@@ -28,6 +30,17 @@ class RMSNorm(nn.Module):
     def without_gain(self, x: Tensor) -> Tensor:
         """Returns the normalised x (..., width), not multiplied by gamma, in the dtype of x."""
         return F.rms_norm(x, x.shape[-1:], None, self.eps)
+
+
+class UnitNorm(RMSNorm):
+    """Scales x to length 1 over the last axis. The gain is fixed: an RMS norm would scale x to length sqrt(width)."""
+
+    def __init__(self, width: int, *, eps: float = 1e-6) -> None:
+        """Vectors shorter than `eps` become shorter than 1."""
+        super().__init__(width, eps=eps**2 / width)
+        del self.gamma
+        # Has values also where parameters are on the meta device, because no checkpoint contains it.
+        self.register_buffer("gamma", torch.full((width,), width**-0.5, device="cpu"), persistent=False)
 
 
 class DyT(FusedModule):
@@ -74,7 +87,7 @@ def _fixed(values: Tensor, *, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(values.to(dtype), requires_grad=False)
 
 
-HEAD_NORMS = ("none", "rms", "ln", "dyt")
+HEAD_NORMS = ("none", "rms", "ln", "dyt", "l2")
 
 
 def build_head_norm(kind: str, width: int) -> nn.Module:
@@ -91,5 +104,7 @@ def build_head_norm(kind: str, width: int) -> nn.Module:
             return nn.LayerNorm(width, eps=1e-6)
         case "dyt":
             return DyT(width)
+        case "l2":
+            return UnitNorm(width)
         case _:
             raise ValueError(f"unknown head norm {kind!r}; known: {', '.join(HEAD_NORMS)}")

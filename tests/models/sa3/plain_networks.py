@@ -39,6 +39,10 @@ def dyt(w: Weights, name: str, x: Tensor) -> Tensor:
 def head_norm(w: Weights, name: str, x: Tensor, kind: str) -> Tensor:
     if kind == "rms":
         return rms(x, w[f"{name}.gamma"], 1e-6)
+    if kind == "ln":
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+    if kind == "l2":
+        return F.normalize(x, dim=-1, eps=1e-6)
     return dyt(w, name, x) if kind == "dyt" else x
 
 

@@ -70,6 +70,10 @@ SIZES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+SIZES |= {
+    f"mono-{norm}": {**SIZES["mono"], "attention": {"qk_norm": norm, "differential": norm == "l2"}}
+    for norm in ("l2", "ln")
+}
 
 
 def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
