@@ -74,6 +74,8 @@ SIZES |= {
     f"mono-{norm}": {**SIZES["mono"], "attention": {"qk_norm": norm, "differential": norm == "l2"}}
     for norm in ("l2", "ln")
 }
+# The encoder's chunks have 32 latents, and lengths are multiples of 8: the source of an edit ends within a chunk.
+SIZES["unaligned"] = {**SIZES["shifted"], "encoder": {"transformer_depths": [1], "dim_heads": 8}}
 
 
 def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
