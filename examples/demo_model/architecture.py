@@ -55,7 +55,10 @@ def model_config() -> dict[str, Any]:
                         "type": "patch_mlp",
                         "config": {"out_channels": NUM_CHANNELS, "latent_dim": LATENT_DIM, "depth": 2, **patch},
                     },
-                    "bottleneck": {"type": "softnorm", "config": {"dim": LATENT_DIM, "noise_regularize": False}},
+                    "bottleneck": {
+                        "type": "softnorm",
+                        "config": {"dim": LATENT_DIM, "auto_scale": True, "noise_regularize": False},
+                    },
                     "pretransform": {
                         "type": "oscillator_bank",
                         "config": {"channels": 2, "frames_per_latent": PATCH_FRAMES},

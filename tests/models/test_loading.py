@@ -408,6 +408,7 @@ DECODER = "model.pretransform.config.decoder.config"
         (f"{DECODER}.sinusoidal_blocks", [1, 2]),
         ("model.pretransform.config.downsampling_ratio", 128),
         ("model.pretransform.config.bottleneck.type", "vae"),
+        ("model.pretransform.config.bottleneck.config.auto_scale", False),  # but noise_regularize is true
         ("model.pretransform.config.pretransform.type", "wavelet"),
         ("model.conditioning.configs.0.type", "clap"),
         ("model.conditioning.configs.0.config.padding_mode", "zero"),

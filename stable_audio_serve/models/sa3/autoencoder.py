@@ -58,23 +58,27 @@ class Patched(nn.Module):
 
 
 class SoftNorm(nn.Module):
-    """A bottleneck. Encoding scales and shifts each latent channel and divides all channels by one standard deviation.
+    """A bottleneck. Encoding scales and shifts each latent channel. If `rescaled`, it then divides all channels by one
+    standard deviation.
 
     Decoding multiplies by the standard deviation but does not undo the scale and the shift. If `regularized`, decoding
     first adds weak noise, also at inference.
     """
 
-    def __init__(self, channels: int, *, regularized: bool) -> None:
+    running_std: Tensor | None
+
+    def __init__(self, channels: int, *, rescaled: bool, regularized: bool) -> None:
         super().__init__()
         self.regularized = regularized
         self.scaling_factor = nn.Parameter(torch.ones(1, channels, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1))
-        self.running_std = nn.Parameter(torch.ones(1))
+        self.register_parameter("running_std", nn.Parameter(torch.ones(1)) if rescaled else None)
         self.noise_scaling_factor = nn.Parameter(torch.zeros(1, 0, 1))  # unused, but a key of the checkpoints
 
     def encode(self, raw: Tensor) -> Tensor:
         """Raw latents (batch, latent channels, latent frames) -> latents of the same shape."""
-        return (raw * self.scaling_factor + self.bias) / self.running_std
+        latents = raw * self.scaling_factor + self.bias
+        return latents if self.running_std is None else latents / self.running_std
 
     def decode(self, latents: Tensor, noise: Noises) -> Tensor:
         """Latents (batch, latent channels, latent frames) -> the decoder's input, of the same shape."""
@@ -82,7 +86,7 @@ class SoftNorm(nn.Module):
             shape = (latents.shape[1], latents.shape[2])
             drawn = stack_draws(noise, "bottleneck", shape=shape, frame_axis=1, device=latents.device)
             latents = torch.add(latents, drawn.to(latents.dtype), alpha=REGULARIZATION)
-        return latents * self.running_std
+        return latents if self.running_std is None else latents * self.running_std
 
 
 class AudioAutoencoder(nn.Module):
@@ -167,7 +171,10 @@ def build_softnorm(config: ConfigReader) -> SoftNorm:
     config = config.section("config", optional=True)
     if config.integer("noise_augment_dim", default=0, at_least=0):
         raise config.unusable("noise_augment_dim", "0")
-    return SoftNorm(config.integer("dim"), regularized=config.flag("noise_regularize", default=False))
+    rescaled, regularized = (config.flag(key, default=False) for key in ("auto_scale", "noise_regularize"))
+    if regularized and not rescaled:  # the noise would depend on the whole clip, but clips are decoded in windows
+        raise config.unusable("noise_regularize", "false without auto_scale")
+    return SoftNorm(config.integer("dim"), rescaled=rescaled, regularized=regularized)
 
 
 # The functions that build parts, by a part's `type`. They are called with the part's `config` section.

@@ -33,7 +33,7 @@ INERT_KEYS = frozenset(
         *("dropout", "attn_dropout", "ff_dropout", "enable_inner_layer_dropout", "cfg_dropout_prob", "dropout_prob"),
         # The keys on the first line below do not change the reference implementation's result: `scale` is 1. It ignores
         # the keys on the second line, at least with the values that `parse_denoiser` requires.
-        *("iterate_batch", "use_flash", "force_fp32", "auto_scale", "scale", "abs_pos_emb_max_length"),
+        *("iterate_batch", "use_flash", "force_fp32", "scale", "abs_pos_emb_max_length"),
         *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv", "causal", "conv_kernel_size", "fix_scale"),
         # The reference implementation behaves as if both keys were true, whatever their values are.
         *("mask_padding_attention", "use_effective_length_for_schedule"),

@@ -211,14 +211,14 @@ def encode(w: Weights, config: dict[str, Any], audio: Tensor) -> Tensor:
     tokens = resample_tokens(block, half, torch.cat(groups), decoding=False)
     raw = linear(w, "encoder.layers.2", tokens[stride :: stride + 1]).T
     scaled = raw * w["bottleneck.scaling_factor"][0] + w["bottleneck.bias"][0]
-    return scaled / w["bottleneck.running_std"]
+    return scaled / w.get("bottleneck.running_std", 1.0)
 
 
 def decode(w: Weights, config: dict[str, Any], latents: Tensor) -> Tensor:
     """Decode latents (channels, frames) without noise. Returns audio (channels, samples)."""
     half, patch = config["decoder"]["config"], config["pretransform"]["config"]["patch_size"]
     stride = half["strides"][0]
-    leading = linear(w, "decoder.layers.1", (latents * w["bottleneck.running_std"]).T)
+    leading = linear(w, "decoder.layers.1", (latents * w.get("bottleneck.running_std", 1.0)).T)
     leading = F.pad(leading, (0, 0, 0, -len(leading) % latent_multiple(half)))
     block = below(w, "decoder.layers.3.")
     learned = block["new_tokens"][0].expand(stride, -1)

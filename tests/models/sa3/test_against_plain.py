@@ -75,7 +75,11 @@ SIZES |= {
     for norm in ("l2", "ln")
 }
 # The encoder's chunks have 32 latents, and lengths are multiples of 8: the source of an edit ends within a chunk.
-SIZES["unaligned"] = {**SIZES["shifted"], "encoder": {"transformer_depths": [1], "dim_heads": 8}}
+SIZES["unaligned"] = {
+    **SIZES["shifted"],
+    "encoder": {"transformer_depths": [1], "dim_heads": 8},
+    "bottleneck": {"auto_scale": False, "noise_regularize": False},
+}
 
 
 def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
     autoencoder = model["pretransform"]["config"]
     autoencoder.update(latent_dim=latents, io_channels=sizes["channels"], downsampling_ratio=hop)
     autoencoder["pretransform"]["config"] = {"channels": sizes["channels"], "patch_size": sizes["patch"]}
-    autoencoder["bottleneck"]["config"]["dim"] = latents
+    autoencoder["bottleneck"]["config"].update({"dim": latents, **sizes.get("bottleneck", {})})
     for half, key in (("encoder", "in_channels"), ("decoder", "out_channels")):
         part = autoencoder[half]["config"]
         for name in ("chunk_size", "chunk_midpoint_shift", "conv_mapping"):
