@@ -18,7 +18,7 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import damaged, encoder_weights
 from stable_audio_serve.models.config_reader import MAX_DEPTH
 from stable_audio_serve.models.protocol import PromptTokens
-from stable_audio_serve.models.weight_files import read_weights
+from stable_audio_serve.models.weight_files import read_weights, require_floats
 
 # Called with a folder. Returns the network and the loading report of transformers (`output_loading_info`).
 NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
@@ -77,30 +77,36 @@ def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
 def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:
     """Returns the tokenizer and the network in a folder, ready for inference.
 
-    Raises CheckpointError if a file is missing or damaged, if a weight is missing or not finite, if the network has
-    fewer layers than the weights or cannot encode a prompt, or if the tokenizer does not fit the network. Without this
-    check, transformers would replace missing weights with random numbers, and ignore weights of further layers.
+    Raises CheckpointError if a file is missing or damaged, if a weight is missing, quantized or not finite or has a
+    wrong shape, if the network has fewer layers than the weights or cannot encode a prompt, or if the tokenizer does
+    not fit the network. Without this check, transformers would replace missing weights with random numbers, cast
+    quantized ones without their scale, and ignore weights of further layers.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     _check_config(folder)
+    _check_weights(folder)
     try:
         encoder, report = load_network(folder)
     except Exception as error:
-        raise _refuse_network(folder, error) from error
+        raise _refuse_network(folder, _reason(error)) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
         trial = TextEncoder(tokenizer, encoder, width=0, max_length=_TRIAL_TOKENS)
         ids, mask = trial.tokenize(_TRIAL).ids_and_mask.unbind(1)
     except Exception as error:
         raise _refuse_tokenizer(folder, error) from error
-    absent = sorted([*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", ()))])
-    if absent:
+    for key, found, needed in sorted(report["mismatched_keys"]):
+        shapes = f"has shape {list(found)}, its config.json needs {list(needed)}"
+        raise CheckpointError(f"the text encoder in {folder}: {key} {shapes}")
+    if absent := sorted(report["missing_keys"]):
         raise CheckpointError(f"the text encoder in {folder} lacks {len(absent)} weights, the first is {absent[0]}")
-    if unused := sorted(key for key in report.get("unexpected_keys", ()) if _is_of_a_layer(key)):
-        raise CheckpointError(f"the text encoder in {folder} has weights that its config.json does not: {unused[0]}")
+    if unused := sorted(filter(_is_of_encoder, report["unexpected_keys"])):
+        hint = "; use weights that are not quantized" if "scale" in unused[0] else ""
+        reason = f"has weights that its config.json does not: {unused[0]}{hint}"
+        raise CheckpointError(f"the text encoder in {folder} {reason}")
     known: int = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if ids.max() >= known:
         raise CheckpointError(f"the tokenizer in {folder} makes token {ids.max()}, but the text encoder knows {known}")
@@ -120,7 +126,9 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
 
 
 def _check_config(folder: Path) -> None:
-    """Raise CheckpointError if a text encoder's config.json is damaged or states too many layers to build."""
+    """Raise CheckpointError if a text encoder's config.json is damaged, or states quantized weights or too many layers
+    to build.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return  # transformers names the missing file
@@ -129,6 +137,8 @@ def _check_config(folder: Path) -> None:
         sections = [config, config.get("encoder")]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise damaged(path, error) from error
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(f"{path}: quantization_config is not supported; use weights that are not quantized")
     for section in sections:
         for key in _DEPTH_KEYS:
             depth = section.get(key) if isinstance(section, dict) else None
@@ -136,16 +146,18 @@ def _check_config(folder: Path) -> None:
                 raise CheckpointError(f"{path}: {key} must be at most {MAX_DEPTH}, found {depth}")
 
 
-def _refuse_network(folder: Path, error: Exception) -> CheckpointError:
-    """Returns the error for a network that raised `error`. It names the damaged weight file, if there is one."""
-    reason = _reason(error)
-    if "ignore_mismatched_sizes" in reason:  # transformers names the weights only in its log
-        reason = "its weights have other shapes than its config.json says"
+def _check_weights(folder: Path) -> None:
+    """Raise CheckpointError if a weight file is missing or damaged, or if weights are not floating-point numbers."""
     try:
         for path in encoder_weights(folder):
-            read_weights(path)
-    except CheckpointError as cause:
-        reason = cause.message
+            for key, weight in read_weights(path).items():
+                if "decoder" not in key:
+                    require_floats(path, key, weight=weight)
+    except CheckpointError as error:
+        raise _refuse_network(folder, error.message) from error
+
+
+def _refuse_network(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}")
 
 
@@ -171,6 +183,6 @@ def _reason(error: Exception) -> str:
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
 
 
-def _is_of_a_layer(key: str) -> bool:
-    """Whether a key of a T5 or T5Gemma belongs to a numbered layer of the encoder. The decoder is not used."""
-    return "decoder" not in key and re.search(r"\b(block|layers)\.\d+\.", key) is not None
+def _is_of_encoder(key: str) -> bool:
+    """Whether a key that a T5 or T5Gemma does not know belongs to its encoder: to a numbered layer, or a scale."""
+    return "decoder" not in key and re.search(r"\b(block|layers)\.\d+\.|scale", key) is not None

@@ -23,6 +23,14 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import damaged
 
 TRAINING_PREFIXES = ("diffusion.", "diffusion_ema.")
+# Not integers, nor types that need a scale for each block of values.
+_DTYPES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.float8_e4m3fn, torch.float8_e5m2),
+    )
+}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -34,6 +42,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if any(key.startswith(TRAINING_PREFIXES) for key in weights):
         raise CheckpointError(f"{path} is a raw training checkpoint; export it first, then serve the exported file")
     return weights
+
+
+def require_floats(path: Path, key: str, *, weight: Tensor) -> None:
+    """Raise CheckpointError if `weight`, which is in the file under `key`, has a dtype whose values are no weights."""
+    if weight.dtype not in _DTYPES:
+        allowed = ", ".join(_DTYPES.values())
+        raise CheckpointError(f"{path}: {key} holds {weight.dtype}, not floating-point numbers ({allowed})")
 
 
 def release_pages(path: Path, tensors: Iterable[Tensor]) -> None:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
-from stable_audio_serve.models.weight_files import read_weights, release_pages
+from stable_audio_serve.models.weight_files import read_weights, release_pages, require_floats
 
 # Number of threads that cast weights on a CPU, besides torch's threads. Two threads take half of the time of one.
 _CPU_THREADS = 2
@@ -108,8 +108,7 @@ def _check(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], *, s
         tensor = weights[key]
         if tensor.shape != shape:
             raise CheckpointError(f"{source}: {key} has shape {list(tensor.shape)}, the network needs {list(shape)}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{source}: {key} holds {tensor.dtype}, not floating-point numbers")
+        require_floats(source, key, weight=tensor)
 
 
 def _refuse(source: Path, what: str, *, keys: list[str]) -> None:

@@ -91,9 +91,10 @@ def test_wrong_shape(folder: Path) -> None:
     assert f"{GAMMA} has shape [71], the network needs [72]" in failure(folder)
 
 
-def test_integer_weights_are_refused(folder: Path) -> None:
-    rewrite(folder, lambda weights: weights.update({GAMMA: torch.zeros(72, dtype=torch.int64)}))
-    assert f"{GAMMA} holds torch.int64" in failure(folder)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e8m0fnu])
+def test_weights_that_are_no_plain_numbers_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    rewrite(folder, lambda weights: weights.update({GAMMA: torch.ones(72, dtype=torch.float32).to(dtype)}))
+    assert f"{GAMMA} holds {dtype}" in failure(folder)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
@@ -126,11 +127,12 @@ def test_weights_in_shards_are_refused(folder: Path) -> None:
     assert "holds weights in shards, which are not read: join them into one file" in failure(folder)
 
 
-def test_half_precision_files_load_as_float32(folder: Path) -> None:
-    rewrite(folder, lambda weights: weights.update({key: value.half() for key, value in weights.items()}))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_weights_of_any_precision_load_as_float32(folder: Path, dtype: torch.dtype) -> None:
+    rewrite(folder, lambda weights: weights.update({key: value.to(dtype) for key, value in weights.items()}))
     weight = load(folder).autoencoder.bottleneck.scaling_factor
     assert weight.dtype == torch.float32
-    expected = loaded("sharp-s").autoencoder.bottleneck.scaling_factor.half().float()
+    expected = loaded("sharp-s").autoencoder.bottleneck.scaling_factor.to(dtype).float()
     assert torch.equal(weight, expected)
 
 
@@ -249,16 +251,26 @@ def test_text_encoder_with_a_missing_weight_is_refused(folder: Path) -> None:
     assert "encoder.norm.weight" in failure(folder)
 
 
+NORM = "encoder.norm.weight"
+
+
 @pytest.mark.parametrize(
-    ("value", "said"), [(math.nan, "encoder.norm.weight holds values that are not finite"), (1.0, "other shapes")]
+    ("key", "value", "said"),
+    [
+        (NORM, torch.full((768,), math.nan), "holds values that are not finite"),
+        (NORM, torch.ones(5), "has shape [5], its config.json needs [768]"),
+        (NORM, torch.ones(768, dtype=torch.int8), "holds torch.int8, not floating-point numbers"),
+        (f"{NORM}_scale", torch.ones(1), "; use weights that are not quantized"),
+    ],
 )
-def test_a_text_encoder_with_a_wrong_weight_is_refused(folder: Path, value: float, said: str) -> None:
+def test_a_wrong_weight_of_a_text_encoder_is_refused_by_name(
+    folder: Path, key: str, value: torch.Tensor, said: str
+) -> None:
     path = folder / "t5gemma" / "model.safetensors"
-    weights = load_file(path)
-    width = len(weights["encoder.norm.weight"])
-    weights["encoder.norm.weight"] = torch.full((width if math.isnan(value) else width + 1,), value)
-    save_file(weights, path, metadata={"format": "pt"})
-    assert said in failure(folder)
+    save_file(load_file(path) | {key: value}, path, metadata={"format": "pt"})
+    message = failure(folder)
+    assert key in message
+    assert said in message
 
 
 def test_a_text_encoder_without_weights_is_refused_before_its_size_is_read(folder: Path) -> None:
@@ -334,12 +346,14 @@ def test_a_damaged_text_encoder_config_is_named(folder: Path, content: str) -> N
         ("rms_norm_eps", math.nan, "makes values that are not finite"),
         ("dropout_rate", math.nan, "cannot be run"),
         ("head_dim", "wide", "'head_dim': TypeError: Field 'head_dim' expected int, got str"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantization_config is not supported"),
     ],
 )
 def test_text_encoder_configs_that_cannot_be_run_are_refused(folder: Path, key: str, value: Any, said: str) -> None:
     path = folder / "t5gemma" / "config.json"
     config = json.loads(path.read_text())
-    (config if key == "dropout_rate" else config["encoder"])[key] = value  # transformers copies the whole model's rate
+    # transformers copies the dropout rate of the whole model
+    (config if key in ("dropout_rate", "quantization_config") else config["encoder"])[key] = value
     path.write_text(json.dumps(config))
     assert said in failure(folder)
 

@@ -39,6 +39,7 @@ def _load_t5gemma(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
         attn_implementation="eager",
         local_files_only=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,
         use_safetensors=True,
     )
     return loaded

@@ -30,7 +30,12 @@ def _load_t5(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
     from transformers import T5EncoderModel
 
     loaded: tuple[nn.Module, Mapping[str, Any]] = T5EncoderModel.from_pretrained(
-        folder, dtype="auto", local_files_only=True, output_loading_info=True, use_safetensors=True
+        folder,
+        dtype="auto",
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
     )
     return loaded
 
