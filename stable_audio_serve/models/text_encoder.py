@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,17 @@ class TextEncoder:
         added.masked_fill_(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
         hidden: Tensor = self.encoder(input_ids=ids, attention_mask=added).last_hidden_state
         return hidden.float()
+
+
+@contextmanager
+def stating_width(text: TextEncoder, folder: Path) -> Iterator[None]:
+    """Within this context, a CheckpointError about the projection of prompts also states the text encoder's width."""
+    try:
+        yield
+    except CheckpointError as error:
+        if ".proj_out." not in error.message:
+            raise
+        raise CheckpointError(f"{error.message}; the text encoder in {folder} has width {text.width}") from error
 
 
 def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:

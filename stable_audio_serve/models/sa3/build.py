@@ -22,7 +22,7 @@ from stable_audio_serve.models.sa3.conditioners import load_text_encoder
 from stable_audio_serve.models.sa3.config import INERT_KEYS, Sa3Config, parse_config
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
-from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.models.text_encoder import TextEncoder, stating_width
 from stable_audio_serve.models.weight_files import release_pages
 from stable_audio_serve.models.weight_sizes import DENOISER_KEYS
 from stable_audio_serve.models.weights import SkipRandomWeights, load_weights, require_exact_float32
@@ -60,7 +60,8 @@ def load_sa3(
     if stores_half(decode_precision, device):
         halves = stored_dtypes(cast("nn.Module", components.autoencoder.decoder), device)
         dtypes |= {f"{AUTOENCODER_KEYS}decoder.{name}.": half for name, half in halves.items()}
-    mapped = load_weights(modules, weights_file, device=device, dtypes=dtypes)
+    with stating_width(text, text_encoder):
+        mapped = load_weights(modules, weights_file, device=device, dtypes=dtypes)
     products = decoder_products(decode_precision, device)
     _check_autoencoder(components.autoencoder, products, device=device, source=folder / CONFIG_FILE)
     release_pages(weights_file, mapped)  # the check loaded the encoder's weights, which only edits of audio need

@@ -19,7 +19,7 @@ from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.planning import read_shift
-from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.models.text_encoder import TextEncoder, stating_width
 from stable_audio_serve.models.weight_files import release_pages
 from stable_audio_serve.models.weight_sizes import DENOISER_KEYS
 from stable_audio_serve.models.weights import SkipRandomWeights, load_weights, require_exact_float32
@@ -54,7 +54,8 @@ def load_sao(
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
     modules = checkpoint_modules(components, config)
-    mapped = load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
+    with stating_width(text, text_encoder):
+        mapped = load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
     spec = build_spec(card, config)
     model = SaoModel(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
     release_pages(weights_file, mapped)  # the model replaced the autoencoder's mapped weights by computed kernels

@@ -69,6 +69,15 @@ def test_a_missing_key_is_named(folder: Path) -> None:
     assert f"{QKV} is missing" in failure(folder)
 
 
+def test_a_text_encoder_of_another_width_is_named(folder: Path) -> None:
+    projection = "conditioner.conditioners.prompt.proj_out"
+    wide = {f"{projection}.weight": torch.zeros(64, 96), f"{projection}.bias": torch.zeros(64)}
+    rewrite(folder, lambda weights: weights.update(wide))
+    message = failure(folder)
+    assert f"{projection}.bias (and 1 more) does not belong to this network" in message
+    assert message.endswith(f"; the text encoder in {folder / 't5'} has width 64")
+
+
 def test_an_unknown_config_key_is_named(folder: Path) -> None:
     configure(folder, lambda values: values["model"]["diffusion"]["config"].update(adaptive_magic=True))
     assert "model.diffusion.config.adaptive_magic" in failure(folder)
