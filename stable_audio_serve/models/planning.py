@@ -12,13 +12,16 @@ from torch import Tensor
 
 from stable_audio_serve.audio.keep import is_continuation
 from stable_audio_serve.audio.prepare import prepare_source
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import MAX_PROMPT_CHARS, GenerationRequest, SourceAudio
 from stable_audio_serve.models.protocol import ModelSpec, SourcePlan, WindowSpan
 
 
-def check_request(request: GenerationRequest) -> None:
-    """Raise InvalidRequestError, which names the field, if no model can use one of the request's values."""
+def check_request(request: GenerationRequest, card: ModelCard) -> None:
+    """Raise InvalidRequestError, which names the field, if no model or not this one can use one of the request's
+    values.
+    """
     name = "prompts" if request.variation_prompts else "prompt"
     prompts = [(name, prompt) for prompt in request.prompts]
     for field, text in (*prompts, ("negative_prompt", request.negative_prompt or "")):
@@ -49,6 +52,9 @@ def check_request(request: GenerationRequest) -> None:
     ):
         if value is not None and not math.isfinite(value):
             raise InvalidRequestError(f"{field} must be a finite number", field=field)
+    if request.cfg_rescale and card.latent_channels == 1:
+        message = f"scale_phi needs several latent channels, {card.name} has one"
+        raise InvalidRequestError(message, field="scale_phi", allowed="0 or unset")
     if request.source_start_s and not 0 <= request.source_start_s < request.duration_s:
         message = "the source must begin in the clip"
         raise InvalidRequestError(message, field="extend_before_s", allowed=f"0..{request.duration_s:g}")

@@ -172,9 +172,11 @@ def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None,
 def _rescale(velocity: Tensor, v_cond: Tensor, *, amount: Tensor) -> Tensor:
     """Scale each frame of `velocity` so that its standard deviation over the channels is nearer to the one of `v_cond`.
 
-    If `amount` is 1, the two standard deviations become equal. If `amount` is 0, nothing changes.
+    If `amount` is 1, the two standard deviations become equal. If `amount` is 0, nothing changes, nor in a frame whose
+    channels are equal.
     """
-    matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
+    deviation = _channel_std(velocity)
+    matched = torch.where(deviation > 0.0, velocity * _channel_std(v_cond) / deviation, velocity)
     return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)
 
 

@@ -103,6 +103,12 @@ def test_a_rows_bits_depend_only_on_the_row(
         assert torch.equal(together[index, :, :frames], lone[0])
 
 
+def test_a_frame_with_equal_channels_is_not_rescaled() -> None:
+    inputs = make_inputs(len(GUIDANCES))
+    inputs["conditional"][..., 2] = inputs["unconditional"][..., 2] = 0.0
+    assert guide(**inputs, valid=None, rows=GuidanceBatch.of(GUIDANCES)).isfinite().all()
+
+
 def test_a_zero_difference_stays_finite() -> None:
     inputs = make_inputs(len(GUIDANCES))
     inputs["unconditional"] = inputs["conditional"].clone()

@@ -48,7 +48,7 @@ def plan_rows(
     shift. `frames` overrides the number of latent frames; the duration is then not limited, and a clip longer than
     these frames is cut. Raises InvalidRequestError naming the field.
     """
-    check_request(request)
+    check_request(request, spec.card)
     for field, level in (("sigma_min", request.sigma_min), ("sigma_max", request.sigma_max), ("rho", request.rho)):
         if level is not None:
             raise InvalidRequestError(f"{field} has no meaning for {spec.card.name}", field=field, allowed="unset")

@@ -69,7 +69,7 @@ def plan_rows(
     overrides the number of latent frames, and the duration is then not limited. Raises InvalidRequestError naming the
     field.
     """
-    check_request(request)
+    check_request(request, spec.card)
     _refuse_unsupported(request, spec)
     check_duration(request, spec, is_limited=frames is None)
     frames = spec.max_frames if frames is None else frames

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import SourceAudio
+from stable_audio_serve.models.planning import check_request
 from stable_audio_serve.models.protocol import RowPlan
 from stable_audio_serve.models.windows import chunked_windows
 from tests.goldens import SHARP, load_goldens
@@ -208,6 +210,13 @@ def test_unsupported_values_name_the_field(fields: dict[str, Any], field: str) -
     with pytest.raises(InvalidRequestError) as caught:
         loaded("sharp-s").plan(make_request(**fields))
     assert caught.value.field == field
+
+
+def test_rescaling_needs_several_latent_channels() -> None:
+    card = replace(loaded("sharp-s").spec.card, latent_channels=1)
+    with pytest.raises(InvalidRequestError, match="scale_phi needs several latent channels, sharp-s has one") as caught:
+        check_request(make_request(cfg_rescale=0.5), card)
+    assert caught.value.field == "scale_phi"
 
 
 def test_a_source_without_a_region_keeps_nothing() -> None:
