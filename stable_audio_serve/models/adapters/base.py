@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.models.adapters.adapter import Adapter
-from stable_audio_serve.models.adapters.header import AdapterType, refuse_adapter
+from stable_audio_serve.models.adapters.header import CONDITIONERS, AdapterType, refuse_adapter
 from stable_audio_serve.models.adapters.singular import SingularBases, SingularBasis, matrix
 
 _ROWS_AT_ONCE = 256  # rows of a weight converted to float64 at once: more would not stay in the processor's cache
@@ -133,6 +133,10 @@ class Base:
 
     def _check_shapes(self, adapter: Adapter, layer: str, *, parts: Mapping[str, Tensor]) -> None:
         if layer not in self.layers:
+            if layer.startswith(CONDITIONERS):
+                known = {name.split(".")[1] for name in self.layers if name.startswith(CONDITIONERS)}
+                reason = f"of its conditioners, {self.name!r} lets adapters change only {', '.join(sorted(known))}"
+                raise refuse_adapter(adapter.name, f"changes {layer[:200]}: {reason}; load it without `conditioner`")
             raise _other_model(adapter, f"{self.name!r} has no layer {layer[:200]}")
         out, width = self.weight(layer).shape
         sizes = {"lora_A": width, "V": width}

@@ -49,8 +49,10 @@ _READ = (
 )
 _FOREIGN = {  # format -> how its tensors are named; the first match counts
     "a whole checkpoint, not an adapter": re.compile(r"pretransform\.|conditioner\.conditioners\."),
-    "in the PEFT format": re.compile(r"base_model\.|.*\.lora_[AB]\.(default\.)?weight"),
-    "in the format of kohya and ComfyUI": re.compile(r"lora_(unet|te)|.*(lora_(up|down)\b|\.alpha$)"),
+    "in the PEFT format": re.compile(r"base_model\.|.*\.lora_[AB]\.(\w+\.)?weight"),
+    "in the format of kohya, LyCORIS, diffusers or ComfyUI": re.compile(
+        r"(lora|lycoris|oft|boft)_[a-z]|.*(lora[._](up|down)\b|\.(alpha|dora_scale|diff|hada_w\w+|lokr_w\w+|oft_\w+)$)"
+    ),
 }
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
@@ -186,7 +188,9 @@ def parse_header(start: bytes, *, num_bytes: int, name: str, max_rank: int, with
     _check_positions(entries, num_bytes - 8 - size)
     kind = _resolve_type(config.get("adapter_type"), layers)
     chosen, warnings = _choose_layers(layers, config)
-    chosen = [layer for layer in chosen if with_conditioners or not layer.startswith(CONDITIONERS)]
+    if not with_conditioners and (of_conditioners := [layer for layer in chosen if layer.startswith(CONDITIONERS)]):
+        chosen = [layer for layer in chosen if layer not in of_conditioners]
+        warnings.append(f"its changes of {', '.join(of_conditioners)[:200]} are left out without `conditioner: true`")
     if not chosen:
         raise UnusableError("changes no layer" + ("" if with_conditioners else " of the denoiser"))
     rank = _resolve_rank(config, layers, kind=kind, max_rank=max_rank)
@@ -194,6 +198,8 @@ def parse_header(start: bytes, *, num_bytes: int, name: str, max_rank: int, with
     checked = {layer: _check_layer(layer, layers[layer], kind=kind, rank=rank) for layer in chosen}
     if unused := {part for parts in layers.values() for part in parts} - {*_NEEDED[kind], *_OPTIONAL}:
         warnings.append(f"type {kind} does not use the tensors {', '.join(sorted(unused))[:200]}")
+    if unread := [key for key in config if re.search("rank|alpha", key) and key not in ("rank", "alpha")]:
+        warnings.append(f"its lora_config has {', '.join(unread)[:200]}, of which only rank and alpha are read")
     return Header(
         type=kind,
         rank=rank,
@@ -293,7 +299,7 @@ def _number(config: Mapping[str, Any], key: str, *, low: float, high: float) -> 
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UnusableError(f"has an unusable {key} in its lora_config: {str(value)[:40]}")
+        raise UnusableError(f"has an unusable {key} in its lora_config: {json.dumps(value)[:40]}")
     return value
 
 

@@ -250,6 +250,20 @@ def test_row_norms_of_another_base_are_a_warning(tmp_path: Path, error: float, w
     assert all("(large-base) than 'small'" in warning for warning in fitted.warnings)
 
 
+def test_an_adapter_of_the_prompts_projection_is_refused_by_name(tmp_path: Path) -> None:
+    base = Base("small", {"conditioners.seconds_total.": torch.nn.ModuleDict({"embedder": torch.nn.Linear(4, 6)})})
+    layer = "conditioners.prompt.proj_out"
+    path = write_adapter(
+        tmp_path / "a.safetensors", {layer: {"lora_A": torch.ones(1, 4), "lora_B": torch.ones(6, 1)}}, None
+    )
+    with pytest.raises(InvalidRequestError) as caught:
+        base.fit(read_adapter(path, with_conditioners=True))
+    assert caught.value.message == (
+        f"adapter 'a' changes {layer}: of its conditioners, 'small' lets adapters change only seconds_total; "
+        "load it without `conditioner`"
+    )
+
+
 def test_two_adapters_of_a_conditioner_are_a_warning(tmp_path: Path) -> None:
     torch.manual_seed(0)
     name = "conditioners.seconds_total.embedder"

@@ -70,6 +70,14 @@ def test_every_served_type_is_read(tmp_path: Path, kind: str) -> None:
 def test_missing_values_have_defaults(tmp_path: Path, config: Mapping[str, Any] | None) -> None:
     adapter = read(tmp_path, config)
     assert (adapter.type, adapter.rank, adapter.scaling) == ("lora", 2, 1.0)
+    assert not adapter.warnings
+
+
+def test_ranks_and_alphas_of_other_names_are_a_warning(tmp_path: Path) -> None:
+    adapter = read(tmp_path, {"rank": 2, "lora_alpha": 16, "rank_pattern": {}, "dropout": 0.1})
+    assert adapter.scaling == 1.0
+    named = "its lora_config has lora_alpha, rank_pattern, of which only rank and alpha are read"
+    assert adapter.warnings == (f"adapter 'vinyl': {named}",)
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 1)])
@@ -105,8 +113,11 @@ def test_tensors_of_another_type_are_a_warning(tmp_path: Path) -> None:
 def test_conditioners_are_read_on_request(tmp_path: Path) -> None:
     tensors = dict(make_change(make_base(), "lora").tensors)
     path = write_adapter(tmp_path / "a.safetensors", {LINEAR: tensors[LINEAR], CONDITIONER: tensors[OTHER]}, None)
-    assert set(read_adapter(path).layers) == {LINEAR}
-    assert set(read_adapter(path, with_conditioners=True).layers) == {LINEAR, CONDITIONER}
+    without, with_them = read_adapter(path), read_adapter(path, with_conditioners=True)
+    assert set(without.layers) == {LINEAR}
+    assert without.warnings == (f"adapter 'a': its changes of {CONDITIONER} are left out without `conditioner: true`",)
+    assert set(with_them.layers) == {LINEAR, CONDITIONER}
+    assert not with_them.warnings
     only = write_adapter(tmp_path / "b.safetensors", {CONDITIONER: tensors[OTHER]}, None)
     assert "changes no layer of the denoiser" in refusal(only)
 
@@ -151,6 +162,11 @@ def test_other_types_are_refused_by_name(tmp_path: Path, kind: Any) -> None:
         ("lora_unet_layers_0_to_q.lora_up.weight", "kohya"),
         ("diffusion_model.layers.0.to_q.lora_down.weight", "kohya"),
         ("model.layers.0.to_q.alpha", "kohya"),
+        ("lora_transformer_layers_0_to_q.diff", "kohya"),
+        ("lycoris_layers_0_to_q.lokr_w1", "LyCORIS"),
+        ("model.layers.0.to_q.hada_w1_a", "LyCORIS"),
+        ("transformer.layers.0.to_q_lora.down.weight", "diffusers"),
+        ("transformer.layers.0.to_q.lora_A.vinyl.weight", "PEFT"),
         ("pretransform.model.decoder.layers.3.transformers.0.ff_norm.alpha", "is a whole checkpoint, not an adapter"),
         ("model.layers.0.to_q.weight", "model.layers.0.to_q.weight"),
         ("model\n\x1b[31m", "holds model??[31m,"),
