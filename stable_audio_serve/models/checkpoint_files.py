@@ -141,7 +141,7 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from error
 
 
-def damaged(path: Path, error: Exception) -> CheckpointError:
+def damaged(path: Path, error: BaseException) -> CheckpointError:
     """Returns the error for a corrupt or truncated weight file."""
     return CheckpointError(f"{path} is corrupt or incomplete ({str(error) or type(error).__name__}); fetch it again")
 

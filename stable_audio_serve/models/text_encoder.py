@@ -25,8 +25,10 @@ from stable_audio_serve.models.weight_files import read_weights, require_floats
 NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
 
 
-_TRIAL, _TRIAL_TOKENS = ("", "a bright tone, 440 Hz"), 16  # prompts that are tokenized at load; the first is padding
+# Prompts that are tokenized at load. The first one is padding. The second one is a character that no vocabulary has.
+_TRIAL, _TRIAL_TOKENS = ("", "\ue000", "a bright tone, 440 Hz"), 16
 _TRIAL_ENCODED = 2  # first tokens of the last prompt that are encoded at load: few, because a CPU can be slow
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _DEPTH_KEYS = ("num_layers", "num_hidden_layers")  # of a T5 and of a T5Gemma
 
 
@@ -108,7 +110,11 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
         trial = TextEncoder(tokenizer, encoder, width=0, max_length=_TRIAL_TOKENS)
         ids, mask = trial.tokenize(_TRIAL).ids_and_mask.unbind(1)
-    except Exception as error:
+        # Also tokens that only few prompts contain, for example the text "</s>".
+        highest = max(int(ids.max()), *tokenizer.get_vocab().values())
+    except BaseException as error:  # a panic in the package tokenizers is not an Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise _refuse_tokenizer(folder, error) from error
     for key, found, needed in sorted(report["mismatched_keys"]):
         shapes = f"has shape {list(found)}, its config.json needs {list(needed)}"
@@ -120,8 +126,8 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
         reason = f"has weights that its config.json does not: {unused[0]}{hint}"
         raise CheckpointError(f"the text encoder in {folder} {reason}")
     known: int = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if ids.max() >= known:
-        raise CheckpointError(f"the tokenizer in {folder} makes token {ids.max()}, but the text encoder knows {known}")
+    if highest >= known:
+        raise CheckpointError(f"the tokenizer in {folder} makes token {highest}, but the text encoder knows {known}")
     for key, parameter in encoder.named_parameters():
         if not all(bound.isfinite() for bound in parameter.aminmax()):
             raise CheckpointError(f"the text encoder in {folder}: {key} holds values that are not finite")
@@ -173,21 +179,25 @@ def _refuse_network(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}")
 
 
-def _refuse_tokenizer(folder: Path, error: Exception) -> CheckpointError:
-    """Returns the error for a tokenizer that raised `error`. It says whether the file tokenizer.json is damaged."""
+def _refuse_tokenizer(folder: Path, error: BaseException) -> CheckpointError:
+    """Returns the error for a tokenizer that raised `error`. It names the damaged file, if there is one."""
     from tokenizers import Tokenizer
 
-    path = folder / "tokenizer.json"
-    reason = _reason(error)
-    if path.is_file():
-        try:
-            Tokenizer.from_file(str(path))
-        except Exception as cause:  # noqa: BLE001  # the package raises only the class Exception
-            reason = damaged(path, cause).message
+    reason = f"{_reason(error)}; check its tokenizer.json and tokenizer_config.json"
+    for name in _TOKENIZER_FILES:
+        path = folder / name
+        if path.is_file():
+            try:
+                if name == _TOKENIZER_FILES[0]:
+                    Tokenizer.from_file(str(path))
+                elif not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                    raise TypeError("it is not a JSON object")
+            except BaseException as cause:  # noqa: BLE001  # the package raises only the class Exception, or panics
+                reason = damaged(path, cause).message
     return CheckpointError(f"the tokenizer of the text encoder in {folder} cannot be loaded: {reason}")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Returns an error's first line; also the second line if the first one only introduces it."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if not lines or isinstance(error, LookupError):  # the text of a KeyError is only the key

@@ -330,6 +330,21 @@ def test_a_damaged_tokenizer_is_named(folder: Path, content: str) -> None:
     assert message.endswith("; fetch it again")
 
 
+def test_a_tokenizer_whose_package_panics_is_named(folder: Path) -> None:
+    path = folder / "t5gemma" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["continuing_subword_prefix"] = "longer than the tokens"
+    path.write_text(json.dumps(tokenizer))
+    assert f"{path} is corrupt or incomplete" in failure(folder)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize("content", ["", "[]", '{"a"', "\ufeff{}"])
+def test_a_damaged_file_beside_the_tokenizer_is_named(folder: Path, file: str, content: str) -> None:
+    (folder / "t5gemma" / file).write_text(content)
+    assert f"{folder / 't5gemma' / file} is corrupt or incomplete" in failure(folder)
+
+
 @pytest.mark.parametrize("content", ["null", "[]", '{"model_type"', "<html>", "[" * 10_000])
 def test_a_damaged_text_encoder_config_is_named(folder: Path, content: str) -> None:
     (folder / "t5gemma" / "config.json").write_text(content)
@@ -358,9 +373,10 @@ def test_text_encoder_configs_that_cannot_be_run_are_refused(folder: Path, key: 
     assert said in failure(folder)
 
 
-def test_a_padding_token_that_the_text_encoder_lacks_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("key", ["pad_token", "eos_token"])
+def test_a_token_that_the_text_encoder_lacks_is_refused(folder: Path, key: str) -> None:
     path = folder / "t5gemma" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<unknown padding>"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "<unknown token>"}))
     assert "makes token 96, but the text encoder knows 96" in failure(folder)
 
 
