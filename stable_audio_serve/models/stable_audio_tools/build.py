@@ -22,12 +22,13 @@ from stable_audio_serve.models.sao.planning import read_shift
 from stable_audio_serve.models.stable_audio_tools.config import Inputs, parse_inputs
 from stable_audio_serve.models.stable_audio_tools.model import PackageModel
 from stable_audio_serve.models.stable_audio_tools.package import import_package
-from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.models.text_encoder import TextEncoder, stating_width
 from stable_audio_serve.models.weights import (
     SkipRandomWeights,
     load_weights,
     require_exact_float32,
 )
+from stable_audio_serve.models.windows import WINDOW_FRAMES
 
 _TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the package
 
@@ -54,10 +55,12 @@ def load_with_package(
     shift = read_shift(config.section("model").section("diffusion").plain(SHIFT_KEY))
     text = load_text_encoder(text_encoder, max_length=inputs.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     wrapper = build_wrapper(config, inputs, text=text)
-    load_weights({"": wrapper}, weights_file, device=device)
-    wrapper.to(device)  # loading moved the weights; this also moves tensors that checkpoints do not contain
+    with stating_width(text, text_encoder):
+        load_weights({"": wrapper}, weights_file, device=device)
     _cast(wrapper.model, dtype)
     spec = build_spec(card, config, wrapper=wrapper)
+    if spec.max_frames < WINDOW_FRAMES:
+        wrapper.pretransform.chunked = False  # the package raises an error if a clip is shorter than its windows
     return PackageModel(
         wrapper,
         inputs=inputs,

@@ -172,7 +172,8 @@ def changed_config(name: str) -> dict[str, Any]:
         conditioning["default_keys"] = {"first": "seconds_start"}
         for key in ("cross_attention_cond_ids", "global_cond_ids"):
             diffusion[key] = ["first" if id_ == "seconds_start" else id_ for id_ in diffusion[key]]
-        values["sample_size"] = 2048
+        model["pretransform"]["chunked"] = True
+        values["sample_size"] = 2048  # 32 latents, fewer than a window of the package
     else:  # conditioning tokens before the latents, and a bottleneck without noise
         diffusion["config"] |= {"prepend_cond_dim": 64}
         diffusion["prepend_cond_ids"] = ["seconds_total"]
