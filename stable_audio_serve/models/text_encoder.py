@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
 from stable_audio_serve.models.checkpoint_files import damaged, encoder_weights
 from stable_audio_serve.models.config_reader import MAX_DEPTH
 from stable_audio_serve.models.protocol import PromptTokens
@@ -44,13 +44,16 @@ class TextEncoder:
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Returns `max_length` tokens for each prompt, truncated or padded on the right.
 
-        With T5Gemma, an empty prompt has no real token. With T5, it has one: the end of the text.
+        With T5Gemma, an empty prompt has no real token. With T5, it has one: the end of the text. Raises
+        InvalidRequestError if a prompt has a token that the network lacks: tokenizers can have more tokens, which only
+        unusual texts contain.
         """
-        encoded = self.tokenizer(
-            list(prompts), truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
-        )
-        ids_and_mask = torch.stack((encoded["input_ids"], encoded["attention_mask"]), dim=1)
-        return PromptTokens(ids_and_mask, chars_read(encoded, num_prompts=len(prompts)))
+        tokens = _tokenize(self.tokenizer, prompts, max_length=self.max_length)
+        known, highest = _num_tokens(self.encoder), int(tokens.ids_and_mask[:, 0].max())
+        if highest >= known:
+            message = f"the prompt has token {highest} of the tokenizer, but the text encoder knows {known}"
+            raise InvalidRequestError(message, field="prompt")
+        return tokens
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns the encoder's hidden states (prompts, tokens, width) float32.
@@ -65,6 +68,20 @@ class TextEncoder:
         added.masked_fill_(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
         hidden: Tensor = self.encoder(input_ids=ids, attention_mask=added).last_hidden_state
         return hidden.float()
+
+
+def _tokenize(tokenizer: Any, prompts: Sequence[str], *, max_length: int) -> PromptTokens:
+    encoded = tokenizer(
+        list(prompts), truncation=True, max_length=max_length, padding="max_length", return_tensors="pt"
+    )
+    ids_and_mask = torch.stack((encoded["input_ids"], encoded["attention_mask"]), dim=1)
+    return PromptTokens(ids_and_mask, chars_read(encoded, num_prompts=len(prompts)))
+
+
+def _num_tokens(encoder: nn.Module) -> int:
+    """Returns how many tokens the network knows. Token ids must be below this number."""
+    num_tokens: int = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return num_tokens
 
 
 @contextmanager
@@ -108,10 +125,7 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
         raise _refuse_network(folder, _reason(error)) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
-        trial = TextEncoder(tokenizer, encoder, width=0, max_length=_TRIAL_TOKENS)
-        ids, mask = trial.tokenize(_TRIAL).ids_and_mask.unbind(1)
-        # Also tokens that only few prompts contain, for example the text "</s>".
-        highest = max(int(ids.max()), *tokenizer.get_vocab().values())
+        ids, mask = _tokenize(tokenizer, _TRIAL, max_length=_TRIAL_TOKENS).ids_and_mask.unbind(1)
     except BaseException as error:  # a panic in the package tokenizers is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
@@ -125,13 +139,13 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
         hint = "; use weights that are not quantized" if "scale" in unused[0] else ""
         reason = f"has weights that its config.json does not: {unused[0]}{hint}"
         raise CheckpointError(f"the text encoder in {folder} {reason}")
-    known: int = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if highest >= known:
-        raise CheckpointError(f"the tokenizer in {folder} makes token {highest}, but the text encoder knows {known}")
+    if ids.max() >= (known := _num_tokens(encoder)):
+        raise CheckpointError(f"the tokenizer in {folder} makes token {ids.max()}, but the text encoder knows {known}")
     for key, parameter in encoder.named_parameters():
         if not all(bound.isfinite() for bound in parameter.aminmax()):
             raise CheckpointError(f"the text encoder in {folder}: {key} holds values that are not finite")
     encoder.eval().requires_grad_(False)
+    trial = TextEncoder(tokenizer, encoder, width=0, max_length=_TRIAL_TOKENS)
     try:
         hidden = trial.encode(ids[-1:, :_TRIAL_ENCODED], mask[-1:, :_TRIAL_ENCODED])
     except Exception as error:  # a value in config.json that is used only here can raise any error

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.errors import CheckpointError, ConfigError
+from stable_audio_serve.core.errors import CheckpointError, ConfigError, InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models import families
 from stable_audio_serve.models.families import load_model, resolve_device
@@ -373,11 +373,20 @@ def test_text_encoder_configs_that_cannot_be_run_are_refused(folder: Path, key: 
     assert said in failure(folder)
 
 
-@pytest.mark.parametrize("key", ["pad_token", "eos_token"])
-def test_a_token_that_the_text_encoder_lacks_is_refused(folder: Path, key: str) -> None:
+def test_a_padding_token_that_the_text_encoder_lacks_is_refused(folder: Path) -> None:
     path = folder / "t5gemma" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "<unknown token>"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<unknown padding>"}))
     assert "makes token 96, but the text encoder knows 96" in failure(folder)
+
+
+def test_a_prompt_with_a_token_that_the_text_encoder_lacks_is_refused(folder: Path) -> None:
+    path = folder / "t5gemma" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<end of text>"}))
+    model = load(folder)
+    assert model.encode_text(["a tone"])
+    with pytest.raises(InvalidRequestError, match=r"token 96 .*knows 96") as caught:
+        model.encode_text(["a tone <end of text>"])
+    assert caught.value.field == "prompt"
 
 
 def test_text_encoder_inside_a_whole_encoder_decoder_model(folder: Path) -> None:
