@@ -19,7 +19,7 @@ import torch
 from benchmarks.figures import worst
 from benchmarks.load import send_in_flight
 from benchmarks.models import write_adapters
-from benchmarks.random_weights.sa3 import build_random_model
+from benchmarks.random_weights import build_random_model
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest, Lora

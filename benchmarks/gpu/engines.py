@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.load import Audio
-from benchmarks.random_weights import sa3, sao
+from benchmarks.random_weights import build_random_model
 from benchmarks.sides.servers import OurServer
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.clock import SystemClock
@@ -31,12 +31,11 @@ from stable_audio_serve.engine.options import Features
 from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
-from stable_audio_serve.models.registry import BUILT_IN, resolve_entry
+from stable_audio_serve.models.registry import resolve_entry
 
 _GOLDENS = Path(__file__).parents[2] / "tests" / "data" / "goldens"
 _TINY = {"small": "sa3/sharp-s", "medium": "sa3/sharp-l", "open": "sao/tiny-1.0"}
-_SA3 = {"small": "small-music", "medium": "medium"}
-_OPEN = "stable-audio-open-1.0"
+_OFFICIAL = {"small": "small-music", "medium": "medium", "open": "stable-audio-open-1.0"}
 _BEFORE_CAPTURES = 3  # only repeated calls are captured
 _QUEUE_S = 36_000.0  # long enough that no request is refused on any device
 
@@ -99,10 +98,7 @@ class Machine:
             folder = _GOLDENS / _TINY[name]
             return load_model(resolve_entry(folder.name, path=str(folder)), device=self.device, decode_precision=decode)
         try:
-            if name in _SA3:
-                return sa3.build_random_model(_SA3[name], device=self.device, dtype=dtype, decode_precision=decode)
-            config, card = sao.OFFICIAL_CONFIGS[_OPEN], BUILT_IN[_OPEN].card
-            return sao.build_random_model(config, card, device=self.device, dtype=dtype, decode_precision=decode)
+            return build_random_model(_OFFICIAL[name], device=self.device, dtype=dtype, decode_precision=decode)
         finally:
             self.free()  # the weights were float32 at first
 

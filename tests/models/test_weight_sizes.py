@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.random_weights import sa3, sao
+from benchmarks.random_weights import build_random_model
 from stable_audio_serve.models.download import download_text_encoder
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import BUILT_IN, resolve_entry
@@ -31,11 +31,7 @@ def test_sizes_from_headers_equal_the_loaded_networks(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "demo"])
 def test_sizes_of_official_models_equal_their_networks(name: str, dtype: torch.dtype) -> None:
-    if name in sao.OFFICIAL_CONFIGS:
-        card = BUILT_IN[name].card
-        model = sao.build_random_model(sao.OFFICIAL_CONFIGS[name], card, device="meta", dtype=dtype)
-    else:
-        model = sa3.build_random_model(name, device="meta", dtype=dtype)  # type: ignore[assignment]
+    model = build_random_model(name, device="meta", dtype=dtype)
     networks = (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder)
     taken = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
     assert official_weight_bytes(name, dtype=dtype) == pytest.approx(taken, abs=2000)

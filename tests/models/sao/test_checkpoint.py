@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.random_weights.sao import OPEN_1_0, OPEN_SMALL
+from benchmarks.random_weights import official_config
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import ConfigReader, read_config
 from stable_audio_serve.models.sao.conditioners import LearnedFrequencies
@@ -49,7 +49,7 @@ def shapes_of(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
 class Published(NamedTuple):
     """The properties in which published models differ. `keys` is the width of keys and values in cross-attention."""
 
-    values: dict[str, Any]
+    name: str
     width: int
     depth: int
     head: int
@@ -62,9 +62,18 @@ class Published(NamedTuple):
 
 
 V1 = Published(
-    OPEN_1_0, 1536, 24, 64, 768, False, {"seconds_start": 512, "seconds_total": 512}, 745, 1_213_448_210, 1024
+    "stable-audio-open-1.0",
+    1536,
+    24,
+    64,
+    768,
+    False,
+    {"seconds_start": 512, "seconds_total": 512},
+    745,
+    1_213_448_210,
+    1024,
 )
-SMALL = Published(OPEN_SMALL, 1024, 16, 128, 1024, True, {"seconds_total": 256}, 750, 497_239_458, 256)
+SMALL = Published("stable-audio-open-small", 1024, 16, 128, 1024, True, {"seconds_total": 256}, 750, 497_239_458, 256)
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
@@ -166,7 +175,7 @@ def test_every_tensor_of_the_references_checkpoint_is_used(name: str) -> None:
 
 @pytest.mark.parametrize("model", [V1, SMALL], ids=["1.0", "small"])
 def test_published_models_have_the_published_tensors(model: Published) -> None:
-    config = parse_config(ConfigReader(model.values))
+    config = parse_config(ConfigReader(official_config(model.name)))
     with torch.device("meta"):
         shapes = shapes_of(make_parts(config, encoder_width=768))
     expected = published_shapes(model)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.random_weights.sao import OPEN_1_0, OPEN_SMALL
+from benchmarks.random_weights import official_config
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.native_denoiser import DenoiserConditioning
@@ -130,11 +130,11 @@ def test_packed_rows_match_the_reference_with_any_neighbours(name: str, way: str
 
 
 @pytest.mark.parametrize(
-    ("values", "key_width", "normed"), [(OPEN_1_0, 768, False), (OPEN_SMALL, 1024, True)], ids=["1.0", "small"]
+    ("name", "key_width", "normed"), [("stable-audio-open-1.0", 768, False), ("stable-audio-open-small", 1024, True)]
 )
-def test_published_models_share_key_heads_or_norm_keys(values: dict[str, Any], key_width: int, normed: bool) -> None:
+def test_published_models_share_key_heads_or_norm_keys(name: str, key_width: int, normed: bool) -> None:
     with torch.device("meta"):
-        state = Denoiser(parse(values["model"]["diffusion"]["config"])).state_dict()
+        state = Denoiser(parse(official_config(name)["model"]["diffusion"]["config"])).state_dict()
     assert state["transformer.layers.0.cross_attn.to_kv.weight"].shape == (2 * key_width, key_width)
     assert ("transformer.layers.0.self_attn.q_norm.weight" in state) == normed
 

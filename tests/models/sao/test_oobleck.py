@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.random_weights.sao import OPEN_1_0
+from benchmarks.random_weights import official_config
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.config import INERT_KEYS
@@ -84,7 +84,7 @@ def test_scale_divides_latents_and_multiplies_them_back() -> None:
 
 def test_published_shape_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
-        net = OobleckAutoencoder(parse(OPEN_1_0["model"]["pretransform"]))
+        net = OobleckAutoencoder(parse(official_config("stable-audio-open-1.0")["model"]["pretransform"]))
     assert net.config.hop == 2048
     assert sum(parameter.numel() for parameter in net.parameters()) / 1e6 == pytest.approx(156.1, abs=0.1)
 

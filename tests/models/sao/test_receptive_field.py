@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.random_weights.sao import OPEN_1_0, OPEN_SMALL
+from benchmarks.random_weights import official_config
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.config import parse_config
 from stable_audio_serve.models.sao.network_config import OobleckConfig
@@ -81,6 +81,6 @@ def test_windows_with_a_halo_join_to_the_whole(name: str, kept: int) -> None:
     torch.testing.assert_close(decoded, net.decode(latents), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("values", [OPEN_1_0, OPEN_SMALL], ids=["1.0", "small"])
-def test_published_decoders_see_ten_latents_to_each_side(values: dict[str, object]) -> None:
-    assert parse_config(ConfigReader(values)).autoencoder.decoder_halo_latents == 10
+@pytest.mark.parametrize("name", ["stable-audio-open-1.0", "stable-audio-open-small"])
+def test_published_decoders_see_ten_latents_to_each_side(name: str) -> None:
+    assert parse_config(ConfigReader(official_config(name))).autoencoder.decoder_halo_latents == 10

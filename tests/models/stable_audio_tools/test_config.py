@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
-from benchmarks.random_weights.sao import OFFICIAL_CONFIGS
+from benchmarks.random_weights import official_config
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.conditioners import PromptConfig
 from stable_audio_serve.models.config_reader import ConfigReader
@@ -19,7 +18,7 @@ def make_config(*conditioners: dict[str, Any], **changes: Any) -> dict[str, Any]
 
     The keyword of a change is the path of a section in `model`, joined by `__`. The value updates the section.
     """
-    values: dict[str, Any] = json.loads(json.dumps(OFFICIAL_CONFIGS["stable-audio-open-small"]))
+    values = official_config("stable-audio-open-small")
     values["model"]["conditioning"]["configs"] += conditioners
     for path, change in changes.items():
         section = values["model"]

@@ -1,1 +1,0 @@
-"""Models of the official sizes with random weights, for benchmarks and tests of sizes."""
