@@ -12,7 +12,6 @@ from typing import Any
 import ray
 from ray import serve
 
-from benchmarks.servers.timed import StandInReplica
 from benchmarks.sides.servers import BATCH_WAIT_S, MAX_BATCH, open_side
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
@@ -26,7 +25,7 @@ from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.replica import ModelReplica
 
 
-class SideReplica(StandInReplica):
+class SideReplica:
     """A replica that generates audio with the compared server that has the model's name, such as `lock`."""
 
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
@@ -35,7 +34,7 @@ class SideReplica(StandInReplica):
         )
         cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
         threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
-        self.device = str(loaded.device)
+        self._device = str(loaded.device)
         self._side = open_side(
             model.name,
             loaded,
@@ -48,6 +47,10 @@ class SideReplica(StandInReplica):
             return await self._side.generate(request)
         except StableAudioError as error:
             return error
+
+    def record_routing_stats(self) -> dict[str, str]:
+        """Called by Ray Serve. Returns what `/health` and the launcher read."""
+        return {"device": self._device}
 
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:

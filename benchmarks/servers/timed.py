@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -18,10 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stable_audio_serve.core.errors import OverloadedError, StableAudioError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, StageTimings
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, StageTimings
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.core.settings import ModelSettings, Settings
-from stable_audio_serve.serving.autoscaling import autoscaling_stats
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 _LEAST_RETRY_S = 0.1
@@ -78,28 +76,7 @@ SHORTENING_DEVICE = LinearDevice(
 )
 
 
-class StandInReplica:
-    """The base class of the benchmarks' replicas, with the methods of `serving.replica.ModelReplica` that all share."""
-
-    device = "timed"
-
-    async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Returns the audio. A StableAudioError is returned, too, not raised. The real replica does the same."""
-        raise NotImplementedError
-
-    async def generate_reporting(
-        self, request: GenerationRequest
-    ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
-        """Yields the result of `generate`. The real replica yields progress before it."""
-        yield Progress("denoising", 0.0)
-        yield await self.generate(request)
-
-    def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Ray Serve. Returns what `/health` and the launcher read."""
-        return {"device": self.device}
-
-
-class TimedReplica(StandInReplica):
+class TimedReplica:
     """A replica with a simulated device, which serves requests one after another in order of arrival.
 
     The end of each request is computed from the end of the previous one, so a late wake-up of this process does not
@@ -111,10 +88,7 @@ class TimedReplica(StandInReplica):
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
         self._model = model.name
         self._max_queue_s = model.max_queue_s
-        self._accepted_s = 0.0  # sum of the device times of all accepted requests
         self._free_at = time.monotonic()
-        self._measured_at = time.monotonic(), 0.0
-        self._waiting = 0.0, float("-inf")
 
     @property
     def backlog_s(self) -> float:
@@ -122,12 +96,12 @@ class TimedReplica(StandInReplica):
         return max(0.0, self._free_at - time.monotonic())
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
+        """Returns the audio, or an error, which is not raised. The real replica does the same."""
         waiting_s = self.backlog_s
         if waiting_s > self._max_queue_s:
             retry_s = max(waiting_s - self._max_queue_s, _LEAST_RETRY_S)
             return OverloadedError("the device's queue is full", retry_after_s=retry_s)
         stages = self.times.stages(request)
-        self._accepted_s += stages.total_ms / 1000.0
         self._free_at = ended_at = max(time.monotonic(), self._free_at) + stages.total_ms / 1000.0
         await asyncio.sleep(max(0.0, ended_at - time.monotonic()))
         queue_ms = 1000.0 * waiting_s
@@ -137,24 +111,8 @@ class TimedReplica(StandInReplica):
         return GenerationResult((clip,) * request.batch_size, _RATE_HZ, self._model, seeds, timings)
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Ray Serve. Returns what our router reads, too."""
-        return super().record_routing_stats() | ReplicaWork.now(1000.0 * self.backlog_s, self.times.prices).to_dict()
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Ray Serve. Returns what our autoscaling policy reads."""
-        now, busy_s = time.monotonic(), self._accepted_s - self.backlog_s
-        before, busy_before_s = self._measured_at
-        self._measured_at = now, busy_s
-        waiting_s, reported_at = self._waiting
-        return autoscaling_stats(
-            work_s=self.backlog_s,
-            busy_share=min(1.0, max(0.0, busy_s - busy_before_s) / max(now - before, 0.1)),
-            waiting_s=waiting_s if now - reported_at < 5.0 else 0.0,
-        )
-
-    async def note_waiting(self, seconds: float, is_kept: bool = False) -> None:
-        """Called by job runners. Stores how many seconds of work wait in queued jobs, for autoscaling."""
-        self._waiting = seconds, time.monotonic()
+        """Called by Ray Serve. Returns what `/health`, the launcher and our router read."""
+        return {"device": "timed"} | ReplicaWork.now(1000.0 * self.backlog_s, self.times.prices).to_dict()
 
 
 class ShorteningReplica(TimedReplica):

@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import ray
@@ -22,10 +22,12 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from benchmarks.servers.timed import DEVICE, TimedReplica
-from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.errors import StableAudioError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress
+from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.open import open_store
 from stable_audio_serve.serving.app import assemble, build
+from stable_audio_serve.serving.autoscaling import autoscaling_stats
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.placement import plan_deployments
 from tests.jobs.conftest import make_spec
@@ -36,6 +38,43 @@ _REFUSED = "refused"
 _CLIENTS = 30
 _WORK_STEPS = 2500  # steps of all jobs together; they take half a minute
 _REPLICAS = {"max_replicas": 3, "target_wait_s": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 2}
+
+
+class ReportingReplica(TimedReplica):
+    """A replica with a simulated device, with the methods for jobs and for the autoscaling policy."""
+
+    def __init__(self, settings: Settings, model: ModelSettings) -> None:
+        super().__init__(settings, model)
+        self._accepted_s = 0.0  # sum of the device times of all accepted requests
+        self._measured_at = time.monotonic(), 0.0
+        self._waiting = 0.0, float("-inf")
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
+        if self.backlog_s <= self._max_queue_s:
+            self._accepted_s += self.times.stages(request).total_ms / 1000.0
+        return await super().generate(request)
+
+    async def generate_reporting(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
+        yield Progress("denoising", 0.0)
+        yield await self.generate(request)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve."""
+        now, busy_s = time.monotonic(), self._accepted_s - self.backlog_s
+        before, busy_before_s = self._measured_at
+        self._measured_at = now, busy_s
+        waiting_s, reported_at = self._waiting
+        return autoscaling_stats(
+            work_s=self.backlog_s,
+            busy_share=min(1.0, max(0.0, busy_s - busy_before_s) / max(now - before, 0.1)),
+            waiting_s=waiting_s if now - reported_at < 5.0 else 0.0,
+        )
+
+    async def note_waiting(self, seconds: float, is_kept: bool = False) -> None:
+        """Called by job runners. Stores how many seconds of work wait in queued jobs."""
+        self._waiting = seconds, time.monotonic()
 
 
 @dataclass
@@ -195,7 +234,7 @@ def main(folder: str, database_url: str, num_jobs: str) -> None:
             "output_dir": "out",
         }
     )
-    serve.run(assemble(settings, replica=TimedReplica), name=_APPLICATION)
+    serve.run(assemble(settings, replica=ReportingReplica), name=_APPLICATION)
     observer = Observer("lazy", "busy")
     handle = serve.get_deployment_handle("lazy", _APPLICATION)
     backend = RayBackend(plan_deployments(settings).catalog, {"lazy": handle}, application=_APPLICATION)
