@@ -17,7 +17,7 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.cases import run
 from benchmarks.cases.run import RunRequest
@@ -29,10 +29,10 @@ from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES
 from benchmarks.workload import MIXES
 from stable_audio_serve.core.errors import StableAudioError
+from stable_audio_serve.core.generation import Mode
 
 Rows = list[dict[str, object]]
 
-MODES = ("strict", "fast")
 _DIALECTS = ("sa3", "saos", "vllm", "aiml", "fal")  # not imported from `dialects`, which needs more packages
 # Errors that are printed without a traceback, because their message is sufficient.
 _EXPECTED = (VoidError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
@@ -40,7 +40,7 @@ _INTERRUPTED = 130
 
 
 # The settings that each case uses. The case NAME is the module `benchmarks.cases.NAME`, which defines
-# `async run_NAME(settings)`, which returns results, and `rows(results)`, which returns them as a table.
+# `async measure(settings)`, which returns results, and `rows(results)`, which returns them as a table.
 CASES: Mapping[str, str] = {
     "engine": "model device mode threads rounds",
     "http": "model device threads rounds full",
@@ -55,7 +55,6 @@ CASES: Mapping[str, str] = {
     "edits": "device threads rounds",
     "simulate": "full",
 }
-_BY_MODE = ("engine",)  # cases with a result file for each mode of the engine; without `--mode`, both are measured
 _SIDES = ("lock", "static", "ours-strict", "ours-fast")
 _SHORT_RUNS = (
     RunRequest("demo-wide", _SIDES, count=30, goodput_trials=3, goodput_of=("lock", "ours-fast")),
@@ -94,21 +93,17 @@ def import_case(name: str) -> ModuleType:
 
 
 def measure_case(name: str, settings: CaseSettings, *, out: Path) -> Rows:
-    """Run a case and write a JSON file for each engine mode. Returns the case's table."""
+    """Run a case and write its JSON file. Returns the case's table."""
     module = import_case(name)
-    table: Rows = []
-    for mode in MODES if name in _BY_MODE and settings.mode is None else (settings.mode,):
-        own = replace(settings, mode=mode)
-        results = asyncio.run(getattr(module, f"run_{name.replace('-', '_')}")(own))
-        write_report(out, f"{name}-{mode}" if name in _BY_MODE else name, settings=asdict(own), results=results)
-        table += module.rows(results)
-    return table
+    results = asyncio.run(module.measure(settings))
+    write_report(out, name, settings=asdict(settings), results=results)
+    return module.rows(results)
 
 
 def measure_comparison(settings: CaseSettings, request: RunRequest, *, out: Path) -> Rows:
     """Run the case `run`. Writes the results, the lists of arrivals and a record of every request. Returns a table."""
     name = f"run-{request.mix}"
-    results = asyncio.run(run.run_comparison(settings, request, folder=out / name))
+    results = asyncio.run(run.measure(settings, request, folder=out / name))
     write_report(out, name, settings=asdict(settings), results=results)
     return run.rows(results)
 
@@ -171,7 +166,7 @@ def _add(cases: Any, name: str, *, options: str) -> argparse.ArgumentParser:
     known: dict[str, dict[str, Any]] = {
         "model": {"help": "registered name or checkpoint folder; default: the demo model"},
         "device": {"help": "default: cpu"},
-        "mode": {"choices": MODES, "help": "default: both, or the device's own"},
+        "mode": {"choices": get_args(Mode), "help": "default: both, or the device's own"},
         "threads": {"type": int, "help": "model threads; default: 1"},
         "rounds": {"type": _at_least_one, "help": "default: 3"},
         "full": {"action": "store_true", "help": "as many requests as published figures need"},

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.cases import ggml, run
-from benchmarks.cli import CASES, MODES, import_case
+from benchmarks.cli import CASES, import_case
 from benchmarks.goals import GOALS, read_standings
 from benchmarks.gpu.goals import GPU_GOALS
 from benchmarks.report import format_cell
@@ -62,13 +62,8 @@ _RUN_SAID = {
 def render(results: Path = RESULTS) -> str:
     """Returns the text of README.md, with a section for every machine that has a folder of results."""
     parts = [_HEAD]
-    folders = sorted(path for path in results.iterdir() if path.is_dir())
-    for folder in folders:
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         parts += _machine(folder)
-    if not any(folder.name.startswith("gpu") for folder in folders):
-        parts.append(
-            f"## One H200\n\nNot measured yet. `make bench-gpu` measures it and prints {len(GPU_GOALS)} goals.\n"
-        )
     return "\n".join(parts)
 
 
@@ -161,13 +156,11 @@ def _machine(folder: Path) -> Iterator[str]:
     for name in (name for name in reports if name.startswith("run-")):
         yield _comparison(name, reports[name])
     for name, options in CASES.items():
-        found = [reports[stem] for stem in (name, *(f"{name}-{mode}" for mode in MODES)) if stem in reports]
-        if not found:
-            continue
-        module, settings = import_case(name), found[0]["environment"]["settings"]
-        command = _command(name, settings | ({"mode": None} if len(found) > 1 else {}), followed=options.split())
-        rows = [row for report in found for row in module.rows(report["results"])]
-        yield _section(name, found[0], command=command, said=(module.__doc__ or "").strip(), rows=rows)
+        if name in reports:
+            module, report = import_case(name), reports[name]
+            command = _command(name, report["environment"]["settings"], followed=options.split())
+            said, rows = (module.__doc__ or "").strip(), module.rows(report["results"])
+            yield _section(name, report, command=command, said=said, rows=rows)
 
 
 def _comparison(name: str, report: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stable_audio_serve.core.generation import Mode
+
 
 @dataclass(frozen=True, slots=True)
 class CaseSettings:
@@ -17,7 +19,7 @@ class CaseSettings:
 
     model: str | None = None
     device: str = "cpu"
-    mode: str | None = None
+    mode: Mode | None = None
     threads: int = 1
     rounds: int = 3
     full: bool = False

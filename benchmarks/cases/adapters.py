@@ -34,7 +34,7 @@ _STRENGTHS = (0.25, 0.5, 0.75)
 _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=4.0, steps=4, seed=0)
 
 
-async def run_adapters(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """In each round, send eight requests without adapters at once, and then eight requests with one adapter each.
 
     The adapters are already in memory. The result is the worst round.
@@ -49,7 +49,7 @@ async def run_adapters(settings: CaseSettings) -> dict[str, Any]:
             "adapters": [replace(request, loras=(lora,)) for request, lora in zip(plain, loras, strict=True)],
         }
         options = EngineOptions(
-            mode=settings.mode,  # type: ignore[arg-type]
+            mode=settings.mode,
             torch_threads=settings.threads,
             warmup_budget_s=0.0,
             max_queue_s=math.inf,

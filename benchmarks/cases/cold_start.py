@@ -35,7 +35,7 @@ asyncio.run(Engine(model, options).generate(request))
 """
 
 
-async def run_cold_start(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """In each of `settings.rounds` rounds, measure the time to the first audio of a bare process and of two servers."""
     entry = resolve_model(settings.model)
     rounds: list[dict[str, Any]] = []

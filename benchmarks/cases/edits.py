@@ -28,7 +28,7 @@ _CLIP_S = 3.0
 _SEEDS_PER_ROUND = 1000
 
 
-async def run_edits(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """In each round, generate one variation of every note with every schedule and noise level.
 
     Each round has its own seeds.

@@ -36,7 +36,7 @@ _THEIRS = "sa3.cpp F16"
 _PRECISIONS = {"float32": "float32", "bfloat16": "half"}  # the decoder's precision, by the denoiser's dtype
 
 
-async def run_ggml(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """Measure both programs `settings.rounds` times. Raises ValueError without weights, or if a program fails."""
     if settings.weights is None:
         raise ValueError("--weights is missing: a checkpoint folder, with sa3.cpp's GGUF files of the same weights")

@@ -31,7 +31,7 @@ _ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
 }
 
 
-async def run_http(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """Measure the three ways in alternation, in `settings.rounds` rounds. The result is the worst round.
 
     Raises VoidError if the engine's audio differs from the bare pipeline's.

@@ -25,7 +25,7 @@ _IN_FLIGHT = 8
 _SIZES = ((20, 3, 15), (40, 5, 25))
 
 
-async def run_memory(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """Run `_measure` in a new process, whose memory no other benchmark has used."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return await asyncio.get_running_loop().run_in_executor(pool, _run, settings)
@@ -43,7 +43,7 @@ async def _measure(settings: CaseSettings) -> dict[str, Any]:
     """
     count, settled, times = _SIZES[settings.full]
     model = load(settings)
-    options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
+    options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)
     card = model.spec.card
     arrivals = draw_arrivals("demo-fast", rate_hz=None, count=count, seed=1, max_duration_s=card.max_duration_s)
     requests = [to_request(arrival) for arrival in arrivals]

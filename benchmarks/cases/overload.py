@@ -38,7 +38,7 @@ _MAX_QUEUE_S = 0.5  # seconds of predicted work in the short queue
 _LOADS = ({"seconds": 20, "returning_s": 10, "burst": 50}, {"seconds": 60, "returning_s": 30, "burst": 150})
 
 
-async def run_overload(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """Measure `settings.rounds` rounds. The result is the worst round.
 
     The capacity is measured with a burst of requests before the overload and another one after it, because the speed of

@@ -36,7 +36,7 @@ _REQUESTS = (200, 600)  # requests per round, in the short and the full benchmar
 _LOAD_SHARE = 0.8  # rate of requests, as a share of the replicas' capacity
 
 
-async def run_routing(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """Measure `settings.rounds` rounds with different requests. The result is the worst round."""
     rounds: list[dict[str, dict[str, float]]] = []
     watches: list[Watch] = []

@@ -74,7 +74,7 @@ class RunRequest:
         return (*self.here, _URL_SIDE) if self.url else self.here
 
 
-async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder: Path) -> dict[str, Any]:
+async def measure(settings: CaseSettings, request: RunRequest, *, folder: Path) -> dict[str, Any]:
     """Run the comparison and return its results. Lists of arrivals and finished measurements are stored in `folder`.
 
     Raises VoidError, OtherRunError or SideFailedError.
@@ -130,7 +130,7 @@ async def _in_process(
     The servers share one loaded model, so only one of them may get requests at a time.
     """
     model = load_model(entry, device=settings.device)
-    options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
+    options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)
     opened = {name: open_side(name, model, options=options) for name in sides}
     with tempfile.TemporaryDirectory() as folder:
         adapters = write_adapters(model, Path(folder), count=num_adapters)

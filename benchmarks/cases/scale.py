@@ -29,7 +29,7 @@ _STAND_IN_BURSTS = ({1: 60, 2: 60, 4: 60}, {1: 320, 2: 320, 4: 320, 8: 640, 16: 
 _MODEL_BURSTS = ({1: 60, 2: 60}, {1: 300, 2: 300})
 
 
-async def run_scale(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """Measure all numbers of replicas in each of `settings.rounds` rounds. The result is the worst round."""
     stand_in = await _measure(settings, _CLIPS, _STAND_IN_BURSTS[settings.full], _STAND_IN)
     model = await _measure(settings, _MODEL_MIX, _MODEL_BURSTS[settings.full], _MODEL)

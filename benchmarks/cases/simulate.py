@@ -23,7 +23,7 @@ _SEEDS = (1, 2, 3)  # each seed gives another list of requests
 _NETWORKS = {"small-mixed": SMALL, "medium-mixed": MEDIUM}
 
 
-async def run_simulate(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """Returns the engine's figures divided by the lock server's, for each mix.
 
     Each figure is the worst of all seeds: the lowest ratio of capacities, the highest ratio of latencies. The ratios of

@@ -26,7 +26,7 @@ _COUNTS = (1, 2)
 _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=10.0, seed=7)
 
 
-async def run_threads(settings: CaseSettings) -> dict[str, Any]:
+async def measure(settings: CaseSettings) -> dict[str, Any]:
     """Generate `settings.rounds` clips with each number of threads, in alternation.
 
     The result is the shortest time, because other programs can only add time. Raises RuntimeError if the audio differs

@@ -46,7 +46,7 @@ async def test_times_of_sa3_cpp_are_read(tmp_path: Path, monkeypatch: pytest.Mon
     program = make_program(tmp_path, STAND_IN)
     monkeypatch.setattr(ggml.sys, "executable", program)
     monkeypatch.setattr(ggml, "has_native_bfloat16", lambda: False)
-    results = await ggml.run_ggml(CaseSettings(binary=program, weights=str(tmp_path), threads=2, rounds=1))
+    results = await ggml.measure(CaseSettings(binary=program, weights=str(tmp_path), threads=2, rounds=1))
     theirs = results["sides"]["sa3.cpp F16"]
     assert theirs.pop("peak memory (GB)") > 0.001
     assert theirs == pytest.approx(
@@ -83,4 +83,4 @@ async def test_our_times_are_those_of_the_first_clip_of_a_process(monkeypatch: p
 async def test_another_program_is_refused(tmp_path: Path, text: str, error: str) -> None:
     program = make_program(tmp_path, text)
     with pytest.raises(ValueError, match=error):
-        await ggml.run_ggml(CaseSettings(binary=program, weights=str(tmp_path), rounds=1))
+        await ggml.measure(CaseSettings(binary=program, weights=str(tmp_path), rounds=1))

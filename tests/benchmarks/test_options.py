@@ -48,9 +48,9 @@ async def test_a_started_server_uses_the_device_of_the_case(
     monkeypatch.setattr(cold_start, "_start_bare", lambda _: 1.0)
     settings, request = CaseSettings(device="cpu", rounds=1), RunRequest(against=("lock", "ours"))
     measures = {
-        "http": lambda: http.run_http(settings),
-        "cold-start": lambda: cold_start.run_cold_start(settings),
-        "run": lambda: run.run_comparison(settings, request, folder=tmp_path),
+        "http": lambda: http.measure(settings),
+        "cold-start": lambda: cold_start.measure(settings),
+        "run": lambda: run.measure(settings, request, folder=tmp_path),
     }
     with pytest.raises(StartedError):
         await measures[case]()

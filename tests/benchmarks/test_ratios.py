@@ -218,7 +218,7 @@ async def test_one_bad_round_does_not_miss_a_goal(tmp_path: Path, monkeypatch: p
 
     ratios = iter([1.0, 2.0, 3.0] * 2)  # for each seed, in both mixes
     monkeypatch.setattr(simulate, "_compare", lambda *_, **__: {"capacity_over_lock_ratio": next(ratios)})
-    verdicts = standings_of(tmp_path, "simulate", await simulate.run_simulate(CaseSettings()))
+    verdicts = standings_of(tmp_path, "simulate", await simulate.measure(CaseSettings()))
     assert verdicts["small-mixed.packed.capacity_over_lock_ratio"] == "close"
 
 
