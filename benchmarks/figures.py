@@ -82,22 +82,17 @@ def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     return Ratio(median(ratios), min(ratios), max(ratios))
 
 
-def ratio_of_p50(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
-    """Returns the median of the ratios of all rounds' median latencies. Returns None if a round has no latency."""
-    if not all(ours) or not all(theirs):
-        return None
-    return ratio_of_medians(list(map(median, ours)), list(map(median, theirs)))
-
-
-def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
-    """Returns the 95th percentile of our latencies in all rounds together, divided by the 95th percentile of theirs.
+def ratio_of_percentiles(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], *, percent: float
+) -> Ratio | None:
+    """Returns a percentile of our latencies in all rounds together, divided by the same percentile of theirs.
 
     The interval covers this ratio and the ratio of each round. Returns None if a round has no latency.
     """
     if not all(ours) or not all(theirs):
         return None
-    pooled = percentile([*chain(*ours)], 95) / percentile([*chain(*theirs)], 95)
-    rounds = [percentile(a, 95) / percentile(b, 95) for a, b in zip(ours, theirs, strict=True)]
+    pooled = percentile([*chain(*ours)], percent) / percentile([*chain(*theirs)], percent)
+    rounds = [percentile(a, percent) / percentile(b, percent) for a, b in zip(ours, theirs, strict=True)]
     return Ratio(pooled, min(pooled, *rounds), max(pooled, *rounds))
 
 
@@ -173,9 +168,11 @@ def summarize_sides(
     def ratios(ours: str, theirs: str) -> dict[str, Any]:
         found: dict[str, Ratio | None] = {
             "capacity": ratio_of_medians(capacities[ours], capacities[theirs]),
-            "p50": ratio_of_p50(latencies(ours), latencies(theirs)),
-            "p95": ratio_of_pooled_p95(latencies(ours), latencies(theirs)),
-            **{f"p95_{n}": ratio_of_pooled_p95(latencies(ours, n), latencies(theirs, n)) for n in steps},
+            "p50": ratio_of_percentiles(latencies(ours), latencies(theirs), percent=50),
+            "p95": ratio_of_percentiles(latencies(ours), latencies(theirs), percent=95),
+            **{
+                f"p95_{n}": ratio_of_percentiles(latencies(ours, n), latencies(theirs, n), percent=95) for n in steps
+            },
         }
         if ours in brackets and theirs in brackets:
             found["goodput"] = ratio_of_brackets(brackets[ours], brackets[theirs])

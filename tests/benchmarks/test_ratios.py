@@ -22,7 +22,7 @@ from benchmarks.figures import (
     percentile,
     ratio_of_brackets,
     ratio_of_medians,
-    ratio_of_pooled_p95,
+    ratio_of_percentiles,
     steady_latencies_ms,
     summarize,
     summarize_sides,
@@ -131,10 +131,10 @@ def test_figures_by_hand() -> None:
     assert steady_latencies_ms(listed[:1]) == pytest.approx([100.0])
     capacity = ratio_of_medians([3.0, 4.0, 9.0], [2.0, 2.0, 3.0])
     assert (capacity.value, capacity.low, capacity.high) == (2.0, 1.5, 3.0)
-    p95 = ratio_of_pooled_p95([[1.0, 1.0], [2.0, 2.0]], [[2.0, 2.0], [2.0, 2.0]])
+    p95 = ratio_of_percentiles([[1.0, 1.0], [2.0, 2.0]], [[2.0, 2.0], [2.0, 2.0]], percent=95)
     assert p95 is not None
     assert (p95.value, p95.low, p95.high) == (1.0, 0.5, 1.0)
-    assert ratio_of_pooled_p95([[], [1.0]], [[1.0], [1.0]]) is None
+    assert ratio_of_percentiles([[], [1.0]], [[1.0], [1.0]], percent=95) is None
     goodput = ratio_of_brackets(Bracket(2.0, 2.5), Bracket(1.0, 1.25))
     assert goodput is not None
     assert (goodput.value, goodput.low, goodput.high) == (2.0, 1.6, 2.5)
