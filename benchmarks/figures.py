@@ -170,9 +170,7 @@ def summarize_sides(
             "capacity": ratio_of_medians(capacities[ours], capacities[theirs]),
             "p50": ratio_of_percentiles(latencies(ours), latencies(theirs), percent=50),
             "p95": ratio_of_percentiles(latencies(ours), latencies(theirs), percent=95),
-            **{
-                f"p95_{n}": ratio_of_percentiles(latencies(ours, n), latencies(theirs, n), percent=95) for n in steps
-            },
+            **{f"p95_{n}": ratio_of_percentiles(latencies(ours, n), latencies(theirs, n), percent=95) for n in steps},
         }
         if ours in brackets and theirs in brackets:
             found["goodput"] = ratio_of_brackets(brackets[ours], brackets[theirs])

@@ -9,11 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,19 @@ from stable_audio_serve.models.registry import ModelEntry
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 _IN_PROGRESS = 10_000  # value of all limits on requests in progress, so high that no burst is refused
-_COLD_START = "cold start:"  # beginning of the log line that a ready server writes
+_COLD_START = re.compile(r"^cold start:.*\bray ([0-9.]+) s.*\n", re.MULTILINE)  # log line of a ready server
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Server:
-    """A running server. `ready_s` is the time from the start of its process to its first healthy response."""
+    """A running server. `ready_s` is the time from the start of its process to its first healthy response.
+
+    `ray_s` is the part of this time in which Ray started, as the server's log says.
+    """
 
     url: str
-    ready_s: float = 0.0
-    lines: list[str] = field(default_factory=list)
-
-    @property
-    def ray_s(self) -> float:
-        """The time in which Ray started, in seconds, as the server's log says. 0 if the log does not say it."""
-        found = re.search(rf"^{_COLD_START}.*\bray ([0-9.]+) s", "\n".join(self.lines), re.MULTILINE)
-        return float(found[1]) if found else 0.0
+    ready_s: float
+    ray_s: float
 
 
 def write_config(
@@ -105,39 +101,26 @@ def running_server(config: Path) -> Iterator[Server]:
 
     Raises RuntimeError with the server's output if the server does not become ready.
     """
-    port = _free_port()
+    port, log = _free_port(), config.with_suffix(".log")
     command = ("-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port))
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     started_at = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
-    )
-    server = Server(f"http://127.0.0.1:{port}")
-    ready = threading.Event()
-
-    def read() -> None:
-        for line in process.stdout or ():
-            server.lines.append(line.rstrip())
-            if line.startswith(_COLD_START):
-                server.ready_s = time.perf_counter() - started_at
-                ready.set()
-        ready.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
+        )
     try:
-        ready.wait(_READY_TIMEOUT_S)
-        if not server.ready_s:
-            raise RuntimeError("the server did not start:\n" + "\n".join(server.lines[-30:]))
-        yield server
+        while not (ready := _COLD_START.search(log.read_text())):
+            if process.poll() is not None or time.perf_counter() > started_at + _READY_TIMEOUT_S:
+                raise RuntimeError("the server did not start:\n" + "\n".join(log.read_text().splitlines()[-30:]))
+            time.sleep(0.02)
+        yield Server(f"http://127.0.0.1:{port}", time.perf_counter() - started_at, ray_s=float(ready[1]))
     finally:
         _stop(process)
-        reader.join(5.0)
 
 
 def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
@@ -153,7 +136,7 @@ def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
         time.sleep(0.5)
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """Stop the server as Ctrl-C does, and then kill its remaining processes."""
     processes = family(process.pid)
     process.send_signal(signal.SIGINT)
