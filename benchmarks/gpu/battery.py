@@ -1,4 +1,5 @@
-"""Runs four different requests in engines with one fast feature each, and compares the audio with a plain engine's.
+"""Runs the requests of the engine's start-up check in engines with one fast feature each, and compares the audio with a
+plain engine's.
 
 The plain engine has no fast features: it runs in strict mode, without CUDA graphs, with padded rows, on one queue, with
 blocking copies and float32 decoding. Also starts engines that check their features themselves.
@@ -9,21 +10,19 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.gpu.engines import ALL, EXACT, PLAIN, Machine
 from benchmarks.gpu.results import Results
 from benchmarks.load import Audio
-from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.generation import GenerationRequest, Mode, SourceAudio
+from stable_audio_serve.core.generation import Mode
+from stable_audio_serve.engine.profile import battery
 from stable_audio_serve.models.protocol import DiffusionModel
 
-_LONGEST_S = 5.0
 _LEAST_DB = 30.0  # as the engine's own check: in float16, two correct computations differ by the rounding
 
 
@@ -57,22 +56,6 @@ CASES = (
     Case("accelerated", ALL, mode="fast", least_db=_LEAST_DB, precision={"decode": None}),
 )
 _TINY_HALF_DB = 22.0  # bfloat16 on a CPU has three bits less than float16
-
-
-def battery(card: ModelCard, *, longest_s: float) -> list[GenerationRequest]:
-    """Returns four requests of two steps with one prompt: two plain ones, one guided, one with a mask."""
-    longest_s = min(card.max_duration_s, longest_s, _LONGEST_S)
-    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (card.channels, int(longest_s / 2 * card.sample_rate_hz)))
-    clip = SourceAudio(noise.astype(np.float32), card.sample_rate_hz)
-    mask = {"inpaint_audio": clip, "inpaint_regions_s": ((longest_s / 8, longest_s / 4),)}
-    fields: Sequence[dict[str, Any]] = (
-        {"duration_s": longest_s},
-        {"duration_s": longest_s * 0.6, "cfg_scale": 3.0},
-        {"duration_s": longest_s * 0.5, **mask},
-        {"duration_s": longest_s * 0.2},
-    )
-    plain = GenerationRequest("rain on a roof", 1.0, 0, steps=2, cfg_scale=1.0, duration_padding_s=0.0)
-    return [replace(plain, seed=seed, **field) for seed, field in enumerate(fields)]
 
 
 async def measure(machine: Machine, results: Results, *, name: str) -> None:
@@ -113,7 +96,7 @@ async def measure_start(machine: Machine, results: Results) -> None:
             results.record(f"start.{name}", figures)
             if engine.profile.name != "accelerated" and not machine.is_tiny:
                 results.differ(f"{name}: {engine.describe_profile()}")
-            await engine.together(*battery(model.spec.card, longest_s=machine.sizes.longest_s))
+            await engine.together(*battery(model.spec, longest_s=machine.sizes.longest_s))
         del engine, model
 
 
@@ -125,7 +108,7 @@ async def _play(  # noqa: PLR0917
     Between the second and the third time, the engine captures frequent calls as CUDA graphs. Returns the clips of each
     time, in the order of the requests.
     """
-    requests = battery(model.spec.card, longest_s=machine.sizes.longest_s)
+    requests = battery(model.spec, longest_s=machine.sizes.longest_s)
     async with machine.engine(model, case.features, mode=case.mode) as engine:
         plays = [(await engine.together(*requests[::step]))[::step] for step in (1, -1)]
         await engine.settle()

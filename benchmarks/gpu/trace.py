@@ -20,10 +20,10 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.battery import battery
 from benchmarks.gpu.engines import ALL, PLAIN, Machine
 from benchmarks.gpu.results import Results
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine.profile import battery
 
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _GRAPHS = ("cudaGraphLaunch", "cuGraphLaunch")
@@ -38,12 +38,12 @@ _NAME_LENGTH, _MOST_KERNELS = 120, 20
 async def measure(machine: Machine, results: Results) -> None:
     """Store the kernels and the attention operators that each model uses with all features, and without any.
 
-    They are recorded for single clips of several lengths with two steps, and for the requests of `battery`.
+    They are recorded for single clips of several lengths with two steps, and for the requests of the start-up check.
     """
     for name in ("small", "medium", "open"):
         model = machine.load(name, decode=None)
         longest_s = min(model.spec.card.max_duration_s, machine.sizes.longest_s)
-        shapes = {"battery": battery(model.spec.card, longest_s=longest_s)}
+        shapes = {"battery": battery(model.spec, longest_s=machine.sizes.longest_s)}
         alone = GenerationRequest("rain", 1.0, 0, steps=2, duration_padding_s=0.0)
         lengths_s = [length_s for length_s in _LENGTHS_S if length_s <= longest_s] or [longest_s]
         clips = {f"{length_s:g} s": [replace(alone, duration_s=length_s)] for length_s in lengths_s}

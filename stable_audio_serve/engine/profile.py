@@ -106,9 +106,12 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def battery(spec: ModelSpec) -> list[GenerationRequest]:
-    """Return four different requests of two steps each. One is guided, and one regenerates a region of a source."""
-    longest_s = min(_LONGEST_S, spec.card.max_duration_s / 4)
+def battery(spec: ModelSpec, *, longest_s: float = _LONGEST_S) -> list[GenerationRequest]:
+    """Return four different requests of two steps each. One is guided, and one regenerates a region of a source.
+
+    `longest_s` can make the clips shorter.
+    """
+    longest_s = min(longest_s, _LONGEST_S, spec.card.max_duration_s / 4)
     source = SourceAudio(_tone(longest_s, spec), spec.card.sample_rate_hz)
     first, guided, edited, last = (
         GenerationRequest(
