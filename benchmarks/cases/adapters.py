@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,10 @@ from benchmarks.load import send_in_flight
 from benchmarks.models import write_adapters
 from benchmarks.random_weights import build_random_model
 from benchmarks.settings import CaseSettings
-from stable_audio_serve.core.clock import SystemClock
+from benchmarks.sides.pipeline import open_adapters
 from stable_audio_serve.core.generation import GenerationRequest, Lora
-from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.adapters import Adapters
-from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel
+from stable_audio_serve.models.protocol import DiffusionModel
 
 _MODEL = "small-music"
 _COUNT = 8
@@ -44,32 +42,21 @@ async def measure(settings: CaseSettings) -> dict[str, Any]:
         loras = write_adapters(model, Path(folder), count=_COUNT)
         waits = await _wait_times(model, loras, rounds=settings.rounds)
         plain = [replace(_REQUEST, seed=seed) for seed in range(_COUNT)]
-        sides = {
-            "plain": plain,
-            "adapters": [replace(request, loras=(lora,)) for request, lora in zip(plain, loras, strict=True)],
-        }
+        adapted = [replace(request, loras=(lora,)) for request, lora in zip(plain, loras, strict=True)]
         options = EngineOptions(
-            mode=settings.mode,
-            torch_threads=settings.threads,
-            warmup_budget_s=0.0,
-            max_queue_s=math.inf,
+            mode=settings.mode, torch_threads=settings.threads, warmup_budget_s=0.0, max_queue_s=math.inf
         )
         async with Engine(model, options) as engine:
-            for request in sides["adapters"]:  # loads the adapters
+            for request in adapted:  # loads the adapters
                 await engine.generate(replace(request, duration_s=0.5, steps=1))
-            rounds: list[dict[str, float]] = []
+            ratios = []
             for _ in range(settings.rounds):
-                times = {
-                    name: (await send_in_flight(engine.generate, requests, num_in_flight=_COUNT))[-1]
-                    for name, requests in sides.items()
-                }
-                rounds.append({name: _COUNT / seconds for name, seconds in times.items()})
-    return {
-        "model": {"device": "cpu", "weights": "random", **asdict(model.spec)},
-        "rounds": rounds,
-        **worst("throughput_ratio", [one["adapters"] / one["plain"] for one in rounds], larger_is_better=True),
-        **waits,
-    }
+                plain_s, adapted_s = [
+                    (await send_in_flight(engine.generate, requests, num_in_flight=_COUNT))[-1]
+                    for requests in (plain, adapted)
+                ]
+                ratios.append(plain_s / adapted_s)
+    return {**worst("throughput_ratio", ratios, larger_is_better=True), **waits}
 
 
 async def _wait_times(model: DiffusionModel, loras: Sequence[Lora], *, rounds: int) -> dict[str, float]:
@@ -78,17 +65,7 @@ async def _wait_times(model: DiffusionModel, loras: Sequence[Lora], *, rounds: i
     Each time is the shortest of several measurements, because other programs can only add time. The first adapter is
     not counted, because its load also prepares the model.
     """
-    assert isinstance(model, AdaptableModel)
-    options = EngineOptions()
-    adapters = Adapters(
-        model,
-        max_bytes=options.lora_cache_bytes,
-        max_rank=options.max_lora_rank,
-        fetch=Path,
-        clock=SystemClock(),
-        metrics=NullMetrics(),
-    )
-    evaluations = model.plan(_REQUEST)[0].sampler.evaluations
+    adapters, evaluations = open_adapters(model, EngineOptions()), model.plan(_REQUEST)[0].sampler.evaluations
 
     async def wait_s(lora: Lora) -> float:
         started_at = time.perf_counter()

@@ -21,14 +21,14 @@ from benchmarks.load import play_clips
 from benchmarks.models import resolve_model
 from benchmarks.quiet import Watch, describe_quiet, in_quiet
 from benchmarks.servers.process import serving
-from benchmarks.servers.timed import SHORTENED, SHORTENING_DEVICE
+from benchmarks.servers.timed import SHORTENING_DEVICE
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import MIXES, Arrival, draw_arrivals, to_request
 from stable_audio_serve.core.catalog import ModelCard
 
 _OURS, _SERVES = "least-work", "serve"
 _SMALL_MIXED = MIXES["small-mixed"]
-_MIX = replace(_SMALL_MIXED, durations_s=tuple((s / SHORTENED, weight) for s, weight in _SMALL_MIXED.durations_s))
+_MIX = replace(_SMALL_MIXED, durations_s=tuple((s / 10, weight) for s, weight in _SMALL_MIXED.durations_s))
 _QUEUE_S = 1e6
 _WARM_UP = 16
 _REPLICAS = 4

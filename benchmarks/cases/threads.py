@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -47,9 +46,6 @@ async def measure(settings: CaseSettings) -> dict[str, Any]:
         raise RuntimeError(f"the audio of different numbers of threads differs by {difference:.2g}: no fair comparison")
     work_s = {count: min(taken) / _REQUEST.duration_s for count, taken in seconds.items()}
     return {
-        "model": {"device": "cpu", "weights": "random", **asdict(model.spec)},
-        "clip_s": _REQUEST.duration_s,
-        "steps": model.spec.card.default_steps,
         "largest_difference": difference,
         "seconds": {str(count): taken for count, taken in seconds.items()},
         "work_s_per_audio_s": {str(count): value for count, value in work_s.items()},

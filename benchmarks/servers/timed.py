@@ -66,14 +66,7 @@ class LinearDevice:
 DEVICE = LinearDevice()
 # A device for a benchmark whose clips have a tenth of their usual length, so that the server sends less audio. A frame
 # takes ten times as long as on `DEVICE`. Then all times are divided by eight, so that the benchmark is shorter.
-SHORTENED = 10.0
-SHORTENING_DEVICE = LinearDevice(
-    text_ms=DEVICE.text_ms / 8,
-    step_ms=DEVICE.step_ms / 8,
-    step_per_frame_ms=SHORTENED * DEVICE.step_per_frame_ms / 8,
-    decode_ms=DEVICE.decode_ms / 8,
-    decode_per_frame_ms=SHORTENED * DEVICE.decode_per_frame_ms / 8,
-)
+SHORTENING_DEVICE = LinearDevice(0.5, 1.25, step_per_frame_ms=0.125, decode_ms=0.75, decode_per_frame_ms=0.25)
 
 
 class TimedReplica:

@@ -37,6 +37,18 @@ from stable_audio_serve.sampling.noise import SeededNoise
 _SETTLED_S = 1.0  # an idle engine that has captured no CUDA graph for this time has nothing left to capture
 
 
+def open_adapters(model: DiffusionModel, options: EngineOptions) -> Adapters:
+    """Returns the adapters of an engine with these options. Their sources are paths of files."""
+    return Adapters(
+        model,
+        max_bytes=options.lora_cache_bytes,
+        max_rank=options.max_lora_rank,
+        fetch=Path,
+        clock=SystemClock(),
+        metrics=NullMetrics(),
+    )
+
+
 class Captures(NullMetrics):
     """Receives the engine metrics of one compared server, and counts its captured CUDA graphs.
 
@@ -98,14 +110,7 @@ class Pipeline:
             clock=SystemClock(),
             metrics=self.captures,
         )
-        self._adapters = Adapters(
-            model,
-            max_bytes=options.lora_cache_bytes,
-            max_rank=options.max_lora_rank,
-            fetch=Path,
-            clock=SystemClock(),
-            metrics=NullMetrics(),
-        )
+        self._adapters = open_adapters(model, options)
         self._ids = count()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
         self._turn = asyncio.Lock()
