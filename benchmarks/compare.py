@@ -7,9 +7,8 @@ Goodput is the highest rate at which nearly all requests are in time. It is foun
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -74,13 +73,15 @@ class Run:
     options: RunOptions
     pieces: Pieces
     is_watched: bool = True
-    _is_warm: bool = False
 
     async def measure(self) -> dict[str, Any]:
         """Returns all figures and ratios. Raises VoidError or SideFailedError."""
         options = self.options
         reference = options.sides[0]
         alone = await self.pieces.take("alone", self._probe)
+        if options.warms_up:
+            for name in self.askers:
+                await self._play(name, self._draw(99, rate_hz=None))
         bursts = [await self._round("capacity", number=number, rate_hz=None) for number in range(options.rounds)]
         rate_hz = options.load_share * median(capacity_rps(one["records"][reference]) for one in bursts)
         replays = [await self._round("replay", number=number, rate_hz=rate_hz) for number in range(options.rounds)]
@@ -139,22 +140,28 @@ class Run:
         return chosen
 
     async def _round(self, kind: str, *, number: int, rate_hz: float | None) -> dict[str, Any]:
-        """Send one list of requests to every server, one server after another. Returns the records of all servers."""
+        """Send one list of requests to all servers. In every second round, the order of the servers is reversed."""
         arrivals = self._draw(number, rate_hz=rate_hz)
         write_json(self.pieces.folder / f"{kind}-{number + 1}-arrivals.json", list(map(asdict, arrivals)))
+        names = list(self.askers) if number % 2 == 0 else list(self.askers)[::-1]
+        return await self._send(f"{kind}-{number + 1}", arrivals, names=names)
+
+    async def _send(self, piece: str, arrivals: tuple[Arrival, ...], *, names: Sequence[str]) -> dict[str, Any]:
+        """Send the requests to one server after another, again if other programs disturb it.
+
+        Returns the records by server, and how much other programs used the processor.
+        """
 
         async def play_all() -> dict[str, list[dict[str, Any]]]:
-            names = list(self.askers) if number % 2 == 0 else list(self.askers)[::-1]
             return {name: await self._play(name, arrivals) for name in names}
 
-        piece = await self.pieces.take(f"{kind}-{number + 1}", partial(self._in_quiet, play_all))
-        records = {name: [Record(**record) for record in own] for name, own in piece["records"].items()}
-        return {**piece, "records": records}
+        async def measure() -> dict[str, Any]:
+            records, watch = await in_quiet(play_all) if self.is_watched else (await play_all(), Watch())
+            return {"records": records, "foreign_cores": watch.foreign_cores, "is_void": not watch.is_quiet}
 
-    async def _in_quiet(self, play: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
-        """Call `play`, again if other programs disturb it. Returns its records, and what other programs used."""
-        records, watch = await in_quiet(play) if self.is_watched else (await play(), Watch())
-        return {"records": records, "foreign_cores": watch.foreign_cores, "is_void": not watch.is_quiet}
+        measured: dict[str, Any] = await self.pieces.take(piece, measure)
+        records = {name: [Record(**record) for record in own] for name, own in measured["records"].items()}
+        return measured | {"records": records}
 
     async def _bisect(
         self, name: str, *, own_rps: Mapping[str, float], probes: Sequence[Record]
@@ -175,9 +182,8 @@ class Run:
         for trial in range(self.options.goodput_trials):
             rate_hz = (low_rps + high_rps) / 2
             arrivals = self._draw(trial, rate_hz=rate_hz, count=longest)[: self._count_of_trial(rate_hz, trial_s)]
-            play_in_quiet = partial(self._in_quiet, partial(self._play, name, arrivals))
-            trials.append(await self.pieces.take(f"goodput-{name}-{trial + 1}", play_in_quiet))
-            if is_good([Record(**record) for record in trials[-1]["records"]], alone_ms=alone_ms):
+            trials.append(await self._send(f"goodput-{name}-{trial + 1}", arrivals, names=[name]))
+            if is_good(trials[-1]["records"][name], alone_ms=alone_ms):
                 low_rps = good_rps = rate_hz
             else:
                 high_rps = bad_rps = rate_hz
@@ -187,14 +193,7 @@ class Run:
         return max(self.options.count, math.ceil(rate_hz * trial_s))
 
     async def _play(self, name: str, arrivals: tuple[Arrival, ...]) -> list[dict[str, Any]]:
-        """Send requests to the server `name`, and return the records as dicts.
-
-        If `warms_up` is set, the first call also sends every server a list of requests that is not measured.
-        """
-        if self.options.warms_up and not self._is_warm:
-            self._is_warm = True
-            for side in self.askers:
-                await self._play(side, self._draw(99, rate_hz=None))
+        """Send requests to the server `name`, and return the records as dicts."""
         records = _require_answers(name, await play(self.askers[name], arrivals))
         await self.askers[name].settle()
         return list(map(asdict, records))

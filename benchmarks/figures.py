@@ -148,29 +148,29 @@ def summarize_sides(
     `ratios[a][b]` are the figures of server a, each divided by the same figure of server b.
     """
     steps = sorted({record.steps for records in replays for own in records.values() for record in own})
-
     capacities = {name: [capacity_rps(records[name]) for records in bursts] for name in sides}
-
-    def latencies(name: str, steps: int | None = None) -> list[list[float]]:
-        return [steady_latencies_ms(records[name], steps=steps) for records in replays]
+    latencies_ms = {
+        name: {n: [steady_latencies_ms(records[name], steps=n) for records in replays] for n in (None, *steps)}
+        for name in sides
+    }
 
     def describe(name: str) -> dict[str, Any]:
-        latencies_ms = {"all" if n is None else str(n): [*chain(*latencies(name, n))] for n in (None, *steps)}
+        pooled = {"all" if n is None else str(n): [*chain(*rounds)] for n, rounds in latencies_ms[name].items()}
         return {
             "capacity_rps": capacities[name],
             "refused_at_once": [sum(not record.is_finished for record in records[name]) for records in bursts],
-            "num_requests": len(latencies_ms["all"]),
+            "num_requests": len(pooled["all"]),
             "refused": sum(not record.is_finished for records in replays for record in records[name]),
-            "latency": {key: summarize(values) for key, values in latencies_ms.items() if values},
+            "latency": {key: summarize(values) for key, values in pooled.items() if values},
             "goodput": asdict(brackets[name]) if name in brackets else None,
         }
 
     def ratios(ours: str, theirs: str) -> dict[str, Any]:
+        a, b = latencies_ms[ours], latencies_ms[theirs]
         found: dict[str, Ratio | None] = {
             "capacity": ratio_of_medians(capacities[ours], capacities[theirs]),
-            "p50": ratio_of_percentiles(latencies(ours), latencies(theirs), percent=50),
-            "p95": ratio_of_percentiles(latencies(ours), latencies(theirs), percent=95),
-            **{f"p95_{n}": ratio_of_percentiles(latencies(ours, n), latencies(theirs, n), percent=95) for n in steps},
+            "p50": ratio_of_percentiles(a[None], b[None], percent=50),
+            **{f"p95_{n}" if n else "p95": ratio_of_percentiles(a[n], b[n], percent=95) for n in a},
         }
         if ours in brackets and theirs in brackets:
             found["goodput"] = ratio_of_brackets(brackets[ours], brackets[theirs])
