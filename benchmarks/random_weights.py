@@ -5,6 +5,8 @@ Their output is noise. Therefore no model name of a server refers to them.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from stable_audio_serve.models.sao.config import parse_config as parse_open
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import cast_network, require_exact_float32
+
+GOLDENS = Path(__file__).parents[1] / "tests" / "data" / "goldens"  # small reference checkpoints
 
 
 def build_random_model(
@@ -51,137 +55,62 @@ def build_random_model(
 
 
 def official_config(name: str) -> dict[str, Any]:
-    """Returns the parts of a built-in model's `model_config.json` that determine the networks."""
-    if BUILT_IN[name].card.family == OPEN_FAMILY:
-        return _open_config(small=name.endswith("small"))
-    return _sa3_config(small=name.startswith("small"), is_base=name.endswith("-base"))
+    """Returns the `model_config.json` of a small reference checkpoint with the sizes of a built-in model."""
+    is_open, small = name.startswith("stable-audio-open"), "small" in name
+    checkpoint = (
+        ("sao/tiny-small" if small else "sao/tiny-1.0") if is_open else "sa3/sharp-s" if small else "sa3/sharp-l"
+    )
+    config: dict[str, Any] = json.loads((GOLDENS / checkpoint / "model_config.json").read_text())
+    config["sample_rate"] = 44_100
+    if is_open:
+        _resize_open(config, small=small)
+    else:
+        _resize_sa3(config, small=small, is_base=name.endswith("-base"))
+    return config
 
 
-def _sa3_config(*, small: bool, is_base: bool) -> dict[str, Any]:
-    sample_size = (5_324_800 if is_base else 5_292_032) if small else 16_777_216
-    prompt = {"max_length": 256, "padding_mode": "learned"}
-    seconds = {"min_val": 0, "max_val": 384, "fourier_features_type": "expo"}
-    denoiser: dict[str, Any] = {
-        "io_channels": 256,
-        "embed_dim": 1024 if small else 1536,
-        "depth": 20 if small else 24,
-        "num_heads": 16 if small else 24,
-        "cond_token_dim": 768,
-        "global_cond_dim": 768,
-        "local_add_cond_dim": 257,
-        "global_cond_type": "adaLN",
-        "timestep_features_type": "expo",
-        "num_memory_tokens": 64,
-        "norm_type": "rms_norm",
-        "norm_kwargs": {"force_fp32": True},
-        "ff_kwargs": {"mult": 4.0},
-        "attn_kwargs": {"qk_norm": "rms", "differential": not small},
-    }
-    return {
-        "model_type": "diffusion_cond_inpaint",
-        "sample_size": sample_size,
-        "sample_rate": 44_100,
-        "audio_channels": 2,
-        "model": {
-            "io_channels": 256,
-            "pretransform": {"type": "autoencoder", "chunked": True, "config": _same_config(small=small)},
-            "conditioning": {
-                "cond_dim": 768,
-                "configs": [
-                    {"id": "prompt", "type": "t5gemma", "config": prompt},
-                    {"id": "seconds_total", "type": "number", "config": seconds},
-                ],
-            },
-            "diffusion": {
-                "type": "dit",
-                "diffusion_objective": "rectified_flow" if is_base else "rf_denoiser",
-                "cross_attention_cond_ids": ["prompt", "seconds_total"],
-                "global_cond_ids": ["seconds_total"],
-                "local_add_cond_ids": ["inpaint_mask", "inpaint_masked_input"],
-                "mask_padding_attention": True,
-                "use_effective_length_for_schedule": True,
-                "config": denoiser,
-            },
-        },
-    }
+def _resize_sa3(config: dict[str, Any], *, small: bool, is_base: bool) -> None:
+    model = config["model"]
+    config["sample_size"] = (5_324_800 if is_base else 5_292_032) if small else 16_777_216
+    model["io_channels"] = 256
+    model["conditioning"]["configs"][0]["config"]["max_length"] = 256
+    model["diffusion"]["diffusion_objective"] = "rectified_flow" if is_base else "rf_denoiser"
+    model["diffusion"]["config"] |= {"io_channels": 256, "local_add_cond_dim": 257, "num_memory_tokens": 64}
+    model["diffusion"]["config"] |= (
+        {"embed_dim": 1024, "depth": 20, "num_heads": 16}
+        if small
+        else {"embed_dim": 1536, "depth": 24, "num_heads": 24}
+    )
+    autoencoder = model["pretransform"]["config"]
+    autoencoder |= {"latent_dim": 256, "downsampling_ratio": 4096}
+    autoencoder["bottleneck"]["config"]["dim"] = 256
+    autoencoder["pretransform"]["config"]["patch_size"] = 256
+    for part, waves in (("encoder", "in_channels"), ("decoder", "out_channels")):
+        coder = autoencoder[part]["config"]
+        coder |= {waves: 512, "c_mults": [6], "dim_heads": 64, "latent_dim": 256}
+        coder |= (
+            {"channels": 128, "transformer_depths": [6]} if small else {"channels": 256, "transformer_depths": [12]}
+        )
+    autoencoder["decoder"]["config"]["sinusoidal_blocks"] = [0 if small else 8]
 
 
-def _same_config(*, small: bool) -> dict[str, Any]:
-    coder: dict[str, Any] = {
-        "channels": 128 if small else 256,
-        "c_mults": [6],
-        "dim_heads": 64,
-        "latent_dim": 256,
-        "strides": [16],
-        "transformer_depths": [6 if small else 12],
-        "differential": True,
-        "variable_stride": True,
-    }
-    coder |= {"chunk_size": 32, "chunk_midpoint_shift": True, "dyt": True} if small else {"sliding_window": [1, 1]}
-    encoder = coder | {"in_channels": 512, "conv_mapping": False, "mask_noise": 0.0 if small else 0.001}
-    decoder = coder | {"out_channels": 512, "conv_mapping": small, "mask_noise": 0.01 if small else 0.1}
-    return {
-        "encoder": {"type": "taae_v2", "config": encoder},
-        "decoder": {"type": "taae_v2", "config": decoder | {"sinusoidal_blocks": [0 if small else 8]}},
-        "bottleneck": {"type": "softnorm", "config": {"dim": 256, "auto_scale": True, "noise_regularize": True}},
-        "pretransform": {"type": "patched", "config": {"channels": 2, "patch_size": 256}},
-        "latent_dim": 256,
-        "downsampling_ratio": 4096,
-        "io_channels": 2,
-    }
-
-
-def _open_config(*, small: bool) -> dict[str, Any]:
-    numbers = ["seconds_total"] if small else ["seconds_start", "seconds_total"]
-    prompt = {"t5_model_name": "t5-base", "max_length": 64 if small else 128}
-    seconds = {"min_val": 0, "max_val": 256 if small else 512}
-    denoiser: dict[str, Any] = {
-        "io_channels": 64,
-        "embed_dim": 1024 if small else 1536,
-        "depth": 16 if small else 24,
-        "num_heads": 8 if small else 24,
-        "cond_token_dim": 768,
-        "global_cond_dim": 768 * len(numbers),
-        "transformer_type": "continuous_transformer",
-    }
-    denoiser |= {"attn_kwargs": {"qk_norm": "ln"}} if small else {"project_cond_tokens": False}
-    diffusion = {
-        "type": "dit",
-        "cross_attention_cond_ids": ["prompt", *numbers],
-        "global_cond_ids": numbers,
-        "config": denoiser,
-    }
-    if small:
-        diffusion["diffusion_objective"] = "rf_denoiser"
-        diffusion["distribution_shift_options"] = {"min_length": 256, "max_length": 4096}
-    coder = {"channels": 128, "c_mults": [1, 2, 4, 8, 16], "strides": [2, 4, 4, 8, 8], "use_snake": True}
-    encoder = coder | {"in_channels": 2, "latent_dim": 128}
-    autoencoder = {
-        "encoder": {"type": "oobleck", "requires_grad": False, "config": encoder},
-        "decoder": {"type": "oobleck", "config": coder | {"out_channels": 2, "latent_dim": 64, "final_tanh": False}},
-        "bottleneck": {"type": "vae"},
-        "latent_dim": 64,
-        "downsampling_ratio": 2048,
-        "io_channels": 2,
-    }
-    return {
-        "model_type": "diffusion_cond",
-        "sample_size": 524_288 if small else 2_097_152,
-        "sample_rate": 44_100,
-        "audio_channels": 2,
-        "model": {
-            "io_channels": 64,
-            "pretransform": {"type": "autoencoder", "iterate_batch": True, "config": autoencoder},
-            "conditioning": {
-                "cond_dim": 768,
-                "configs": [
-                    {"id": "prompt", "type": "t5", "config": prompt},
-                    *({"id": id_, "type": "number", "config": seconds} for id_ in numbers),
-                ],
-            },
-            "diffusion": diffusion,
-        },
-    }
+def _resize_open(config: dict[str, Any], *, small: bool) -> None:
+    model = config["model"]
+    config["sample_size"] = 524_288 if small else 2_097_152
+    model["io_channels"] = 64
+    model["conditioning"]["cond_dim"] = 768
+    model["conditioning"]["configs"][0]["config"]["max_length"] = 64 if small else 128
+    model["diffusion"]["config"] |= {"io_channels": 64, "cond_token_dim": 768}
+    model["diffusion"]["config"] |= (
+        {"embed_dim": 1024, "depth": 16, "num_heads": 8, "global_cond_dim": 768}
+        if small
+        else {"embed_dim": 1536, "depth": 24, "num_heads": 24, "global_cond_dim": 1536}
+    )
+    autoencoder = model["pretransform"]["config"]
+    autoencoder |= {"latent_dim": 64, "downsampling_ratio": 2048}
+    for part, width in (("encoder", 128), ("decoder", 64)):
+        coder = autoencoder[part]["config"]
+        coder |= {"channels": 128, "c_mults": [1, 2, 4, 8, 16], "strides": [2, 4, 4, 8, 8], "latent_dim": width}
 
 
 def _random_text_encoder(max_length: int, *, is_open: bool) -> TextEncoder:

@@ -13,14 +13,13 @@ import resource
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from benchmarks.load import Audio
-from benchmarks.random_weights import build_random_model
+from benchmarks.random_weights import GOLDENS, build_random_model
 from benchmarks.sides.servers import OurServer
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.clock import SystemClock
@@ -33,7 +32,6 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 
-_GOLDENS = Path(__file__).parents[2] / "tests" / "data" / "goldens"
 _TINY = {"small": "sa3/sharp-s", "medium": "sa3/sharp-l", "open": "sao/tiny-1.0"}
 _OFFICIAL = {"small": "small-music", "medium": "medium", "open": "stable-audio-open-1.0"}
 _BEFORE_CAPTURES = 3  # only repeated calls are captured
@@ -95,7 +93,7 @@ class Machine:
         Raises ConfigError for a precision that the device does not have.
         """
         if self.is_tiny:
-            folder = _GOLDENS / _TINY[name]
+            folder = GOLDENS / _TINY[name]
             return load_model(resolve_entry(folder.name, path=str(folder)), device=self.device, decode_precision=decode)
         try:
             return build_random_model(_OFFICIAL[name], device=self.device, dtype=dtype, decode_precision=decode)
