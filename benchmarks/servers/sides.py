@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import ray
 from ray import serve
 
 from benchmarks.sides.servers import BATCH_WAIT_S, MAX_BATCH, open_side
@@ -19,8 +18,6 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.serving.app import assemble
-from stable_audio_serve.serving.cores import choose_threads
-from stable_audio_serve.serving.engines import first_device
 from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.replica import ModelReplica
 
@@ -29,16 +26,12 @@ class SideReplica:
     """A replica that generates audio with the compared server that has the model's name, such as `lock`."""
 
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
-        loaded = load_model(
-            model_entry(model), device=model.device or settings.device or first_device(), dtype=model.dtype or "float32"
-        )
-        cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
-        threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
+        loaded = load_model(model_entry(model), device=settings.device or "cpu")
         self._device = str(loaded.device)
         self._side = open_side(
             model.name,
             loaded,
-            options=EngineOptions(mode=model.mode, torch_threads=threads),
+            options=EngineOptions(mode=model.mode, torch_threads=model.threads),
             collect=serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S),
         )
 

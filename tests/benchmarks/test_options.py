@@ -15,10 +15,12 @@ from benchmarks import cli, models, page
 from benchmarks.cases import cold_start, http, run
 from benchmarks.cases.run import RunRequest
 from benchmarks.goals import GOALS
-from benchmarks.servers import process
+from benchmarks.servers import process, sides
 from benchmarks.settings import CaseSettings
 from stable_audio_serve import engine
+from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.serving import engines
 from tests.factories import ToyModel
 
 
@@ -94,3 +96,18 @@ def test_a_case_needs_a_round(rounds: str, capsys: pytest.CaptureFixture[str]) -
         cli.parser().parse_args(["cold-start", "--rounds", rounds])
     assert stopped.value.code == 2
     assert f"--rounds: '{rounds}' is not a whole number above 0" in capsys.readouterr().err
+
+
+def test_a_compared_server_loads_the_model_like_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: list[object] = []
+
+    def load(*_: object, dtype: object = None, **__: object) -> NoReturn:
+        dtypes.append(dtype)
+        raise StartedError
+
+    settings = Settings.model_validate({"models": [{"name": "lock", "path": "."}], "device": "cpu"})
+    for module, open_model in ((sides, sides.SideReplica), (engines, engines.load_engine)):
+        monkeypatch.setattr(module, "load_model", load)
+        with pytest.raises(StartedError):
+            open_model(settings, settings.models[0])
+    assert dtypes[0] == dtypes[1]
