@@ -80,11 +80,6 @@ class Arrival:
     cfg_scale: float = 1.0
     adapter: int | None = None
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether the request uses guidance, so that a step needs two rows of the network."""
-        return self.cfg_scale != 1.0
-
 
 def draw_arrivals(
     mix: Mix | str, *, rate_hz: float | None, count: int, seed: int, max_duration_s: float

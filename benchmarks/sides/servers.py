@@ -221,14 +221,10 @@ SIDES = ("lock", "static", "fold", "ours", "ours-strict", "ours-fast")
 def open_side(
     name: str, model: DiffusionModel, *, options: EngineOptions, collect: Callable[[RunBatch], Batched] = Batcher
 ) -> Side:
-    """Returns the compared server `name`, which runs `model`. Raises ValueError if `name` is not in `SIDES`."""
-    if name == "lock":
-        return LockServer(model, options)
-    if name == "fold":
-        return FoldServer(model, options)
+    """Returns the compared server `name`, one of `SIDES`, which runs `model`."""
     if name == "static":
         return StaticServer(model, options, collect=collect)
-    if name in SIDES:
-        mode = name.removeprefix("ours").removeprefix("-") or options.mode
-        return OurServer(model, replace(options, mode=mode))  # type: ignore[arg-type]  # the mode is strict or fast
-    raise ValueError(f"no side is called {name!r}; there are {', '.join(SIDES)}")
+    if name in ("lock", "fold"):
+        return (LockServer if name == "lock" else FoldServer)(model, options)
+    mode = name.removeprefix("ours").removeprefix("-") or options.mode
+    return OurServer(model, replace(options, mode=mode))  # type: ignore[arg-type]  # the mode is strict or fast

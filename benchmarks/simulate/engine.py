@@ -34,7 +34,7 @@ def work_of(arrival: Arrival, network: Network) -> RowWork:
     """Returns the device work of a request, with decoding in the engine's windows. Guidance takes two rows per step."""
     frames = network.frames(arrival.duration_s)
     windows = cut_windows(frames, rule=WindowRule(network.halo_frames))
-    branches = [2 if arrival.is_guided else 1] * arrival.steps
+    branches = [1 if arrival.cfg_scale == 1.0 else 2] * arrival.steps
     return RowWork(frames, branches=branches, decode_left=window_lengths(windows))
 
 
