@@ -13,8 +13,7 @@ from typing import Any
 from benchmarks.figures import capacity_rps, percentile, steady_latencies_ms, worst
 from benchmarks.load import Record
 from benchmarks.settings import CaseSettings
-from benchmarks.simulate.device import MEDIUM, SMALL, Gpu, Network
-from benchmarks.simulate.engine import SimulatedEngine, record_of, work_of
+from benchmarks.simulation import MEDIUM, SMALL, Gpu, Network, SimulatedEngine, record_of, work_of
 from benchmarks.workload import Arrival, draw_arrivals
 
 _LOAD_SHARE = 0.8  # rate of requests for latencies, as a share of the lock server's capacity
