@@ -23,8 +23,7 @@ from benchmarks.cases import run
 from benchmarks.cases.run import RunRequest
 from benchmarks.compare import SideFailedError, VoidError
 from benchmarks.goals import GOALS, read_standings
-from benchmarks.pieces import OtherRunError
-from benchmarks.report import format_table, write_report
+from benchmarks.report import OtherRunError, format_table, write_report
 from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES
 from benchmarks.workload import MIXES

@@ -16,14 +16,18 @@ import numpy as np
 
 from benchmarks.figures import Bracket, bound_ms, capacity_rps, fit_alone_ms, is_good, summarize_sides
 from benchmarks.load import Asker, Audio, Record, play, play_alone
-from benchmarks.pieces import Pieces, write_json
 from benchmarks.quiet import Watch, in_quiet
+from benchmarks.report import Pieces, write_json
 from benchmarks.workload import Arrival, draw_arrivals
+from stable_audio_serve.core.generation import GenerationResult, Mode
 
 # Largest allowed difference of two clips: the root mean square of their difference, divided by the root mean square of
 # the reference clip. Batching in float32 (at most 1e-5) and rounding quiet clips to 16 bits (1e-4) are below it. A
 # decoder in TF32 (8e-4), a denoiser in float16 (above 1e-3) and one step fewer (above 3e-2) are above it.
 LARGEST_DIFFERENCE = 5e-4
+
+# For each engine mode: the largest allowed difference between two clips of a request, divided by the clip's level.
+_LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
 
 _PROBES_PER_CLASS = 3
 _LEAST_DRAWN = 60  # smallest list from which probes are chosen: shorter ones might lack some number of steps
@@ -239,6 +243,17 @@ def compare(
                 f"reference's level (at most {bound:g}); it did other work"
             )
     return results
+
+
+def compare_audio(
+    left: Sequence[GenerationResult], right: Sequence[GenerationResult], *, mode: Mode
+) -> dict[str, float]:
+    """Compares the first clip of each result in `left` with the first clip of the result at the same index in `right`.
+
+    Returns the differences. Raises VoidError if one is larger than the engine's `mode` allows.
+    """
+    clips = [[result.audio[0] for result in results] for results in (left, right)]
+    return compare(clips[0], {"engine": clips[1]}, bound=_LARGEST_DIFFERENCE[mode])["engine"]
 
 
 def difference(clip: Audio, reference: Audio) -> float:

@@ -1,25 +1,39 @@
-"""Loads the models that the benchmark cases measure, and compares two lists of generated clips."""
+"""The models that the benchmark cases measure: loaded, or built at official sizes with random weights.
+
+The output of random weights is noise. Therefore no model name of a server refers to such a model. Also writes random
+adapters.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.compare import compare
 from benchmarks.settings import CaseSettings
-from stable_audio_serve.core.generation import GenerationResult, Lora, Mode
+from stable_audio_serve.core.catalog import OPEN_FAMILY, DecodePrecision
+from stable_audio_serve.core.generation import Lora
 from stable_audio_serve.models.adapters.base import adaptable_layers
+from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel
-from stable_audio_serve.models.registry import ModelEntry, resolve_entry
+from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, open_card, resolve_entry, sa3_card
+from stable_audio_serve.models.sa3 import build as sa3
+from stable_audio_serve.models.sa3.config import parse_config as parse_sa3
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.sao import build as sao
+from stable_audio_serve.models.sao.config import parse_config as parse_open
+from stable_audio_serve.models.sao.model import SaoModel
+from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.models.weights import cast_network, require_exact_float32
 
+GOLDENS = Path(__file__).parents[1] / "tests" / "data" / "goldens"  # small reference checkpoints
 _RANK = 16  # of random adapters
-# For each engine mode: the largest allowed difference between two clips of a request, divided by the clip's level.
-_LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
 
 
 def load(settings: CaseSettings) -> DiffusionModel:
@@ -50,12 +64,123 @@ def write_adapters(model: DiffusionModel, folder: Path, *, count: int) -> list[L
     return loras
 
 
-def compare_audio(
-    left: Sequence[GenerationResult], right: Sequence[GenerationResult], *, mode: Mode
-) -> dict[str, float]:
-    """Compares the first clip of each result in `left` with the first clip of the result at the same index in `right`.
+def build_random_model(
+    name: str, *, device: str | torch.device, dtype: torch.dtype, decode_precision: DecodePrecision | None = None
+) -> Sa3Model | SaoModel:
+    """Build the built-in model `name` at its real size on `device`, with random weights.
 
-    Returns the differences. Raises VoidError if one is larger than the engine's `mode` allows.
+    `dtype` and `decode_precision` are used as in `load_sa3`. The tokenizer maps every word to the unknown token.
     """
-    clips = [[result.audio[0] for result in results] for results in (left, right)]
-    return compare(clips[0], {"engine": clips[1]}, bound=_LARGEST_DIFFERENCE[mode])["engine"]
+    require_exact_float32()
+    target = torch.device(device)
+    torch.manual_seed(0)
+    entry, reader = BUILT_IN[name], ConfigReader(official_config(name))
+    is_open = entry.card.family == OPEN_FAMILY
+    config: Any = parse_open(reader) if is_open else parse_sa3(reader)
+    with target, torch.no_grad():
+        text = _random_text_encoder(config.prompt.max_length, is_open=is_open)
+        components: Any = (sao if is_open else sa3).build_components(config, text)
+    for module in components.modules:
+        module.eval().requires_grad_(False)
+    cast_network(components.denoiser, dtype)
+    precision = resolve_decode_precision(target, decode_precision, dtype=dtype)
+    if is_open:
+        spec = sao.build_spec(open_card(entry.card, reader, cap_s=entry.cap_s), config)
+        return SaoModel(components, config=config, spec=spec, device=target, decode_precision=precision)
+    spec = sa3.build_spec(sa3_card(entry.card, reader, cap_s=entry.cap_s), config, components=components)
+    return Sa3Model(components, config=config, spec=spec, device=target, decode_precision=precision)
+
+
+def official_config(name: str) -> dict[str, Any]:
+    """Returns the `model_config.json` of a small reference checkpoint with the sizes of a built-in model."""
+    is_open, small = name.startswith("stable-audio-open"), "small" in name
+    checkpoint = (
+        ("sao/tiny-small" if small else "sao/tiny-1.0") if is_open else "sa3/sharp-s" if small else "sa3/sharp-l"
+    )
+    config: dict[str, Any] = json.loads((GOLDENS / checkpoint / "model_config.json").read_text())
+    config["sample_rate"] = 44_100
+    if is_open:
+        _resize_open(config, small=small)
+    else:
+        _resize_sa3(config, small=small, is_base=name.endswith("-base"))
+    return config
+
+
+def _resize_sa3(config: dict[str, Any], *, small: bool, is_base: bool) -> None:
+    model = config["model"]
+    config["sample_size"] = (5_324_800 if is_base else 5_292_032) if small else 16_777_216
+    model["io_channels"] = 256
+    model["conditioning"]["configs"][0]["config"]["max_length"] = 256
+    model["diffusion"]["diffusion_objective"] = "rectified_flow" if is_base else "rf_denoiser"
+    model["diffusion"]["config"] |= {"io_channels": 256, "local_add_cond_dim": 257, "num_memory_tokens": 64}
+    model["diffusion"]["config"] |= (
+        {"embed_dim": 1024, "depth": 20, "num_heads": 16}
+        if small
+        else {"embed_dim": 1536, "depth": 24, "num_heads": 24}
+    )
+    autoencoder = model["pretransform"]["config"]
+    autoencoder |= {"latent_dim": 256, "downsampling_ratio": 4096}
+    autoencoder["bottleneck"]["config"]["dim"] = 256
+    autoencoder["pretransform"]["config"]["patch_size"] = 256
+    for part, waves in (("encoder", "in_channels"), ("decoder", "out_channels")):
+        coder = autoencoder[part]["config"]
+        coder |= {waves: 512, "c_mults": [6], "dim_heads": 64, "latent_dim": 256}
+        coder |= (
+            {"channels": 128, "transformer_depths": [6]} if small else {"channels": 256, "transformer_depths": [12]}
+        )
+    autoencoder["decoder"]["config"]["sinusoidal_blocks"] = [0 if small else 8]
+
+
+def _resize_open(config: dict[str, Any], *, small: bool) -> None:
+    model = config["model"]
+    config["sample_size"] = 524_288 if small else 2_097_152
+    model["io_channels"] = 64
+    model["conditioning"]["cond_dim"] = 768
+    model["conditioning"]["configs"][0]["config"]["max_length"] = 64 if small else 128
+    model["diffusion"]["config"] |= {"io_channels": 64, "cond_token_dim": 768}
+    model["diffusion"]["config"] |= (
+        {"embed_dim": 1024, "depth": 16, "num_heads": 8, "global_cond_dim": 768}
+        if small
+        else {"embed_dim": 1536, "depth": 24, "num_heads": 24, "global_cond_dim": 1536}
+    )
+    autoencoder = model["pretransform"]["config"]
+    autoencoder |= {"latent_dim": 64, "downsampling_ratio": 2048}
+    for part, width in (("encoder", 128), ("decoder", 64)):
+        coder = autoencoder[part]["config"]
+        coder |= {"channels": 128, "c_mults": [1, 2, 4, 8, 16], "strides": [2, 4, 4, 8, 8], "latent_dim": width}
+
+
+def _random_text_encoder(max_length: int, *, is_open: bool) -> TextEncoder:
+    """Build a text encoder of the official size: T5-base in float16, or T5Gemma in bfloat16."""
+    import tokenizers
+    from transformers import (
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5EncoderModel,
+        T5GemmaConfig,
+        T5GemmaEncoderModel,
+        T5GemmaModuleConfig,
+    )
+
+    if is_open:
+        config = T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32_128)
+        encoder = T5EncoderModel(config).to(torch.float16)
+    else:
+        sizes = T5GemmaModuleConfig(
+            vocab_size=256_000,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            num_key_value_heads=12,
+            head_dim=64,
+            query_pre_attn_scalar=64,
+            attn_logit_softcapping=50.0,
+            max_position_embeddings=8192,
+        )
+        config = T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False, attn_implementation="eager")
+        encoder = T5GemmaEncoderModel(config).to(torch.bfloat16)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    return TextEncoder(tokenizer, encoder, width=768, max_length=max_length)

@@ -14,8 +14,7 @@ from typing import Any
 
 from benchmarks.cases import ggml, run
 from benchmarks.cli import CASES, import_case
-from benchmarks.goals import GOALS, read_standings
-from benchmarks.gpu.goals import GPU_GOALS
+from benchmarks.goals import GOALS, GPU_GOALS, read_standings
 from benchmarks.report import format_cell
 from benchmarks.settings import CaseSettings
 

@@ -1,4 +1,7 @@
-"""Writes results as JSON, together with a description of the run's environment, and formats them as tables."""
+"""Writes results as JSON, together with a description of the run's environment, and formats them as tables.
+
+Each finished measurement of a run is stored, too, so that an interrupted run can continue where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,7 +54,45 @@ def write_report(folder: Path, case: str, *, settings: Mapping[str, object], res
     """Write `<case>.json` into `folder`, which is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     report = {"case": case, "environment": describe_environment(settings), "results": results}
-    (folder / f"{case}.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    write_json(folder / f"{case}.json", report)
+
+
+class OtherRunError(RuntimeError):
+    """The folder has measurements of a run with other options."""
+
+
+class Pieces:
+    """The folder of a run, with a JSON file for each finished measurement. `about` has the options of the run."""
+
+    def __init__(self, folder: Path, about: Mapping[str, object]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted, path = json.loads(json.dumps(about, default=str)), folder / "about.json"
+        there = json.loads(path.read_text()) if path.exists() else wanted
+        if other := sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name)):
+            raise OtherRunError(
+                f"{folder} holds a run with other options ({', '.join(other)}): remove it, or choose another --out"
+            )
+        self.about = wanted
+
+    async def take(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
+        """Return the measurement `name` from its file. If there is no file, call `measure` and write the file first."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        started_at = time.monotonic()
+        value = json.loads(json.dumps(await measure()))
+        write_json(self.folder / "about.json", self.about)
+        write_json(path, value)
+        print(f"{name}: measured in {time.monotonic() - started_at:.1f} s", file=sys.stderr, flush=True)
+        return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a file as a whole, so that an interruption leaves no incomplete file."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    draft.rename(path)
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, get_args
 
+from benchmarks.compare import compare_audio
 from benchmarks.figures import worst
 from benchmarks.load import send_in_flight
-from benchmarks.models import compare_audio, load
+from benchmarks.models import load
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import eight_mixed_requests
 from stable_audio_serve.core.generation import GenerationRequest, Mode

@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.compare import compare_audio
 from benchmarks.figures import summarize, worst
 from benchmarks.load import play
-from benchmarks.models import compare_audio, load, resolve_model
+from benchmarks.models import load, resolve_model
 from benchmarks.quiet import describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.settings import CaseSettings

@@ -21,13 +21,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.goals import read_standings
+from benchmarks.goals import GPU_GOALS, read_standings
 from benchmarks.gpu import battery, load, times, trace
 from benchmarks.gpu.engines import Machine
-from benchmarks.gpu.goals import GPU_GOALS
 from benchmarks.gpu.results import Results
-from benchmarks.pieces import write_json
-from benchmarks.report import describe_environment, hash_sources
+from benchmarks.report import describe_environment, hash_sources, write_json
 
 _NAME, _LIMIT_S, _END_S = "gpu-first", 530.0, 10.0
 # The forkserver process imports these modules once, before it starts the parts' processes. It does not use the device.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.load import Audio
-from benchmarks.random_weights import GOLDENS, build_random_model
+from benchmarks.models import GOLDENS, build_random_model
 from benchmarks.sides.servers import OurServer
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.clock import SystemClock

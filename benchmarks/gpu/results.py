@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.compare import difference
 from benchmarks.load import Audio
-from benchmarks.pieces import write_json
+from benchmarks.report import write_json
 
 
 class Results:

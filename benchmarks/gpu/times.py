@@ -17,8 +17,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
+from benchmarks.goals import CLIPS, FLOPS
 from benchmarks.gpu.engines import ALL, Machine
-from benchmarks.gpu.goals import CLIPS, FLOPS
 from benchmarks.gpu.load import LEAST_DB
 from benchmarks.gpu.results import Results, clip_db
 from benchmarks.load import Audio

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.compare import Run, RunOptions, VoidError, compare, difference
 from benchmarks.dialects import DIALECTS, OverHttp, open_clients
 from benchmarks.load import Answer, Asker, InProcess
-from benchmarks.pieces import OtherRunError, Pieces
+from benchmarks.report import OtherRunError, Pieces
 from benchmarks.sides.servers import batch_key, open_side
 from benchmarks.workload import Arrival, draw_arrivals, eight_mixed_requests
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult

@@ -14,8 +14,8 @@ from benchmarks import compare
 from benchmarks.cases import run
 from benchmarks.compare import Run, RunOptions
 from benchmarks.load import Answer, Record
-from benchmarks.pieces import Pieces
 from benchmarks.quiet import Watch
+from benchmarks.report import Pieces
 from benchmarks.workload import Arrival
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.goals import GPU_GOALS
 from benchmarks.gpu.cli import PARTS
-from benchmarks.gpu.goals import GPU_GOALS
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 

@@ -15,7 +15,7 @@ import typer
 import yaml
 from typer.core import TyperGroup
 
-from benchmarks.gpu.goals import CLIPS, FLOPS
+from benchmarks.goals import CLIPS, FLOPS
 from stable_audio_serve.cli.main import app
 from stable_audio_serve.core.metrics import METRICS, exported_name
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.random_weights import official_config
+from benchmarks.models import official_config
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Loaded
 from stable_audio_serve.core.processor import is_amd
 from stable_audio_serve.engine import Engine, EngineOptions, provenance

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.random_weights import build_random_model
+from benchmarks.models import build_random_model
 from stable_audio_serve.models.download import download_text_encoder
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import BUILT_IN, resolve_entry

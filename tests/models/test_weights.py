@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.random_weights import official_config
+from benchmarks.models import official_config
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.blocks.norms import RMSNorm

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.random_weights import build_random_model, official_config
+from benchmarks.models import build_random_model, official_config
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from tests.parameters import slow
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.random_weights import official_config
+from benchmarks.models import official_config
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import ConfigReader, read_config
 from stable_audio_serve.models.sao.conditioners import LearnedFrequencies

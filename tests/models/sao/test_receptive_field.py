@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.random_weights import official_config
+from benchmarks.models import official_config
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.config import parse_config
 from stable_audio_serve.models.sao.network_config import OobleckConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.random_weights import official_config
+from benchmarks.models import official_config
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.conditioners import PromptConfig
 from stable_audio_serve.models.config_reader import ConfigReader
