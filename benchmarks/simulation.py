@@ -33,86 +33,67 @@ from stable_audio_serve.models.windows import cut_windows, window_lengths
 
 _RATE_HZ, _HOP = 44_100, 4096
 _LATENT_CHANNELS = 256
-_LOCAL_WIDTH = 257  # width of the local conditioning that is added to each frame
-_TEXT_WIDTH, _CONTEXT_TOKENS = 768, 257
-_TIME_FEATURES = 256
+_CONTEXT_TOKENS = 257
 _BYTES = 2  # bytes per value in half precision
 _ACTIVATIONS = 40  # vectors of the layer's width that a layer reads or writes for each token
-_TOKENS_PER_FRAME = 17  # the decoder's tokens for each latent frame
 _PROBE_WINDOW = 128  # frames
 _CALLS_AHEAD = 2  # number of calls that the host may enqueue before the GPU begins them, as in `engine.pacing`
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The dimensions of a model's denoiser and decoder. The default values describe the small models.
+    """The work of a model's denoiser and decoder, counted from the shapes of the official networks.
 
-    With `differential` attention, a layer projects to five vectors (q, k, v, q', k') and computes two softmaxes.
+    In each step, each token is multiplied by `layer_weights` weights of each layer: those of self-attention and its
+    output, of cross-attention's queries and output, and of the feed-forward network. Differential attention has two
+    softmaxes. `decode_operations` is for one latent frame. A decoded window has `halo_frames` more frames on each side.
     """
 
-    width: int = 1024
-    depth: int = 20
-    differential: bool = False
-    decoder_width: int = 768
-    decoder_blocks: int = 6
-    decoder_keys: int = 34  # number of keys that a query sees in the decoder
-    decoder_kernel: int = 3  # kernel size of the decoder's last convolution
-    halo_frames: int = 2  # frames on each side of a decoded window whose audio is not used
-    longest_s: float = 120.0
+    num_weights: int
+    width: int
+    depth: int
+    layer_weights: int
+    softmaxes: int
+    decode_operations: int
+    halo_frames: int
+    longest_s: float
     prefix_tokens: int = 64
 
     def frames(self, duration_s: float) -> int:
         """Returns the number of latent frames of a clip, rounded up to an even number."""
         return 2 * math.ceil(duration_s * _RATE_HZ / _HOP / 2)
 
-    @property
-    def num_weights(self) -> float:
-        e = self.width
-        block = self._products + (self._softmaxes + 1) * e**2  # keys and values of cross-attention
-        block += _LOCAL_WIDTH * e + e**2
-        head = 2 * _LATENT_CHANNELS * e + _TEXT_WIDTH * e + e**2 + 2 * (_TIME_FEATURES * e + e**2)
-        return self.depth * block + head + 7 * e**2
-
     def step_operations(self, frames: int) -> float:
         """Returns the number of operations for one step of a row, without operations that a request needs only once."""
-        e, tokens = self.width, frames + self.prefix_tokens
-        layer = 2 * self._products * tokens + 4 * self._softmaxes * e * tokens * (tokens + _CONTEXT_TOKENS)
-        return self.depth * layer + 4 * _LATENT_CHANNELS * e * frames
+        tokens = frames + self.prefix_tokens
+        layer = 2 * self.layer_weights * tokens + 4 * self.softmaxes * self.width * tokens * (tokens + _CONTEXT_TOKENS)
+        return self.depth * layer + 4 * _LATENT_CHANNELS * self.width * frames
 
     def spare_operations(self, tokens: int) -> float:
         """Returns the number of operations for padding tokens of a packed batch, which have no attention."""
-        return (2 * self._products * self.depth + 4 * _LATENT_CHANNELS * self.width) * tokens
+        return (2 * self.layer_weights * self.depth + 4 * _LATENT_CHANNELS * self.width) * tokens
 
     def step_bytes(self, frames: int) -> float:
         return _ACTIVATIONS * self.width * (frames + self.prefix_tokens) * self.depth * _BYTES
 
-    def decode_operations(self, frames: int) -> float:
-        width, tokens = self.decoder_width, _TOKENS_PER_FRAME * frames
-        blocks = self.decoder_blocks * (2 * 15 * width**2 + 8 * self.decoder_keys * width) * tokens
-        return blocks + 2 * _LATENT_CHANNELS * width * frames + 2 * width * 512 * 16 * frames * self.decoder_kernel
 
-    @property
-    def _softmaxes(self) -> int:
-        return 2 if self.differential else 1
-
-    @property
-    def _products(self) -> float:
-        """Returns the number of a layer's weights by which every token is multiplied in every step.
-
-        Addends: self-attention and its output, cross-attention's queries and output, gated feed-forward network.
-        """
-        return float(((5 if self.differential else 3) + 1 + self._softmaxes + 1 + 12) * self.width**2)
-
-
-SMALL = Network()
+SMALL = Network(
+    num_weights=457_986_048,
+    width=1024,
+    depth=20,
+    layer_weights=18 * 1024**2,
+    softmaxes=1,
+    decode_operations=1_864_310_784,
+    halo_frames=2,
+    longest_s=120.0,
+)
 MEDIUM = Network(
+    num_weights=1_451_397_120,
     width=1536,
     depth=24,
-    differential=True,
-    decoder_width=1536,
-    decoder_blocks=12,
-    decoder_keys=51,
-    decoder_kernel=1,
+    layer_weights=21 * 1536**2,
+    softmaxes=2,
+    decode_operations=14_592_688_128,
     halo_frames=12,
     longest_s=380.0,
 )
@@ -142,7 +123,7 @@ class Gpu:
         return self.fixed_ms + device_ms
 
     def decode_ms(self, windows: int, frames: int) -> float:
-        operations = windows * self.network.decode_operations(frames)
+        operations = windows * frames * self.network.decode_operations
         return self.fixed_ms + operations / self.flops / self.efficiency * 1000.0
 
 
