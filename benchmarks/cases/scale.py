@@ -8,6 +8,7 @@ replicas, and so on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.figures import capacity_rps, worst
@@ -52,46 +53,36 @@ async def _measure(  # noqa: PLR0917
             arrivals = draw_arrivals(mix, rate_hz=None, count=num_requests, seed=1, max_duration_s=card.max_duration_s)
             return await play_clips(sides[names[count]], arrivals, sample_rate_hz=card.sample_rate_hz)
 
-        async def measure(count: int) -> dict[str, Any]:
-            records, watch = await in_quiet(lambda: send(count, requests[count]))
-            return {
-                "capacity_rps": capacity_rps(records),
-                "cpu_ms_per_request": 1000.0 * watch.own_s / len(records),  # of server and client together
-                "foreign_cores": watch.foreign_cores,
-            }
-
         for count in requests:  # warm-up: opens the connections to all replicas
             await send(count, count * _WARM_UP_PER_REPLICA)
-        bursts = [{count: await measure(count) for count in requests} for _ in range(settings.rounds)]
-    return {
-        "requests": requests,
-        **summarize_bursts(bursts),
-        **describe_quiet([Watch(0.0, burst["foreign_cores"]) for one in bursts for burst in one.values()]),
-        "rounds": bursts,
-    }
+        watches: list[Watch] = []
+        rounds: list[dict[int, float]] = []
+        for _ in range(settings.rounds):
+            rounds.append({})
+            for count, num_requests in requests.items():
+                records, watch = await in_quiet(partial(send, count, num_requests))
+                rounds[-1][count] = capacity_rps(records)
+                watches.append(watch)
+    return {"requests": requests, **compare_capacities(rounds), **describe_quiet(watches), "rounds": rounds}
 
 
-def summarize_bursts(rounds: Sequence[Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Returns the worst round's figures, by number of replicas. `rounds` has a burst for each number of replicas."""
-    over_one: dict[str, Any] = {}  # capacity over the capacity of one replica in the same round
+def compare_capacities(rounds: Sequence[Mapping[int, float]]) -> dict[str, Any]:
+    """Returns the capacities divided by that of one replica in the same round, by number of replicas: the worst round.
+
+    `rounds` has the capacity, by number of replicas, in each round.
+    """
+    over_one: dict[str, Any] = {}
     for count in rounds[0]:
         if count > 1:
-            ratios = [one[count]["capacity_rps"] / one[1]["capacity_rps"] for one in rounds]
-            over_one |= worst(str(count), ratios, larger_is_better=True)
-    cpu_ms = {str(count): max(one[count]["cpu_ms_per_request"] for one in rounds) for count in rounds[0]}
-    return {"worst_capacity_over_one": over_one, "worst_cpu_ms_per_request": cpu_ms}
+            over_one |= worst(str(count), [one[count] / one[1] for one in rounds], larger_is_better=True)
+    return {"worst_capacity_over_one": over_one}
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
     """Returns a table with one row for each number of replicas."""
     return [
-        {
-            "side": side.replace("_", "-"),
-            "replicas": count,
-            "capacity over one": results[side]["worst_capacity_over_one"][count],
-            "processor time per request (ms)": cpu_ms,
-        }
+        {"side": side.replace("_", "-"), "replicas": count, "capacity over one": ratio}
         for side in ("stand_in", "model")
-        for count, cpu_ms in results[side]["worst_cpu_ms_per_request"].items()
-        if count in results[side]["worst_capacity_over_one"]
+        for count, ratio in results[side]["worst_capacity_over_one"].items()
+        if count.isdecimal()  # not the list of all rounds
     ]

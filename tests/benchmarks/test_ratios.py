@@ -210,8 +210,7 @@ async def test_one_bad_round_does_not_miss_a_goal(tmp_path: Path, monkeypatch: p
     verdicts = standings_of(tmp_path, "overload", {"model": overload.worst_of(rounds)})
     assert verdicts["worst_goodput_over_peak_ratio"] == "close"
 
-    one, good, bad = ({"capacity_rps": rps, "cpu_ms_per_request": 1.0} for rps in (1.0, 2.0, 1.0))
-    scaled = scale.summarize_bursts([{1: one, 2: good}, {1: one, 2: bad}])
+    scaled = scale.compare_capacities([{1: 1.0, 2: 2.0}, {1: 1.0, 2: 1.0}])
     results = {"stand_in": scaled, "model": scaled}
     assert standings_of(tmp_path, "scale", results)["worst_capacity_over_one.2"] == "close"
     assert [row["replicas"] for row in scale.rows(results)] == ["2", "2"]
