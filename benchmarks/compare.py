@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.figures import Bracket, bound_ms, capacity_rps, fit_alone_ms, is_good, summarize_sides
 from benchmarks.load import Asker, Audio, Record, play, play_alone
-from benchmarks.quiet import Watch, in_quiet
+from benchmarks.quiet import describe_quiet, in_quiet
 from benchmarks.report import Pieces, write_json
 from benchmarks.workload import Arrival, draw_arrivals
 from stable_audio_serve.core.generation import GenerationResult, Mode
@@ -105,8 +105,7 @@ class Run:
             "rate_hz": rate_hz,
             "num_requests": options.count * options.rounds,
             "outputs": alone["outputs"],
-            "is_void": any(one["is_void"] for one in measured),
-            "foreign_cores": [one["foreign_cores"] for one in measured],
+            **describe_quiet([one["foreign_cores"] for one in measured]),
             **summarize_sides(
                 options.sides,
                 bursts=[one["records"] for one in bursts],
@@ -160,8 +159,8 @@ class Run:
             return {name: await self._play(name, arrivals) for name in names}
 
         async def measure() -> dict[str, Any]:
-            records, watch = await in_quiet(play_all) if self.is_watched else (await play_all(), Watch())
-            return {"records": records, "foreign_cores": watch.foreign_cores, "is_void": not watch.is_quiet}
+            records, foreign_cores = await in_quiet(play_all) if self.is_watched else (await play_all(), None)
+            return {"records": records, "foreign_cores": foreign_cores}
 
         measured: dict[str, Any] = await self.pieces.take(piece, measure)
         records = {name: [Record(**record) for record in own] for name, own in measured["records"].items()}

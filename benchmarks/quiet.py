@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -21,45 +20,29 @@ _MOST_REPEATS = 3  # how often a void measurement is repeated
 Measured = TypeVar("Measured")
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """The processor use during a measurement.
-
-    `own_s` is the processor time of this process and its descendants, in seconds. `foreign_cores` is the mean number of
-    cores that other programs used, or None if it was not measured.
-    """
-
-    own_s: float = 0.0
-    foreign_cores: float | None = None
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether other programs used so little that the measurement is valid."""
-        return self.foreign_cores is None or self.foreign_cores <= LARGEST_FOREIGN_CORES
-
-
-async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured, Watch]:
+async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured, float]:
     """Call `measure`, and repeat the call a few times if other programs disturb it.
 
-    Returns the last result, and the processor use during the last call.
+    Returns the last result, and the mean number of cores that other programs used during the last call.
     """
     for _ in range(1 + _MOST_REPEATS):
         before, machine_s, started_at = _own_s(), _machine_s(), time.perf_counter()
         measured = await measure()
         elapsed_s, used_s = time.perf_counter() - started_at, _machine_s() - machine_s
         own_s = sum(max(0.0, now_s - before.get(pid, 0.0)) for pid, now_s in _own_s().items())
-        watch = Watch(own_s, max(0.0, used_s - own_s) / elapsed_s)
-        if watch.is_quiet:
+        foreign_cores = max(0.0, used_s - own_s) / elapsed_s
+        if foreign_cores <= LARGEST_FOREIGN_CORES:
             break
-    return measured, watch
+    return measured, foreign_cores
 
 
-def describe_quiet(watches: Sequence[Watch]) -> dict[str, Any]:
-    """Returns a dict that says whether any measurement is void, and how many cores other programs used in each."""
-    return {
-        "is_void": not all(watch.is_quiet for watch in watches),
-        "foreign_cores": [watch.foreign_cores for watch in watches],
-    }
+def describe_quiet(foreign_cores: Sequence[float | None]) -> dict[str, Any]:
+    """Returns a dict that says whether any measurement is void, and how many cores other programs used in each.
+
+    None stands for a measurement that was not watched.
+    """
+    is_void = any(cores is not None and cores > LARGEST_FOREIGN_CORES for cores in foreign_cores)
+    return {"is_void": is_void, "foreign_cores": list(foreign_cores)}
 
 
 def _machine_s() -> float:

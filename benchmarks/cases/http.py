@@ -66,7 +66,7 @@ async def measure(settings: CaseSettings) -> dict[str, Any]:
     return {
         "clip_s": duration_s,
         **compare_ways([calls for calls, _ in measured], allowed=_ALLOWED[engine.device.type]),
-        **describe_quiet([watch for _, watch in measured]),
+        **describe_quiet([foreign_cores for _, foreign_cores in measured]),
     }
 
 

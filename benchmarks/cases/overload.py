@@ -50,7 +50,7 @@ async def measure(settings: CaseSettings) -> dict[str, Any]:
     async with serving(entry, names, threads=settings.threads) as sides:
         take = partial(_round, sides["peak"], sides["bounded"], load=load, card=entry.card)
         measured = [await in_quiet(take) for _ in range(settings.rounds)]
-    quiet = describe_quiet([watch for _, watch in measured])
+    quiet = describe_quiet([foreign_cores for _, foreign_cores in measured])
     figures = worst_of([figures for figures, _ in measured]) | quiet
     return {"load": load, "mix": _MIX, "is_void": quiet["is_void"], "model": figures}
 

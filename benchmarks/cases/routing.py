@@ -19,7 +19,7 @@ from benchmarks.dialects import OverHttp
 from benchmarks.figures import summarize, worst
 from benchmarks.load import play_clips
 from benchmarks.models import resolve_model
-from benchmarks.quiet import Watch, describe_quiet, in_quiet
+from benchmarks.quiet import describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.servers.timed import SHORTENING_DEVICE
 from benchmarks.settings import CaseSettings
@@ -39,7 +39,7 @@ _LOAD_SHARE = 0.8  # rate of requests, as a share of the replicas' capacity
 async def measure(settings: CaseSettings) -> dict[str, Any]:
     """Measure `settings.rounds` rounds with different requests. The result is the worst round."""
     rounds: list[dict[str, dict[str, float]]] = []
-    watches: list[Watch] = []
+    foreign_cores: list[float] = []
     entry = resolve_model(settings.model)
     card, num_requests = entry.card, _REQUESTS[settings.full]
     model = {"replicas": {"min_replicas": _REPLICAS, "max_replicas": _REPLICAS}, "max_queue_s": _QUEUE_S}
@@ -57,11 +57,11 @@ async def measure(settings: CaseSettings) -> dict[str, Any]:
             arrivals = _draw(card, count=num_requests, seed=seed)
             figures = {}
             for name in (_OURS, _SERVES) if seed % 2 else (_SERVES, _OURS):
-                figures[name], watch = await in_quiet(partial(_play, sides[name], arrivals, card=card))
-                watches.append(watch)
+                figures[name], foreign = await in_quiet(partial(_play, sides[name], arrivals, card=card))
+                foreign_cores.append(foreign)
             rounds.append(figures)
     ratios = [sides[_OURS]["p95_ms"] / sides[_SERVES]["p95_ms"] for sides in rounds]
-    return {"rounds": rounds, **describe_quiet(watches), **worst("p95_over_serve_ratio", ratios)}
+    return {"rounds": rounds, **describe_quiet(foreign_cores), **worst("p95_over_serve_ratio", ratios)}
 
 
 def _draw(card: ModelCard, *, count: int, seed: int) -> tuple[Arrival, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.figures import capacity_rps, worst
 from benchmarks.load import Record, play_clips
 from benchmarks.models import resolve_model
-from benchmarks.quiet import Watch, describe_quiet, in_quiet
+from benchmarks.quiet import describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import MIXES, Mix, draw_arrivals
@@ -55,15 +55,15 @@ async def _measure(  # noqa: PLR0917
 
         for count in requests:  # warm-up: opens the connections to all replicas
             await send(count, count * _WARM_UP_PER_REPLICA)
-        watches: list[Watch] = []
+        foreign_cores: list[float] = []
         rounds: list[dict[int, float]] = []
         for _ in range(settings.rounds):
             rounds.append({})
             for count, num_requests in requests.items():
-                records, watch = await in_quiet(partial(send, count, num_requests))
+                records, foreign = await in_quiet(partial(send, count, num_requests))
                 rounds[-1][count] = capacity_rps(records)
-                watches.append(watch)
-    return {"requests": requests, **compare_capacities(rounds), **describe_quiet(watches), "rounds": rounds}
+                foreign_cores.append(foreign)
+    return {"requests": requests, **compare_capacities(rounds), **describe_quiet(foreign_cores), "rounds": rounds}
 
 
 def compare_capacities(rounds: Sequence[Mapping[int, float]]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from benchmarks import compare
 from benchmarks.cases import run
 from benchmarks.compare import Run, RunOptions
 from benchmarks.load import Answer, Record
-from benchmarks.quiet import Watch
 from benchmarks.report import Pieces
 from benchmarks.workload import Arrival
 
@@ -75,10 +74,10 @@ async def test_a_rate_above_the_capacity_is_not_good(served_s: float, tmp_path: 
 
 
 async def test_other_programs_make_a_tried_rate_void(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watches = iter([Watch(0.0, 0.0), Watch(0.0, 0.0), Watch(0.0, 0.5)])  # of the capacity, the latency and the trial
+    foreign_cores = iter([0.0, 0.0, 0.5])  # of the capacity, the latency and the trial
 
-    async def watch(play: Callable[[], Awaitable[Any]]) -> tuple[Any, Watch]:
-        return await play(), next(watches)
+    async def watch(play: Callable[[], Awaitable[Any]]) -> tuple[Any, float]:
+        return await play(), next(foreign_cores)
 
     monkeypatch.setattr(compare, "in_quiet", watch)
     results = await measure(tmp_path, served_s=0.05, trials=1, is_watched=True)
