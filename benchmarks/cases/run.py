@@ -12,7 +12,6 @@ import re
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -109,9 +108,8 @@ async def _opened(
     async with contextlib.AsyncExitStack() as stack:
         askers: dict[str, Asker] = {}
         if request.here:
-            num_adapters = MIXES[request.mix].num_adapters
-            opened = partial(_in_process, num_adapters=num_adapters) if request.engine_only else _on_one_server
-            askers |= await stack.enter_async_context(opened(settings, request.here, entry=entry))
+            opened = _in_process if request.engine_only else _on_one_server
+            askers |= await stack.enter_async_context(opened(settings, request, entry=entry))
         if request.url:
             from benchmarks.dialects import OverHttp, open_clients
 
@@ -122,7 +120,7 @@ async def _opened(
 
 @contextlib.asynccontextmanager
 async def _in_process(
-    settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry, num_adapters: int
+    settings: CaseSettings, request: RunRequest, *, entry: ModelEntry
 ) -> AsyncIterator[Mapping[str, Asker]]:
     """Open the compared servers in this process, and yield a client for each.
 
@@ -130,9 +128,9 @@ async def _in_process(
     """
     model = load_model(entry, device=settings.device)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)
-    opened = {name: open_side(name, model, options=options) for name in sides}
+    opened = {name: open_side(name, model, options=options) for name in request.here}
     with tempfile.TemporaryDirectory() as folder:
-        adapters = write_adapters(model, Path(folder), count=num_adapters)
+        adapters = write_adapters(model, Path(folder), count=MIXES[request.mix].num_adapters)
         try:
             yield {name: InProcess(side, adapters) for name, side in opened.items()}
         finally:
@@ -140,11 +138,10 @@ async def _in_process(
                 await side.close()
 
 
-@contextlib.asynccontextmanager
-async def _on_one_server(
-    settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry
-) -> AsyncIterator[Mapping[str, Asker]]:
-    """Start one server that has each of the compared servers (`sides`) as a model, and yield a client for each.
+def _on_one_server(
+    settings: CaseSettings, request: RunRequest, *, entry: ModelEntry
+) -> contextlib.AbstractAsyncContextManager[Mapping[str, Asker]]:
+    """Start one server that has each of the compared servers as a model, and yield a client for each.
 
     The compared servers share the HTTP proxy, the ingress and the audio encoders. Raises ValueError for a model without
     a folder.
@@ -156,19 +153,17 @@ async def _on_one_server(
     own = {"duration_padding_s": entry.card.default_duration_padding_s}
     models = {
         side: {**own, "mode": side.removeprefix("ours-") if side.startswith("ours-") else settings.mode}
-        for side in sides
+        for side in request.here
     }
-    import_path = "benchmarks.servers.sides:build"
-    async with serving(
+    return serving(
         entry,
         models,
         threads=settings.threads,
         device=settings.device,
-        import_path=import_path,
-        default_model=sides[0],
+        import_path="benchmarks.servers.sides:build",
+        default_model=request.here[0],
         api=_API,
-    ) as askers:
-        yield askers
+    )
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
