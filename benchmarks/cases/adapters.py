@@ -1,8 +1,4 @@
-"""Measures adapters (LoRA) of rank 16 with a model of an official size and random weights.
-
-The case compares the throughput of eight requests with and without adapters. It also measures how long a request waits
-for the first load of an adapter, and for a new strength of a loaded adapter.
-"""
+"""Measures throughput and waiting times with adapters (LoRA) of rank 16, with random weights of an official size."""
 
 from __future__ import annotations
 

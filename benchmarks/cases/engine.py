@@ -1,7 +1,4 @@
-"""Measures the engine in one process, without a server.
-
-Eight different requests are sent at once, and compared with the same eight requests one after another.
-"""
+"""Compares eight different requests at once with the same requests one after another, in one process."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""Compares this engine with sa3.cpp (ggml) on a CPU, one clip at a time.
+"""Compares this engine with sa3.cpp (ggml) on a CPU. Each clip is the only one of a new process.
 
-Both programs have the same weights and run in alternation. Each clip is the only one of a new process, so times include
-what a program initialises during its first clip. The result is the smallest value of each figure in all rounds, because
-other programs can only make it larger. Therefore no round is repeated when other programs were busy. Times are wall
-time. The loading time includes the text encoder. `--weights` is a checkpoint folder that also has the GGUF files that
-sa3.cpp's tools made from it. Without `--binary`, only this engine is measured.
+The result is the smallest value of each figure in all rounds, because other programs can only make it larger. Therefore
+no round is repeated when other programs were busy. benchmarks/results/README.md says more about the figures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Measures the time for one 10 s clip in three ways: the bare pipeline, the engine, and the whole server over HTTP.
-
-The bare pipeline runs the model without a scheduler. The three ways take turns.
-"""
+"""Measures the time for one 10 s clip in three ways: the bare pipeline, the engine, and the whole server over HTTP."""
 
 from __future__ import annotations
 

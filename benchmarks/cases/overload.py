@@ -1,9 +1,7 @@
 """Measures a server that gets three times as many requests as it can serve.
 
-The case measures goodput (work that finishes in time), the time to a refusal, the time until the server is back to
-normal, and whether clients that obey Retry-After are served within four tries. The server has the same model twice. The
-model `peak` has a long queue, which shows the best throughput. The model `bounded` has a queue so short that every
-accepted request should be in time.
+The server has the same model twice. The model `peak` has a long queue, which shows the best throughput. The model
+`bounded` has a queue so short that every accepted request should be in time.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """Compares our router with Ray Serve's, for requests of the mix `small-mixed`.
 
-Our router selects the replica with the least predicted work. Ray Serve's router selects the one of two random replicas
-that has the shorter queue.
-
-One server has two models, one for each router, with four simulated replicas each. Clips have a tenth
-of their length in the mix, and the simulated time of a latent frame is ten times as long. Thus the work is the same,
-but the server sends less audio.
+One server has two models, one for each router, with four simulated replicas each. Clips have a tenth of their length in
+the mix, and the simulated time of a latent frame is ten times as long, so that the server sends less audio.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Measures the capacity of 1, 2, 4 ... replicas with bursts of requests over HTTP.
 
-The case measures replicas that run the real model, and simulated replicas. The device of a simulated replica is only a
-clock, so that many replicas fit on two cores. One server serves several models: one with a single replica, one with two
-replicas, and so on.
+One server has a model for each number of replicas. The device of a simulated replica is only a clock, so that many
+replicas fit on two cores.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Compares the engine's scheduling with a lock server (one request at a time), both on a simulated H200 GPU.
-
-The case computes the capacity when all requests arrive at once, and the p95 latency at 0.8 of the lock server's
-capacity. No GPU is needed.
-"""
+"""Compares the engine's scheduling with a lock server (one request at a time), both on a simulated H200 GPU."""
 
 from __future__ import annotations
 

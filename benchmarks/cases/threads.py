@@ -1,8 +1,4 @@
-"""Compares the speed of a model on one CPU thread and on several threads, one clip at a time.
-
-The model has an official size and random weights. On AMD processors, the audio has the same bytes with any number of
-threads. On other processors, the last bits may differ.
-"""
+"""Compares the speed of a model of an official size on one CPU thread and on several threads, one clip at a time."""
 
 from __future__ import annotations
 
