@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.cases import ggml, run
 from benchmarks.cli import CASES, import_case
 from benchmarks.goals import GOALS, GPU_GOALS, read_standings
-from benchmarks.report import format_cell
+from benchmarks.report import format_table
 from benchmarks.settings import CaseSettings
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def fill(text: str) -> str:
     """Returns the text of a page with the current results."""
 
     def write(found: re.Match[str]) -> str:
-        return f"<!-- {found[1]} -->\n\n{_block(*found[1].split('/'))}\n<!-- end -->"
+        return f"<!-- {found[1]} -->\n\n{_block(*found[1].split('/'))}\n\n<!-- end -->"
 
     return re.sub(r"<!-- ([\w./-]+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
 
@@ -54,11 +54,11 @@ def _block(folder: str, name: str) -> str:
     reports = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))}
     results = {case: report["results"] for case, report in reports.items()}
     if name == "machine":
-        return "".join(f"- {line}\n" for line in sorted(set(map(_environment, reports.values()))))
+        return "\n".join(f"- {line}" for line in sorted(set(map(_environment, reports.values()))))
     if name == "goals":
-        return _table(_goals(RESULTS / folder))
+        return format_table(_goals(RESULTS / folder))
     if name in _SUMMARIES:
-        return _table(_SUMMARIES[name](results))
+        return format_table(_SUMMARIES[name](results))
     about = reports[name]["environment"]
     note = f". {about['note']}" if "note" in about else ""
     if name.startswith("run-"):
@@ -67,7 +67,7 @@ def _block(folder: str, name: str) -> str:
     else:
         command = _command(name, about["settings"], followed=CASES[name].split())
         rows = import_case(name).rows(results[name])
-    return f"`{command}`, {about['at'][:10]}, commit {about['commit']}{note}\n\n{_table(rows)}"
+    return f"`{command}`, {about['at'][:10]}, commit {about['commit']}{note}\n\n{format_table(rows)}"
 
 
 def _goals(folder: Path) -> Iterator[Mapping[str, object]]:
@@ -152,12 +152,6 @@ def _environment(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items() if version)
     machine = about["gpu"] or f"{about['cpu_count']} cores of {about['cpu']}"
     return f"{machine}; Python {about['python']}, {versions}"
-
-
-def _table(rows: Iterable[Mapping[str, object]]) -> str:
-    rows = list(rows)
-    lines: list[list[object]] = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(format_cell(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

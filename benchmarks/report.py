@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,11 +95,13 @@ def write_json(path: Path, value: object) -> None:
     draft.rename(path)
 
 
-def format_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Returns rows as the text of a table with aligned columns. All rows must have the same keys."""
-    lines = [list(rows[0])] + [[format_cell(value) for value in row.values()] for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+def format_table(rows: Iterable[Mapping[str, object]]) -> str:
+    """Returns rows as a Markdown table with aligned columns. All rows must have the same keys."""
+    table = [{name: format_cell(value) for name, value in row.items()} for row in rows]
+    widths = {name: max(len(name), *(len(row[name]) for row in table)) for name in table[0]}
+    lines = [dict(zip(widths, widths, strict=True)), {name: "-" * width for name, width in widths.items()}, *table]
+    cells = [[line[name].ljust(width) for name, width in widths.items()] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def format_cell(value: object) -> str:
