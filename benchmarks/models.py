@@ -33,6 +33,13 @@ from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import cast_network, require_exact_float32
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "data" / "goldens"  # small reference checkpoints
+# Beginning of a model's name -> the reference checkpoint with networks of the same kind.
+_REFERENCES = {
+    "small": "sa3/sharp-s",
+    "medium": "sa3/sharp-l",
+    "stable-audio-open-1.0": "sao/tiny-1.0",
+    "stable-audio-open-small": "sao/tiny-small",
+}
 _RANK = 16  # of random adapters
 
 
@@ -93,16 +100,13 @@ def build_random_model(
 
 def official_config(name: str) -> dict[str, Any]:
     """Returns the `model_config.json` of a small reference checkpoint with the sizes of a built-in model."""
-    is_open, small = name.startswith("stable-audio-open"), "small" in name
-    checkpoint = (
-        ("sao/tiny-small" if small else "sao/tiny-1.0") if is_open else "sa3/sharp-s" if small else "sa3/sharp-l"
-    )
+    checkpoint = next(folder for start, folder in _REFERENCES.items() if name.startswith(start))
     config: dict[str, Any] = json.loads((GOLDENS / checkpoint / "model_config.json").read_text())
     config["sample_rate"] = 44_100
-    if is_open:
-        _resize_open(config, small=small)
+    if checkpoint.startswith("sao/"):
+        _resize_open(config, small="small" in name)
     else:
-        _resize_sa3(config, small=small, is_base=name.endswith("-base"))
+        _resize_sa3(config, small="small" in name, is_base=name.endswith("-base"))
     return config
 
 
