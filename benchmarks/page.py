@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cases import ggml, run
+from benchmarks.cases import run
 from benchmarks.cli import CASES, import_case
 from benchmarks.goals import GOALS, GPU_GOALS, read_standings
 from benchmarks.report import format_table
@@ -44,13 +44,14 @@ def fill(text: str) -> str:
     """Returns the text of a page with the current results."""
 
     def write(found: re.Match[str]) -> str:
-        return f"<!-- {found[1]} -->\n\n{_block(*found[1].split('/'))}\n\n<!-- end -->"
+        return f"<!-- {found[1]} -->\n\n{_block(found[1])}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- ([\w./-]+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
+    return re.sub(r"<!-- ([\w/-]+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
 
 
-def _block(folder: str, name: str) -> str:
-    """Returns the block `FOLDER/NAME`, where FOLDER has the results of one machine."""
+def _block(block: str) -> str:
+    """Returns the block `FOLDER/NAME` with results of one machine, or for `FOLDER/NAME/table`, only its table."""
+    folder, name, *part = block.split("/")
     reports = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))}
     results = {case: report["results"] for case, report in reports.items()}
     if name == "machine":
@@ -59,15 +60,15 @@ def _block(folder: str, name: str) -> str:
         return format_table(_goals(RESULTS / folder))
     if name in _SUMMARIES:
         return format_table(_SUMMARIES[name](results))
-    about = reports[name]["environment"]
-    note = f". {about['note']}" if "note" in about else ""
+    about, note = reports[name]["environment"], ""
     if name.startswith("run-"):
-        command, rows = _run_command(results[name], about["settings"]), run.rows(results[name])
+        command, table = _run_command(results[name], about["settings"]), format_table(run.rows(results[name]))
         note = f". {results[name]['num_requests']} requests; latencies at {results[name]['rate_hz']:.2f} a second"
     else:
         command = _command(name, about["settings"], followed=CASES[name].split())
-        rows = import_case(name).rows(results[name])
-    return f"`{command}`, {about['at'][:10]}, commit {about['commit']}{note}\n\n{format_table(rows)}"
+        table = format_table(import_case(name).rows(results[name]))
+    note += f". {about['note']}" if "note" in about else ""
+    return table if part else f"`{command}`, {about['at'][:10]}, commit {about['commit']}{note}\n\n{table}"
 
 
 def _goals(folder: Path) -> Iterator[Mapping[str, object]]:
@@ -117,21 +118,7 @@ def _figures(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
         yield {"What": what, "Value": value}
 
 
-def _edits(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
-    found = results["edits"]["by_schedule"]
-    shares = {name: figures["kept"] / figures["clips"] for name, figures in found.items()}
-    levels = dict.fromkeys(name.split()[1] for name in shares)
-    for schedule in dict.fromkeys(name.split()[0] for name in shares):
-        kept = {f"Strength {level}": f"{shares[f'{schedule} {level}']:.0%}" for level in levels}
-        yield {"`edit_schedule`": f"`{schedule}`", **kept}
-
-
-def _sa3_cpp(results: Mapping[str, Any]) -> Iterable[Mapping[str, object]]:
-    return ggml.rows(results["ggml"])
-
-
-# Tables of docs/performance.md.
-_SUMMARIES = {"servers": _servers, "figures": _figures, "pitch": _edits, "sa3.cpp": _sa3_cpp}
+_SUMMARIES = {"servers": _servers, "figures": _figures}  # tables that only docs/performance.md has
 
 
 def _run_command(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -79,12 +79,13 @@ def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, int
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns a table with one row for each edit schedule and noise level."""
+    """Returns a table with the share of clips that keep the pitch, one row for each edit schedule."""
+    shares = {name: figures["kept"] / figures["clips"] for name, figures in results["by_schedule"].items()}
+    levels = dict.fromkeys(name.split()[1] for name in shares)
     return [
         {
-            "schedule": name.split()[0],
-            "noise level": name.split()[1],
-            "kept pitch": f"{figures['kept']} of {figures['clips']}",
+            "`edit_schedule`": f"`{schedule}`",
+            **{f"Strength {level}": f"{shares[f'{schedule} {level}']:.0%}" for level in levels},
         }
-        for name, figures in results["by_schedule"].items()
+        for schedule in dict.fromkeys(name.split()[0] for name in shares)
     ]
