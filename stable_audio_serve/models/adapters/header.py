@@ -206,7 +206,7 @@ def parse_header(start: bytes, *, num_bytes: int, name: str, max_rank: int, with
         scaling=1.0 if alpha is None else alpha / rank,
         layers=checked,
         norm_base=_printable(str(config.get("norm_base") or "")[:80]),
-        warnings=tuple(f"adapter {name!r}: {warning}" for warning in warnings),
+        warnings=tuple(f"adapter {name!r}: {_printable(warning)}" for warning in warnings),
     )
 
 

@@ -80,6 +80,12 @@ def test_ranks_and_alphas_of_other_names_are_a_warning(tmp_path: Path) -> None:
     assert adapter.warnings == (f"adapter 'vinyl': {named}",)
 
 
+def test_warnings_contain_only_printable_characters(tmp_path: Path) -> None:
+    assert read(tmp_path, {"rank": 2, "rank\n\x1b[31m": 1}).warnings == (
+        "adapter 'vinyl': its lora_config has rank??[31m, of which only rank and alpha are read",
+    )
+
+
 @pytest.mark.parametrize("shape", [(7,), (7, 1)])
 def test_the_legacy_type_is_by_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
     tensors = dict(make_change(make_base(), "dora-rows", layers=[LINEAR]).tensors[LINEAR])
