@@ -404,6 +404,28 @@ async def test_row_that_breaks_a_stage_fails_alone(mode: str, stage: str) -> Non
         engine.check_health()
 
 
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": "unreadable"}, "prompt"),
+        ({"negative_prompt": "unreadable", "cfg_scale": 3.0}, "negative_prompt"),
+        ({"batch_size": 2, "variation_prompts": ("tone", "unreadable")}, "prompts"),
+    ],
+)
+async def test_a_prompt_that_the_model_refuses_is_named_by_its_field(fields: dict[str, Any], field: str) -> None:
+    def refuse(name: str, items: Sequence[object]) -> None:
+        if name == "encode_text" and "unreadable" in items:
+            raise InvalidRequestError("the text has an unknown token", field="prompt")
+
+    async with make_engine(refuse) as engine:
+        bad, good = await asyncio.gather(
+            engine.generate(make_request(**fields)), engine.generate(make_request()), return_exceptions=True
+        )
+    assert isinstance(bad, InvalidRequestError)
+    assert (bad.field, bad.message) == (field, "the text has an unknown token")
+    assert isinstance(good, GenerationResult)
+
+
 @pytest.mark.parametrize("mode", ["fast", slow("strict")])
 @pytest.mark.parametrize("when", ["made", "drawn"])
 async def test_row_whose_noise_breaks_fails_alone(mode: str, when: str) -> None:

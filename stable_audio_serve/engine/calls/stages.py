@@ -285,7 +285,7 @@ class Stages:
         Returns the rows that failed.
         """
         rows = [row for row in rows if row.plan.prompt not in row.request.shared.prompts]
-        prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
+        prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row).values())
         known: dict[str, TextEmbedding | Exception] = {
             prompt: embedding for prompt in prompts if (embedding := self._cache.get(prompt)) is not None
         }
@@ -305,14 +305,17 @@ class Stages:
         for row in rows:
             row.request.clock.mark("text", now)
             embeddings: list[TextEmbedding] = []
-            for outcome in (known[prompt] for prompt in _prompts(row)):
+            for field, prompt in _prompts(row).items():
+                outcome = known[prompt]
+                if isinstance(outcome, InvalidRequestError):  # the model does not know which field the text is from
+                    outcome = InvalidRequestError(outcome.message, field=field)
                 if isinstance(outcome, Exception):
                     failures.append((row, outcome))
                     break
                 embeddings.append(outcome)
             else:
-                prompt, *negative = embeddings
-                row.request.shared.prompts[row.plan.prompt] = Prompts(prompt, negative[0] if negative else None)
+                own, *negative = embeddings
+                row.request.shared.prompts[row.plan.prompt] = Prompts(own, negative[0] if negative else None)
         return failures
 
     def _open_noise(self, row: Row, noises: dict[int, RowNoise]) -> None:
@@ -420,10 +423,10 @@ def _not_a_number(row: Row) -> StableAudioError:
     return GenerationError("the model made audio that is not a number")
 
 
-def _prompts(row: Row) -> list[str]:
-    """Return the row's prompt and its negative prompt, if any."""
-    negative = row.plan.negative_prompt
-    return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]
+def _prompts(row: Row) -> dict[str, str]:
+    """Return the row's prompt and its negative prompt, if any, by the names of their fields in the request."""
+    field, negative = "prompts" if row.request.request.variation_prompts else "prompt", row.plan.negative_prompt
+    return {field: row.plan.prompt} if negative is None else {field: row.plan.prompt, "negative_prompt": negative}
 
 
 def _lengths_left(sources: Mapping[str, SourceEncoding]) -> tuple[int, ...]:
