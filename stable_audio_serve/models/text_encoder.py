@@ -49,10 +49,7 @@ class TextEncoder:
         unusual texts contain.
         """
         tokens = _tokenize(self.tokenizer, prompts, max_length=self.max_length)
-        known, highest = _num_tokens(self.encoder), int(tokens.ids_and_mask[:, 0].max())
-        if highest >= known:
-            message = f"the prompt has token {highest} of the tokenizer, but the text encoder knows {known}"
-            raise InvalidRequestError(message, field="prompt")
+        require_known(int(tokens.ids_and_mask[:, 0].max()), self.encoder)
         return tokens
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -82,6 +79,13 @@ def _num_tokens(encoder: nn.Module) -> int:
     """Returns how many tokens the network knows. Token ids must be below this number."""
     num_tokens: int = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
     return num_tokens
+
+
+def require_known(token: int, encoder: nn.Module) -> None:
+    """Raise InvalidRequestError if `token`, the highest one of a prompt, is not one of the network's."""
+    if token >= (known := _num_tokens(encoder)):
+        message = f"the text has token {token} of the tokenizer, but the text encoder knows {known}"
+        raise InvalidRequestError(message, field="prompt")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.sao.planning import plan_rows
 from stable_audio_serve.models.stable_audio_tools.config import Inputs
 from stable_audio_serve.models.switches import exact
-from stable_audio_serve.models.text_encoder import chars_read
+from stable_audio_serve.models.text_encoder import chars_read, require_known
 from stable_audio_serve.sampling.schedules import TimestepShift
 
 _CONTEXT, _CONTEXT_MASK, _PREPENDED = "cross_attn_cond", "cross_attn_mask", "prepend_cond"
@@ -82,11 +83,15 @@ class PackageModel:
     @torch.inference_mode()
     @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns each prompt's embedding (tokens, width), zero at padding, and its mask, true at real tokens."""
+        """Returns each prompt's embedding (tokens, width), zero at padding, and its mask, true at real tokens.
+
+        Raises InvalidRequestError if a prompt has a token that the text encoder lacks.
+        """
         text = self.wrapper.conditioner.conditioners[self.inputs.prompt.id]
-        tokens, mask = text(list(prompts), self._device)
-        # Tokenize again to compute `chars_read`, because the package does not return its tokens.
+        # Tokenized here, too, because the package neither checks nor returns its tokens.
         encoded = text.tokenizer(list(prompts), truncation=True, max_length=text.max_length)
+        require_known(max(chain(*encoded["input_ids"]), default=0), text.model)
+        tokens, mask = text(list(prompts), self._device)
         read = chars_read(encoded, num_prompts=len(prompts))
         return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=read)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import official_config
 from stable_audio_serve.core.catalog import NetworkBackend
-from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.config_reader import ConfigReader, read_config
 from stable_audio_serve.models.families import load_model
@@ -128,6 +128,15 @@ def test_half_precision_stays_near_float32(name: str) -> None:
     request = GenerationRequest(prompt="a kick drum", duration_s=3.0, seed=1, steps=8)
     (made,), (exact,) = run(half, [request]), run(loaded(name), [request])
     assert 0 < np.abs(made - exact).max() < 0.1 * exact.std()  # measured: at most 0.05
+
+
+def test_a_prompt_with_a_token_that_the_text_encoder_lacks_is_refused() -> None:
+    model = load(load_open_goldens("tiny-1.0").folder)
+    text = model.wrapper.conditioner.conditioners[model.inputs.prompt.id]
+    text.tokenizer.add_tokens([f"<{number}>" for number in range(text.model.config.vocab_size)])
+    with pytest.raises(InvalidRequestError, match="the text has token"):
+        model.encode_text([f"a tone <{text.model.config.vocab_size - 1}>"])
+    assert len(model.encode_text(["a tone", ""])) == 2
 
 
 def test_an_unexpected_key_is_named(tmp_path: Path) -> None:
