@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from stable_audio_serve.models.config_reader import MAX_DEPTH
 from stable_audio_serve.models.protocol import PromptTokens
 from stable_audio_serve.models.weight_files import read_weights, require_floats
 
-# Called with a folder. Returns the network and the loading report of transformers (`output_loading_info`).
-NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
+# Called with a folder and the argument `dtype` of `from_pretrained`. Returns the network and the loading report of
+# transformers (`output_loading_info`).
+NetworkLoader = Callable[[Path, torch.dtype | Literal["auto"]], tuple[nn.Module, Mapping[str, Any]]]
 
 
 # Prompts that are tokenized at load. The first one is padding. The second one is a character that no vocabulary has.
@@ -122,9 +123,11 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
 
     transformers_logging.disable_progress_bar()
     _check_config(folder)
-    _check_weights(folder)
+    stored = _stored_dtypes(folder)
     try:
-        encoder, report = load_network(folder)
+        # No network can be built in float8, whose values are exact in bfloat16.
+        has_float8 = any(dtype.itemsize == 1 for dtype in stored)
+        encoder, report = load_network(folder, torch.bfloat16 if has_float8 else "auto")
     except Exception as error:
         raise _refuse_network(folder, _reason(error)) from error
     try:
@@ -182,15 +185,20 @@ def _check_config(folder: Path) -> None:
                 raise CheckpointError(f"{path}: {key} must be at most {MAX_DEPTH}, found {depth}")
 
 
-def _check_weights(folder: Path) -> None:
-    """Raise CheckpointError if a weight file is missing or damaged, or if weights are not floating-point numbers."""
+def _stored_dtypes(folder: Path) -> set[torch.dtype]:
+    """Returns the dtypes of a text encoder's weights. Raises CheckpointError if a weight file is missing or damaged, or
+    if weights are not floating-point numbers.
+    """
+    stored: set[torch.dtype] = set()
     try:
         for path in encoder_weights(folder):
             for key, weight in read_weights(path).items():
                 if "decoder" not in key:
                     require_floats(path, key, weight=weight)
+                    stored.add(weight.dtype)
     except CheckpointError as error:
         raise _refuse_network(folder, error.message) from error
+    return stored
 
 
 def _refuse_network(folder: Path, reason: str) -> CheckpointError:

@@ -48,7 +48,7 @@ def weight_bytes(folder: Path, *, text_encoder: Path, dtype: torch.dtype) -> int
     )
     text_size = _OPEN_TEXT_BYTES if is_open_family(read_config(folder)) else None
     text = sum(
-        tensor.numel() * (text_size or tensor.element_size())
+        tensor.numel() * (text_size or max(tensor.element_size(), torch.bfloat16.itemsize))  # float8 becomes bfloat16
         for path in encoder_weights(text_encoder)
         for key, tensor in read_weights(path).items()
         if not any(part in key for part in _UNUSED)

@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stable_audio_serve.models import families
 from stable_audio_serve.models.families import load_model, resolve_device
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.weight_sizes import weight_bytes
 from stable_audio_serve.models.weights import cast_network, load_weights, resolve_dtype
 from tests.goldens import load_goldens
 from tests.models.loaded import assert_near, loaded
@@ -271,6 +273,21 @@ def test_a_wrong_weight_of_a_text_encoder_is_refused_by_name(
     message = failure(folder)
     assert key in message
     assert said in message
+
+
+@pytest.mark.parametrize("stated", ["float32", "float8_e4m3fn", None])
+def test_a_text_encoder_in_float8_is_loaded(folder: Path, stated: str | None) -> None:
+    path, config_path = folder / "t5gemma" / "model.safetensors", folder / "t5gemma" / "config.json"
+    weights = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(path).items()}
+    predicted = partial(weight_bytes, folder, text_encoder=path.parent, dtype=torch.float32)
+    in_float32 = predicted()
+    save_file(weights, path, metadata={"format": "pt"})
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"dtype": stated}))
+    encoder = load(folder).text.encoder
+    norm = encoder.get_parameter(NORM)
+    assert norm.dtype == torch.bfloat16
+    assert torch.equal(norm.float(), weights[NORM].float())
+    assert in_float32 - predicted() == sum(parameter.nbytes for parameter in encoder.parameters())
 
 
 def test_a_text_encoder_without_weights_is_refused_before_its_size_is_read(folder: Path) -> None:

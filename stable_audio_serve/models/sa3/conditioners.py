@@ -1,10 +1,10 @@
-"""Loads the text encoder of the Stable Audio 3 family, a T5Gemma. It runs in the dtype of its files."""
+"""Loads the text encoder of Stable Audio 3, a T5Gemma. It runs in its files' dtype, or bfloat16 for float8."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from stable_audio_serve.models.text_encoder import TextEncoder, load_tokenizer_a
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
-    """Load the encoder of a T5Gemma in the dtype of its files. Raises CheckpointError if a file or key is missing.
+    """Load the encoder of a T5Gemma. Raises CheckpointError if a file or key is missing.
 
     Attention uses the eager implementation of transformers, because fused kernels cannot soft-cap the logits.
     """
@@ -27,7 +27,7 @@ def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) ->
     return TextEncoder(tokenizer, encoder.to(device), width=int(config.hidden_size), max_length=max_length)
 
 
-def _load_t5gemma(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
+def _load_t5gemma(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[nn.Module, Mapping[str, Any]]:
     from transformers import AutoConfig, T5GemmaEncoderModel
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -35,7 +35,7 @@ def _load_t5gemma(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
     loaded: tuple[nn.Module, Mapping[str, Any]] = T5GemmaEncoderModel.from_pretrained(
         folder,
         config=config,
-        dtype="auto",
+        dtype=dtype,
         attn_implementation="eager",
         local_files_only=True,
         output_loading_info=True,

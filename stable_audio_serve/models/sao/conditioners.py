@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,12 @@ def load_text_encoder(folder: Path, *, max_length: int, device: torch.device, dt
     return TextEncoder(tokenizer, encoder.to(device=device, dtype=dtype), width=width, max_length=max_length)
 
 
-def _load_t5(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
+def _load_t5(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[nn.Module, Mapping[str, Any]]:
     from transformers import T5EncoderModel
 
     loaded: tuple[nn.Module, Mapping[str, Any]] = T5EncoderModel.from_pretrained(
         folder,
-        dtype="auto",
+        dtype=dtype,
         local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
