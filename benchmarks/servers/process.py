@@ -112,9 +112,10 @@ def running_server(config: Path) -> Iterator[Server]:
             env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
         )
     try:
-        while not (ready := _COLD_START.search(log.read_text())):
+        while not (ready := _COLD_START.search(log.read_text(errors="replace"))):
             if process.poll() is not None or time.perf_counter() > started_at + _READY_TIMEOUT_S:
-                raise RuntimeError("the server did not start:\n" + "\n".join(log.read_text().splitlines()[-30:]))
+                last_lines = log.read_text(errors="replace").splitlines()[-30:]
+                raise RuntimeError("the server did not start:\n" + "\n".join(last_lines))
             time.sleep(0.02)
         yield Server(f"http://127.0.0.1:{port}", time.perf_counter() - started_at, ray_s=float(ready[1]))
     finally:

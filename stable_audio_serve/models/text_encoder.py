@@ -133,9 +133,9 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
         ids, mask = _tokenize(tokenizer, _TRIAL, max_length=_TRIAL_TOKENS).ids_and_mask.unbind(1)
+    except (KeyboardInterrupt, SystemExit):
+        raise
     except BaseException as error:  # a panic in the package tokenizers is not an Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
         raise _refuse_tokenizer(folder, error) from error
     for key, found, needed in sorted(report["mismatched_keys"]):
         shapes = f"has shape {list(found)}, its config.json needs {list(needed)}"
@@ -193,7 +193,7 @@ def _stored_dtypes(folder: Path) -> set[torch.dtype]:
     try:
         for path in encoder_weights(folder):
             for key, weight in read_weights(path).items():
-                if "decoder" not in key:
+                if key.endswith(".weight") and "decoder" not in key:  # not indices, which some files contain
                     require_floats(path, key, weight=weight)
                     stored.add(weight.dtype)
     except CheckpointError as error:
@@ -218,6 +218,8 @@ def _refuse_tokenizer(folder: Path, error: BaseException) -> CheckpointError:
                     Tokenizer.from_file(str(path))
                 elif not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
                     raise TypeError("it is not a JSON object")
+            except (KeyboardInterrupt, SystemExit):
+                raise
             except BaseException as cause:  # noqa: BLE001  # the package raises only the class Exception, or panics
                 reason = damaged(path, cause).message
     return CheckpointError(f"the tokenizer of the text encoder in {folder} cannot be loaded: {reason}")

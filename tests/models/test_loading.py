@@ -275,6 +275,12 @@ def test_a_wrong_weight_of_a_text_encoder_is_refused_by_name(
     assert said in message
 
 
+def test_indices_beside_the_weights_of_a_text_encoder_are_ignored(folder: Path) -> None:
+    path = folder / "t5gemma" / "model.safetensors"
+    save_file(load_file(path) | {"encoder.position_ids": torch.arange(8)}, path, metadata={"format": "pt"})
+    assert load(folder).text.width == 768
+
+
 @pytest.mark.parametrize("stated", ["float32", "float8_e4m3fn", None])
 def test_a_text_encoder_in_float8_is_loaded(folder: Path, stated: str | None) -> None:
     path, config_path = folder / "t5gemma" / "model.safetensors", folder / "t5gemma" / "config.json"
