@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import yaml
 
@@ -80,8 +81,8 @@ async def serving(
 ) -> AsyncIterator[Mapping[str, OverHttp]]:
     """Run a server that has one model under several names. `names` has additional settings for each name.
 
-    `args` has the same meaning as for `write_config`. Yields a client for each name. Only the queues of the models
-    refuse requests: the server's other limits are too high for that.
+    `args` has the same meaning as for `write_config`. Yields a client for each name when all replicas are ready. Only
+    the queues of the models refuse requests: the server's other limits are too high for that.
     """
     one = {**_source(entry), "threads": threads, "replicas": {"min_replicas": 1, "max_replicas": 1}}
     models: list[dict[str, Any]] = [{"name": name, **one, **own} for name, own in names.items()]
@@ -89,13 +90,14 @@ async def serving(
     with tempfile.TemporaryDirectory() as folder:
         path = write_config(Path(folder), entry, threads=threads, models=models, ingress=ingress, **args)
         with running_server(path) as server:
+            _wait_for_replicas(server, {model["name"]: model["replicas"]["min_replicas"] for model in models})
             async with open_clients(server.url) as clients:
                 yield {name: OverHttp(clients, model=name) for name in names}
 
 
 @contextmanager
 def running_server(config: Path) -> Iterator[Server]:
-    """Start a server, wait until all replicas are ready, and stop it with Ctrl-C at the end of the context.
+    """Start a server, wait until it is ready, and stop it with Ctrl-C at the end of the context.
 
     Raises RuntimeError with the server's output if the server does not become ready.
     """
@@ -120,6 +122,19 @@ def running_server(config: Path) -> Iterator[Server]:
         yield Server(f"http://127.0.0.1:{port}", time.perf_counter() - started_at, ray_s=float(ready[1]))
     finally:
         _stop(process)
+
+
+def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
+    """Wait until every model has the number of replicas in `counts`. Raises RuntimeError if that takes too long."""
+    ends_at = time.monotonic() + _READY_TIMEOUT_S
+    while True:
+        models = httpx.get(f"{server.url}/health", trust_env=False).raise_for_status().json()["models"]
+        missing = [name for name, count in counts.items() if models[name]["num_replicas"] < count]
+        if not missing:
+            return
+        if time.monotonic() > ends_at:
+            raise RuntimeError(f"not all replicas of {missing} came up within {_READY_TIMEOUT_S:.0f} s")
+        time.sleep(0.5)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
