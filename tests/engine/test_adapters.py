@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import nextafter
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError, ModelUnavailableError, OverloadedError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora, Stacking
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora, Progress, Stacking
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import Engine, EngineOptions, adapters
 from stable_audio_serve.engine.scheduling.batching import FixedSlots
@@ -489,6 +489,10 @@ async def test_models_without_adapters_refuse_them(tmp_path: Path) -> None:
     assert "takes no adapters" in str(error)
 
 
+def _notify(event: asyncio.Event, _: Progress) -> None:
+    event.set()
+
+
 async def test_the_least_recently_used_adapter_makes_room(tmp_path: Path) -> None:
     loras = [make_lora(tmp_path, change("lora", seed=seed), name=f"m{seed}") for seed in range(3)]
     request = make_clip(duration_s=0.5)
@@ -498,11 +502,19 @@ async def test_the_least_recently_used_adapter_makes_room(tmp_path: Path) -> Non
         for _ in range(2):
             for lora, expected in zip(loras, whole, strict=True):
                 assert_same(await engine.generate(replace(request, loras=(lora,))), expected)
-        long = replace(request, duration_s=3.0, steps=50)
-        tasks = [asyncio.create_task(engine.generate(replace(long, loras=(lora,)))) for lora in loras]
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        assert any(isinstance(outcome, OverloadedError) for outcome in outcomes)
-        assert any(isinstance(outcome, GenerationResult) for outcome in outcomes)
+        clips: list[asyncio.Task[GenerationResult]] = []
+        for lora in loras[:2]:
+            has_begun = asyncio.Event()
+            long = replace(request, duration_s=3.0, steps=1000, loras=(lora,))
+            clips.append(asyncio.create_task(engine.generate(long, partial(_notify, has_begun))))
+            await has_begun.wait()
+        with pytest.raises(OverloadedError):
+            await engine.generate(replace(request, loras=(loras[2],)))
+        for clip in clips:
+            clip.cancel()
+        assert {type(outcome) for outcome in await asyncio.gather(*clips, return_exceptions=True)} == {
+            asyncio.CancelledError
+        }
         assert_same(await engine.generate(replace(request, loras=(loras[2],))), whole[2])
     async with running(lora_cache_bytes=1000) as engine:
         assert "lora_cache_bytes allows 1000" in str(await refused(engine, loras[0]))

@@ -162,7 +162,8 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
     """Keep two replicas busy for four fifths of the time, without a backlog.
 
     Returns the number of replicas in each of the last 15 s. This is long enough for the autoscaling to remove a
-    replica: its statistics cover a shorter time, and its delays are shorter, too.
+    replica: its statistics cover a shorter time, and its delays are shorter, too. If this process stalls, replicas are
+    idle and may be removed, so the observation begins again.
     """
     request = GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=0)
     pause_s = DEVICE.stages(request).total_ms / 1000.0 / (0.8 * 2)
@@ -171,14 +172,19 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
     async def run() -> list[int]:
         running: set[asyncio.Task[object]] = set()
         seen: list[int] = []
+        arrivals = random.Random(1)
         looked_at = due_at = time.monotonic()
-        while len(seen) < 35:
+        ends_at = due_at + PATIENCE_S
+        while len(seen) < 35 and time.monotonic() < ends_at:
             task = asyncio.create_task(backend.generate("busy", request))
             running.add(task)
             task.add_done_callback(running.discard)
             # Late requests are sent at once, so that the load is the same on a slow machine.
-            due_at += random.expovariate(1.0 / pause_s)
+            due_at += arrivals.expovariate(1.0 / pause_s)
             await asyncio.sleep(max(0.0, due_at - time.monotonic()))
+            if time.monotonic() > due_at + 1.0:
+                due_at = time.monotonic()
+                seen.clear()
             if time.monotonic() > looked_at + 1.0:
                 looked_at = time.monotonic()
                 seen.append(counts[-1])

@@ -58,6 +58,7 @@ def test_waiting_jobs_alone_add_replicas(results: dict[str, Any]) -> None:
 
 
 def test_steady_load_without_a_backlog_keeps_its_replicas(results: dict[str, Any]) -> None:
+    assert len(results["steady"]) == 15
     assert min(results["steady"]) >= 2
 
 
