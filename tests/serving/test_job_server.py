@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -89,11 +92,22 @@ def test_new_processes_refuse_moved_stores(server: LaunchedServer, config: Path)
     wait_until(lambda: server.client.get("/health").json()["job_store"]["state"] == "ok")
 
 
+def num_balanced(server: LaunchedServer) -> int:
+    """Return the number of ingress replicas to which HAProxy sends requests."""
+    (path,) = server.directory.glob("*/admin.sock")
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.connect(str(path))
+        admin.sendall(b"show stat -1 4 -1\n")  # all servers
+        table = admin.makefile().read().removeprefix("# ")
+    rows = csv.DictReader(io.StringIO(table.strip()))
+    return sum(row["status"] == "UP" and "-Ingress-" in row["svname"] for row in rows)
+
+
 def test_replaced_ingress_closes_its_event_streams(server: LaunchedServer) -> None:
     """If a stopping replica left its event streams open, Ray Serve would wait up to two minutes for them."""
     minutes = make_long_body(steps=1000, duration=16, batch_size=4, cfg_scale=3, sampler_kwargs={"sampler_type": "rk4"})
     job_id = submit(server, minutes)
-    assert len(server.pids("ServeReplica:audio:Ingress")) == 2
+    wait_until(lambda: num_balanced(server) == 2)
     opened = threading.Semaphore(0)
 
     def read_events() -> str:
