@@ -30,8 +30,9 @@ from stable_audio_serve.jobs.store.health import Refusals, health_of
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-# How much predicted work a runner may have in the engines of a model at a time, in seconds per replica. One job is
-# always allowed. The limit is lower for batch jobs, which interactive requests overtake in the engine.
+# How much predicted work a runner may have in the engines of a model at a time, in seconds per replica. One job per
+# replica is always allowed, so that no replica is idle while jobs wait. The limit is lower for batch jobs, which
+# interactive requests overtake in the engine.
 _AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
 # A second limit: this share of the model's `target_wait_s`. The lower of the two limits applies. When work exceeds
 # `target_wait_s`, autoscaling adds replicas, but a new replica cannot take over jobs that are already in an engine.
@@ -138,10 +139,12 @@ class Capacity:
         if self._closed_until[model] > self._clock.monotonic():
             return False
         jobs = [job for job in self._of(model) if job.priority == priority]
-        backlog_s = self._predict_s(model, jobs, num_replicas=self._replicas[model])
+        num_replicas = self._replicas[model]
+        backlog_s = self._predict_s(model, jobs, num_replicas=num_replicas)
         if backlog_s is None:
-            return len(jobs) < _JOBS_WITHOUT_PRICES * self._replicas[model]
-        return not jobs or backlog_s < min(_AHEAD_S[priority], _AHEAD_SHARE * self._target_wait_s.get(model, inf))
+            return len(jobs) < _JOBS_WITHOUT_PRICES * num_replicas
+        limit_s = min(_AHEAD_S[priority], _AHEAD_SHARE * self._target_wait_s.get(model, inf))
+        return len(jobs) < num_replicas or backlog_s < limit_s
 
     def _predict_s(
         self, model: str, jobs: Collection[_RunningJob], *, num_replicas: int, is_whole: bool = False

@@ -58,6 +58,13 @@ def test_room_grows_with_the_replicas(clock: FakeClock) -> None:
     assert fill(capacity, work=10.0) == 18
 
 
+def test_each_replica_gets_a_job_however_long_it_is(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    capacity.set_replicas({"a": 3})
+    assert fill(capacity, work=1e6) == 3
+    assert fill(capacity, work=1e6, priority="batch") == 3
+
+
 def test_model_without_replicas_gets_jobs(clock: FakeClock) -> None:
     capacity = make_capacity(clock)
     capacity.set_replicas({"a": 0})
