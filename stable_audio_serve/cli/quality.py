@@ -50,32 +50,39 @@ def quality(
 
 async def _list(settings: Settings) -> None:
     from stable_audio_serve.core.errors import QualityReportError
-    from stable_audio_serve.verification.quality.report import last_good_id
 
+    records: list[str] = []
     async with _opened(settings) as archive:
-        goods = {last_good_id(model.name): model.name for model in settings.models}
-        for name in sorted(await archive.names(), key=lambda name: name in goods):
+        for name in sorted(await archive.names()):
             try:
-                line = await _describe(archive, name, last_good_of=goods.get(name))
+                line, is_record = await _describe(archive, name)
             except QualityReportError as error:
-                line = error.message
-            typer.echo(plain(line))
+                line, is_record = error.message, False
+            if is_record:
+                records.append(line)
+            else:
+                typer.echo(plain(line))
+    for line in records:
+        typer.echo(plain(line))
 
 
-async def _describe(archive: ReportArchive, name: str, *, last_good_of: str | None) -> str:
+async def _describe(archive: ReportArchive, name: str) -> tuple[str, bool]:
+    """Return the line of a report or of a record of last good weights, and whether it is a record.
+
+    The archive may have records of models that the configuration does not name.
+    """
     from datetime import UTC, datetime
 
-    if last_good_of is not None:
-        good = await archive.last_good(last_good_of)
-        return (
-            f"{name} last good weights of {last_good_of}: {good.weights[:12] if good else '-'} {good and good.source}"
-        )
-    report = await archive.report(name)
-    if report is None:
-        return f"{name} was removed"
-    setup, made_at = report.setup, datetime.fromtimestamp(report.made_at, UTC)
-    place = f"{setup.device} {setup.dtype} {made_at:%Y-%m-%d %H:%M} {report.source}"
-    return f"{name} {setup.model} weights {setup.weights[:12]} {place}"
+    from stable_audio_serve.verification.quality.report import LastGood
+
+    found = await archive.entry(name)
+    if found is None:
+        return f"{name} was removed", False
+    if isinstance(found, LastGood):
+        return f"{name} last good weights of {found.model}: {found.weights[:12]} {found.source}", True
+    setup, made_at = found.setup, datetime.fromtimestamp(found.made_at, UTC)
+    place = f"{setup.device} {setup.dtype} {made_at:%Y-%m-%d %H:%M} {found.source}"
+    return f"{name} {setup.model} weights {setup.weights[:12]} {place}", False
 
 
 async def _check(settings: Settings, name: str) -> None:

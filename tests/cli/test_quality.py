@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from stable_audio_serve.cli.main import app
+from stable_audio_serve.verification.quality.report import VERSION, LastGood, Source, dump, last_good_id
 from tests.goldens import SA3_GOLDENS
 from tests.models.revisions import copy_checkpoint, scale, spoil
 
@@ -63,6 +64,13 @@ def test_wrong_names_are_reported_in_one_sentence(folder: Path) -> None:
     unknown = run("nobody")
     assert (unknown.exit_code, "configured: tiny" in unknown.output) == (2, True)
     assert run("--forget", "../../etc/passwd").exit_code == 1
+
+
+def test_last_good_weights_of_an_unknown_model_are_listed(folder: Path) -> None:
+    good = LastGood("retired", "ab" * 32, Source(folder=str(folder / "old")), kind="last good", version=VERSION)
+    (folder / "outputs" / "quality").mkdir(parents=True)
+    (folder / "outputs" / "quality" / last_good_id("retired")).write_bytes(dump(good))
+    assert run().stdout == f"{last_good_id('retired')} last good weights of retired: {'ab' * 6} {folder / 'old'}\n"
 
 
 def test_a_broken_report_is_listed_by_name(folder: Path) -> None:

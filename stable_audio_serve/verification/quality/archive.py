@@ -20,6 +20,7 @@ from stable_audio_serve.verification.quality.report import (
     LastGood,
     Report,
     dump,
+    find_kind,
     last_good_id,
     parse,
 )
@@ -37,13 +38,17 @@ class ReportArchive:
 
     async def report(self, report_id: str) -> Report | None:
         """Return the report with this id, or None. Raises StorageError, QualityReportError."""
-        text, name = await self._fetch(report_id), f"quality report {report_id}"
+        text = await self._fetch(report_id)
+        return None if text is None else self._parse_report(report_id, text)
+
+    async def entry(self, name: str) -> Report | LastGood | None:
+        """Return the report or record with this name (`names`), or None. Raises StorageError, QualityReportError."""
+        text = await self._fetch(name)
         if text is None:
             return None
-        report = parse(Report, text, name=name)
-        if report.setup.report_id != report_id:
-            raise QualityReportError(f"{name} is of another model or setup than its name says")
-        return report
+        if find_kind(text) is Report:
+            return self._parse_report(name, text)
+        return parse(LastGood, text, name=f"quality record {name}")
 
     async def last_good(self, model: str) -> LastGood | None:
         """Return the record of the weights with which a model last passed, or None.
@@ -80,6 +85,13 @@ class ReportArchive:
             names += [item.key.partition("/")[2] for item in page.objects]
             if (cursor := page.next_cursor) is None:
                 return names
+
+    def _parse_report(self, report_id: str, text: bytes) -> Report:
+        name = f"quality report {report_id}"
+        report = parse(Report, text, name=name)
+        if report.setup.report_id != report_id:
+            raise QualityReportError(f"{name} is of another model or setup than its name says")
+        return report
 
     async def _fetch(self, name: str) -> bytes | None:
         try:

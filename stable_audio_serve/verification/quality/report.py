@@ -138,6 +138,14 @@ def dump(value: Report | LastGood) -> bytes:
     return TypeAdapter(type(value)).dump_json(value)
 
 
+def find_kind(text: bytes) -> type[Report] | type[LastGood]:
+    """Return the type of the value from which `dump` made `text`, and Report for any other text."""
+    try:
+        return LastGood if json.loads(text)["kind"] == "last good" else Report
+    except (ValueError, KeyError, TypeError):
+        return Report
+
+
 def parse(kind: type[_Stored], text: bytes, *, name: str) -> _Stored:
     """Parse the output of `dump`. Raises QualityReportError that mentions `name` if `text` is invalid."""
     try:
