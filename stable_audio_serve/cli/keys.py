@@ -56,7 +56,7 @@ def new(
     with plain_errors():
         parse_key_hash(entry)
         line = format_key(parse_key(" ".join(words)), is_named=name is not None)
-    typer.echo(f"key:  {made}", err=True)
+    typer.echo(f"key of {name}: {made}" if name is not None else f"key: {made}", err=True)
     typer.echo(line)
 
 

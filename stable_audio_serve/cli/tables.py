@@ -179,7 +179,7 @@ def _models(models: Mapping[str, Any]) -> Table:
 
 def _replicas(models: Mapping[str, Any]) -> Table | None:
     table = new_table(
-        "Replica", "Model", "Device", "Precision", "Requests", "Per min", "Backlog", "Rows/step", "Updated"
+        "Replica", "Model", "Device", "Precision", "In progress", "Per min", "Backlog", "Rows/step", "Updated"
     )
     for name, model in models.items():
         for replica in model.get("replicas", ()):

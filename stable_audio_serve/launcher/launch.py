@@ -304,10 +304,21 @@ def _wait_until_ready(
             if application.status in ("RUNNING", *_FAILED) and (health := _health(url, plan)):
                 return health
         if time.monotonic() >= next_report_at:
-            so_far = describe_downloads(downloads)
-            report(f"still loading ... ({so_far} downloaded)" if so_far else "still loading ...")
+            report(describe_wait(application, plan, downloads=downloads))
             next_report_at += _STILL_LOADING_EVERY_S
         signals.wait(_POLL_S)
+
+
+def describe_wait(
+    application: ApplicationStatusOverview | None, plan: Plan, *, downloads: Mapping[str, ModelEntry]
+) -> str:
+    """Return the line that names the models that are not loaded yet, and how much of `downloads` is on this machine."""
+    deployments = application.deployments if application is not None else {}
+    loaded = {name for name, deployment in deployments.items() if deployment.status == "HEALTHY"}
+    waiting = [name for name in plan.preloaded if name not in loaded]
+    so_far = describe_downloads(downloads)
+    line = f"still loading {', '.join(waiting)} ..." if waiting else "still starting ..."
+    return f"{line} ({so_far} downloaded)" if so_far else line
 
 
 def raise_if_failed(application: ApplicationStatusOverview, plan: Plan) -> None:

@@ -131,7 +131,8 @@ def test_limits_in_the_file_apply_to_all_keys_of_a_name() -> None:
 def test_the_command_prints_the_file_line_and_the_key_separately(tmp_path: Path) -> None:
     options = ["--scope", "admin", "--scope", "jobs", "--audio-seconds-per-minute", "600", "--concurrency", "4"]
     result = CliRunner().invoke(app, ["keys", "new", "alice", *options])
-    key = result.stderr.split()[1]
+    assert result.stderr.startswith("key of alice: ")
+    key = result.stderr.split()[-1]
     assert len(key) > 40
     assert result.stdout == f"alice:{hash_key(key)} scope=jobs,admin audio-seconds-per-minute=600 concurrency=4\n"
     (tmp_path / "keys").write_text(result.stdout + CliRunner().invoke(app, ["keys", "new"]).stdout)

@@ -1,4 +1,4 @@
-"""Which failed deployments end the start of a server."""
+"""Which failed deployments end the start of a server, and what a start that takes long waits for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from stable_audio_serve.core.errors import ModelUnavailableError
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.launcher.launch import find_proxy_fault, raise_if_failed
+from stable_audio_serve.launcher.launch import describe_wait, find_proxy_fault, raise_if_failed
 from stable_audio_serve.serving.placement import plan_deployments
 
 ERROR = "ray.exceptions: stable_audio_serve.core.errors.CheckpointError: model.safetensors is corrupt\nat line 1"
@@ -62,3 +62,12 @@ def test_failed_application_is_explained_without_its_traceback() -> None:
 def test_reason_why_haproxy_does_not_start_is_found(output: str, fault: str | None) -> None:
     text = f"ray::HAProxyManager.ready()\nRuntimeError: HAProxy crashed during startup: {output}\n"
     assert find_proxy_fault(text) == fault
+
+
+def test_waiting_start_names_the_models_that_are_not_loaded() -> None:
+    models: list[dict[str, str]] = [{"name": "demo"}, {"name": "small-sfx"}]
+    plan = plan_deployments(Settings.model_validate({"models": models, "preload_models": ["demo", "small-sfx"]}))
+    assert describe_wait(None, plan, downloads={}) == "still loading demo, small-sfx ..."
+    assert describe_wait(application("DEPLOYING", demo="HEALTHY"), plan, downloads={}) == "still loading small-sfx ..."
+    loaded = application("RUNNING", demo="HEALTHY", small_sfx="HEALTHY")
+    assert describe_wait(loaded, plan, downloads={}) == "still starting ..."
