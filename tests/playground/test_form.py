@@ -14,6 +14,12 @@ from tests.playground.conftest import Page, serve
 
 pytestmark = pytest.mark.server
 
+# Values of the fields that are shown.
+VALUES = """
+  const fields = [...document.querySelectorAll("#form :is(input, textarea, select)")];
+  return fields.filter((field) => field.type !== "radio" || field.checked).map((field) => [field.id, field.value]);
+"""
+
 
 def test_error_is_shown_at_its_field(page: Page) -> None:
     page.fill(prompt="rain", steps=2, duration=0, seed=2**70)
@@ -69,6 +75,19 @@ def test_loudness_and_fades_are_sent_and_restored(page: Page) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "loop", "piece"])
+def test_returning_to_the_page_restores_what_was_entered(kind: str, page: Page) -> None:
+    page.open()
+    page.run("document.querySelector(`input[name=kind][value=${arguments[0]}]`).click()", kind)
+    page.fill(prompt="rain", steps=3)
+    page.run("addEventListener('unload', () => {})")  # so that the browser does not keep the page, only its values
+    entered = page.run(VALUES)
+    page.browser.get(f"{page.url.rstrip('/')}/docs")
+    page.browser.back()
+    page.until(lambda: page.run("return document.documentElement.dataset.ready"))
+    assert page.run(VALUES) == entered
+
+
 def test_strengths_are_shown(page: Page) -> None:
     page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
     page.click("use-source")

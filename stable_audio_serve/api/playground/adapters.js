@@ -61,7 +61,7 @@ function makeRow(name, { type, id }) {
   const row = document.createElement("div");
   const label = Object.assign(document.createElement("label"), { htmlFor: id, textContent: `${name} ` });
   label.append(document.createElement("output"));
-  const slider = Object.assign(document.createElement("input"), { id, type: "range", min: SIGNED.includes(type) ? -2 : 0, max: 2, step: 0.05 });
+  const slider = Object.assign(document.createElement("input"), { id, type: "range", autocomplete: "off", min: SIGNED.includes(type) ? -2 : 0, max: 2, step: 0.05 });
   slider.addEventListener("input", () => showStrength(slider));
   row.append(label, slider);
   return { name, slider, row };

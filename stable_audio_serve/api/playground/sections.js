@@ -27,7 +27,8 @@ export class Sections {
   // Adds a section as long as the last one. Returns its inputs.
   add({ prompt = "", duration = this.rows.at(-1)?.duration.value ?? this.usualS } = {}) {
     const row = document.createElement("li");
-    const input = (name, facts) => Object.assign(document.createElement("input"), { className: name, ...facts });
+    // Without autocomplete "off", a browser that returns to the page writes the values into other fields.
+    const input = (name, facts) => Object.assign(document.createElement("input"), { className: name, autocomplete: "off", ...facts });
     const inputs = {
       prompt: input("prompt", { type: "text", value: prompt, placeholder: "as the prompt above", maxLength: 100_000 }),
       duration: input("duration", { type: "number", value: duration, min: 1, step: "any", required: true }),
