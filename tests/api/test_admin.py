@@ -192,7 +192,8 @@ async def test_dead_letters_are_listed_shown_retried_once_and_deleted() -> None:
         assert again == {"done": [], "not_found": sorted({numbers[0], 999})}
         job = (await client.get(f"/jobs/{tickets[2]['id']}", headers=PLAIN)).json()
         assert (job["status"], job["attempts"]) == ("queued", 0)
-        assert (await client.get(f"{LETTERS}/{numbers[0]}")).status_code == 404
+        gone = await client.get(f"{LETTERS}/{numbers[0]}")
+        assert (gone.status_code, gone.json()["detail"]) == (404, f"no dead letter has the number {numbers[0]}")
         deleted = (await client.post(f"{LETTERS}/delete", json={"numbers": numbers})).json()
         assert deleted == {"done": sorted(numbers[1:]), "not_found": [numbers[0]]}
         assert (await client.get(f"/jobs/{tickets[0]['id']}", headers=PLAIN)).status_code == 404

@@ -63,7 +63,7 @@ def build_router(service: Service) -> APIRouter:
         """Return one dead letter and its events."""
         found = await asyncio.to_thread(letters.find, number)
         if found is None:
-            raise HTTPException(404, "no such dead letter")
+            raise HTTPException(404, f"no dead letter has the number {number}")
         letter, events = found
         return schemas.DeadLetterDetails(**_describe(letter), events=[_describe_event(event) for event in events])
 
