@@ -36,6 +36,16 @@ async def test_variation_uses_its_source(client: httpx.AsyncClient, backend: Ton
     np.testing.assert_array_equal(request.init_audio.samples, expected)
 
 
+@pytest.mark.parametrize("text", ["", "  ", "\t\n"])
+async def test_blank_negative_prompt_of_a_form_is_none(
+    client: httpx.AsyncClient, backend: ToneBackend, text: str
+) -> None:
+    audio = {"audio": ("a.wav", make_audio_file(duration_s=0.5), "audio/wav")}
+    reply = await client.post(VARIATIONS, data={"prompt": "x", "negative_prompt": text}, files=audio)
+    assert reply.status_code == 200, reply.text
+    assert backend.last.negative_prompt is None
+
+
 @pytest.mark.parametrize("name", ["UTF-8''%C3%A9.wav", "utf-8'en'a.wav", "\"UTF-8''a.wav\""])
 async def test_upload_with_only_an_extended_file_name(client: httpx.AsyncClient, name: str) -> None:
     parts = [

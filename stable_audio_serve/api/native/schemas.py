@@ -243,6 +243,11 @@ class UploadForm(Controls):
         "", description="Extension: a JSON object as text, as in generations.", examples=['{"target_lufs": -14}']
     )
 
+    @field_validator("negative_prompt")
+    @classmethod
+    def _drop_blank(cls, text: str | None) -> str | None:
+        return text if text and text.strip() else None  # an empty input of an HTML form, as in the original
+
 
 Fields = GenerationBody | UploadForm  # the fields of any request; a form sends lists and objects as JSON text
 
