@@ -145,6 +145,7 @@ class Attempt:
         if self._stop_reason == "lost":
             return None
         if self._stop_reason == "cancelled":
+            self._context.capacity.note_room(self.job.spec.model)
             return await self._calls.call(self._context.store.runners.stop, self.job)
         if self._stop_reason == "closing":
             return await self._requeue("the runner stops", delay_s=0.0, attempts=self.job.attempts - 1)
@@ -198,7 +199,7 @@ class Attempt:
         """Requeue the job because a full engine refused it. The attempt does not count."""
         pauses = self._context.pauses
         delay_s = min(error.retry_after_s or pauses.retry_s, pauses.last_retry_s)
-        self._context.capacity.close(self.job.spec.model, for_s=delay_s)
+        self._context.capacity.note_full(self.job.spec.model, for_s=delay_s)
         return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts - 1)
 
     async def _requeue(self, reason: str, *, delay_s: float, attempts: int) -> Job | None:

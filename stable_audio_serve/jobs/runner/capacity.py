@@ -78,7 +78,8 @@ class Capacity:
         self._clock = clock
         self._running: dict[Hashable, _RunningJob] = {}
         self._replicas = dict.fromkeys(models, 1)
-        self._closed_until = dict.fromkeys(models, float("-inf"))
+        self._closed_until = dict.fromkeys(models, -inf)
+        self._full_until = dict.fromkeys(models, -inf)
 
     @property
     def num_running(self) -> int:
@@ -101,6 +102,15 @@ class Capacity:
         """Allow no more jobs of a model for `for_s` seconds."""
         if model in self._closed_until:
             self._closed_until[model] = max(self._closed_until[model], self._clock.monotonic() + for_s)
+
+    def note_full(self, model: str, *, for_s: float) -> None:
+        """Allow no more jobs of a model, whose queue is full, for `for_s` seconds or until `note_room` is called."""
+        if model in self._full_until:
+            self._full_until[model] = max(self._full_until[model], self._clock.monotonic() + for_s)
+
+    def note_room(self, model: str) -> None:
+        """Allow more jobs of a model whose queue was full, because work that was in its queue will not be done."""
+        self._full_until[model] = -inf
 
     def begin(
         self, key: Hashable, *, model: str, priority: Priority, size: WorkSize, at_once: WorkSize | None = None
@@ -136,7 +146,7 @@ class Capacity:
         return first_s + own_s - (self._predict_s(job.model, [job], num_replicas=1) or 0.0)
 
     def _has_room(self, model: str, priority: Priority) -> bool:
-        if self._closed_until[model] > self._clock.monotonic():
+        if max(self._closed_until[model], self._full_until[model]) > self._clock.monotonic():
             return False
         jobs = [job for job in self._of(model) if job.priority == priority]
         num_replicas = self._replicas[model]

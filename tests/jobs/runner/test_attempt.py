@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from stable_audio_serve.jobs.runner import attempt
 from stable_audio_serve.jobs.store import turns
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
-from tests.jobs.conftest import Workshop, make_spec, upload
+from tests.jobs.conftest import SHORT_PAUSES, Workshop, make_spec, upload
 from tests.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.server
@@ -123,6 +124,21 @@ async def test_full_engine_delays_a_job_without_counting_an_attempt(workshop: Wo
     job = await workshop.finished(await workshop.queue.submit(make_spec()))
     assert (job.state, job.attempts) == ("succeeded", 1)
     assert len(workshop.backend.requests) == 6
+
+
+async def test_cancelled_job_makes_room_in_a_full_engine(workshop: Workshop) -> None:
+    backend = workshop.backend = FailingBackend()
+    backend.released.clear()
+    await workshop.start_runner(pauses=replace(SHORT_PAUSES, last_retry_s=600.0))
+    long = await workshop.queue.submit(make_spec())
+    await until(lambda: backend.num_running == 1)
+    backend.errors = [OverloadedError("busy", retry_after_s=600.0)]
+    refused = await workshop.queue.submit(make_spec())
+    await until(lambda: not backend.errors)
+    await workshop.queue.cancel(long.spec.ref)
+    backend.released.set()
+    assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
+    assert (await workshop.until(refused, lambda job: job.state == "queued")).attempts == 0
 
 
 async def test_outcome_is_written_after_a_store_outage(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,22 @@ def test_closed_model_reopens_after_its_time(clock: FakeClock) -> None:
     assert capacity.open_models("interactive") is None
 
 
+def test_only_a_full_model_reopens_early(clock: FakeClock) -> None:
+    capacity = make_capacity(clock, "a", "b")
+    capacity.close("a", for_s=7.0)
+    capacity.note_full("b", for_s=7.0)
+    assert capacity.open_models("interactive") == []
+    for model in ("a", "b", "retired"):
+        capacity.note_room(model)
+    assert capacity.open_models("interactive") == ["b"]
+    capacity.note_full("b", for_s=7.0)
+    capacity.note_full("b", for_s=2.0)
+    clock.now += 6.9
+    assert capacity.open_models("interactive") == []
+    clock.now += 0.1
+    assert capacity.open_models("interactive") is None
+
+
 def test_time_left_of_a_job_is_predicted(clock: FakeClock) -> None:
     capacity = make_capacity(clock)
     for key in "xy":
