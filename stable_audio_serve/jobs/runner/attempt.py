@@ -199,7 +199,7 @@ class Attempt:
         """Requeue the job because a full engine refused it. The attempt does not count."""
         pauses = self._context.pauses
         delay_s = min(error.retry_after_s or pauses.retry_s, pauses.last_retry_s)
-        self._context.capacity.note_full(self.job.spec.model, for_s=delay_s)
+        self._context.capacity.refuse(self.job.spec.model, self.job.spec.client, for_s=delay_s)
         return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts - 1)
 
     async def _requeue(self, reason: str, *, delay_s: float, attempts: int) -> Job | None:

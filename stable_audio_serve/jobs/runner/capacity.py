@@ -78,8 +78,8 @@ class Capacity:
         self._clock = clock
         self._running: dict[Hashable, _RunningJob] = {}
         self._replicas = dict.fromkeys(models, 1)
-        self._closed_until = dict.fromkeys(models, -inf)
-        self._full_until = dict.fromkeys(models, -inf)
+        self._closed_until = dict.fromkeys(models, float("-inf"))
+        self._refused_until: dict[tuple[str, str], float] = {}  # for models and clients
 
     @property
     def num_running(self) -> int:
@@ -103,14 +103,23 @@ class Capacity:
         if model in self._closed_until:
             self._closed_until[model] = max(self._closed_until[model], self._clock.monotonic() + for_s)
 
-    def note_full(self, model: str, *, for_s: float) -> None:
-        """Allow no more jobs of a model, whose queue is full, for `for_s` seconds or until `note_room` is called."""
-        if model in self._full_until:
-            self._full_until[model] = max(self._full_until[model], self._clock.monotonic() + for_s)
+    def refuse(self, model: str, client: str, *, for_s: float) -> None:
+        """Allow no more jobs of a model for one client for `for_s` seconds, because the model's queue refused one.
+
+        Jobs of other clients may start: a queue that refuses a client with much work accepts clients with little.
+        """
+        until = max(self._refused_until.get((model, client), -inf), self._clock.monotonic() + for_s)
+        self._refused_until[model, client] = until
 
     def note_room(self, model: str) -> None:
-        """Allow more jobs of a model whose queue was full, because work that was in its queue will not be done."""
-        self._full_until[model] = -inf
+        """Allow jobs of the refused clients of a model, because work that was in its queue will not be done."""
+        self._refused_until = {pair: until for pair, until in self._refused_until.items() if pair[0] != model}
+
+    def refused_clients(self) -> Collection[tuple[str, str]]:
+        """Return the models and clients whose jobs may not be leased now."""
+        now = self._clock.monotonic()
+        self._refused_until = {pair: until for pair, until in self._refused_until.items() if until > now}
+        return list(self._refused_until)
 
     def begin(
         self, key: Hashable, *, model: str, priority: Priority, size: WorkSize, at_once: WorkSize | None = None
@@ -146,7 +155,7 @@ class Capacity:
         return first_s + own_s - (self._predict_s(job.model, [job], num_replicas=1) or 0.0)
 
     def _has_room(self, model: str, priority: Priority) -> bool:
-        if max(self._closed_until[model], self._full_until[model]) > self._clock.monotonic():
+        if self._closed_until[model] > self._clock.monotonic():
             return False
         jobs = [job for job in self._of(model) if job.priority == priority]
         num_replicas = self._replicas[model]

@@ -280,7 +280,13 @@ class JobRunner:
             self._is_leasing = True
             try:
                 job = await asyncio.to_thread(
-                    store.lease, self.owner, lease_s=lease_s, models=models, known=self._known, priority=priority
+                    store.lease,
+                    self.owner,
+                    lease_s=lease_s,
+                    models=models,
+                    known=self._known,
+                    without=self._capacity.refused_clients(),
+                    priority=priority,
                 )
                 if job is None:
                     break

@@ -133,14 +133,16 @@ class RunnerJobs:
         lease_s: float,
         models: Collection[str] | None = None,
         known: Collection[str] | None = None,
+        without: Collection[tuple[str, str]] = (),
         priority: Priority = "interactive",
     ) -> Job | None:
         """Lease the next queued job of one of these models to the runner `owner`, for `lease_s` seconds.
 
         If `models` is None, any model will do, but for an hour only those in `known`, if given: another server may
-        have the others. Returns the job, or None if no job is due.
+        have the others. `without` lists models and clients whose jobs must not start. Returns the job, or None if no
+        job is due.
         """
-        is_next = _jobs.seq == self._turns.next_job(priority, models, known=known)
+        is_next = _jobs.seq == self._turns.next_job(priority, models, known=known, without=without)
         values = self._transitions.started(owner, lease_s=lease_s)
         # Without the lock, two transactions at once would both choose a job of the same client.
         with self._database.writing_alone(_LEASE_LOCK) as connection:

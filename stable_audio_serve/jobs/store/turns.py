@@ -40,12 +40,18 @@ class Turns:
         connection.execute(self._join, values)
 
     def next_job(
-        self, priority: Priority, models: Collection[str] | None, *, known: Collection[str] | None = None
+        self,
+        priority: Priority,
+        models: Collection[str] | None,
+        *,
+        known: Collection[str] | None = None,
+        without: Collection[tuple[str, str]] = (),
     ) -> sa.ScalarSelect[int]:
         """Return an SQL subquery for the column `seq` of the next job of these models. It locks the row of the job.
 
         If `models` is None, any model will do. A job of a model that is not in `known` is left to other servers that
-        share the database for `LEFT_TO_OTHERS_S`. The result is NULL if no job is due, or all due jobs are locked.
+        share the database for `LEFT_TO_OTHERS_S`. `without` lists models and clients to leave out. The result is NULL
+        if no job is due, or all due jobs are locked.
         """
         now = self._now
         is_due = [
@@ -61,6 +67,9 @@ class Turns:
         heads = sa.select(first.scalar_subquery().label("seq")).where(_turns.priority == priority)
         if models is not None:
             heads = heads.where(_turns.model.in_(models))
+        if without:
+            left_out = [(model, storable(client)) for model, client in without]
+            heads = heads.where(sa.tuple_(_turns.model, _turns.client).not_in(left_out))
         in_turn = heads.order_by(*_ORDER).offset(0).subquery()
         return sa.select(in_turn.c.seq).where(in_turn.c.seq.is_not(None)).limit(1).scalar_subquery()
 

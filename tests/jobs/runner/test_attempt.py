@@ -141,6 +141,20 @@ async def test_cancelled_job_makes_room_in_a_full_engine(workshop: Workshop) -> 
     assert (await workshop.until(refused, lambda job: job.state == "queued")).attempts == 0
 
 
+async def test_refused_job_does_not_delay_other_clients(workshop: Workshop) -> None:
+    backend = workshop.backend = FailingBackend(OverloadedError("your share is full", retry_after_s=600.0))
+    await workshop.start_runner(pauses=replace(SHORT_PAUSES, last_retry_s=600.0))
+    refused = await workshop.queue.submit(make_spec(client="alice"))
+    await until(lambda: not backend.errors)
+    refused = await workshop.until(refused, lambda job: job.state == "queued")
+    waiting = await workshop.queue.submit(make_spec(client="alice"))
+    other = await workshop.finished(await workshop.queue.submit(make_spec(client="bob")))
+    assert other.state == "succeeded"
+    for job in (refused, waiting):
+        assert (await workshop.until(job, lambda job: job.state == "queued")).attempts == 0
+    assert len(backend.requests) == 2
+
+
 async def test_outcome_is_written_after_a_store_outage(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [StorageError("the disk is full")] * 3
 

@@ -117,20 +117,20 @@ def test_closed_model_reopens_after_its_time(clock: FakeClock) -> None:
     assert capacity.open_models("interactive") is None
 
 
-def test_only_a_full_model_reopens_early(clock: FakeClock) -> None:
+def test_refused_clients_wait_for_their_time_or_for_room(clock: FakeClock) -> None:
     capacity = make_capacity(clock, "a", "b")
-    capacity.close("a", for_s=7.0)
-    capacity.note_full("b", for_s=7.0)
-    assert capacity.open_models("interactive") == []
-    for model in ("a", "b", "retired"):
-        capacity.note_room(model)
-    assert capacity.open_models("interactive") == ["b"]
-    capacity.note_full("b", for_s=7.0)
-    capacity.note_full("b", for_s=2.0)
-    clock.now += 6.9
-    assert capacity.open_models("interactive") == []
-    clock.now += 0.1
+    capacity.refuse("a", "alice", for_s=7.0)
+    capacity.refuse("a", "alice", for_s=2.0)
+    capacity.refuse("b", "alice", for_s=8.0)
     assert capacity.open_models("interactive") is None
+    clock.now += 6.9
+    assert set(capacity.refused_clients()) == {("a", "alice"), ("b", "alice")}
+    clock.now += 0.1
+    assert set(capacity.refused_clients()) == {("b", "alice")}
+    capacity.note_room("a")
+    assert set(capacity.refused_clients()) == {("b", "alice")}
+    capacity.note_room("b")
+    assert not capacity.refused_clients()
 
 
 def test_time_left_of_a_job_is_predicted(clock: FakeClock) -> None:

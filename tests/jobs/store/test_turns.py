@@ -54,3 +54,17 @@ def test_jobs_of_unknown_models_are_left_to_other_servers_for_an_hour(database: 
     assert [lease_known(), lease_known()] == [own.spec.model, None]
     wall.now += 3601
     assert lease_known() == "theirs"
+
+
+def test_refused_clients_are_left_out_of_one_model(database: Database) -> None:
+    store = JobStore(database, JobSettings())
+    clients = ["a", "b\0é", "", "c"]
+    for model in ("x", "y"):
+        for client in clients:
+            add_spec(store, make_spec(model=model, client=client))
+    without = [("x", client) for client in clients[:3]]
+    started = []
+    while job := store.runners.lease("runner", lease_s=60, without=without):
+        started.append((job.spec.model, job.spec.client))
+    assert len(started) == 5
+    assert {client for model, client in started if model == "x"} == {"c"}
