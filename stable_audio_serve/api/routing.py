@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
+from stable_audio_serve.api.json_values import MAX_MARKS, has_more_marks
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.callers import current_client, find_caller
 from stable_audio_serve.api.middleware.draining import Draining
@@ -39,7 +40,6 @@ _GENERATING_SCOPES = frozenset({"generate", "jobs"})
 _MAX_FILES = 8
 _MAX_FIELDS = 64
 _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
-_MAX_JSON_MARKS = 10_000  # the most lists, objects and commas in a JSON body with a file
 _COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
 
 
@@ -56,7 +56,7 @@ register_pattern("job_id", "(?!(?:variations|inpaint)$)[^/]+")
 class BoundedRequest(Request):
     """A request with limits on its body.
 
-    For JSON: the nesting depth, the size of numbers, and the number of values in a large body. For a form: the number
+    For JSON: the nesting depth, the size of numbers, and the number of values. For a form: the number
     and the size of its parts.
     """
 
@@ -64,12 +64,14 @@ class BoundedRequest(Request):
         """Return the JSON body.
 
         Raises JSONDecodeError if it is invalid, is nested too deeply or contains too large a number. Raises
-        HTTPException 413 if it is large for another reason than a file.
+        HTTPException 413 if it contains too many values, or is large for another reason than a file.
         """
         body = await self.body()
-        # Parsing millions of values would block the event loop for seconds. A file is a single value.
-        if len(body) > MAX_FIELDS_BYTES and sum(map(body.count, (b"[", b"{", b","))) > _MAX_JSON_MARKS:
-            raise HTTPException(413, f"body: larger than {MAX_FIELDS_BYTES} bytes, and not because of a file")
+        is_large = len(body) > MAX_FIELDS_BYTES
+        if has_more_marks(body, counts_strings=is_large):
+            many = f"more than {MAX_MARKS} lists, objects and commas"
+            large = f"larger than {MAX_FIELDS_BYTES} bytes, and not because of a file"
+            raise HTTPException(413, f"body: {large if is_large else many}")
         try:
             return pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8))
         except ValueError as error:

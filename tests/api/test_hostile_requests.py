@@ -295,6 +295,16 @@ def what_json_allows(route: Route) -> Iterator[Sent]:
     )(route)
 
 
+def many_values(route: Route) -> Iterator[Sent]:
+    body = route.json().removesuffix(b"}")
+    keys = b",".join(b'"k%d": 1' % number for number in range(60_000))
+    yield from json_bodies(
+        body + b', "unknown": [' + b"[], " * 200_000 + b"[]]}",
+        body + b', "unknown": "\\\\", "loudness": {' + keys + b"}}",
+        body + b", " + keys + b"}",
+    )(route)
+
+
 async def _stream(num_bytes: int) -> AsyncIterator[bytes]:
     for _ in range(0, num_bytes, 65536):
         yield bytes(65536)
@@ -456,6 +466,7 @@ CASES = [
     Case("deep lists", json_bodies(b'{"prompt": "x", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"[" * 500_000)),
     Case("deep objects", json_bodies(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)),
     Case("what JSON allows", what_json_allows, taken),
+    Case("many values", many_values, refused_as_too_large),
     # Prompts
     Case("half characters", prompts(b'"\\ud800"', b'"a\\udc00b"', b'"\\udc00\\ud800"')),
     Case("bad UTF-8", prompts(b'"\xff"', b'"\xe2\x82"', b'"\xc0\xaf"', b'"\xed\xa0\x80"')),
@@ -523,6 +534,21 @@ async def test_every_route_answers_hostile_requests(client: httpx.AsyncClient, c
     assert any(list(case.requests(route)) for route in ROUTES)
     failures = await failures_of(client, case)
     assert not failures, "\n".join(failures)
+
+
+async def test_commas_in_text_are_not_values(client: httpx.AsyncClient) -> None:
+    text = '[{,"\\' * 20_000
+    assert (await client.post("/v1/audio/generations", json={"prompt": text, "duration": 1})).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["loudness", "loras", "prompts", "seeds"])
+async def test_many_values_in_a_form_field_are_refused_by_name(client: httpx.AsyncClient, field: str) -> None:
+    text = "{" + ",".join(f'"k{number}":1' for number in range(30_000)) + "}"
+    form = {"prompt": "x", "duration": "1", field: text}
+    reply = await client.post("/v1/audio/variations", data=form, files={"audio": ("a.wav", WAV)})
+    assert reply.status_code == 422
+    assert reply.json()["detail"][0]["msg"] == f"{field}: more than 10000 lists, objects and commas"
+    assert reply.json()["detail"][0]["loc"] == ["body", field]
 
 
 HOSTILE_PROMPTS = [

@@ -380,6 +380,9 @@ async def test_recipe_with_many_errors_is_refused_with_one(client: httpx.AsyncCl
         reply = await client.post(REPLAY, json=recipe | bad)
         (fault,) = reply.json()["detail"]
         assert (reply.status_code, fault["loc"][-1], fault["input"]) == (422, field, None)
+    reply = await client.post(REPLAY, json=recipe | dict.fromkeys(map(str, range(40_000)), 1))
+    assert reply.status_code == 422
+    assert reply.json()["detail"][0]["msg"] == "recipe: more than 30000 lists, objects and commas"
 
 
 @in_module_loop

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter, ValidationError
 
 from stable_audio_serve.api.fields import Prompt
+from stable_audio_serve.api.json_values import MAX_MARKS, has_more_marks
 from stable_audio_serve.api.native.schemas import (
     MAX_LORAS,
     MAX_VARIATIONS,
@@ -117,6 +118,8 @@ def _parse_json(parts: TypeAdapter[T], text: str, *, field: str) -> T | None:
     """Return the JSON in a form field, None if the field is blank or null. Raises RequestValidationError."""
     if text.strip() in {"", "null"}:
         return None
+    if has_more_marks(text.encode("utf-8", "replace")):
+        raise invalid(field, f"{field}: more than {MAX_MARKS} lists, objects and commas")
     try:
         return parts.validate_json(text)
     except ValidationError as error:

@@ -22,6 +22,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.answers import RECIPE_HEADER, REPLAY
+from stable_audio_serve.api.json_values import has_more_marks
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer, file_stem
@@ -59,6 +60,7 @@ _MULTIPART = "multipart/form-data"
 _MOST_STEPS = 1000  # the highest limit of `steps` in any dialect
 _MOST_REPEATED_CHARS = 200
 _MOST_FAULTS = 1000
+_MOST_MARKS = 30 * MOST_SECTIONS  # lists, objects and commas; a section has up to 22
 
 _REPLAY_HEADER: dict[str, Any] = {
     REPLAY: {
@@ -225,6 +227,8 @@ def _parse(text: str | bytes) -> Recipe:
         text = text.removeprefix(codecs.BOM_UTF8)  # some editors and shells write a byte order mark first
     with suppress(ValueError):  # Pydantic reports invalid JSON below
         _refuse_long_lists(pydantic_core.from_json(text))
+    if has_more_marks(text if isinstance(text, bytes) else text.encode("utf-8", "replace"), _MOST_MARKS):
+        raise invalid("recipe", f"recipe: more than {_MOST_MARKS} lists, objects and commas")
     try:
         return Recipe.model_validate_json(text)
     except ValidationError as error:
