@@ -17,6 +17,7 @@ from fastapi import APIRouter, Form, Header, Path, Request
 from starlette.responses import Response
 
 from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.middleware.callers import current_client
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import file_stem
 from stable_audio_serve.api.native.convert import to_encoding, to_finishing
@@ -198,7 +199,8 @@ async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> No
     if fields.webhook_url is None:
         return
     try:
-        await check_webhook_url(fields.webhook_url, field="webhook_url", allow_hosts=allow_hosts)
+        client = current_client.get()
+        await check_webhook_url(fields.webhook_url, field="webhook_url", client=client, allow_hosts=allow_hosts)
     except InvalidRequestError as error:
         raise invalid("webhook_url", error.message, value=fields.webhook_url) from error
 

@@ -18,8 +18,8 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import IO, Any
+from weakref import WeakValueDictionary
 
 import httpcore
 import httpx
@@ -45,9 +45,10 @@ _NOT_PUBLIC = tuple(
     for network in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "168.63.129.16/32")
 )
 
-# Host names are resolved in a separate thread pool, because a client's name server may be slow. Then only webhooks are
-# delayed, and not other work in threads.
-_RESOLVERS = ThreadPoolExecutor(32, thread_name_prefix="webhook-resolver")
+# Host names are resolved in a thread pool for each client, because a client's name server may be slow. Then only this
+# client's webhooks and downloads are delayed. A pool is in this dictionary while it is in use.
+_RESOLVERS: WeakValueDictionary[str, ThreadPoolExecutor] = WeakValueDictionary()
+_MAX_LOOKUPS_PER_CLIENT = 16
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -61,18 +62,24 @@ class _ForbiddenTargetError(DeliveryError):
 
 
 async def check_webhook_url(
-    url: str, *, field: str, allow_hosts: Collection[str] = (), resolve_timeout_s: float = RESOLVE_TIMEOUT_S
+    url: str,
+    *,
+    field: str,
+    client: str = "",
+    allow_hosts: Collection[str] = (),
+    resolve_timeout_s: float = RESOLVE_TIMEOUT_S,
 ) -> None:
     """Raise InvalidRequestError unless `url` is an http or https URL whose host has only public addresses.
 
-    The error names `field` as the invalid field. A host in `allow_hosts` may have any address. If the host cannot be
-    resolved now, no error is raised, because `post_json` checks the addresses again.
+    The error names `field` as the invalid field. `client` is the name of the client that sent the URL. A host in
+    `allow_hosts` may have any address. If the host cannot be resolved now, no error is raised, because `post_json`
+    checks the addresses again.
     """
     try:
         target = _parse(url)
         if not _is_allowed(target.host, allow_hosts):
             _require_public_name(target.host)
-            _require_public(await _resolve(target.host, target.port, timeout_s=resolve_timeout_s))
+            _require_public(await _resolve(target.host, target.port, client=client, timeout_s=resolve_timeout_s))
     except _ForbiddenTargetError as error:
         allowed = "an http or https URL on a public address"
         raise InvalidRequestError(f"{field} {error}; allowed: {allowed}", field=field, allowed=allowed) from error
@@ -85,10 +92,11 @@ async def post_json(
     body: bytes,
     *,
     headers: Mapping[str, str] | None = None,
+    client: str = "",
     allow_hosts: Collection[str] = (),
     timeout_s: float = DELIVERY_TIMEOUT_S,
 ) -> None:
-    """Send a POST request with a JSON body.
+    """Send a POST request with a JSON body. `client` is the name of the client that chose the URL.
 
     Raises DeliveryError unless a response with a 2xx status arrives within `timeout_s` seconds.
     """
@@ -97,7 +105,7 @@ async def post_json(
     all_headers = own_headers | dict(headers or {})
     async with (
         _explained(timeout_s),
-        httpcore.AsyncConnectionPool(network_backend=_CheckedNetwork(allow_hosts)) as pool,
+        httpcore.AsyncConnectionPool(network_backend=_CheckedNetwork(allow_hosts, client=client)) as pool,
         pool.stream("POST", target.url, headers=list(all_headers.items()), content=body) as answer,
     ):
         status = answer.status
@@ -111,16 +119,18 @@ async def download(
     *,
     max_bytes: int,
     count: Callable[[int], None] = lambda num_bytes: None,
+    client: str = "",
     allow_hosts: Collection[str] = (),
     timeout_s: float = DOWNLOAD_TIMEOUT_S,
 ) -> None:
     """Write the file at `url`, at most `max_bytes` long, to `into`. `count` is called with the size of each part.
+    `client` is the name of the client that chose the URL.
 
     Raises DeliveryError unless the whole file arrives with status 200 within `timeout_s` seconds.
     """
     target = _parse(url)
     headers = {"Host": target.netloc, "User-Agent": "stable-audio-serve", "Accept-Encoding": "identity"}
-    network = _CheckedNetwork(allow_hosts)
+    network = _CheckedNetwork(allow_hosts, client=client)
     async with (
         _explained(timeout_s),
         httpcore.AsyncConnectionPool(network_backend=network) as pool,
@@ -181,17 +191,24 @@ def _is_allowed(host: str, allow_hosts: Collection[str]) -> bool:
     return host.lower().rstrip(".") in {allowed.lower().rstrip(".").strip("[]") for allowed in allow_hosts}
 
 
-async def _resolve(host: str, port: int, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[_Address]:
+async def _resolve(host: str, port: int, *, client: str, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[_Address]:
     """Return all addresses of a host. Raises DeliveryError if the host cannot be resolved."""
     loop = asyncio.get_running_loop()
+    pool = _RESOLVERS.get(client)
+    if pool is None:
+        pool = _RESOLVERS[client] = ThreadPoolExecutor(_MAX_LOOKUPS_PER_CLIENT, thread_name_prefix="resolver")
     try:
         async with asyncio.timeout(timeout_s):
-            resolve = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-            found = await loop.run_in_executor(_RESOLVERS, resolve)
+            found = await loop.run_in_executor(pool, _look_up, host, port, pool)
     except (OSError, TimeoutError, UnicodeError) as error:
         raise DeliveryError(f"its host cannot be resolved: {error}") from error
     # An IPv6 address may end in a percent sign and a zone id, which are removed.
     return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
+
+
+def _look_up(host: str, port: int, _: ThreadPoolExecutor) -> list[Any]:
+    """Call `getaddrinfo`. The last argument keeps the pool in `_RESOLVERS`, also after the caller stopped waiting."""
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 def _require_public_name(host: str) -> None:
@@ -232,8 +249,9 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
     The name is not resolved a second time, because it might then have other addresses, which were not checked.
     """
 
-    def __init__(self, allow_hosts: Collection[str]) -> None:
+    def __init__(self, allow_hosts: Collection[str], *, client: str) -> None:
         self._allow_hosts = allow_hosts
+        self._client = client
         self._network = httpcore.AnyIOBackend()
         self.has_answer = False  # set this when the headers of the response have arrived
 
@@ -253,7 +271,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
         is_allowed = _is_allowed(host, self._allow_hosts)
         if not is_allowed:
             _require_public_name(host)
-        addresses = await _resolve(host, port)
+        addresses = await _resolve(host, port, client=self._client)
         if not is_allowed:
             _require_public(addresses)
         for address in addresses[:-1]:

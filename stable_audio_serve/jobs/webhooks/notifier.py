@@ -135,7 +135,7 @@ class Notifier:
             try:
                 body = pydantic_core.to_json(await asyncio.to_thread(self._body, notice.job))
                 headers = self._headers(notice.id, body)
-                await post_json(notice.url, body, headers=headers, allow_hosts=self._allow_hosts)
+                await post_json(notice.url, body, headers=headers, client=spec.client, allow_hosts=self._allow_hosts)
             except DeliveryError as error:
                 reason = str(error)
             except Exception:  # an error in `_body` must not delay other notices

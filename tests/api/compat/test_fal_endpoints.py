@@ -6,8 +6,10 @@ import asyncio
 import base64
 import csv
 import io
+import socket
+import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import soundfile
 
 from stable_audio_serve.audio.formats import available_formats
 from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.models.registry import BUILT_IN
 from tests.api.compat.serving import make_app, make_client
@@ -441,6 +444,42 @@ async def test_sources_are_downloaded_from_allowed_hosts_only() -> None:
             entry = fault(await post(client, f"{SMALL}/audio-to-audio", audio_url=f"{url}/{name}"))
             assert message in entry["msg"]
         assert "not public" in fault(await post(client, f"{SMALL}/audio-to-audio", audio_url="http://10.0.0.1/"))["msg"]
+
+
+@pytest.mark.server
+async def test_slow_name_servers_of_one_client_do_not_affect_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve, released, slow_names = socket.getaddrinfo, threading.Event(), list[str]()
+
+    def look_up(host: str, *args: Any, **kwargs: Any) -> Any:
+        if host.startswith("slow"):
+            slow_names.append(host)
+            released.wait()
+            raise socket.gaierror("no answer")
+        return resolve(host, *args, **kwargs)
+
+    async def host(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": SOURCE})
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    greedy, other = ({"authorization": f"Key {name}"} for name in ("greedy", "other"))
+    jobs, api = {"webhook_allow_hosts": ["127.0.0.1"]}, {"key_hashes": [hash_key("greedy"), hash_key("other")]}
+    async with listening(host) as port, make_client(jobs=jobs, api=api, run_jobs=False) as (client, _):
+
+        def ask(url: str, headers: dict[str, str]) -> Coroutine[Any, Any, httpx.Response]:
+            body = {"prompt": "rain", "audio_url": url, "duration": 1}
+            return client.post(f"/{SMALL}/audio-to-audio", json=body, headers=headers)
+
+        try:
+            for number in (48, 1):
+                slow = [ask(f"http://slow{index}.example.com/", greedy) for index in range(number)]
+                for reply in await asyncio.gather(*slow):  # the lookups go on after the client has got its response
+                    assert "cannot be resolved" in fault(reply)["msg"]
+                assert len(slow_names) == 16
+            reply = await ask(f"http://127.0.0.1:{port}/a.wav", other)
+            assert reply.status_code == 200, reply.text
+        finally:
+            released.set()
 
 
 @pytest.mark.parametrize("prefix", ["/queue", pytest.param("/fal/queue", marks=pytest.mark.slow)])

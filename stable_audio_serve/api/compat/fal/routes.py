@@ -214,7 +214,8 @@ def _opener(service: Service) -> Callable[..., Awaitable[Submission]]:
             return Submission(request_id, is_queued=False, start_within_s=timeout_s)
         if fal_webhook is not None:
             allow_hosts = service.settings.jobs.webhook_allow_hosts
-            await check_webhook_url(fal_webhook, field="fal_webhook", allow_hosts=allow_hosts)
+            client = request.state.caller.name
+            await check_webhook_url(fal_webhook, field="fal_webhook", client=client, allow_hosts=allow_hosts)
         return Submission(
             request_id,
             is_queued=True,

@@ -42,7 +42,8 @@ async def opened_source(url: str, service: Service, *, request: Request) -> Asyn
         else:
             try:
                 hosts = service.settings.jobs.webhook_allow_hosts
-                await download(url, file, max_bytes=max_bytes, allow_hosts=hosts, count=count)
+                client = request.state.caller.name
+                await download(url, file, max_bytes=max_bytes, client=client, allow_hosts=hosts, count=count)
             except DeliveryError as error:
                 raise _unusable(str(error)) from error
         num_bytes = file.tell()
