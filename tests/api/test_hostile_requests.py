@@ -546,6 +546,22 @@ async def test_boundaries_in_the_data_of_a_part_are_limited(client: httpx.AsyncC
     assert reply.json()["detail"] == "body: the form contains its boundary more than 1000 times"
 
 
+async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 400):
+        yield body[start : start + 400]
+
+
+@pytest.mark.parametrize("send", [bytes, in_pieces])
+async def test_blanks_after_a_boundary_are_limited(client: httpx.AsyncClient, send: Callable[[bytes], Any]) -> None:
+    """The parser reads them one by one."""
+    for number, status in ((1000, 200), (1001, 400)):
+        upload = part(b"audio", WAV, rest=b'; filename="a.wav"').replace(b"--B", b"--B" + b" " * number, 1)
+        body = part(b"prompt", b"x") + part(b"duration", b"1") + upload + END
+        reply = await client.post("/v1/audio/variations", content=send(body), headers=MULTIPART)
+        assert reply.status_code == status, reply.text
+    assert reply.json()["detail"] == "body: more than 1000 spaces follow a boundary of the form"
+
+
 async def test_commas_in_text_are_not_values(client: httpx.AsyncClient) -> None:
     text = '[{,"\\' * 20_000
     assert (await client.post("/v1/audio/generations", json={"prompt": text, "duration": 1})).status_code == 200
