@@ -59,8 +59,8 @@ register_pattern("job_id", "(?!(?:variations|inpaint)$)[^/]+")
 class BoundedRequest(Request):
     """A request with limits on its body.
 
-    For JSON: the nesting depth, the size of numbers, and the number of values. For a form: the number
-    and the size of its parts.
+    For JSON: the nesting depth, the size of numbers, and the number of values. For a form: the number and the size of
+    its parts.
     """
 
     async def json(self) -> Any:
