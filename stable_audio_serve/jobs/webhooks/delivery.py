@@ -156,7 +156,7 @@ async def _explained(timeout_s: float) -> AsyncIterator[None]:
         async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError as error:
-        raise DeliveryError("no answer in time") from error
+        raise DeliveryError("gave no answer in time") from error
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
         raise DeliveryError(f"{type(error).__name__}: {error}") from error
 
@@ -201,7 +201,7 @@ async def _resolve(host: str, port: int, *, client: str, timeout_s: float = RESO
         async with asyncio.timeout(timeout_s):
             found = await loop.run_in_executor(pool, _look_up, host, port, pool)
     except (OSError, TimeoutError, UnicodeError) as error:
-        raise DeliveryError(f"its host cannot be resolved: {error}") from error
+        raise DeliveryError(f"has a host that cannot be resolved: {error}") from error
     # An IPv6 address may end in a percent sign and a zone id, which are removed.
     return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
 
