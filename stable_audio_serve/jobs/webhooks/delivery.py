@@ -35,6 +35,9 @@ _ADDRESS_TIMEOUT_S = 3.0
 _MAX_HEAD_BYTES = 32_768
 
 _MAX_URL_CHARACTERS = 2048
+_MAX_SOURCE_URL_CHARACTERS = 8192  # presigned links to buckets may contain a long token
+_MAX_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 _PRIVATE_NAMES = (".localhost", ".local", ".localdomain", ".internal", ".home.arpa")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -124,29 +127,36 @@ async def download(
     timeout_s: float = DOWNLOAD_TIMEOUT_S,
 ) -> None:
     """Write the file at `url`, at most `max_bytes` long, to `into`. `count` is called with the size of each part.
-    `client` is the name of the client that chose the URL.
+    `client` is the name of the client that chose the URL. Redirects are followed; the host of each is checked.
 
     Raises DeliveryError unless the whole file arrives with status 200 within `timeout_s` seconds.
     """
-    target = _parse(url)
-    headers = {"Host": target.netloc, "User-Agent": "stable-audio-serve", "Accept-Encoding": "identity"}
-    network = _CheckedNetwork(allow_hosts, client=client)
-    async with (
-        _explained(timeout_s),
-        httpcore.AsyncConnectionPool(network_backend=network) as pool,
-        pool.stream("GET", target.url, headers=list(headers.items())) as answer,
-    ):
-        if answer.status != 200:
-            raise DeliveryError(f"answered with status {answer.status}")
-        network.has_answer = True
-        num_bytes = 0
-        async for chunk in answer.aiter_stream():
-            num_bytes += len(chunk)
-            if num_bytes > max_bytes:
-                raise DeliveryError(f"is larger than {max_bytes} bytes")
-            count(len(chunk))
-            with needing_room():
-                into.write(chunk)
+    async with _explained(timeout_s):
+        for _ in range(_MAX_REDIRECTS + 1):
+            target = _parse(url, most=_MAX_SOURCE_URL_CHARACTERS)
+            headers = {"Host": target.netloc, "User-Agent": "stable-audio-serve", "Accept-Encoding": "identity"}
+            network = _CheckedNetwork(allow_hosts, client=client)
+            async with (
+                httpcore.AsyncConnectionPool(network_backend=network) as pool,
+                pool.stream("GET", target.url, headers=list(headers.items())) as answer,
+            ):
+                location = httpx.Headers(answer.headers).get("location")
+                if answer.status in _REDIRECTS and location is not None:
+                    url = _join(target.url, location)
+                    continue
+                if answer.status != 200:
+                    raise DeliveryError(f"answered with status {answer.status}")
+                network.has_answer = True
+                num_bytes = 0
+                async for chunk in answer.aiter_stream():
+                    num_bytes += len(chunk)
+                    if num_bytes > max_bytes:
+                        raise DeliveryError(f"is larger than {max_bytes} bytes")
+                    count(len(chunk))
+                    with needing_room():
+                        into.write(chunk)
+                return
+    raise DeliveryError(f"redirects more than {_MAX_REDIRECTS} times")
 
 
 @asynccontextmanager
@@ -169,13 +179,21 @@ class _Target:
     netloc: str  # for the header Host
 
 
-def _parse(url: str) -> _Target:
+def _join(url: str, location: str) -> str:
+    """Return the URL to which the header Location of a response from `url` points."""
+    try:
+        return str(httpx.URL(url).join(location))
+    except (httpx.InvalidURL, UnicodeError, ValueError) as error:
+        raise DeliveryError("redirects to an invalid URL") from error
+
+
+def _parse(url: str, *, most: int = _MAX_URL_CHARACTERS) -> _Target:
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError, ValueError) as error:
         raise _ForbiddenTargetError("is not a URL") from error
-    if len(url) > _MAX_URL_CHARACTERS:
-        raise _ForbiddenTargetError(f"is longer than {_MAX_URL_CHARACTERS} characters")
+    if len(url) > most:
+        raise _ForbiddenTargetError(f"is longer than {most} characters")
     host = parsed.raw_host.decode("ascii")
     if parsed.scheme not in ("http", "https") or not _HOST.fullmatch(host):
         raise _ForbiddenTargetError("is not an http or https URL with a host")

@@ -428,19 +428,33 @@ async def test_sources_from_urls_count_like_request_bodies(is_own: bool) -> None
 
 @pytest.mark.server
 async def test_sources_are_downloaded_from_allowed_hosts_only() -> None:
+    moved = {"/moved.wav": b"a.wav", "/inside.wav": b"http://10.0.0.1/a.wav", "/file.wav": b"file:///etc/passwd"}
+    moved |= {"/circle.wav": b"/circle.wav", "/wrong.wav": b"http://a:port/", "/gone.wav": b"/nowhere.wav"}
+
     async def host(scope: Any, receive: Any, send: Any) -> None:
         size = 300_000 if scope["path"] == "/large.wav" else 0
-        status = 302 if scope["path"] == "/moved.wav" else 200
-        await send({"type": "http.response.start", "status": status, "headers": [(b"location", b"/a.wav")]})
+        location = moved.get(scope["path"])
+        status = 302 if location else 404 if scope["path"] == "/nowhere.wav" else 200
+        headers = [(b"location", location)] if location else []
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": SOURCE + b"0" * size})
 
     jobs, api = {"webhook_allow_hosts": ["127.0.0.1"]}, {"max_upload_bytes": 100_000}
     async with listening(host) as port, make_client(jobs=jobs, api=api, run_jobs=False) as (client, backend):
         url = f"http://127.0.0.1:{port}"
-        reply = await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=f"{url}/a.wav")
-        assert reply.status_code == 200, reply.text
-        assert backend.last.init_audio is not None
-        for name, message in (("moved.wav", "status 302"), ("large.wav", "larger than 100000 bytes")):
+        for name in ("a.wav", "moved.wav", f"a.wav?token={'0' * 8000}"):
+            reply = await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=f"{url}/{name}")
+            assert reply.status_code == 200, reply.text
+            assert backend.last.init_audio is not None
+        for name, message in (
+            ("large.wav", "larger than 100000 bytes"),
+            ("inside.wav", "not public"),
+            ("file.wav", "not an http or https URL"),
+            ("circle.wav", "redirects more than 5 times"),
+            ("wrong.wav", "invalid URL"),
+            ("gone.wav", "status 404"),
+            (f"a.wav?token={'0' * 9000}", "longer than 8192 characters"),
+        ):
             entry = fault(await post(client, f"{SMALL}/audio-to-audio", audio_url=f"{url}/{name}"))
             assert message in entry["msg"]
         assert "not public" in fault(await post(client, f"{SMALL}/audio-to-audio", audio_url="http://10.0.0.1/"))["msg"]
