@@ -31,8 +31,9 @@ from stable_audio_serve.jobs.store.health import Refusals, health_of
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 # How much predicted work a runner may have in the engines of a model at a time, in seconds per replica. One job per
-# replica is always allowed, so that no replica is idle while jobs wait. The limit is lower for batch jobs, which
-# interactive requests overtake in the engine.
+# replica is always allowed, so that no replica is idle while jobs wait. If the jobs of one client fill the limit, the
+# other clients have it once more, so that a long job delays only its own client: engines do short work first. The limit
+# is lower for batch jobs, which interactive requests overtake in the engine.
 _AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
 # A second limit: this share of the model's `target_wait_s`. The lower of the two limits applies. When work exceeds
 # `target_wait_s`, autoscaling adds replicas, but a new replica cannot take over jobs that are already in an engine.
@@ -44,6 +45,7 @@ _GRACE_S = 60.0  # a recorded refusal expires this long after the next probe sho
 @dataclass(slots=True)
 class _RunningJob:
     model: str
+    client: str
     priority: Priority
     size: WorkSize
     at_once: WorkSize  # how much of the work is in an engine at a time
@@ -95,8 +97,15 @@ class Capacity:
         """Return the models whose jobs may be leased now. None = any model, even one that this server lacks."""
         if sum(job.priority == priority for job in self._running.values()) >= self._max_running:
             return ()
-        models = [model for model in self._replicas if self._has_room(model, priority)]
+        models = [model for model in self._replicas if self._full_for(model, priority) is not None]
         return None if len(models) == len(self._replicas) else models
+
+    def left_out(self, priority: Priority) -> Collection[tuple[str, str]]:
+        """Return the open models and clients whose jobs may not be leased now."""
+        now = self._clock.monotonic()
+        self._refused_until = {pair: until for pair, until in self._refused_until.items() if until > now}
+        full = [(model, client) for model in self._replicas for client in self._full_for(model, priority) or ()]
+        return {*self._refused_until, *full}
 
     def close(self, model: str, *, for_s: float) -> None:
         """Allow no more jobs of a model for `for_s` seconds."""
@@ -115,21 +124,22 @@ class Capacity:
         """Allow jobs of the refused clients of a model, because work that was in its queue will not be done."""
         self._refused_until = {pair: until for pair, until in self._refused_until.items() if pair[0] != model}
 
-    def refused_clients(self) -> Collection[tuple[str, str]]:
-        """Return the models and clients whose jobs may not be leased now."""
-        now = self._clock.monotonic()
-        self._refused_until = {pair: until for pair, until in self._refused_until.items() if until > now}
-        return list(self._refused_until)
-
     def begin(
-        self, key: Hashable, *, model: str, priority: Priority, size: WorkSize, at_once: WorkSize | None = None
+        self,
+        key: Hashable,
+        *,
+        model: str,
+        client: str,
+        priority: Priority,
+        size: WorkSize,
+        at_once: WorkSize | None = None,
     ) -> None:
         """Count a job as running. Call this method when the job was leased.
 
         `size` is the work of the whole job. `at_once` is the most work that is in an engine at a time: for a long
         piece, the work of the largest section. None = `size`.
         """
-        self._running[key] = _RunningJob(model, priority, size, at_once or size)
+        self._running[key] = _RunningJob(model, client, priority, size, at_once or size)
 
     def advance(self, key: Hashable, *, done: float) -> None:
         """Record how much of a job an engine has done, 0..1."""
@@ -154,16 +164,23 @@ class Capacity:
         first_s = self._predict_s(job.model, ahead, num_replicas=num_replicas) or 0.0
         return first_s + own_s - (self._predict_s(job.model, [job], num_replicas=1) or 0.0)
 
-    def _has_room(self, model: str, priority: Priority) -> bool:
+    def _full_for(self, model: str, priority: Priority) -> Collection[str] | None:
+        """Return the clients whose jobs of a model may not start now, or None if no client's job may start."""
         if self._closed_until[model] > self._clock.monotonic():
-            return False
+            return None
         jobs = [job for job in self._of(model) if job.priority == priority]
         num_replicas = self._replicas[model]
         backlog_s = self._predict_s(model, jobs, num_replicas=num_replicas)
         if backlog_s is None:
-            return len(jobs) < _JOBS_WITHOUT_PRICES * num_replicas
+            return () if len(jobs) < _JOBS_WITHOUT_PRICES * num_replicas else None
         limit_s = min(_AHEAD_S[priority], _AHEAD_SHARE * self._target_wait_s.get(model, inf))
-        return len(jobs) < num_replicas or backlog_s < limit_s
+        if len(jobs) < num_replicas or backlog_s < limit_s:
+            return ()
+        own_s: dict[str, float] = dict.fromkeys((job.client for job in jobs), 0.0)
+        for job in jobs:
+            own_s[job.client] += self._predict_s(model, [job], num_replicas=num_replicas) or 0.0
+        largest = max(own_s, key=own_s.__getitem__)
+        return (largest,) if backlog_s - own_s[largest] < limit_s else None
 
     def _predict_s(
         self, model: str, jobs: Collection[_RunningJob], *, num_replicas: int, is_whole: bool = False

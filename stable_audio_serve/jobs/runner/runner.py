@@ -285,7 +285,7 @@ class JobRunner:
                     lease_s=lease_s,
                     models=models,
                     known=self._known,
-                    without=self._capacity.refused_clients(),
+                    without=self._capacity.left_out(priority),
                     priority=priority,
                 )
                 if job is None:
@@ -306,6 +306,7 @@ class JobRunner:
         self._capacity.begin(
             lease,
             model=job.spec.model,
+            client=job.spec.client,
             priority=job.spec.request.priority,
             size=WorkSize.sum(sizes),
             at_once=max(sizes, key=lambda size: size.evaluated_s),

@@ -135,7 +135,9 @@ async def test_cancelled_job_makes_room_in_a_full_engine(workshop: Workshop) -> 
     backend.errors = [OverloadedError("busy", retry_after_s=600.0)]
     refused = await workshop.queue.submit(make_spec())
     await until(lambda: not backend.errors)
+    await workshop.until(refused, lambda job: job.state == "queued")
     await workshop.queue.cancel(long.spec.ref)
+    await workshop.until(long, lambda job: job.state == "cancelled")
     backend.released.set()
     assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
     assert (await workshop.until(refused, lambda job: job.state == "queued")).attempts == 0

@@ -17,17 +17,31 @@ def make_capacity(
 
 
 def begin(
-    capacity: Capacity, key: object, *, work: float, model: str = "a", priority: Priority = "interactive"
+    capacity: Capacity,
+    key: object,
+    *,
+    work: float,
+    model: str = "a",
+    client: str = "",
+    priority: Priority = "interactive",
 ) -> None:
     """Begin a job that is predicted to take `work` times half a second."""
-    capacity.begin(key, model=model, priority=priority, size=WorkSize(evaluations=work))
+    capacity.begin(key, model=model, client=client, priority=priority, size=WorkSize(evaluations=work))
 
 
-def fill(capacity: Capacity, *, work: float, model: str = "a", priority: Priority = "interactive") -> int:
+def is_open(capacity: Capacity, *, model: str = "a", client: str = "", priority: Priority = "interactive") -> bool:
+    models = capacity.open_models(priority)
+    return (models is None or model in models) and (model, client) not in capacity.left_out(priority)
+
+
+def fill(
+    capacity: Capacity, *, work: float, model: str = "a", client: str = "", priority: Priority = "interactive"
+) -> int:
     """Begin jobs, as `begin` does, until the capacity allows no more. Returns how many jobs began."""
     count = 0
-    while (models := capacity.open_models(priority)) is None or model in models:
-        begin(capacity, (model, capacity.num_running), work=work, model=model, priority=priority)
+    while is_open(capacity, model=model, client=client, priority=priority):
+        key = (client or model, capacity.num_running)
+        begin(capacity, key, work=work, model=model, client=client, priority=priority)
         count += 1
     return count
 
@@ -75,7 +89,22 @@ def test_full_model_leaves_room_for_others(clock: FakeClock) -> None:
     capacity = make_capacity(clock, "a", "b")
     assert capacity.open_models("interactive") is None
     assert fill(capacity, work=20.0) == 3
+    assert not is_open(capacity)
+    assert is_open(capacity, model="b")
+
+
+def test_long_job_delays_only_its_own_client(clock: FakeClock) -> None:
+    capacity = make_capacity(clock, "a", "b")
+    begin(capacity, "long", work=1e6, client="alice")
+    assert not is_open(capacity, client="alice")
+    assert is_open(capacity, client="alice", model="b")
+    assert fill(capacity, work=10.0, client="bob") == 6
+    for client in ("alice", "bob", "carol"):  # the other clients together have filled the limit once more
+        assert not is_open(capacity, client=client)
     assert capacity.open_models("interactive") == ["b"]
+    capacity.end("long")
+    assert not is_open(capacity, client="bob")
+    assert fill(capacity, work=10.0, client="carol") == 6
 
 
 def test_jobs_never_exceed_the_limit(clock: FakeClock) -> None:
@@ -124,13 +153,13 @@ def test_refused_clients_wait_for_their_time_or_for_room(clock: FakeClock) -> No
     capacity.refuse("b", "alice", for_s=8.0)
     assert capacity.open_models("interactive") is None
     clock.now += 6.9
-    assert set(capacity.refused_clients()) == {("a", "alice"), ("b", "alice")}
+    assert set(capacity.left_out("interactive")) == {("a", "alice"), ("b", "alice")}
     clock.now += 0.1
-    assert set(capacity.refused_clients()) == {("b", "alice")}
+    assert set(capacity.left_out("interactive")) == {("b", "alice")}
     capacity.note_room("a")
-    assert set(capacity.refused_clients()) == {("b", "alice")}
+    assert set(capacity.left_out("interactive")) == {("b", "alice")}
     capacity.note_room("b")
-    assert not capacity.refused_clients()
+    assert not capacity.left_out("interactive")
 
 
 def test_time_left_of_a_job_is_predicted(clock: FakeClock) -> None:
