@@ -128,15 +128,18 @@ async def test_uploads_leave_no_files_however_they_end(spool: Path) -> None:
         for _ in range(100):
             yield bytes(65536)
 
+    async with (
+        serve(ToneBackend(), max_upload_bytes=5_000_000) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
+    ):
+        assert (await upload(client)).status_code == 200
+        assert (await upload(client, b"RIFF----WAVE" + bytes(3_000_000))).status_code == 400
+        form = FORM | {"steps": "0"}
+        assert (await client.post(VARIATIONS, data=form, files={"audio": WAV})).status_code == 422
+        multipart = {"content-type": "multipart/form-data; boundary=B"}
+        assert (await client.post(VARIATIONS, content=head, headers=multipart)).status_code in (400, 422)
+        assert (await client.post(VARIATIONS, content=too_much(), headers=multipart)).status_code == 413
     async with serve(ToneBackend(), max_upload_bytes=5_000_000, times=ClientTimes(window_s=0.5)) as port:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
-            assert (await upload(client)).status_code == 200
-            assert (await upload(client, b"RIFF----WAVE" + bytes(3_000_000))).status_code == 400
-            form = FORM | {"steps": "0"}
-            assert (await client.post(VARIATIONS, data=form, files={"audio": WAV})).status_code == 422
-            multipart = {"content-type": "multipart/form-data; boundary=B"}
-            assert (await client.post(VARIATIONS, content=head, headers=multipart)).status_code in (400, 422)
-            assert (await client.post(VARIATIONS, content=too_much(), headers=multipart)).status_code == 413
         for leave in (True, False):
             reader, writer = await open_connection(port, head, path=VARIATIONS, headers=headers, length=4_000_000)
             await until(lambda: bool(spooled_files(spool)))
