@@ -127,7 +127,8 @@ async def download(
     timeout_s: float = DOWNLOAD_TIMEOUT_S,
 ) -> None:
     """Write the file at `url`, at most `max_bytes` long, to `into`. `count` is called with the size of each part.
-    `client` is the name of the client that chose the URL. Redirects are followed; the host of each is checked.
+    `client` is the name of the client that chose the URL. At most `_MAX_REDIRECTS` redirects are followed, and the host
+    of each is checked.
 
     Raises DeliveryError unless the whole file arrives with status 200 within `timeout_s` seconds.
     """
@@ -147,16 +148,20 @@ async def download(
                 if answer.status != 200:
                     raise DeliveryError(f"answered with status {answer.status}")
                 network.has_answer = True
-                num_bytes = 0
-                async for chunk in answer.aiter_stream():
-                    num_bytes += len(chunk)
-                    if num_bytes > max_bytes:
-                        raise DeliveryError(f"is larger than {max_bytes} bytes")
-                    count(len(chunk))
-                    with needing_room():
-                        into.write(chunk)
+                await _receive(answer, into, max_bytes=max_bytes, count=count)
                 return
     raise DeliveryError(f"redirects more than {_MAX_REDIRECTS} times")
+
+
+async def _receive(answer: httpcore.Response, into: IO[bytes], *, max_bytes: int, count: Callable[[int], None]) -> None:
+    num_bytes = 0
+    async for chunk in answer.aiter_stream():
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise DeliveryError(f"is larger than {max_bytes} bytes")
+        count(len(chunk))
+        with needing_room():
+            into.write(chunk)
 
 
 @asynccontextmanager
