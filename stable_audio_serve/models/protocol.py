@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from sys import getsizeof
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -82,8 +83,8 @@ class TextEmbedding:
 
     @property
     def num_bytes(self) -> int:
-        """The memory of `tokens` and `mask` in bytes."""
-        return self.tokens.nbytes + self.mask.nbytes
+        """The memory of `tokens`, `mask` and the text of the prompt in bytes."""
+        return self.tokens.nbytes + self.mask.nbytes + getsizeof(self.prompt)
 
 
 @dataclass(frozen=True, slots=True)
