@@ -117,7 +117,7 @@ class JobRunner:
             held=lambda: tuple(self._attempts),  # thread-safe, because Python copies the keys in one operation
             on_change=self._stop_changed,
         )
-        self._sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics)
+        self._sweeper = Sweeper(store, artifacts, settings=self._settings)
         self._attempts: dict[LeaseId, Attempt] = {}
         self._outlook: Outlook | None = None
         self._waiting: Mapping[str, Waiting] | None = None

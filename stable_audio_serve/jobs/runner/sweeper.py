@@ -16,7 +16,6 @@ from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.ids import ArtifactKey
-from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.job_store import JobStore
 
@@ -36,14 +35,12 @@ class Sweeper:
         artifacts: ArtifactStore,
         *,
         settings: JobSettings,
-        metrics: Metrics | None = None,
         clock: Clock | None = None,
     ) -> None:
         """`clock` returns the current time, to compute the age of files."""
         self._store = store
         self._artifacts = artifacts
         self._settings = settings
-        self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
 
     async def sweep(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
-from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec
+from tests.jobs.conftest import Workshop, make_spec
 from tests.object_storage import Faults, ObjectStorage
 from tests.patience import until
 
@@ -39,7 +39,6 @@ class Place:
 
     queue: JobQueue
     late_s: float = 0.0
-    metrics: RecordedMetrics = field(default_factory=RecordedMetrics)
 
     def monotonic(self) -> float:
         return time.monotonic()
@@ -61,7 +60,7 @@ class Place:
     async def sweep(self, **limits: float) -> dict[str, int]:
         settings = LIMITS.model_copy(update=limits)
         store, artifacts = self.queue.store, self.queue.artifacts
-        return await Sweeper(store, artifacts, settings=settings, metrics=self.metrics, clock=self).sweep()
+        return await Sweeper(store, artifacts, settings=settings, clock=self).sweep()
 
     async def put(self, key: str) -> StoredFile:
         return await self.queue.artifacts.put(key, lambda: [b"audio"], media_type="audio/wav", file_name="a.wav")
