@@ -59,7 +59,9 @@ class JobExecutor:
         self._limits = limits
         self._source_bytes = ByteBudget(workers.MAX_SOURCE_BYTES)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
-        self._pieces = LongPieces(backend, artifacts, store=store, audio=self._audio, put=self.put, calls=calls)
+        self._pieces = LongPieces(
+            backend, artifacts, store=store, audio=self._audio, put=self.put, limited=self._limited, calls=calls
+        )
 
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
         """Run the job, store its audio file, and return the result. Progress is passed to `report`.
@@ -79,7 +81,7 @@ class JobExecutor:
         # Raises UnknownModelError. This server may lack the model, if another server accepted the job.
         self._backend.catalog.find(spec.model)
         if spec.sections:
-            result = await self._pieces.make(job, report, limited=self._limited)
+            result = await self._pieces.make(job, report)
             failpoint("after_upload")
             return result
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):

@@ -73,60 +73,42 @@ class LongPieces:
         store: JobStore,
         audio: AudioWorkers,
         put: Callable[..., Awaitable[StoredFile]],
+        limited: Callable[[GenerationRequest, Job], GenerationRequest],
         calls: PatientCalls,
     ) -> None:
-        """`put` stores a file of a job, see `JobExecutor.put`."""
+        """`put` stores a file of a job, see `JobExecutor.put`. `limited` sets the time limits of a request."""
         self._backend = backend
         self._artifacts = artifacts
         self._store = store
         self._audio = audio
         self._put = put
+        self._limited = limited
         self._calls = calls
 
-    async def make(
-        self,
-        job: Job,
-        report: Callable[[Report], None],
-        *,
-        limited: Callable[[GenerationRequest, Job], GenerationRequest],
-    ) -> JobResult:
+    async def make(self, job: Job, report: Callable[[Report], None]) -> JobResult:
         """Make the sections that are not finished yet, store the file of the piece, and return the result.
 
-        `limited` sets the time limits of a request. Raises QuotaError if the limits of the client's key do not allow
-        the next section yet. Raises LostSectionError if the file of a finished section is gone or damaged. The next
-        attempt then makes this section and all later ones again. Also raises LeaseLostError, and the errors of
-        `JobExecutor.execute`.
+        Raises QuotaError if the limits of the client's key do not allow the next section yet. Raises LostSectionError
+        if the file of a finished section is gone or damaged. The next attempt then makes this section and all later
+        ones again. Also raises LeaseLostError, and the errors of `JobExecutor.execute`.
         """
         card = self._backend.catalog.find(job.spec.model)
         plans = plan_sections(job.spec, card)
         try:
-            return await self._make(job, report, plans=plans, card=card, limited=limited)
+            finished = await self._calls.call(self._store.sections.find, job.spec.ref)
+            for plan in plans[len(finished) :]:
+                async with self._charged(job, plan, rate_hz=card.sample_rate_hz):
+                    request = await self._request(job, plan, card=card, finished=finished)
+                    section = await self._make_section(
+                        job, plans, plan=plan, finished=finished, request=request, report=report
+                    )
+                finished.append(section)
+            report(Report(job, "storing", GENERATED))
+            return await self._assemble(job, finished)
         except LostSectionError as error:
             kept = _fraction(plans, num_finished=error.number - 1)
             await self._calls.call(self._store.sections.remove, job, first=error.number, fraction=kept)
             raise
-
-    async def _make(
-        self,
-        job: Job,
-        report: Callable[[Report], None],
-        *,
-        plans: Sequence[SectionPlan],
-        card: ModelCard,
-        limited: Callable[[GenerationRequest, Job], GenerationRequest],
-    ) -> JobResult:
-        finished = await self._calls.call(self._store.sections.find, job.spec.ref)
-        for plan in plans[len(finished) :]:
-            async with self._charged(job, plan, rate_hz=card.sample_rate_hz):
-                request = limited(await self._request(job, plan, card=card, finished=finished), job)
-                if plan.number > 1:  # the job has started already
-                    request = replace(request, start_within_s=None)
-                section = await self._make_section(
-                    job, plans, plan=plan, finished=finished, request=request, report=report
-                )
-            finished.append(section)
-        report(Report(job, "storing", GENERATED))
-        return await self._assemble(job, finished)
 
     @asynccontextmanager
     async def _charged(self, job: Job, plan: SectionPlan, *, rate_hz: int) -> AsyncIterator[None]:
@@ -156,7 +138,9 @@ class LongPieces:
         if plan.context:
             samples = await read_end(self._artifacts, finished, num_samples=plan.context)
             before = SourceAudio(samples, card.sample_rate_hz)
-        return make_request(job.spec, plan, card=card, before=before)
+        request = self._limited(make_request(job.spec, plan, card=card, before=before), job)
+        # With the second section, the job has started already.
+        return request if plan.number == 1 else replace(request, start_within_s=None)
 
     async def _make_section(
         self,
