@@ -32,7 +32,6 @@ from stable_audio_serve.serving import ray_internals
 from stable_audio_serve.serving.adapters import Library
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.cores import yield_to_engines
-from stable_audio_serve.serving.draining import replaced
 from stable_audio_serve.serving.haproxy import address_header
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerWaker
 from stable_audio_serve.serving.logs import configure_logging
@@ -138,7 +137,8 @@ class Ingress:
             self._draining.resume()
 
     async def _leave_when_replaced(self) -> None:
-        await replaced(poll_every_s=_POLL_S)
+        while not ray_internals.is_replica_stopping():  # noqa: ASYNC110  # Ray Serve has no event to wait for
+            await asyncio.sleep(_POLL_S)
         self._draining.leave()
 
     async def __del__(self) -> None:  # Ray Serve calls this when it stops the replica

@@ -1,12 +1,11 @@
 """Finish the work of a served application before it is stopped.
 
 New requests are refused, jobs go back into the queue, and requests in flight are finished. The launcher calls `drain`
-before it stops Ray. In a replica, `replaced` waits until Ray Serve stops the replica, for example in an update.
+before it stops Ray.
 """
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import logging
 import time
@@ -39,7 +38,21 @@ def drain(application: str, *, within_s: float, statistics_host: str, report: Ca
     `statistics_host` is the address of HAProxy's statistics page, if HAProxy runs. `report` receives progress messages.
     """
     with _handle(INGRESS_NAME, application) as ingress, _handle(RUNNER_NAME, application) as runner:
-        _drain(ingress, runner, within_s=within_s, statistics_host=statistics_host, report=report)
+        deadline_at = time.monotonic() + within_s
+        proxies = _python_proxies()
+        # A proxy's `is_drained` considers only requests that the proxy received before this call.
+        for proxy in proxies:
+            proxy.update_draining.remote(True)
+        if any(_broadcast(ingress)):  # a number would not be that of the requests: an idle replica may answer 1
+            report(f"finishing current requests within {within_s:g} s (a second signal stops at once) ...")
+        while True:
+            num_left = sum(_broadcast(runner)) + sum(_broadcast(ingress))
+            if not num_left and not _num_in_haproxy(statistics_host) and _are_drained(proxies):
+                return
+            if time.monotonic() >= deadline_at:
+                report(f"cutting off what is still in flight after {within_s:g} s")
+                return
+            time.sleep(_POLL_S)
 
 
 @contextmanager
@@ -53,31 +66,6 @@ def _handle(name: str, application: str) -> Iterator[DeploymentHandle]:
         yield handle
     finally:
         handle.shutdown()
-
-
-def _drain(
-    ingress: DeploymentHandle,
-    runner: DeploymentHandle,
-    *,
-    within_s: float,
-    statistics_host: str,
-    report: Callable[[str], None],
-) -> None:
-    deadline_at = time.monotonic() + within_s
-    proxies = _python_proxies()
-    # A proxy's `is_drained` considers only requests that the proxy received before this call.
-    for proxy in proxies:
-        proxy.update_draining.remote(True)
-    if any(_broadcast(ingress)):  # a number would not be that of the requests, because an idle replica may answer 1
-        report(f"finishing current requests within {within_s:g} s (a second signal stops at once) ...")
-    while True:
-        num_left = sum(_broadcast(runner)) + sum(_broadcast(ingress))
-        if not num_left and not _num_in_haproxy(statistics_host) and _are_drained(proxies):
-            return
-        if time.monotonic() >= deadline_at:
-            report(f"cutting off what is still in flight after {within_s:g} s")
-            return
-        time.sleep(_POLL_S)
 
 
 def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
@@ -136,9 +124,3 @@ def _are_drained(proxies: Sequence[ActorHandle]) -> bool:
     except RayError as error:
         logger.debug("a proxy is gone: %s", error)
         return True
-
-
-async def replaced(*, poll_every_s: float) -> None:
-    """Return when Ray Serve begins to stop this replica."""
-    while not ray_internals.is_replica_stopping():  # noqa: ASYNC110  # Ray Serve has no event to wait for
-        await asyncio.sleep(poll_every_s)
