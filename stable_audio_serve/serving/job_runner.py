@@ -16,9 +16,9 @@ from stable_audio_serve.api.webhook_bodies import webhook_bodies
 from stable_audio_serve.core.errors import GenerationError, StorageError
 from stable_audio_serve.jobs.open import open_artifacts, open_store
 from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.operator_jobs import Waiting
 from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
 from stable_audio_serve.jobs.store.outbox import Outbox
-from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.cores import yield_to_engines

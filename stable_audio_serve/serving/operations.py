@@ -22,8 +22,8 @@ from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.operator_jobs import Waiting
 from stable_audio_serve.jobs.store.operator_settings import OperatorStore
-from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.model_states import last_prices, reports
 
@@ -127,7 +127,7 @@ class RayOperations:
 
     async def _query_waiting(self) -> Mapping[str, Waiting] | None:
         try:
-            return await asyncio.to_thread(self._jobs.waiting.by_model)
+            return await asyncio.to_thread(self._jobs.operators.waiting_work)
         except StorageError:
             return None
 

@@ -12,8 +12,8 @@ import pytest
 from stable_audio_serve.core.catalog import ModelStatus
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.pricing import WorkSize
+from stable_audio_serve.jobs.store.operator_jobs import Waiting
 from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
-from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.serving import job_runner as module
 from stable_audio_serve.serving.job_runner import JobRunnerReplica
 from tests.patience import until

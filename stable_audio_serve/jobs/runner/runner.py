@@ -35,8 +35,8 @@ from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
 from stable_audio_serve.jobs.store.health import Refusals
 from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.operator_jobs import Waiting
 from stable_audio_serve.jobs.store.runner_jobs import Outlook
-from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 
 log = structlog.get_logger("stable_audio_serve.jobs")
@@ -355,7 +355,7 @@ class JobRunner:
             return
         started_at = time.monotonic()
         try:
-            self._waiting = await asyncio.to_thread(self._store.waiting.by_model)
+            self._waiting = await asyncio.to_thread(self._store.operators.waiting_work)
         except StorageError:
             self._waiting = None
         await asyncio.sleep(_SUM_REST * (time.monotonic() - started_at))

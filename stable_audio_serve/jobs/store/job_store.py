@@ -21,7 +21,6 @@ from stable_audio_serve.jobs.store.retention import Retention
 from stable_audio_serve.jobs.store.runner_jobs import RunnerJobs
 from stable_audio_serve.jobs.store.sections import Sections
 from stable_audio_serve.jobs.store.tables import IDENTITY
-from stable_audio_serve.jobs.store.waiting import WaitingWork
 
 
 class JobStore:
@@ -50,7 +49,6 @@ class JobStore:
         self.sections = Sections(database)
         self.key_uses = KeyUses(database)
         self.uploads = Uploads(database, max_bytes=storage.max_bytes_per_key, life_s=limits.retention_s)
-        self.waiting = WaitingWork(database)
 
     def identity(self) -> str:
         """Return the random identity of this database, which was chosen when its tables were created."""

@@ -1,17 +1,18 @@
-"""Job operations for operators: find, list and count the jobs of all clients."""
+"""Operations on the jobs of all clients, for operators and for autoscaling: find, list and count jobs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
 from stable_audio_serve.core.ids import JobId
+from stable_audio_serve.core.pricing import WorkSize
 from stable_audio_serve.jobs.job import Job, State
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.rows import to_job
-from stable_audio_serve.jobs.store.tables import IS_DEAD, JOBS, RUNNING, WAITING, count
+from stable_audio_serve.jobs.store.tables import IS_DEAD, JOBS, RUNNING, WAITING, WORK, count, in_state
 
 _jobs = JOBS.c
 
@@ -30,8 +31,16 @@ class Unfinished:
     waited_s: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The number of one model's queued jobs, and the sum of their predicted work."""
+
+    num_jobs: int = 0
+    size: WorkSize = field(default_factory=WorkSize)
+
+
 class OperatorJobs:
-    """The operations of operators on one job database."""
+    """The operations on the jobs of all clients in one database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -71,3 +80,13 @@ class OperatorJobs:
         query = sa.select(_jobs.state, sa.func.count()).group_by(_jobs.state)
         with self._database.reading() as connection:
             return {state: number for state, number in connection.execute(query)}  # noqa: C416
+
+    def waiting_work(self) -> Mapping[str, Waiting]:
+        """Return the number and the work of the queued jobs of each model. Models without queued jobs are missing.
+
+        The query reads only an index, which has an entry for each queued job.
+        """
+        sums = (sa.func.sum(_jobs[column]) for column in WORK)
+        query = sa.select(_jobs.model, sa.func.count(), *sums).where(in_state("queued")).group_by(_jobs.model)
+        with self._database.reading() as connection:
+            return {model: Waiting(number, WorkSize(*sizes)) for model, number, *sizes in connection.execute(query)}

@@ -115,14 +115,14 @@ async def test_waiting_work_is_unknown_during_a_store_outage(
 ) -> None:
     monkeypatch.setattr("stable_audio_serve.jobs.runner.runner._SUM_EVERY_S", 0.02)
     store, num_asked = workshop.queue.store, 0
-    by_model = store.waiting.by_model
+    by_model = store.operators.waiting_work
 
     def count() -> Any:
         nonlocal num_asked
         num_asked += 1
         return by_model()
 
-    monkeypatch.setattr(store.waiting, "by_model", count)
+    monkeypatch.setattr(store.operators, "waiting_work", count)
     runner = await workshop.start_runner()
     assert runner.waiting_work() is None
     await until(lambda: runner.waiting_work() == {})
@@ -136,7 +136,7 @@ async def test_waiting_work_is_unknown_during_a_store_outage(
         raise StorageError("no answer")
 
     with monkeypatch.context() as away:
-        away.setattr(store.waiting, "by_model", fail)
+        away.setattr(store.operators, "waiting_work", fail)
         await until(lambda: runner.waiting_work() is None)
     await until(lambda: sizes(runner.waiting_work) == {"medium": 3})
     runner.resume()

@@ -109,7 +109,7 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "requeue": lambda store: store.runners.requeue(lease(store), delay_s=1, attempts=1, message="x"),
     "sections": lambda store: store.sections.find(ref("x")),
     "expire": lambda store: store.runners.expire(),
-    "waiting work": lambda store: store.waiting.by_model(),
+    "waiting work": lambda store: store.operators.waiting_work(),
     "unfinished": lambda store: store.operators.unfinished(),
     "set back": lambda store: store.runners.set_back(),
     "outlook": lambda store: store.runners.outlook("busy"),

@@ -12,8 +12,8 @@ from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.operator_jobs import Waiting
 from stable_audio_serve.jobs.store.tables import JOBS
-from stable_audio_serve.jobs.store.waiting import Waiting
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import add_spec, database, lease, postgres_with_tables, wall
 from tests.jobs.stores import contract_store_url as store_url
@@ -40,7 +40,7 @@ def test_sizes_of_jobs_add_up_by_model(store: JobStore) -> None:
     add_spec(store, spec("flow", 4.0))  # 8 steps, each of which evaluates 4 s of audio
     add_spec(store, spec("flow", 10.0, batch_size=2, steps=20, cfg_scale=3.0))  # 2 clips x 20 steps x 2 (guidance)
     add_spec(store, spec("guided", 1.0))  # 100 steps x 2 (guidance)
-    assert store.waiting.by_model() == {
+    assert store.operators.waiting_work() == {
         "flow": Waiting(2, WorkSize(rows=3, evaluations=88, evaluated_s=832, audio_s=24)),
         "guided": Waiting(1, WorkSize(rows=1, evaluations=200, evaluated_s=200, audio_s=1)),
     }
@@ -49,14 +49,14 @@ def test_sizes_of_jobs_add_up_by_model(store: JobStore) -> None:
 def test_only_waiting_jobs_count(store: JobStore) -> None:
     for _ in range(3):
         add_spec(store, spec("flow", 4.0))
-    assert store.waiting.by_model()["flow"].num_jobs == 3
+    assert store.operators.waiting_work()["flow"].num_jobs == 3
     job = lease(store)
-    assert store.waiting.by_model()["flow"].num_jobs == 2
+    assert store.operators.waiting_work()["flow"].num_jobs == 2
     store.runners.requeue(job, delay_s=0, attempts=1, message="again")
-    assert store.waiting.by_model()["flow"].size.audio_s == 12
+    assert store.operators.waiting_work()["flow"].size.audio_s == 12
     for job in store.operators.list_all():
         store.clients.cancel(job.spec.ref)
-    assert store.waiting.by_model() == {}
+    assert store.operators.waiting_work() == {}
 
 
 def test_jobs_of_an_older_server_count_without_a_size(store: JobStore) -> None:
@@ -64,4 +64,4 @@ def test_jobs_of_an_older_server_count_without_a_size(store: JobStore) -> None:
     older = {"work_rows": 0, "work_evaluations": 0, "work_evaluated_s": 0, "work_audio_s": 0}
     with store.database.writing() as connection:
         connection.execute(sa.update(JOBS).where(JOBS.c.id == job.spec.id).values(older))
-    assert store.waiting.by_model() == {"flow": Waiting(1, WorkSize())}
+    assert store.operators.waiting_work() == {"flow": Waiting(1, WorkSize())}
