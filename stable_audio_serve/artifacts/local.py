@@ -24,7 +24,6 @@ from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, QUALITY_FOLDER
 from stable_audio_serve.artifacts.store import (
     PROBE_BYTES,
     ArtifactStore,
-    BackendName,
     Chunks,
     ObjectPage,
     StoredFile,
@@ -112,6 +111,8 @@ class Folder:
 class LocalArtifacts(ArtifactStore):
     """Files in one folder, which must not be moved. `ArtifactStore` documents the methods."""
 
+    backend_name = "local"
+
     def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
         """Create the store without any I/O.
 
@@ -122,10 +123,6 @@ class LocalArtifacts(ArtifactStore):
 
     def __str__(self) -> str:
         return f"folder {self._folder.path}"
-
-    @property
-    def backend_name(self) -> BackendName:
-        return "local"
 
     def check(self) -> None:
         key = upload_key()
@@ -140,12 +137,6 @@ class LocalArtifacts(ArtifactStore):
 
     def require_place(self) -> None:
         self._folder.require()
-
-    def url(self, file: StoredFile) -> None:
-        """Return None, because clients download local files from this server."""
-
-    def bucket_key(self, file: StoredFile) -> None:
-        """Return None, because there is no bucket."""
 
     def claim(self, owner: str) -> float | None:
         path = self._folder.path / OWNER_KEY

@@ -26,7 +26,6 @@ from stable_audio_serve.artifacts.store import (
     MAX_LISTED,
     PROBE_BYTES,
     ArtifactStore,
-    BackendName,
     Chunks,
     ObjectPage,
     StoredFile,
@@ -56,6 +55,8 @@ _MAX_BREAKS = 5  # a download fails if its connection breaks more often than thi
 class S3Artifacts(ArtifactStore):
     """Files in one existing bucket. `ArtifactStore` documents the methods."""
 
+    backend_name = "s3"
+
     def __init__(self, settings: StorageSettings, *, metrics: Metrics | None = None) -> None:
         """Create the store without any I/O. `settings` must name a bucket."""
         super().__init__(StoreThreads(_NUM_THREADS, name="s3-files"), metrics=metrics)
@@ -67,15 +68,8 @@ class S3Artifacts(ArtifactStore):
     def __str__(self) -> str:
         return f"bucket {self._settings.bucket} of {self._settings.endpoint_url or 'AWS S3'}"
 
-    @property
-    def backend_name(self) -> BackendName:
-        return "s3"
-
     def check(self) -> None:
         check_bucket(self._settings, prefix=self._prefix)
-
-    def require_place(self) -> None:
-        """Do nothing: this check is for local folders, which may be unmounted or replaced."""
 
     def url(self, file: StoredFile) -> str | None:
         """Return a link to the object: under the setting `public_base_url`, or presigned if this setting is not set.

@@ -16,7 +16,7 @@ from contextlib import closing
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import structlog
 
@@ -89,15 +89,12 @@ class ArtifactStore(ABC):
     Each kind of store implements the abstract methods, which block.
     """
 
+    backend_name: ClassVar[BackendName]  # the kind of store, for clients
+
     def __init__(self, threads: StoreThreads, *, metrics: Metrics | None) -> None:
         """Create the store without any I/O. Its work runs on `threads`."""
         self._threads = threads
         self._metrics = metrics or NullMetrics()
-
-    @property
-    @abstractmethod
-    def backend_name(self) -> BackendName:
-        """The kind of store. Clients see this name."""
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Write a file. Raises StorageError, StorageFullError.
@@ -145,20 +142,20 @@ class ArtifactStore(ABC):
         Raises ConfigError, which names the settings to change.
         """
 
-    @abstractmethod
     def url(self, file: StoredFile) -> str | None:
         """Return a link to the file that bypasses this server, or None if the store has no such links.
 
         Blocking. Raises StorageError.
         """
+        return None
 
-    @abstractmethod
     def bucket_key(self, file: StoredFile) -> str | None:
         """Return the full key of the file in its bucket, or None if the store has no bucket."""
+        return None
 
-    @abstractmethod
     def require_place(self) -> None:
         """Raise StoreMovedError if the folder of a local store was moved or replaced. Blocking."""
+        return
 
     @abstractmethod
     def claim(self, owner: str) -> float | None:
