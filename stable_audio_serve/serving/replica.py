@@ -117,30 +117,13 @@ class ModelReplica:
         self._meter.open()
         return engine, quality
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
+    async def generate(
+        self, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult | StableAudioError:
         """Run one request, whose `deadline_s` counts from now.
 
         A StableAudioError is returned, not raised, because Ray Serve logs raised exceptions with a traceback.
         """
-        return await self._generate(request)
-
-    async def generate_reporting(
-        self, request: GenerationRequest
-    ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
-        """Run one request: yield its latest progress four times a second, and finally what `generate` returns."""
-        latest: deque[Progress] = deque(maxlen=1)
-        working = asyncio.create_task(self._generate(request, on_progress=latest.append))
-        try:
-            while not (await asyncio.wait({working}, timeout=_PROGRESS_INTERVAL_S))[0]:
-                if latest:
-                    yield latest.pop()
-            yield working.result()
-        finally:
-            working.cancel()  # if the caller has disconnected; has no effect if the work is finished
-
-    async def _generate(
-        self, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
-    ) -> GenerationResult | StableAudioError:
         self._in_flight += 1
         try:
             result = await self._engine.generate(request, on_progress)
@@ -155,6 +138,20 @@ class ModelReplica:
             self._in_flight -= 1
         self._finished.add()
         return result
+
+    async def generate_reporting(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
+        """Run one request: yield its latest progress four times a second, and finally what `generate` returns."""
+        latest: deque[Progress] = deque(maxlen=1)
+        working = asyncio.create_task(self.generate(request, on_progress=latest.append))
+        try:
+            while not (await asyncio.wait({working}, timeout=_PROGRESS_INTERVAL_S))[0]:
+                if latest:
+                    yield latest.pop()
+            yield working.result()
+        finally:
+            working.cancel()  # if the caller has disconnected; has no effect if the work is finished
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Return the statistics for this model's request routers, which also record them for `/v1/status`.
