@@ -28,7 +28,7 @@ def choose_threads(settings: Settings, model: ModelSettings, *, device: str, clu
     """
     if model.threads is not None:
         return model.threads
-    if device != "cpu" or _is_demo(model):
+    if device != "cpu" or model_entry(model).card.is_demo:
         return 1
     on_cpu = [other for other in settings.models if not (cluster_gpus and may_use_gpu(settings, other))]
     num_replicas = sum(other.replicas.max_replicas for other in on_cpu)
@@ -48,10 +48,6 @@ def usable_cores(root: Path = Path("/")) -> int:
     """Return the number of whole cores that CPU affinity and cgroup quotas allow this process, at least one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([allowed, *_quotas(root)])))
-
-
-def _is_demo(model: ModelSettings) -> bool:
-    return model_entry(model).card.is_demo
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -214,7 +214,17 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
     slot = replica_slot(plan.settings, model, cluster_gpus=cluster_gpus)
     replicas = model.replicas
     return {
-        **_engine_options(plan.settings, name=model.name),
+        "name": model.name,
+        "max_ongoing_requests": _MOST_REQUESTS,
+        "max_queued_requests": _MOST_REQUESTS,
+        **_drain_options(plan.settings),
+        "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
+        "health_check_period_s": 1.0,  # short, because routers send requests to a dead replica until the next check
+        "request_router_config": {
+            "request_router_class": _ROUTER,
+            "request_router_kwargs": {"model": model.name},
+            "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
+        },
         "max_surge_percent": _ONE_REPLICA if replicas.surge else 0,
         "autoscaling_config": {
             "min_replicas": plan.least_replicas[model.name],
@@ -260,23 +270,6 @@ def allocator_variables() -> dict[str, str]:
         if is_usable and "LD_PRELOAD" not in os.environ:
             return {"LD_PRELOAD": library, "MALLOC_CONF": _ALLOCATOR}
     return {}
-
-
-def _engine_options(settings: Settings, *, name: str) -> dict[str, Any]:
-    """Return the deployment options that do not depend on the model's settings, except its name."""
-    return {
-        "name": name,
-        "max_ongoing_requests": _MOST_REQUESTS,
-        "max_queued_requests": _MOST_REQUESTS,
-        **_drain_options(settings),
-        "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
-        "health_check_period_s": 1.0,  # short, because routers send requests to a dead replica until the next check
-        "request_router_config": {
-            "request_router_class": _ROUTER,
-            "request_router_kwargs": {"model": name},
-            "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
-        },
-    }
 
 
 def _spread_options(num_replicas: int, *, num_nodes: int) -> dict[str, Any]:

@@ -38,15 +38,12 @@ class PublishedFiles:
         """
         file_id = file_id or secrets.token_hex(16)
         with self._database.writing() as connection:
-            if not self._insert(connection, file, file_id=file_id):
+            if not self.publish_in(connection, file, file_id=file_id):
                 raise ConflictError("a file with this id exists already")
         return file_id
 
-    def publish_in(self, connection: sa.Connection, file: StoredFile, *, file_id: str) -> None:
-        """Publish a file under the id `file_id`, in the caller's transaction. The id must be new."""
-        self._insert(connection, file, file_id=file_id)
-
-    def _insert(self, connection: sa.Connection, file: StoredFile, *, file_id: str) -> bool:
+    def publish_in(self, connection: sa.Connection, file: StoredFile, *, file_id: str) -> bool:
+        """Publish a file under the id `file_id`, in the caller's transaction. Returns False if the id is in use."""
         row = {"id": file_id, "key": file.key, "file": codec.dump(file), "created_at": self._database.now}
         insert = self._database.insert(FILES).values(row).on_conflict_do_nothing().returning(FILES.c.id)
         return connection.execute(insert).first() is not None

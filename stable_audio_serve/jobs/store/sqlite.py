@@ -163,7 +163,8 @@ def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, Database
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, record: Any) -> None:
         connection.isolation_level = None  # only `_begin` begins transactions, not the sqlite3 module
-        _write_ahead(connection)
+        # The first switch to the log needs exclusive access, for which SQLite does not wait.
+        _retry_while_busy(connection, "PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -197,14 +198,6 @@ def _begin_writing(connection: sqlite3.Connection, *, is_durable: bool) -> None:
         _retry_while_busy(connection, "BEGIN IMMEDIATE")
     finally:
         connection.execute(f"PRAGMA busy_timeout = {round(_BUSY_TIMEOUT_S * 1000)}")
-
-
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch the database to write-ahead logging.
-
-    The first switch needs exclusive access, for which SQLite does not wait, so the statement is repeated.
-    """
-    _retry_while_busy(connection, "PRAGMA journal_mode = WAL")
 
 
 def _retry_while_busy(connection: sqlite3.Connection, statement: str) -> None:
