@@ -28,7 +28,7 @@ _SHOWS_S = 4.0  # length (seconds) of the clip whose latency shows whether the s
 _ALONE_CALLS, _WARM_UP_CALLS = 5, 10
 _FEW_TRIES = 4
 _FACTOR, _RETURNING_FACTOR = 3.0, 1.5
-_LARGER_IS_BETTER = ("goodput_over_peak_ratio", "finished_over_peak_ratio", "served_within_four_tries_share")
+_LARGER_IS_BETTER = ("goodput_over_peak_ratio", "served_within_four_tries_share")
 _SMALLER_IS_BETTER = ("refusal_p50_ms", "refusal_p99_ms", "normal_after_s")
 _MAX_QUEUE_S = 0.5  # seconds of predicted work in the short queue
 # For the short and the full benchmark: seconds of overload, seconds in which clients that obey Retry-After arrive, and
@@ -61,12 +61,7 @@ def worst_of(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         figures[f"worst_{name}"] = None
         if values:
             figures |= worst(f"worst_{name}", values, larger_is_better=name in _LARGER_IS_BETTER)
-    return {
-        **figures,
-        "other_answers": sum(one["other_answers"] for one in rounds),
-        "refusals_without_retry_after": sum(one["refusals_without_retry_after"] for one in rounds),
-        "rounds": rounds,
-    }
+    return {**figures, "rounds": rounds}
 
 
 async def _round(peak: OverHttp, bounded: OverHttp, *, load: Mapping[str, int], card: ModelCard) -> dict[str, Any]:
@@ -101,48 +96,40 @@ async def _round(peak: OverHttp, bounded: OverHttp, *, load: Mapping[str, int], 
             work_ms=list(map(alone_ms, over)),
             peak_work_ms_per_s=sum(burst_work_ms / span_s(records) for records in bursts) / len(bursts),
         ),
-        **summarize_returns(returning),
+        "served_within_four_tries_share": share_served(returning),
     }
 
 
 def summarize_overload(
     records: Sequence[Record], *, work_ms: Sequence[float], peak_work_ms_per_s: float
 ) -> dict[str, Any]:
-    """Returns the figures of one overload: shares of the peak work rate, times to a refusal, and wrong responses.
+    """Returns the figures of one overload: goodput as a share of the peak work rate, and times to a refusal.
 
     A request counts with its time on an idle server (`work_ms`), because accepted requests may be shorter than refused
     ones. Requests that end after the last arrival do not count. The time to a refusal begins at the scheduled arrival,
     and is None if nothing was refused.
     """
-    refused = [record for record in records if record.outcome == "refused"]
-    refusals_ms = [record.latency_ms for record in refused]
-    failed = [record for record in records if record.outcome == "failed"]
+    refusals_ms = [record.latency_ms for record in records if record.outcome == "refused"]
     last_due_at = max(record.due_at for record in records)
-    pairs = list(zip(records, work_ms, strict=True))
-    meanwhile = [(record, ms) for record, ms in pairs if record.is_finished and record.ended_at <= last_due_at]
-    in_time_ms = sum(ms for record, ms in meanwhile if is_in_time(record, alone_ms=ms))
-    peak_ms = peak_work_ms_per_s * last_due_at
+    in_time_ms = sum(
+        ms
+        for record, ms in zip(records, work_ms, strict=True)
+        if record.ended_at <= last_due_at and is_in_time(record, alone_ms=ms)
+    )
     return {
-        "goodput_over_peak_ratio": in_time_ms / peak_ms,
-        "finished_over_peak_ratio": sum(ms for _, ms in meanwhile) / peak_ms,
+        "goodput_over_peak_ratio": in_time_ms / (peak_work_ms_per_s * last_due_at),
         "refusal_p50_ms": percentile(refusals_ms, 50) if refusals_ms else None,
         "refusal_p99_ms": percentile(refusals_ms, 99) if refusals_ms else None,
-        "refusals_without_retry_after": sum(record.retry_after_s is None for record in refused),
-        "other_answers": len(failed),
     }
 
 
-def summarize_returns(clients: Sequence[Sequence[Record]]) -> dict[str, Any]:
-    """Returns how many clients were served, and after how many attempts. The clients obey Retry-After.
+def share_served(clients: Sequence[Sequence[Record]]) -> float:
+    """Returns the share of clients that were served in at most four attempts. The clients obey Retry-After.
 
     `clients` has the records of all attempts of each client.
     """
-    served = [attempts for attempts in clients if attempts[-1].is_finished]
-    return {
-        "never_served": len(clients) - len(served),
-        "most_attempts": max(len(attempts) for attempts in clients),
-        "served_within_four_tries_share": sum(len(attempts) <= _FEW_TRIES for attempts in served) / len(clients),
-    }
+    served = [attempts for attempts in clients if attempts[-1].is_finished and len(attempts) <= _FEW_TRIES]
+    return len(served) / len(clients)
 
 
 async def _wait_until_normal(bounded: OverHttp, lone: Arrival, *, limit_ms: float, since: float) -> float:
