@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import pydantic_core
 from pydantic import BaseModel, TypeAdapter, create_model
@@ -17,6 +17,8 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.jobs.job import FinishedSection, JobError, JobResult, JobSpec
 from stable_audio_serve.jobs.store.tables import storable
+
+T = TypeVar("T")
 
 
 def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: Any) -> type[BaseModel]:
@@ -36,10 +38,9 @@ def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: 
 # A job's source audio is not in this JSON: it is a file in the artifact store, which the runner decodes.
 _Request = _model_of(GenerationRequest, without=frozenset({"init_audio", "inpaint_audio"}))
 _Spec = _model_of(JobSpec, request=_Request)
-_RESULT = TypeAdapter(JobResult)
-_ERROR = TypeAdapter(JobError)
-_FILE = TypeAdapter(StoredFile)
-_SECTION = TypeAdapter(FinishedSection)
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {
+    kind: TypeAdapter(kind) for kind in (JobResult, JobError, StoredFile, FinishedSection)
+}
 
 
 def dump(value: JobSpec | JobResult | JobError | StoredFile | FinishedSection) -> str:
@@ -62,21 +63,7 @@ def load_spec(text: str) -> JobSpec:
     return JobSpec(**spec | {"request": GenerationRequest(**dict(spec["request"]))})
 
 
-def load_result(text: str) -> JobResult:
-    """Parse the JSON text of a job's result. Raises ValueError."""
-    return _RESULT.validate_json(text)
-
-
-def load_error(text: str) -> JobError:
-    """Parse the JSON text of a job's error. Raises ValueError."""
-    return _ERROR.validate_json(text)
-
-
-def load_file(text: str) -> StoredFile:
-    """Parse the JSON text that describes a stored file. Raises ValueError."""
-    return _FILE.validate_json(text)
-
-
-def load_section(text: str) -> FinishedSection:
-    """Parse the JSON text that describes a finished section. Raises ValueError."""
-    return _SECTION.validate_json(text)
+def load(kind: type[T], text: str) -> T:
+    """Parse the JSON text of a result, an error, a stored file or a finished section. Raises ValueError."""
+    value: T = _ADAPTERS[kind].validate_json(text)
+    return value

@@ -29,7 +29,7 @@ class PublishedFiles:
     def find(self, file_id: str) -> StoredFile | None:
         with self._database.reading() as connection:
             text = connection.execute(sa.select(FILES.c.file).where(FILES.c.id == file_id)).scalar()
-        return None if text is None else codec.load_file(text)
+        return None if text is None else codec.load(StoredFile, text)
 
     def publish(self, file: StoredFile, *, file_id: str | None = None) -> str:
         """Publish a file under the id `file_id`, or if that is None, under a random id. Returns the id.

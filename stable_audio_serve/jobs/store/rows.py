@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.jobs.job import Job, JobEvent, JobRef, JobSpec, Lease
+from stable_audio_serve.jobs.job import Job, JobError, JobEvent, JobRef, JobResult, JobSpec, Lease
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.tables import JOBS, in_state
 
@@ -51,8 +52,8 @@ def to_job(row: sa.Row[Any]) -> Job:
         num_sections=row.num_sections,
         lease=None if row.owner is None else Lease(row.owner, row.fence),
         is_dead_letter=row.is_dead_letter,
-        result=_read(codec.load_result, row.result),
-        error=_read(codec.load_error, row.error),
+        result=_read(partial(codec.load, JobResult), row.result),
+        error=_read(partial(codec.load, JobError), row.error),
         is_readable=spec is not None,
     )
 

@@ -29,7 +29,7 @@ class Sections:
         query = sa.select(SECTIONS.c.section).join(JOBS, _jobs.seq == SECTIONS.c.job).where(is_job(ref))
         in_order = query.where(SECTIONS.c.number > after).order_by(SECTIONS.c.number)
         with self._database.reading() as connection:
-            return [codec.load_section(text) for text in connection.execute(in_order).scalars()]
+            return [codec.load(FinishedSection, text) for text in connection.execute(in_order).scalars()]
 
     def add(self, job: Job, section: FinishedSection, *, fraction: float) -> Job | None:
         """Add a finished section, and set the job's progress, in one transaction. The caller has stored the file.

@@ -88,17 +88,17 @@ def test_specification_survives_exactly() -> None:
 
 @pytest.mark.parametrize("error", [JobError("invalid", "steps: no", "steps"), JobError("storage", "full")])
 def test_error_survives_exactly(error: JobError) -> None:
-    assert codec.load_error(codec.dump(error)) == error
+    assert codec.load(JobError, codec.dump(error)) == error
 
 
 def test_result_survives_exactly() -> None:
     result = JobResult(FILE, "f" * 32, 44100, (5, 2**63 - 1), 0.123456789, ((2, MadeOn("cpu", "float32")),))
-    assert codec.load_result(codec.dump(result)) == result
+    assert codec.load(JobResult, codec.dump(result)) == result
 
 
 def test_section_survives_exactly() -> None:
     section = FinishedSection(3, FILE, 44100, 22050, 0.123456789)
-    assert codec.load_section(codec.dump(section)) == section
+    assert codec.load(FinishedSection, codec.dump(section)) == section
 
 
 def test_text_of_another_version_can_be_read() -> None:
