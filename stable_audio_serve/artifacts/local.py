@@ -15,7 +15,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -142,7 +142,7 @@ class LocalArtifacts(ArtifactStore):
         path = self._folder.path / OWNER_KEY
         draft = path.with_name(f".{OWNER_KEY}.{secrets.token_hex(8)}.partial")
         self._folder.require()
-        try:
+        with _storage_errors():
             if not path.exists():
                 self._write(draft, lambda: [owner.encode()], stop=threading.Event())
                 try:
@@ -155,35 +155,26 @@ class LocalArtifacts(ArtifactStore):
                 finally:
                     draft.unlink()
             return path.stat().st_mtime if path.read_bytes() == owner.encode() else None
-        except OSError as error:
-            raise _storage_error(error) from error
 
     def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
         path = self._path(key)
         self._folder.require()
-        try:
-            with path.open("rb") as file:
-                data = file.read(max_bytes + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _storage_error(error) from error
-        return require_size(data, max_bytes)
+        with _storage_errors(), suppress(FileNotFoundError), path.open("rb") as file:
+            return require_size(file.read(max_bytes + 1), max_bytes)
+        return None
 
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = _MAX_LISTED) -> ObjectPage:
         self._folder.require()
-        try:
+        with _storage_errors():
             keys = (ArtifactKey(f"{folder}/{name}" if folder else name) for name in self._names(folder))
             found = heapq.nsmallest(limit, (key for key in keys if is_ours(key) and (cursor is None or key > cursor)))
             objects = tuple(item for item in map(self._describe, found) if item is not None)
-        except OSError as error:
-            raise _storage_error(error) from error
         return ObjectPage(objects, found[-1] if len(found) == limit else None)
 
     def sweep_unfinished(self, *, before: float) -> int:
         self._folder.require()
         num_removed = 0
-        try:
+        with _storage_errors():
             for folder in (*FOLDERS, QUALITY_FOLDER):
                 for name in filter(_PARTIAL.fullmatch, self._names(folder)):
                     path = self._folder.path / folder / name
@@ -191,8 +182,6 @@ class LocalArtifacts(ArtifactStore):
                         if path.stat().st_mtime <= before:
                             path.unlink()
                             num_removed += 1
-        except OSError as error:
-            raise _storage_error(error) from error
         return num_removed
 
     def _put(
@@ -202,24 +191,21 @@ class LocalArtifacts(ArtifactStore):
         return StoredFile(key, media_type, file_name, num_bytes, sha256)
 
     def _probe(self, num_bytes: int) -> None:
-        path = self._path(upload_key())
+        key = upload_key()
+        path = self._path(key)
         self._folder.require()
-        try:
+        with _storage_errors():
             space = shutil.disk_usage(self._folder.path)
-        except OSError as error:
-            raise _storage_error(error) from error
         num_bytes = min(num_bytes, space.total // 2)
         if space.free < num_bytes:
             raise StorageFullError("the disk is full")
         self._write(path, lambda: [bytes(min(num_bytes, PROBE_BYTES))], stop=threading.Event())
-        _remove(path)
+        self._delete(key)
 
     def _write(self, path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, str]:
-        try:
+        with _storage_errors():
             self._folder.make()
-        except OSError as error:
-            raise _storage_error(error) from error
-        return _write(path, chunks, stop=stop)
+            return _write(path, chunks, stop=stop)
 
     def _read(self, key: ArtifactKey, start: int = 0) -> Generator[bytes]:
         path = self._path(key)
@@ -229,7 +215,8 @@ class LocalArtifacts(ArtifactStore):
     def _delete(self, key: ArtifactKey) -> None:
         path = self._path(key)
         self._folder.require()
-        _remove(path)
+        with _storage_errors():
+            path.unlink(missing_ok=True)
 
     def _path(self, key: ArtifactKey) -> Path:
         parts = key.split("/")
@@ -256,7 +243,7 @@ class LocalArtifacts(ArtifactStore):
 
 
 def _write(path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, str]:
-    """Write a file and return its size in bytes and its SHA-256. Raises StorageError, StoppedError."""
+    """Write a file and return its size in bytes and its SHA-256. Raises OSError, StoppedError."""
     digest = hashlib.sha256()
     num_bytes = 0
     partial_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
@@ -276,11 +263,9 @@ def _write(path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, s
         except OSError:
             path.unlink()
             raise
-    except BaseException as error:
+    except BaseException:
         with suppress(OSError):
             partial_path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _storage_error(error) from error
         raise
     return num_bytes, digest.hexdigest()
 
@@ -298,13 +283,6 @@ def _read(path: Path, start: int) -> Generator[bytes]:
         raise _storage_error(error) from error
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise _storage_error(error) from error
-
-
 def _flush_folder(folder: Path) -> None:
     """Flush the folder's list of file names to disk. Otherwise a power failure may lose the name of a new file."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -312,6 +290,15 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Raise StorageError or StorageFullError in place of OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise _storage_error(error) from error
 
 
 def _storage_error(error: OSError) -> StorageError:
