@@ -14,8 +14,10 @@ import pytest
 import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Contract, Job, JobError, JobRef, JobResult, JobSpec
+from stable_audio_serve.jobs.store.client_jobs import Added
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.outbox import Notice, Outbox
@@ -113,15 +115,23 @@ def add(store: JobStore, **overrides: Any) -> Job:
     return add_spec(store, make_spec(**overrides))
 
 
+def submit(store: JobStore, spec: JobSpec) -> Added:
+    """Submit one job. Raises the error if the store refuses it."""
+    (outcome,) = store.clients.add_all([spec])
+    if isinstance(outcome, StableAudioError):
+        raise outcome
+    return outcome
+
+
 def add_spec(store: JobStore, spec: JobSpec) -> Job:
-    added = store.clients.add(spec)
+    added = submit(store, spec)
     assert added.is_new
     return added.job
 
 
 def fill(store: JobStore, count: int, *, state: str, client: str = "") -> None:
     """Add `count` jobs in this state to the database, in one SQL statement."""
-    template = store.clients.add(make_spec(model="demo", client=client)).job.spec.id
+    template = submit(store, make_spec(model="demo", client=client)).job.spec.id
     copied = [column for column in JOBS.c if column.name not in ("seq", "id", "state", "completed_at")]
     number = sa.select(sa.literal(1).label("n")).cte("numbers", recursive=True)
     number = number.union_all(sa.select(number.c.n + 1).where(number.c.n < count))

@@ -75,19 +75,13 @@ class ClientJobs:
         self._turns = Turns(database)
         self._insert_job = _insert_job(database)
 
-    def add(self, spec: JobSpec) -> Added:
-        """Add a job. If an earlier submission of the same request added a job, return that job.
-
-        Raises ConflictError if the idempotency key or the id was used for a different request. Raises QuotaError or
-        OverloadedError if too many jobs are waiting.
-        """
-        (outcome,) = self.add_all([spec])
-        if isinstance(outcome, StableAudioError):
-            raise outcome
-        return outcome
-
     def add_all(self, specs: Sequence[JobSpec]) -> list[Added | StableAudioError]:
-        """Add several jobs in one transaction. Returns for each job what `add` would return or raise."""
+        """Add several jobs in one transaction. Returns the stored job of each submission, or why it is refused.
+
+        If an earlier submission of the same request added a job, it is that job. The error is ConflictError if the
+        idempotency key or the id was used for a different request, and QuotaError or OverloadedError if too many jobs
+        are waiting.
+        """
         # Without the lock, two transactions at once could each see room for a job, and together exceed a limit.
         with self._database.writing_alone(_ADD_LOCK) as connection:
             return [self._add(connection, spec) for spec in specs]

@@ -28,6 +28,7 @@ from tests.jobs.stores import (
     ref,
     report,
     store,
+    submit,
     wall,
 )
 from tests.jobs.stores import contract_store_url as store_url
@@ -91,7 +92,7 @@ def test_any_text_can_be_an_id_in_a_lookup(store: JobStore, text: str) -> None:
 def test_any_text_can_be_an_id_key_or_url(store: JobStore, text: str) -> None:
     spec = make_spec(id=text, client=text, model=text, idempotency_key=text, fingerprint="f", webhook_url=text)
     job = add_spec(store, spec)
-    assert not store.clients.add(spec).is_new
+    assert not submit(store, spec).is_new
     assert store.clients.get(job.spec.ref) == job
     assert store.clients.get(ref(text, client=text)) == job
     assert store.operators.find_all(text) == [job]
@@ -130,10 +131,10 @@ class TestRepeatedRequests:
     def test_return_their_first_job_in_any_state(self, store: JobStore, by: str) -> None:
         first = add(store, id="1" * 32, idempotency_key="k", fingerprint="same")
         again = make_spec(fingerprint="same", **{"id": {"id": first.spec.id}, "key": {"idempotency_key": "k"}}[by])
-        repeated = store.clients.add(again)
+        repeated = submit(store, again)
         assert (repeated.job, repeated.is_new) == (first, False)
         store.clients.cancel(first.spec.ref)
-        repeated = store.clients.add(again)
+        repeated = submit(store, again)
         assert (repeated.job.state, repeated.is_new) == ("cancelled", False)
         assert store.operators.counts() == {"cancelled": 1}
 
@@ -142,15 +143,15 @@ class TestRepeatedRequests:
         add(store, id="1" * 32, idempotency_key="k", fingerprint="one")
         other = make_spec(fingerprint="other", **{"id": {"id": "1" * 32}, "key": {"idempotency_key": "k"}}[by])
         with pytest.raises(ConflictError, match=code) as caught:
-            store.clients.add(other)
+            submit(store, other)
         assert caught.value.field == code
         assert store.operators.counts() == {"queued": 1}
 
     def test_without_a_fingerprint_are_conflicts(self, store: JobStore) -> None:
         spec = make_spec()
-        store.clients.add(spec)
+        submit(store, spec)
         with pytest.raises(ConflictError):
-            store.clients.add(spec)
+            submit(store, spec)
 
     def test_of_another_client_or_contract_are_other_jobs(self, store: JobStore) -> None:
         for contract, client in (("sa3", "one"), ("sa3", "two"), ("fal", "one"), ("sa3", "")):
@@ -160,14 +161,14 @@ class TestRepeatedRequests:
     def test_are_answered_while_the_queue_is_full(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=1))
         spec = make_spec(idempotency_key="k", fingerprint="same")
-        store.clients.add(spec)
-        assert not store.clients.add(spec).is_new
+        submit(store, spec)
+        assert not submit(store, spec).is_new
 
     def test_with_the_key_and_id_of_two_jobs_are_conflicts(self, store: JobStore) -> None:
         add(store, id="1" * 32, idempotency_key="a", fingerprint="same")
         add(store, id="2" * 32, idempotency_key="b", fingerprint="same")
         with pytest.raises(ConflictError):
-            store.clients.add(make_spec(id="2" * 32, idempotency_key="a", fingerprint="same"))
+            submit(store, make_spec(id="2" * 32, idempotency_key="a", fingerprint="same"))
 
 
 class TestRoom:
@@ -229,10 +230,10 @@ class TestRoom:
         add(store)
         spec = make_spec(idempotency_key="k", fingerprint="f")
         with pytest.raises(OverloadedError):
-            store.clients.add(spec)
+            submit(store, spec)
         assert store.clients.get(spec.ref) is None
         lease(store)
-        assert store.clients.add(spec).is_new
+        assert submit(store, spec).is_new
 
 
 class TestListing:

@@ -29,6 +29,7 @@ from tests.jobs.stores import (
     open_database,
     postgres_with_tables,
     result_of,
+    submit,
     wall,
 )
 from tests.jobs.stores import contract_store_url as store_url
@@ -82,7 +83,7 @@ def add_same(url: str, number: int) -> list[bool]:
     """Submit the same request ten times. Returns whether each call added a job. Called in several processes."""
     store = JobStore(open_database(url), _MANY)
     specs = [make_spec(id=f"{number}-{turn}", idempotency_key="k", fingerprint="f") for turn in range(10)]
-    added = [store.clients.add(spec).is_new for spec in specs]
+    added = [submit(store, spec).is_new for spec in specs]
     store.database.close()
     return added
 
@@ -146,7 +147,7 @@ def test_fifty_concurrent_identical_requests_make_one_job(database: Database, by
     store = JobStore(database, _MANY)
     same = {"key": {"idempotency_key": "k"}, "id": {"id": "1" * 32}}[by]
     specs = [make_spec(fingerprint="f", **same) for _ in range(50)]
-    answers = at_once([partial(store.clients.add, spec) for spec in specs])
+    answers = at_once([partial(submit, store, spec) for spec in specs])
     assert [answer.is_new for answer in answers].count(True) == 1
     assert len({answer.job.spec.id for answer in answers}) == 1
     assert store.operators.counts() == {"queued": 1}
@@ -165,7 +166,7 @@ def test_identical_requests_of_many_processes_make_one_job(
 def test_two_concurrent_requests_with_one_key_make_one_job(database: Database) -> None:
     store = JobStore(database, _MANY)
     specs = [make_spec(idempotency_key="k", fingerprint=fingerprint) for fingerprint in "ab" * 10]
-    answers = at_once([partial(store.clients.add, spec) for spec in specs])
+    answers = at_once([partial(submit, store, spec) for spec in specs])
     assert sum(isinstance(answer, ConflictError) for answer in answers) == 10
     assert store.operators.counts() == {"queued": 1}
 
@@ -178,7 +179,7 @@ def test_concurrent_requests_never_exceed_the_queue_limit(
     database: Database, limits: dict[str, int], refusal: type[Exception]
 ) -> None:
     stores = [JobStore(database, JobSettings(**limits)) for _ in range(30)]
-    answers = at_once([partial(store.clients.add, make_spec(client="k")) for store in stores])
+    answers = at_once([partial(submit, store, make_spec(client="k")) for store in stores])
     assert [type(answer) for answer in answers].count(refusal) == 25
     assert stores[0].operators.counts() == {"queued": 5}
 

@@ -17,7 +17,7 @@ from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
-from tests.jobs.stores import CONTRACT_KINDS, ERROR, add, fill, lease, open_database, ref, report, result_of
+from tests.jobs.stores import CONTRACT_KINDS, ERROR, add, fill, lease, open_database, ref, report, result_of, submit
 
 pytestmark = pytest.mark.server
 
@@ -87,8 +87,8 @@ def faults(plan: str, *, is_sqlite: bool) -> list[str]:
 
 
 CALLS: dict[str, Callable[[JobStore], Any]] = {
-    "add": lambda store: store.clients.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
-    "add again": lambda store: store.clients.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
+    "add": lambda store: submit(store, make_spec(client="k", idempotency_key="plan", fingerprint="f")),
+    "add again": lambda store: submit(store, make_spec(client="k", idempotency_key="plan", fingerprint="f")),
     "get": lambda store: store.clients.get(ref("x")),
     "get by a link": lambda store: store.clients.find_unguessable("sa3", "x"),
     "get as an operator": lambda store: store.operators.find_all("x"),

@@ -32,7 +32,7 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.tables import IDENTITY, METADATA
 from tests.jobs.conftest import make_spec
-from tests.jobs.stores import ERROR, Wall, open_database, postgres_with_tables, report, result_of, store_url
+from tests.jobs.stores import ERROR, Wall, open_database, postgres_with_tables, report, result_of, store_url, submit
 
 __all__ = ["postgres_with_tables", "store_url"]
 
@@ -216,21 +216,21 @@ class StoreMachine(RuleBasedStateMachine):
         if earlier:
             is_repeat = fingerprint and all(job.spec.fingerprint == fingerprint for job in earlier)
             if is_repeat and all(job is earlier[0] for job in earlier):
-                added = self.store.clients.add(spec)
+                added = submit(self.store, spec)
                 assert not added.is_new
                 assert added.job.spec == earlier[0].spec
             else:
                 with pytest.raises(ConflictError):
-                    self.store.clients.add(spec)
+                    submit(self.store, spec)
         elif self.is_full_for(client, queued):
             with pytest.raises(OverloadedError) as caught:
-                self.store.clients.add(spec)
+                submit(self.store, spec)
             assert not isinstance(caught.value, QuotaError)
         elif client and queued.count(client) >= _LIMITS.max_queued_per_key:
             with pytest.raises(QuotaError):
-                self.store.clients.add(spec)
+                submit(self.store, spec)
         else:
-            added = self.store.clients.add(spec)
+            added = submit(self.store, spec)
             assert added.is_new
             start_before = None if start_within_s is None else self.now + start_within_s
             self.jobs[spec.ref] = job = Expected(spec, self.num_jobs, self.now, self.now, start_before)
