@@ -116,19 +116,16 @@ class JobQueue:
     async def list_own(
         self, contract: Contract, client: ClientId, *, state: State | None, cursor: str | None, limit: int
     ) -> Page:
-        """Return a page of a client's jobs, newest first.
-
-        Raises InvalidRequestError if `cursor` is not from a page of this client's jobs.
-        """
+        """See `ClientJobs.list_own`."""
         find = partial(self.store.clients.list_own, contract, client, state=state, cursor=cursor, limit=limit)
         return await self._find(find)
 
     async def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
-        """Return the job's events with an id above `after`."""
+        """See `ClientJobs.events`."""
         return await self._find(partial(self.store.clients.events, ref, after=after))
 
     async def sections(self, ref: JobRef, *, after: int = 0) -> Sequence[FinishedSection]:
-        """Return the finished sections of a long piece with numbers above `after`, in order."""
+        """See `Sections.find`."""
         return await self._find(partial(self.store.sections.find, ref, after=after))
 
     async def get(self, ref: JobRef) -> Job | None:
@@ -136,18 +133,15 @@ class JobQueue:
         return await self._find(partial(self.store.clients.get, ref))
 
     async def find_same(self, spec: JobSpec) -> Job | None:
-        """Return the job that an earlier submission of this request added, or None. Raises ConflictError."""
+        """See `ClientJobs.find_same`."""
         return await self._find(partial(self.store.clients.find_same, spec))
 
     async def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
-        """Return the job with this id, whichever client it belongs to. For links that work without a key.
-
-        Returns None if the job's client chose the id, because others could guess it.
-        """
+        """See `ClientJobs.find_unguessable`."""
         return await self._find(partial(self.store.clients.find_unguessable, contract, job_id))
 
     async def position(self, job: Job) -> int:
-        """Return how many jobs of the same model and priority start before this queued job. 0 = this job is next."""
+        """See `ClientJobs.position`."""
         return await self._find(partial(self.store.clients.position, job))
 
     async def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
