@@ -18,13 +18,13 @@ from stable_audio_serve.api.native.schemas import (
     MAX_VARIATIONS,
     Fields,
     GenerationBody,
+    JobBody,
     LoraBody,
     LoudnessBody,
     UploadForm,
     VariationForm,
     check_sampler_kwargs,
 )
-from stable_audio_serve.api.native.sections import read_sections, section_faults
 from stable_audio_serve.api.refusals import invalid, to_fault
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.audio.formats import check_encoding
@@ -32,10 +32,10 @@ from stable_audio_serve.audio.loops import BEATS_PER_BAR
 from stable_audio_serve.audio.seams import LEAST_SURPLUS_S
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
-from stable_audio_serve.core.generation import GenerationRequest, LoopStart, Lora
+from stable_audio_serve.core.generation import GenerationRequest, LoopStart, Lora, Section
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.core.sound import Encoding, Finishing, Loudness
-from stable_audio_serve.jobs.pieces.sections import total_duration_s
+from stable_audio_serve.jobs.pieces.sections import choose_overlap, find_faults, total_duration_s
 
 T = TypeVar("T")
 
@@ -97,7 +97,9 @@ def _interval(lora: LoraBody) -> tuple[float, float]:
 
 def to_finishing(fields: Fields, generation: GenerationRequest) -> Finishing:
     """Return the loudness and the fades of the requested clips. Raises RequestValidationError."""
-    loudness = _parse_loudness(fields.loudness)
+    loudness = fields.loudness
+    if isinstance(loudness, str):
+        loudness = _parse_json(_LOUDNESS, loudness, field="loudness")
     finishing = Finishing(
         Loudness(loudness.target_lufs, loudness.true_peak_dbtp) if loudness else None,
         fields.fade_in_s or 0.0,
@@ -108,10 +110,6 @@ def to_finishing(fields: Fields, generation: GenerationRequest) -> Finishing:
     except InvalidRequestError as error:
         raise invalid(error.field or "", error.message) from error
     return finishing
-
-
-def _parse_loudness(given: str | LoudnessBody | None) -> LoudnessBody | None:
-    return _parse_json(_LOUDNESS, given, field="loudness") if isinstance(given, str) else given
 
 
 def _parse_json(parts: TypeAdapter[T], text: str, *, field: str) -> T | None:
@@ -159,7 +157,7 @@ def to_request(
         )
         if value > limit
     ]
-    faults += section_faults(fields, card=card, limits=limits)
+    faults += _section_faults(fields, card=card, limits=limits)
     sampling = _sampler_options(sampler_kwargs, card, faults=faults)
     apg_scale = fields.apg_scale if "apg_scale" in given else None
     if apg_scale and card.family == OPEN_FAMILY:
@@ -244,6 +242,54 @@ def _plan_loop(fields: Fields, *, faults: list[dict[str, Any]]) -> tuple[LoopSta
         message = f"duration must be unset, or {duration_s:g} as {bars} bars at {bpm:g} bpm"
         faults.append(to_fault("duration", message, value=fields.duration))
     return "bars", duration_s
+
+
+def read_sections(fields: Fields) -> tuple[Section, ...]:
+    """Return the sections that a job's fields have, or () if they have none."""
+    given = fields.sections if isinstance(fields, JobBody) else None
+    return tuple(Section(one.duration, one.prompt) for one in given or ())
+
+
+def _section_faults(fields: Fields, *, card: ModelCard, limits: ApiSettings) -> list[dict[str, Any]]:
+    """Return an error entry for each field that is wrong or contradicts the sections."""
+    if not isinstance(fields, JobBody):
+        return []
+    sections = read_sections(fields)
+    if fields.sections == []:
+        return [to_fault("sections", "sections must have at least one entry, or be unset", value=[])]
+    if not sections:
+        unused = fields.overlap_s is not None
+        return [to_fault("overlap_s", "overlap_s needs sections", value=fields.overlap_s)] if unused else []
+    total_s = total_duration_s(sections)
+    has_other_length = "duration" in fields.model_fields_set and not math.isclose(fields.duration, total_s)
+    contradicting = (
+        ("duration", fields.duration, has_other_length, f"{total_s:g}"),
+        ("batch_size", fields.batch_size, fields.batch_size > 1, "1"),
+        ("prompts", fields.prompts, bool(fields.prompts), "empty"),
+        ("seeds", fields.seeds, bool(fields.seeds), "empty"),
+        ("loop", fields.loop, bool(fields.loop), "false"),
+        ("peaks", fields.peaks, fields.peaks == "scale", "limit or clip"),
+    )
+    faults = [
+        to_fault(name, f"{name} must be {allowed} or unset with sections", value=value)
+        for name, value, is_wrong, allowed in contradicting
+        if is_wrong
+    ]
+    overlap_s = choose_overlap(fields.overlap_s, card=card, limits=limits)
+    for error in find_faults(sections, overlap_s=overlap_s, card=card, limits=limits):
+        place = tuple(int(part) if part.isdecimal() else part for part in str(error.field).split("."))
+        faults.append(to_fault(place, error.message, value=_value_at(fields, place)))
+    return faults
+
+
+def _value_at(fields: JobBody, place: tuple[str | int, ...]) -> Any:
+    """Return the value that the client sent at `place`, such as ("sections", 2, "duration"); None for ("sections",)."""
+    match place:
+        case ("sections", int(index), "duration"):
+            return (fields.sections or ())[index].duration
+        case ("overlap_s",):
+            return fields.overlap_s
+    return None
 
 
 def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCard) -> GenerationRequest:

@@ -25,10 +25,9 @@ from stable_audio_serve.api.answers import RECIPE_HEADER, REPLAY
 from stable_audio_serve.api.json_values import has_more_marks
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.middleware.observe import note
-from stable_audio_serve.api.native.answers import audio_answer, file_stem
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import check_names
-from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
+from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG, audio_answer, file_stem
 from stable_audio_serve.api.native.status import REPLAY_OF, JobTicket, hash_recipe, job_url
 from stable_audio_serve.api.native.submission import CONTRACT
 from stable_audio_serve.api.refusals import invalid

@@ -8,14 +8,20 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Request
 from starlette.responses import Response
 
-from stable_audio_serve.api.answers import RECIPE_HEADER, SOUND_HEADERS
+from stable_audio_serve.api.answers import RECIPE_HEADER, SOUND_HEADERS, attachment, encoded_answer, result_headers
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
-from stable_audio_serve.api.native.answers import audio_answer, file_order
-from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_request, unused_options
+from stable_audio_serve.api.native.convert import (
+    parse_sampler_kwargs,
+    to_edit,
+    to_encoding,
+    to_finishing,
+    to_request,
+    unused_options,
+)
 from stable_audio_serve.api.native.edits import check_edit, starts_from_source, to_inpainting
 from stable_audio_serve.api.native.errors import render_error
-from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names
+from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names, warning_headers
 from stable_audio_serve.api.native.schemas import (
     ErrorBody,
     Fields,
@@ -26,9 +32,11 @@ from stable_audio_serve.api.native.schemas import (
 )
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Output, Service
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.audio.formats import media_types
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.sound import AudioFormat
 
 TAG = "Stable Audio 3"
 
@@ -146,8 +154,28 @@ async def run(
     `started_at` is the time when the HTTP request arrived.
     """
     card, generation = service.adapted(card, generation)
-    order = file_order(fields, card, generation=generation, settings=service.settings.audio)
+    order = FileOrder(
+        fields.peaks or service.settings.audio.peaks,
+        encoding=to_encoding(fields),
+        stem=file_stem(card.name),
+        with_manifest=fields.manifest,
+        origin=ClipOrigin.of(generation),
+        finishing=to_finishing(fields, generation),
+    )
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
     output = await service.finish(result, order)
     note(request.scope, num_bytes=output.file.num_bytes)
     return output
+
+
+def audio_answer(request: Request, output: Output, *, file_format: AudioFormat) -> Response:
+    """Return the response with an audio file, or with a ZIP archive of several variations."""
+    stem = file_stem(output.result.model)
+    name = f"{stem}.{file_format}" if len(output.result.audio) == 1 else f"{stem}-batch.zip"
+    headers = attachment(name) | result_headers(output) | warning_headers(request, output.result.made_on)
+    return encoded_answer(output.file, headers)
+
+
+def file_stem(model: str) -> str:
+    """Return the name of a model's files: `stable-audio-3-<model>`, or `model` if it begins with `stable-audio-`."""
+    return model if model.startswith("stable-audio-") else f"stable-audio-3-{model}"

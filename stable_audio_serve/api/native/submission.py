@@ -19,11 +19,10 @@ from starlette.responses import Response
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.callers import current_client
 from stable_audio_serve.api.middleware.observe import note
-from stable_audio_serve.api.native.answers import file_stem
-from stable_audio_serve.api.native.convert import to_encoding, to_finishing
+from stable_audio_serve.api.native.convert import read_sections, to_encoding, to_finishing
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import ignored_names
-from stable_audio_serve.api.native.routes import read_fields
+from stable_audio_serve.api.native.routes import file_stem, read_fields
 from stable_audio_serve.api.native.schemas import (
     ConflictBody,
     ErrorBody,
@@ -32,7 +31,6 @@ from stable_audio_serve.api.native.schemas import (
     JobVariationForm,
     ValidationErrors,
 )
-from stable_audio_serve.api.native.sections import read_sections
 from stable_audio_serve.api.native.status import JobTicket, job_url, jobs_base
 from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import route_class

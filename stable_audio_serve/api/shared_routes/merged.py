@@ -27,10 +27,9 @@ from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
     parse,
 )
 from stable_audio_serve.api.description import error_responses
-from stable_audio_serve.api.native.answers import audio_answer
 from stable_audio_serve.api.native.errors import describe_error as describe_sa3_error
 from stable_audio_serve.api.native.ignored import warning_headers
-from stable_audio_serve.api.native.routes import MEDIA_TYPES, convert, run
+from stable_audio_serve.api.native.routes import MEDIA_TYPES, audio_answer, convert, run
 from stable_audio_serve.api.native.schemas import GenerationBody
 from stable_audio_serve.api.refusals import ExpectedError, invalid_body
 from stable_audio_serve.api.routing import route_class
