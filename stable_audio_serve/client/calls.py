@@ -121,6 +121,11 @@ def cancel_job(job_id: str) -> Call[Job]:
     return Call("DELETE", job_path(job_id), lambda answer: answers.read_job(answer.json()))
 
 
+def section(job_id: str, number: int) -> Call[bytes]:
+    """Return the call that downloads one finished section of a long piece."""
+    return Call("GET", job_path(job_id, "audio"), lambda answer: answer.content, {"params": {"section": str(number)}})
+
+
 def list_jobs(*, status: str | None, limit: int, cursor: str | None) -> Call[JobPage]:
     """Return the call that gets a page of the caller's jobs."""
     params = {"status": status, "limit": str(limit), "cursor": cursor}

@@ -165,14 +165,16 @@ class Jobs:
 
         A second submission with the same `idempotency_key` returns the first job.
         """
-        return self._submit(calls.submit("generate", prompt, controls=controls, key=idempotency_key))
+        call = calls.submit("generate", prompt, controls=controls, key=idempotency_key)
+        return run(self._operations.submit(call))
 
     @accepts(JobEditControls)
     def submit_variation(
         self, audio: Audio, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobEditControls]
     ) -> Job:
         """Submit a job that makes a variation. Raises OSError if the source file cannot be read."""
-        return self._submit(calls.submit("vary", prompt, controls=controls, audio=audio, key=idempotency_key))
+        call = calls.submit("vary", prompt, controls=controls, audio=audio, key=idempotency_key)
+        return run(self._operations.submit(call))
 
     @accepts(JobInpaintControls)
     def submit_inpaint(
@@ -188,9 +190,8 @@ class Jobs:
 
         `regions` has the start and end of each region in seconds. Raises OSError if the source file cannot be read.
         """
-        return self._submit(
-            calls.submit("inpaint", prompt, controls=controls, audio=audio, regions=regions, key=idempotency_key)
-        )
+        call = calls.submit("inpaint", prompt, controls=controls, audio=audio, regions=regions, key=idempotency_key)
+        return run(self._operations.submit(call))
 
     def get(self, job_id: str) -> Job:
         """Get the current state of a job."""
@@ -246,10 +247,7 @@ class Jobs:
 
         Raises NotFoundError while the section is not finished.
         """
-        return run(self._operations.section(job_id, number))
-
-    def _submit(self, call: Call[str]) -> Job:
-        return run(self._operations.submit(call))
+        return run(self._operations.send(calls.section(job_id, number)))
 
 
 class AsyncClient:
@@ -333,13 +331,15 @@ class AsyncJobs:
 
     @accepts(JobControls)
     async def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
-        return await self._submit(calls.submit("generate", prompt, controls=controls, key=idempotency_key))
+        call = calls.submit("generate", prompt, controls=controls, key=idempotency_key)
+        return await self._operations.submit(call)
 
     @accepts(JobEditControls)
     async def submit_variation(
         self, audio: Audio, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobEditControls]
     ) -> Job:
-        return await self._submit(calls.submit("vary", prompt, controls=controls, audio=audio, key=idempotency_key))
+        call = calls.submit("vary", prompt, controls=controls, audio=audio, key=idempotency_key)
+        return await self._operations.submit(call)
 
     @accepts(JobInpaintControls)
     async def submit_inpaint(
@@ -352,7 +352,7 @@ class AsyncJobs:
         **controls: Unpack[JobInpaintControls],
     ) -> Job:
         call = calls.submit("inpaint", prompt, controls=controls, audio=audio, regions=regions, key=idempotency_key)
-        return await self._submit(call)
+        return await self._operations.submit(call)
 
     async def get(self, job_id: str) -> Job:
         return await self._operations.send(calls.show_job(job_id))
@@ -381,10 +381,7 @@ class AsyncJobs:
         return self._operations.audio_chunks(job_id)
 
     async def section(self, job_id: str, number: int) -> bytes:
-        return await self._operations.section(job_id, number)
-
-    async def _submit(self, call: Call[str]) -> Job:
-        return await self._operations.submit(call)
+        return await self._operations.send(calls.section(job_id, number))
 
 
 for _blocking, _asyncio in ((Client, AsyncClient), (Jobs, AsyncJobs)):

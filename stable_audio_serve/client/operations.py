@@ -133,17 +133,15 @@ class Operations:
 
     async def send(self, call: Call[T], attempts: Attempts | None = None) -> T:
         """Send a call, and send it again after temporary failures. Returns the parsed response."""
-        attempts = attempts or Attempts(self._retries)
-        while True:
-            try:
-                response = await self._network.request(**self._connection.request(call))
-                if response.is_success:
-                    with answers.parsing("the server's answer"):
-                        return call.read(response)
-                failure = read_failure(response)
-            except httpx.TransportError as error:
-                failure = read_lost_connection(error)
-            await self._network.sleep(attempts.pause_s(failure))
+
+        async def act() -> T:
+            response = await self._network.request(**self._connection.request(call))
+            if not response.is_success:
+                raise read_failure(response)
+            with answers.parsing("the server's answer"):
+                return call.read(response)
+
+        return await self._retry(act, attempts or Attempts(self._retries))
 
     async def submit(self, call: Call[str]) -> Job:
         """Submit a job and return it."""
@@ -179,11 +177,6 @@ class Operations:
             except StableAudioError as error:
                 failure = error
             await self._network.sleep(attempts.pause_s(failure))
-
-    async def section(self, job_id: str, number: int) -> bytes:
-        """Download one finished section of a long piece."""
-        async with self._open(job_id, "audio", params={"section": str(number)}) as response:
-            return await self._network.read(response)
 
     async def cancel(self, job_id: str) -> Job:
         """Cancel a job and return it. Raises ConflictError if the job had already ended.
@@ -281,11 +274,18 @@ class Operations:
         """
         job = await self.send(calls.show_job(job)) if isinstance(job, str) else job
         answers.require_success(job)
-        attempts = Attempts(self._retries)
+
+        async def act() -> T:
+            async with self._audio(job) as response:
+                return await use(response, job)
+
+        return await self._retry(act, Attempts(self._retries))
+
+    async def _retry(self, act: Callable[[], Awaitable[T]], attempts: Attempts) -> T:
+        """Return what `act` returns. Calls it again after temporary failures. Raises errors of `core.errors`."""
         while True:
             try:
-                async with self._audio(job) as response:
-                    return await use(response, job)
+                return await act()
             except httpx.TransportError as error:
                 failure: StableAudioError = read_lost_connection(error)
             except StableAudioError as error:

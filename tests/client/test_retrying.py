@@ -88,12 +88,13 @@ async def test_the_last_failure_is_raised(connect: Callable[..., Caller]) -> Non
     assert len(backend.requests) == 4
 
 
-async def test_an_unreachable_server_is_retried(connect: Callable[..., Caller]) -> None:
+@pytest.mark.parametrize("asked", [("models",), ("jobs.section", "0" * 32, 1)])
+async def test_an_unreachable_server_is_retried(asked: tuple[object, ...], connect: Callable[..., Caller]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     call = connect(f"http://127.0.0.1:{port}", retries=Retries(most=2, first_pause_s=0.01))
     with pytest.raises(errors.UnreachableError, match=f"http://127.0.0.1:{port} did not answer"):
-        await call("models")
+        await call(*asked)
 
 
 async def test_an_interrupted_answer_is_retried(connect: Callable[..., Caller]) -> None:
