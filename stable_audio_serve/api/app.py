@@ -13,9 +13,8 @@ from starlette.responses import Response
 
 from stable_audio_serve import __version__
 from stable_audio_serve.api.answers import EXPOSED_HEADERS
-from stable_audio_serve.api.compat import aimlapi, elevenlabs, fal, stability
+from stable_audio_serve.api.compat import aimlapi, elevenlabs, fal, stability, vllm_omni
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
-from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.description import DescribedAPI
 from stable_audio_serve.api.middleware.draining import DrainingMiddleware
 from stable_audio_serve.api.middleware.limits import ClientTimes, LimitsMiddleware

@@ -14,9 +14,8 @@ import pytest
 import soundfile
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.compat import aimlapi, elevenlabs, fal, stability
+from stable_audio_serve.api.compat import aimlapi, elevenlabs, fal, stability, vllm_omni
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
-from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.middleware.limits import MAX_FIELDS_BYTES, ClientTimes
 from stable_audio_serve.api.native import job_routes as native_jobs
 from stable_audio_serve.api.native import routes as native

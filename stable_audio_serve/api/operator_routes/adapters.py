@@ -8,8 +8,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.responses import PlainTextResponse, Response
 
-from stable_audio_serve.api.compat.vllm_omni.errors import render_error
-from stable_audio_serve.api.compat.vllm_omni.schemas import ErrorBody
+from stable_audio_serve.api.compat.vllm_omni import ErrorBody, render_error
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.operator_routes.status import TAG
 from stable_audio_serve.api.routing import operator_route_class

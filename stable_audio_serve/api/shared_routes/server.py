@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat import elevenlabs
-from stable_audio_serve.api.compat.vllm_omni.errors import render_error as render_openai_error
-from stable_audio_serve.api.compat.vllm_omni.schemas import ErrorBody
+from stable_audio_serve.api.compat.vllm_omni import ErrorBody
+from stable_audio_serve.api.compat.vllm_omni import render_error as render_openai_error
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.api_keys import ELEVENLABS_HEADER
 from stable_audio_serve.api.native.errors import render_error

@@ -1,19 +1,23 @@
-"""The route of vLLM-Omni: converts its request to a `GenerationRequest`, and the result to its file."""
+"""vLLM-Omni's audio generation, release 0.30.0: `POST /v1/audio/generate`, with errors in OpenAI's format."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import StrEnum
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.answers import SOUND_HEADERS, encoded_answer, result_headers
-from stable_audio_serve.api.compat.vllm_omni.errors import render_error, unknown_model
-from stable_audio_serve.api.compat.vllm_omni.schemas import AudioBody, ErrorBody
 from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
 from stable_audio_serve.api.middleware.observe import note
-from stable_audio_serve.api.refusals import invalid
+from stable_audio_serve.api.printable import printable
+from stable_audio_serve.api.refusals import Refusal, Refusals, field_and_message, invalid, name_missing
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service, resolve_seed
 from stable_audio_serve.audio.encode import encode_audio
@@ -22,9 +26,9 @@ from stable_audio_serve.audio.formats import file_rate
 from stable_audio_serve.audio.stretch import time_stretch
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
-from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import MAX_PROMPT_CHARS, SEED_LIMIT, GenerationRequest, GenerationResult
 from stable_audio_serve.core.settings import AudioSettings
-from stable_audio_serve.core.sound import AudioFormat, Encoding
+from stable_audio_serve.core.sound import AudioFormat, Encoding, Peaks
 
 TAG = "vLLM-Omni"
 
@@ -32,6 +36,107 @@ _WINDOW_S = 1024 * 2048 / 44_100  # longest clip of Stable Audio Open 1.0, for w
 _MAX_END_S = 512.0  # the largest start and end, in seconds, that Stable Audio Open 1.0 can be conditioned on
 _DEFAULT_STEPS = 50
 _DEFAULT_GUIDANCE = 7.0
+_VALIDATION = "Bad Request"  # the error type of an invalid body; checks after body validation use "BadRequestError"
+_STATUS_AND_TYPE = {
+    "invalid": (400, "BadRequestError"),
+    "unauthorized": (401, "AuthenticationError"),
+    "forbidden": (403, "PermissionDeniedError"),
+    "unknown_model": (404, "NotFoundError"),
+    "not_found": (404, "NotFoundError"),
+    "conflict": (409, "ConflictError"),
+    "quota": (429, "RateLimitError"),
+    "overloaded": (503, "ServiceUnavailableError"),
+    "unavailable": (503, "ServiceUnavailableError"),
+    "cancelled": (503, "ServiceUnavailableError"),
+    "storage": (503, "ServiceUnavailableError"),
+    "deadline_exceeded": (504, "TimeoutError"),
+    "storage_full": (507, "InternalServerError"),
+}
+# This dialect's names for fields of `GenerationRequest` that a model may refuse.
+_NAMES = {
+    "prompt": "input",
+    "duration": "audio_length",
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+}
+_NOT_ABOUT_THE_BODY = {405: ("Method Not Allowed", None), 503: ("ServiceUnavailableError", None)}
+
+
+class ResponseFormat(StrEnum):
+    """`pcm` is raw samples, signed 16-bit little-endian, interleaved. `opus` is Opus in Ogg at 48 kHz."""
+
+    WAV = "wav"
+    PCM = "pcm"
+    FLAC = "flac"
+    MP3 = "mp3"
+    OPUS = "opus"
+
+
+def _check_seed(seed: int) -> int:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError("must fit into 64 bits, -2**63 to 2**63 - 1")
+    return seed
+
+
+# The range is checked here, because as a bound in the schema 2**63 - 1 would be rounded to the float 2**63.
+Seed = Annotated[int, AfterValidator(_check_seed), WithJsonSchema({"type": "integer", "format": "int64"})]
+
+
+class AudioBody(BaseModel):
+    """One clip from a text prompt. Null means unset."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {
+                    "input": "a dog barking in the distance",
+                    "audio_length": 10.0,
+                    "negative_prompt": "Low quality",
+                    "guidance_scale": 7.0,
+                    "num_inference_steps": 100,
+                    "seed": 42,
+                }
+            ]
+        },
+    )
+
+    input: Prompt = Field(description="Description of the sound.")
+    model: str | None = Field(None, description="Name or alias of a served model; null = the default.")
+    response_format: ResponseFormat = Field(ResponseFormat.WAV, description="Format of the audio file.")
+    speed: Finite | None = Field(None, ge=0.25, le=4.0, description="Changes the length, keeps the pitch; null = 1.")
+    stream_format: Literal["audio", "sse"] | None = Field(None, description="Only audio is supported.")
+    audio_length: Finite | None = Field(
+        None, gt=0, description="Length, seconds, up to the model's longest clip; null = 47.55 or the longest clip."
+    )
+    audio_start: Finite | None = Field(
+        None, description="Start of the clip within a longer piece, 0 to 512 seconds; only used with audio_length."
+    )
+    negative_prompt: str | None = Field(
+        None, max_length=MAX_PROMPT_CHARS, description="Sounds to avoid; needs guidance above 1."
+    )
+    guidance_scale: Finite | None = Field(None, ge=0, le=1000, description="Guidance; on above 1; null = 7.")
+    num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps; null = 50.")
+    seed: Seed | None = Field(None, description="Equal seeds and requests give equal bytes; null = random.")
+    peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
+
+
+class ErrorBody(BaseModel):
+    """Any error, in OpenAI's format."""
+
+    class Error(BaseModel):
+        """`code` is the HTTP status, `param` the invalid field."""
+
+        message: str
+        type: str
+        param: str | None
+        code: int
+
+    error: Error
+
+
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _MEDIA_TYPES = ("audio/wav", "audio/pcm", "audio/flac", "audio/mpeg", "audio/ogg")
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -95,7 +200,8 @@ def _resolve_model(service: Service, body: AudioBody) -> ModelCard:
     try:
         return catalog.resolve(body.model)
     except UnknownModelError as error:
-        raise unknown_model(body.model) from error
+        # vLLM's message
+        raise UnknownModelError(f"The model `{printable(body.model[:100])}` does not exist.", field="model") from error
 
 
 def _require_json(request: Request) -> None:
@@ -157,3 +263,46 @@ def _make_file(body: AudioBody, *, span: _Span, result: GenerationResult, settin
     audio, facts = finish_clip(audio, rate_hz, seed=result.seeds[0], peaks=body.peaks or settings.peaks)
     encoding = Encoding(AudioFormat(body.response_format))
     return FinishedFile(encode_audio(audio, rate_hz, encoding=encoding), file_rate(encoding, rate_hz), (facts,))
+
+
+def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [parsed for each in name_missing(request, fault) for parsed in field_and_message(request, each)]
+
+
+def _answer_fields(_: Request, faults: Sequence[tuple[str, str]]) -> Response:
+    message = "; ".join(f"{field}: {text}" for field, text in faults)
+    return _answer(400, _VALIDATION, message=message, param=faults[0][0])
+
+
+def _answer_http(_: Request, error: HTTPException) -> Response:
+    kind, param = _NOT_ABOUT_THE_BODY.get(error.status_code, (_VALIDATION, "body"))
+    return _answer(error.status_code, kind, message=str(error.detail), param=param, headers=error.headers)
+
+
+def _answer_error(_: Request, refusal: Refusal[tuple[int, str]]) -> Response:
+    status, kind = refusal.row
+    field, message = refusal.error.field, refusal.message
+    if field in _NAMES:
+        field, message = _NAMES[field], message.replace(field, _NAMES[field])
+    param = field if status < 500 else None
+    return _answer(status, kind, message=message, param=param, headers=refusal.headers)
+
+
+def _answer(
+    status: int, kind: str, *, message: str, param: str | None, headers: Mapping[str, str] | None = None
+) -> Response:
+    body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    return JSONResponse(body, status, headers=headers)
+
+
+_REFUSALS: Refusals[tuple[int, str], tuple[str, str], Response] = Refusals(
+    table=_STATUS_AND_TYPE,
+    internal=(500, "InternalServerError"),
+    internal_message="internal error; request id {request_id}",
+    parse_fault=_parse_fault,
+    name_field=lambda fault: fault[0],
+    answer_fields=_answer_fields,
+    answer_http=_answer_http,
+    answer_error=_answer_error,
+)
+render_error = _REFUSALS.answer  # returns the response to an expected error
