@@ -173,7 +173,7 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_
         healthy=not verdict.reasons,
         reasons=verdict.reasons,
         model=catalog.default.name,
-        model_info=_describe_window(service),
+        model_info=ModelInfo(**default_model(service).describe()),
         device=models[catalog.default.name].device or settings.device,
         loaded=bool(loaded),
         model_loaded=bool(loaded),
@@ -278,15 +278,6 @@ def _judge(service: Service, status: Mapping[str, ModelStatus]) -> _Verdict:
 
 def _describe_store(health: StoreHealth) -> JobStoreHealth:
     return JobStoreHealth(state=health.state, reason=health.reason)
-
-
-def _describe_window(service: Service) -> ModelInfo:
-    model = default_model(service)
-    return ModelInfo(
-        sample_rate=model.card.sample_rate_hz,
-        sample_size=model.num_window_samples,
-        diffusion_objective=model.card.objective,
-    )
 
 
 def _describe_status(card: ModelCard, status: ModelStatus) -> ModelHealth:

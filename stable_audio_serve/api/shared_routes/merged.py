@@ -15,9 +15,8 @@ from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat.stable_audio_open_small.answers import base64_answer, clip_metadata
 from stable_audio_serve.api.compat.stable_audio_open_small.errors import describe_error, name_field
-from stable_audio_serve.api.compat.stable_audio_open_small.forms import read_json
 from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_text_clip
-from stable_audio_serve.api.compat.stable_audio_open_small.routes import Base64Answer
+from stable_audio_serve.api.compat.stable_audio_open_small.routes import Base64Answer, read_json
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
     Format,
     GenerateBody,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
+from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat.stable_audio_open_small.errors import render_error
-from stable_audio_serve.api.compat.stable_audio_open_small.forms import read_form, read_json, read_json_or_form
 from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_style_clip, make_text_clip
 from stable_audio_serve.api.compat.stable_audio_open_small.loops import make_loop, make_riff_loop
 from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary, find_folder
@@ -26,6 +27,7 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelStatus
+from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.keys import Scope
 
 TAG = "Stable Audio Open Small"
@@ -106,7 +108,7 @@ def build_router(service: Service) -> APIRouter:
     )
     async def loop(request: Request) -> Response:
         """Generate a loop of whole bars, at the tempo in the prompt."""
-        return await make_loop(service, request, form=parse(LoopForm, await read_json_or_form(request)))
+        return await make_loop(service, request, form=parse(LoopForm, await _read_json_or_form(request)))
 
     @router.post(
         "/generate/style-transfer",
@@ -116,7 +118,7 @@ def build_router(service: Service) -> APIRouter:
     )
     async def transfer_style(request: Request) -> Response:
         """Generate a clip from uploaded audio and a prompt."""
-        return await make_style_clip(service, request, form=parse(StyleForm, await read_form(request)))
+        return await make_style_clip(service, request, form=parse(StyleForm, await _read_form(request)))
 
     @router.post(
         "/generate/loop-with-riff",
@@ -126,7 +128,7 @@ def build_router(service: Service) -> APIRouter:
     )
     async def loop_with_riff(request: Request) -> Response:
         """Generate a loop from a riff of the server's library and a prompt."""
-        return await make_riff_loop(service, request, form=parse(RiffForm, await read_form(request)), library=library)
+        return await make_riff_loop(service, request, form=parse(RiffForm, await _read_form(request)), library=library)
 
     @router.get("/riffs/available", responses=error_responses(Problem, 401, 500))
     async def list_riffs() -> dict[str, Any]:
@@ -161,6 +163,41 @@ def build_health_router(service: Service) -> APIRouter:
     return router
 
 
+async def read_json(request: Request) -> dict[str, Any]:
+    """Return the JSON object in a body of any content type. Raises InvalidRequestError."""
+    try:
+        values = await request.json()
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError("JSON body required") from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError("JSON body required")
+    return values
+
+
+async def _read_form(request: Request) -> dict[str, Any]:
+    """Return the fields of a form, without empty file inputs. Raises HTTPException 400, 413."""
+    form = await request.form()
+    return {name: value for name, value in form.items() if not _is_no_file(name, value)}
+
+
+async def _read_json_or_form(request: Request) -> dict[str, Any]:
+    """Return the fields of a form or JSON body. Raises the errors of `read_json` and `_read_form`.
+
+    JSON has no uploads, so its `audio_file` is ignored, as by the original server.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type.endswith(("/json", "+json")):
+        return {name: value for name, value in (await read_json(request)).items() if name != "audio_file"}
+    return await _read_form(request)
+
+
+def _is_no_file(name: str, value: object) -> bool:
+    """Whether a file input is empty: browsers send a file without a name, and some libraries send an empty text."""
+    if isinstance(value, UploadFile):
+        return not value.filename and not value.size
+    return name == "audio_file" and not value
+
+
 def _scopes_of(request: Request) -> tuple[Scope, ...]:
     """Return the scopes of a route: POST needs the scope generate, and GET needs a key with any scope."""
     return ("generate",) if request.method == "POST" else ()
@@ -177,7 +214,7 @@ def _describe_model(model: WindowedModel, status: ModelStatus) -> dict[str, Any]
         "model_name": card.name,
         "device": status.device,
         "config": {
-            **_describe_window(model),
+            **model.describe(),
             "io_channels": card.latent_channels,
             "max_duration_seconds": round(model.window_s),
         },
@@ -205,14 +242,5 @@ def _describe_health(model: WindowedModel, status: ModelStatus) -> tuple[int, di
         "model_loaded": status.stage == "ready",
         "device": status.device,
         "cuda_available": (status.device or "").startswith("cuda"),
-        "model_info": _describe_window(model),
-    }
-
-
-def _describe_window(model: WindowedModel) -> dict[str, Any]:
-    """Return the sample rate, the longest clip in samples, and the model's objective."""
-    return {
-        "diffusion_objective": model.card.objective,
-        "sample_rate": model.card.sample_rate_hz,
-        "sample_size": model.num_window_samples,
+        "model_info": model.describe(),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import GenerateBody, LoopForm
 from stable_audio_serve.api.service import Service
@@ -43,10 +44,13 @@ class WindowedModel:
         """
         return math.ceil(self.window_s)
 
-    @property
-    def num_window_samples(self) -> int:
-        """Length of the window, samples."""
-        return int(self.window_s * self.card.sample_rate_hz)
+    def describe(self) -> dict[str, Any]:
+        """Return the sample rate, the length of the window in samples, and the model's objective."""
+        return {
+            "sample_rate": self.card.sample_rate_hz,
+            "sample_size": int(self.window_s * self.card.sample_rate_hz),
+            "diffusion_objective": self.card.objective,
+        }
 
     def steps(self, requested: int | None, *, at_most: int) -> int:
         """Return the number of denoising steps: `requested`, or else the model's default, limited to `at_most`."""
