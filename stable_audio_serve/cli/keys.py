@@ -19,7 +19,9 @@ from stable_audio_serve.core.keys import (
     hash_key,
     make_key,
     parse_key,
+    parse_key_file,
     parse_key_hash,
+    read_key_file,
 )
 
 app = typer.Typer(no_args_is_help=True, help="Make API keys, and check a file of keys.")
@@ -66,8 +68,6 @@ def check(file: Annotated[Path, typer.Argument(help="File of keys.")]) -> None:
 
     Prints client, scopes and limits of each key. Exit code 2: a line is invalid; the error message names the line.
     """
-    from stable_audio_serve.core.key_file import parse_key_file, read_key_file
-
     try:
         keys = parse_key_file(read_key_file(str(file)))
     except OSError as error:

@@ -1,15 +1,19 @@
-"""Create API keys, and read and write the text lines that describe them in settings and key files.
+"""Create API keys, read and write the text lines that describe them, and read files of such lines.
 
-A line contains the SHA-256 of a key (never the key itself), the name of the client, scopes and limits.
+A line contains the SHA-256 of a key (never the key itself), the name of the client, scopes and limits. In a file, empty
+lines and `#` comments are allowed. `api.middleware.key_ring` decides when to read the file again. Error messages never
+quote a line, because the line may contain a key in plain text by mistake.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import secrets
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -25,6 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNNAMED = re.compile(rf"[0-9a-f]{{{_NUM_DIGITS}}}")
 _MAX_CONCURRENCY = 1_000_000
+_MAX_FILE_BYTES = 16_777_216
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,7 @@ def parse_key(text: str) -> ApiKey:
 
     The options are `scope=`, `audio-seconds-per-minute=` and `concurrency=`, in any order, separated by spaces. Without
     a name, the client's name is the first 16 digits of the digest. Therefore a name must not consist of 16 hexadecimal
-    digits. Raises ValueError for an invalid line. Its message does not quote the line, because the line may contain a
-    key in plain text by mistake.
+    digits. Raises ValueError for an invalid line.
     """
     entry, *words = text.split()
     options: dict[str, str] = {}
@@ -115,6 +119,64 @@ def format_key(key: ApiKey, *, is_named: bool = True) -> str:
     if key.limits.concurrency is not None:
         words.append(f"concurrency={key.limits.concurrency}")
     return " ".join(words)
+
+
+def read_key_file(path: str) -> bytes:
+    """Return the content of the key file.
+
+    Raises OSError if it cannot be read, and ValueError if it is not a regular file or is too large.
+    """
+    # O_NONBLOCK: if the path is a named pipe, opening it would otherwise block until another process writes to it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        data = file.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
+        raise ValueError(f"it is larger than {_MAX_FILE_BYTES} bytes")
+    return data
+
+
+def parse_key_file(data: bytes) -> tuple[ApiKey, ...]:
+    """Return the keys in the content of a key file. Raises ValueError, which names the invalid line.
+
+    An empty file is invalid, because most likely another program is about to write the file. A file that has only a
+    comment is valid and contains no key.
+    """
+    if not data:
+        raise ValueError("it is empty")
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    keys: list[ApiKey] = []
+    digests: dict[str, int] = {}
+    limits: dict[str, tuple[KeyLimits, int]] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        try:
+            key = parse_key(text)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if (first := digests.setdefault(key.digest, number)) != number:
+            raise ValueError(f"lines {first} and {number} are the same key")
+        known, first = limits.setdefault(key.client, (key.limits, number))
+        if known != key.limits:
+            raise ValueError(f"lines {first} and {number} set different limits for the same name")
+        keys.append(key)
+    return tuple(keys)
+
+
+def merge_keys(configured: Sequence[ApiKey], listed: Sequence[ApiKey]) -> dict[str, ApiKey]:
+    """Return the API keys of the settings (`configured`) and of the key file (`listed`), by the keys' digests.
+
+    If the settings and the file contain the same key, the entry of the file applies. The limits that the file sets for
+    a client also apply to the client's keys in the settings.
+    """
+    limits = {key.client: key.limits for key in listed}
+    own = [ApiKey(key.client, key.digest, key.scopes, limits.get(key.client, key.limits)) for key in configured]
+    return {key.digest: key for key in (*own, *listed)}
 
 
 def make_key() -> str:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from stable_audio_serve.cli.main import app
-from stable_audio_serve.core.key_file import merge_keys, parse_key_file, read_key_file
 from stable_audio_serve.core.keys import (
     DEFAULT_SCOPES,
     SCOPES,
@@ -22,8 +21,11 @@ from stable_audio_serve.core.keys import (
     KeyLimits,
     format_key,
     hash_key,
+    merge_keys,
     parse_key,
+    parse_key_file,
     parse_key_hash,
+    read_key_file,
 )
 
 ONE, TWO, THREE = (hashlib.sha256(text).hexdigest() for text in (b"one", b"two", b"three"))

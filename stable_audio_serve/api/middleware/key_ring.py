@@ -18,8 +18,7 @@ import structlog
 from stable_audio_serve.core.cached_query import CachedQuery
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.key_file import merge_keys, parse_key_file, read_key_file
-from stable_audio_serve.core.keys import ApiKey, parse_key_hash
+from stable_audio_serve.core.keys import ApiKey, merge_keys, parse_key_file, parse_key_hash, read_key_file
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ApiSettings
 
