@@ -326,7 +326,6 @@ class Service:
             self._source_bytes -= num_bytes
 
     async def finish(self, result: GenerationResult, order: FileOrder) -> Output:
-        """Encode the file of a result, see `audio.finish.finish`."""
         return await self.finish_by(result, lambda: finish(result, order))
 
     async def finish_by(self, result: GenerationResult, make: Callable[[], FinishedFile]) -> Output:

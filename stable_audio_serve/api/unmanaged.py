@@ -16,24 +16,19 @@ class UnmanagedOperations:
         self._draining = draining
 
     async def report(self) -> ServerReport:
-        """See `Operations.report`."""
         models = {name: ModelReport(status) for name, status in (await self._backend.status()).items()}
         return ServerReport(models, self._drain_report())
 
     async def keep(self, model: str) -> None:
-        """Raise ModelUnavailableError."""
         raise ModelUnavailableError(f"model {model} cannot be loaded on demand: this server runs without Ray Serve")
 
     async def release(self, model: str) -> None:
-        """Raise ModelUnavailableError."""
         raise ModelUnavailableError(f"model {model} cannot be unloaded: this server runs without Ray Serve")
 
     async def drain(self) -> None:
-        """See `Operations.drain`."""
         self._draining.drain()
 
     async def resume(self) -> None:
-        """See `Operations.resume`."""
         self._draining.resume()
 
     def _drain_report(self) -> DrainReport:

@@ -126,7 +126,6 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether the job's status is final."""
         return self.status in {"succeeded", "failed", "cancelled"}
 
     @property

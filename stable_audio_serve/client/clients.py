@@ -251,12 +251,7 @@ class Jobs:
 
 
 class AsyncClient:
-    """A connection to a server. Use it as an async context manager or call `close`. Tasks may share it.
-
-    `base_url` defaults to the environment variable STABLE_AUDIO_URL, else to http://127.0.0.1:8000. `api_key` defaults
-    to the variable STABLE_AUDIO_API_KEY. A request that fails for a temporary reason is sent again; `retries` sets how
-    often. If the last attempt fails, the method raises an error of `stable_audio_serve.core.errors`.
-    """
+    """`Client` for asyncio. Use it as an async context manager or call `close`. Tasks may share it."""
 
     def __init__(
         self,

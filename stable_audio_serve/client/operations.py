@@ -144,7 +144,6 @@ class Operations:
         return await self._retry(act, attempts or Attempts(self._retries))
 
     async def submit(self, call: Call[str]) -> Job:
-        """Submit a job and return it."""
         return await self.send(calls.show_job(await self.send(call)))
 
     async def replay(self, call: Call[Result | str]) -> Result:
@@ -233,7 +232,6 @@ class Operations:
     async def wait(
         self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None, timeout_s: float | None
     ) -> Job:
-        """Wait until the job ends, and return it. Raises DeadlineExceededError if this takes more than `timeout_s`."""
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         # An event stream is silent while the job's progress does not change, so the time could not be checked.
         async with aclosing(self.follow(job_id) if ends_at is None else self._poll(job_id)) as following:
@@ -247,7 +245,6 @@ class Operations:
         raise AssertionError("a job is followed to its end")
 
     async def download(self, job: Job | str, path: Path) -> Path:
-        """Download a job's audio to a file, and return the file's path. `path` may be a folder."""
 
         async def write(response: httpx.Response, _: Job) -> Path:
             place = answers.place_file(response, path)
@@ -259,7 +256,6 @@ class Operations:
         return await self._with_audio(job, write)
 
     async def fetch(self, job: Job | str) -> Result:
-        """Download a job's audio, and return the result."""
 
         async def read(response: httpx.Response, job: Job) -> Result:
             content = await self._network.read(response)

@@ -84,20 +84,16 @@ class NoAdapters:
     """The library of a server without adapters."""
 
     def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
-        """Return nothing."""
         return ()
 
     def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:
-        """Return an empty tuple. Raises InvalidRequestError if `loras` is not empty."""
         if loras:
             message = f"adapter {loras[0].name[:100]!r} is unknown: the model {model.name} has no adapters"
             raise InvalidRequestError(message, field="loras", allowed="none")
         return ()
 
     async def load(self, model: ModelCard, *, name: str, source: str) -> AdapterCard:
-        """Raise InvalidRequestError."""
         raise InvalidRequestError("this server loads no adapters", field="lora_name")
 
     async def unload(self, model: ModelCard, *, name: str) -> None:
-        """Raise NotFoundError."""
         raise NotFoundError(f"the model {model.name} has no adapter {name[:100]!r}")

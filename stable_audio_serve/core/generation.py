@@ -39,7 +39,6 @@ class SourceAudio:
 
     @property
     def duration_s(self) -> float:
-        """Length in seconds."""
         return self.samples.shape[1] / self.sample_rate_hz
 
     def resampled_length(self, *, to_hz: int) -> int:
@@ -47,7 +46,6 @@ class SourceAudio:
         return -(-self.samples.shape[1] * to_hz // self.sample_rate_hz)
 
     def to_mono(self) -> SourceAudio:
-        """Return the audio with one channel, the mean of all channels."""
         return replace(self, samples=self.samples.mean(axis=0, keepdims=True), is_mixed=True)
 
 
@@ -166,7 +164,6 @@ class GenerationRequest:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The prompt of each variation."""
         return self.variation_prompts or (self.prompt,) * self.batch_size
 
 
@@ -317,5 +314,4 @@ class GenerationResult:
 
     @property
     def made_on(self) -> MadeOn:
-        """The device and the software that made the audio."""
         return MadeOn(self.device.kind, self.device.dtype, self.provenance)

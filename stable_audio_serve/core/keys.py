@@ -58,7 +58,6 @@ class ApiKey:
         return "unnamed" if _UNNAMED.fullmatch(self.client) else self.client
 
     def may(self, scopes: Iterable[Scope]) -> bool:
-        """Whether the key has at least one of these scopes."""
         return not self.scopes.isdisjoint(scopes)
 
 

@@ -234,6 +234,5 @@ class Level:
         self.change(0)
 
     def change(self, by: int) -> None:
-        """Add `by`, which may be negative."""
         self.value += by
         self._metrics.gauge(self._name, self.value)

@@ -43,7 +43,6 @@ class WorkSize:
 
     @classmethod
     def of(cls, request: GenerationRequest, *, model: Defaults) -> WorkSize:
-        """Return the size of a request to this model."""
         steps = model.default_steps if request.steps is None else request.steps
         cfg_scale = model.default_cfg_scale if request.cfg_scale is None else request.cfg_scale
         rows = request.batch_size
@@ -53,7 +52,6 @@ class WorkSize:
 
     @classmethod
     def sum(cls, sizes: Iterable[WorkSize]) -> WorkSize:
-        """Return the size of several requests together."""
         return cls(*map(math.fsum, zip(*map(astuple, sizes), strict=True)))
 
 

@@ -130,7 +130,6 @@ class Draining:
         return token
 
     def end(self, token: object) -> None:
-        """Stop counting a request, because its response is complete."""
         self._in_flight.discard(token)
 
     async def pause(self, duration_s: float) -> None:
@@ -148,7 +147,6 @@ class DrainingMiddleware:
         self._draining = draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
-        """Run the application and count the request while it runs."""
         draining = self._draining
         if scope["type"] != "http":
             await self._app(scope, receive, send)

@@ -58,7 +58,6 @@ class KeyRing:
     """The valid keys of one application. Use it on one event loop at a time."""
 
     def __init__(self, settings: ApiSettings, *, metrics: Metrics | None = None, clock: Clock | None = None) -> None:
-        """Read the key file, if one is configured."""
         self._configured = [parse_key_hash(text) for text in settings.key_hashes]
         self._path = settings.key_file
         self._metrics = metrics or NullMetrics()

@@ -197,18 +197,15 @@ class Connection:
         return self._gone.is_set()
 
     def accept_file_body(self) -> None:
-        """Let the body be as large as an uploaded file may be."""
         limit = self._limits.max_upload_bytes
         self._limit_body(limit, f"body: the upload is larger than {limit} bytes (api.max_upload_bytes)")
 
     def accept_form(self) -> None:
-        """Let the body be as large as a form with a file may be."""
         limit = self._limits.max_upload_bytes
         refusal = f"audio: the upload is larger than {limit} bytes (api.max_upload_bytes)"
         self._limit_body(limit + MAX_FIELDS_BYTES, refusal)
 
     def accept_file_in_json(self) -> None:
-        """Let the body be as large as JSON with a file may be."""
         limit = min(MAX_FILE_IN_JSON_BYTES, self._limits.max_upload_bytes) + MAX_FIELDS_BYTES
         self._limit_body(limit, f"body: larger than {limit} bytes; upload the file")
 
@@ -317,7 +314,6 @@ class Connection:
         self._slow_client = client
 
     def _give_slot(self) -> None:
-        """Stop counting the body as slow."""
         if self._slow_client is not None:
             self._held.num_slow[self._slow_client] -= 1
             self._held.num_slow += Counter()  # removes the entries of clients without slow bodies

@@ -76,7 +76,6 @@ class Endpoint:
 
     @cached_property
     def schema(self) -> type[BaseModel]:
-        """The model of the endpoint's input."""
         names = (_NAMES_OF_3 if self.model else _NAMES_OF_25)[self.operation].split()
         fields: dict[str, Any] = {name: self._fields[name] for name in names + ["loras"] * self.takes_adapters}
         name = re.sub(r"\W+", " ", self.id.removeprefix("fal-ai/")).title().replace(" ", "")

@@ -110,7 +110,6 @@ class Ticket:
     key: str = ""  # first digits of the SHA-256 of the API key of the announcement; "" without configured keys
 
     def url(self, base: str) -> str:
-        """Return the URL of the file after the upload."""
         return published_url(base, self.file_id, file_name=self.file_name)
 
 

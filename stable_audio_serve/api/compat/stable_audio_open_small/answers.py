@@ -32,7 +32,6 @@ class Clip:
 
     @property
     def result(self) -> GenerationResult:
-        """The result of the generation."""
         return self.output.result
 
 

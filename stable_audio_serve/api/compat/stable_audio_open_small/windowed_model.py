@@ -45,7 +45,6 @@ class WindowedModel:
         return math.ceil(self.window_s)
 
     def describe(self) -> dict[str, Any]:
-        """Return the sample rate, the length of the window in samples, and the model's objective."""
         return {
             "sample_rate": self.card.sample_rate_hz,
             "sample_size": int(self.window_s * self.card.sample_rate_hz),
