@@ -16,12 +16,15 @@ from pydantic import BaseModel
 from stable_audio_serve.core.sound import AudioFormat
 
 _AUTOMATIC = "HTTPValidationError"
+_INVALID = "A field is missing, of the wrong type or out of range."
 _ERRORS = {
+    400: _INVALID,
     401: "Keys are configured, and the request has no valid one.",
     403: "The key lacks a scope, or the request's origin or host is not allowed.",
     408: "The body did not arrive in time.",
     413: "The upload or the body is too large.",
     416: "The file ends before the part that the header Range names.",
+    422: _INVALID,
     429: "This caller has reached a limit; Retry-After is the time to wait.",
     500: "Internal error.",
     503: "No capacity now, or the model is not ready; Retry-After is the time to wait.",

@@ -116,20 +116,15 @@ class AimlError(BaseModel):
     meta: list[AimlFault]
 
 
-_INVALID: dict[int | str, dict[str, Any]] = {
-    400: {"model": AimlError, "description": "A field is missing, of the wrong type or out of range."}
-}
 _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **_INVALID,
-    **error_responses(AimlError, 401, 408, 413, 500, 503, 507),
+    **error_responses(AimlError, 400, 401, 408, 413, 500, 503, 507),
     429: {
         "model": AimlError,
         "description": "The queue is full, or this caller has reached a limit; Retry-After is the time to wait.",
     },
 }
 _POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **_INVALID,
-    **error_responses(AimlError, 401, 500, 503),
+    **error_responses(AimlError, 400, 401, 500, 503),
     404: {"model": AimlError, "description": "No such generation."},
 }
 

@@ -152,10 +152,7 @@ class StabilityError(BaseModel):
     errors: list[str]
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": StabilityError, "description": "A field is missing, of the wrong type or out of range."},
-    **error_responses(StabilityError, 401, 408, 413, 429, 500, 503, 504, 507),
-}
+_ERRORS = error_responses(StabilityError, 400, 401, 408, 413, 429, 500, 503, 504, 507)
 _RESULT_ERRORS: dict[int | str, dict[str, Any]] = {
     202: {"model": StabilityProgress},
     404: {"model": StabilityError, "description": "No such generation."},

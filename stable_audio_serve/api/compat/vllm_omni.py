@@ -145,9 +145,8 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": dict.fromkeys(_MEDIA_TYPES, _BINARY),
         "headers": SOUND_HEADERS,
     },
-    400: {"model": ErrorBody, "description": "A field is missing, of the wrong type or out of range."},
     404: {"model": ErrorBody, "description": "The model is not served."},
-    **error_responses(ErrorBody, 401, 408, 413, 429, 500, 503, 504),
+    **error_responses(ErrorBody, 400, 401, 408, 413, 429, 500, 503, 504),
 }
 
 

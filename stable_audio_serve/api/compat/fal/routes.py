@@ -28,7 +28,6 @@ from stable_audio_serve.api.compat.fal.targets import (
 )
 from stable_audio_serve.api.compat.fal.wire import (
     APP,
-    INVALID,
     OWNER,
     REQUEST_ID,
     AudioInput,
@@ -62,9 +61,9 @@ _HOSTS = {"": "Submit Or Run (fal)", "/queue": "Submit (fal)", "/run": "Run (fal
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 _BUSY = "The queue is full, or this caller has reached a limit; Retry-After is the time to wait."
 _LATE = "The request did not start within X-Fal-Request-Timeout."
-_SUBMIT_RESPONSES = errors(401, 408, 413, 500, 503, 507, own={422: INVALID, 429: _BUSY, 504: _LATE})
+_SUBMIT_RESPONSES = errors(401, 408, 413, 422, 500, 503, 507, own={429: _BUSY, 504: _LATE})
 _ENDPOINT_RESPONSES = _SUBMIT_RESPONSES | errors(own={404: "There is no such endpoint, or its model is not served."})
-_WATCH_RESPONSES = errors(401, 500, 503, own={404: "No such request.", 422: INVALID})
+_WATCH_RESPONSES = errors(401, 422, 500, 503, own={404: "No such request."})
 _FAILURES = {499: "The request was cancelled.", 500: "The request failed.", 504: "The request did not start in time."}
 _RESULT_RESPONSES = _WATCH_RESPONSES | errors(own={400: "The request is still in progress.", **_FAILURES})
 _CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {

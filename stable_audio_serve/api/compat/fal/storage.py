@@ -27,7 +27,7 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.answers import audio_type
 from stable_audio_serve.api.compat.fal.errors import render_error
-from stable_audio_serve.api.compat.fal.wire import INVALID, errors
+from stable_audio_serve.api.compat.fal.wire import errors
 from stable_audio_serve.api.links import base_url, published_url
 from stable_audio_serve.api.middleware.api_keys import sent_key
 from stable_audio_serve.api.middleware.callers import Caller
@@ -51,7 +51,7 @@ _RAW_BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
-_RESPONSES = errors(408, 413, 500, 503, 507, own={422: INVALID})
+_RESPONSES = errors(408, 413, 422, 500, 503, 507)
 _KEY_RESPONSES = _RESPONSES | errors(401)
 _UPLOAD_RESPONSES = _RESPONSES | errors(
     own={

@@ -127,7 +127,5 @@ class FalError(BaseModel):
     error_type: str | None = _OPTIONAL()
 
 
-INVALID = "A field is missing, of the wrong type or out of range."
-
 # Returns the `responses` of a FastAPI route for the statuses in the call.
 errors = partial(error_responses, FalError)

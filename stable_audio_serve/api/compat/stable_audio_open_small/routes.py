@@ -72,8 +72,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "model": Base64Answer,
         "content": {"audio/wav": {"schema": {"type": "string", "format": "binary"}}},
     },
-    400: {"model": Problem, "description": "A field is missing, of the wrong type or out of range."},
-    **error_responses(Problem, 401, 408, 413, 429, 500, 503, 504),
+    **error_responses(Problem, 400, 401, 408, 413, 429, 500, 503, 504),
 }
 
 
