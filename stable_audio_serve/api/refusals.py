@@ -87,10 +87,6 @@ def _in_words_of_clients(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**entry, "msg": "must be an uploaded file"} if "UploadFile" in entry["msg"] else entry
 
 
-def _no_fault(_: Request, __: StableAudioError) -> None:
-    return None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusals(Generic[Row, Fault, Answer]):
     """Error handling of one dialect."""
@@ -103,7 +99,7 @@ class Refusals(Generic[Row, Fault, Answer]):
     """May contain `{request_id}`."""
     parse_fault: Callable[[Request, Mapping[str, Any]], Sequence[Fault]]
     """Converts an entry of FastAPI's list of invalid fields to the faults that the dialect reports."""
-    find_fault: Callable[[Request, StableAudioError], Fault | None] = _no_fault
+    find_fault: Callable[[Request, StableAudioError], Fault | None] = lambda *_: None
     """Returns the invalid field of an error that the dialect reports like an invalid field, else None."""
     name_field: Callable[[Fault], Any]
     answer_fields: Callable[[Request, Sequence[Fault]], Answer]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def load_settings(
     tree = args.model_dump(exclude_unset=True) if isinstance(args, Settings) else _copy(args or {})
     origins: dict[tuple[str, ...], str] = {}
     for path, names in VARIABLES.items():
-        name = _first_set(environ, names)
+        name = next((name for name in names if _is_set(environ, name)), None)
         if name is not None:
             _set(tree, path, value=environ[name])
             origins[path] = name
@@ -202,10 +202,6 @@ def _with_plain_key(settings: Settings, key: str) -> Settings:
     if not key or hash_key(key) in {parse_key_hash(text).digest for text in hashes}:
         return settings
     return settings.model_copy(update={"api": settings.api.model_copy(update={"key_hashes": (*hashes, hash_key(key))})})
-
-
-def _first_set(environ: Mapping[str, str], names: Iterable[str]) -> str | None:
-    return next((name for name in names if _is_set(environ, name)), None)
 
 
 def _is_set(environ: Mapping[str, str], name: str) -> bool:

@@ -319,7 +319,7 @@ def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[di
         value = values.pop(key, None)
         if value is None:
             continue
-        if _is_number(value) and low <= value <= high:
+        if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
             chosen[field] = float(value)
         else:
             message = f"sampler_kwargs.{key} must be a number from {low:g} to {high:g}"
@@ -333,7 +333,3 @@ def unused_options(values: Mapping[str, Any], card: ModelCard) -> list[str]:
     """Return the keys of `sampler_kwargs` that the model does not use. Stability AI's server ignores them too."""
     used = {"sampler_type", *_OPTIONS[card.family == OPEN_FAMILY]}
     return [key for key, value in values.items() if value is not None and key not in used]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

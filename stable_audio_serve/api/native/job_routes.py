@@ -26,7 +26,6 @@ from stable_audio_serve.api.native.status import (
     JobStatus,
     brief,
     describe,
-    iso,
     jobs_base,
     progress_of,
     recipes_of,
@@ -91,7 +90,7 @@ def _of_event(event: JobEvent, job: Job) -> JobProgressEvent:
         eta_seconds=event.eta_s,
         queue_position=None,
         message=event.message,
-        at=iso(event.at),
+        at=event.at.isoformat(),
     )
 
 

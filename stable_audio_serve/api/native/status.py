@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from datetime import datetime
 from operator import not_
 from typing import Any, Literal
 
@@ -100,7 +99,7 @@ class JobClip(BaseModel):
     )
     silent: bool = Field(description="No sample reaches -70 dBFS.")
     true_peak: float | None = Field(
-        None, description="True peak, dBTP; absent without a target loudness.", exclude_if=lambda value: value is None
+        None, description="True peak, dBTP; absent without a target loudness.", exclude_if=IS_NONE
     )
 
 
@@ -188,9 +187,9 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
         duration=request.duration_s,
         steps=request.steps,
         output_count=request.batch_size,
-        created_at=iso(job.created_at),
-        started_at=iso(job.started_at) if job.started_at else None,
-        completed_at=iso(job.completed_at) if job.completed_at else None,
+        created_at=job.created_at.isoformat(),
+        started_at=job.started_at.isoformat() if job.started_at else None,
+        completed_at=job.completed_at.isoformat() if job.completed_at else None,
         download_url=files.url(result.file) or _audio_url(base, job.spec, result=result) if result else None,
         download_content_type=result.file.media_type if result else None,
         error=job.error.message if job.error else None,
@@ -266,11 +265,6 @@ def progress_of(job: Job, *, position: int | None) -> JobProgress:
     )
 
 
-def iso(at: datetime) -> str:
-    """Return a time in ISO 8601 with its UTC offset."""
-    return at.isoformat()
-
-
 def webhook_body(job: Job, *, files: ArtifactStore) -> Mapping[str, Any]:
     """Return the webhook body of an ended job. The function blocks. Raises StorageError.
 
@@ -278,6 +272,6 @@ def webhook_body(job: Job, *, files: ArtifactStore) -> Mapping[str, Any]:
     """
     return {
         "type": f"job.{job.state}",
-        "timestamp": iso(job.completed_at or job.created_at),
+        "timestamp": (job.completed_at or job.created_at).isoformat(),
         "data": brief(describe(job, files, base=job.spec.wire["base_url"])).model_dump(),
     }

@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody, ValidationErrors
-from stable_audio_serve.api.native.status import iso
 from stable_audio_serve.api.operator_routes import schemas
 from stable_audio_serve.api.routing import operator_route_class, register_pattern
 from stable_audio_serve.api.service import Service
@@ -99,12 +98,14 @@ def _describe(letter: DeadLetter) -> dict[str, Any]:
         "prompt": request.prompt,
         "duration_s": request.duration_s,
         "batch_size": request.batch_size,
-        "created_at": iso(job.created_at),
-        "failed_at": iso(job.completed_at) if job.completed_at else None,
+        "created_at": job.created_at.isoformat(),
+        "failed_at": job.completed_at.isoformat() if job.completed_at else None,
         "attempts": job.attempts,
         "error": {"code": error.code, "message": error.message} if error else None,
     }
 
 
 def _describe_event(event: JobEvent) -> schemas.LetterEvent:
-    return schemas.LetterEvent(at=iso(event.at), stage=event.stage, fraction=event.fraction, message=event.message)
+    return schemas.LetterEvent(
+        at=event.at.isoformat(), stage=event.stage, fraction=event.fraction, message=event.message
+    )

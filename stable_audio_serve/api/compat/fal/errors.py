@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat.fal.wire import APP, ERROR_TYPE, REQUEST_ID, RETRYABLE, TIMEOUT_TYPE
-from stable_audio_serve.api.printable import printable
+from stable_audio_serve.api.printable import printable, printable_fault
 from stable_audio_serve.api.refusals import Refusal, Refusals
 from stable_audio_serve.core.errors import InvalidRequestError, InvalidUploadError, StableAudioError
 from stable_audio_serve.jobs.job import Job
@@ -94,12 +94,7 @@ def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, A
     is_empty = loc == ("body",) and fault["type"] == "missing"
     if is_empty and APP in request.url.path:  # clients send no body if they have no input: report the required field
         loc = ("body", "prompt")
-    entry = {
-        "loc": [printable(part) for part in loc],
-        "msg": printable(fault["msg"]),
-        "type": fault["type"],
-        "input": printable(fault.get("input")),
-    }
+    entry = printable_fault({**fault, "loc": loc}, message=fault["msg"])
     if context := fault.get("ctx"):
         entry["ctx"] = printable(context)
     return [entry]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stable_audio_serve.api.compat.hosted import DEFAULT_STEPS, MAX_S, START_DESCRIPTION, ClipInput, File, WholeNumber
 from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.fields import IS_NONE
 
 OWNER = "fal-ai"
 APP = f"{OWNER}/stable-audio"
@@ -23,7 +24,7 @@ TIMEOUT_TYPE = "X-Fal-Request-Timeout-Type"
 EXPOSED_HEADERS = (REQUEST_ID, ERROR_TYPE, RETRYABLE, TIMEOUT_TYPE)
 
 
-_OPTIONAL = partial(Field, None, exclude_if=lambda value: value is None)  # absent if it has no value
+_OPTIONAL = partial(Field, None, exclude_if=IS_NONE)  # absent if it has no value
 
 
 class AudioInput(ClipInput):

@@ -78,10 +78,6 @@ def _to_loop_type(value: Any) -> Any:
     return value if value in ("drums", "instruments") else "auto"
 
 
-def _or_default(default: Any) -> BeforeValidator:
-    return BeforeValidator(lambda value: default if value is None else value)
-
-
 Text = Annotated[str, StringConstraints(strip_whitespace=True)]
 _FILLED = Field(json_schema_extra={"minLength": 1, "pattern": NOT_BLANK})
 Prompt = Annotated[Text, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_check_prompt), _FILLED]
@@ -103,7 +99,7 @@ Strength = Annotated[float, Field(ge=0.1, le=1, allow_inf_nan=False)]
 Format = Literal["file", "base64"]
 ModelType = Annotated[
     Literal["standard", "finetune"],
-    _or_default("standard"),
+    BeforeValidator(lambda value: "standard" if value is None else value),
     WithJsonSchema({"anyOf": [{"enum": ["standard", "finetune"]}, {"type": "null"}]}),
 ]
 
