@@ -24,7 +24,6 @@ _START, _END = "inpaint_start_seconds", "inpaint_end_seconds"
 _MAX_REGIONS = 100
 _MOST_S = 1e9  # in place of longer extensions, whose number of samples may be infinite
 TIME_FIELDS = {name for name in InpaintForm.model_fields if name.startswith("inpaint_")}
-_Times = float | list[float]
 
 
 def check_edit(form: InpaintForm, generation: GenerationRequest) -> None:
@@ -112,11 +111,10 @@ def _seconds(num_samples: int, rate_hz: int) -> float:
 
 def parse_regions(values: dict[str, str | None], *, duration_s: float) -> tuple[tuple[float, float], ...]:
     """Return the regions [start, end) in seconds from the four form fields. Raises InvalidRequestError."""
-    starts = _parse(values, _START, alias="inpaint_mask_start_seconds")
-    ends = _parse(values, _END, alias="inpaint_mask_end_seconds")
-    if isinstance(starts, list) != isinstance(ends, list):
+    starts, has_starts = _parse(values, _START, alias="inpaint_mask_start_seconds")
+    ends, has_ends = _parse(values, _END, alias="inpaint_mask_end_seconds")
+    if has_starts != has_ends:
         raise _error(_START, f"and {_END} must both be numbers or both be lists")
-    starts, ends = _as_list(starts), _as_list(ends)
     if len(starts) != len(ends):
         raise _error(_START, f"and {_END} must have the same length, not {len(starts)} and {len(ends)}")
     for start, end in zip(starts, ends, strict=True):
@@ -127,34 +125,27 @@ def parse_regions(values: dict[str, str | None], *, duration_s: float) -> tuple[
     return tuple(zip(starts, ends, strict=True))
 
 
-def _parse(values: dict[str, str | None], name: str, *, alias: str) -> _Times:
+def _parse(values: dict[str, str | None], name: str, *, alias: str) -> tuple[list[float], bool]:
+    """Return the times in a form field, and whether the field is a list and not a number."""
     if values[name] is not None and values[alias] is not None:
         raise _error(name, f"and {alias} mean the same: set only one of them")
     text = (values[name] if values[alias] is None else values[alias]) or ""
     text = text.strip()
     if not text:
         raise _error(name, "is required")
+    if not text.startswith("[") and "," not in text:
+        return [_check(name, text)], False
+    items: list[Any] = text.removesuffix(",").split(",")
     if text.startswith("["):
-        return _check_list(name, _parse_json_list(name, text))
-    if "," in text:
-        return _check_list(name, text.removesuffix(",").split(","))
-    return _check(name, text)
-
-
-def _parse_json_list(name: str, text: str) -> list[Any]:
-    try:
-        items: list[Any] = pydantic_core.from_json(text)
-    except ValueError as error:
-        raise _error(name, "is not a JSON list of numbers") from error
-    return items
-
-
-def _check_list(name: str, items: list[Any]) -> list[float]:
+        try:
+            items = pydantic_core.from_json(text)
+        except ValueError as error:
+            raise _error(name, "is not a JSON list of numbers") from error
     if not items:
         raise _error(name, "must not be an empty list")
     if len(items) > _MAX_REGIONS:
         raise _error(name, f"must not have more than {_MAX_REGIONS} entries")
-    return [_check(name, item) for item in items]
+    return [_check(name, item) for item in items], True
 
 
 def _check(name: str, item: Any) -> float:
@@ -167,10 +158,6 @@ def _check(name: str, item: Any) -> float:
     if number < 0:
         raise _error(name, "must not be negative")
     return number
-
-
-def _as_list(times: _Times) -> list[float]:
-    return times if isinstance(times, list) else [times]
 
 
 def _error(field: str, message: str) -> InvalidRequestError:
