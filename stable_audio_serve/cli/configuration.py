@@ -26,12 +26,9 @@ def read_configuration(asked: Path | None, *, quiet: bool = False) -> ServeFile:
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, find_serve_file, read_serve_file
 
     path = find_serve_file(asked)
-    if quiet:
-        return read_serve_file(path)
-    if path == PACKAGED_FILE:
-        say("the packaged one, which serves the demo model; `stable-audio-serve init` copies it here for editing")
-    else:
-        say(str(path))
+    packaged = "the packaged one, which serves the demo model; `stable-audio-serve init` copies it here for editing"
+    if not quiet:
+        say(packaged if path == PACKAGED_FILE else str(path))
     return read_serve_file(path)
 
 

@@ -6,6 +6,7 @@ command lines.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,8 +88,10 @@ def open_client(
 
     from stable_audio_serve.client import Client, Retries
     from stable_audio_serve.client.operations import DIRECT, TIMEOUT
+    from stable_audio_serve.core.settings_sources import load_environment
 
-    load_dotenv()
+    with plain_errors():
+        load_environment(os.environ)  # from the same `.env` as the server
     messages = WaitMessages(quiet=quiet)
     retries = Retries(most_refused=_MOST_REFUSED, on_pause=messages.retry)
     if most_retries is not None:
@@ -118,16 +121,6 @@ def ask(client: Client, what: str, **options: Any) -> Any:
 
     method, path = what.split()
     return client.send(Call(method, path, lambda answer: answer.json(), options))
-
-
-def load_dotenv() -> None:
-    """Add the variables of the nearest `.env` to the environment. The server reads the same file."""
-    import os
-
-    from stable_audio_serve.core.settings_sources import load_environment
-
-    with plain_errors():
-        load_environment(os.environ)
 
 
 def _read_key(file: Path | None) -> str | None:

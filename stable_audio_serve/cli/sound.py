@@ -214,10 +214,11 @@ def build_request(
     Raises ValueError, OSError.
     """
     from stable_audio_serve.cli.makers import SoundRequest
-    from stable_audio_serve.cli.sound_files import check_inputs, parse_region, read_audio, read_prompt
+    from stable_audio_serve.cli.sound_files import STDIN, parse_region, read_audio, read_prompt
 
     spans = [parse_region(region) for region in regions or ()]
-    check_inputs(prompt, audio)
+    if prompt == STDIN == audio:
+        raise ValueError("only one of the prompt and the audio can be standard input")
     prompt = read_prompt(prompt)
     source = None if audio is None else read_audio(audio)
     fields = {**options.controls, **(more or {}), "prompts": options.prompts_after(prompt)}

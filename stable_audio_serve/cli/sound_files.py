@@ -22,12 +22,6 @@ _SLASHES = ("/", "\\")  # the name of a folder ends with one of these
 _LONGEST_NAME = 60
 
 
-def check_inputs(prompt: str, audio: str | bytes | None) -> None:
-    """Raise ValueError if both the prompt and the audio would be read from standard input."""
-    if prompt == STDIN == audio:
-        raise ValueError("only one of the prompt and the audio can be standard input")
-
-
 def check_outputs(out: str, *, as_json: bool, num_clips: int = 1) -> None:
     """Raise ValueError or FileNotFoundError if `save` or `report` would fail, before time is spent on the audio."""
     if out == STDIN:
