@@ -13,9 +13,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.compat.stable_audio_open_small.answers import base64_answer, clip_metadata
+from stable_audio_serve.api.compat.stable_audio_open_small.clips import base64_answer, clip_metadata, make_text_clip
 from stable_audio_serve.api.compat.stable_audio_open_small.errors import describe_error, name_field
-from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_text_clip
 from stable_audio_serve.api.compat.stable_audio_open_small.routes import Base64Answer, read_json
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
     Format,

@@ -8,8 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stable_audio_serve.api.compat.stable_audio_open_small.answers import Clip, answer, make_clip
-from stable_audio_serve.api.compat.stable_audio_open_small.generate import read_upload
+from stable_audio_serve.api.compat.stable_audio_open_small.clips import Clip, answer, make_clip, read_upload
 from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary, read_riff
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import LoopForm, RiffForm
 from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import (

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response
 
+from stable_audio_serve.api.compat.stable_audio_open_small.clips import make_style_clip, make_text_clip
 from stable_audio_serve.api.compat.stable_audio_open_small.errors import render_error
-from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_style_clip, make_text_clip
 from stable_audio_serve.api.compat.stable_audio_open_small.loops import make_loop, make_riff_loop
 from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary, find_folder
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
