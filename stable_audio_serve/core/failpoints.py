@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -25,21 +24,15 @@ VARIABLE = "STABLE_AUDIO_FAILPOINTS"
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
-@dataclass(frozen=True, slots=True)
-class _Action:
-    signal: signal.Signals
-    marker: Path | None
-
-
-def _parse(text: str) -> Mapping[str, _Action]:
-    """Parse the value of the variable: return the action of each failpoint. Raises ValueError for an invalid entry."""
-    actions: dict[str, _Action] = {}
+def _parse(text: str) -> dict[str, tuple[signal.Signals, Path | None]]:
+    """Return the signal and the file of each failpoint in the variable's value. Raises ValueError."""
+    actions: dict[str, tuple[signal.Signals, Path | None]] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, action = item.partition("=")
         kind, _, marker = action.partition("@")
         if name not in get_args(Failpoint) or kind not in _SIGNALS:
             raise ValueError(f"{VARIABLE}: {item!r} is not <name>=kill|stop[@<file>] with one of {get_args(Failpoint)}")
-        actions[name] = _Action(_SIGNALS[kind], Path(marker) if marker else None)
+        actions[name] = _SIGNALS[kind], Path(marker) if marker else None
     return actions
 
 
@@ -54,17 +47,9 @@ def activate(text: str) -> None:
 
 def failpoint(name: Failpoint) -> None:
     """Kill or freeze this process if the failpoint `name` has an action. Call this function where the failpoint is."""
-    action = _actions.get(name)
-    if action is not None and _is_first(action.marker):
-        os.kill(os.getpid(), action.signal)
-
-
-def _is_first(marker: Path | None) -> bool:
-    """Whether this process is the first to reach the failpoint. The first process creates the file `marker`."""
-    if marker is None:
-        return True
-    try:
-        marker.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+    number, marker = _actions.get(name, (None, None))
+    if number is not None:
+        with suppress(FileExistsError):  # another process was the first
+            if marker is not None:
+                marker.touch(exist_ok=False)
+            os.kill(os.getpid(), number)
