@@ -35,11 +35,17 @@ def _address(request: Request, header: str | None) -> str:
 
 
 def _network(address: str) -> str:
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    if parsed.version == 4 or mapped:
-        return str(mapped or parsed)
+    parsed = to_address(address)
+    if parsed is None or parsed.version == 4:
+        return str(parsed or address)
     return str(ipaddress.ip_network((parsed, _IPV6_BITS), strict=False))
+
+
+def to_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the IP address that a host name consists of, or None. `::ffff:127.0.0.1` gives the IPv4 address."""
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address

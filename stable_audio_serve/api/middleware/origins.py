@@ -7,7 +7,6 @@ from a DNS name that points to this server; the Host header then has this name.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from stable_audio_serve.api.middleware.callers import to_address
 from stable_audio_serve.api.printable import printable
 from stable_audio_serve.core.errors import ForbiddenError
 from stable_audio_serve.core.settings import ApiSettings
@@ -98,7 +98,7 @@ class Origins:
         return host is not None and any(map(self._is_name_ours, {host.name, host.name.removeprefix(_QUEUE)}))
 
     def _is_name_ours(self, name: str) -> bool:
-        return _is_local_name(name) or name in self._names or _to_address(name) is not None
+        return _is_local_name(name) or name in self._names or to_address(name) is not None
 
 
 class OriginsMiddleware(CORSMiddleware):
@@ -132,7 +132,7 @@ def _parse_host(text: str) -> _Host | None:
 
 def _plain_name(text: str) -> str:
     name = text.lower().strip("[]").removesuffix(".")
-    address = _to_address(name)
+    address = to_address(name)
     return name if address is None else str(address)
 
 
@@ -161,22 +161,12 @@ def _is_same(origin: str, host: str) -> bool:
 
 
 def _is_loopback(name: str) -> bool:
-    address = _to_address(name)
+    address = to_address(name)
     return _is_local_name(name) if address is None else address.is_loopback
 
 
 def _is_local_name(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
-
-
-def _to_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the IP address that a host name consists of, or None. `::ffff:127.0.0.1` gives the IPv4 address."""
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return None
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
 
 
 def _shown(text: str) -> str:
