@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, MutableMapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def load_settings(
     """
     load_environment(environ, directory=directory)
     _refuse_unknown_variables(environ)
-    tree = args.model_dump(exclude_unset=True) if isinstance(args, Settings) else _copy(args or {})
+    tree = args.model_dump(exclude_unset=True) if isinstance(args, Settings) else deepcopy(dict(args or {}))
     origins: dict[tuple[str, ...], str] = {}
     for path, names in VARIABLES.items():
         name = next((name for name in names if _is_set(environ, name)), None)
@@ -206,10 +207,6 @@ def _with_plain_key(settings: Settings, key: str) -> Settings:
 
 def _is_set(environ: Mapping[str, str], name: str) -> bool:
     return name in environ and (bool(environ[name].strip()) or name in _EMPTY_MEANS_SOMETHING)
-
-
-def _copy(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in args.items()}
 
 
 def _set(tree: dict[str, Any], path: tuple[str, ...], *, value: str) -> None:
