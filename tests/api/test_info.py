@@ -113,7 +113,6 @@ async def test_openapi_page_describes_errors_and_fields(client: httpx.AsyncClien
         ticket,
         f"{ticket}/{{number}}",
         f"{ticket}/complete",
-        "/favicon.ico",
         "/playground/{path}",
         *("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt"),
         *("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt"),

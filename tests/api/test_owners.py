@@ -33,7 +33,7 @@ pytestmark = pytest.mark.server
 OPEN = {
     *(("GET", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("HEAD", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
-    *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
+    ("GET", "/playground/{path}"),
     *(("GET", path) for path in ("/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt")),
     *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json", "/llms.txt")),
     ("PUT", "/storage/upload/{ticket}"),

@@ -27,7 +27,6 @@ ANY |= {"/v1/status", "/api/fal/proxy"}  # the route to which the proxy forwards
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
 OPEN |= {"/llms.txt", "/api/openapi/queue/openapi.json", "/models/{endpoint_id}/llms.txt"}
 OPEN |= {
-    "/favicon.ico",
     "/playground/{path}",
     "/openapi.json",
     "/llms.txt",

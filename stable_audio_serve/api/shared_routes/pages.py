@@ -144,17 +144,6 @@ def build_router(service: Service) -> APIRouter:
         return HTMLResponse(page, headers={**_HEADERS, **policy, "Vary": "Accept", "Cache-Control": "no-store"})
 
     @router.get(
-        "/favicon.ico",
-        summary="Load the icon",
-        response_class=Response,
-        responses={200: {"description": "An image.", "content": {"image/svg+xml": {}}}},
-    )
-    async def icon() -> Response:
-        """Return the playground's icon. Browsers request this path by default."""
-        found = playground["icon.svg"]
-        return Response(found.content, media_type=found.media_type, headers={"Cache-Control": "max-age=3600"})
-
-    @router.get(
         "/playground/{path:path}",
         summary="Load a playground file",
         response_class=Response,
