@@ -53,11 +53,7 @@ def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
     check_steps(steps)
     ramp = torch.linspace(1, 0, steps, dtype=torch.float32) ** span.rho
     low, high = math.log(span.sigma_min), math.log(span.sigma_max)
-    return _append_zero(torch.exp(ramp * (high - low) + low))
-
-
-def _append_zero(levels: Tensor) -> Tensor:
-    """Append a 0 to the levels. Raises InvalidRequestError if two levels are equal, as a step cannot have length 0."""
+    levels = torch.exp(ramp * (high - low) + low)
     if not (levels[:-1] > levels[1:]).all():
         message = f"these sigma_min, sigma_max and rho leave two equal noise levels in {len(levels)} steps"
         raise InvalidRequestError(message, field="rho")

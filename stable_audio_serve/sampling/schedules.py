@@ -24,13 +24,9 @@ _LAST_TIME = 1 / (1 + math.exp(2.0))  # the last time before 0 in the reference 
 CONFIG_KEY = "sampling_distribution_shift_options"
 
 
-class _BadOption(ValueError):
-    """An option of a `TimestepShift` is invalid."""
-
-
 def _require(condition: bool, name: str, *, allowed: str) -> None:
     if not condition:
-        raise _BadOption(f"{name} must be {allowed}")
+        raise ValueError(f"{name} must be {allowed}")
 
 
 class TimestepShift(Protocol):
@@ -148,10 +144,10 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
         return DEFAULT_SHIFT
     try:
         if not isinstance(options, Mapping):
-            raise _BadOption("must be an object")
+            raise ValueError("must be an object")
         kind = options.get("type", FullShift.kind)
         shift = _build(str(kind), {name: value for name, value in options.items() if name != "type"})
-    except _BadOption as error:
+    except ValueError as error:
         raise CheckpointError(f"model_config.json: {key}: {error}", field=key) from error
     try:
         for length in (1.0, 1e6):
@@ -218,11 +214,11 @@ def check_steps(steps: int) -> None:
 def _build(kind: str, options: Mapping[str, object]) -> TimestepShift:
     chosen = _KINDS.get(kind)
     if chosen is None:
-        raise _BadOption(f"unknown type {kind[:40]!r}; valid: {', '.join(_KINDS)}")
+        raise ValueError(f"unknown type {kind[:40]!r}; valid: {', '.join(_KINDS)}")
     known = {field.name for field in fields(chosen)}
     for name, value in options.items():
         if name not in known:
-            raise _BadOption(f"unknown option {name[:40]!r} for type {kind}")
+            raise ValueError(f"unknown option {name[:40]!r} for type {kind}")
         if not isinstance(value, int | float) or not abs(value) <= _LARGEST_OPTION:
-            raise _BadOption(f"{name} must be a number from {-_LARGEST_OPTION:g} to {_LARGEST_OPTION:g}")
+            raise ValueError(f"{name} must be a number from {-_LARGEST_OPTION:g} to {_LARGEST_OPTION:g}")
     return chosen(**{name: float(value) for name, value in options.items()})  # type: ignore[arg-type]

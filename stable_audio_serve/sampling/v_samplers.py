@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -24,21 +25,9 @@ from stable_audio_serve.sampling.v_network import VNetwork, is_v_guided
 _X = register(0)
 
 
-def _ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Return the plan of DDIM from time `level` (at most 1) to 0. The noise is computed from the guided output."""
-    return _ddim_plan(steps, level, guidance=guidance, has_source=has_source, renoise=VELOCITY)
-
-
-def _ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Return the plan of DDIM with CFG++: in guided steps, the noise is predicted from the unconditional output.
-
-    "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models" (arXiv 2406.08070).
-    """
-    return _ddim_plan(steps, level, guidance=guidance, has_source=has_source, renoise=UNCONDITIONAL)
-
-
-def _ddim_plan(steps: int, level: float, *, guidance: Guidance, has_source: bool, renoise: Terms) -> SamplerPlan:
-    """Return the plan of DDIM. In guided steps, the noise is predicted from the network output `renoise`.
+def _ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool, renoise: Terms) -> SamplerPlan:
+    """Return the plan of DDIM from time `level` (at most 1) to 0. In guided steps, the noise is predicted from the
+    network output `renoise`. With the unconditional output, this is CFG++ (arXiv 2406.08070).
 
     DDIM is from "Denoising Diffusion Implicit Models" (arXiv 2010.02502), here without added noise. The network
     predicts v = alpha eps - beta x0 at time t, where alpha = cos(pi t/2) and beta = sin(pi t/2) (arXiv 2202.00512).
@@ -73,7 +62,7 @@ _OVER_SIGMA: dict[str, tuple[int, Callable[[VNetwork, Sequence[float]], None]]] 
     "k-dpmpp-2s-ancestral": (2, singlestep.dpmpp_2s_ancestral),
     "k-dpm-2": (2, singlestep.dpm_2),
 }
-OVER_TIME = {"v-ddim": _ddim, "v-ddim-cfgpp": _ddim_cfgpp}
+OVER_TIME = {"v-ddim": partial(_ddim, renoise=VELOCITY), "v-ddim-cfgpp": partial(_ddim, renoise=UNCONDITIONAL)}
 _FAST = "k-dpm-fast"
 V_SAMPLERS = (*_OVER_SIGMA, _FAST, *OVER_TIME)
 
