@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from stable_audio_serve.audio.embedded_text import from_syncsafe
 from stable_audio_serve.audio.formats import mp3_factor, mp3_level
-from stable_audio_serve.audio.pcm import to_pcm16, to_pcm32
+from stable_audio_serve.audio.pcm import to_samples
 from stable_audio_serve.core.sound import AudioFormat, Encoding
 
 if TYPE_CHECKING:
@@ -129,20 +130,17 @@ class _SoundFileEncoder:
 
     def write(self, block: npt.NDArray[np.float32]) -> None:
         if self._encoding.file_format is AudioFormat.FLAC:
-            self._put(to_pcm32(block) if self._encoding.bit_depth == 24 else to_pcm16(block))
+            _write(self._sound, to_samples(block, self._encoding.bit_depth or 16))
         else:
             samples = np.clip(block.T, -1.0, 1.0)
-            self._put(_at_level(samples, self._sound.samplerate, encoding=self._encoding))
+            _write(self._sound, _at_level(samples, self._sound.samplerate, encoding=self._encoding))
 
     def close(self) -> None:
         if self._tail:
-            self._put(np.zeros((self._tail, self._channels), np.float32))
+            _write(self._sound, np.zeros((self._tail, self._channels), np.float32))
         self._sound.close()
         if self._encoding.file_format in (AudioFormat.OGG, AudioFormat.OPUS):
             _rewrite_ogg(self._file, trim_samples=self._trim)
-
-    def _put(self, samples: npt.NDArray[Any]) -> None:
-        _write(self._sound, samples)
 
 
 class _AacEncoder:
@@ -244,7 +242,7 @@ def _with_length(data: memoryview, *, num_samples: int) -> memoryview:
     ends. A file that already has the frame is returned unchanged. The frame has the layout of the Xing header, with
     LAME's extension.
     """
-    begin = _id3_bytes(data)
+    begin = 10 + from_syncsafe(data[6:10]) if bytes(data[:3]) == b"ID3" else 0  # the size of the tag at the start
     first = bytes(data[begin : begin + 4])
     is_mpeg1 = bool(first[1] & 0x08)
     is_mono = first[3] >> 6 == 3
@@ -271,16 +269,6 @@ def _with_length(data: memoryview, *, num_samples: int) -> memoryview:
     frame[start : start + len(tag)] = tag
     struct.pack_into(">I", frame, start + 12, sum(sizes) + size)
     return memoryview(b"".join((data[:begin], frame, data[begin:])))
-
-
-def _id3_bytes(data: memoryview) -> int:
-    """Return the size in bytes of the ID3v2 tag at the start of a file, or 0 if there is no tag.
-
-    The tag contains its size, in four bytes of 7 bits each.
-    """
-    if bytes(data[:3]) != b"ID3":
-        return 0
-    return 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
 
 
 def _rewrite_ogg(file: Writable, *, trim_samples: int) -> None:

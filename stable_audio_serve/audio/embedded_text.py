@@ -65,7 +65,7 @@ def _read_wav_chunk(file: BinaryIO) -> str | None:
             continue
         tag = file.read(num_bytes + num_bytes % 2)
         if found := _FRAME.search(tag):
-            stop = found.start() + _FRAME_HEADER_BYTES + _from_syncsafe(found[1])
+            stop = found.start() + _FRAME_HEADER_BYTES + from_syncsafe(found[1])
             return tag[found.end() : stop].rstrip(b"\0").decode(errors="replace")  # some editors append a NUL
     return None
 
@@ -75,5 +75,6 @@ def _to_syncsafe(size: int) -> bytes:
     return bytes((size >> shift) & 0x7F for shift in (21, 14, 7, 0))
 
 
-def _from_syncsafe(field: bytes) -> int:
+def from_syncsafe(field: bytes | memoryview) -> int:
+    """Decode a size of an ID3v2.4 tag, the inverse of `_to_syncsafe`."""
     return sum(byte << shift for byte, shift in zip(field, (21, 14, 7, 0), strict=True))

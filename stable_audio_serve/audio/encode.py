@@ -19,7 +19,7 @@ import numpy as np
 from stable_audio_serve.audio.compress import compress
 from stable_audio_serve.audio.embedded_text import make_wav_chunk
 from stable_audio_serve.audio.formats import file_rate, media_type
-from stable_audio_serve.audio.pcm import little_endian, to_pcm16, to_pcm32, wav_header
+from stable_audio_serve.audio.pcm import little_endian, to_pcm16, to_samples, wav_header
 from stable_audio_serve.audio.seams import cut_repeated, loop_samples, repeat_around
 from stable_audio_serve.core.sound import PLAIN_WAV, AudioFormat, BitDepth, Encoding
 
@@ -92,10 +92,8 @@ def encode_audio(
     rate_hz = file_rate(encoding, sample_rate_hz)
     audio = as_in_file(audio, sample_rate_hz, encoding=encoding, loop_s=loop_s)
     match encoding.file_format:
-        case AudioFormat.WAV if encoding.bit_depth == "float":
-            return encode_wav(np.ascontiguousarray(np.clip(audio.T, -1.0, 1.0)), rate_hz, text=text)
         case AudioFormat.WAV:
-            return encode_wav(to_pcm32(audio) if encoding.bit_depth == 24 else to_pcm16(audio), rate_hz, text=text)
+            return encode_wav(to_samples(audio, encoding.bit_depth or 16), rate_hz, text=text)
         case AudioFormat.PCM:
             return EncodedFile(media_type(AudioFormat.PCM), (little_endian(to_pcm16(audio)),))
         case file_format:

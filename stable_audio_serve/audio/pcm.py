@@ -42,6 +42,18 @@ def to_pcm32(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     return out
 
 
+def to_samples(
+    audio: npt.NDArray[np.float32], bit_depth: BitDepth
+) -> npt.NDArray[np.int16] | npt.NDArray[np.int32] | npt.NDArray[np.float32]:
+    """Convert `audio` (C, S) float32 to the interleaved samples (S, C) of a file. Values beyond -1..1 are clipped.
+
+    They are int16 for 16 bits, float32 for "float", and for 24 bits the result of `to_pcm32`.
+    """
+    if bit_depth == "float":
+        return np.ascontiguousarray(np.clip(audio.T, -1.0, 1.0))
+    return to_pcm32(audio) if bit_depth == 24 else to_pcm16(audio)
+
+
 def _fixed_blocks(audio: npt.NDArray[np.float32]) -> Iterator[tuple[tuple[slice, int], npt.NDArray[np.int32]]]:
     """Yield blocks of `audio` (C, S) as 32-bit integers, each with its index in an array (S, C)."""
     channels, samples = audio.shape

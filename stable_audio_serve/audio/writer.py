@@ -18,7 +18,7 @@ import numpy as np
 from stable_audio_serve.audio.compress import Encoder, Writable, open_encoder
 from stable_audio_serve.audio.embedded_text import make_wav_chunk
 from stable_audio_serve.audio.formats import file_rate
-from stable_audio_serve.audio.pcm import little_endian, to_pcm16, to_pcm32, wav_header
+from stable_audio_serve.audio.pcm import little_endian, to_pcm16, to_samples, wav_header
 from stable_audio_serve.core.errors import StorageFullError
 from stable_audio_serve.core.sound import AudioFormat, BitDepth, Encoding
 
@@ -151,14 +151,7 @@ class _WavEncoder:
 
     def write(self, block: npt.NDArray[np.float32]) -> None:
         self._frames += block.shape[1]
-        match self._depth:
-            case "float":
-                samples = little_endian(np.ascontiguousarray(block.T))
-            case 24:
-                samples = little_endian(to_pcm32(block))
-            case _:
-                samples = little_endian(to_pcm16(block))
-        self._file.write(bytes(samples))
+        self._file.write(bytes(little_endian(to_samples(block, self._depth))))
 
     def close(self) -> None:
         end = bytes(self._frames * self._frame_bytes % 2) + (make_wav_chunk(self._text) if self._text else b"")
