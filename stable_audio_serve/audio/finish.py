@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat, zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -23,11 +23,12 @@ from stable_audio_serve.audio.encode import (
     make_zip,
 )
 from stable_audio_serve.audio.formats import TEXT_FORMATS, file_rate
-from stable_audio_serve.audio.level import fade, to_loudness, true_peak_dbtp
+from stable_audio_serve.audio.level import fade, to_dbtp, to_loudness
 from stable_audio_serve.audio.loudness import describe_clip
 from stable_audio_serve.audio.pcm import to_full_scale_pcm16
 from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.audio.recipe import MOST_BYTES, Recipe, RecipeSource, sources_of, write_recipes
+from stable_audio_serve.audio.true_peak import measure_true_peak
 from stable_audio_serve.core.generation import GeneratedSpan, GenerationRequest, GenerationResult, Role
 from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, AudioFormat, ClipFacts, Encoding, Finishing, Peaks
 
@@ -99,7 +100,7 @@ def finish_clip(
     finished = fade(finished, sample_rate_hz, finishing=finishing)
     facts = describe_clip(finished, sample_rate_hz, seed=seed)
     if finishing.loudness is not None:
-        facts = replace(facts, true_peak_dbtp=true_peak_dbtp(finished))
+        facts = replace(facts, true_peak_dbtp=to_dbtp(measure_true_peak(finished)))
     return finished, facts
 
 
@@ -129,7 +130,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
         )
     ]
     clips = tuple(facts for _, facts in finished)
-    recipes = _recipes_of(result, order)
+    recipes = _recipes_of(result, order.origin, encoding=encoding, peaks=order.peaks, finishing=order.finishing)
     files = [
         encode_audio(
             audio,
@@ -157,19 +158,28 @@ def text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
     return None if text is None or len(text) > most else text
 
 
-def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...]:
-    """Return the recipe of each variation, or an empty tuple if `order.origin` is None."""
-    if order.origin is None:
+def _recipes_of(
+    result: GenerationResult,
+    origin: ClipOrigin | None,
+    *,
+    encoding: Encoding,
+    peaks: Peaks | Literal["full"],
+    finishing: Finishing = AS_IS,
+    samples: int | None = None,
+) -> tuple[Recipe, ...]:
+    """Return the recipe of each variation, or an empty tuple if `origin` is None."""
+    if origin is None:
         return ()
     return write_recipes(
-        order.origin.request,
-        sources=order.origin.sources,
+        origin.request,
+        sources=origin.sources,
         model=result.model,
         seeds=result.seeds,
         made_on=result.made_on,
-        encoding=order.encoding,
-        peaks=order.peaks,
-        finishing=order.finishing,
+        encoding=encoding,
+        peaks=peaks,
+        finishing=finishing,
+        samples=samples,
     )
 
 
@@ -181,19 +191,8 @@ def finish_window(result: GenerationResult, *, num_samples: int | None, origin: 
     pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
     audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # (C, S), as `describe_clip` expects
     facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
-    if origin is None:
-        return FinishedFile(encode_wav(pcm, result.sample_rate_hz), result.sample_rate_hz, (facts,))
-    recipes = write_recipes(
-        origin.request,
-        sources=origin.sources,
-        model=result.model,
-        seeds=result.seeds,
-        made_on=result.made_on,
-        encoding=PLAIN_WAV,
-        peaks="full",
-        samples=len(pcm),
-    )
-    text = text_of(recipes[0], file_format=AudioFormat.WAV)
+    recipes = _recipes_of(result, origin, encoding=PLAIN_WAV, peaks="full", samples=len(pcm))
+    text = text_of(recipes[0] if recipes else None, file_format=AudioFormat.WAV)
     return FinishedFile(encode_wav(pcm, result.sample_rate_hz, text=text), result.sample_rate_hz, (facts,), recipes)
 
 

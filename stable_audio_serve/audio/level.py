@@ -81,11 +81,6 @@ def fade(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, finishing: Fini
     return faded
 
 
-def true_peak_dbtp(audio: npt.NDArray[np.float32]) -> float | None:
-    """Return the true peak of `audio` (C, S) in dBTP, None if all samples are 0."""
-    return to_dbtp(measure_true_peak(audio))
-
-
 def to_dbtp(peak: float) -> float | None:
     """Return a true peak in dBTP, None for 0."""
     return 20 * float(np.log10(peak)) if peak else None
