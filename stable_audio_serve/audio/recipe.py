@@ -321,7 +321,7 @@ def write_recipes(
     """Return the recipe of each variation of a request. The recipes differ only in the seed and the prompt."""
     provenance = made_on.provenance
     init, inpaint = sources.get("init"), sources.get("inpaint")
-    loras = provenance.loras if provenance else request.loras
+    used = provenance or request  # the provenance has the values of unset parameters, under the same names
     first = Recipe.model_construct(
         recipe=1,
         model=model,
@@ -330,31 +330,31 @@ def write_recipes(
         negative_prompt=request.negative_prompt,
         duration=float(request.duration_s),
         seed=seeds[0],
-        steps=provenance.steps if provenance else request.steps,
-        cfg_scale=_to_float(provenance.cfg_scale if provenance else request.cfg_scale),
-        sampler=provenance.sampler if provenance else request.sampler,
-        apg_scale=_to_float(provenance.apg_scale if provenance else request.apg_scale),
+        steps=used.steps,
+        cfg_scale=_to_float(used.cfg_scale),
+        sampler=used.sampler,
+        apg_scale=_to_float(used.apg_scale),
         scale_phi=request.cfg_rescale or None,
         cfg_norm_threshold=request.cfg_norm_threshold or None,
         sigma_min=request.sigma_min,
         sigma_max=request.sigma_max,
         rho=request.rho,
-        duration_padding_sec=_to_float(provenance.duration_padding_s if provenance else request.duration_padding_s),
+        duration_padding_sec=_to_float(used.duration_padding_s),
         chunked_decode=request.chunked_decode,
         loop=request.loop,
         seconds_start=_to_float(request.start_s) or None,
         seconds_total=_to_float(request.conditioned_total_s),
         init_audio=init,
         init_noise_level=_to_float(request.init_noise_level) if init else None,
-        edit_schedule=provenance.edit_schedule if provenance else request.edit_schedule,
+        edit_schedule=used.edit_schedule,
         inpaint_audio=inpaint,
         inpaint_regions=tuple((float(start), float(end)) for start, end in request.inpaint_regions_s)
         if inpaint
         else None,
         extend_before_s=float(request.source_start_s) or None if inpaint else None,
         keep=request.keep if inpaint else None,
-        loras=tuple(map(RecipeLora.of, loras)) or None,
-        lora_stacking=(provenance or request).lora_stacking if loras else None,
+        loras=tuple(map(RecipeLora.of, used.loras)) or None,
+        lora_stacking=used.lora_stacking if used.loras else None,
         response_format=encoding.file_format,
         bitrate=encoding.bitrate_kbps,
         bit_depth=encoding.bit_depth,
