@@ -80,9 +80,10 @@ def read(
     sniff(os.pread(descriptor, 16, 0))
     try:
         with _open(descriptor) as file:
-            if file.samplerate not in own_rates_hz:
-                check_rate(file.samplerate)
-            check_format(file.format, channels=file.channels)
+            low_hz, high_hz = _RATES_HZ
+            if file.samplerate not in own_rates_hz and not low_hz <= file.samplerate <= high_hz:
+                raise Refused(f"the sample rate {file.samplerate} Hz is outside {low_hz}..{high_hz} Hz")
+            _check_format(file.format, channels=file.channels)
             is_known, limit = file.frames != _UNKNOWN_FRAMES, int(max_s * file.samplerate) + 1
             most = limit if allowed_s is None else max(limit, int(allowed_s[1] * file.samplerate) + 1)
             num_frames = file.frames if is_known else _count_frames(file, most)
@@ -136,13 +137,7 @@ def read_text(descriptor: int) -> str | None:
             raise Refused(str(error)) from error
 
 
-def check_rate(rate_hz: int) -> None:
-    """Raise Refused for a rate outside 8-192 kHz."""
-    if not _RATES_HZ[0] <= rate_hz <= _RATES_HZ[1]:
-        raise Refused(f"the sample rate {rate_hz} Hz is outside {_RATES_HZ[0]}..{_RATES_HZ[1]} Hz")
-
-
-def check_format(container: str, *, channels: int) -> None:
+def _check_format(container: str, *, channels: int) -> None:
     """Raise Refused for a container or a number of channels that is not supported."""
     if container not in _CONTAINERS:
         raise Refused(f"{container} files are not accepted; allowed: {_FORMATS}")

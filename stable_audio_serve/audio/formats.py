@@ -26,7 +26,6 @@ _FROM_KBPS = {
 # Bit rate in kbit/s -> the factor by which LAME 3.100 multiplies the audio. The nearest bit rate counts, and of two
 # equally near ones the lower.
 _MP3_FACTORS = {160: 0.95, 192: 0.97, 224: 0.98, 256: 1.0}
-_NAMES = {"bitrate_kbps": "bitrate", "bit_depth": "bit_depth", "sample_rate_hz": "sample_rate"}
 _INSTALL = "pip install 'stable-audio-serve[aac]'"
 
 
@@ -102,16 +101,16 @@ def check_encoding(encoding: Encoding) -> None:
     if encoding.bitrate_kbps is not None:
         if not allowed.is_lossy:
             lossy = [each for each in available_formats() if _FORMATS[each].is_lossy]
-            raise _fault("bitrate_kbps", f"must be unset for {name}; only {_list(lossy)} have a bit rate")
+            raise _fault("bitrate", f"must be unset for {name}; only {_list(lossy)} have a bit rate")
         low, high = _bitrates(encoding)
         if not low <= encoding.bitrate_kbps <= high:
             where = f" at {encoding.sample_rate_hz} Hz" if encoding.sample_rate_hz else ""
-            raise _fault("bitrate_kbps", f"must be from {low} to {high} kbit/s for {name}{where}")
+            raise _fault("bitrate", f"must be from {low} to {high} kbit/s for {name}{where}")
     if encoding.bit_depth is not None and encoding.bit_depth not in allowed.bit_depths:
         depths = _list(allowed.bit_depths)
         raise _fault("bit_depth", f"must be {depths} or unset for {name}" if depths else f"must be unset for {name}")
     if encoding.sample_rate_hz is not None and encoding.sample_rate_hz not in allowed.sample_rates_hz:
-        raise _fault("sample_rate_hz", f"must be {_list(allowed.sample_rates_hz)} or unset for {name}")
+        raise _fault("sample_rate", f"must be {_list(allowed.sample_rates_hz)} or unset for {name}")
 
 
 def file_rate(encoding: Encoding, sample_rate_hz: int) -> int:
@@ -167,5 +166,4 @@ def _list(values: Sequence[object]) -> str:
 
 
 def _fault(field: str, message: str) -> InvalidRequestError:
-    name = _NAMES[field]
-    return InvalidRequestError(f"{name} {message}", field=name)
+    return InvalidRequestError(f"{field} {message}", field=field)
