@@ -166,17 +166,18 @@ def test_batch_rows_that_hold_memory_continue_until_others_fit() -> None:
 )
 def test_every_row_ends_within_the_bound(rows: list[tuple[int, str]]) -> None:
     scheduler = make_scheduler(100, max_started=6)
-    left = {}
+    left, started = {}, set[RowId]()
     for row_id, (num_bytes, priority) in enumerate(rows):
         add(scheduler, row_id, num_bytes, at=row_id / 10, priority=priority)
         left[RowId(row_id)] = 3
     for _ in range(10 * len(rows)):
         for row_id in scheduler.pick():
+            started.add(row_id)
             left[row_id] -= 1
             if not left[row_id]:
                 scheduler.remove(row_id)
                 del left[row_id]
-        started = [row_id for row_id in left if scheduler.is_started(row_id)]
+                started.remove(row_id)
         assert sum(rows[row_id][0] for row_id in started) <= 100
     assert not left
 

@@ -32,7 +32,6 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import chain
 from typing import NewType
 
 from stable_audio_serve.core.generation import Priority
@@ -422,21 +421,6 @@ class Scheduler:
         entry = self._entries[row_id]
         ahead = len(self._orders["interactive"]) if entry.priority == "batch" else 0
         return ahead + bisect_left(self._orders[entry.priority], entry)
-
-    def is_started(self, row_id: RowId) -> bool:
-        """Return whether `pick` has ever returned this row."""
-        return self._entries[row_id].started
-
-    @property
-    def num_started(self) -> int:
-        """The number of started rows, which hold device memory."""
-        return sum(self._num_started.values())
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[RowId]:
-        return (entry.row_id for entry in chain.from_iterable(self._orders.values()))
 
     def __contains__(self, row_id: RowId) -> bool:
         return row_id in self._entries
