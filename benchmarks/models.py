@@ -22,7 +22,7 @@ from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.protocol import AdaptableModel, DiffusionModel
-from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, open_card, resolve_entry, sa3_card
+from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, complete_card, resolve_entry
 from stable_audio_serve.models.sa3 import build as sa3
 from stable_audio_serve.models.sa3.config import parse_config as parse_sa3
 from stable_audio_serve.models.sa3.model import Sa3Model
@@ -92,9 +92,9 @@ def build_random_model(
     cast_network(components.denoiser, dtype)
     precision = resolve_decode_precision(target, decode_precision, dtype=dtype)
     if is_open:
-        spec = sao.build_spec(open_card(entry.card, reader, cap_s=entry.cap_s), config)
+        spec = sao.build_spec(complete_card(entry.card, reader, cap_s=entry.cap_s), config)
         return SaoModel(components, config=config, spec=spec, device=target, decode_precision=precision)
-    spec = sa3.build_spec(sa3_card(entry.card, reader, cap_s=entry.cap_s), config, components=components)
+    spec = sa3.build_spec(complete_card(entry.card, reader, cap_s=entry.cap_s), config, components=components)
     return Sa3Model(components, config=config, spec=spec, device=target, decode_precision=precision)
 
 

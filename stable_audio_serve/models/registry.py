@@ -191,8 +191,7 @@ def describe_entry(entry: ModelEntry) -> ModelEntry:
     if folder is None:
         return entry
     config = read_config(folder)
-    describe = open_card if is_open_family(config) else sa3_card
-    card = describe(entry.card, config, cap_s=entry.cap_s)
+    card = complete_card(entry.card, config, cap_s=entry.cap_s)
     if entry.card.name not in BUILT_IN:
         steps, cfg_scale = OBJECTIVE_DEFAULTS[card.objective]
         card = replace(card, default_steps=steps, default_cfg_scale=cfg_scale)
@@ -213,45 +212,32 @@ def _config_folder(entry: ModelEntry) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
-    """Returns the card, completed from the config of a Stable Audio 3 checkpoint. As `open_card`."""
-    rate, longest_s = _rate_and_longest(config)
-    model = config.section("model")
-    return replace(
-        card,
-        family=SA3_FAMILY,
-        sample_rate_hz=rate,
-        channels=config.integer("audio_channels", default=card.channels),
-        latent_channels=model.integer("io_channels"),
-        objective=model.section("diffusion").choice("diffusion_objective", ("rf_denoiser", "rectified_flow")),
-        max_duration_s=min(cap_s or longest_s, longest_s),
-    )
-
-
-def _rate_and_longest(config: ConfigReader) -> tuple[int, float]:
-    """Returns the sample rate in Hz, and the longest duration in seconds, without a partial last latent frame."""
-    rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
-    hop = config.section("model").section("pretransform").section("config").integer("downsampling_ratio")
-    return rate, config.integer("sample_size", at_most=MAX_SAMPLES) // hop * hop / rate
-
-
-def open_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
-    """Returns the card, completed from the config of a Stable Audio Open checkpoint.
+def complete_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
+    """Returns the card, completed from a checkpoint's config.
 
     `cap_s` is an upper limit of the duration. Raises CheckpointError naming the key that cannot be used.
     """
-    rate, longest_s = _rate_and_longest(config)
     model = config.section("model")
-    objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS), default="v")
-    ids = [item.text("id") for item in model.section("conditioning").sections("configs")]
-    return replace(
+    diffusion = model.section("diffusion")
+    rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
+    hop = model.section("pretransform").section("config").integer("downsampling_ratio")
+    longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) // hop * hop / rate  # no partial last latent frame
+    completed = replace(
         card,
-        family=OPEN_FAMILY,
         sample_rate_hz=rate,
         channels=config.integer("audio_channels", default=card.channels),
         latent_channels=model.integer("io_channels"),
-        objective=objective,
         max_duration_s=min(cap_s or longest_s, longest_s),
+    )
+    if not is_open_family(config):
+        objective = diffusion.choice("diffusion_objective", ("rf_denoiser", "rectified_flow"))
+        return replace(completed, family=SA3_FAMILY, objective=objective)
+    objective = diffusion.choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS), default="v")
+    ids = [item.text("id") for item in model.section("conditioning").sections("configs")]
+    return replace(
+        completed,
+        family=OPEN_FAMILY,
+        objective=objective,
         default_duration_padding_s=0.0,  # not needed: these models always generate the whole window
         samplers=V_SAMPLERS if objective == "v" else FLOW_SAMPLERS,
         conditions_on_start="seconds_start" in ids,

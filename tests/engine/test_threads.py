@@ -21,7 +21,7 @@ from stable_audio_serve.core.processor import is_amd
 from stable_audio_serve.engine import Engine, EngineOptions, provenance
 from stable_audio_serve.engine.hardware.threads import steady_threads
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.registry import BUILT_IN, sa3_card
+from stable_audio_serve.models.registry import BUILT_IN, complete_card
 from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
@@ -75,7 +75,7 @@ def make_wide_model() -> Sa3Model:
         components = build_components(config, loaded("tiny-s").text)
     for module in components.modules:
         module.eval().requires_grad_(False)
-    spec = build_spec(sa3_card(entry.card, reader, cap_s=entry.cap_s), config, components=components)
+    spec = build_spec(complete_card(entry.card, reader, cap_s=entry.cap_s), config, components=components)
     return Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
 
 

@@ -16,7 +16,7 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.native import checkpoint_modules
-from stable_audio_serve.models.registry import sa3_card
+from stable_audio_serve.models.registry import complete_card
 from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
@@ -123,7 +123,7 @@ def make_pair(name: str) -> tuple[Sa3Model, PlainModel]:
             parameter.add_(0.05 * torch.randn_like(parameter))
     weights = {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
     card = ModelCard(name, "stable-audio-3", max_duration_s=1e6, default_duration_padding_s=0.2)
-    spec = build_spec(sa3_card(card, ConfigReader(stated), cap_s=None), config, components=components)
+    spec = build_spec(complete_card(card, ConfigReader(stated), cap_s=None), config, components=components)
     model = Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
     texts = {embedding.prompt: (embedding.tokens, embedding.mask) for embedding in model.encode_text(PROMPTS)}
     return model, PlainModel(stated, weights, texts)
