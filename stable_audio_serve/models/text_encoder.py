@@ -164,6 +164,22 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
     return tokenizer, encoder
 
 
+def from_pretrained(
+    kind: Any, folder: Path, *, dtype: torch.dtype | Literal["auto"], **options: Any
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Load a network of the class `kind` of transformers from local safetensors files, with the loading report."""
+    loaded: tuple[nn.Module, Mapping[str, Any]] = kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        **options,
+    )
+    return loaded
+
+
 def _check_config(folder: Path) -> None:
     """Raise CheckpointError if a text encoder's config.json is damaged, or states quantized weights or too many layers
     to build.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.text_encoder import TextEncoder, load_tokenizer_and_network
+from stable_audio_serve.models.text_encoder import TextEncoder, from_pretrained, load_tokenizer_and_network
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
@@ -32,14 +32,4 @@ def _load_t5gemma(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[n
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.is_encoder_decoder = False  # the files also contain a decoder, which is not used
-    loaded: tuple[nn.Module, Mapping[str, Any]] = T5GemmaEncoderModel.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation="eager",
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        use_safetensors=True,
-    )
-    return loaded
+    return from_pretrained(T5GemmaEncoderModel, folder, dtype=dtype, config=config, attn_implementation="eager")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.models.sao.config import NUM_FREQUENCIES
-from stable_audio_serve.models.text_encoder import TextEncoder, load_tokenizer_and_network
+from stable_audio_serve.models.text_encoder import TextEncoder, from_pretrained, load_tokenizer_and_network
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
@@ -29,15 +29,7 @@ def load_text_encoder(folder: Path, *, max_length: int, device: torch.device, dt
 def _load_t5(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[nn.Module, Mapping[str, Any]]:
     from transformers import T5EncoderModel
 
-    loaded: tuple[nn.Module, Mapping[str, Any]] = T5EncoderModel.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        use_safetensors=True,
-    )
-    return loaded
+    return from_pretrained(T5EncoderModel, folder, dtype=dtype)
 
 
 class LearnedFrequencies(nn.Module):
