@@ -91,11 +91,6 @@ def without_context(branch: BranchConditioning) -> BranchConditioning:
     return replace(branch, constants={name: value for name, value in branch.constants.items() if name != CONTEXT})
 
 
-def with_context(branch: BranchConditioning, context: Tensor) -> BranchConditioning:
-    """Returns `branch` with the cross-attention keys and values `context` of another row, without a batch axis."""
-    return replace(branch, constants={**branch.constants, CONTEXT: context})
-
-
 class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
     """Base class of a model. Public methods run without gradients."""
 
@@ -178,10 +173,7 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
     @torch.inference_mode()
     @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns each prompt's embedding (tokens, width) float32 and its mask of real tokens.
-
-        A padding token's embedding is a learned vector (Stable Audio 3) or zero (Stable Audio Open).
-        """
+        """See `DiffusionModel`. Padding is a learned vector (Stable Audio 3) or zero (Stable Audio Open)."""
         tokens = self.text.tokenize(prompts)
         ids_and_mask = to_device(tokens.ids_and_mask, self._device)
         ids, mask = ids_and_mask.unbind(1)
@@ -198,11 +190,9 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's conditioning, the same in all steps. Without guidance, there is no unconditional branch.
-
-        The context of the unconditional branch has the negative prompt and its numbers. The padding of the negative
-        prompt is zero, also if a learned vector is the padding of prompts. Without a negative prompt, the unconditional
-        branch has no context. Everything else is equal in both branches.
+        """See `DiffusionModel`. The context of the unconditional branch has the negative prompt and its numbers. The
+        padding of the negative prompt is zero, also if a learned vector is the padding of prompts. Without a negative
+        prompt, the unconditional branch has no context. Everything else is equal in both branches.
         """
         numbers = self._embed_numbers(plan.numbers)
         global_cond = torch.cat([numbers[id_] for id_ in self._conditioners.global_ids], dim=-1)
@@ -216,7 +206,7 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
         if plan.negative_numbers is not None:
             numbers = self._embed_numbers(plan.negative_numbers)
         away = self.denoiser.project_context(self._context(tokens, numbers))[0]
-        return RowConditioning(conditional, with_context(conditional, away))
+        return RowConditioning(conditional, replace(conditional, constants={**conditional.constants, CONTEXT: away}))
 
     @abstractmethod
     def _condition_denoiser(
@@ -227,10 +217,6 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns v or velocity, depending on the training objective, float32, in the shape of `batch.x`.
-
-        Rows do not affect each other's valid frames.
-        """
         num_prefix = self._spec.num_prefix
         conditioning, packed = from_batch(batch, num_prefix=num_prefix), packed_layout(batch, num_prefix=num_prefix)
         return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid, packed=packed).float()

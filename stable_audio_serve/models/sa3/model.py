@@ -55,15 +55,12 @@ class Sa3Model(NativeModel[Denoiser, AudioAutoencoder]):
 
     @property
     def adaptable(self) -> Mapping[str, nn.Module]:
-        """The networks that adapters can change. A key is the prefix of the network's layers in adapter files."""
         return {"model.": self.denoiser} | {f"{CONDITIONERS}{id_}.": net for id_, net in self.numbers.items()}
 
     def runs_in_steps(self, layer: str) -> bool:
-        """Whether `denoise` runs the layer that adapter files name `layer`. Other layers run in `condition`."""
         return layer.startswith("model.") and not any(part in layer for part in CONDITION_LAYERS)
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. Raises InvalidRequestError naming the field if a value cannot be served."""
         return plan_rows(
             request,
             config=self.config,
@@ -76,7 +73,6 @@ class Sa3Model(NativeModel[Denoiser, AudioAutoencoder]):
     @torch.inference_mode()
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns the latents (latent channels, frames) float32 of each window. Windows must have equal lengths."""
         audio = to_device(torch.stack([window.samples for window in windows]).float(), self._device)
         noise = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
         frames = -(-audio.shape[-1] // self._spec.hop)
@@ -84,10 +80,6 @@ class Sa3Model(NativeModel[Denoiser, AudioAutoencoder]):
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns the audio (channels, hop * frames) float32 of each window, not clamped to -1..1.
-
-        Windows must have equal lengths.
-        """
         latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
         noise = [WindowNoise(window.noise, "decode", window.start) for window in windows]
         audio = self.autoencoder.decode(latents, noise, products=self._products)
@@ -106,19 +98,15 @@ class Sa3Model(NativeModel[Denoiser, AudioAutoencoder]):
         """
         if not self.config.local_ids:
             return None
-        keeps = plan.keep_mask is not None and latents is not None
-        if not keeps and not self.config.frame_conditioners:
-            return torch.zeros(1, self.config.denoiser.local_width, 1, device=self._device)
-        parts: dict[str, Tensor] = {}
         if plan.keep_mask is not None and latents is not None:
             mask = to_device(plan.keep_mask, self._device)[None]
-            parts["inpaint_mask"] = mask
-            parts["inpaint_masked_input"] = torch.where(mask > 0, latents, torch.zeros_like(latents))
+            kept = torch.where(mask > 0, latents, torch.zeros_like(latents))
+        elif self.config.frame_conditioners:
+            mask = torch.zeros(1, plan.frames, device=self._device)
+            kept = torch.zeros(self._spec.card.latent_channels, plan.frames, device=self._device)
         else:
-            parts["inpaint_mask"] = torch.zeros(1, plan.frames, device=self._device)
-            parts["inpaint_masked_input"] = torch.zeros(
-                self._spec.card.latent_channels, plan.frames, device=self._device
-            )
+            return torch.zeros(1, self.config.denoiser.local_width, 1, device=self._device)
+        parts = {"inpaint_mask": mask, "inpaint_masked_input": kept}
         frame_s = self._spec.hop / self._spec.card.sample_rate_hz
         for id_, conditioner in self.config.frame_conditioners.items():
             features = conditioner.features(plan.frames, frame_s=frame_s, numbers=plan.numbers)

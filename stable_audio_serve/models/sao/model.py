@@ -51,16 +51,12 @@ class SaoModel(NativeModel[Denoiser, OobleckAutoencoder]):
         self._halos = Halos(config.autoencoder.decoder_halo_latents, config.autoencoder.encoder_halo_latents)
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. Raises InvalidRequestError naming the field if a value cannot be served."""
         return plan_rows(request, spec=self._spec, halos=self._halos, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns the latents (latent channels, frames) float32 of each window. Windows must have equal lengths.
-
-        The variational bottleneck adds noise to each latent.
-        """
+        """See `DiffusionModel`. The variational bottleneck adds noise to each latent."""
         audio = to_device(torch.stack([window.samples for window in windows]).float(), self._device)
         shape = (self._spec.card.latent_channels, audio.shape[-1] // self._spec.hop)
         noises = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
@@ -69,10 +65,6 @@ class SaoModel(NativeModel[Denoiser, OobleckAutoencoder]):
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns the audio (channels, hop * frames) float32 of each window, not clamped to -1..1.
-
-        Windows must have equal lengths.
-        """
         latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
         with self._products():
             audio = self.autoencoder.decode(latents)

@@ -74,10 +74,7 @@ class PackageModel:
         return self._device
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. Audio is encoded and decoded as a single window, as in the package.
-
-        Raises InvalidRequestError naming the field if a value cannot be served.
-        """
+        """See `DiffusionModel`. Audio is encoded and decoded as a single window, as in the package."""
         return plan_rows(request, spec=self._spec, halos=None, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
@@ -98,10 +95,7 @@ class PackageModel:
     @torch.inference_mode()
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns the latents (latent channels, frames) float32 of each window.
-
-        When the package's autoencoder draws random numbers, it gets values of the window's `noise`.
-        """
+        """See `DiffusionModel`. The random numbers of the package's autoencoder are values of the window's `noise`."""
         latents = []
         for window in windows:
             with _OwnNoise(WindowNoise(window.noise, window.stage, window.start)):
@@ -119,10 +113,9 @@ class PackageModel:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's conditioning, the same in all steps. Without guidance, there is no unconditional branch.
-
-        As in the package, the unconditional branch has the context of the negative prompt, or zeros without a negative
-        prompt. Its prepended tokens are zero. Its other inputs are the same as in the conditional branch.
+        """See `DiffusionModel`. As in the package, the unconditional branch has the context of the negative prompt, or
+        zeros without a negative prompt. Its prepended tokens are zero. Its other inputs are the same as in the
+        conditional branch.
         """
         own = self._arguments(prompt, plan.numbers)
         conditional = BranchConditioning(own)
@@ -137,10 +130,7 @@ class PackageModel:
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns v or velocity, depending on the training objective, float32, in the shape of `batch.x`.
-
-        All frames must be valid (no padding).
-        """
+        """See `DiffusionModel`. All frames must be valid (no padding)."""
         # Each row's value has a batch axis of length 1. Merge this axis with the batch axis of `constants`.
         arguments = {key: value.flatten(0, 1) for key, value in batch.constants.items()}
         output: Tensor = self.wrapper.model(batch.x, batch.t, **arguments, cfg_scale=1.0)
@@ -148,10 +138,7 @@ class PackageModel:
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns the audio (channels, hop * frames) float32 of each window, not clamped to -1..1.
-
-        Decoders with an odd stride return fewer samples than that. The missing samples are silence.
-        """
+        """See `DiffusionModel`. Decoders with an odd stride return too few samples; the missing ones are silence."""
         audio = []
         for window in windows:
             with self._products(), _OwnNoise(WindowNoise(window.noise, "decode", window.start)):
