@@ -23,6 +23,7 @@ from stable_audio_serve.core.errors import (
     InvalidRequestError,
     ModelUnavailableError,
     StableAudioError,
+    StartTimeoutError,
 )
 from stable_audio_serve.core.generation import GenerationResult, Progress
 from stable_audio_serve.core.metrics import Metrics
@@ -36,7 +37,6 @@ from stable_audio_serve.engine.calls.requests import (
     Stepping,
     Waiting,
     deadline_error,
-    start_timeout_error,
 )
 from stable_audio_serve.engine.calls.stages import Stages
 from stable_audio_serve.engine.hardware.device import DeviceLostError
@@ -187,7 +187,8 @@ class EngineLoop:
             elif now >= request.deadline_at:
                 request.reply.fail(deadline_error(request.request))
             else:
-                request.reply.fail(start_timeout_error(request.request))
+                limit_s = request.request.start_within_s
+                request.reply.fail(StartTimeoutError(f"the request did not start within its {limit_s:g} s"))
 
     def _work(self, picked: Sequence[Row]) -> None:
         """Run one phase of every picked row."""

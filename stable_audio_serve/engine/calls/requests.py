@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stable_audio_serve.core.errors import DeadlineExceededError, StartTimeoutError
+from stable_audio_serve.core.errors import DeadlineExceededError
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
@@ -111,11 +111,6 @@ def deadline_error(request: GenerationRequest) -> DeadlineExceededError:
     """Return the error for a request that did not finish in time."""
     message = f"the request did not finish within its {request.deadline_s:g} s"
     return DeadlineExceededError(message, field="deadline_s")
-
-
-def start_timeout_error(request: GenerationRequest) -> StartTimeoutError:
-    """Return the error for a request that did not start in time."""
-    return StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
 
 
 @dataclass(frozen=True, slots=True)
