@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -33,19 +33,12 @@ _ATTEMPTS = 2  # per file, because a process may die for reasons other than the 
 class AudioDecoder:
     """Decodes files in a child process, which starts on first use. Methods block: call them from one worker thread."""
 
-    def __init__(
-        self,
-        *,
-        timeout_s: float = 20.0,
-        own_rates_hz: Collection[int] = (),
-        start_process: Callable[[], DecodeProcess] | None = None,
-    ) -> None:
+    def __init__(self, *, timeout_s: float = 20.0, own_rates_hz: Collection[int] = ()) -> None:
         """Create a decoder without starting its process.
 
         `timeout_s` is the time limit for decoding one file. `own_rates_hz` are sample rates that are accepted in
-        addition to 8-192 kHz. Tests replace `start_process`.
+        addition to 8-192 kHz.
         """
-        self._start_process = start_process or DecodeProcess.start
         self._limits = {"max_values": _MAX_VALUES, "own_rates_hz": sorted(own_rates_hz)}
         self._timeout_s = timeout_s
         self._process: DecodeProcess | None = None
@@ -86,7 +79,7 @@ class AudioDecoder:
 
     def _ask_once(self, descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
         if self._process is None or not self._process.is_alive():
-            self._process = self._start_process()
+            self._process = DecodeProcess.start()
         try:
             return self._process.ask(descriptor, limits, timeout_s=self._timeout_s)
         except (_WorkerLostError, TimeoutError):

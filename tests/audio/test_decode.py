@@ -274,11 +274,12 @@ def test_a_killed_process_is_replaced_and_the_file_read(own_pids: Callable[[], l
     decoder.close()
 
 
-def test_a_file_that_kills_every_process_is_refused() -> None:
+def test_a_file_that_kills_every_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[int] = []
+    start = DecodeProcess.start
 
     def start_two_doomed() -> DecodeProcess:
-        worker = DecodeProcess.start()
+        worker = start()
         if len(killed) == 2:
             return worker
         os.kill(worker.process.pid, signal.SIGSTOP)
@@ -286,7 +287,8 @@ def test_a_file_that_kills_every_process_is_refused() -> None:
         killed.append(worker.process.pid)
         return worker
 
-    decoder = AudioDecoder(start_process=start_two_doomed)
+    monkeypatch.setattr(DecodeProcess, "start", start_two_doomed)
+    decoder = AudioDecoder()
     with pytest.raises(InvalidUploadError, match="audio: decoding the file failed"):
         decoder.decode(as_file(make_audio_file()), max_s=10)
     assert len(killed) == 2
