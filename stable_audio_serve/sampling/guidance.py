@@ -53,26 +53,6 @@ class GuidanceBatch:
         values = torch.tensor([guidance_values(row) for row in rows], dtype=torch.float32)
         return cls(values.to(device), GuidanceUse.of(rows))
 
-    @property
-    def cfg_scale(self) -> Tensor:
-        """The CFG scale of each row, as a tensor (batch, 1, 1)."""
-        return self.values[:, 0, None, None]
-
-    @property
-    def apg_scale(self) -> Tensor:
-        """The APG scale of each row, as a tensor (batch, 1, 1)."""
-        return self.values[:, 1, None, None]
-
-    @property
-    def norm_threshold(self) -> Tensor:
-        """The norm threshold of each row, as a tensor (batch, 1, 1)."""
-        return self.values[:, 2, None, None]
-
-    @property
-    def rescale(self) -> Tensor:
-        """The rescale factor of each row, as a tensor (batch, 1, 1)."""
-        return self.values[:, 3, None, None]
-
 
 def guidance_values(row: Guidance) -> tuple[float, float, float, float]:
     """Return the guidance parameters of one row in the order of the columns of `GuidanceBatch.values`."""
@@ -127,17 +107,18 @@ def guide(
     Parts of guidance that no row uses are not computed, which changes no bit of the result.
     """
     x, t = x.float(), times.float()[:, None, None]
+    cfg_scale, apg_scale, norm_threshold, rescale = rows.values[:, :, None, None].unbind(1)  # (B, 1, 1) each
     v_cond = conditional.float()
     difference = unconditional.float() - v_cond
     if rows.use.norm_threshold:
-        difference = _limit_norm(difference, valid, times=t, threshold=rows.norm_threshold, add_up=add_up)
+        difference = _limit_norm(difference, valid, times=t, threshold=norm_threshold, add_up=add_up)
     if rows.use.apg:
         orthogonal = _orthogonal_part(difference, x - t * v_cond, valid=valid, add_up=add_up)
-        mixed = rows.apg_scale * orthogonal + (1.0 - rows.apg_scale) * difference
-        difference = torch.where(rows.apg_scale == 0.0, difference, mixed)
-    output = v_cond - (rows.cfg_scale - 1.0) * difference
+        mixed = apg_scale * orthogonal + (1.0 - apg_scale) * difference
+        difference = torch.where(apg_scale == 0.0, difference, mixed)
+    output = v_cond - (cfg_scale - 1.0) * difference
     if rows.use.rescale:
-        output = _rescale(output, v_cond, amount=rows.rescale)
+        output = _rescale(output, v_cond, amount=rescale)
     return output
 
 
