@@ -104,7 +104,7 @@ class Engine:
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share, clock=clock)
         self._assemble(_configured_profile(options, self._whole_device))
         self._planners: dict[Priority, Planner] = {
-            priority: Planner(model, max_pending=options.max_planning, clock=clock) for priority in get_args(Priority)
+            priority: Planner(model, max_pending=options.max_planning) for priority in get_args(Priority)
         }
         self._start_lock = threading.Lock()
         self._is_started = False

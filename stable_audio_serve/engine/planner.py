@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 
-from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import (
     UNAVAILABLE,
     GenerationError,
@@ -25,13 +24,14 @@ from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
 
 log = logging.getLogger(__name__)
 
+_FULL_RETRY_S = 2.0
+
 
 class Planner:
     """Plans requests on a thread. At most `max_pending` requests may wait for planning or be planned."""
 
-    def __init__(self, model: DiffusionModel, *, max_pending: int, clock: Clock) -> None:
+    def __init__(self, model: DiffusionModel, *, max_pending: int) -> None:
         self._model = model
-        self._clock = clock
         self._max_pending = max_pending
         # The planning thread uses one torch thread, so that resampled audio does not depend on the number of cores.
         one_thread = partial(torch.set_num_threads, 1)
@@ -39,7 +39,6 @@ class Planner:
         self._lock = threading.Lock()
         self._num_pending = 0
         self._closed = False
-        self._usual_s = 0.01
 
     async def plan(self, request: GenerationRequest, *, frames: int | None) -> tuple[RowPlan, ...]:
         """Return the model's plans for a request, one per variation. `frames` overrides the latent length.
@@ -51,8 +50,8 @@ class Planner:
             if self._closed:
                 raise ModelUnavailableError(UNAVAILABLE)
             if self._num_pending >= self._max_pending:
-                retry_s = max(0.1, self._num_pending * self._usual_s)
-                raise OverloadedError("too many requests are being prepared; retry later", retry_after_s=retry_s)
+                message = "too many requests are being prepared; retry later"
+                raise OverloadedError(message, retry_after_s=_FULL_RETRY_S)
             self._num_pending += 1
             future = self._pool.submit(self._run, request, frames)
         future.add_done_callback(self._forget)
@@ -69,7 +68,6 @@ class Planner:
     def _run(self, request: GenerationRequest, frames: int | None) -> tuple[RowPlan, ...]:
         if self._closed:
             raise ModelUnavailableError(UNAVAILABLE)
-        started_at = self._clock.monotonic()
         try:
             return self._model.plan(request, frames=frames)
         except StableAudioError:
@@ -77,8 +75,6 @@ class Planner:
         except Exception as error:
             log.exception("planning request %s failed", request.request_id)
             raise GenerationError("the model failed on this request") from error
-        finally:
-            self._usual_s += 0.2 * (self._clock.monotonic() - started_at - self._usual_s)
 
     def _forget(self, _: Future[tuple[RowPlan, ...]]) -> None:
         with self._lock:
