@@ -28,7 +28,7 @@ from stable_audio_serve.engine.calls.requests import Row, Stepping
 from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write_pages
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
-from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
+from stable_audio_serve.engine.hardware.graphs import Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
 from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.models.adapters.apply import RowSlots, adapting
@@ -336,7 +336,8 @@ class Executor:
 
         Returns False if there is no such graph or the replay failed. The call must then run eagerly.
         """
-        captured = self._graphs.find(shape, self._run_on)
+        # The step writes to the registers, so `memory.outputs` is not used.
+        captured = self._graphs.find(shape, lambda shape, memory: self._run(shape, memory.inputs))
         if captured is None:
             return False
         captured.memory.inputs.copy_(shape.write(rows, self._device), non_blocking=True)
@@ -388,10 +389,6 @@ class Executor:
         )
         with adapting(self._adaptable_layers, rows):
             return self._model.denoise(batch)
-
-    def _run_on(self, shape: StepShape, memory: CallMemory) -> None:
-        """Run a step during a graph capture. The step writes to the registers, so `memory.outputs` is not used."""
-        self._run(shape, memory.inputs)
 
     def _memories(self) -> Memories:
         return Memories(

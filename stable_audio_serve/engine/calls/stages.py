@@ -172,7 +172,7 @@ class Stages:
             ready = row.in_phase(Encoding).ready
             if at_once or ready.is_reached():
                 self._device.follow(ready)
-                failures += self._begin(row)
+                failures += run_alone(row, self._set_registers, device=self._device)
         return failures
 
     def denoise(self, rows: Sequence[Row]) -> Failures:
@@ -337,9 +337,6 @@ class Stages:
                     shared[stage] = SourceEncoding(plan, stage=stage, noise=noise, hop=hop)
                 encoding.sources[stage] = shared[stage]
         row.work.encode_left = _lengths_left(encoding.sources)
-
-    def _begin(self, row: Row) -> Failures:
-        return run_alone(row, self._set_registers, device=self._device)
 
     def _set_registers(self, row: Row) -> None:
         encoding, plan = row.in_phase(Encoding), row.plan.sampler
