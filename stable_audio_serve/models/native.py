@@ -19,7 +19,7 @@ from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.fused import use_kernels
 from stable_audio_serve.models.blocks.kernel_check import load_kernels
 from stable_audio_serve.models.blocks.layouts import Layout
-from stable_audio_serve.models.blocks.packed import Packed, join_local
+from stable_audio_serve.models.blocks.packed import Packed
 from stable_audio_serve.models.blocks.packed_segments import PackedSegments
 from stable_audio_serve.models.blocks.varlen import attend_packed, has_varlen
 from stable_audio_serve.models.conditioners import ConditionersConfig, NumberConditioner, PromptConditioner
@@ -295,6 +295,10 @@ def _from_segments(batch: StepBatch, segments: Segments) -> DenoiserConditioning
 
 
 def _pack(local: Tensor, frames: Sequence[int], *, num_prefix: int) -> Tensor:
-    """Convert local embeddings of rows (rows, layers, frames or 1, width) to (1, layers, tokens of all rows, width)."""
-    rows = [row[None, :, :own] for row, own in zip(local, frames, strict=True)]
-    return join_local(rows, frames=frames, num_prefix=num_prefix)
+    """Convert local embeddings of rows (rows, layers, frames or 1, width) to (1, layers, tokens of all rows, width).
+
+    They are zero at prefix tokens.
+    """
+    nothing = local.new_zeros(local.shape[1], num_prefix, local.shape[3])
+    owns = (row[:, :count].expand(-1, count, -1) for row, count in zip(local, frames, strict=True))
+    return torch.cat([part for own in owns for part in (nothing, own)], dim=1)[None]

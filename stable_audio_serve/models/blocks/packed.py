@@ -108,17 +108,6 @@ class Packed:
         return held[:, layer, 0], held[:, layer, 1]
 
 
-def join_local(rows: Sequence[Tensor], *, frames: Sequence[int], num_prefix: int) -> Tensor:
-    """Returns the local conditioning (1, layers, tokens, width) of packed tokens, zero at prefix tokens.
-
-    `rows` has the local conditioning of each row: (1, layers, the row's frames or 1, width).
-    """
-    layers, width = rows[0].shape[1], rows[0].shape[3]
-    nothing = rows[0].new_zeros(layers, num_prefix, width)
-    owns = (row[0].expand(layers, count, width) for row, count in zip(rows, frames, strict=True))
-    return torch.cat([part for own in owns for part in (nothing, own)], dim=1)[None]
-
-
 def _spans(frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> Iterable[_Span]:
     row = start = 0
     for (length, num_valid), group in groupby(zip(frames, valid_frames, strict=True)):
