@@ -58,17 +58,15 @@ def fetch_adapter(
     `token` is for the hub; `open_s3` returns a boto3 client. Raises InvalidRequestError if the file cannot be
     downloaded or is larger than `max_bytes`.
     """
-    if source.startswith(_S3):
-        with _refusing(source):
-            return _fetch_object(source, open_s3=open_s3, cache=(cache or CACHE).expanduser(), max_bytes=max_bytes)
-    if source.startswith(_HTTPS):
-        with _refusing(source):
-            return _fetch_url(source, cache=(cache or CACHE).expanduser(), max_bytes=max_bytes)
-    repository = _repository(source)
-    if repository is None:
-        return Path(source)
+    own_cache = (cache or CACHE).expanduser()
     with _refusing(source):
-        return _fetch_from_hub(repository, token=token, cache=cache, max_bytes=max_bytes)
+        if source.startswith(_S3):
+            return _fetch_object(source, open_s3=open_s3, cache=own_cache, max_bytes=max_bytes)
+        if source.startswith(_HTTPS):
+            return _fetch_url(source, cache=own_cache, max_bytes=max_bytes)
+        if (repository := _repository(source)) is not None:
+            return _fetch_from_hub(repository, token=token, cache=cache, max_bytes=max_bytes)
+    return Path(source)
 
 
 @dataclass(frozen=True, slots=True)
