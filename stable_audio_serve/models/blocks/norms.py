@@ -32,12 +32,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
+_SHORTEST = 1e-6  # `UnitNorm` makes vectors shorter than this shorter than 1
+
+
 class UnitNorm(RMSNorm):
     """Scales x to length 1 over the last axis. The gain is fixed: an RMS norm would scale x to length sqrt(width)."""
 
-    def __init__(self, width: int, *, eps: float = 1e-6) -> None:
-        """Vectors shorter than `eps` become shorter than 1."""
-        super().__init__(width, eps=eps**2 / width)
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=_SHORTEST**2 / width)
         del self.gamma
         # Has values also where parameters are on the meta device, because no checkpoint contains it.
         self.register_buffer("gamma", torch.full((width,), width**-0.5, device="cpu"), persistent=False)
@@ -46,9 +48,9 @@ class UnitNorm(RMSNorm):
 class DyT(FusedModule):
     """Dynamic tanh, a norm without statistics: `gamma * tanh(alpha * x) + beta` with a scalar alpha."""
 
-    def __init__(self, width: int, *, alpha: float = 0.5) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.full((1,), alpha))
+        self.alpha = nn.Parameter(torch.full((1,), 0.5))
         self.gamma: nn.Parameter | None = nn.Parameter(torch.ones(width))
         self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(width))
 
