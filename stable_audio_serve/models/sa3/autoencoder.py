@@ -116,11 +116,6 @@ class AudioAutoencoder(nn.Module):
                 raise config.unusable("downsampling_ratio", f"patch times stride ({made})")
 
     @property
-    def encoder_draws_noise(self) -> bool:
-        """Whether encoding draws noise. If so, rows with the same source audio cannot share its latents."""
-        return self.encoder.noisy
-
-    @property
     def decoder_halo_latents(self) -> int:
         """How many latents on each side influence a latent's audio, rounded up to a multiple of `latent_multiple`."""
         reach = self.decoder.halo_latents + -(-self.pretransform.halo_frames // self.decoder.frames_per_latent)

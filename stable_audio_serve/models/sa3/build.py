@@ -106,7 +106,7 @@ def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components)
         hop=lengths.hop,
         max_frames=lengths.max_frames,
         default_sampler=config.default_sampler,
-        noisy_source_encoder=components.autoencoder.encoder_draws_noise,
+        noisy_source_encoder=components.autoencoder.encoder.noisy,
         packs_rows=True,
         captures_decode=not components.autoencoder.pretransform.is_placed,
     )
