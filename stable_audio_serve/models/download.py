@@ -8,8 +8,8 @@ HF_ENDPOINT, HF_HUB_OFFLINE).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,7 +159,7 @@ def _check_repository(entry: ModelEntry, *, token: str | None) -> tuple[Path, st
     repo_id = _repository(entry)
     if constants.is_offline_mode():
         raise CheckpointError(describe_incomplete_cache(entry))
-    try:
+    with _explaining(entry):
         info = _fetch_info(entry, token)
         listed = _files_of(info, entry)
         _require_config(repo_id, listed.names)
@@ -176,8 +176,6 @@ def _check_repository(entry: ModelEntry, *, token: str | None) -> tuple[Path, st
         encoder = check_layout(read_config(folder), listed)
         if encoder is not None:
             _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
-    except _ERRORS as error:
-        raise _failure(error, entry) from error
     _require_space(_with_weights(entry, weights), info)
     return folder, encoder
 
@@ -186,22 +184,17 @@ def _check_text_encoder(entry: ModelEntry, *, token: str | None) -> None:
     repo_id = _repository(entry)
     if constants.is_offline_mode():
         raise CheckpointError(describe_incomplete_cache(entry))
-    try:
+    with _explaining(entry):
         info = _fetch_info(entry, token)
         check_encoder(_files_of(info, entry))
         _require_readable(repo_id, "config.json", info=info, token=token)
-    except _ERRORS as error:
-        raise _failure(error, entry) from error
     _require_space(entry, info)
 
 
 def _find_in_repository(entry: ModelEntry, *, token: str | None) -> str:
     """Returns the name of the weight file in the entry's repository on the hub."""
-    try:
-        info = _fetch_info(entry, token)
-    except _ERRORS as error:
-        raise _failure(error, entry) from error
-    return choose_weights(_files_of(info, entry))
+    with _explaining(entry):
+        return choose_weights(_files_of(_fetch_info(entry, token), entry))
 
 
 def _files_of(info: ModelInfo, entry: ModelEntry) -> FileList:
@@ -234,16 +227,12 @@ def _cached_text_encoder(entry: ModelEntry) -> Path | None:
 
 
 def _download(entry: ModelEntry, *, token: str | None) -> Path:
-    try:
-        folder = snapshot_download(
-            _repository(entry),
-            revision=entry.revision,
-            token=token,
-            allow_patterns=list(entry.files),
+    with _explaining(entry):
+        return Path(
+            snapshot_download(
+                _repository(entry), revision=entry.revision, token=token, allow_patterns=list(entry.files)
+            )
         )
-    except _ERRORS as error:
-        raise _failure(error, entry) from error
-    return Path(folder)
 
 
 def _snapshot(entry: ModelEntry) -> Path | None:
@@ -297,6 +286,15 @@ def _require_space(entry: ModelEntry, info: ModelInfo) -> None:
 
 def _blobs(root: Path, repo_id: str) -> Path:
     return root / f"models--{repo_id.replace('/', '--')}" / "blobs"
+
+
+@contextmanager
+def _explaining(entry: ModelEntry) -> Iterator[None]:
+    """Within this context, an error of huggingface_hub becomes a CheckpointError."""
+    try:
+        yield
+    except _ERRORS as error:
+        raise _failure(error, entry) from error
 
 
 def _failure(error: Exception, entry: ModelEntry) -> CheckpointError:
