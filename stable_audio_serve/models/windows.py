@@ -88,7 +88,8 @@ def cut_windows(frames: int, *, rule: WindowRule, longest: int = LONGEST_FRAMES)
     All windows but the last have about `longest` frames. The last one may start earlier than necessary, so that its
     length is a multiple of WINDOW_GRID. Few different lengths therefore occur.
     """
-    longest = max(shortest_window(rule), longest // rule.multiple * rule.multiple)
+    shortest = _round_up(max(4 * rule.halo, WINDOW_GRID), multiple=rule.multiple)  # with which at most half is halo
+    longest = max(shortest, longest // rule.multiple * rule.multiple)
     spans: list[WindowSpan] = []
     first = 0
     while first < frames:
@@ -100,11 +101,6 @@ def cut_windows(frames: int, *, rule: WindowRule, longest: int = LONGEST_FRAMES)
         spans.append(_aligned(WindowSpan(start, stop, first, keep_stop), rule))
         first = keep_stop
     return spans
-
-
-def shortest_window(rule: WindowRule) -> int:
-    """Returns the smallest useful window length, at which half of the frames or more are kept and the rest is halo."""
-    return _round_up(max(4 * rule.halo, WINDOW_GRID), multiple=rule.multiple)
 
 
 def _aligned(span: WindowSpan, rule: WindowRule) -> WindowSpan:
