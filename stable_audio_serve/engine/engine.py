@@ -38,7 +38,6 @@ from stable_audio_serve.engine.build import build_parts, resolve_mode
 from stable_audio_serve.engine.calls.requests import Reply, RequestState, deadline_error
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.share import MemoryPlan
-from stable_audio_serve.engine.loop import EngineHeartbeat
 from stable_audio_serve.engine.options import PLAIN, EngineOptions, Features
 from stable_audio_serve.engine.planner import Planner
 from stable_audio_serve.engine.profile import Profile, prove
@@ -315,9 +314,10 @@ class Engine:
         """For how many seconds the engine has been working since it started."""
         return self._thread.busy_s
 
-    def heartbeat(self) -> EngineHeartbeat:
-        """Return whether the engine thread is alive, and how long ago the last turn of its loop began."""
-        return self._thread.heartbeat()
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread runs."""
+        return self._thread.is_alive
 
     @property
     def has_crashed(self) -> bool:
@@ -328,8 +328,7 @@ class Engine:
         """Raise ModelUnavailableError if the engine thread has ended, or if its loop has not begun a turn for
         `_MAX_SILENCE_S` seconds. An engine that was never started passes.
         """
-        beat = self.heartbeat()
-        if self._is_started and (not beat.is_alive or beat.age_s > _MAX_SILENCE_S):
+        if self._is_started and (not self.is_alive or self._thread.silence_s > _MAX_SILENCE_S):
             raise ModelUnavailableError(UNAVAILABLE)
 
     async def _accept(

@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import count
 
 import torch
@@ -335,14 +334,6 @@ class EngineLoop:
                 request.reply.report(request.progress(position))
 
 
-@dataclass(frozen=True, slots=True)
-class EngineHeartbeat:
-    """Whether the engine thread is alive, and how many seconds ago its last turn began (`age_s`)."""
-
-    is_alive: bool
-    age_s: float
-
-
 class EngineThread:
     """The engine thread. It runs `prepare` and then the turns of `loop`. Once it has ended, it is never restarted."""
 
@@ -398,9 +389,14 @@ class EngineThread:
         turn_s = 0.0 if began_at is None else self._clock.monotonic() - began_at
         return ended_s + (turn_s if turn_s > _LONG_TURN_S else 0.0)
 
-    def heartbeat(self) -> EngineHeartbeat:
-        """Return whether the thread is alive, and how long ago its last turn began."""
-        return EngineHeartbeat(self._thread.is_alive(), self._clock.monotonic() - self._beat_at)
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def silence_s(self) -> float:
+        """How many seconds ago the last turn began."""
+        return self._clock.monotonic() - self._beat_at
 
     def _run(self) -> None:
         try:

@@ -429,7 +429,7 @@ async def test_a_closing_engine_ends_requests_that_wait_for_adapters(tmp_path: P
         tasks = [asyncio.create_task(engine.generate(request)) for _ in range(3)]
         await engine.generate(make_clip(duration_s=0.3))
         closing = asyncio.create_task(engine.close())
-        await until(lambda: not engine.heartbeat().is_alive)
+        await until(lambda: not engine.is_alive)
         opened.set()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         await closing

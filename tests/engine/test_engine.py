@@ -523,7 +523,7 @@ async def test_only_a_lost_device_ends_the_engine(monkeypatch: pytest.MonkeyPatc
         if not is_lost:
             engine.check_health()
             return
-        await until(lambda: not engine.heartbeat().is_alive)
+        await until(lambda: not engine.is_alive)
         assert engine.has_crashed
         with pytest.raises(ModelUnavailableError):
             engine.check_health()
@@ -657,7 +657,7 @@ async def test_closing_refuses_new_work_and_fails_waiting_requests() -> None:
         await running
     with pytest.raises(ModelUnavailableError):
         await engine.generate(make_request())
-    assert not engine.heartbeat().is_alive
+    assert not engine.is_alive
 
 
 def test_engine_serves_several_event_loops_and_survives_a_closed_one() -> None:

@@ -146,7 +146,7 @@ async def test_closing_ends_work_in_the_second_queue() -> None:
         assert await asyncio.to_thread(decoding.wait, PATIENCE_S)
         await engine.close()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert not engine.heartbeat().is_alive
+    assert not engine.is_alive
     ended = [result for result in results if not isinstance(result, GenerationResult)]
     assert all(isinstance(result, ModelUnavailableError) for result in ended)
 
