@@ -92,10 +92,9 @@ def load_weights(
 
 
 def _casts(modules: Mapping[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
-    """Returns the dtype, by key, in which each tensor is loaded."""
-    casts = {prefix + key: torch.float32 for prefix, module in modules.items() for key in module.state_dict()}
+    """Returns the dtype, by key, of each tensor that is not loaded as float32."""
     parameters = [prefix + key for prefix, module in modules.items() for key, _ in module.named_parameters()]
-    return casts | {key: dtype for prefix, dtype in dtypes.items() for key in parameters if key.startswith(prefix)}
+    return {key: dtype for prefix, dtype in dtypes.items() for key in parameters if key.startswith(prefix)}
 
 
 def _check(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], *, source: Path) -> None:
@@ -125,16 +124,14 @@ def _fill(
     device: torch.device,
     casts: Mapping[str, torch.dtype],
 ) -> list[Tensor]:
-    places = {prefix + key: (prefix, key) for prefix, module in modules.items() for key in module.state_dict()}
-    states: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in modules}
+    state: dict[str, Tensor] = {}
     mapped = []
 
-    def load(whole_key: str) -> None:
-        prefix, key = places[whole_key]
-        tensor = weights[whole_key]
-        states[prefix][key] = loaded = tensor.to(device=device).to(casts[whole_key])
+    def load(key: str) -> None:
+        tensor, dtype = weights[key], casts.get(key, torch.float32)
+        state[key] = loaded = tensor.to(device=device).to(dtype)
         if loaded.numel() and not all(bound.isfinite() for bound in loaded.aminmax()):
-            raise CheckpointError(f"{source}: {whole_key} holds values that are not finite in {casts[whole_key]}")
+            raise CheckpointError(f"{source}: {key} holds values that are not finite in {dtype}")
         if loaded is tensor:
             mapped.append(tensor)
         else:
@@ -144,7 +141,7 @@ def _fill(
         in_file_order = sorted(weights, key=lambda key: weights[key].data_ptr())
         list(pool.map(load, in_file_order))  # a list, so that an exception is raised here
     for prefix, module in modules.items():
-        module.load_state_dict(states[prefix], strict=True, assign=True)
+        module.load_state_dict({key: state[prefix + key] for key in module.state_dict()}, strict=True, assign=True)
         module.eval().requires_grad_(False)
         _refuse(
             source, "is stored in no checkpoint, so nothing fills it", keys=[prefix + key for key in _empty(module)]
