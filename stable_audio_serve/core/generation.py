@@ -46,6 +46,7 @@ class SourceAudio:
         return -(-self.samples.shape[1] * to_hz // self.sample_rate_hz)
 
     def to_mono(self) -> SourceAudio:
+        """Return the audio with one channel, the mean of all channels."""
         return replace(self, samples=self.samples.mean(axis=0, keepdims=True), is_mixed=True)
 
 
