@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from tests.object_storage import ObjectStorage
 
 from tests.databases import postgres, postgres_url
+from tests.job_tables import copied_tables, made_by_alembic
 
-__all__ = ["postgres", "postgres_url"]
+__all__ = ["copied_tables", "made_by_alembic", "postgres", "postgres_url"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():

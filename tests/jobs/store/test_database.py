@@ -22,6 +22,8 @@ from stable_audio_serve.jobs.store.tables import METADATA
 from tests.databases import PostgresServer
 from tests.jobs.stores import CONTRACT_KINDS, add, find, open_database
 
+pytestmark = pytest.mark.usefixtures("made_by_alembic")
+
 
 @pytest.fixture(params=CONTRACT_KINDS)
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:

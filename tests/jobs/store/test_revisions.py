@@ -144,6 +144,7 @@ def test_each_revision_follows_the_one_before_it() -> None:
     assert [module.down_revision for module in modules] == [None, *(module.revision for module in modules[:-1])]
 
 
+@pytest.mark.usefixtures("made_by_alembic")
 @pytest.mark.parametrize("kind", CONTRACT_KINDS)
 def test_revisions_create_the_declared_tables(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if kind == "sqlite":
