@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+from stable_audio_serve.cli import app
 from stable_audio_serve.cli.makers import SoundRequest, make_by_server
 from stable_audio_serve.cli.messages import ExitCode, plain_errors
 from stable_audio_serve.cli.remote import connected
 from stable_audio_serve.core import errors
+from stable_audio_serve.serving import engines
 
 PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 
@@ -70,3 +74,23 @@ def test_a_lost_server_leaves_the_name_of_the_job() -> None:
 def test_the_docs_list_every_exit_code() -> None:
     table = PAGE.read_text().partition("## Exit codes")[2]
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == [*ExitCode]
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_ctrl_c_ends_the_loading_of_a_local_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_loaded = False
+
+    def load(*_: object) -> None:
+        nonlocal is_loaded
+        signal.raise_signal(signal.SIGINT)
+        is_loaded = True
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engines, "load_named_engine", load)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = CliRunner().invoke(app, ["generate", "rain", "--local", "-q"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result.exit_code, result.stderr, is_loaded) == (130, "error: interrupted\n", False)

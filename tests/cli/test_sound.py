@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,23 +18,20 @@ import structlog
 from typer.testing import CliRunner
 
 from stable_audio_serve.audio.embedded_text import extract
-from stable_audio_serve.audio.encode import encode_audio
 from stable_audio_serve.cli import app
-from stable_audio_serve.cli.sound_files import read_recipe, slug
-from stable_audio_serve.cli.tables import progress_line
-from stable_audio_serve.client import JobProgress
+from stable_audio_serve.cli.sound_files import read_recipe
 from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core.errors import GenerationError, OverloadedError
-from stable_audio_serve.core.sound import AudioFormat, Encoding
 from stable_audio_serve.models.registry import BUILT_IN
-from stable_audio_serve.serving import engines
 from tests.adapter_files import write_file
-from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
 from tests.backends import RATE_HZ, ToneBackend
+from tests.client.conftest import IN_ONE_LOOP, Served, served, server
 from tests.patience import PATIENCE_S, until
 
-pytestmark = pytest.mark.server
+__all__ = ["served", "server"]
+
+pytestmark = [pytest.mark.server, IN_ONE_LOOP]
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,11 +84,10 @@ class Shell:
 
 
 @pytest.fixture
-async def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shell]:
+def shell(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.chdir(tmp_path)
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # keep the server's log out of the output
-    async with serve_app() as (port, backend):
-        yield Shell(tmp_path, f"http://127.0.0.1:{port}", backend)
+    return Shell(tmp_path, served.url, served.backend)
 
 
 def messages(errors: bytes) -> list[str]:
@@ -310,7 +305,6 @@ async def test_other_errors_set_the_exit_code(shell: Shell) -> None:
     await shell.run("loop", "rain 120bpm", code=5)
 
 
-@pytest.mark.server
 async def test_a_process_pipes_bytes(shell: Shell) -> None:
     process = await shell.start("generate", "-", "-d", "1", "-o", "-")
     take, errors = await process.communicate(b"rain\n")
@@ -318,7 +312,6 @@ async def test_a_process_pipes_bytes(shell: Shell) -> None:
     assert (shell.backend.last.prompt, frames(take)) == ("rain", RATE_HZ)
 
 
-@pytest.mark.server
 async def test_ctrl_c_cancels_the_request(shell: Shell) -> None:
     shell.backend.released.clear()
     process = await shell.start("generate", "rain", "-d", "0.1")
@@ -332,7 +325,6 @@ async def test_ctrl_c_cancels_the_request(shell: Shell) -> None:
     assert await shell.files() == []
 
 
-@pytest.mark.server
 async def test_ctrl_c_does_not_wait_for_a_server_that_does_not_answer(shell: Shell) -> None:
     silent = await asyncio.start_server(lambda reader, _: reader.read(), "127.0.0.1", 0)
     async with silent:
@@ -346,7 +338,6 @@ async def test_ctrl_c_does_not_wait_for_a_server_that_does_not_answer(shell: She
         assert (process.returncode, errors.splitlines()[-1]) == (130, b"error: interrupted")
 
 
-@pytest.mark.server
 async def test_names_that_the_terminal_cannot_show_are_replaced(shell: Shell) -> None:
     shell.backend.error = GenerationError("\N{HIRAGANA LETTER A} failed")
     job_id = (await shell.run("jobs", "submit", "rain")).decode().strip()
@@ -356,7 +347,6 @@ async def test_names_that_the_terminal_cannot_show_are_replaced(shell: Shell) ->
     assert (process.returncode, messages(errors), b"? failed" in listed) == (0, [], True)
 
 
-@pytest.mark.server
 async def test_a_reader_that_ends_early_is_no_invalid_usage(shell: Shell) -> None:
     process = await shell.start("generate", "rain", "-d", "1", "-o", "-")
     assert process.stdout is not None
@@ -396,27 +386,6 @@ async def test_pieces_with_sections_are_generated_submitted_and_replayed(shell: 
     assert "--section" in (await shell.run("generate", "rain", "--overlap", "2", code=2)).decode()
 
 
-@pytest.mark.parametrize(
-    ("progress", "texts"),
-    [
-        (JobProgress("queued", 0.0, None, 0), ["queued, next"]),
-        (JobProgress("queued", 0.0, 31.2, 4), ["queued, 4 ahead", "31 s left"]),
-        (JobProgress("denoise", 0.5, 12.4, None), ["denoise", "12 s left"]),
-        (JobProgress("denoise", 0.5, 9.6, None, sections_done=2, num_sections=5), ["section 3 of 5", "10 s left"]),
-    ],
-    ids=["next", "queued", "running", "long piece"],
-)
-def test_a_terminal_shows_the_stage_and_the_remaining_time(
-    progress: JobProgress, texts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # write as to a terminal
-    for is_quiet in (False, True):
-        with progress_line(quiet=is_quiet) as show:
-            show(progress)
-        shown = capsys.readouterr().err
-        assert [text in shown for text in texts] == [not is_quiet] * len(texts)
-
-
 async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> None:
     shell.backend.released.clear()
     take = make_audio_file(duration_s=1.0)
@@ -436,7 +405,6 @@ async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> 
     assert "--region" in (await shell.run("jobs", "submit", "rain", "--keep", "model", code=2)).decode()
 
 
-@pytest.mark.server
 async def test_local_generates_and_replays_without_a_server(shell: Shell) -> None:
     await shell.run("generate", "a kick drum", "--local", "-d", "0.5", "-s", "3", "--steps", "4", "-o", "one.wav")
     assert frames(await shell.read("one.wav")) == RATE_HZ // 2
@@ -445,7 +413,6 @@ async def test_local_generates_and_replays_without_a_server(shell: Shell) -> Non
     assert not shell.backend.requests
 
 
-@pytest.mark.server
 async def test_local_uses_the_server_configuration(shell: Shell) -> None:
     """The configuration sets the model for loops and turns recipes on. Its API keys do not apply to `--local`."""
     demo = str(BUILT_IN["demo"].folder)
@@ -460,26 +427,6 @@ async def test_local_uses_the_server_configuration(shell: Shell) -> None:
     loop = ("loop", "kick drum 120bpm", "--bars", "1", "--steps", "2", "--local", "-o", "loop.wav", "--json")
     assert json.loads(await shell.run(*loop))["model"] == "loops"
     assert extract(io.BytesIO(await shell.read("loop.wav"))) is not None
-
-
-@pytest.mark.server
-@pytest.mark.slow
-def test_ctrl_c_ends_the_loading_of_a_local_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_loaded = False
-
-    def load(*_: object) -> None:
-        nonlocal is_loaded
-        signal.raise_signal(signal.SIGINT)
-        is_loaded = True
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engines, "load_named_engine", load)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        result = CliRunner().invoke(app, ["generate", "rain", "--local", "-q"])
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (result.exit_code, result.stderr, is_loaded) == (130, "error: interrupted\n", False)
 
 
 async def test_local_takes_files_of_adapters(shell: Shell) -> None:
@@ -497,20 +444,3 @@ async def test_local_takes_files_of_adapters(shell: Shell) -> None:
     first, second = read_recipe(await shell.read("both.wav"))["loras"]
     assert (first["name"], second["name"]) == ("rough", "rough-2")
     assert first["sha256"] != second["sha256"]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "name"),
-    [("Rain on a Tin roof!", "rain-on-a-tin-roof"), ("../../etc", "etc"), ("雨 の 音", "雨-の-音"), ("?!", "audio")],
-)
-def test_slugs_of_prompts_are_file_names(prompt: str, name: str) -> None:
-    assert slug(prompt) == name
-    assert len(slug(prompt * 100)) <= 60
-
-
-@pytest.mark.parametrize("text", ["[1]", "1", '{"a":' * 100_000, "{"])
-def test_a_file_with_an_invalid_recipe_is_refused(text: str) -> None:
-    audio = np.zeros((1, 100), dtype=np.float32)
-    file = encode_audio(audio, RATE_HZ, encoding=Encoding(AudioFormat.FLAC), text=text).to_bytes()
-    with pytest.raises(ValueError, match=r"recipe|Expecting"):
-        read_recipe(file)
