@@ -7,6 +7,8 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.stores import database, postgres_with_tables, store, store_url, wall
@@ -27,8 +29,29 @@ def test_database_keeps_its_secret(store: JobStore, database: Database) -> None:
 
 def test_checkpoint_in_progress_is_not_a_replaced_file(tmp_path: Path) -> None:
     """The check for a replaced file reads SQLite's file without locks, so it may see a half-written checkpoint."""
-    url = database_url(None, tmp_path)
-    database = Database(url)
+    database, file, copy = Database(database_url(None, tmp_path)), tmp_path / "jobs.db", tmp_path / "copy.db"
+    database.prepare()
+    with closing(sqlite3.connect(file, check_same_thread=False)) as writer, closing(sqlite3.connect(copy)) as copied:
+        writer.execute("CREATE TABLE scratch (text TEXT)")
+        writer.commit()
+        writer.backup(copied)
+        with file.open("r+b") as written:  # a checkpoint writes the first page first
+            written.write(copy.read_bytes()[:4096])
+        with (
+            closing(sqlite3.connect(f"file:{file}?immutable=1", uri=True)) as reader,
+            pytest.raises(sqlite3.DatabaseError, match="malformed"),
+        ):
+            reader.execute("SELECT id FROM identity")
+        finished = threading.Timer(0.2, writer.execute, ("PRAGMA wal_checkpoint(TRUNCATE)",))
+        finished.start()
+        database.require_same()
+        finished.join()
+    database.close()
+
+
+@pytest.mark.slow
+def test_checkpoints_are_never_replaced_files(tmp_path: Path) -> None:
+    database = Database(database_url(None, tmp_path))
     database.prepare()
     is_over = threading.Event()
 
