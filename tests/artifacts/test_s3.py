@@ -69,7 +69,7 @@ async def test_without_a_prefix_keys_are_at_the_top(object_storage: ObjectStorag
     assert await read(store, file) == b"x"
 
 
-@pytest.mark.parametrize("num_bytes", [100, 20 * MIB])
+@pytest.mark.parametrize("num_bytes", [100, 17 * MIB])
 async def test_objects_carry_type_name_and_digest(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str, num_bytes: int
 ) -> None:
@@ -95,8 +95,8 @@ async def test_errors_and_broken_connections_are_retried(
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *args: 0.05 * delay_s(*args))
     proxy = object_storage.proxy
     num_before = proxy.num_errors, proxy.num_cuts
-    proxy.faults = Faults(errors=0.05, cuts=0.02)
-    data = {upload_key(): os.urandom(size) for size in [1000] * 60 + [3 * MIB] * 6 + [17 * MIB] * 2}
+    proxy.faults = Faults(errors=0.1, cuts=0.05)
+    data = {upload_key(): os.urandom(size) for size in [1000] * 20 + [3 * MIB] * 2 + [17 * MIB]}
     files = await asyncio.gather(*(put(store, content, key=key) for key, content in data.items()))
     for file, content in zip(files, data.values(), strict=True):
         assert await read(store, file) == content
@@ -213,7 +213,7 @@ async def test_failed_multipart_upload_leaves_nothing(
 ) -> None:
     object_storage.proxy.fates[failing.format(at=f"{bucket}/p/{KEY}")] = "deny"
     with pytest.raises(StorageError, match="AccessDenied"):
-        await put(store, bytes(20 * MIB))
+        await put(store, bytes(17 * MIB))
     assert object_storage.proxy.fates == {}
     assert object_storage.unfinished(bucket) == []
     assert object_storage.keys(bucket) == []
@@ -223,14 +223,14 @@ async def test_failed_multipart_upload_leaves_nothing(
 async def test_completion_with_a_lost_response_counts(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str, fate: str
 ) -> None:
-    data = os.urandom(20 * MIB)
+    data = os.urandom(17 * MIB)
     object_storage.proxy.fates[f"POST /{bucket}/p/{KEY}?uploadId="] = fate
     file = await put(store, data)
     assert await read(store, file) == data
     assert object_storage.unfinished(bucket) == []
 
 
-@pytest.mark.parametrize("num_pieces", [1, 20])
+@pytest.mark.parametrize("num_pieces", [1, 17])
 async def test_file_that_changes_during_upload_is_refused(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str, num_pieces: int
 ) -> None:
@@ -272,7 +272,7 @@ async def test_upload_that_cannot_be_aborted_is_swept_when_old(
     object_storage.client.create_multipart_upload(Bucket=bucket, Key=f"elsewhere/{KEY}")
     object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"), only="uploadId=")
     with pytest.raises(StorageError):
-        await put(store, bytes(20 * MIB))
+        await put(store, bytes(17 * MIB))
     object_storage.proxy.faults = Faults()
     assert len(object_storage.unfinished(bucket)) == 3
     assert await asyncio.to_thread(lambda: store.sweep_unfinished(before=time.time() - 60)) == 0

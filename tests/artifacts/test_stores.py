@@ -146,7 +146,7 @@ async def test_deleted_file_raises_before_the_first_chunk(place: Place) -> None:
     assert place.names() == []
 
 
-@pytest.mark.parametrize("size", [3, 20 * MIB])
+@pytest.mark.parametrize("size", [3, 17 * MIB])
 async def test_interrupted_source_leaves_nothing(place: Place, size: int) -> None:
     class SourceError(Exception):
         pass
@@ -191,7 +191,7 @@ async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
     assert num_taken == 0  # after the cancellation, `put` takes no further chunk
     await place.store.delete(KEY)  # until the event loop knows how the abandoned work ended
     del task
-    gc.collect()
+    gc.collect(1)  # the new objects; a full collection would take a second
     assert logged == []  # asyncio would log a traceback for each cancelled upload that then stops
 
 
@@ -262,7 +262,7 @@ async def test_work_without_a_free_thread_is_refused_in_time(place: Place, monke
         may_end.wait()
         return [b"sound"]
 
-    keys = [upload_key() for _ in range(40)]  # more than there are threads
+    keys = [upload_key() for _ in range(20)]  # more than there are threads
     puts = [place.store.put(key, block, media_type="audio/wav", file_name="a.wav") for key in keys]
     async with asyncio.timeout(PATIENCE_S):
         with monkeypatch.context() as hurried:
@@ -340,7 +340,7 @@ async def test_check_passes_and_leaves_nothing(place: Place) -> None:
 
 
 async def test_many_files_at_once(place: Place) -> None:
-    data = {upload_key(): os.urandom(300_000) for _ in range(40)}
+    data = {upload_key(): os.urandom(300_000) for _ in range(20)}  # more than there are threads
     files = await asyncio.gather(*(put(place, content, key=key) for key, content in data.items()))
     assert await asyncio.gather(*(read(place, file) for file in files)) == list(data.values())
 
