@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from tests.object_storage import ObjectStorage
 
 from tests.databases import postgres, postgres_url
-from tests.job_tables import copied_tables, made_by_alembic
+from tests.quick_databases import made_by_alembic, quick_databases
 
-__all__ = ["copied_tables", "made_by_alembic", "postgres", "postgres_url"]
+__all__ = ["made_by_alembic", "postgres", "postgres_url", "quick_databases"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
