@@ -74,6 +74,7 @@ async def keep_submitting(client: httpx.AsyncClient, tickets: list[dict[str, Any
     """Submit jobs until cancelled. Every third job has an upload."""
     while True:
         tickets.append(await submit(client, "/jobs" if len(tickets) % 3 else "/jobs/variations"))
+        await asyncio.sleep(0.05)
 
 
 async def audio_of(client: httpx.AsyncClient, ticket: dict[str, Any]) -> bytes:

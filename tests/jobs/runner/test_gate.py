@@ -106,7 +106,7 @@ async def test_file_that_never_fits_lets_other_jobs_go_first(
     put, probe, is_full = workshop.queue.artifacts.put, workshop.queue.artifacts.probe, threading.Event()
 
     async def refuse_large(key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        if is_full.is_set() or sum(map(len, chunks())) > 500_000:
+        if is_full.is_set() or sum(map(len, chunks())) > 250_000:
             raise StorageFullError("the disk is full")
         return await put(key, chunks, media_type=media_type, file_name=file_name)
 
@@ -118,7 +118,7 @@ async def test_file_that_never_fits_lets_other_jobs_go_first(
     monkeypatch.setattr(workshop.queue.artifacts, "put", refuse_large)
     monkeypatch.setattr(workshop.queue.artifacts, "probe", probe_space)
     is_full.set()
-    large = await workshop.queue.submit(make_spec(duration_s=10.0))
+    large = await workshop.queue.submit(make_spec(duration_s=2.0))
     # The large job is due again at once, unless it waits for the other job.
     await workshop.start_runner(pauses=replace(SHORT_PAUSES, retry_s=0.0, probe_s=0.2, last_probe_s=0.4))
     await workshop.until(large, lambda job: job.attempts == 1 and job.state == "queued")
@@ -158,7 +158,7 @@ async def test_unreadable_uploads_cost_few_attempts(
     storage = object_storage.settings(object_storage.make_bucket())
     settings = Settings(output_dir=str(tmp_path), storage=storage)
     workshop = Workshop(settings, open_queue(settings))
-    jobs = [await workshop.queue.submit(make_spec(upload=await upload(workshop))) for _ in range(12)]
+    jobs = [await workshop.queue.submit(make_spec(upload=await upload(workshop))) for _ in range(8)]
     object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
     metrics = RecordedMetrics()
     probes: list[int] = []
