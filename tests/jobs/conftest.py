@@ -96,17 +96,19 @@ class Workshop:
         self.queue.wake = runner.wake
         return runner
 
-    async def until(self, job: Job, condition: Callable[[Job], bool]) -> Job:
+    async def until(self, job: Job, condition: Callable[[Job], bool], *, longest_pause_s: float = 0.01) -> Job:
+        pause_s = 0.01
         async with asyncio.timeout(PATIENCE_S):
             while not condition(job):
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, longest_pause_s)
                 found = await self.queue.get(job.spec.ref)
                 assert found is not None
                 job = found
         return job
 
     async def finished(self, job: Job) -> Job:
-        return await self.until(job, lambda job: job.is_over)
+        return await self.until(job, lambda job: job.is_over, longest_pause_s=0.05)
 
     def files(self) -> list[str]:
         """Return the names of all stored files except the database."""
