@@ -1,4 +1,4 @@
-"""The job store used by concurrent threads and processes: no job is lost or run twice, and all limits hold."""
+"""The job store used by concurrent threads: no job is lost or run twice, and all limits hold."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -69,25 +69,6 @@ def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
         return list(pool.map(run, calls))
 
 
-def lease_all(url: str, owner: str) -> list[str]:
-    """Lease jobs until none is left, and return their ids. Called in several processes at once."""
-    store = JobStore(open_database(url))
-    ids = []
-    while job := store.runners.lease(owner, lease_s=60):
-        ids.append(job.spec.id)
-    store.database.close()
-    return ids
-
-
-def add_same(url: str, number: int) -> list[bool]:
-    """Submit the same request ten times. Returns whether each call added a job. Called in several processes."""
-    store = JobStore(open_database(url), _MANY)
-    specs = [make_spec(id=f"{number}-{turn}", idempotency_key="k", fingerprint="f") for turn in range(10)]
-    added = [submit(store, spec).is_new for spec in specs]
-    store.database.close()
-    return added
-
-
 def test_threads_never_lease_the_same_job(database: Database) -> None:
     store = JobStore(database, _MANY)
     expected = {add(store).spec.id for _ in range(30)}
@@ -118,16 +99,6 @@ def test_clients_take_turns_with_many_runners(database: Database) -> None:
     assert {client: clients.count(client) for client in "klmno"} == dict.fromkeys("klmno", 12)
 
 
-@pytest.mark.server
-def test_processes_never_lease_the_same_job(database: Database, store_url: str, processes: ProcessPoolExecutor) -> None:
-    store = JobStore(database, _MANY)
-    expected = {add(store).spec.id for _ in range(150)}
-    shares = processes.map(lease_all, [store_url] * 3, "abc")
-    ids = list(itertools.chain(*shares))
-    assert len(ids) == 150
-    assert set(ids) == expected
-
-
 @on_postgresql
 def test_changes_to_many_jobs_never_deadlock(database: Database) -> None:
     store = JobStore(database, _MANY)
@@ -151,15 +122,6 @@ def test_fifty_concurrent_identical_requests_make_one_job(database: Database, by
     assert [answer.is_new for answer in answers].count(True) == 1
     assert len({answer.job.spec.id for answer in answers}) == 1
     assert store.operators.counts() == {"queued": 1}
-
-
-@pytest.mark.server
-def test_identical_requests_of_many_processes_make_one_job(
-    database: Database, store_url: str, processes: ProcessPoolExecutor
-) -> None:
-    added = processes.map(add_same, [store_url] * 3, range(3))
-    assert list(itertools.chain(*added)).count(True) == 1
-    assert JobStore(database).operators.counts() == {"queued": 1}
 
 
 @on_postgresql

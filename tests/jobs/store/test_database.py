@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import sqlite3
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -89,14 +88,6 @@ def test_a_rehearsal_leaves_no_table(empty_url: str) -> None:
     database.close()
 
 
-def prepare(url: str, job_id: str) -> None:
-    """Create or upgrade the tables, and add a job. Called in another process."""
-    database = open_database(url)
-    database.prepare()
-    add(JobStore(database), id=job_id)
-    database.close()
-
-
 def fill(store: JobStore) -> None:
     for _ in range(100):
         add(store)
@@ -165,14 +156,6 @@ class TestStart:
         store = JobStore(database)
         job = add(store)
         assert find(store, job) == job
-        database.close()
-
-    @pytest.mark.server
-    @pytest.mark.parametrize("_", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in range(1, 5))])
-    def test_many_processes_can_start_at_once(self, empty_url: str, processes: ProcessPoolExecutor, _: int) -> None:
-        list(processes.map(prepare, [empty_url] * 6, "abcdef"))
-        database = open_database(empty_url)
-        assert JobStore(database).operators.counts() == {"queued": 6}
         database.close()
 
     def test_tables_of_a_version_after_the_next_are_refused(self, empty_url: str) -> None:

@@ -7,7 +7,6 @@ import secrets
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -172,26 +171,6 @@ def test_expired_rows_of_a_client_are_deleted(database: Database, wall: Wall) ->
         wall.now += 1
     with database.reading() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(KEY_USES)).scalar_one() == 60
-
-
-def _hammer(url: str, times: int) -> int:
-    """Make requests until `times` of them are refused. Returns how many were admitted. Runs in another process.
-
-    Its clock stands still, so that no minute ends while other processes start.
-    """
-    uses = KeyUses(open_database(url, Wall()))
-    num_admitted = num_refused = 0
-    while num_refused < times:
-        admitted = count(uses, 1, rate=50) + count(uses, 1, rate=50, client=BOB)
-        num_admitted, num_refused = num_admitted + admitted, num_refused + (not admitted)
-    return num_admitted
-
-
-@pytest.mark.server
-def test_last_second_goes_to_one_of_several_processes(store_url: str, processes: ProcessPoolExecutor) -> None:
-    open_database(store_url).prepare()
-    futures: list[Future[int]] = [processes.submit(_hammer, store_url, 20) for _ in range(3)]
-    assert sum(future.result() for future in futures) == 100
 
 
 def test_concurrent_threads_never_exceed_the_places(store_url: str, wall: Wall) -> None:
