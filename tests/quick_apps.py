@@ -1,7 +1,7 @@
 """Caches that make it faster to build FastAPI applications, for tests that build hundreds of them.
 
-Without the caches, FastAPI prepares the models of all responses and parameters again for each application, and reads
-the signature of each handler twice.
+Without the caches, FastAPI reads the signature of each handler and prepares the models of its parameters and responses
+again for each application.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from types import CodeType, FunctionType
 from typing import Any
 
 from fastapi import routing
-from fastapi._compat import v2
 from fastapi.dependencies.models import Dependant
-from fastapi.utils import get_path_param_names
-from pydantic import ConfigDict, TypeAdapter
+from fastapi.params import Depends
 
 _create = routing.create_model_field
 _made: dict[tuple[Any, str], Any] = {}
@@ -32,38 +31,63 @@ def _create_once(name: str, type_: Any, *, mode: str = "validation", **others: A
     return field
 
 
-_adapters: dict[tuple[Any, str, str], TypeAdapter[Any]] = {}
+_populate = routing._populate_api_route_state
+# The attributes that a route can share with the same route of another application.
+_SHARED = routing._APIRouteLike.__annotations__.keys() - {"endpoint", "dependency_overrides_provider", "dependant"}
+_prepared: dict[tuple[str, CodeType], list[tuple[dict[str, Any], dict[str, Any], Dependant]]] = {}
 
 
-def _adapt_once(annotated: Any, *, config: ConfigDict | None = None) -> TypeAdapter[Any]:
-    """Replaces pydantic's `TypeAdapter`. Creates only one adapter for each type with the same annotations.
+def _populate_once(
+    route: Any, path: str, endpoint: Callable[..., Any], *, dependency_overrides_provider: Any = None, **options: Any
+) -> None:
+    """Replaces FastAPI's `_populate_api_route_state`.
 
-    The key contains the addresses of functions in the annotations. The addresses stay unique, because the cached
-    adapter keeps the functions alive.
+    Copies the attributes of an earlier route with the same options whose handler has the same code and default values.
     """
-    key = (annotated.__origin__, repr(annotated.__metadata__), repr(config))
-    if key not in _adapters:
-        _adapters[key] = TypeAdapter(annotated, config=config)
-    return _adapters[key]
+    known = _prepared.setdefault((path, endpoint.__code__), [])
+    compared = {**options, "defaults": _comparable(endpoint)}
+    for others, attributes, dependant in known:
+        if others == compared:
+            vars(route).update(attributes)
+            route.endpoint, route.dependency_overrides_provider = endpoint, dependency_overrides_provider
+            route.dependant = _with_call(dependant, endpoint)
+            return
+    _populate(route, path, endpoint, dependency_overrides_provider=dependency_overrides_provider, **options)
+    known.append((compared, {name: getattr(route, name) for name in _SHARED}, replace(route.dependant)))
 
 
-_get_dependant = routing.get_dependant
-_dependants: dict[tuple[Any, frozenset[str], str], Dependant] = {}
+def _defaults(function: Any) -> dict[str, Any]:
+    """Return the default values of the function's parameters, by name."""
+    if not isinstance(function, FunctionType):
+        return {}
+    code, values = function.__code__, function.__defaults__ or ()
+    positional = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return {**dict(zip(positional, values, strict=True)), **(function.__kwdefaults__ or {})}
 
 
-def _read_once(*, path: str, call: Callable[..., Any], **options: Any) -> Dependant:
-    """Replaces FastAPI's `get_dependant`. Reads a handler's signature only once. A full cache is emptied."""
-    key = (call, frozenset(get_path_param_names(path)), repr(options))
-    if key not in _dependants:
-        if len(_dependants) > 200:
-            _dependants.clear()
-        _dependants[key] = _get_dependant(path=path, call=call, **options)
-    found = _dependants[key]
-    return replace(found, path=path, dependencies=list(found.dependencies))
+def _comparable(function: Any) -> Any:
+    """Return a value that is equal for functions with the same code and default values.
+
+    In each application, a default value may be another function with the same code, on which the handler depends.
+    """
+    defaults = {
+        name: _comparable(value.dependency) if isinstance(value, Depends) else value
+        for name, value in _defaults(function).items()
+    }
+    return getattr(function, "__code__", function), defaults
+
+
+def _with_call(dependant: Dependant, call: Any) -> Dependant:
+    """Return `dependant` for the function `call`, which is comparable to the function of `dependant`."""
+    defaults = _defaults(call)
+    dependencies = [
+        _with_call(inner, defaults[inner.name].dependency) if inner.name in defaults else inner
+        for inner in dependant.dependencies
+    ]
+    return replace(dependant, call=call, dependencies=dependencies)
 
 
 def build_quickly() -> None:
     """Enable the caches for the rest of this process."""
-    v2.TypeAdapter = _adapt_once
-    routing.get_dependant = _read_once
     routing.create_model_field = _create_once
+    routing._populate_api_route_state = _populate_once
