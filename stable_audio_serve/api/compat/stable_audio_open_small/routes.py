@@ -78,15 +78,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def request_body(form: type[Wire], *content_types: str) -> dict[str, Any]:
     """Return the OpenAPI description of a body that FastAPI does not parse."""
-    content = {content_type: {"schema": _schema(form, content_type)} for content_type in content_types}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _schema(form: type[Wire], content_type: str) -> dict[str, Any]:
     schema = form.model_json_schema()
-    if content_type != _FORMS[0]:  # only multipart forms can hold a file
-        schema["properties"].pop("audio_file", None)
-    return schema
+    texts = {name: field for name, field in schema["properties"].items() if name != "audio_file"}
+    text_schema = schema | {"properties": texts}  # only multipart forms can hold a file
+    content = {type_: {"schema": schema if type_ == _FORMS[0] else text_schema} for type_ in content_types}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def build_router(service: Service) -> APIRouter:
