@@ -99,6 +99,7 @@ class Route:
     queued: bool = False  # the route only queues the generation
     prompt_end: str = ""  # text without which the route refuses a prompt
     may_be_blank: frozenset[str] = frozenset()  # number fields for which an empty value means unset
+    again: bool = False  # reads its body, and answers errors, like an earlier route
     refused: frozenset[int] = field(default=frozenset({400, 413, 422}))
 
     def json(self, **changes: Any) -> bytes:
@@ -134,12 +135,12 @@ _FAL = {"prompt": "rain", "seconds_total": 1}
 _FAL_NUMBERS = ("seconds_total", "seconds_start", "steps")
 ROUTES = [
     Route("/v1/audio/generations", check_sa3, _SA3),
-    Route("/sa3/generate", check_sa3, _SA3),
+    Route("/sa3/generate", check_sa3, _SA3, again=True),
     Route("/v1/audio/variations", check_sa3, _SA3, file="audio"),
     Route("/v1/audio/inpaint", check_sa3, _SA3_INPAINT, file="audio"),
     Route("/jobs", check_sa3, _SA3, queued=True),
-    Route("/jobs/variations", check_sa3, _SA3, file="audio", queued=True),
-    Route("/jobs/inpaint", check_sa3, _SA3_INPAINT, file="audio", queued=True),
+    Route("/jobs/variations", check_sa3, _SA3, file="audio", queued=True, again=True),
+    Route("/jobs/inpaint", check_sa3, _SA3_INPAINT, file="audio", queued=True, again=True),
     Route(
         "/v1/audio/generate",
         check_vllm,
@@ -216,6 +217,7 @@ ROUTES = [
         numbers=_FAL_NUMBERS,
         refused=frozenset({413, 422}),
         queued=True,
+        again=True,
     ),
 ]
 
@@ -297,9 +299,9 @@ def what_json_allows(route: Route) -> Iterator[Sent]:
 
 def many_values(route: Route) -> Iterator[Sent]:
     body = route.json().removesuffix(b"}")
-    keys = b",".join(b'"k%d": 1' % number for number in range(60_000))
+    keys = b",".join(b'"k%d": 1' % number for number in range(12_000))
     yield from json_bodies(
-        body + b', "unknown": [' + b"[], " * 200_000 + b"[]]}",
+        body + b', "unknown": [' + b"[], " * 12_000 + b"[]]}",
         body + b', "unknown": "\\\\", "loudness": {' + keys + b"}}",
         body + b", " + keys + b"}",
     )(route)
@@ -340,10 +342,11 @@ CONTENT_TYPES = [
 
 
 def other_types(route: Route) -> Iterator[Sent]:
-    for content_type in CONTENT_TYPES:
-        for content in (route.json(), part(b"prompt", b"+2AA-\xff") + END):
-            headers = [(b"content-type", content_type.encode("latin-1"))]
-            yield f"{content_type[:60]} {content[:20]!r}", {"content": content, "headers": headers}
+    """Yields each content type with JSON or a form, each type with both on some routes."""
+    for number, content_type in enumerate(CONTENT_TYPES, ROUTES.index(route) % 2):
+        content = route.json() if number % 2 else part(b"prompt", b"+2AA-\xff") + END
+        headers = [(b"content-type", content_type.encode("latin-1"))]
+        yield f"{content_type[:60]} {content[:20]!r}", {"content": content, "headers": headers}
 
 
 def compressed(route: Route) -> Iterator[Sent]:
@@ -401,7 +404,7 @@ OTHER_BOUNDARIES = (
     b"B\r\n" * 1000,
 )
 PART_HEADERS = (b"X-A: b\r\n" * 100_000, b"X-A: " + LONG + b"\r\n", b"No-Colon\r\n")
-BOMBS = (b"a&" * 500_000, b"a=" + b"x" * 1_000_000, b"%" * 1_000_000, b"&" * 1_000_000, b"a=b;" * 200_000)
+BOMBS = (b"a&" * 50_000, b"a=" + b"x" * 1_000_000, b"%" * 1_000_000, b"&" * 100_000, b"a=b;" * 200_000)
 
 
 def refused(route: Route, _: str, reply: httpx.Response) -> None:
@@ -515,10 +518,10 @@ CASES = [
 ]
 
 
-async def failures_of(client: httpx.AsyncClient, case: Case) -> list[str]:
+async def failures_of(client: httpx.AsyncClient, case: Case, routes: Iterable[Route] = ROUTES) -> list[str]:
     """Returns a line for each route and request with an unexpected response."""
     failures = []
-    for route in ROUTES:
+    for route in routes:
         for label, request in case.requests(route):
             try:
                 async with asyncio.timeout(HANG_S):
@@ -530,9 +533,17 @@ async def failures_of(client: httpx.AsyncClient, case: Case) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+async def test_every_body_is_read_without_a_500(client: httpx.AsyncClient, case: Case) -> None:
+    routes = [route for route in ROUTES if not route.again]
+    assert any(list(case.requests(route)) for route in routes)
+    failures = await failures_of(client, case, routes)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
 async def test_every_route_answers_hostile_requests(client: httpx.AsyncClient, case: Case) -> None:
-    assert any(list(case.requests(route)) for route in ROUTES)
-    failures = await failures_of(client, case)
+    failures = await failures_of(client, case, [route for route in ROUTES if route.again])
     assert not failures, "\n".join(failures)
 
 
@@ -685,16 +696,21 @@ async def test_raw_junk_ends_only_its_own_connection(shared: tuple[FastAPI, Tone
 
 
 def odd_requests(app: FastAPI) -> Iterator[bytes]:
-    """Yield requests to every operation with unusual paths, queries and headers."""
+    """Yield requests to every operation with unusual paths, queries and headers.
+
+    Each operation gets one of the unusual hosts, because these are refused before the application finds the operation.
+    """
     operations = [(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods]
-    for method, path in [*operations, ("GET", "/api/fal/proxy"), ("POST", "/api/fal/proxy")]:
+    operations += [("GET", "/api/fal/proxy"), ("POST", "/api/fal/proxy")]
+    for index, (method, path) in enumerate(operations):
         for text in ODD_TEXTS if "{" in path else ODD_TEXTS[:2]:
             query = f"?generation_id={text}&fal_webhook={text}&logs={text}&cursor={text}"
             yield _raw(method, re.sub(r"\{[^}]*\}", text, path) + query, {"Host": "localhost"})
         for number in range(4):
             headers = {name: values[number] for name, values in ODD_HEADERS.items()}
-            yield _raw(method, re.sub(r"\{[^}]*\}", "x", path), headers)
-            del headers["host"]
+            host = headers.pop("host")
+            if number == index % 4:
+                yield _raw(method, re.sub(r"\{[^}]*\}", "x", path), {"host": host, **headers})
             yield _raw(method, re.sub(r"\{[^}]*\}", "x", path), {"Host": "localhost", **headers})
 
 
