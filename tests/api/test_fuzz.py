@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import schemathesis
@@ -18,6 +19,7 @@ from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.settings import Settings
 from tests.api.fuzzing import Known, is_lenient, make_meaningful, run_server
 from tests.backends import ToneBackend
+from tests.parameters import slow
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.server  # tests that run a server are marked, because they are slow
@@ -52,10 +54,18 @@ def edge_cases(operation: schemathesis.schemas.APIOperation) -> list[schemathesi
     return cases[:: -(-len(cases) // EDGE_CASES)]
 
 
+def operations() -> list[Any]:
+    """Returns the operations as test parameters.
+
+    `/generate` is slow, because its body is one of two: the body of `/v1/audio/generations`, or that of Open Small, for
+    which test_merged.py and test_hostile_requests.py have examples.
+    """
+    found = [result.ok() for result in schema.get_all_operations()]
+    return [slow(operation) if operation.label == "POST /generate" else operation for operation in found]
+
+
 # One plain test per operation. Schemathesis' own tests all have one name, and pytest-xdist takes them for one test.
-@pytest.mark.parametrize(
-    "operation", [found.ok() for found in schema.get_all_operations()], ids=lambda found: found.label
-)
+@pytest.mark.parametrize("operation", operations(), ids=lambda found: found.label)
 def test_every_response_matches_the_description(
     operation: schemathesis.schemas.APIOperation, url: str, known: Known
 ) -> None:
