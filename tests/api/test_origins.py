@@ -24,6 +24,8 @@ from tests.api.prefixes import PATTERN
 from tests.api.test_owners import ROUTES
 from tests.backends import ToneBackend
 
+pytestmark = pytest.mark.usefixtures("low_rate")
+
 URL = "/v1/audio/generations"
 BODY = {"prompt": "x", "duration": 1}
 EVIL = "https://evil.example"
