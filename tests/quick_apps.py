@@ -44,6 +44,9 @@ def _populate_once(
 
     Copies the attributes of an earlier route with the same options whose handler has the same code and default values.
     """
+    if not isinstance(endpoint, FunctionType) or hasattr(endpoint, "__signature__"):
+        _populate(route, path, endpoint, dependency_overrides_provider=dependency_overrides_provider, **options)
+        return
     known = _prepared.setdefault((path, endpoint.__code__), [])
     compared = {**options, "defaults": _comparable(endpoint)}
     for others, attributes, dependant in known:
