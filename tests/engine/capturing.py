@@ -12,7 +12,7 @@ import torch
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine.hardware.device import Device
-from tests.engine.late_device import LateDevice
+from tests.engine.late_device import LateDevice, record
 
 MOST_ROUNDS = 60  # a test repeats its requests at most so many times until the engine has captured their calls
 
@@ -37,6 +37,19 @@ class RecordingDevice(_Capturing, Device):
     def __init__(self, clock: Clock = SystemClock()) -> None:
         super().__init__(torch.device("cpu"), clock=clock)
         self.can_capture = True
+
+
+class RecordedDevice(RecordingDevice):
+    """Simulates CUDA graphs: a capture records each operation with the memory that it reads and writes."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        recorded = record(run)
+
+        def replay() -> None:
+            self.num_replays += 1
+            recorded()
+
+        return replay
 
 
 class LateRecordingDevice(_Capturing, LateDevice):

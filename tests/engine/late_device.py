@@ -6,7 +6,7 @@ invalid and the tensors that it changes have their old values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine.hardware.device import Device, Moment
-from tests.engine.torch_operations import is_composite
+from tests.engine.torch_operations import is_composite, waits
 
 
 class LateDevice(Device):
@@ -62,6 +62,7 @@ class LateDevice(Device):
         """Do the work of the first `count` uses of `on_second_queue`. Work that is done already is not repeated."""
         while self._num_done < count:
             self._pieces[self._num_done].redo()
+            self._pieces[self._num_done].operations.clear()
             self._num_done += 1
 
     def is_done(self, count: int) -> bool:
@@ -103,9 +104,13 @@ class _Operation:
 
 @dataclass(eq=False)
 class _Operations(TorchDispatchMode):
-    """Runs torch operations to get the shapes of their results. Records the operations, to undo and redo them later."""
+    """Runs torch operations to get the shapes of their results. Records the operations, to undo and redo them later.
+
+    The operations of a capture cannot be undone.
+    """
 
     operations: list[_Operation] = field(default_factory=list)
+    is_capture: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -117,7 +122,8 @@ class _Operations(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         changed = _changed(func, args, kwargs)
-        before = [(tensor, tensor.clone()) for tensor in changed]
+        before = [] if self.is_capture else [(tensor, tensor.clone()) for tensor in changed]
+        assert not (self.is_capture and waits(func, args)), f"{func} waits for the device, which ends a capture"
         args, kwargs = tree_map(_keep_generator, (args, kwargs))
         result = func(*tree_map(_open_generator, args), **tree_map(_open_generator, kwargs))
         memory = {tensor.untyped_storage().data_ptr() for tensor in given}
@@ -140,14 +146,21 @@ class _Operations(TorchDispatchMode):
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
 
     def redo(self) -> None:
-        """Run the operations again and write the results into the tensors of the first run. Clears `operations`."""
+        """Run the operations again and write the results into the tensors of the first run."""
         for operation in self.operations:
             args, kwargs = tree_map(_open_generator, (operation.args, operation.kwargs))
             results = [leaf for leaf in tree_leaves(operation.run(*args, **kwargs)) if isinstance(leaf, Tensor)]
             if operation.made:
                 for tensor, value in zip(operation.made, results, strict=True):
                     tensor.copy_(value)
-        self.operations.clear()
+
+
+def record(run: Callable[[], None]) -> Callable[[], None]:
+    """Call `run`. Returns a function that, like a CUDA graph, repeats the operations in the same memory."""
+    operations = _Operations(is_capture=True)
+    with operations:
+        run()
+    return operations.redo
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,7 @@ from stable_audio_serve.models.adapters.fold import fold
 from stable_audio_serve.models.adapters.slot_table import SlotTable
 from stable_audio_serve.models.protocol import ModelSpec, RowConditioning, StepBatch
 from stable_audio_serve.models.sa3.model import Sa3Model
-from tests.engine.capturing import MOST_ROUNDS, GraphCounts
-from tests.engine.test_captured_calls import RecordedDevice
+from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordedDevice
 from tests.engine.test_packed_step import packing
 from tests.factories import ToyModel, make_audio, make_request
 from tests.models.adapters.plain import TYPES, Change, dense_weight, make_change, write_adapter

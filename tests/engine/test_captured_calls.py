@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.clock import SystemClock
@@ -23,7 +22,7 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.sampling.noise import SeededNoise
-from tests.engine.capturing import MOST_ROUNDS, GraphCounts, LateRecordingDevice, RecordingDevice
+from tests.engine.capturing import MOST_ROUNDS, GraphCounts, LateRecordingDevice, RecordedDevice, RecordingDevice
 from tests.factories import make_audio, make_request
 from tests.goldens import load_open_goldens
 from tests.models.loaded import loaded
@@ -42,19 +41,6 @@ def load(name: str) -> Any:
 @pytest.fixture(params=["sharp-s", slow("sharp-l"), slow("tiny-1.0")])
 def model(request: pytest.FixtureRequest) -> Any:
     return load(request.param)
-
-
-class RecordedDevice(RecordingDevice):
-    """Simulates CUDA graphs: a capture records each operation with the memory that it reads and writes."""
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        recorded = make_fx(run)()
-
-        def replay() -> None:
-            self.num_replays += 1
-            recorded()
-
-        return replay
 
 
 def windows_of(model: DiffusionModel, *seeds: int) -> list[DecodeWindow]:

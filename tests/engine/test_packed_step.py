@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.calls.packed_step import PackedShape, run_packed_step
-from stable_audio_serve.engine.calls.step import Memories, StepRow
+from stable_audio_serve.engine.calls.step import StepRow
 from stable_audio_serve.engine.calls.warmup import WarmUp
 from stable_audio_serve.engine.hardware.arena import SCRATCH_PAGE
 from stable_audio_serve.engine.scheduling.batching import (
@@ -31,6 +30,7 @@ from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.sampling.noise import SeededNoise
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
+from tests.engine.late_device import record
 from tests.engine.step_bench import DEVICE, REQUESTS, Bench, tensors_of
 from tests.factories import make_audio, make_request
 from tests.goldens import load_open_goldens
@@ -104,25 +104,20 @@ def test_replayed_packed_step_is_bit_identical_for_other_rows(bench: Bench, kind
         general = replace(shapes[0], draws=draws).general()
         # A NaN at the end of the test must come from a step, not from unused memory.
         bench.registers.memory.nan_to_num_()
-        memories = bench.memories
-        addresses = [memory.data_ptr() for memory in tensors_of(memories)]
-
-        def run(buffer: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
-            memories = Memories(registers, constants, by_frame)
-            run_packed_step(bench.model.denoise, buffer, memories=memories, shape=general)
-
-        before = bench.registers.memory.clone()
-        tensors = memories.registers, dict(memories.constants), dict(memories.by_frame)
-        recorded: Callable[..., None] = make_fx(run)(general.write((), DEVICE), *tensors)
+        addresses = [memory.data_ptr() for memory in tensors_of(bench.memories)]
+        before, buffer = bench.registers.memory.clone(), general.write((), DEVICE)
+        replay = record(lambda: step(bench, general, buffer))
         own = pack(bench, second)
         bench.registers.memory.copy_(before)
         step(bench, own, own.write(second, DEVICE))
         expected, untouched = bench.results(second), bench.results(first)
 
         bench.registers.memory.copy_(before)
-        recorded(general.write(first, DEVICE), *tensors)  # what earlier rows left in buffers must not matter
+        buffer.copy_(general.write(first, DEVICE))
+        replay()  # what earlier rows left in buffers must not matter
         bench.registers.memory.copy_(before)
-        recorded(general.write(second, DEVICE), *tensors)
+        buffer.copy_(general.write(second, DEVICE))
+        replay()
         assert bench.results(second) == expected
         assert bench.results(first) == untouched
         assert not bench.registers.memory[[page for page in range(len(before)) if page != SCRATCH_PAGE]].isnan().any()

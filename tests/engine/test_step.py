@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product, starmap
 from typing import Any
@@ -12,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.calls.step import Memories, run_step
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan, StepBatch
 from tests.engine.capturing import GraphCounts, RecordingDevice
+from tests.engine.late_device import record
 from tests.engine.step_bench import DEVICE, NETWORK_ROWS, REQUESTS, Bench, tensors_of
 from tests.factories import ToyModel, make_request, make_varied_requests
 from tests.models.loaded import loaded
@@ -37,22 +35,16 @@ def test_replayed_step_is_bit_identical_for_other_rows(name: str, kinds: tuple[s
         draws = bench.shape(first).draws or bench.shape(second).draws
         general = replace(bench.shape(first), draws=draws).general()
         addresses = [memory.data_ptr() for memory in tensors_of(bench.memories)]
-
-        def step(buffer: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
-            memories = Memories(registers, constants, by_frame)
-            run_step(bench.model.denoise, buffer, memories=memories, shape=general)
-
-        before = bench.registers.memory.clone()
-        memories = bench.memories
-        tensors: tuple[Any, ...] = (memories.registers, dict(memories.constants), dict(memories.by_frame))
-        recorded: Callable[..., None] = make_fx(step)(general.write(first, DEVICE), *tensors)
+        before, buffer = bench.registers.memory.clone(), general.write(first, DEVICE)
+        replay = record(lambda: bench.step(general, buffer))
         bench.registers.memory.copy_(before)
 
         bench.step(bench.shape(second), bench.shape(second).write(second, DEVICE))
         expected = bench.results(second)
         untouched = bench.results(first)
         bench.registers.memory.copy_(before)
-        recorded(general.write(second, DEVICE), *tensors)
+        buffer.copy_(general.write(second, DEVICE))
+        replay()
         assert bench.results(second) == expected
         assert bench.results(first) == untouched
         assert [memory.data_ptr() for memory in tensors_of(bench.memories)] == addresses
@@ -97,7 +89,7 @@ def test_another_adapter_needs_no_new_capture() -> None:
         rows, others = (bench.rows(requests, evaluation=0) for requests in (first, second))
         general = replace(bench.shape([*rows, *others]).general(), rows=NETWORK_ROWS)
         buffer = general.write(rows, DEVICE)
-        recorded: Callable[[], None] = make_fx(lambda: bench.step(general, buffer))()
+        replay = record(lambda: bench.step(general, buffer))
         slot = others[1].branches[0].slots["adapter.out"]
         outcomes = []
         for name in ("as a band", "as a bell"):
@@ -108,7 +100,7 @@ def test_another_adapter_needs_no_new_capture() -> None:
             expected = bench.results(others)
             bench.registers.memory.copy_(before)
             buffer.copy_(general.write(others, DEVICE))
-            recorded()
+            replay()
             assert bench.results(others) == expected
             bench.registers.memory.copy_(before)
             outcomes.append(expected)
