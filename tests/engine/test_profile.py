@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -70,9 +71,9 @@ async def serve(device: Device, **fields: Any) -> tuple[Engine, np.ndarray]:
         return engine, (await engine.generate(REQUEST)).audio[0]
 
 
-@pytest.fixture
-async def expected() -> np.ndarray:
-    return (await serve(RecordingDevice()))[1]
+@pytest.fixture(scope="module")
+def expected() -> np.ndarray:
+    return asyncio.run(serve(RecordingDevice()))[1]
 
 
 async def test_features_that_agree_with_the_plain_path_are_used(expected: np.ndarray) -> None:
