@@ -591,10 +591,10 @@ def test_a_downloaded_model_has_its_objectives_defaults(monkeypatch: pytest.Monk
     assert (card.default_steps, card.default_cfg_scale) == (50, 7.0)
 
 
-@pytest.mark.parametrize("key", ["mask_padding_attention", "use_effective_length_for_schedule"])
 @pytest.mark.parametrize("value", [False, ...])
-def test_padding_is_masked_whatever_the_config_says(folder: Path, key: str, value: Any) -> None:
-    configure(folder, f"model.diffusion.{key}", value)
+def test_padding_is_masked_whatever_the_config_says(folder: Path, value: Any) -> None:
+    for key in ("mask_padding_attention", "use_effective_length_for_schedule"):
+        configure(folder, f"model.diffusion.{key}", value)
     request = GenerationRequest(prompt="rain", duration_s=0.5, seed=1, duration_padding_s=0.1)
     plan, usual = load(folder).plan(request)[0], loaded("sharp-s").plan(request)[0]
     assert (plan.frames, plan.valid_frames, plan.sampler) == (usual.frames, usual.valid_frames, usual.sampler)
@@ -673,38 +673,38 @@ def test_json_that_python_cannot_read_is_refused(folder: Path, text: str) -> Non
     assert "model_config.json cannot be read as JSON" in failure(folder)
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("training", {"learning_rate": 1e-4, "demo": {"every": 1000}}),
-        ("dataset", {"type": "dirs"}),
-        ("model.pretransform.config.encoder.config.use_snake", True),
-        ("model.pretransform.config.decoder.config.enable_inner_layer_dropout", True),
-        ("model.pretransform.scale", 2.0),
-        ("model.pretransform.config.encoder.config.extra", None),
-        ("model.diffusion.config.attn_kwargs.dropout", 0.1),
-        ("model.conditioning.default_keys", {"seconds_start": "seconds_total"}),
-        ("model.conditioning.configs.0.config.repo_id", "lab/other"),
-        ("model.diffusion.input_concat_ids", []),
-        ("model.diffusion.prepend_cond_ids", []),
-        ("model.diffusion.modular_local_cond_configs", []),
-        ("model.diffusion.config.final_cross_attn_ix", -1),
-        ("model.diffusion.config.cross_attn_rotary_pos_emb", False),
-        ("model.diffusion.config.add_rope", False),
-        ("model.diffusion.config.attn_kwargs.feat_scale", False),
-        ("model.diffusion.config.ff_kwargs.conv_kernel_size", 3),
-        ("model.diffusion.config.norm_kwargs.fix_scale", False),
-        ("model.pretransform.config.in_channels", 2),
-        ("model.pretransform.config.out_channels", 2),
-        ("model.pretransform.config.decoder.soft_clip", False),
-        ("model.pretransform.config.encoder.config.causal", True),  # the reference implementation ignores it
-        ("model.pretransform.config.encoder.config.feat_scale", False),
-        ("model.pretransform.config.decoder.config.mapping_bias", True),
-        ("model.pretransform.config.decoder.config.cross_attn", False),
-        ("model.pretransform.config.pretransform.config.postfilter_channels", 0),
-    ],
-)
-def test_keys_without_effect_are_accepted(folder: Path, path: str, value: Any) -> None:
-    (folder / "model_config.json").write_text(json.dumps(with_sections(folder, path)))
-    configure(folder, path, value)
+WITHOUT_EFFECT = [
+    ("training", {"learning_rate": 1e-4, "demo": {"every": 1000}}),
+    ("dataset", {"type": "dirs"}),
+    ("model.pretransform.config.encoder.config.use_snake", True),
+    ("model.pretransform.config.decoder.config.enable_inner_layer_dropout", True),
+    ("model.pretransform.scale", 2.0),
+    ("model.pretransform.config.encoder.config.extra", None),
+    ("model.diffusion.config.attn_kwargs.dropout", 0.1),
+    ("model.conditioning.default_keys", {"seconds_start": "seconds_total"}),
+    ("model.conditioning.configs.0.config.repo_id", "lab/other"),
+    ("model.diffusion.input_concat_ids", []),
+    ("model.diffusion.prepend_cond_ids", []),
+    ("model.diffusion.modular_local_cond_configs", []),
+    ("model.diffusion.config.final_cross_attn_ix", -1),
+    ("model.diffusion.config.cross_attn_rotary_pos_emb", False),
+    ("model.diffusion.config.add_rope", False),
+    ("model.diffusion.config.attn_kwargs.feat_scale", False),
+    ("model.diffusion.config.ff_kwargs.conv_kernel_size", 3),
+    ("model.diffusion.config.norm_kwargs.fix_scale", False),
+    ("model.pretransform.config.in_channels", 2),
+    ("model.pretransform.config.out_channels", 2),
+    ("model.pretransform.config.decoder.soft_clip", False),
+    ("model.pretransform.config.encoder.config.causal", True),  # the reference implementation ignores it
+    ("model.pretransform.config.encoder.config.feat_scale", False),
+    ("model.pretransform.config.decoder.config.mapping_bias", True),
+    ("model.pretransform.config.decoder.config.cross_attn", False),
+    ("model.pretransform.config.pretransform.config.postfilter_channels", 0),
+]
+
+
+def test_keys_without_effect_are_accepted(folder: Path) -> None:
+    for path, value in WITHOUT_EFFECT:
+        (folder / "model_config.json").write_text(json.dumps(with_sections(folder, path)))
+        configure(folder, path, value)
     load(folder)
