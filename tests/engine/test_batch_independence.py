@@ -74,9 +74,14 @@ def assert_same(mode: str, result: GenerationResult, alone: GenerationResult) ->
     assert largest_difference(result, alone) <= (0.0 if mode == "strict" else FAST_TOLERANCE)
 
 
-async def run_each_alone(mode: str, **fields: object) -> list[GenerationResult]:
-    options = make_options(mode, **fields)
-    return [await run_alone(subject, options=options, mode=mode) for subject in SUBJECTS.values()]
+ALONE: dict[str, list[GenerationResult]] = {}  # by mode
+
+
+async def run_each_alone(mode: str) -> list[GenerationResult]:
+    if mode not in ALONE:
+        options = make_options(mode)
+        ALONE[mode] = [await run_alone(subject, options=options, mode=mode) for subject in SUBJECTS.values()]
+    return ALONE[mode]
 
 
 def assert_all_same(mode: str, results: Sequence[GenerationResult], alone: Sequence[GenerationResult]) -> None:
@@ -120,7 +125,7 @@ async def test_priority_does_not_change_the_audio(mode: str) -> None:
         tasks = await run_after_some_steps(engine, batch)
         results = await asyncio.gather(*map(engine.generate, [*own, *SUBJECTS.values(), *make_varied_requests()]))
         await asyncio.gather(*tasks)
-    alone = await run_each_alone(mode, **fields)
+    alone = await run_each_alone(mode)
     assert_all_same(mode, results[: 2 * len(own)], [*alone, *alone])
 
 

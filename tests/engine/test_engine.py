@@ -173,7 +173,6 @@ async def test_audio_is_freed_without_a_collection_of_cycles(ending: str) -> Non
     async with make_engine(gate) as engine:
         source = make_audio(1.0)
         kept = [weakref.ref(source.samples)]
-        gc.collect()
         gc.disable()
         try:
             task = asyncio.create_task(engine.generate(make_request(steps=3, init_audio=source, init_noise_level=0.5)))
