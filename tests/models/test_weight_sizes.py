@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import BUILT_IN, resolve_entry
 from stable_audio_serve.models.weight_sizes import official_weight_bytes, weight_bytes
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
+from tests.parameters import some
 
 
 @pytest.mark.parametrize("folder", [SA3_GOLDENS / "tiny-s", SA3_GOLDENS / "tiny-l", OPEN_GOLDENS / "tiny-1.0"], ids=str)
@@ -28,8 +30,14 @@ def test_sizes_from_headers_equal_the_loaded_networks(folder: Path) -> None:
     assert sizes[0] - halved == pytest.approx(denoiser / 2, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "demo"])
+OFFICIAL = [name for name in BUILT_IN if name != "demo"]
+DTYPES = (torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    some(product(OFFICIAL, DTYPES), [(name, DTYPES[index % 2]) for index, name in enumerate(OFFICIAL)]),
+)
 def test_sizes_of_official_models_equal_their_networks(name: str, dtype: torch.dtype) -> None:
     model = build_random_model(name, device="meta", dtype=dtype)
     networks = (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder)
