@@ -51,13 +51,14 @@ def verify_stored(name: str) -> Answer:
 
 
 def make_quick_copy(target: Path, *, name: str = "sharp-s") -> Path:
-    """Copy the folder `name` to `target`. The copy has only two cases, and no windowed autoencoder runs."""
+    """Copy the folder `name` to `target`. The copy has only two cases, two guided calls, and no long audio."""
     shutil.copytree(SA3_GOLDENS / name, target)
     edit_facts(target, lambda facts: facts.update(cases={key: facts["cases"][key] for key in QUICK_CASES}))
 
     def thin(tensors: dict[str, Tensor]) -> None:
         for key in list(tensors):
-            if "long" in key or (key.startswith("gen/") and not key.startswith(QUICK_CASES)):
+            unused = ("gen/", "dit/cfg", "ae/decode_seed", "ae/decode_odd", "ae/odd")
+            if "long" in key or (key.startswith(unused) and not key.startswith((*QUICK_CASES, "dit/cfg3_neg"))):
                 del tensors[key]
 
     edit_tensors(target / "golden.safetensors", thin)

@@ -92,10 +92,11 @@ def test_without_the_stated_fault_a_chain_changes_all_layers(folder: Path) -> No
     assert missed(check_adapters(folder)) == [f"lora/{CHAIN}"]
 
 
-@pytest.mark.parametrize("key", [CHAIN, "lora_xs_layer1/strength_0.5/dit_out", "lora_all/strength_1.0/number_2.337"])
-def test_a_wrong_number_is_named(folder: Path, key: str) -> None:
-    edit_tensors(folder / "lora" / "lora_golden.safetensors", add_to_first(key, 1e-3))
-    assert missed(check_adapters(folder)) == [f"lora/{key}"]
+def test_wrong_numbers_are_named(folder: Path) -> None:
+    keys = {CHAIN, "lora_xs_layer1/strength_0.5/dit_out", "lora_all/strength_1.0/number_2.337"}
+    for key in keys:
+        edit_tensors(folder / "lora" / "lora_golden.safetensors", add_to_first(key, 1e-3))
+    assert set(missed(check_adapters(folder))) == {f"lora/{key}" for key in keys}
 
 
 def test_a_changed_weight_of_an_adapter_is_named(folder: Path) -> None:

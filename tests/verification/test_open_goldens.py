@@ -156,11 +156,11 @@ def edits_without_a_mask(patch: pytest.MonkeyPatch) -> None:
     ("mutate", "component"),
     [
         (edits_without_a_mask, "end-to-end latents"),
-        (negative_without_seconds, "end-to-end steps"),
+        slow(negative_without_seconds, "end-to-end steps"),
         slow(cosines_first, "number"),
         slow(other_norm_eps, "denoiser"),
         slow(every_window_takes_the_first_frames_noise, "decoder halo"),
-        (decoder_halo_one_short, "decoder halo"),
+        slow(decoder_halo_one_short, "decoder halo"),
         slow(encoder_halo_one_short, "decoder halo"),
         slow(unconditional_without_seconds, "denoiser guidance"),
         slow(heads_interleaved, "denoiser"),

@@ -50,6 +50,7 @@ def _source(card: ModelCard) -> SourceAudio:
     """Return one second of decaying harmonics, different in each channel."""
     times = np.arange(card.sample_rate_hz) / card.sample_rate_hz
     tones = [np.sin(2 * np.pi * hertz * times) for hertz in (55.0, 110.0, 165.0, 220.0)]
-    channels = [sum(np.roll(tones, shift, axis=0)[k] / (k + 1) for k in range(4)) for shift in range(card.channels)]
+    rolled = (np.roll(tones, shift, axis=0) for shift in range(card.channels))
+    channels = [sum(tone / k for k, tone in enumerate(own, start=1)) for own in rolled]
     samples = 0.3 * np.exp(-3.0 * times) * np.stack(channels)
     return SourceAudio(samples.astype(np.float32), card.sample_rate_hz)
