@@ -21,7 +21,6 @@ import soundfile
 
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.serving.engines import load_engine
 from stable_audio_serve.serving.local import LocalBackend
@@ -162,4 +161,4 @@ async def test_other_routes_use_the_default_model(served: Served) -> None:
     reply = await served.client.post("/v1/audio/generations", json={"prompt": "x", "duration": 1, "steps": 1})
     assert reply.headers["content-disposition"].startswith("attachment")
     assert "demo" in reply.headers["content-disposition"]
-    assert load_model(resolve_entry("demo")).spec.card.family == "stable-audio-3"
+    assert resolve_entry("demo").card.family == "stable-audio-3"

