@@ -63,10 +63,10 @@ def measure_by_ffmpeg(audio: Audio, rate_hz: int, folder: Path) -> tuple[float, 
 
 
 CASES = [
-    ("noise", -14.0, -1.0, 44_100),
     ("noise", -40.0, -9.0, 48_000),
-    ("chord", -23.0, -2.0, 44_100),
+    ("noise", -14.0, -1.0, 44_100),
     ("chord", -10.0, -1.0, 48_000),
+    ("chord", -23.0, -2.0, 44_100),
     ("plucks", -14.0, -1.0, 44_100),
     ("plucks", -16.0, -3.0, 44_100),
     ("square", -5.0, 0.0, 44_100),
@@ -74,7 +74,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "target_lufs", "true_peak_dbtp", "rate_hz"), CASES)
+@pytest.mark.parametrize(("kind", "target_lufs", "true_peak_dbtp", "rate_hz"), some(CASES, [*CASES[::2], CASES[-1]]))
 def test_loudness_and_true_peak_are_reached(kind: str, target_lufs: float, true_peak_dbtp: float, rate_hz: int) -> None:
     wanted = Finishing(Loudness(target_lufs, true_peak_dbtp))
     audio, facts = finish_clip(make_clip(kind, rate_hz=rate_hz), rate_hz, seed=0, peaks="limit", finishing=wanted)

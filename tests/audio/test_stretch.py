@@ -43,8 +43,8 @@ def test_pitch_level_and_length_are_kept(speed: float, frequency_hz: float) -> N
 
 @pytest.mark.parametrize("speed", some(SPEEDS, (0.25, 1.1, 4.0)))
 def test_attacks_keep_their_place(speed: float) -> None:
-    positions = [0, 30_000, 66_150, 110_250, 150_000]
-    audio = np.zeros((2, 4 * RATE_HZ), np.float32)
+    positions = [0, 30_000, 66_150]
+    audio = np.zeros((2, 2 * RATE_HZ), np.float32)
     audio[:, positions] = 1.0
     envelope = np.abs(time_stretch(audio, RATE_HZ, speed=speed)[0])
     for position in positions:
@@ -56,13 +56,13 @@ def test_attacks_keep_their_place(speed: float) -> None:
 
 @pytest.mark.parametrize("speed", [0.25, 1.25])
 def test_the_stereo_image_is_kept(speed: float) -> None:
-    noise = np.random.default_rng(0).normal(0, 0.1, 2 * RATE_HZ).astype(np.float32)
+    noise = np.random.default_rng(0).normal(0, 0.1, RATE_HZ).astype(np.float32)
     left, right = time_stretch(np.stack([noise, -0.5 * noise]), RATE_HZ, speed=speed)
     np.testing.assert_allclose(right, -0.5 * left, atol=0.005)
 
 
 def test_the_same_input_gives_the_same_samples() -> None:
-    audio = np.random.default_rng(1).normal(0, 0.1, (2, RATE_HZ)).astype(np.float32)
+    audio = np.random.default_rng(1).normal(0, 0.1, (2, RATE_HZ // 2)).astype(np.float32)
     np.testing.assert_array_equal(
         time_stretch(audio, RATE_HZ, speed=0.3), time_stretch(audio.copy(), RATE_HZ, speed=0.3)
     )
