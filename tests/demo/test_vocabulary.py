@@ -154,7 +154,7 @@ def test_numbers_without_a_pitch_are_ignored(tokenizer: Tokenizer) -> None:
 
 def test_captions_keep_their_meaning_as_tokens(tokenizer: Tokenizer) -> None:
     rng = np.random.default_rng(0)
-    for _ in range(400):
+    for _ in range(150):
         scene = draw_scene(rng)
         tokens = tokenizer.encode(caption(scene, rng)).tokens
         assert len(tokens) <= 12

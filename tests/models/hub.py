@@ -63,6 +63,9 @@ def pointing_library_at(
             patch.delenv(name)
         if token is not None:
             patch.setenv("HF_TOKEN", token)
+        # A folder without certificates. Loading all of the system takes longer than a download here.
+        patch.delenv("SSL_CERT_FILE", raising=False)
+        patch.setenv("SSL_CERT_DIR", str(home))
         variables = {
             "ENDPOINT": endpoint,
             "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",

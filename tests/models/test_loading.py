@@ -195,7 +195,7 @@ def test_pickles_of_other_things_than_dense_tensors_are_refused(folder: Path, st
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_pickles_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
-    torch.save({"state_dict": {"a": torch.zeros(64)}}, path, _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])

@@ -386,7 +386,7 @@ async def test_request_without_replicas_does_not_wait_forever(tmp_path: Path, mo
     assert "try again" in reply.json()["detail"]
 
 
-@pytest.mark.parametrize("num_replicas", [2, 5])
+@pytest.mark.parametrize("num_replicas", [2, pytest.param(5, marks=pytest.mark.slow)])
 async def test_request_after_all_replicas_stopped_is_answered(
     num_replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

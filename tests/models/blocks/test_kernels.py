@@ -236,12 +236,17 @@ def test_rows_that_do_not_fit_the_tokens_are_refused(kernels: Kernels) -> None:
 
 
 def test_a_padded_step_matches_the_reference(model: Sa3Model) -> None:
-    g, net = golden(model), model.denoiser
-    conditioning = net.condition(g("dit/cross_attn_cond"), g("dit/global_cond"), local=g("dit/local_add_cond"))
-    valid = g("dit/padding_mask").bool()
-    out = net(g("dit/x"), g("dit/t"), conditioning=conditioning, valid=valid)
+    """Only the second row, because the interpreter is slow. It has more padding than the first."""
+    stored, net = golden(model), model.denoiser
+
+    def g(key: str) -> Tensor:
+        return stored(f"dit/{key}")[1:]
+
+    conditioning = net.condition(g("cross_attn_cond"), g("global_cond"), local=g("local_add_cond"))
+    valid = g("padding_mask").bool()
+    out = net(g("x"), g("t"), conditioning=conditioning, valid=valid)
     visible = valid[:, None].expand_as(out)
-    assert_near(out[visible], g("dit/out_pad_keymask")[visible], within=BOUNDS["denoiser padding"])
+    assert_near(out[visible], g("out_pad_keymask")[visible], within=BOUNDS["denoiser padding"])
 
 
 def test_a_packed_step_matches_the_reference(model: Sa3Model) -> None:
