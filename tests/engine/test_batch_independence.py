@@ -14,6 +14,7 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from tests.engine.test_engine import Gate, submit
 from tests.factories import ToyModel, make_audio, make_request, make_varied_requests
+from tests.parameters import some
 from tests.patience import PATIENCE_S
 
 # For fast mode. The largest difference observed with the toy model on a CPU is 3e-7. For comparison, the last bit of
@@ -64,9 +65,7 @@ def largest_difference(left: GenerationResult, right: GenerationResult) -> float
     return max(float(np.abs(a - b).max()) for a, b in zip(left.audio, right.audio, strict=True))
 
 
-@pytest.fixture(params=["strict", "fast", "packed"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+MODES = ("strict", "fast", "packed")
 
 
 def assert_same(mode: str, result: GenerationResult, alone: GenerationResult) -> None:
@@ -89,6 +88,7 @@ def assert_all_same(mode: str, results: Sequence[GenerationResult], alone: Seque
         assert_same(mode, result, own)
 
 
+@pytest.mark.parametrize("mode", MODES)
 async def test_different_neighbours_do_not_change_the_audio(mode: str) -> None:
     async with Engine(make_model(mode), make_options(mode)) as engine:
         crowd = make_varied_requests()
@@ -96,6 +96,7 @@ async def test_different_neighbours_do_not_change_the_audio(mode: str) -> None:
     assert_all_same(mode, results[4 : 4 + len(SUBJECTS)], await run_each_alone(mode))
 
 
+@pytest.mark.parametrize("mode", some(MODES, ("strict", "packed")))
 async def test_late_joiners_get_the_same_audio_as_alone(mode: str) -> None:
     async with Engine(make_model(mode), make_options(mode)) as engine:
         tasks = await run_after_some_steps(engine, make_varied_requests())
@@ -104,6 +105,7 @@ async def test_late_joiners_get_the_same_audio_as_alone(mode: str) -> None:
     assert_all_same(mode, results, await run_each_alone(mode))
 
 
+@pytest.mark.parametrize("mode", some(MODES, ("strict", "packed")))
 async def test_cancelled_neighbours_do_not_change_the_audio(mode: str) -> None:
     async with Engine(make_model(mode), make_options(mode)) as engine:
         tasks = await run_after_some_steps(engine, make_varied_requests())
@@ -116,6 +118,7 @@ async def test_cancelled_neighbours_do_not_change_the_audio(mode: str) -> None:
     assert_all_same(mode, results, await run_each_alone(mode))
 
 
+@pytest.mark.parametrize("mode", some(MODES, ("strict", "fast")))
 async def test_priority_does_not_change_the_audio(mode: str) -> None:
     """With mixed priorities, a request shares its steps with others, waits for others, or runs alone."""
     fields = {"max_rows": 4, "batch_share": 0.5}

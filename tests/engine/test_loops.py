@@ -60,7 +60,7 @@ def largest_fluxes(audio: npt.NDArray[np.float32]) -> tuple[float, float]:
     return float(flux[is_at_seam].max()), float(flux[~is_at_seam].max())
 
 
-@pytest.mark.parametrize("index", some(range(20), (0, 1, 4, 9)))
+@pytest.mark.parametrize("index", some(range(20), (0, 1, 9)))
 def test_a_loop_has_no_seam(engine: Engine, index: int) -> None:
     result = make_loop(engine, PROMPTS[index], duration_s=1.5 + index / 17, seed=index)
     (audio,) = result.audio
