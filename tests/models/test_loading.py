@@ -23,6 +23,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models import families
 from stable_audio_serve.models.families import load_model, resolve_device
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
+from stable_audio_serve.models.sa3 import build
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.weight_sizes import weight_bytes
 from stable_audio_serve.models.weights import cast_network, load_weights, resolve_dtype
@@ -42,6 +43,16 @@ def folder(tmp_path: Path) -> Path:
         shutil.copy(source / part, copy / part)
     shutil.copytree(source / "t5gemma", copy / "t5gemma")
     return copy
+
+
+@pytest.fixture
+def _text_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use a text encoder that is loaded already, in tests of other parts."""
+    text = loaded("sharp-s").text
+    monkeypatch.setattr(build, "load_text_encoder", lambda *args, **kwargs: text)
+
+
+with_loaded_text_encoder = pytest.mark.usefixtures("_text_encoder")
 
 
 def load(folder: Path) -> Sa3Model:
@@ -78,40 +89,47 @@ def configure(folder: Path, path: str, value: Any) -> None:
     file.write_text(json.dumps(config))
 
 
+@with_loaded_text_encoder
 def test_missing_key(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.pop(GAMMA))
     assert f"{GAMMA} is missing" in failure(folder)
 
 
+@with_loaded_text_encoder
 def test_unknown_keys_are_counted(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.update(a_stranger=torch.zeros(1), b_stranger=torch.zeros(1)))
     assert "a_stranger (and 1 more) does not belong" in failure(folder)
 
 
+@with_loaded_text_encoder
 def test_wrong_shape(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.update({GAMMA: torch.zeros(71)}))
     assert f"{GAMMA} has shape [71], the network needs [72]" in failure(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e8m0fnu])
+@with_loaded_text_encoder
 def test_weights_that_are_no_plain_numbers_are_refused(folder: Path, dtype: torch.dtype) -> None:
     rewrite(folder, lambda weights: weights.update({GAMMA: torch.ones(72, dtype=torch.float32).to(dtype)}))
     assert f"{GAMMA} holds {dtype}" in failure(folder)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
+@with_loaded_text_encoder
 def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, value: float) -> None:
     rewrite(folder, lambda weights: weights[GAMMA][-1:].fill_(value))
     assert f"{GAMMA} holds values that are not finite" in failure(folder)
 
 
 @pytest.mark.parametrize("size", [0, 4, 1000, 200_000])
+@with_loaded_text_encoder
 def test_truncated_weights(folder: Path, size: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     assert "corrupt or incomplete" in failure(folder)
 
 
+@with_loaded_text_encoder
 def test_garbage_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"<html>not found</html>" * 100)
     assert "corrupt or incomplete" in failure(folder)
@@ -130,6 +148,7 @@ def test_weights_in_shards_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+@with_loaded_text_encoder
 def test_weights_of_any_precision_load_as_float32(folder: Path, dtype: torch.dtype) -> None:
     rewrite(folder, lambda weights: weights.update({key: value.to(dtype) for key, value in weights.items()}))
     weight = load(folder).autoencoder.bottleneck.scaling_factor
@@ -138,6 +157,7 @@ def test_weights_of_any_precision_load_as_float32(folder: Path, dtype: torch.dty
     assert torch.equal(weight, expected)
 
 
+@with_loaded_text_encoder
 def test_pickles_of_tensors_load(folder: Path) -> None:
     path = folder / "model.safetensors"
     torch.save({"state_dict": load_file(path), "epoch": 3}, folder / "model.ckpt")
@@ -155,6 +175,7 @@ def as_pickle(folder: Path, change: Callable[[dict[str, torch.Tensor]], None] = 
     return folder / "model.ckpt"
 
 
+@with_loaded_text_encoder
 def test_expanded_tensors_in_a_pickle_load(folder: Path) -> None:
     """Their values take less memory than their shape suggests, and pages of other memory must not be released."""
     key = "model.model.transformer.layers.0.ff.ff.0.proj.weight"
@@ -167,6 +188,7 @@ def test_expanded_tensors_in_a_pickle_load(folder: Path) -> None:
         assert load(folder).denoiser.state_dict()[key.removeprefix("model.model.")].eq(0.01).all()
 
 
+@with_loaded_text_encoder
 def test_compressed_pickles_are_refused(folder: Path) -> None:
     """Torch would map the compressed bytes as numbers."""
     path = as_pickle(folder)
@@ -187,6 +209,7 @@ def test_compressed_pickles_are_refused(folder: Path) -> None:
         {"a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])},
     ],
 )
+@with_loaded_text_encoder
 def test_pickles_of_other_things_than_dense_tensors_are_refused(folder: Path, state: dict[Any, Any]) -> None:
     torch.save(state, as_pickle(folder))
     assert "does not hold a state_dict of tensors" in failure(folder)
@@ -211,6 +234,7 @@ class _Trap:
         return (Path.touch, (Path("trap-was-sprung"),))
 
 
+@with_loaded_text_encoder
 def test_pickles_with_code_are_refused_without_running_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +247,7 @@ def test_pickles_with_code_are_refused_without_running_it(
     assert not (tmp_path / "trap-was-sprung").exists()
 
 
+@with_loaded_text_encoder
 def test_raw_training_checkpoints_are_refused(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.update({"diffusion.model.model.x": torch.zeros(1)}))
     assert "raw training checkpoint" in failure(folder)
@@ -483,17 +508,20 @@ DECODER = "model.pretransform.config.decoder.config"
         (f"{DECODER}.transformer_depths", [10**9]),
     ],
 )
+@with_loaded_text_encoder
 def test_unusable_config_names_the_key(folder: Path, path: str, value: Any) -> None:
     configure(folder, path, value)
     message = failure(folder)
     assert path.rsplit(".", 1)[-1] in message
 
 
+@with_loaded_text_encoder
 def test_parts_that_do_not_fit_are_refused_when_loading(folder: Path) -> None:
     configure(folder, "model.pretransform.config.pretransform.config.channels", 4)
     assert "model.pretransform.config describes parts that do not fit each other" in failure(folder)
 
 
+@with_loaded_text_encoder
 def test_loading_disables_rounded_float32_and_cudnn_attention(folder: Path) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -549,6 +577,7 @@ def test_a_missing_device_is_refused_by_name() -> None:
         resolve_device("tpu")
 
 
+@with_loaded_text_encoder
 def test_a_norm_without_weights_is_not_expected_in_the_checkpoint(folder: Path) -> None:
     configure(folder, f"{DIT}.attn_kwargs.qk_norm", "l2")
     unused = re.compile(r"model\.model\..*\.[qk]_norm\.gamma")
@@ -558,6 +587,7 @@ def test_a_norm_without_weights_is_not_expected_in_the_checkpoint(folder: Path) 
     assert_near(attention.q_norm(heads), torch.nn.functional.normalize(heads, dim=-1), within=1e-6)
 
 
+@with_loaded_text_encoder
 def test_half_precision_denoiser_stays_near_the_float32_one(folder: Path) -> None:
     g, net = load_goldens("sharp-s").tensors, load(folder).denoiser
     cast_network(net, torch.bfloat16)
@@ -592,6 +622,7 @@ def test_a_downloaded_model_has_its_objectives_defaults(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("value", [False, ...])
+@with_loaded_text_encoder
 def test_padding_is_masked_whatever_the_config_says(folder: Path, value: Any) -> None:
     for key in ("mask_padding_attention", "use_effective_length_for_schedule"):
         configure(folder, f"model.diffusion.{key}", value)
@@ -632,6 +663,7 @@ def test_a_text_encoder_without_a_length_reads_128_tokens(folder: Path) -> None:
         ("model.pretransform.config.pretransform.config.postfilter_channels", 8),
     ],
 )
+@with_loaded_text_encoder
 def test_keys_of_unsupported_models_are_refused_by_name(folder: Path, path: str, value: Any) -> None:
     (folder / "model_config.json").write_text(json.dumps(with_sections(folder, path)))
     configure(folder, path, value)

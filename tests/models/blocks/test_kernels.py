@@ -272,6 +272,7 @@ def test_decoding_in_half_precision_uses_the_kernel_of_local_attention(
     assert (fused - exact).square().mean() <= 1.2 * (plain - exact).square().mean()
 
 
+@pytest.mark.slow
 def test_decoding_is_the_same_without_kernels(model: Sa3Model) -> None:
     net, latents = model.autoencoder, golden(model)("ae/latents")[:1, :, :2]  # few: the interpreter is slow
     fused = net.decode(latents)
