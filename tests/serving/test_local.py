@@ -12,7 +12,7 @@ import httpx
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.adapters import Library
-from stable_audio_serve.serving.engines import load_engine, load_named_engine
+from stable_audio_serve.serving.engines import load_named_engine
 from stable_audio_serve.serving.local import LocalBackend
 from stable_audio_serve.serving.placement import plan_deployments
 from tests.adapter_files import write_file
@@ -20,21 +20,7 @@ from tests.audio_files import pcm_of
 from tests.serving.conftest import TINY, model
 
 
-async def test_api_runs_on_engines_without_ray() -> None:
-    settings = Settings.model_validate({"models": [model("tiny")]})
-    plan = plan_deployments(settings)
-    engines = {model.name: load_engine(settings, model) for model in settings.models}
-    async with LocalBackend(plan.catalog, engines) as backend:
-        transport = httpx.ASGITransport(create_app(backend, settings))
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            response = await client.post("/generate", json={"prompt": "wind", "duration": 2, "steps": 2})
-            health = (await client.get("/health")).json()
-    assert response.status_code == 200
-    assert response.headers["x-model"] == "tiny"
-    assert health["loaded_models"] == ["tiny"]
-
-
-async def test_adapters_change_the_sound_of_engines_without_ray(tmp_path: Path) -> None:
+async def test_api_and_adapters_work_on_engines_without_ray(tmp_path: Path) -> None:
     write_file(tmp_path / "other.safetensors")  # for a model of other shapes
     loras = {name: str(Path(TINY) / "lora" / f"{name}.safetensors") for name in ("lora_all", "dora_rows_layers")}
     tiny = model("tiny", loras=loras, lora_folder=str(tmp_path), max_loras=2)
@@ -59,8 +45,13 @@ async def test_adapters_change_the_sound_of_engines_without_ray(tmp_path: Path) 
                 make(model="tiny:lora_all+dora_rows_layers"),
                 make(loras=[{"name": "other"}]),
             )
+            response = await client.post("/generate", json={"prompt": "wind", "duration": 1, "steps": 1})
+            health = (await client.get("/health")).json()
             recipe = json.loads(both.headers["x-recipe"])
             replayed = await client.post("/v1/audio/replay", json=recipe)
+    assert response.status_code == 200
+    assert response.headers["x-model"] == "tiny"
+    assert health["loaded_models"] == ["tiny"]
     assert pcm_of(off.content) == pcm_of(plain.content)
     assert on.content == named.content
     assert len({pcm_of(reply.content) for reply in (plain, on, both)}) == 3
