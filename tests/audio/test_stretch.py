@@ -74,7 +74,7 @@ def test_stretching_works_at_other_rates(rate_hz: int) -> None:
     assert measure_pitch(stretched[0], rate_hz) == pytest.approx(440, rel=0.005)
 
 
-@given(st.integers(0, 5000), st.integers(1, 2), st.floats(0.25, 4.0))
+@given(st.integers(0, 3000), st.integers(1, 2), st.floats(0.25, 4.0))
 def test_any_length_is_exact_and_finite(samples: int, channels: int, speed: float) -> None:
     audio = np.random.default_rng(samples).uniform(-1, 1, (channels, samples)).astype(np.float32)
     stretched = time_stretch(audio, RATE_HZ, speed=speed)

@@ -29,6 +29,7 @@ from tests.api.compat.serving import make_client
 from tests.audio_files import make_audio_file
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY
+from tests.parameters import slow
 from tests.serving.conftest import model
 
 RATE_HZ = 1000
@@ -53,7 +54,7 @@ class Served:
         return (await self.backend.generate(self.name, request)).audio[0]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=TINY)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(request: pytest.FixtureRequest) -> AsyncIterator[Served]:
     name: str = request.param
     models = [{"name": "demo", "engine": {"warmup_budget_s": 0}}, model(name, str(load_open_goldens(name).folder))]
@@ -82,6 +83,7 @@ def assert_same(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float3
     np.testing.assert_allclose(actual, np.clip(expected, -1, 1), rtol=0, atol=1.1 / 32768)
 
 
+@pytest.mark.parametrize("served", TINY, indirect=True)
 async def test_vllm_clip_is_conditioned_on_its_start_and_end(served: Served) -> None:
     body = {"input": PROMPT, "audio_length": 3, "audio_start": 2, "num_inference_steps": 4, "guidance_scale": 3}
     reply = await served.client.post("/v1/audio/generate", json=body | {"seed": 5})
@@ -91,6 +93,7 @@ async def test_vllm_clip_is_conditioned_on_its_start_and_end(served: Served) -> 
     assert_same(read(reply.content), whole[:, 2 * RATE_HZ :])
 
 
+@pytest.mark.parametrize("served", ["tiny-small", slow("tiny-1.0")], indirect=True)
 async def test_open_small_clip_is_normalised_before_it_is_cut(served: Served) -> None:
     window_s = min(WINDOW_S[served.name], 524_288 / 44_100)
     body = {"prompt": PROMPT, "seed": 5, "steps": 4, "cfg_scale": 2, "negative_prompt": "noise", "seconds_total": 3}
@@ -103,6 +106,7 @@ async def test_open_small_clip_is_normalised_before_it_is_cut(served: Served) ->
     assert answer["metadata"]["duration_seconds"] == 3
 
 
+@pytest.mark.parametrize("served", ["tiny-small", slow("tiny-1.0")], indirect=True)
 async def test_open_small_loop_is_a_cut_of_the_window(served: Served) -> None:
     form = {"prompt": "house drum loop 128bpm", "loop_type": "auto", "seed": "5", "steps": "4", "cfg_scale": "6"}
     upload = make_audio_file(duration_s=4.0, rate_hz=RATE_HZ, channels=1)
@@ -136,6 +140,7 @@ async def fetch(served: Served, url: str) -> npt.NDArray[np.float32]:
     return read(reply.content)
 
 
+@pytest.mark.parametrize("served", ["tiny-small", slow("tiny-1.0")], indirect=True)
 async def test_aiml_clip_has_its_duration(served: Served) -> None:
     body = {"model": "stable-audio", "prompt": PROMPT, "seconds_total": 9, "seconds_start": 1, "steps": 4}
     made = (await served.client.post("/v2/generate/audio", json=body)).json()
@@ -145,6 +150,7 @@ async def test_aiml_clip_has_its_duration(served: Served) -> None:
     assert np.abs(audio).max() > 0.01
 
 
+@pytest.mark.parametrize("served", ["tiny-1.0", slow("tiny-small")], indirect=True)
 async def test_fal_clip_has_its_duration(served: Served) -> None:
     body = {"prompt": PROMPT, "seconds_total": 8, "seconds_start": 1, "steps": 4}
     reply = await served.client.post("/fal-ai/stable-audio", json=body)
@@ -157,6 +163,7 @@ async def test_fal_clip_has_its_duration(served: Served) -> None:
     assert (await fetch(served, result["audio_file"]["url"])).shape == (2, 8 * RATE_HZ)
 
 
+@pytest.mark.parametrize("served", ["tiny-1.0", slow("tiny-small")], indirect=True)
 async def test_other_routes_use_the_default_model(served: Served) -> None:
     reply = await served.client.post("/v1/audio/generations", json={"prompt": "x", "duration": 1, "steps": 1})
     assert reply.headers["content-disposition"].startswith("attachment")

@@ -30,6 +30,7 @@ from tests.models.adapters.plain import (
     slot_weight,
     write_adapter,
 )
+from tests.parameters import slow
 
 NEAR = 3e-6  # allowed error relative to the largest weight; slots are float32
 
@@ -74,7 +75,7 @@ def test_random_chains_match_whole_weights(tmp_path: Path, stacking: Stacking, c
 
 @pytest.mark.parametrize("first", TYPES)
 @pytest.mark.parametrize("second", TYPES)
-@pytest.mark.parametrize("stacking", ["chained", "summed"])
+@pytest.mark.parametrize("stacking", ["chained", slow("summed")])
 def test_every_pair_of_types_stacks(tmp_path: Path, first: str, second: str, stacking: Stacking) -> None:
     base = make_base()
     changes = [make_change(base, first, strength=0.75), make_change(base, second, strength=2.0, rank=3, seed=2)]
