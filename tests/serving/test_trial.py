@@ -104,11 +104,9 @@ class Starter:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _frozen() -> Iterator[None]:
+def _frozen() -> None:
     """A fallback collects garbage, which takes most of its time in a process that has imported all tests."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
