@@ -12,6 +12,7 @@ import functools
 import gc
 import logging
 import os
+import ssl
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,11 +40,20 @@ _MARKED = ("chaos", "cluster", "gpu")  # folders in which each test has the mark
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=500)  # for `make test-all`
 settings.load_profile("default")
-# Let all httpx clients share the trusted certificates. Otherwise each client reads them again, in 40 ms of CPU time.
-httpx._transports.default.create_ssl_context = functools.cache(httpx.create_ssl_context)
+httpx._transports.default.create_ssl_context = lambda *args, **options: _create_ssl_context(
+    os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"), *args, **options
+)
 # Print tracebacks without the values of all variables, whose text takes up to 0.1 s of CPU time for each traceback.
 structlog.dev.ConsoleRenderer.get_active().exception_formatter = structlog.dev.plain_traceback
 gc.disable()  # until all tests are collected, which then takes a seventh less time
+
+
+@functools.cache
+def _create_ssl_context(cert_file: str | None, cert_dir: str | None, *args: Any, **options: Any) -> ssl.SSLContext:
+    """Let all httpx clients share the trusted certificates. Otherwise each client reads them again, in 40 ms of CPU
+    time. `cert_file` and `cert_dir` are the variables that httpx reads.
+    """
+    return httpx.create_ssl_context(*args, **options)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -16,7 +16,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
@@ -40,7 +40,7 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _GENERATING_SCOPES = frozenset({"generate", "jobs"})
 _MAX_FILES = 8
 _MAX_FIELDS = 64
-_MAX_BOUNDARIES = 1000  # of a form, also in the data of its parts
+_MAX_BOUNDARIES = 1000  # of a form, also in the data of its parts; of an urlencoded form, each &
 _MAX_BLANKS = 1000  # spaces and tabs after a boundary
 _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
 _COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
@@ -86,35 +86,37 @@ class BoundedRequest(Request):
         try:
             if _has_form(self):
                 connection_of(self.scope).accept_form()
-            if self._form is None and _content_type(self).startswith("multipart/form-data"):
-                async with aclosing(self._form_stream()) as stream:
+            content_type, options = parse_options_header(self.headers.get("content-type"))
+            if self._form is None and content_type == b"multipart/form-data":
+                boundary = b"\r\n--" + options.get(b"boundary", b"")
+                async with aclosing(self._form_stream(boundary, name="its boundary")) as stream:
                     self._form = await _WholeFormParser(self.headers, stream, **limits).parse()
+            elif self._form is None and content_type == b"application/x-www-form-urlencoded":
+                async with aclosing(self._form_stream(b"&", name="the character &")) as stream:
+                    parser = FormParser(self.headers, stream, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
+                    self._form = await parser.parse()
             return await super()._get_form(**limits)
         except MultiPartException as error:
             raise HTTPException(400, f"body: {error.message}") from error
-        except HTTPException as error:
-            if error.status_code != 400:
-                raise
-            raise HTTPException(400, f"body: {error.detail}") from error
         except ClientGoneError:
             raise
         except OSError as error:
             raise HTTPException(507, "there is no room for temporary files") from error
 
-    async def _form_stream(self) -> AsyncGenerator[bytes, None]:
-        """Yield the parts of a multipart body. Raises MultiPartException if it has too many boundaries or blanks.
+    async def _form_stream(self, boundary: bytes, *, name: str) -> AsyncGenerator[bytes, None]:
+        """Yield the body. Raises MultiPartException if it has too many boundaries, or blanks after a boundary.
 
-        The parser takes 5 us for each boundary that does not end a part, and 0.5 us for each blank after a boundary, so
-        it would block the event loop for seconds.
+        The message calls the boundary `name`. The parser takes 5 us for each boundary that does not end a part, and
+        0.5 us for each blank after a boundary and for each & after another, so it would block the event loop for
+        seconds.
         """
-        boundary = b"\r\n--" + parse_options_header(self.headers["content-type"])[1].get(b"boundary", b"")
         padded = re.compile(re.escape(boundary) + rb"[ \t]{%d}" % (_MAX_BLANKS + 1))
         num_boundaries, before = 0, b""
         async with aclosing(self.stream()) as stream:
             async for chunk in stream:
                 num_boundaries += chunk.count(boundary)
                 if num_boundaries > _MAX_BOUNDARIES:
-                    raise MultiPartException(f"the form contains its boundary more than {_MAX_BOUNDARIES} times")
+                    raise MultiPartException(f"the form contains {name} more than {_MAX_BOUNDARIES} times")
                 before = before[-len(boundary) - _MAX_BLANKS :] + chunk
                 if padded.search(before):
                     raise MultiPartException(f"more than {_MAX_BLANKS} spaces follow a boundary of the form")
