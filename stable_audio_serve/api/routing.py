@@ -40,8 +40,9 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _GENERATING_SCOPES = frozenset({"generate", "jobs"})
 _MAX_FILES = 8
 _MAX_FIELDS = 64
-_MAX_BOUNDARIES = 1000  # of a form, also in the data of its parts; of an urlencoded form, each &
+_MAX_BOUNDARIES = 1000  # of a form, also in the data of its parts
 _MAX_BLANKS = 1000  # spaces and tabs after a boundary
+_MAX_MARKS = {b"&": 1000, b"%": 20_000}  # of an urlencoded form
 _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
 _COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
 
@@ -86,13 +87,12 @@ class BoundedRequest(Request):
         try:
             if _has_form(self):
                 connection_of(self.scope).accept_form()
-            content_type, options = parse_options_header(self.headers.get("content-type"))
+            content_type = parse_options_header(self.headers.get("content-type"))[0]
             if self._form is None and content_type == b"multipart/form-data":
-                boundary = b"\r\n--" + options.get(b"boundary", b"")
-                async with aclosing(self._form_stream(boundary, name="its boundary")) as stream:
+                async with aclosing(self._multipart_stream()) as stream:
                     self._form = await _WholeFormParser(self.headers, stream, **limits).parse()
             elif self._form is None and content_type == b"application/x-www-form-urlencoded":
-                async with aclosing(self._form_stream(b"&", name="the character &")) as stream:
+                async with aclosing(self._urlencoded_stream()) as stream:
                     parser = FormParser(self.headers, stream, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
                     self._form = await parser.parse()
             return await super()._get_form(**limits)
@@ -103,23 +103,38 @@ class BoundedRequest(Request):
         except OSError as error:
             raise HTTPException(507, "there is no room for temporary files") from error
 
-    async def _form_stream(self, boundary: bytes, *, name: str) -> AsyncGenerator[bytes, None]:
-        """Yield the body. Raises MultiPartException if it has too many boundaries, or blanks after a boundary.
+    async def _multipart_stream(self) -> AsyncGenerator[bytes, None]:
+        """Yield the parts of a multipart body. Raises MultiPartException if it has too many boundaries or blanks.
 
-        The message calls the boundary `name`. The parser takes 5 us for each boundary that does not end a part, and
-        0.5 us for each blank after a boundary and for each & after another, so it would block the event loop for
-        seconds.
+        The parser takes 5 us for each boundary that does not end a part, and 0.5 us for each blank after a boundary, so
+        it would block the event loop for seconds.
         """
+        boundary = b"\r\n--" + parse_options_header(self.headers["content-type"])[1].get(b"boundary", b"")
         padded = re.compile(re.escape(boundary) + rb"[ \t]{%d}" % (_MAX_BLANKS + 1))
         num_boundaries, before = 0, b""
         async with aclosing(self.stream()) as stream:
             async for chunk in stream:
                 num_boundaries += chunk.count(boundary)
                 if num_boundaries > _MAX_BOUNDARIES:
-                    raise MultiPartException(f"the form contains {name} more than {_MAX_BOUNDARIES} times")
+                    raise MultiPartException(f"the form contains its boundary more than {_MAX_BOUNDARIES} times")
                 before = before[-len(boundary) - _MAX_BLANKS :] + chunk
                 if padded.search(before):
                     raise MultiPartException(f"more than {_MAX_BLANKS} spaces follow a boundary of the form")
+                yield chunk
+
+    async def _urlencoded_stream(self) -> AsyncGenerator[bytes, None]:
+        """Yield the parts of an urlencoded body. Raises MultiPartException if it has too many of `_MAX_MARKS`.
+
+        The parser takes 0.3 us for each & after another, and 0.5 us for each %.
+        """
+        num_marks = dict.fromkeys(_MAX_MARKS, 0)
+        async with aclosing(self.stream()) as stream:
+            async for chunk in stream:
+                for mark, most in _MAX_MARKS.items():
+                    num_marks[mark] += chunk.count(mark)
+                    if num_marks[mark] > most:
+                        limit = f"the character {mark.decode()} more than {most} times"
+                        raise MultiPartException(f"the form contains {limit}; send it as multipart/form-data")
                 yield chunk
 
 
