@@ -52,7 +52,7 @@ test test-fast test-all: export PYTHONDONTWRITEBYTECODE :=
 test-fast: install ## run before each commit, 90 s: unit tests, golden numbers, the API in one process
 	$(PYTEST) 3 -m "not server and not slow and $(ELSEWHERE)"
 
-test: install ## run by CI, 6 to 14 minutes: also a Ray server, PostgreSQL, S3, Chromium and the clients of each dialect
+test: install ## run by CI, 5 to 11 minutes: also a Ray server, PostgreSQL, S3, Chromium and the clients of each dialect
 	$(PYTEST) 4 -m "not slow and $(ELSEWHERE)"
 
 test-all: $(if $(PART),test-all-$(PART),test-all-1 test-all-2 test-all-3 test-all-4) ## all tests, under an hour (PART=1 to 4 for one quarter): long forms, nodes, scaling, redeploys
