@@ -107,7 +107,7 @@ def test_a_deliberate_bug_exceeds_the_error_bound(
         slow("prepare/up_441"),
     ],
 )
-def test_changed_numbers_and_draws_are_mismatches_and_unknown_tensors_are_named(folder: Path, key: str) -> None:
+def test_changed_numbers_and_draws_are_mismatches(folder: Path, key: str) -> None:
     def change(facts: dict[str, Any]) -> None:
         facts["cases"]["sampler/dpmpp-2m-sde"]["draws"][0]["value"] += 1
         facts["cases"]["sampler/rf-pingpong"]["draws"].pop()
