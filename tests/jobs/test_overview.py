@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from stable_audio_serve.core.cached_query import CachedQuery
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.job import State
 from stable_audio_serve.jobs.overview import JobsWatch
@@ -73,7 +74,9 @@ async def test_counts_are_those_of_the_database(store: JobStore, wall: Wall) -> 
     assert (found.reason, found.age_s is not None) == (None, True)
 
 
-async def test_concurrent_callers_share_one_query() -> None:
+async def test_concurrent_callers_share_one_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    # However slow the machine is, no caller gets the old result.
+    monkeypatch.setitem(CachedQuery.__init__.__kwdefaults__, "timeout_s", PATIENCE_S)
     jobs = Slow()
     watch = JobsWatch(jobs, fresh_s=60.0)
     found = await asyncio.gather(*(watch.overview() for _ in range(500)))

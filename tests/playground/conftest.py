@@ -187,7 +187,9 @@ class Page:
         return {note.get_attribute("id").removeprefix("error-"): note.text for note in notes}
 
     def messages(self) -> list[str]:
-        return [entry["message"] for entry in self.browser.get_log("browser")]
+        """Returns the new messages of the console, without the one about the icon of the file that `page` opens."""
+        messages = [entry["message"] for entry in self.browser.get_log("browser")]
+        return [message for message in messages if "/favicon.ico " not in message]
 
     @cached_property
     def _axe(self) -> str:
