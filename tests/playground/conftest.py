@@ -187,9 +187,7 @@ class Page:
         return {note.get_attribute("id").removeprefix("error-"): note.text for note in notes}
 
     def messages(self) -> list[str]:
-        """Returns the new messages of the console, without the one about the icon of the file that `page` opens."""
-        messages = [entry["message"] for entry in self.browser.get_log("browser")]
-        return [message for message in messages if "/favicon.ico " not in message]
+        return [entry["message"] for entry in self.browser.get_log("browser")]
 
     @cached_property
     def _axe(self) -> str:
@@ -209,9 +207,13 @@ def page(chromium: webdriver.Chrome, served: str) -> Iterator[Page]:
     At the end, the test fails if the browser's console has messages.
     """
     page = Page(chromium, served)
-    chromium.get(f"{served}/playground/icon.svg")
-    page.run("indexedDB.deleteDatabase('stable-audio-serve'); sessionStorage.clear(); localStorage.clear()")
-    page.run("localStorage.setItem('stable-audio-serve.autoplay', 'off')")
+    chromium.get("about:blank")
+    cleared = {"origin": served, "storageTypes": "indexeddb,local_storage"}
+    chromium.execute_cdp_cmd("Storage.clearDataForOrigin", cleared)
+    source = "sessionStorage.clear(); localStorage.setItem('stable-audio-serve.autoplay', 'off')"
+    script = chromium.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
     page.messages()
-    yield page.open()
+    page.open()
+    chromium.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    yield page
     assert page.messages() == []
