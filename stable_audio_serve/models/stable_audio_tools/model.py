@@ -33,7 +33,7 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.sao.planning import plan_rows
 from stable_audio_serve.models.stable_audio_tools.config import Inputs
 from stable_audio_serve.models.switches import exact
-from stable_audio_serve.models.text_encoder import chars_read, require_known
+from stable_audio_serve.models.text_encoder import beginnings, chars_read, require_known
 from stable_audio_serve.sampling.schedules import TimestepShift
 
 _CONTEXT, _CONTEXT_MASK, _PREPENDED = "cross_attn_cond", "cross_attn_mask", "prepend_cond"
@@ -86,11 +86,11 @@ class PackageModel:
         """
         text = self.wrapper.conditioner.conditioners[self.inputs.prompt.id]
         # Tokenized here, too, because the package neither checks nor returns its tokens.
-        encoded = text.tokenizer(list(prompts), truncation=True, max_length=text.max_length)
+        texts = beginnings(prompts)
+        encoded = text.tokenizer(texts, truncation=True, max_length=text.max_length)
         require_known(max(chain(*encoded["input_ids"]), default=0), text.model)
-        tokens, mask = text(list(prompts), self._device)
-        read = chars_read(encoded, num_prompts=len(prompts))
-        return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=read)
+        tokens, mask = text(texts, self._device)
+        return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=chars_read(encoded, prompts))
 
     @torch.inference_mode()
     @exact

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3.conditioners import load_text_encoder
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import SHARP, load_goldens
@@ -42,6 +46,27 @@ def test_the_number_of_characters_read_of_a_long_prompt() -> None:
     assert 0 < read < len(long)
     assert text.tokenize([long[:read]]).ids_and_mask.equal(tokens.ids_and_mask[1:])
     assert text.tokenize([long[:read]]).chars_read == (None,)
+
+
+@pytest.mark.parametrize("start", ["", "rain\N{COMBINING ACUTE ACCENT}" * 3000, "🎹" * 50_000])
+def test_the_end_of_a_long_prompt_is_not_tokenized(start: str) -> None:
+    """Other clips wait for the tokenizer, which needs seconds for some prompts of 100,000 characters."""
+    text, prompt = loaded("tiny-s").text, start + "warm analog pad, " * 3000
+    whole = text.tokenizer(prompt, truncation=True, max_length=text.max_length, padding="max_length")
+    with patch.object(text, "tokenizer", wraps=text.tokenizer) as tokenizer:
+        tokens = text.tokenize([prompt])
+    assert tokens.ids_and_mask.tolist() == [[whole["input_ids"], whole["attention_mask"]]]
+    assert tokens.chars_read == (max(end for _, end in whole.encodings[0].offsets),)
+    ((texts,),) = (call.args for call in tokenizer.call_args_list)
+    assert len(texts[0]) == 8192
+
+
+def test_characters_read_of_a_long_prompt_with_few_tokens() -> None:
+    text = loaded("tiny-s").text
+    ignored_words = AutoTokenizer.from_pretrained(f"{BUILT_IN['demo'].folder}/t5gemma", padding_side="right")
+    with patch.object(text, "tokenizer", ignored_words):
+        tokens = text.tokenize(["unknown " * 1024, "unknown " * 1024 + "sine"])
+    assert tokens.chars_read == (None, 8192)
 
 
 @pytest.mark.parametrize("name", SHARP)
