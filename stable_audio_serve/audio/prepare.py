@@ -87,8 +87,9 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
     inside = samples[:, :needed]
     padded = functional.pad(inside, (reach, source_step + needed - inside.shape[-1]))
     output = samples.new_empty(samples.shape[0], periods, num_phases)
-    for first in range(0, num_phases, _TILE_PHASES):
-        phases = torch.arange(first, min(first + _TILE_PHASES, num_phases))
+    used_phases = min(num_phases, length)
+    for first in range(0, used_phases, _TILE_PHASES):
+        phases = torch.arange(first, min(first + _TILE_PHASES, used_phases))
         start = first * source_step // num_phases
         stop = int(phases[-1]) * source_step // num_phases + 2 * reach + 1
         kernel = _kernel(

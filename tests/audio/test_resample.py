@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from stable_audio_serve.audio import prepare
 from stable_audio_serve.audio.prepare import resample
 from tests.goldens import load_goldens
 
@@ -52,3 +54,10 @@ def test_a_limit_gives_the_first_samples_of_the_whole(limit: int) -> None:
     whole = resample(samples, 48000, to_hz=44100)
     limited = resample(samples, 48000, to_hz=44100, max_samples=limit)
     torch.testing.assert_close(limited, whole[:, :limit], rtol=0, atol=1e-6)
+
+
+def test_a_short_clip_needs_only_its_own_weights() -> None:
+    """The filter of almost coprime rates has a million weights, more than a short clip uses."""
+    with patch.object(prepare, "_kernel", wraps=prepare._kernel) as kernel:
+        resample(torch.zeros(1, 19_200), 191_999, to_hz=44_100)
+    assert sum(len(call.args[0]) for call in kernel.call_args_list) == 4411
