@@ -28,14 +28,19 @@ _FULL_RETRY_S = 2.0
 
 
 class Planner:
-    """Plans requests on a thread. At most `max_pending` requests may wait for planning or be planned."""
+    """Plans requests on two threads: one for requests with source audio, because resampling takes up to a second, and
+    one for all others. At most `max_pending` requests may wait for planning or be planned.
+    """
 
     def __init__(self, model: DiffusionModel, *, max_pending: int) -> None:
         self._model = model
         self._max_pending = max_pending
-        # The planning thread uses one torch thread, so that resampled audio does not depend on the number of cores.
+        # A planning thread uses one torch thread, so that resampled audio does not depend on the number of cores.
         one_thread = partial(torch.set_num_threads, 1)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="planning", initializer=one_thread)
+        self._pools = {
+            has_source: ThreadPoolExecutor(1, thread_name_prefix="planning", initializer=one_thread)
+            for has_source in (False, True)
+        }
         self._lock = threading.Lock()
         self._num_pending = 0
         self._closed = False
@@ -53,7 +58,8 @@ class Planner:
                 message = "too many requests are being prepared; retry later"
                 raise OverloadedError(message, retry_after_s=_FULL_RETRY_S)
             self._num_pending += 1
-            future = self._pool.submit(self._run, request, frames)
+            has_source = request.init_audio is not None or request.inpaint_audio is not None
+            future = self._pools[has_source].submit(self._run, request, frames)
         future.add_done_callback(self._forget)
         return await asyncio.wrap_future(future)
 
@@ -63,7 +69,8 @@ class Planner:
         """
         with self._lock:
             self._closed = True
-        self._pool.shutdown(wait=False)
+        for pool in self._pools.values():
+            pool.shutdown(wait=False)
 
     def _run(self, request: GenerationRequest, frames: int | None) -> tuple[RowPlan, ...]:
         if self._closed:

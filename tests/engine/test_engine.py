@@ -310,6 +310,23 @@ async def test_planning_is_bounded() -> None:
     assert [isinstance(outcome, OverloadedError) for outcome in outcomes] == [False] * 3 + [True] * 7
 
 
+@pytest.mark.parametrize("field", ["init_audio", "inpaint_audio"])
+async def test_requests_without_audio_do_not_wait_for_resampling(field: str) -> None:
+    class SlowSources(SlowPlanner):
+        def plan(self, request: GenerationRequest, *, frames: int | None = None):  # type: ignore[no-untyped-def]
+            has_source = request.init_audio is not None or request.inpaint_audio is not None
+            return (super() if has_source else ToyModel()).plan(request, frames=frames)
+
+    model = SlowSources()
+    async with Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)) as engine:
+        edit = asyncio.create_task(engine.generate(make_request(**{field: make_audio(1.0)})))
+        assert await asyncio.to_thread(model.is_planning.wait, PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S / 2):
+            assert (await engine.generate(make_request(seed=9))).seeds == (9,)
+        model.released.set()
+        await edit
+
+
 async def test_deadline_includes_the_wait_for_planning() -> None:
     model = SlowPlanner()
     async with Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)) as engine:
