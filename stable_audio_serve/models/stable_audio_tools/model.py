@@ -159,7 +159,10 @@ class PackageModel:
 
 
 class _OwnNoise(TorchFunctionMode):
-    """While active, `torch.randn_like` returns values of a window's noise, different ones in each call."""
+    """While active, `torch.randn` and `torch.randn_like` return a window's noise, other values in each call.
+
+    The package draws noise of shape (1, channels, frames).
+    """
 
     def __init__(self, noise: WindowNoise) -> None:
         super().__init__()
@@ -169,11 +172,13 @@ class _OwnNoise(TorchFunctionMode):
     def __torch_function__(  # noqa: PLR0917  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is not torch.randn_like:
-            return func(*args, **(kwargs or {}))
-        like: Tensor = args[0]
+        if func is torch.randn_like:
+            return self._draw(args[0].shape, device=args[0].device).to(args[0].dtype)
+        if func is torch.randn:
+            return self._draw(args, device=torch.device("cpu"))
+        return func(*args, **(kwargs or {}))
+
+    def _draw(self, shape: Sequence[int], *, device: torch.device) -> Tensor:
         name = f"bottleneck{self._num_draws or ''}"
         self._num_draws += 1
-        shape = tuple(like.shape[1:])
-        drawn = self._noise.draw(name, shape, frame_axis=len(shape) - 1, device=like.device)
-        return drawn[None].to(like.dtype)
+        return self._noise.draw(name, tuple(shape[1:]), frame_axis=len(shape) - 2, device=device)[None]

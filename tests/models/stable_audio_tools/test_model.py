@@ -356,6 +356,38 @@ def test_a_clip_of_a_decoder_with_an_odd_stride_ends_in_silence(tmp_path: Path) 
     assert not made[:, num_decoded:].any()
 
 
+def test_noise_channels_of_a_decoder_come_from_the_rows_noise(tmp_path: Path) -> None:
+    """A Wasserstein bottleneck can add channels of noise to the latents before they are decoded."""
+    source = load_open_goldens("tiny-small").folder
+    values = json.loads((source / "model_config.json").read_text())
+    autoencoder = values["model"]["pretransform"]["config"]
+    latents, added, frames = autoencoder["latent_dim"], 2, 16
+    autoencoder["bottleneck"] = {"type": "wasserstein", "config": {"noise_augment_dim": added}}
+    autoencoder["encoder"]["config"]["latent_dim"] = latents
+    autoencoder["decoder"]["config"]["latent_dim"] = latents + added
+    values["sample_size"] = samples = frames * autoencoder["downsampling_ratio"]
+    (tmp_path / "model_config.json").write_text(json.dumps(values))
+    shutil.copytree(source / "t5", tmp_path / "t5")
+    write_random_weights(tmp_path)
+    model = load(tmp_path)
+    expected = import_package().diffusion.generate_diffusion_cond(
+        model.wrapper, steps=2, cfg_scale=1.0, conditioning=[{"prompt": "a kick drum", "seconds_total": 1.0}],
+        sample_size=samples, seed=7, device="cpu", sampler_type="euler",
+    )  # fmt: skip
+    script = [ReplayDraw("initial", 0, (1, latents, frames)), ReplayDraw("decode/bottleneck", 0, (1, added, frames))]
+    request = GenerationRequest(
+        prompt="a kick drum",
+        duration_s=samples / values["sample_rate"],
+        seed=0,
+        conditioned_total_s=1.0,
+        steps=2,
+        cfg_scale=1.0,
+        sampler="euler",
+    )
+    (made,) = run(model, [request], noise=ReplayNoise(7, script, num_rows=1))
+    torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
+
+
 def write_random_weights(folder: Path) -> None:
     """Write random weights with which the network's activations stay near 1."""
     config = read_config(folder)
