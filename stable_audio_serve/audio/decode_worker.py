@@ -96,7 +96,11 @@ def read(
             longest = max_values // min(file.channels, 2)
             if min(limit, num_frames) > longest:
                 raise Refused(f"at {file.samplerate} Hz it must not be longer than {longest // file.samplerate} s")
-            return _read_blocks(file, min(limit, longest)), file.samplerate
+            samples = _read_blocks(file, min(limit, longest))
+            # Only for Ogg: the audio after a damaged page would be too early. A cut MP3 is only shorter than it claims.
+            if file.format == "OGG" and len(samples) < min(limit, longest, num_frames):
+                raise Refused("the audio is damaged: a part of it cannot be decoded")
+            return samples, file.samplerate
     except soundfile.LibsndfileError as error:
         raise Refused("the audio cannot be decoded") from error
 

@@ -188,6 +188,15 @@ def test_a_truncated_file_is_read_as_far_as_possible_or_refused(decoder: AudioDe
         assert 10_000 < samples.shape[1] < 30_000
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_file_that_lacks_a_page_is_refused(decoder: AudioDecoder, subtype: str) -> None:
+    """libsndfile would leave out the page, and everything after it would be too early."""
+    pages = make_audio_file(container="OGG", subtype=subtype, rate_hz=48_000, duration_s=4.0).split(b"OggS")
+    del pages[-2]
+    with pytest.raises(InvalidUploadError, match="audio: the audio is damaged"):
+        decoder.decode(as_file(b"OggS".join(pages)), max_s=60)
+
+
 @pytest.mark.parametrize("file_format", TEXT_FORMATS)
 def test_the_process_reads_a_files_text(decoder: AudioDecoder, file_format: AudioFormat) -> None:
     audio, text = np.zeros((1, 480), dtype=np.float32), '{"a":"' + "x" * 30_000 + '"}'
