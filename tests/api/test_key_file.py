@@ -19,6 +19,7 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import ApiSettings, Settings
+from tests.artifacts.metrics import CountingMetrics
 from tests.backends import ToneBackend
 from tests.factories import FakeClock
 from tests.patience import PATIENCE_S
@@ -36,7 +37,8 @@ class Site:
         self.clock = FakeClock()
         settings = Settings(api=ApiSettings(key_file=str(self.file)), output_dir=str(folder / "outputs"))
         self.app: FastAPI = create_app(ToneBackend(), settings)
-        self.app.state.keys.ring = self.ring = KeyRing(settings.api, clock=self.clock)
+        self.metrics = CountingMetrics()
+        self.app.state.keys.ring = self.ring = KeyRing(settings.api, metrics=self.metrics, clock=self.clock)
 
     def write(self, text: str) -> None:
         """Replace the key file atomically, as operators are advised to do."""
@@ -97,6 +99,7 @@ async def test_faulty_file_changes_no_key_and_is_reported(
     health = (await site.ask(None, "/health")).json()["key_file"]
     assert health["state"] == "broken"
     assert str(tmp_path) not in health["reason"]
+    assert site.metrics.levels == {"key_file_broken": 1.0}
     logged = capsys.readouterr().out
     assert logged.count("key file cannot be used") == 1
     assert "plain" not in health["reason"] + logged
@@ -106,6 +109,7 @@ async def test_faulty_file_changes_no_key_and_is_reported(
     site.write(lines("bob"))
     assert await site.statuses("alice", "bob") == [401, 200]
     assert (await site.ask(None, "/health")).json()["key_file"] == {"state": "ok", "reason": None}
+    assert site.metrics.levels == {"key_file_broken": 0.0}
 
 
 async def test_health_route_detects_a_faulty_file(tmp_path: Path) -> None:
