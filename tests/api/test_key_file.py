@@ -19,10 +19,10 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import ApiSettings, Settings
-from tests.artifacts.metrics import CountingMetrics
 from tests.backends import ToneBackend
 from tests.factories import FakeClock
 from tests.patience import PATIENCE_S
+from tests.recorded_metrics import RecordedMetrics
 
 pytestmark = pytest.mark.server
 
@@ -37,7 +37,7 @@ class Site:
         self.clock = FakeClock()
         settings = Settings(api=ApiSettings(key_file=str(self.file)), output_dir=str(folder / "outputs"))
         self.app: FastAPI = create_app(ToneBackend(), settings)
-        self.metrics = CountingMetrics()
+        self.metrics = RecordedMetrics()
         self.app.state.keys.ring = self.ring = KeyRing(settings.api, metrics=self.metrics, clock=self.clock)
 
     def write(self, text: str) -> None:
@@ -99,7 +99,7 @@ async def test_faulty_file_changes_no_key_and_is_reported(
     health = (await site.ask(None, "/health")).json()["key_file"]
     assert health["state"] == "broken"
     assert str(tmp_path) not in health["reason"]
-    assert site.metrics.levels == {"key_file_broken": 1.0}
+    assert site.metrics.gauges == {"key_file_broken": 1.0}
     logged = capsys.readouterr().out
     assert logged.count("key file cannot be used") == 1
     assert "plain" not in health["reason"] + logged
@@ -109,7 +109,7 @@ async def test_faulty_file_changes_no_key_and_is_reported(
     site.write(lines("bob"))
     assert await site.statuses("alice", "bob") == [401, 200]
     assert (await site.ask(None, "/health")).json()["key_file"] == {"state": "ok", "reason": None}
-    assert site.metrics.levels == {"key_file_broken": 0.0}
+    assert site.metrics.gauges == {"key_file_broken": 0.0}
 
 
 async def test_health_route_detects_a_faulty_file(tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ from stable_audio_serve.core.errors import (
     StartTimeoutError,
 )
 from stable_audio_serve.core.keys import ANYBODY, ApiKey, hash_key, parse_key
-from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.jobs.store import key_uses
 from stable_audio_serve.jobs.store.key_uses import KeyUses, Use
 from tests.databases import PostgresServer
 from tests.jobs.stores import open_database, postgres_with_tables, store_url
 from tests.patience import PATIENCE_S
+from tests.recorded_metrics import RecordedMetrics
 
 pytestmark = pytest.mark.server
 
@@ -160,7 +160,7 @@ async def test_each_process_keeps_the_limits_during_a_database_outage(
     postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_limits, "_RENEW_S", 0.5)
-    url, sink = postgres.create_database(), Gauges()
+    url, sink = postgres.create_database(), RecordedMetrics()
     open_database(url).prepare()
     limiter = KeyLimiter(open_database(url), metrics=sink)
     key, other = make_key("audio-seconds-per-minute=20 concurrency=4"), make_key("concurrency=1", "bob")
@@ -169,26 +169,18 @@ async def test_each_process_keeps_the_limits_during_a_database_outage(
         try:
             found = [await admit(limiter, key) for _ in range(30)]
             assert found.count(None) == 20
-            assert sink.values["key_limits_alone"] == 1.0
+            assert sink.gauges["key_limits_alone"] == 1.0
             async with limiter.admitted(make_key("concurrency=1", "carol"), audio_s=1, takes_place=True):
                 assert await admit(limiter, make_key("concurrency=1", "carol")) is not None
         finally:
             postgres.start()
         async with asyncio.timeout(PATIENCE_S):
-            while sink.values["key_limits_alone"]:  # noqa: ASYNC110
+            while sink.gauges["key_limits_alone"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert await admit(limiter, other) is not None  # the database still counts the ended request as running
     assert await admit(limiter, key, 20) is None  # requests admitted during the outage do not count
     await limiter.close()
     postgres.drop_database(url)
-
-
-class Gauges(NullMetrics):
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    def gauge(self, name: str, value: float, **labels: str) -> None:
-        self.values[name] = value
 
 
 async def test_limit_holds_with_a_slow_database(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +201,7 @@ async def test_limit_holds_with_a_slow_database(store_url: str, monkeypatch: pyt
 async def test_a_database_that_hangs_delays_requests_once(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     open_database(store_url).prepare()
     monkeypatch.setattr(key_limits, "_RENEW_S", 0.1)
-    sink = Gauges()
+    sink = RecordedMetrics()
     limiter = KeyLimiter(open_database(store_url), patience_s=1, metrics=sink)
     key, resumed, admit_use = make_key("audio-seconds-per-minute=20"), threading.Event(), KeyUses.admit
 
@@ -223,12 +215,12 @@ async def test_a_database_that_hangs_delays_requests_once(store_url: str, monkey
         found = [*await asyncio.gather(*(admit(limiter, key) for _ in range(10)))]
         found += [await admit(limiter, key) for _ in range(20)]
         assert found.count(None) == 20
-        assert sink.values["key_limits_alone"] == 1.0
+        assert sink.gauges["key_limits_alone"] == 1.0
         assert time.monotonic() - began_at < 5
     finally:
         resumed.set()
     async with asyncio.timeout(PATIENCE_S):
-        while sink.values["key_limits_alone"]:  # noqa: ASYNC110
+        while sink.gauges["key_limits_alone"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert await admit(limiter, key, 19) is None  # one request of 1 s was counted after the hang
     assert await admit(limiter, key, 1) is not None
@@ -273,20 +265,13 @@ async def test_request_cancelled_during_admission_holds_no_place(
 
 
 async def test_metrics_name_a_bounded_number_of_clients(tmp_path: Path) -> None:
-    class Sink(NullMetrics):
-        def __init__(self) -> None:
-            self.names: set[str] = set()
-
-        def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
-            super().increment(name, value, **labels)
-            self.names.add(labels["key"])
-
-    sink = Sink()
+    sink = RecordedMetrics()
     limiter = KeyLimiter(open_database(f"sqlite:///{tmp_path / 'jobs.db'}"), metrics=sink)
     for number in range(1000):
         await admit(limiter, make_key("", f"client-{number}"))
     await admit(limiter, parse_key(hash_key("secret")))
-    assert len(sink.names) == 201
-    assert "other" in sink.names
-    assert not any(hash_key("secret").startswith(name) for name in sink.names)
+    names = {name for metric, name, *_ in sink.counters if metric == "key_requests"}
+    assert len(names) == 201
+    assert "other" in names
+    assert not any(hash_key("secret").startswith(name) for name in names)
     await limiter.close()

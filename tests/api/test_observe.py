@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from typing import Any
 
 import httpx
@@ -18,16 +17,9 @@ from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S
+from tests.recorded_metrics import RecordedMetrics
 
 URL = "/v1/audio/generations"
-
-
-class CountingMetrics(NullMetrics):
-    def __init__(self) -> None:
-        self.counters: Counter[tuple[str, ...]] = Counter()
-
-    def increment(self, name: str, value: float = 1.0, **tags: str) -> None:
-        self.counters[(name, *tags.values())] += value  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -111,7 +103,7 @@ async def test_unready_server_is_logged_at_info(
 
 
 async def test_requests_refusals_and_audio_are_counted() -> None:
-    metrics, backend = CountingMetrics(), ToneBackend()
+    metrics, backend = RecordedMetrics(), ToneBackend()
     transport = httpx.ASGITransport(create_app(backend, Settings(), metrics=metrics))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await client.post(URL, json={"prompt": "x", "duration": 1.5, "batch_size": 2})

@@ -22,9 +22,9 @@ from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.core.errors import DamagedFileError, StorageError
-from tests.artifacts.metrics import CountingMetrics
 from tests.object_storage import ObjectStorage
 from tests.patience import PATIENCE_S
+from tests.recorded_metrics import RecordedMetrics
 
 MIB = 1_048_576
 KEY = artifact_key("0" * 32, "a.wav", fence=1)
@@ -35,7 +35,7 @@ class Place:
     """An artifact store, and functions that access its folder or bucket directly."""
 
     store: ArtifactStore
-    metrics: CountingMetrics
+    metrics: RecordedMetrics
     names: Callable[[], list[str]]  # names of all files, including hidden and unfinished ones
     write: Callable[[str, bytes], None]  # writes a file (key, content), bypassing the store
 
@@ -48,7 +48,7 @@ def local_place(folder: Path) -> Place:
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         (folder / key).write_bytes(data)
 
-    metrics = CountingMetrics()
+    metrics = RecordedMetrics()
     return Place(LocalArtifacts(folder, metrics=metrics), metrics, names, write)
 
 
@@ -61,7 +61,7 @@ def s3_place(storage: ObjectStorage) -> Place:
     def write(key: str, data: bytes) -> None:
         storage.client.put_object(Bucket=bucket, Key=f"a/b/{key}", Body=data)
 
-    metrics = CountingMetrics()
+    metrics = RecordedMetrics()
     return Place(S3Artifacts(storage.settings(bucket, prefix="a/b"), metrics=metrics), metrics, names, write)
 
 
@@ -113,7 +113,7 @@ async def test_a_missing_part_is_an_error(place: Place) -> None:
     assert await anext(chunks) == bytes(MIB)
     with pytest.raises(DamagedFileError):
         await anext(chunks)
-    assert place.metrics.counts == {"damaged_files": 1}
+    assert place.metrics.counters == {"damaged_files": 1}
     with pytest.raises(StorageError):  # nothing of the part exists
         await anext(place.store.read_part(file, start=2 * MIB + 5, stop=3 * MIB))
     await place.store.delete(KEY)
@@ -127,7 +127,7 @@ async def test_parts_of_a_damaged_small_file_are_refused(place: Place, content: 
     place.write(KEY, content)
     with pytest.raises(DamagedFileError):
         await anext(place.store.read_part(file, start=1000, stop=1500))
-    assert place.metrics.counts == {"damaged_files": 1}
+    assert place.metrics.counters == {"damaged_files": 1}
 
 
 async def test_a_second_put_replaces_the_file_as_a_whole(place: Place) -> None:
@@ -232,7 +232,7 @@ async def test_damaged_file_is_never_returned_complete(place: Place, num_bytes: 
         await read_all()
     assert sum(map(len, got)) <= max(0, num_bytes - 1)
     assert num_bytes > MIB or not got
-    assert place.metrics.counts == {"damaged_files": 1}
+    assert place.metrics.counters == {"damaged_files": 1}
 
 
 async def test_work_logs_with_the_id_of_its_request(place: Place) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from stable_audio_serve.core.errors import InvalidRequestError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora, Progress, Stacking
-from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import Engine, EngineOptions, adapters
 from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from stable_audio_serve.models.adapters.adapter import read_adapter
@@ -36,6 +35,7 @@ from tests.models.loaded import loaded
 from tests.models.packing import attend_varlen
 from tests.parameters import slow
 from tests.patience import PATIENCE_S, until
+from tests.recorded_metrics import RecordedMetrics
 
 TOLERANCE = 2e-4  # relative to the clip's peak
 STEPS = 4
@@ -98,29 +98,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "inpaint": {"duration_s": 0.8, "inpaint_audio": make_audio(0.8), "inpaint_regions_s": ((0.2, 0.5),)},
     "several": {"duration_s": 0.6, "batch_size": 2},
 }
-
-
-class AdapterMetrics(NullMetrics):
-    """Records the metrics of adapters."""
-
-    def __init__(self) -> None:
-        self.num_loads = 0
-        self.fold_ms: list[float] = []
-        self.gauges: dict[str, float] = {}
-
-    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
-        super().increment(name, value, **labels)
-        self.num_loads += name == "engine_adapter_loads"
-
-    def gauge(self, name: str, value: float, **labels: str) -> None:
-        super().gauge(name, value, **labels)
-        if name.startswith("engine_adapter_"):
-            self.gauges[name] = value
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        super().observe(name, value, **labels)
-        if name == "engine_adapter_fold_ms":
-            self.fold_ms.append(value)
 
 
 @asynccontextmanager
@@ -539,13 +516,16 @@ async def test_the_adapter_used_last_stays_and_metrics_count_loads(tmp_path: Pat
     loras = [make_lora(tmp_path, change("lora", seed=seed), name=f"m{seed}") for seed in range(3)]
     fitted = base().fit(read_adapter(Path(loras[0].source)))
     used = fitted.nbytes + fold(base(), [(fitted, 1.0)], stacking="chained", max_rank=64).nbytes
-    metrics = AdapterMetrics()
+    metrics = RecordedMetrics()
     async with running(lora_cache_bytes=2 * used, metrics=metrics) as engine:
         for number, num_loads in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3)):
             await engine.generate(make_clip(duration_s=0.3, loras=(loras[number],)))
-            assert metrics.num_loads == len(metrics.fold_ms) == num_loads
+            assert (
+                metrics.counters["engine_adapter_loads"] == len(metrics.samples["engine_adapter_fold_ms"]) == num_loads
+            )
             if number == 0 and num_loads == 1:
-                assert metrics.gauges == {"engine_adapter_slots": 1, "engine_adapter_bytes": used}
+                assert metrics.gauges["engine_adapter_slots"] == 1
+                assert metrics.gauges["engine_adapter_bytes"] == used
                 assert engine.adapters_in_memory() == [fitted.sha256]  # replicas report them to the routers
     assert metrics.gauges["engine_adapter_bytes"] <= 2 * used
-    assert min(metrics.fold_ms) > 0
+    assert min(metrics.samples["engine_adapter_fold_ms"]) > 0

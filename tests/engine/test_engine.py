@@ -29,13 +29,13 @@ from stable_audio_serve.core.errors import (
     StartTimeoutError,
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress
-from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.calls.executor import Executor
 from stable_audio_serve.sampling.noise import SeededNoise
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_varied_requests
 from tests.parameters import slow
 from tests.patience import PATIENCE_S, until
+from tests.recorded_metrics import RecordedMetrics
 
 OnCall = Callable[[str, Sequence[object]], None]
 
@@ -337,20 +337,8 @@ async def test_deadline_includes_the_wait_for_planning() -> None:
         assert (await engine.generate(make_request(deadline_s=30.0))).seeds == (1,)
 
 
-class OutcomeCounts(NullMetrics):
-    """Counts the requests that have left the engine, by outcome."""
-
-    def __init__(self) -> None:
-        self.outcomes: Counter[str] = Counter()
-
-    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
-        super().increment(name, value, **labels)
-        if name == "engine_requests":
-            self.outcomes[labels["outcome"]] += int(value)
-
-
 async def test_metrics_count_requests_cancelled_in_planning() -> None:
-    model, metrics = SlowPlanner(), OutcomeCounts()
+    model, metrics = SlowPlanner(), RecordedMetrics()
     async with Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0), metrics=metrics) as engine:
         task = asyncio.create_task(engine.generate(make_request()))
         assert await asyncio.to_thread(model.is_planning.wait, PATIENCE_S)
@@ -358,7 +346,8 @@ async def test_metrics_count_requests_cancelled_in_planning() -> None:
         await asyncio.wait([task])
         model.released.set()
         await engine.generate(make_request())
-    assert metrics.outcomes == {"cancelled": 1, "finished": 1}
+    outcomes = [(outcome, metrics.counters["engine_requests", outcome]) for outcome in ("cancelled", "finished")]
+    assert outcomes == [("cancelled", 1), ("finished", 1)]
 
 
 async def test_closing_fails_requests_in_planning_as_unavailable() -> None:

@@ -5,7 +5,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,24 +53,6 @@ def make_spec(**overrides: Any) -> JobSpec:
         "request": request,
     }
     return JobSpec(**fields | overrides)
-
-
-class RecordedMetrics:
-    """Records metrics, so that tests can read their values by name and tags."""
-
-    def __init__(self) -> None:
-        self.counters: Counter[tuple[Any, ...]] = Counter()
-        self.gauges: dict[tuple[Any, ...], float] = {}
-        self.samples: dict[tuple[Any, ...], list[float]] = {}
-
-    def increment(self, name: str, value: float = 1.0, **tags: str) -> None:
-        self.counters[name, *tags.items()] += int(value)
-
-    def gauge(self, name: str, value: float, **tags: str) -> None:
-        self.gauges[name, *tags.items()] = value
-
-    def observe(self, name: str, value: float, **tags: str) -> None:
-        self.samples.setdefault((name, *tags.items()), []).append(value)
 
 
 @dataclass

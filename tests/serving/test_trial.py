@@ -23,7 +23,6 @@ from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.serving.engines import load_engine
 from stable_audio_serve.serving.trial import Started, Trial
 from tests.adapter_files import write_file
-from tests.artifacts.metrics import CountingMetrics
 from tests.goldens import SA3_GOLDENS
 from tests.models.revisions import (
     BAD,
@@ -36,6 +35,7 @@ from tests.models.revisions import (
     spoil,
 )
 from tests.parameters import few
+from tests.recorded_metrics import RecordedMetrics
 
 pytestmark = pytest.mark.server
 
@@ -73,7 +73,7 @@ class Starter:
 
     def __init__(self, folder: Path) -> None:
         self.cache, self.outputs = folder / "hub", folder / "outputs"
-        self.metrics = CountingMetrics()
+        self.metrics = RecordedMetrics()
         self.others_answer = False
 
     async def start(self, **model: Any) -> Started:
@@ -133,9 +133,9 @@ async def test_poisoned_weights_fall_back_to_the_last_good_ones(starter: Starter
     assert started.quality.weights == good.quality.weights
     assert started.quality.problem is not None
     assert str(tmp_path) not in started.quality.problem  # everyone may read /health, so no path may appear there
-    assert starter.metrics.levels["quality_fallback"] == 1
+    assert starter.metrics.gauges["quality_fallback"] == 1
     assert (await starter.start(repo_id="lab/tiny", revision=GOOD)).quality.gate == "passed"
-    assert starter.metrics.levels["quality_fallback"] == 0
+    assert starter.metrics.gauges["quality_fallback"] == 0
 
 
 @pytest.mark.parametrize("name", few(POISONS, number=1))
@@ -220,7 +220,7 @@ async def test_adapters_are_compared_with_their_earlier_audio(
         started = await start(loras=loras)
         assert (started.quality.gate, started.quality.report) == ("passed", first.quality.report)
         assert started.quality.problem is None
-    assert starter.metrics.counts["quality_gates"] == 3  # each time "passed"
+    assert starter.metrics.counters["quality_gates", "passed"] == 3
     # From now on, the model ignores adapters.
     monkeypatch.setattr("stable_audio_serve.models.adapters.apply.adapt", lambda out, x, *, groups: out)
     started = await start(loras={**loras, "torn": str(tmp_path / "torn.safetensors")})

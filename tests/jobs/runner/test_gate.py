@@ -21,14 +21,15 @@ from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, StoreState, health_of
 from tests.backends import ToneBackend
-from tests.jobs.conftest import SHORT_PAUSES, RecordedMetrics, Workshop, make_spec, upload
+from tests.jobs.conftest import SHORT_PAUSES, Workshop, make_spec, upload
 from tests.jobs.stores import Wall, database, postgres_with_tables, store_url, wall
 from tests.object_storage import Faults, ObjectStorage
 from tests.patience import until
+from tests.recorded_metrics import RecordedMetrics
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
 
-REFUSED = ("job_files_refused",)
+REFUSED = "job_files_refused"
 
 
 @dataclass
