@@ -46,8 +46,8 @@ class TextEncoder:
         self.max_length = max_length
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns `max_length` tokens for each prompt, truncated or padded on the right. Characters after the first
-        8192 are ignored.
+        """Returns `max_length` tokens for each prompt, truncated or padded on the side that the tokenizer's files name.
+        Characters after the first 8192 are ignored.
 
         With T5Gemma, an empty prompt has no real token. With T5, it has one: the end of the text. Raises
         InvalidRequestError if a prompt has a token that the network lacks: tokenizers can have more tokens, which only
@@ -145,7 +145,7 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
     except Exception as error:
         raise _refuse_network(folder, _reason(error)) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids, mask = _tokenize(tokenizer, _TRIAL, max_length=_TRIAL_TOKENS).ids_and_mask.unbind(1)
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -83,6 +86,22 @@ def test_an_empty_prompt_is_finite_padding() -> None:
     (empty,) = loaded("sharp-s").encode_text([""])
     assert not empty.mask.any()
     assert torch.equal(empty.tokens, loaded("sharp-s").prompt.padding_embedding.expand_as(empty.tokens))
+
+
+def test_prompts_are_padded_on_the_side_that_the_tokenizer_names(tmp_path: Path) -> None:
+    """Tokenizers of Gemma pad on the left unless their files say otherwise. The expected values are the reference's."""
+    folder = tmp_path / "t5gemma"
+    shutil.copytree(load_goldens("sharp-s").folder / "t5gemma", folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"padding_side": "left"}))
+    text = load_text_encoder(folder, max_length=16, device=torch.device("cpu"))
+    ids, mask = text.tokenize(["dog barking", "rain"]).ids_and_mask.unbind(1)
+    assert mask.tolist() == [[0] * 7 + [1] * 9, [0] * 14 + [1] * 2]
+    expected = [
+        [[-2.41889, 0.645513, 1.741933, 0.77534], [-1.221781, 1.32932, 1.271046, 2.176375]],
+        [[-1.263183, 0.086511, 0.369147, 0.243798], [2.005464, 0.51745, 0.0759, -0.033604]],
+    ]
+    assert_near(text.encode(ids, mask)[:, -2:, :4], torch.tensor(expected), within=BOUNDS["text"])
 
 
 def test_prompts_longer_than_the_encoder_s_windows_are_refused() -> None:
