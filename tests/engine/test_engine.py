@@ -337,6 +337,34 @@ async def test_deadline_includes_the_wait_for_planning() -> None:
         assert (await engine.generate(make_request(deadline_s=30.0))).seeds == (1,)
 
 
+async def test_metrics_describe_the_finished_requests() -> None:
+    metrics = RecordedMetrics()
+    options = EngineOptions(mode="strict", frame_grid=64, torch_threads=1, warmup_budget_s=0.0)
+    clips = (("a bell", 0.4), ("rain", 1.2), ("a bell", 0.8))
+    async with Engine(ToyModel(), options, metrics=metrics) as engine:
+        requests = [make_request(prompt, duration_s=duration_s, steps=3) for prompt, duration_s in clips]
+        timings = [(await engine.generate(request)).timings for request in requests]
+    assert metrics.counters == {
+        ("engine_requests", "finished"): 3,
+        "engine_audio_seconds": pytest.approx(2.4),
+        "engine_prompt_cache_misses": 2,
+        "engine_prompt_cache_hits": 1,
+    }
+    assert metrics.gauges == {
+        ("engine_profile", "plain"): 1.0,
+        "engine_backlog_ms": pytest.approx(0.0),
+        "engine_pad_share": pytest.approx(1 - 90 / 128),  # of the last clip
+        "engine_device_memory_bytes": 0.0,
+    }
+    samples = metrics.samples
+    assert samples["engine_queue_ms"] == [each.queue_ms for each in timings]
+    assert samples["engine_request_ms"] == [each.total_ms for each in timings]
+    assert samples["engine_rows_per_step"] == [1] * 9
+    assert (len(samples["engine_text_ms"]), len(samples["engine_denoise_ms"])) == (2, 9)
+    in_calls = sum(sum(samples[f"engine_{work}_ms"]) for work in ("text", "denoise", "decode"))
+    assert 0 < in_calls <= sum(each.total_ms for each in timings)
+
+
 async def test_metrics_count_requests_cancelled_in_planning() -> None:
     model, metrics = SlowPlanner(), RecordedMetrics()
     async with Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0), metrics=metrics) as engine:
