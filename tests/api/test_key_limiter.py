@@ -264,6 +264,20 @@ async def test_request_cancelled_during_admission_holds_no_place(
     await limiter.close()
 
 
+async def test_metrics_count_admitted_and_refused_requests(tmp_path: Path) -> None:
+    metrics = RecordedMetrics()
+    limiter = KeyLimiter(open_database(f"sqlite:///{tmp_path / 'jobs.db'}"), metrics=metrics)
+    key = make_key("audio-seconds-per-minute=10")
+    waits = [await admit(limiter, key, audio_s) for audio_s in (6.0, 5.0, 4.0)]
+    assert [wait is None for wait in waits] == [True, False, True]
+    assert metrics.counters == {
+        ("key_requests", "alice", "admitted"): 2,
+        ("key_requests", "alice", "refused"): 1,
+        ("key_audio_seconds", "alice"): 10.0,
+    }
+    await limiter.close()
+
+
 async def test_metrics_name_a_bounded_number_of_clients(tmp_path: Path) -> None:
     sink = RecordedMetrics()
     limiter = KeyLimiter(open_database(f"sqlite:///{tmp_path / 'jobs.db'}"), metrics=sink)

@@ -16,7 +16,7 @@ from stable_audio_serve.core.errors import OverloadedError, StorageError, Storag
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.backends import ToneBackend
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 from tests.recorded_metrics import RecordedMetrics
 
 URL = "/v1/audio/generations"
@@ -120,6 +120,18 @@ async def test_requests_refusals_and_audio_are_counted() -> None:
         ("refusals", "overloaded"): 1,
         ("refusals", "404"): 1,
     }
+
+
+async def test_a_running_request_counts_as_in_progress() -> None:
+    metrics, backend = RecordedMetrics(), ToneBackend()
+    backend.released.clear()
+    transport = httpx.ASGITransport(create_app(backend, Settings(), metrics=metrics))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        running = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
+        await until(lambda: metrics.gauges.get("http_requests_in_progress") == 1)
+        backend.released.set()
+        assert (await running).status_code == 200
+    assert metrics.gauges["http_requests_in_progress"] == 0
 
 
 @pytest.mark.parametrize(("sent", "status"), [(b"sound", 200), (b"sou", 499)], ids=["all of it", "a part"])
