@@ -30,9 +30,9 @@ NetworkLoader = Callable[[Path, torch.dtype | Literal["auto"]], tuple[nn.Module,
 _TRIAL, _TRIAL_TOKENS = ("", "\ue000", "a bright tone, 440 Hz"), 16
 _TRIAL_ENCODED = 2  # first tokens of the last prompt that are encoded at load: few, because a CPU can be slow
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# The engine's clips wait for the tokenizer, and some need 5 s for 100,000 characters, although a model reads at most
-# 256 tokens, which are about 1200 characters of usual text.
-_MAX_CHARS = 8192
+# While a prompt is tokenized, the engine's clips wait, with some tokenizers for 5 s at 100,000 characters. A token of
+# usual text has about 5 characters.
+_CHARS_PER_TOKEN = 32
 _DEPTH_KEYS = ("num_layers", "num_hidden_layers")  # of a T5 and of a T5Gemma
 
 
@@ -47,7 +47,7 @@ class TextEncoder:
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Returns `max_length` tokens for each prompt, truncated or padded on the side that the tokenizer's files name.
-        Characters after the first 8192 are ignored.
+        Characters after the first `32 * max_length` are ignored.
 
         With T5Gemma, an empty prompt has no real token. With T5, it has one: the end of the text. Raises
         InvalidRequestError if a prompt has a token that the network lacks: tokenizers can have more tokens, which only
@@ -74,15 +74,19 @@ class TextEncoder:
 
 def _tokenize(tokenizer: Any, prompts: Sequence[str], *, max_length: int) -> PromptTokens:
     encoded = tokenizer(
-        beginnings(prompts), truncation=True, max_length=max_length, padding="max_length", return_tensors="pt"
+        beginnings(prompts, max_length=max_length),
+        truncation=True,
+        max_length=max_length,
+        padding="max_length",
+        return_tensors="pt",
     )
     ids_and_mask = torch.stack((encoded["input_ids"], encoded["attention_mask"]), dim=1)
-    return PromptTokens(ids_and_mask, chars_read(encoded, prompts))
+    return PromptTokens(ids_and_mask, chars_read(encoded, prompts, max_length=max_length))
 
 
-def beginnings(prompts: Sequence[str]) -> list[str]:
-    """Returns the part of each prompt that is tokenized."""
-    return [prompt[:_MAX_CHARS] for prompt in prompts]
+def beginnings(prompts: Sequence[str], *, max_length: int) -> list[str]:
+    """Returns the part of each prompt that is tokenized, if at most `max_length` tokens are used."""
+    return [prompt[: _CHARS_PER_TOKEN * max_length] for prompt in prompts]
 
 
 def _num_tokens(encoder: nn.Module) -> int:
@@ -109,13 +113,14 @@ def stating_width(text: TextEncoder, folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{error.message}; the text encoder in {folder} has width {text.width}") from error
 
 
-def chars_read(encoded: Any, prompts: Sequence[str]) -> tuple[int | None, ...]:
+def chars_read(encoded: Any, prompts: Sequence[str], *, max_length: int) -> tuple[int | None, ...]:
     """Returns how many characters at the beginning of each prompt the tokens cover; None: all, or unknown.
 
     `encoded` is a tokenizer's result for the `beginnings`. Only tokenizers of the package `tokenizers` report the
     number.
     """
-    cut = [_MAX_CHARS if len(prompt) > _MAX_CHARS else None for prompt in prompts]
+    most = _CHARS_PER_TOKEN * max_length
+    cut = [most if len(prompt) > most else None for prompt in prompts]
     if not encoded.is_fast:
         return tuple(cut)
     return tuple(

@@ -86,11 +86,12 @@ class PackageModel:
         """
         text = self.wrapper.conditioner.conditioners[self.inputs.prompt.id]
         # Tokenized here, too, because the package neither checks nor returns its tokens.
-        texts = beginnings(prompts)
+        texts = beginnings(prompts, max_length=text.max_length)
         encoded = text.tokenizer(texts, truncation=True, max_length=text.max_length)
         require_known(max(chain(*encoded["input_ids"]), default=0), text.model)
         tokens, mask = text(texts, self._device)
-        return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=chars_read(encoded, prompts))
+        read = chars_read(encoded, prompts, max_length=text.max_length)
+        return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=read)
 
     @torch.inference_mode()
     @exact

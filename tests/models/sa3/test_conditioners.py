@@ -61,15 +61,15 @@ def test_the_end_of_a_long_prompt_is_not_tokenized(start: str) -> None:
     assert tokens.ids_and_mask.tolist() == [[whole["input_ids"], whole["attention_mask"]]]
     assert tokens.chars_read == (max(end for _, end in whole.encodings[0].offsets),)
     ((texts,),) = (call.args for call in tokenizer.call_args_list)
-    assert len(texts[0]) == 8192
+    assert len(texts[0]) == 32 * text.max_length
 
 
 def test_characters_read_of_a_long_prompt_with_few_tokens() -> None:
     text = loaded("tiny-s").text
     ignored_words = AutoTokenizer.from_pretrained(f"{BUILT_IN['demo'].folder}/t5gemma", padding_side="right")
     with patch.object(text, "tokenizer", ignored_words):
-        tokens = text.tokenize(["unknown " * 1024, "unknown " * 1024 + "sine"])
-    assert tokens.chars_read == (None, 8192)
+        tokens = text.tokenize(["unknown " * 4 * text.max_length, "unknown " * 4 * text.max_length + "sine"])
+    assert tokens.chars_read == (None, 32 * text.max_length)
 
 
 @pytest.mark.parametrize("name", SHARP)
