@@ -278,9 +278,7 @@ def test_both_backends_agree_on_configs_without_stored_numbers(name: str, tmp_pa
             section = section[key]
         section |= change
     values["sample_size"] = 3072
-    (tmp_path / "model_config.json").write_text(json.dumps(values))
-    shutil.copytree(source / "t5", tmp_path / "t5")
-    write_random_weights(tmp_path)
+    write_random_checkpoint(tmp_path, values, text_encoder=source / "t5")
     native, package = load_model(resolve_entry("mine", path=str(tmp_path))), load(tmp_path)
     requests = [
         GenerationRequest(prompt="a kick drum", duration_s=3.0, seed=1, steps=4, cfg_scale=3.0),
@@ -337,9 +335,7 @@ def test_a_clip_of_a_decoder_with_an_odd_stride_ends_in_silence(tmp_path: Path) 
         autoencoder[part]["config"]["strides"] = [2, 3, 5]
     autoencoder["downsampling_ratio"] = 30
     values["sample_size"] = samples = 16 * 30
-    (tmp_path / "model_config.json").write_text(json.dumps(values))
-    shutil.copytree(source / "t5", tmp_path / "t5")
-    write_random_weights(tmp_path)
+    write_random_checkpoint(tmp_path, values, text_encoder=source / "t5")
     model = load(tmp_path)
     expected = import_package().diffusion.generate_diffusion_cond(
         model.wrapper, steps=2, cfg_scale=1.0, conditioning=[{"prompt": "a kick drum", "seconds_total": 0.48}],
@@ -366,9 +362,7 @@ def test_noise_channels_of_a_decoder_come_from_the_rows_noise(tmp_path: Path) ->
     autoencoder["encoder"]["config"]["latent_dim"] = latents
     autoencoder["decoder"]["config"]["latent_dim"] = latents + added
     values["sample_size"] = samples = frames * autoencoder["downsampling_ratio"]
-    (tmp_path / "model_config.json").write_text(json.dumps(values))
-    shutil.copytree(source / "t5", tmp_path / "t5")
-    write_random_weights(tmp_path)
+    write_random_checkpoint(tmp_path, values, text_encoder=source / "t5")
     model = load(tmp_path)
     expected = import_package().diffusion.generate_diffusion_cond(
         model.wrapper, steps=2, cfg_scale=1.0, conditioning=[{"prompt": "a kick drum", "seconds_total": 1.0}],
@@ -388,8 +382,10 @@ def test_noise_channels_of_a_decoder_come_from_the_rows_noise(tmp_path: Path) ->
     torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
 
 
-def write_random_weights(folder: Path) -> None:
-    """Write random weights with which the network's activations stay near 1."""
+def write_random_checkpoint(folder: Path, values: dict[str, Any], *, text_encoder: Path) -> None:
+    """Write a checkpoint with the config `values`. With its random weights, the network's activations stay near 1."""
+    (folder / "model_config.json").write_text(json.dumps(values))
+    shutil.copytree(text_encoder, folder / "t5")
     config = read_config(folder)
     text = TextEncoder(None, nn.Identity(), width=64, max_length=8)
     wrapper = build_wrapper(config, parse_inputs(config), text=text)
