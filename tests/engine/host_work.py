@@ -56,7 +56,7 @@ KINDS: dict[Family, tuple[str, ...]] = {
 # Kinds of engine calls, and the method that makes each. Work in an inner call does not count for the outer call.
 _CALLS = (
     ("text", Stages, "start"),
-    ("begin", Stages, "_begin"),
+    ("begin", Stages, "_set_registers"),
     ("encode", Stages, "encode"),
     ("denoise", Executor, "_evaluate"),
     ("finish", Stages, "_take_latents"),
@@ -232,7 +232,8 @@ class _Together(Scheduler):
         self._has_begun = False
 
     def pick(self, *, use_second_queue: bool = True) -> list[RowId]:
-        self._has_begun = len(self) >= self._num_rows or (self._has_begun and len(self) > 0)
+        num_waiting = len(self._entries)
+        self._has_begun = num_waiting >= self._num_rows or (self._has_begun and num_waiting > 0)
         return super().pick(use_second_queue=use_second_queue) if self._has_begun else []
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine.host_work import Setting, count, run_apart
 
-pytestmark = [pytest.mark.slow, pytest.mark.server]
+pytestmark = pytest.mark.server
 
 # Kind of request -> the most kernel launches of a step. The sampler is pingpong unless the kind names another.
 DENOISE = {
@@ -37,8 +37,7 @@ Counted = dict[Setting, dict[str, Any]]
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
 def counted(request: pytest.FixtureRequest) -> Counted:
     """Returns for each setting the largest counts of each kind of call. The calls run in a separate process."""
-    few = [FAST, IN_STRICT, Setting("guided", "fast", "float32", "open")]
-    settings = few if request.param == "few" else [*STEPS, IN_STRICT]
+    settings = [FAST, IN_STRICT] if request.param == "few" else [*STEPS, IN_STRICT]
     return dict(zip(settings, run_apart(count, settings), strict=True))
 
 
