@@ -19,6 +19,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.audio_files import pcm_of
 from tests.models.hub import fill_cache
 from tests.packaging.wheel import build_wheel, install_wheel
 from tests.patience import PATIENCE_S, wait_until
@@ -128,7 +129,8 @@ def test_servers_side_by_side_give_the_same_audio(server: LaunchedServer, other:
     expected = server.client.post("/generate", json=_BODY)
     response = other.client.post("/generate", json=_BODY)
     assert response.status_code == 200
-    assert response.content == expected.content
+    # Not the whole files: the recipes in them name the number of threads, which depends on the number of models.
+    assert pcm_of(response.content) == pcm_of(expected.content)
 
 
 def test_cached_model_is_described_like_one_in_a_folder(server: LaunchedServer, other: LaunchedServer) -> None:
