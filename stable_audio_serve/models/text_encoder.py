@@ -31,8 +31,8 @@ _TRIAL, _TRIAL_TOKENS = ("", "\ue000", "a bright tone, 440 Hz"), 16
 _TRIAL_ENCODED = 2  # first tokens of the last prompt that are encoded at load: few, because a CPU can be slow
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # While a prompt is tokenized, the engine's clips wait, with some tokenizers for 5 s at 100,000 characters. A token of
-# usual text has about 5 characters.
-_CHARS_PER_TOKEN = 32
+# usual text has about 5 characters, but a tokenizer may leave out words, as the demo model's does.
+_MIN_CHARS, _CHARS_PER_TOKEN = 8192, 32
 _DEPTH_KEYS = ("num_layers", "num_hidden_layers")  # of a T5 and of a T5Gemma
 
 
@@ -47,7 +47,7 @@ class TextEncoder:
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Returns `max_length` tokens for each prompt, truncated or padded on the side that the tokenizer's files name.
-        Characters after the first `32 * max_length` are ignored.
+        Characters after the first 8192 are ignored, or after `32 * max_length` if this is more.
 
         With T5Gemma, an empty prompt has no real token. With T5, it has one: the end of the text. Raises
         InvalidRequestError if a prompt has a token that the network lacks: tokenizers can have more tokens, which only
@@ -86,7 +86,11 @@ def _tokenize(tokenizer: Any, prompts: Sequence[str], *, max_length: int) -> Pro
 
 def beginnings(prompts: Sequence[str], *, max_length: int) -> list[str]:
     """Returns the part of each prompt that is tokenized, if at most `max_length` tokens are used."""
-    return [prompt[: _CHARS_PER_TOKEN * max_length] for prompt in prompts]
+    return [prompt[: _most_chars(max_length)] for prompt in prompts]
+
+
+def _most_chars(max_length: int) -> int:
+    return max(_MIN_CHARS, _CHARS_PER_TOKEN * max_length)
 
 
 def _num_tokens(encoder: nn.Module) -> int:
@@ -119,7 +123,7 @@ def chars_read(encoded: Any, prompts: Sequence[str], *, max_length: int) -> tupl
     `encoded` is a tokenizer's result for the `beginnings`. Only tokenizers of the package `tokenizers` report the
     number.
     """
-    most = _CHARS_PER_TOKEN * max_length
+    most = _most_chars(max_length)
     cut = [most if len(prompt) > most else None for prompt in prompts]
     if not encoded.is_fast:
         return tuple(cut)

@@ -61,15 +61,29 @@ def test_the_end_of_a_long_prompt_is_not_tokenized(start: str) -> None:
     assert tokens.ids_and_mask.tolist() == [[whole["input_ids"], whole["attention_mask"]]]
     assert tokens.chars_read == (max(end for _, end in whole.encodings[0].offsets),)
     ((texts,),) = (call.args for call in tokenizer.call_args_list)
-    assert len(texts[0]) == 32 * text.max_length
+    assert len(texts[0]) == 8192
 
 
 def test_characters_read_of_a_long_prompt_with_few_tokens() -> None:
     text = loaded("tiny-s").text
     ignored_words = AutoTokenizer.from_pretrained(f"{BUILT_IN['demo'].folder}/t5gemma", padding_side="right")
     with patch.object(text, "tokenizer", ignored_words):
-        tokens = text.tokenize(["unknown " * 4 * text.max_length, "unknown " * 4 * text.max_length + "sine"])
-    assert tokens.chars_read == (None, 32 * text.max_length)
+        tokens = text.tokenize(["unknown " * 1024, "unknown " * 1024 + "sine"])
+    assert tokens.chars_read == (None, 8192)
+
+
+def test_words_after_many_that_the_tokenizer_leaves_out_are_read() -> None:
+    text = load_text_encoder(Path(BUILT_IN["demo"].folder or "") / "t5gemma", max_length=16, device=torch.device("cpu"))
+    long, short = text.tokenize(["unknown " * 200 + "sine", "sine"]).ids_and_mask
+    assert torch.equal(long, short)
+
+
+def test_a_model_of_many_tokens_reads_more_characters() -> None:
+    text = loaded("tiny-s").text
+    with patch.object(text, "max_length", 512), patch.object(text, "tokenizer", wraps=text.tokenizer) as tokenizer:
+        text.tokenize(["rain " * 10_000])
+    ((texts,),) = (call.args for call in tokenizer.call_args_list)
+    assert len(texts[0]) == 32 * 512
 
 
 @pytest.mark.parametrize("name", SHARP)
