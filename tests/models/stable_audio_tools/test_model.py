@@ -326,6 +326,15 @@ def test_a_source_fills_a_fractional_window(backend: NetworkBackend, tmp_path: P
     torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
 
 
+def generate_with_package(model: PackageModel, samples: int, *, seconds_total: float) -> Tensor:
+    """Returns two Euler steps of the package for the prompt "a kick drum" and the seed 7, (1, channels, samples)."""
+    audio: Tensor = import_package().diffusion.generate_diffusion_cond(
+        model.wrapper, steps=2, cfg_scale=1.0, conditioning=[{"prompt": "a kick drum", "seconds_total": seconds_total}],
+        sample_size=samples, seed=7, device="cpu", sampler_type="euler",
+    )  # fmt: skip
+    return audio
+
+
 def test_a_clip_of_a_decoder_with_an_odd_stride_ends_in_silence(tmp_path: Path) -> None:
     """Transposed convolutions with an odd stride return fewer samples than latent frames times the ratio."""
     source = load_open_goldens("tiny-small").folder
@@ -337,10 +346,7 @@ def test_a_clip_of_a_decoder_with_an_odd_stride_ends_in_silence(tmp_path: Path) 
     values["sample_size"] = samples = 16 * 30
     write_random_checkpoint(tmp_path, values, text_encoder=source / "t5")
     model = load(tmp_path)
-    expected = import_package().diffusion.generate_diffusion_cond(
-        model.wrapper, steps=2, cfg_scale=1.0, conditioning=[{"prompt": "a kick drum", "seconds_total": 0.48}],
-        sample_size=samples, seed=7, device="cpu", sampler_type="euler",
-    )  # fmt: skip
+    expected = generate_with_package(model, samples, seconds_total=0.48)
     rate = model.spec.card.sample_rate_hz
     request = GenerationRequest(
         prompt="a kick drum", duration_s=samples / rate, seed=7, steps=2, cfg_scale=1.0, sampler="euler"
@@ -364,10 +370,7 @@ def test_noise_channels_of_a_decoder_come_from_the_rows_noise(tmp_path: Path) ->
     values["sample_size"] = samples = frames * autoencoder["downsampling_ratio"]
     write_random_checkpoint(tmp_path, values, text_encoder=source / "t5")
     model = load(tmp_path)
-    expected = import_package().diffusion.generate_diffusion_cond(
-        model.wrapper, steps=2, cfg_scale=1.0, conditioning=[{"prompt": "a kick drum", "seconds_total": 1.0}],
-        sample_size=samples, seed=7, device="cpu", sampler_type="euler",
-    )  # fmt: skip
+    expected = generate_with_package(model, samples, seconds_total=1.0)
     script = [ReplayDraw("initial", 0, (1, latents, frames)), ReplayDraw("decode/bottleneck", 0, (1, added, frames))]
     request = GenerationRequest(
         prompt="a kick drum",
