@@ -97,6 +97,7 @@ async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
     await _check_threads(model, requests)
 
 
+@steady
 @pytest.mark.slow
 async def test_the_number_of_threads_changes_no_byte_in_bfloat16() -> None:
     model = make_wide_model.__wrapped__()
