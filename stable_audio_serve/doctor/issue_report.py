@@ -51,7 +51,8 @@ def write_report(path: Path, examination: Examination, *, found: Sequence[Findin
     kept = [text for text in texts if text.startswith(("/", "~"))]
     secrets = [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
     secrets += [word for text in texts for found in _PASSWORD.findall(text) for word in (found, unquote(found))]
-    path.write_text(redact(json.dumps(report, indent=1, ensure_ascii=False), kept=kept, secrets=secrets) + "\n")
+    text = redact(json.dumps(report, indent=1, ensure_ascii=False), kept=kept, secrets=secrets)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def redact(text: str, *, kept: Iterable[str], secrets: Iterable[str], environ: Mapping[str, str] = os.environ) -> str:

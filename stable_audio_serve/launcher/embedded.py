@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -81,6 +83,7 @@ def embedded_ray(
                 include_dashboard=False,
                 object_store_memory=_object_store_bytes(),
                 logging_level=logging.WARNING,
+                runtime_env=_runtime_env(),
                 # Not `directory` itself: Ray makes this folder readable for all users.
                 _temp_dir=str(directory / "ray"),
                 _metrics_export_port=metrics_port,
@@ -168,6 +171,12 @@ def _stop_serve() -> None:
         # The controller process exits at the end of this call, so the call always fails with an error. Without the
         # option, Ray would retry the call and print a warning.
         ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SERVE_TIMEOUT_S)
+
+
+def _runtime_env() -> dict[str, str]:
+    """Return the path of Python in quotes if it has spaces, because Ray passes it to a shell."""
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
 def _object_store_bytes() -> int:

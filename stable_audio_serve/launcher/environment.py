@@ -10,6 +10,7 @@ import ipaddress
 import math
 import os
 import random
+import re
 import resource
 import secrets
 import shlex
@@ -173,6 +174,10 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), _LOCAL_NAMES))),
         # Kill a replica that fails its health check immediately, without a grace period.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        # Ray writes HAProxy's configuration, which contains an arrow, with the encoding of the locale.
+        "PYTHONUTF8": "1",
+        # Ray preloads this library from its package. The loader would split a path with spaces or colons.
+        **({"RAY_JEMALLOC_LIB_PATH": ""} if re.search(r"[\s:]", sys.prefix) else {}),
         "RAY_worker_niceness": "0",  # normal priority; by default, Ray gives its worker processes a low priority
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -261,13 +262,14 @@ def allocator_variables() -> dict[str, str]:
     A model on a CPU allocates many large blocks. By default, glibc returns them to the kernel, and each call spends up
     to a tenth of its time on new pages. If glibc keeps them, small objects between them make the memory grow.
 
-    Returns nothing if Ray's package has no jemalloc for this machine, or if LD_PRELOAD is set.
+    Returns nothing if Ray's package has no jemalloc for this machine, if LD_PRELOAD is set, or if the path of the
+    library has spaces or colons, at which the loader would split it.
     """
     spec = find_spec("ray")
     for folder in (spec and spec.submodule_search_locations) or ():
         library = os.path.join(folder, "core", "libjemalloc.so")
         is_usable = os.path.exists(library) and os.sysconf("SC_PAGE_SIZE") <= _ALLOCATOR_PAGE_BYTES
-        if is_usable and "LD_PRELOAD" not in os.environ:
+        if is_usable and "LD_PRELOAD" not in os.environ and not re.search(r"[\s:]", library):
             return {"LD_PRELOAD": library, "MALLOC_CONF": _ALLOCATOR}
     return {}
 

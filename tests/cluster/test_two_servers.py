@@ -1,7 +1,13 @@
-"""NGINX and HAProxy with our configurations, in front of two real servers that share a database and a bucket."""
+"""NGINX and HAProxy with our configurations, in front of two real servers that share a database and a bucket.
+
+The second server runs where many programs fail: the paths of Python and of the configuration have spaces, and the
+locale is ASCII.
+"""
 
 from __future__ import annotations
 
+import sysconfig
+import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +20,7 @@ from tests.databases import PostgresServer
 from tests.object_storage import ObjectStorage
 from tests.patience import wait_until
 from tests.serving.conftest import model
-from tests.serving.launched import LaunchedServer, free_port, write_config
+from tests.serving.launched import LaunchedServer, command, free_port, write_config
 from tests.serving.load import Load, finished
 
 pytestmark = pytest.mark.cluster
@@ -29,8 +35,14 @@ def servers(
         "jobs": {"database_url": postgres.create_database(), "lease_s": 5.0, "max_running": 2},
     }
     environment = _object_storage.environ(_object_storage.make_bucket())
+    spaced = tmp_path_factory.mktemp("my server (2)")
     started = [
-        LaunchedServer(write_config(tmp_path_factory.mktemp("server"), args), environment=environment) for _ in range(2)
+        LaunchedServer(write_config(tmp_path_factory.mktemp("server"), args), environment=environment),
+        LaunchedServer(
+            config := write_config(spaced, args),
+            environment=environment | {"LC_ALL": "C", "PYTHONUTF8": "0"},
+            program=[str(install_python(spaced)), *command(config)[1:]],
+        ),
     ]
     try:
         yield [server.wait_until_ready() for server in started]
@@ -38,6 +50,14 @@ def servers(
         for server in started:
             if server.process.poll() is None:
                 server.stop()
+
+
+def install_python(folder: Path) -> Path:
+    """Make a virtual environment in `folder` that has the packages of this one, and return its Python."""
+    venv.create(folder / "venv", symlinks=True)
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+    (packages / "all.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "venv" / "bin" / "python"
 
 
 @contextmanager

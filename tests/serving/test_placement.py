@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.serving import placement
 from stable_audio_serve.serving.placement import ingress_options, model_options, plan_deployments, runner_options
 from stable_audio_serve.serving.reservations import Slot, decide_surge, require_room
 
@@ -137,6 +139,19 @@ def test_a_numbered_gpu_is_refused_because_a_replica_sees_one_gpu() -> None:
 
 def test_an_allocator_that_the_user_preloads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/opt/lib/libtcmalloc.so")
+    assert environment(SFX, cluster_gpus=0) == {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize("name", ["my music", "a:b"])
+def test_a_path_that_the_loader_would_split_is_not_preloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    library = tmp_path / name / "ray" / "core" / "libjemalloc.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    found = ModuleSpec("ray", None, is_package=True)
+    found.submodule_search_locations = [str(library.parents[1])]
+    monkeypatch.setattr(placement, "find_spec", lambda name: found)
     assert environment(SFX, cluster_gpus=0) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
