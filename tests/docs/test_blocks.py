@@ -18,6 +18,7 @@ import standardwebhooks
 import yaml
 from kubernetes_validate import validate
 
+from stable_audio_serve.api.middleware.limits import MAX_FIELDS_BYTES
 from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.core.metrics import METRICS, exported_name
 from stable_audio_serve.core.settings import Settings
@@ -123,6 +124,12 @@ def test_caddy_blocks_are_closed() -> None:
     depths = [text[: i + 1].count("{") - text[: i + 1].count("}") for i in range(len(text))]
     assert min(depths) == depths[-1] == 0
     assert "reverse_proxy 127.0.0.1:8000 {" in text
+
+
+def test_caddy_accepts_the_largest_upload() -> None:
+    """In Caddy, 1 MB is 10^6 bytes and 1 MiB is 2^20."""
+    largest = Settings().api.max_upload_bytes + MAX_FIELDS_BYTES
+    assert f"max_size {largest // 2**20}MiB\n" in text_of(DOCS / "deploy.md", "caddy")
 
 
 def test_metrics_are_scraped_at_the_documented_port() -> None:
