@@ -136,7 +136,7 @@ class RecipeMaker(_Part):
     attention: _ShortText | None = _unset("Kernels of attention, only on a GPU: without and with a mask.")
     has_fused_kernels: bool | None = _unset("Whether the networks used fused kernels, only on a GPU.")
     codecs: _ShortText | None = _unset(
-        "Libraries that read the sources and wrote the file; unset for WAV and PCM without sources."
+        "Libraries that read the sources and wrote the file; unset for WAV and PCM without sources and sample_rate."
     )
 
 
