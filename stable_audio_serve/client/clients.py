@@ -133,9 +133,10 @@ class Client:
     def load_lora(self, name: str, path: str, *, model: str | None = None) -> None:
         """Add an adapter to a model of the running server. Needs a key with the scope admin.
 
-        `path` is the absolute path of a file on the server, an S3 URL, or a repository of the hub. Without `model`, the
-        default model gets the adapter. The adapter stays loaded until `unload_lora`, even if the server restarts.
-        Raises InvalidRequestError if the file cannot be used, or if the model has another adapter of this name.
+        `path` is the absolute path of a file on the server, an https or S3 URL, or a repository of the hub. Without
+        `model`, the default model gets the adapter. The adapter stays loaded until `unload_lora`, even if the server
+        restarts. Raises InvalidRequestError if the file cannot be used, or if the model has another adapter of this
+        name.
         """
         self.send(calls.load_lora(name, path, model=model))
 
