@@ -109,7 +109,7 @@ class ServerStatus(BaseModel):
 
     server: str
     version: str
-    status: str = Field(description="As in /ready: ok, loading, failed or draining.")
+    status: str = Field(description="As in /ready: ok, loading, failed, draining or keys.")
     ready: bool
     reasons: list[str] = Field(description="Why the server is not healthy; empty if it is.")
     draining: Drain

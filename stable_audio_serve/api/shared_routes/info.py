@@ -75,7 +75,7 @@ class Health(BaseModel):
 
     status: str = Field(
         description="ok if the default model can answer or any model is loaded, else the state of the default model: "
-        "loading or failed; draining while the server stops."
+        "loading or failed; draining while the server drains or stops; keys while the key file cannot be read."
     )
     healthy: bool = Field(description="Whether the server accepts requests; as the status code of /ready.")
     reasons: list[str] = Field(description="Reasons for not being healthy.")
@@ -102,7 +102,7 @@ class Ready(BaseModel):
     """Whether the server accepts requests."""
 
     ready: bool
-    status: str = Field(description="ok if the default model can answer, else loading, failed or draining.")
+    status: str = Field(description="ok if the default model can answer, else loading, failed, draining or keys.")
     reasons: list[str] = Field(description="Reasons for not being ready.")
     job_store: JobStoreHealth = Field(
         description="As in /health. It does not affect `ready`, because only jobs need it."
