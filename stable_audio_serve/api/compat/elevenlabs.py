@@ -251,6 +251,11 @@ def build_router(service: Service) -> APIRouter:
         headers |= {} if is_stream else {"Content-Length": str(output.file.num_bytes)}
         return StreamingResponse(file_chunks(output.file), headers=headers, media_type=output.file.media_type)
 
+    _add_user(router)
+    return router
+
+
+def _add_user(router: APIRouter) -> None:
     async def show_user(request: Request) -> dict[str, Any]:
         """Describe the key. Clients call this to check it."""
         name = request.state.caller.key.label or "anybody"
@@ -264,7 +269,6 @@ def build_router(service: Service) -> APIRouter:
         responses=error_responses(ElevenLabsError, 401, 503),
         route_class_override=route_class(render_error, scopes=()),
     )
-    return router
 
 
 def list_models(catalog: ModelCatalog) -> list[dict[str, Any]]:
