@@ -115,7 +115,7 @@ def _add_lists(router: APIRouter, service: Service, *, dialect: str | None) -> N
     )
 
     async def list_adapters() -> info.AdapterList:
-        """List the adapters (LoRA) of the default model, as sa3.cpp does."""
+        """List the adapters (LoRA) of the default model, or of the first model that takes some, as sa3.cpp does."""
         return info.describe_adapters(service, await service.backend.status())
 
     router.add_api_route(
