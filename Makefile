@@ -31,6 +31,7 @@ help: ## show this list
 install: $(VENV)/.installed ## create .venv and install the tested versions of all packages
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
