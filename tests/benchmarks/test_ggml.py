@@ -14,8 +14,11 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.engine import Engine
 from tests.factories import ToyModel
 
-# Prints what sa3.cpp's sa3-generate prints. If it is called as Python, it prints what our own program prints.
-STAND_IN = f"""#!{sys.executable}
+# Prints what sa3.cpp's sa3-generate prints. If it is called as Python, it prints what our own program prints. The shell
+# runs the second line, which is text for Python, because the path in a first line must not have spaces.
+STAND_IN = f"""#!/bin/sh
+'''exec' "{sys.executable}" "$0" "$@"
+'''
 import json, os, sys
 if "-m" in sys.argv:
     print("a warning")
