@@ -37,7 +37,8 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
 
     In a lossless format at the model's sample rate, the joined responses for all sections are the whole piece. The last
     30 ms of a section change when the next section is joined to it, so the response for the next section begins with
-    them. Raises HTTPException 404 while the section is not finished, or if its file no longer exists, and StorageError.
+    them. It counts as an open stream. Raises HTTPException 404 while the section is not finished, or if its file no
+    longer exists, StorageError, and the errors of `EventStreams.open`.
     """
     _require_sections(job)
     num_sections = len(job.spec.sections)
@@ -46,21 +47,21 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
     found = await service.jobs.sections(job.spec.ref, after=number - 1)
     if not found or found[0].number != number:
         raise HTTPException(404, f"section {number} is not finished: the job is {job.state}, {job.num_sections} are")
-    section, encoding = found[0], job.spec.encoding
+    section, encoding, streams = found[0], job.spec.encoding, service.streams
     stop = num_final_samples(section, is_last=number == num_sections)
-    copy = open_temporary()  # `_send` closes it
-    try:
-        rate_hz = section.sample_rate_hz
-        writer = AudioWriter(copy, rate_hz, encoding=encoding)
-        with _missing_files(job):
-            async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
-                async for block in blocks:
-                    await service.compute(partial(writer.write, block))
-        await service.compute(writer.close)
-    except BaseException:
-        with suppress(OSError):  # on a full disk there is no space for the data in the file's buffer
-            copy.close()
-        raise
+    with streams.counted(request.state.caller):  # encoding many sections at once would delay other clients' clips
+        copy = open_temporary()  # `_send` closes it
+        try:
+            writer = AudioWriter(copy, section.sample_rate_hz, encoding=encoding)
+            with _missing_files(job):
+                async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
+                    async for block in blocks:
+                        await service.compute(partial(writer.write, block))
+            await service.compute(writer.close)
+        except BaseException:
+            with suppress(OSError):  # on a full disk there is no space for the data in the file's buffer
+                copy.close()
+            raise
     kind = media_type(encoding.file_format)
     name = f"{job.spec.file_prefix}{job.spec.file_stem}-{number}.{encoding.file_format}"
     headers = {
@@ -71,7 +72,7 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
     if request.method == "HEAD":
         copy.close()
         return Response(headers=headers, media_type=kind)
-    return StreamingResponse(_send(copy), headers=headers, media_type=kind)
+    return streams.open_audio(_send(copy), caller=request.state.caller, headers=headers, media_type=kind)
 
 
 async def follow_answer(service: Service, request: Request, *, job: Job) -> Response:

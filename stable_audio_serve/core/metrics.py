@@ -42,7 +42,7 @@ _HTTP = (
     Metric(
         "event_streams_open",
         "gauge",
-        "Open streams of job events and growing audio, and requests that wait for a long piece.",
+        "Open streams of job events, of sections and growing audio, and requests that wait for a long piece.",
     ),
     Metric(
         "key_file_broken",

@@ -11,10 +11,11 @@ import pytest
 
 from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.core.keys import hash_key
-from tests.api.compat.serving import make_client
+from tests.api.compat.serving import make_client, serve_app
 from tests.api.test_buckets import storage_args
 from tests.api.test_jobs import wait
 from tests.object_storage import Faults, ObjectStorage
+from tests.patience import PATIENCE_S
 
 BODY = {"prompt": "rain", "seed": 3}
 ID = "0123456789abcdef0123456789abcd"
@@ -139,7 +140,7 @@ async def test_lost_sections_of_an_ended_piece_are_not_found(tmp_path: Path) -> 
 
 async def test_pieces_of_keys(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"alice:{hash_key('alice')} audio-seconds-per-minute=10\nbob:{hash_key('bob')}\n")
-    limits = StreamLimits(max_open_per_client=0)
+    limits = StreamLimits(max_open_per_client=1)
     async with make_client(api={"key_file": str(tmp_path / "keys")}, stream_limits=limits) as (client, backend):
         alice, bob = ({"Authorization": f"Bearer {name}"} for name in ("alice", "bob"))
         body = BODY | {"sections": [{"duration": 6}] * 5}
@@ -158,9 +159,35 @@ async def test_pieces_of_keys(tmp_path: Path) -> None:
         for query in ("section=1", "follow=1"):
             assert (await client.get(f"{path}/audio?{query}", headers=bob)).status_code == 404
             assert (await client.get(f"{path}/audio?{query}")).status_code == 404
-        assert (await client.get(f"{path}/audio?follow=1", headers=alice)).status_code == 429
+        following = asyncio.create_task(client.get(f"{path}/audio?follow=1", headers=alice))
+        await asyncio.sleep(0.1)
+        for query in ("section=1", "follow=1"):
+            assert (await client.get(f"{path}/audio?{query}", headers=alice)).status_code == 429
+        following.cancel()
+        await asyncio.wait([following])
         refused = await client.post("/v1/audio/generations", json=BODY | {"duration": 5}, headers=alice)
         assert refused.status_code == 429  # the section counts
         assert len(backend.requests) == 1
         assert (await client.delete(path, headers=alice)).status_code == 200
         assert (await client.get(f"{path}/audio?section=1", headers=alice)).status_code == 200
+
+
+async def test_downloads_of_sections_count_as_open_streams() -> None:
+    async with (
+        serve_app(stream_limits=StreamLimits(max_open_per_client=1)) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
+    ):
+        ticket = (await client.post("/jobs", json=BODY | {"sections": [{"duration": 100}]})).json()
+        await wait(client, ticket)
+        path = f"{ticket['status_url']}/audio?section=1"
+        replies = await asyncio.gather(*(client.head(path) for _ in range(4)))  # the length is known when it is encoded
+        assert {reply.status_code for reply in replies} == {200, 429}
+        async with client.stream("GET", path) as unread:
+            assert (unread.status_code, unread.headers["content-length"]) == (200, str(44 + 100 * 44_100 * 4))
+            reply = await client.get(path)
+            assert (reply.status_code, int(reply.headers["retry-after"]) > 0) == (429, True)
+        statuses = [429]
+        async with asyncio.timeout(PATIENCE_S):
+            while statuses[-1] == 429:
+                statuses.append((await client.get(path)).status_code)
+        assert statuses[-1] == 200
