@@ -46,17 +46,27 @@ class Outbox:
         self._database = database
 
     def claim(
-        self, *, for_s: float, except_hosts: Collection[str] = (), except_clients: Collection[str] = ()
+        self,
+        *,
+        for_s: float,
+        except_hosts: Collection[str] = (),
+        except_clients: Collection[str] = (),
+        except_pairs: Collection[tuple[str, str]] = (),
     ) -> Notice | None:
         """Claim the notice that has been due longest, and return it.
 
-        Notices to `except_hosts`, and of jobs of `except_clients`, are left out.
+        Notices to `except_hosts`, of jobs of `except_clients`, and of the clients to the hosts in `except_pairs`, are
+        left out.
 
         Other processes cannot claim the same notice for `for_s` seconds. Returns None if no notice is due.
         """
         now = self._database.now
-        is_allowed = (_jobs.webhook_host.not_in(except_hosts), _jobs.client.not_in(except_clients))
-        is_due = (_jobs.webhook_at <= now, *is_allowed)
+        is_due = (
+            _jobs.webhook_at <= now,
+            _jobs.webhook_host.not_in(except_hosts),
+            _jobs.client.not_in(except_clients),
+            sa.tuple_(_jobs.client, _jobs.webhook_host).not_in(except_pairs),
+        )
         first = sa.select(_jobs.seq).where(*is_due).order_by(_jobs.webhook_at).limit(1)
         change = sa.update(JOBS).where(_jobs.seq == first.with_for_update(skip_locked=True).scalar_subquery(), *is_due)
         values = change.values(webhook_at=now + for_s, webhook_attempts=_jobs.webhook_attempts + 1)

@@ -38,9 +38,10 @@ RETRY_DELAYS_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 18_000.0)
 _JITTER = 0.2  # delays vary by up to this share, so that notices that failed together are not retried together
 _CLAIM_S = 2 * DELIVERY_TIMEOUT_S
 _MAX_AT_ONCE = 32
-# Most deliveries at a time to the same host, and of the same API key: slow hosts do not use up `_MAX_AT_ONCE`.
-_MAX_PER_HOST = 4
-_MAX_PER_CLIENT = 16
+# Most deliveries at a time of an API key to one host, of an API key, and to a host: slow hosts do not use up
+# `_MAX_AT_ONCE`, and slow URLs of one client do not delay other clients' webhooks to the same host.
+_MAX_PER_CLIENT_AND_HOST = 4
+_MAX_PER_CLIENT = _MAX_PER_HOST = 16
 
 
 class Notifier:
@@ -68,9 +69,7 @@ class Notifier:
         self._retry_delays_s = tuple(retry_delays_s)
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
-        # The numbers of deliveries in progress to each host, and of each client.
-        self._hosts: Counter[str] = Counter()
-        self._clients: Counter[ClientId] = Counter()
+        self._running: Counter[tuple[ClientId, str]] = Counter()  # deliveries in progress, by client and host
         self._deliveries: set[asyncio.Task[None]] = set()
         self._due = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
@@ -107,24 +106,29 @@ class Notifier:
                 log.exception("webhooks cannot be delivered")
 
     async def _claim(self) -> Notice | None:
-        hosts = [host for host, count in self._hosts.items() if count >= _MAX_PER_HOST]
-        clients = [client for client, count in self._clients.items() if client and count >= _MAX_PER_CLIENT]
-        claim = partial(self._outbox.claim, for_s=_CLAIM_S, except_hosts=hosts, except_clients=clients)
+        clients, hosts = Counter[ClientId](), Counter[str]()
+        for (client, host), count in self._running.items():
+            clients[client] += count
+            hosts[host] += count
+        claim = partial(
+            self._outbox.claim,
+            for_s=_CLAIM_S,
+            except_hosts=[host for host, count in hosts.items() if count >= _MAX_PER_HOST],
+            except_clients=[client for client, count in clients.items() if client and count >= _MAX_PER_CLIENT],
+            except_pairs=[pair for pair, count in self._running.items() if count >= _MAX_PER_CLIENT_AND_HOST],
+        )
         return await asyncio.to_thread(claim)
 
     def _begin(self, notice: Notice) -> None:
-        client = notice.job.spec.client
-        self._hosts[notice.host] += 1
-        self._clients[client] += 1
+        pair = notice.job.spec.client, notice.host
+        self._running[pair] += 1
         task = asyncio.create_task(self._deliver(notice))
         self._deliveries.add(task)
 
         def end(_: asyncio.Task[None]) -> None:
             self._deliveries.discard(task)
-            self._hosts[notice.host] -= 1
-            self._clients[client] -= 1
-            self._hosts += Counter()  # removes hosts whose count is 0
-            self._clients += Counter()
+            self._running[pair] -= 1
+            self._running += Counter()  # removes pairs whose count is 0
             self._due.set()  # there is room for another delivery
 
         task.add_done_callback(end)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from stable_audio_serve.core.ids import ClientId
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.outbox import Outbox
@@ -149,3 +150,14 @@ class TestOutbox:
         outbox = Outbox(database)
         assert claim(outbox, except_hosts=["a.example"]).host == "b.example"
         assert [claim(outbox).host for _ in range(3)] == ["a.example", "a.example", "c.example"]
+
+    def test_busy_hosts_of_a_client_are_skipped(self, store: JobStore, database: Database, wall: Wall) -> None:
+        for client, host in (("a", "x"), ("a", "y"), ("b", "x")):
+            add(store, client=ClientId(client), webhook_url=f"https://{host}.example/")
+            store.runners.fail(lease(store), ERROR)
+            wall.now += 1
+        outbox = Outbox(database)
+        pairs = [(ClientId("a"), "x.example"), (ClientId("b"), "y.example")]
+        claimed = [claim(outbox, except_pairs=pairs) for _ in range(2)]
+        assert [(notice.job.spec.client, notice.host) for notice in claimed] == [("a", "y.example"), ("b", "x.example")]
+        assert outbox.claim(for_s=60, except_pairs=pairs) is None

@@ -202,6 +202,33 @@ async def test_hanging_receivers_of_one_client_do_not_delay_another_client(
         assert len(hanging.requests) == 16
 
 
+async def test_slow_urls_of_one_client_do_not_delay_another_client_of_the_same_host(
+    workshop: Workshop, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifier, "post_json", partial(delivery.post_json, timeout_s=PATIENCE_S))
+
+    async def end_job(client: str, url: str) -> None:
+        job = await workshop.queue.submit(make_spec(webhook_url=url, client=ClientId(client)))
+        await workshop.queue.cancel(job.spec.ref)
+
+    async with receiving(delay_s=PATIENCE_S) as hanging:
+        for _ in range(20):
+            await end_job("greedy", hanging.url)
+        await workshop.start_runner(notifier=make_notifier(workshop))
+        await until(lambda: len(hanging.requests) == 4)
+        await end_job("other", receiver.url)
+        await until(lambda: bool(receiver.requests))
+        assert len(hanging.requests) == 4
+
+        # Many clients of a host that hangs do not use up all deliveries.
+        for number in range(40):
+            await end_job(f"client{number % 10}", hanging.url)
+        await until(lambda: len(hanging.requests) == 16)
+        await end_job("other", receiver.url.replace("127.0.0.1", "localhost"))
+        await until(lambda: len(receiver.requests) == 2)
+        assert len(hanging.requests) == 16
+
+
 async def test_notice_claimed_by_a_dead_process_is_retried(workshop: Workshop, receiver: Receiver) -> None:
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await workshop.queue.cancel(job.spec.ref)
