@@ -49,15 +49,15 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
         raise HTTPException(404, f"section {number} is not finished: the job is {job.state}, {job.num_sections} are")
     section, encoding, streams = found[0], job.spec.encoding, service.streams
     stop = num_final_samples(section, is_last=number == num_sections)
-    with streams.counted(request.state.caller):  # encoding many sections at once would delay other clients' clips
+    with streams.counted(request.state.caller):
         copy = open_temporary()  # `_send` closes it
         try:
             writer = AudioWriter(copy, section.sample_rate_hz, encoding=encoding)
             with _missing_files(job):
                 async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
                     async for block in blocks:
-                        await service.compute(partial(writer.write, block))
-            await service.compute(writer.close)
+                        await service.compute_in_turn(partial(writer.write, block))
+            await service.compute_in_turn(writer.close)
         except BaseException:
             with suppress(OSError):  # on a full disk there is no space for the data in the file's buffer
                 copy.close()
@@ -188,7 +188,7 @@ async def _follow(
         end = read_section(artifacts, newest, start=num_final_samples(newest, is_last=False), stop=newest.num_samples)
         async for data in _encoded(service, end, writer=writer, file=file):
             yield data
-    await service.compute(writer.close)
+    await service.compute_in_turn(writer.close)
     yield file.take()
 
 
@@ -198,7 +198,7 @@ async def _encoded(
     """Yield what `writer` writes to `file` for these blocks."""
     async with aclosing(blocks):
         async for block in blocks:
-            await service.compute(partial(writer.write, block))
+            await service.compute_in_turn(partial(writer.write, block))
             if data := file.take():
                 yield data
 

@@ -111,7 +111,7 @@ class Service:
         self.streams = EventStreams(self.draining, metrics=self.metrics, limits=stream_limits)
         self.limiter = KeyLimiter(self.jobs.store.database, metrics=self.metrics, clock=self.clock)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._num_generating = 0
         self._source_bytes = 0
 
@@ -148,12 +148,13 @@ class Service:
         async with self._turn():
             return await self._audio.read_text(upload.file, field=field)
 
-    def _turn(self) -> asyncio.Lock:
-        """Return the lock that the current client holds while one of its uploads waits for the decoder or is decoded.
+    def _turn(self, work: str = "upload") -> asyncio.Lock:
+        """Return the lock that the current client holds while one of its uploads waits for the decoder or is decoded,
+        or while other `work` of it is done.
 
         One upload is decoded at a time, for up to 20 s. So an upload waits for at most one upload of each other client.
         """
-        return self._turns.setdefault(current_client.get(), asyncio.Lock())
+        return self._turns.setdefault((work, current_client.get()), asyncio.Lock())
 
     def _check_size(self, upload: UploadFile, *, field: str) -> None:
         limit = self.settings.api.max_upload_bytes
@@ -339,6 +340,11 @@ class Service:
     async def compute(self, function: Callable[[], T]) -> T:
         """Run `function` on an encoding thread and return its result."""
         return await self._audio.run_encoding(function)
+
+    async def compute_in_turn(self, function: Callable[[], T]) -> T:
+        """Like `compute`, for one call of each client at a time. So many downloads of a client do not delay clips."""
+        async with self._turn("download"):
+            return await self.compute(function)
 
 
 def _audio_s(request: GenerationRequest) -> float:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from stable_audio_serve.api import section_audio
 from stable_audio_serve.api.streams import StreamLimits
+from stable_audio_serve.audio.writer import AudioWriter
 from stable_audio_serve.core.keys import hash_key
 from tests.api.compat.serving import make_client, serve_app
 from tests.api.test_buckets import storage_args
 from tests.api.test_jobs import wait
 from tests.object_storage import Faults, ObjectStorage
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 
 BODY = {"prompt": "rain", "seed": 3}
 ID = "0123456789abcdef0123456789abcd"
@@ -191,3 +194,30 @@ async def test_downloads_of_sections_count_as_open_streams() -> None:
             while statuses[-1] == 429:
                 statuses.append((await client.get(path)).status_code)
         assert statuses[-1] == 200
+
+
+async def test_downloads_of_sections_leave_a_thread_for_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go, num_writing = threading.Event(), 0
+
+    class SlowWriter(AudioWriter):
+        def write(self, block: Any) -> None:
+            nonlocal num_writing
+            num_writing += 1
+            may_go.wait(PATIENCE_S)
+            super().write(block)
+
+    async with make_client() as (client, _):
+        ticket = (await client.post("/jobs", json=BODY | {"sections": [{"duration": 2}] * 2})).json()
+        await wait(client, ticket)
+        monkeypatch.setattr(section_audio, "AudioWriter", SlowWriter)
+        path = f"{ticket['status_url']}/audio"
+        downloads = [asyncio.create_task(client.get(f"{path}?{query}")) for query in ("section=1", "follow=1") * 3]
+        try:
+            await until(lambda: num_writing > 0)
+            await asyncio.sleep(0.5)  # for the other downloads to reach the encoder
+            async with asyncio.timeout(30):
+                reply = await client.post("/v1/audio/generations", json=BODY | {"duration": 1})
+            assert (reply.status_code, num_writing) == (200, 1)
+        finally:
+            may_go.set()
+        assert [reply.status_code for reply in await asyncio.gather(*downloads)] == [200] * 6
