@@ -31,6 +31,9 @@ _MOST_REQUESTS = 512  # Ray Serve's limit for a model's replica; an engine itsel
 # that many connections. Above the limit, Ray Serve would queue all requests, even /health, and would answer in plain
 # text when the queue is full. The application has its own limits.
 _NO_LIMIT = 100_000
+# Ray Serve would run the application on a thread of its own, and its responses would go through a queue without limit:
+# clients that read slowly would fill the memory, and the application's limit of their speed would have no effect.
+_ON_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 _ROUTER = "stable_audio_serve.serving.routing:LeastWorkRouter"
 _ROUTING_STATS_PERIOD_S = 1.0  # seconds between two reports of a replica's statistics to the routers
 _POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
@@ -187,7 +190,7 @@ def ingress_options(settings: Settings, nodes: Sequence[Slot] = ()) -> dict[str,
         "health_check_period_s": 1.0,  # short, because HAProxy sends requests to a dead replica until the next check
         **_drain_options(settings),
         **_spread_options(ingress.replicas, num_nodes=num_nodes),
-        "ray_actor_options": {"num_cpus": ingress.num_cpus},
+        "ray_actor_options": {"num_cpus": ingress.num_cpus, "runtime_env": {"env_vars": _ON_ONE_LOOP}},
     }
 
 

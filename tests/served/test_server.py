@@ -12,14 +12,16 @@ import wave
 import zipfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from stable_audio_serve.core.processor import has_native_bfloat16
 from stable_audio_serve.core.settings import Settings
 from tests.patience import PATIENCE_S, wait_until
-from tests.served.conftest import count_ended, make_body, make_long_body
+from tests.served.conftest import count_ended, make_body, make_long_body, submit, wait
 from tests.serving.launched import LaunchedServer
 from tests.serving.load import finished
 
@@ -203,6 +205,27 @@ def test_a_thousand_slow_uploads_delay_no_other_request(server: LaunchedServer) 
     refused = [answer for answer in answers if answer.startswith(b"http/1.1 503 ")]
     assert refused  # not necessarily all: on a slow machine, earlier uploads may have ended and made room
     assert all(b"\r\nretry-after: 5\r\n" in answer for answer in refused)
+
+
+def test_slow_readers_do_not_fill_the_memory(server: LaunchedServer) -> None:
+    def memory_mb() -> float:
+        pids = server.pids("ServeReplica:audio:Ingress")
+        return sum(psutil.Process(pid).memory_info().rss for pid in pids) / 1e6
+
+    job_id = submit(server, make_body(model="demo", duration=20, batch_size=4))
+    path = urlsplit(wait(server, job_id)["download_url"]).path
+    assert int(server.client.head(path).headers["content-length"]) > 10e6
+    before_mb = memory_mb()
+    with ExitStack() as stack:
+        for _ in range(64):
+            reader = stack.enter_context(socket.socket())
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.settimeout(PATIENCE_S)
+            reader.connect(("127.0.0.1", server.port))
+            reader.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert reader.recv(1000).startswith(b"HTTP/1.1 200 ")
+        time.sleep(5)
+        assert memory_mb() - before_mb < 64 * 5  # the files together have over 640 MB
 
 
 def test_other_processes_run_at_lower_priority_than_models(server: LaunchedServer) -> None:
