@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -50,18 +50,14 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
     section, encoding, streams = found[0], job.spec.encoding, service.streams
     stop = num_final_samples(section, is_last=number == num_sections)
     with streams.counted(request.state.caller):
-        copy = open_temporary()  # `_send` closes it
-        try:
-            writer = AudioWriter(copy, section.sample_rate_hz, encoding=encoding)
-            with _missing_files(job):
-                async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
-                    async for block in blocks:
-                        await service.compute_in_turn(partial(writer.write, block))
-            await service.compute_in_turn(writer.close)
-        except BaseException:
-            with suppress(OSError):  # on a full disk there is no space for the data in the file's buffer
-                copy.close()
-            raise
+        # `_send` closes the file. It is not closed after an error: if the client has gone, the writer may still use it.
+        copy = open_temporary()
+        writer = AudioWriter(copy, section.sample_rate_hz, encoding=encoding)
+        with _missing_files(job):
+            async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
+                async for block in blocks:
+                    await service.compute_in_turn(partial(writer.write, block))
+        await service.compute_in_turn(writer.close)
     kind = media_type(encoding.file_format)
     name = f"{job.spec.file_prefix}{job.spec.file_stem}-{number}.{encoding.file_format}"
     headers = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,30 @@ WRONG: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = [
     ({"sections": [{"duration": 4}], "prompts": ["a"], "seeds": [1]}, [("prompts",), ("seeds",)]),
     ({"duration": 1800}, [("duration",)]),
 ]
+
+
+class SlowWriter(AudioWriter):
+    """A writer that waits before each block until it may go on. Subclasses have their own counts."""
+
+    may_go: threading.Event
+    num_begun = num_ended = 0
+
+    def write(self, block: Any) -> None:
+        type(self).num_begun += 1
+        self.may_go.wait(PATIENCE_S)
+        try:
+            super().write(block)
+        finally:
+            type(self).num_ended += 1
+
+
+@pytest.fixture
+def writer(monkeypatch: pytest.MonkeyPatch) -> type[SlowWriter]:
+    """Returns the class of the writers of sections. At first, they do not wait."""
+    own = type("Writer", (SlowWriter,), {"may_go": threading.Event()})
+    own.may_go.set()
+    monkeypatch.setattr(section_audio, "AudioWriter", own)
+    return own
 
 
 @pytest.mark.parametrize(("fields", "places"), WRONG)
@@ -141,7 +166,7 @@ async def test_lost_sections_of_an_ended_piece_are_not_found(tmp_path: Path) -> 
         assert (await client.get(f"{ticket['status_url']}/audio")).status_code == 200
 
 
-async def test_pieces_of_keys(tmp_path: Path) -> None:
+async def test_pieces_of_keys(tmp_path: Path, writer: type[SlowWriter]) -> None:
     (tmp_path / "keys").write_text(f"alice:{hash_key('alice')} audio-seconds-per-minute=10\nbob:{hash_key('bob')}\n")
     limits = StreamLimits(max_open_per_client=1)
     async with make_client(api={"key_file": str(tmp_path / "keys")}, stream_limits=limits) as (client, backend):
@@ -162,10 +187,13 @@ async def test_pieces_of_keys(tmp_path: Path) -> None:
         for query in ("section=1", "follow=1"):
             assert (await client.get(f"{path}/audio?{query}", headers=bob)).status_code == 404
             assert (await client.get(f"{path}/audio?{query}")).status_code == 404
+        num_begun = writer.num_begun
+        writer.may_go.clear()
         following = asyncio.create_task(client.get(f"{path}/audio?follow=1", headers=alice))
-        await asyncio.sleep(0.1)
+        await until(lambda: writer.num_begun > num_begun)
         for query in ("section=1", "follow=1"):
             assert (await client.get(f"{path}/audio?{query}", headers=alice)).status_code == 429
+        writer.may_go.set()
         following.cancel()
         await asyncio.wait([following])
         refused = await client.post("/v1/audio/generations", json=BODY | {"duration": 5}, headers=alice)
@@ -196,28 +224,36 @@ async def test_downloads_of_sections_count_as_open_streams() -> None:
         assert statuses[-1] == 200
 
 
-async def test_downloads_of_sections_leave_a_thread_for_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    may_go, num_writing = threading.Event(), 0
+async def test_a_client_that_leaves_while_a_section_is_encoded_is_no_error(
+    writer: type[SlowWriter], capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with make_client() as (client, _):
+        ticket = (await client.post("/jobs", json=BODY | {"sections": [{"duration": 2}], "format": "mp3"})).json()
+        await wait(client, ticket)
+        writer.may_go.clear()
+        download = asyncio.create_task(client.get(f"{ticket['status_url']}/audio?section=1"))
+        await until(lambda: writer.num_begun == 1)
+        download.cancel()
+        await asyncio.wait([download])
+        writer.may_go.set()
+        await until(lambda: writer.num_ended == 1)
+    gc.collect()  # frees the encoder, which writes the end of its file
+    assert capfd.readouterr().err == ""
 
-    class SlowWriter(AudioWriter):
-        def write(self, block: Any) -> None:
-            nonlocal num_writing
-            num_writing += 1
-            may_go.wait(PATIENCE_S)
-            super().write(block)
 
+async def test_downloads_of_sections_leave_a_thread_for_clips(writer: type[SlowWriter]) -> None:
     async with make_client() as (client, _):
         ticket = (await client.post("/jobs", json=BODY | {"sections": [{"duration": 2}] * 2})).json()
         await wait(client, ticket)
-        monkeypatch.setattr(section_audio, "AudioWriter", SlowWriter)
+        writer.may_go.clear()
         path = f"{ticket['status_url']}/audio"
         downloads = [asyncio.create_task(client.get(f"{path}?{query}")) for query in ("section=1", "follow=1") * 3]
         try:
-            await until(lambda: num_writing > 0)
+            await until(lambda: writer.num_begun > 0)
             await asyncio.sleep(0.5)  # for the other downloads to reach the encoder
             async with asyncio.timeout(30):
                 reply = await client.post("/v1/audio/generations", json=BODY | {"duration": 1})
-            assert (reply.status_code, num_writing) == (200, 1)
+            assert (reply.status_code, writer.num_begun) == (200, 1)
         finally:
-            may_go.set()
+            writer.may_go.set()
         assert [reply.status_code for reply in await asyncio.gather(*downloads)] == [200] * 6
