@@ -326,7 +326,10 @@ async def test_ctrl_c_cancels_the_request(shell: Shell) -> None:
 
 
 async def test_ctrl_c_does_not_wait_for_a_server_that_does_not_answer(shell: Shell) -> None:
-    silent = await asyncio.start_server(lambda reader, _: reader.read(), "127.0.0.1", 0)
+    async def never_answer(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    silent = await asyncio.start_server(never_answer, "127.0.0.1", 0)
     async with silent:
         port = silent.sockets[0].getsockname()[1]
         process = await shell.start("generate", "rain", STABLE_AUDIO_URL=f"http://127.0.0.1:{port}")
