@@ -37,6 +37,9 @@ _REFUSAL = f"return status 503 content-type application/json string '{_UNAVAILAB
 # HAProxy derives its connection limit from the process's limit of open files, and allocates memory for each possible
 # file. HAProxy's limit is set to this number, because the process's limit is a billion on some systems.
 _MOST_FILES = 65_536
+# Sizes of kernel buffers; the kernel doubles them. The client's allows 5 MB/s over a network with a delay of 100 ms.
+_SERVER_BUFFER_BYTES = 131_072
+_CLIENT_BUFFER_BYTES = 262_144
 # How often HAProxy tries to connect again for the same request: enough to try every ingress replica once. Before some
 # attempts it waits for 1 s.
 _RETRIES = 30
@@ -96,6 +99,16 @@ def _raise_connection_limit(text: str, options: ProxyOptions) -> str:
     if not options.limits_connections:
         return text
     return _replace(text, r"^( *)maxconn \d+$", replacement=rf"\1fd-hard-limit {_MOST_FILES}")
+
+
+def _limit_buffers(text: str, options: ProxyOptions) -> str:
+    """Limit how much of a response the kernel holds in HAProxy's two sockets.
+
+    By default these buffers grow to several megabytes for each client that reads slowly. A few hundred such clients
+    use up the kernel's memory for TCP, and then it resets the connections of other clients.
+    """
+    lines = f"tune.rcvbuf.server {_SERVER_BUFFER_BYTES}\n\\2tune.sndbuf.client {_CLIENT_BUFFER_BYTES}"
+    return _replace(text, r"^(global\n( +))", replacement=rf"\1{lines}\n\2")
 
 
 def _disable_http_2(text: str, options: ProxyOptions) -> str:
@@ -225,6 +238,7 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _close_admin_socket,
     _disable_request_log,
     _raise_connection_limit,
+    _limit_buffers,
     _disable_http_2,
     _set_client_timeouts,
     _answer_in_json,

@@ -52,6 +52,7 @@ _END_S = 30.0  # HAProxy must close a connection within this time, even on a slo
 _EDITED = (
     "stats socket",
     "local0 info",
+    "global",
     "maxconn",
     "defaults",
     "retry-on",
@@ -344,6 +345,38 @@ async def test_only_unanswered_requests_get_a_retry_time(tmp_path: Path, monkeyp
             proxy.api.set_backend_configs({})
             await proxy.api.reload()
             assert has_retry_time(await client.get("/docs"))  # HAProxy knows no route, as after a restart
+
+
+async def test_little_of_a_response_waits_for_a_slow_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's memory for TCP is limited. When it is used up, the kernel resets connections of other clients."""
+    num_bytes = 0
+
+    async def answer_without_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_bytes
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        is_check = b"/file" not in await reader.readuntil(b"\r\n\r\n")  # HAProxy checks whether the server runs
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (0 if is_check else 10**9))
+        with suppress(ConnectionError):
+            while not is_check:
+                writer.write(bytes(65_536))
+                await writer.drain()
+                num_bytes += 65_536
+        writer.close()
+
+    async with (
+        await asyncio.start_server(answer_without_end, "127.0.0.1", 0) as backend,
+        proxying(backend.sockets[0].getsockname()[1], tmp_path, monkeypatch) as proxy,
+    ):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((_PUBLIC, proxy.port))
+            client.sendall(b"GET /file HTTP/1.1\r\nHost: a\r\n\r\n")
+            await until(lambda: num_bytes > 0)
+            before = 0
+            while num_bytes > before:
+                before = num_bytes
+                await asyncio.sleep(0.5)
+    assert num_bytes < 2_000_000
 
 
 @asynccontextmanager
