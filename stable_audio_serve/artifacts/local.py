@@ -23,6 +23,7 @@ import structlog
 from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, QUALITY_FOLDER, is_ours, upload_key
 from stable_audio_serve.artifacts.store import (
     PROBE_BYTES,
+    READ_BYTES,
     ArtifactStore,
     Chunks,
     ObjectPage,
@@ -41,7 +42,6 @@ from stable_audio_serve.core.private_files import make_private_folder, open_priv
 log = structlog.get_logger("stable_audio_serve.artifacts")
 
 _NUM_THREADS = 8
-_CHUNK_BYTES = 1_048_576
 _RETRY_S = 5.0
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _MAX_PARTS = 3
@@ -275,7 +275,7 @@ def _read(path: Path, start: int) -> Generator[bytes]:
         # O_NONBLOCK: if the path is a named pipe, opening it would otherwise block until another process writes to it.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             file.seek(start)  # raises OSError for a named pipe
-            while chunk := file.read(_CHUNK_BYTES):
+            while chunk := file.read(READ_BYTES):
                 yield chunk
     except FileNotFoundError:
         raise

@@ -25,6 +25,7 @@ from stable_audio_serve.artifacts.s3_client import (
 from stable_audio_serve.artifacts.store import (
     MAX_LISTED,
     PROBE_BYTES,
+    READ_BYTES,
     ArtifactStore,
     Chunks,
     ObjectPage,
@@ -44,9 +45,8 @@ from stable_audio_serve.core.settings import StorageSettings
 log = structlog.get_logger("stable_audio_serve.artifacts")
 
 _NUM_THREADS = 16
-_CHUNK_BYTES = 1_048_576
-_MULTIPART_ABOVE_BYTES = 16 * _CHUNK_BYTES
-_PART_BYTES = 8 * _CHUNK_BYTES
+_MULTIPART_ABOVE_BYTES = 16 * 2**20
+_PART_BYTES = 8 * 2**20
 _NOT_IMPLEMENTED = 501
 _LOST_RACE = (409, 412)  # HTTP conflict, precondition failed: another process wrote the object first
 _MAX_BREAKS = 5  # a download fails if its connection breaks more often than this without delivering a byte in between
@@ -232,7 +232,7 @@ class S3Artifacts(ArtifactStore):
             while (body := self._open(key, start + num_read)) is not None:
                 with closing(body):
                     try:
-                        for chunk in body.iter_chunks(_CHUNK_BYTES):
+                        for chunk in body.iter_chunks(READ_BYTES):
                             num_read += len(chunk)
                             num_breaks = 0
                             yield chunk

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -31,6 +32,7 @@ log = structlog.get_logger("stable_audio_serve.artifacts")
 T = TypeVar("T")
 
 MAX_VERIFIED_PART = 1_048_576  # parts of files with at most this many bytes are verified
+READ_BYTES = 262_144  # size of a chunk; each download by a slow client holds up to three
 # Work that no thread has begun after this time is refused. A hanging service keeps each thread busy for up to 100 s.
 _BEGIN_WITHIN_S = 60.0
 _WIND_DOWN_S = 1.0  # a cancelled caller waits at most this long for the removal of the file that it was writing
@@ -292,24 +294,24 @@ def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) ->
     """Yield `chunks`. The last chunk is yielded only if all chunks together have the size and SHA-256 of `file`.
 
     Otherwise DamagedFileError is raised in place of the last chunk, so that a client that downloads the file notices
-    the missing bytes.
+    the missing bytes. Of a file of up to `MAX_VERIFIED_PART` bytes, no chunk is yielded before.
     """
     digest = hashlib.sha256()
     num_bytes = 0
-    held = b""
+    is_small = file.num_bytes <= MAX_VERIFIED_PART
+    held: deque[bytes] = deque()
     with closing(chunks):
         for chunk in chunks:
             digest.update(chunk)
             num_bytes += len(chunk)
             if num_bytes > file.num_bytes:
                 break
-            if held:
-                yield held
-            held = chunk
+            if held and not is_small:
+                yield held.popleft()
+            held.append(chunk)
     if num_bytes != file.num_bytes or digest.hexdigest() != file.sha256:
         raise _report_damaged(file, num_bytes=num_bytes, expected=file.num_bytes, metrics=metrics)
-    if held:
-        yield held
+    yield from held
 
 
 def part(
