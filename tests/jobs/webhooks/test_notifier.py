@@ -202,7 +202,7 @@ async def test_hanging_receivers_of_one_client_do_not_delay_another_client(
         assert len(hanging.requests) == 16
 
 
-async def test_slow_urls_of_one_client_do_not_delay_another_client_of_the_same_host(
+async def test_slow_urls_of_a_client_do_not_delay_others_of_the_same_host(
     workshop: Workshop, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifier, "post_json", partial(delivery.post_json, timeout_s=PATIENCE_S))
