@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from weakref import WeakValueDictionary
 
 from anyio import CancelScope
@@ -137,7 +137,7 @@ class Service:
         self._check_size(upload, field=field)
         max_s = _usable_s(card, padding_s)
         started_at = self.clock.monotonic()
-        async with self._turn():
+        async with self._turn("upload"):
             source = await self._audio.decode(upload.file, max_s=max_s, allowed_s=allowed_s, field=field)
         self.metrics.observe("upload_decode_ms", (self.clock.monotonic() - started_at) * 1000)
         return source
@@ -145,12 +145,11 @@ class Service:
     async def read_text(self, upload: UploadFile, *, field: str) -> str | None:
         """Return the text embedded in an uploaded file, see `embedded_text.extract`. Raises the errors of `decode`."""
         self._check_size(upload, field=field)
-        async with self._turn():
+        async with self._turn("upload"):
             return await self._audio.read_text(upload.file, field=field)
 
-    def _turn(self, work: str = "upload") -> asyncio.Lock:
-        """Return the lock that the current client holds while one of its uploads waits for the decoder or is decoded,
-        or while other `work` of it is done.
+    def _turn(self, work: Literal["upload", "download"]) -> asyncio.Lock:
+        """Return the lock that the current client holds while a piece of such work waits for a thread or runs.
 
         One upload is decoded at a time, for up to 20 s. So an upload waits for at most one upload of each other client.
         """

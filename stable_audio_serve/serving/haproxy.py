@@ -37,7 +37,7 @@ _REFUSAL = f"return status 503 content-type application/json string '{_UNAVAILAB
 # HAProxy derives its connection limit from the process's limit of open files, and allocates memory for each possible
 # file. HAProxy's limit is set to this number, because the process's limit is a billion on some systems.
 _MOST_FILES = 65_536
-# Sizes of kernel buffers; the kernel doubles them. The client's allows 5 MB/s over a network with a delay of 100 ms.
+# Sizes of kernel buffers. A client's buffer allows 2 MB/s if a round trip over the network takes 100 ms.
 _SERVER_BUFFER_BYTES = 131_072
 _CLIENT_BUFFER_BYTES = 262_144
 # How often HAProxy tries to connect again for the same request: enough to try every ingress replica once. Before some
