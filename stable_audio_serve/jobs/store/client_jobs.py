@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ _MOST_OVER = 2  # a full queue accepts jobs of some clients, until it is this ma
 _jobs = JOBS.c
 
 # Built once, because building a statement takes longer than running it.
+_JOB = sa.select(JOBS).where(*(_jobs[name] == sa.bindparam(name) for name in JobRef._fields))
 _WAITING = sa.select(count(WAITING).label("all"), sa.literal(0).label("own"))
 _WAITING_AND_OWN = sa.select(
     count(WAITING).label("all"), count(WAITING, _jobs.client == sa.bindparam("client")).label("own")
@@ -87,7 +88,7 @@ class ClientJobs:
             return [self._add(connection, spec) for spec in specs]
 
     def get(self, ref: JobRef) -> Job | None:
-        return self._find(is_job(ref))
+        return self._find(_JOB, ref._asdict())
 
     def find_same(self, spec: JobSpec) -> Job | None:
         """Return the job that an earlier submission of this request added, or None. Raises ConflictError."""
@@ -101,7 +102,7 @@ class ClientJobs:
         Returns None if the job's client chose the id, because others could guess it.
         """
         is_ours = _jobs.id_is_chosen == sa.false()
-        return self._find(sa.and_(_jobs.contract == contract, _jobs.id == job_id, is_ours))
+        return self._find(sa.select(JOBS).where(_jobs.contract == contract, _jobs.id == job_id, is_ours))
 
     def list_own(
         self,
@@ -167,9 +168,9 @@ class ClientJobs:
             message = "cancellation requested"
             return "requested", self._transitions.change(connection, is_it, message=message, cancel_requested=True)
 
-    def _find(self, condition: sa.ColumnElement[bool]) -> Job | None:
+    def _find(self, query: sa.Select[Any], values: Mapping[str, str] | None = None) -> Job | None:
         with self._database.reading() as connection:
-            row = connection.execute(sa.select(JOBS).where(condition)).first()
+            row = connection.execute(query, values).first()
         return None if row is None else to_job(row)
 
     def _add(self, connection: sa.Connection, spec: JobSpec) -> Added | StableAudioError:
