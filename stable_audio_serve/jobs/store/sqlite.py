@@ -139,9 +139,15 @@ def _identify(path: str, *, look: Callable[[str], os.stat_result] = os.stat, may
 
 def create_engine_without_log(file: DatabaseFile) -> sa.Engine:
     """Return an SQLAlchemy engine that reads the database file without its log, each time with a new connection."""
-    return sa.create_engine(
-        "sqlite://", creator=lambda: sqlite3.connect(file.uri_without_log(), uri=True), poolclass=sa.NullPool
-    )
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(file.uri_without_log(), uri=True)
+        # A checkpoint omits pages that changed after a reader began. Then the file can be shorter than its header says,
+        # until the next checkpoint. SQLite calls such a file malformed, except with this option.
+        connection.execute("PRAGMA writable_schema = ON")
+        return connection
+
+    return sa.create_engine("sqlite://", creator=connect, poolclass=sa.NullPool)
 
 
 def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, DatabaseFile]:

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
@@ -46,6 +47,27 @@ def test_checkpoint_in_progress_is_not_a_replaced_file(tmp_path: Path) -> None:
         finished.start()
         database.require_same()
         finished.join()
+    database.close()
+
+
+def test_partial_checkpoint_is_not_a_replaced_file(tmp_path: Path) -> None:
+    """A checkpoint omits pages that changed after a reader began, so the file can be shorter than its header says."""
+    database, file = Database(database_url(None, tmp_path)), tmp_path / "jobs.db"
+    database.prepare()
+    with (
+        closing(sqlite3.connect(file, isolation_level=None)) as writer,
+        closing(sqlite3.connect(file, isolation_level=None)) as reader,
+    ):
+        writer.execute("CREATE TABLE scratch (bytes BLOB)")
+        writer.execute("INSERT INTO scratch VALUES (zeroblob(20000))")
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM scratch").fetchone()
+        writer.execute("UPDATE scratch SET bytes = randomblob(20000)")
+        _, num_pages, num_written = writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        assert 0 < num_written < num_pages
+        database.require_same()
+        with database.writing() as connection:
+            connection.execute(sa.text("DROP TABLE scratch"))
     database.close()
 
 
