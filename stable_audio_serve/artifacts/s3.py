@@ -152,6 +152,7 @@ class S3Artifacts(ArtifactStore):
         at = self._at(upload_key())
         with storage_errors("probe"):
             self._client.put_object(**at, Body=bytes(min(num_bytes, PROBE_BYTES)))
+            self._client.get_object(**at)["Body"].read()
             self._client.delete_object(**at)
 
     def _put(

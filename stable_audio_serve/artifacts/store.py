@@ -130,7 +130,7 @@ class ArtifactStore(ABC):
         await self._threads.call(partial(self._delete, key))
 
     async def probe(self, num_bytes: int) -> None:
-        """Check, at little cost, that a file of this size could be written now. Raises StorageError otherwise."""
+        """Check, at little cost, that a file of this size could be written now, and read. Raises StorageError."""
         await self._threads.call(partial(self._probe, num_bytes))
 
     async def close(self) -> None:
@@ -204,7 +204,7 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def _probe(self, num_bytes: int) -> None:
-        """Write and remove a file of at most `PROBE_BYTES`, see `probe`."""
+        """Write, read and remove a file of at most `PROBE_BYTES`, see `probe`."""
 
 
 class StoppedError(Exception):

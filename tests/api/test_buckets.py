@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.compat.serving import make_client, serve_app
+from tests.api.compat.serving import make_client, make_hasty_client, serve_app
 from tests.backends import ToneBackend
 from tests.object_storage import Faults, ObjectStorage
 from tests.patience import PATIENCE_S, until
@@ -105,6 +105,18 @@ async def test_upload_stays_in_the_bucket_until_its_job_ends(object_storage: Obj
         status = await finished(client, ticket.json()["id"])
         assert status["status"] == "succeeded"
         await until(lambda: object_storage.keys(bucket) == [status["storage_key"]])
+
+
+async def test_unreadable_bucket_makes_no_dead_letters(object_storage: ObjectStorage, bucket: str) -> None:
+    """The bucket still accepts files, so a successful write does not prove that jobs can read their uploads again."""
+    async with make_hasty_client(storage=storage_args(object_storage, bucket)) as (client, _):
+        audio = (await client.post("/v1/audio/generations", json=BODY)).content
+        object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"), only="GET")
+        ticket = await client.post("/jobs/variations", data={"prompt": "x", "duration": "1"}, files={"audio": audio})
+        await until(lambda: sum("GET" in request for request in object_storage.proxy.requests) >= 3)
+        object_storage.proxy.faults = Faults()
+        status = await finished(client, ticket.json()["id"])
+        assert (status["status"], status["attempts"]) == ("succeeded", 2)
 
 
 async def test_damaged_object_is_never_downloaded_complete(object_storage: ObjectStorage, bucket: str) -> None:
