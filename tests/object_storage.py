@@ -69,7 +69,8 @@ class FaultyProxy:
 
     An item of `fates` decides what happens to the next request whose `METHOD /path?query` contains the item's key. The
     item's value is one of these: `error`, `error-after` (the request is executed first), `cut`, `cut-answer`, `deny`
-    (403), or `lost`. A `lost` request is executed, but answered with NoSuchUpload as if it had been sent before.
+    (403), `swallow` (200 without a body, and the request is not executed), or `lost`. A `lost` request is executed, but
+    answered with NoSuchUpload as if it had been sent before.
     """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
@@ -192,6 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Event().wait(faults.delay_s)
         if faults.answer is not None and faults.only in request:
             return self._answer_error(*faults.answer)
+        if fate == "swallow":
+            return self._answer(200, [("Content-Length", "0")], b"", False)
         if fate == "deny":
             return self._answer_error(403, "AccessDenied")
         if fate == "error":

@@ -214,7 +214,7 @@ class S3Artifacts(ArtifactStore):
             found = self._client.head_object(**self._at(file.key))
         except s3_errors():
             return False
-        return (found["ContentLength"], found["Metadata"].get("sha256")) == (file.num_bytes, file.sha256)
+        return (found.get("ContentLength"), found["Metadata"].get("sha256")) == (file.num_bytes, file.sha256)
 
     def _abort(self, key: ArtifactKey, upload_id: str) -> None:
         try:

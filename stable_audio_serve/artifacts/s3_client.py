@@ -95,7 +95,20 @@ def make_client(
         config=config,
     )
     client.meta.events.register("before-call.s3.HeadBucket", _end_search)
+    for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"):
+        client.meta.events.register(f"after-call.s3.{operation}", _require_stored)
     return client
+
+
+def _require_stored(parsed: Mapping[str, Any], model: Any, **_: Any) -> None:
+    """Raise ClientError if a success response did not come from an object storage, but for example from a proxy.
+
+    boto3 accepts every response with status 200. The file would be lost without an error.
+    """
+    from botocore.exceptions import ClientError
+
+    if "Error" not in parsed and not {"ETag", "UploadId"} & parsed.keys():
+        raise ClientError({**parsed, "Error": {"Code": "MissingETag"}}, model.name)
 
 
 def _end_search(**_: Any) -> None:

@@ -230,6 +230,20 @@ async def test_completion_with_a_lost_response_counts(
     assert object_storage.unfinished(bucket) == []
 
 
+@pytest.mark.parametrize(
+    ("request_text", "num_mib"),
+    [("PUT", 1), ("?uploads", 17), ("partNumber=2", 17)],
+    ids=["put", "begin", "part"],
+)
+async def test_success_that_is_not_the_service_s_own_is_an_error(
+    object_storage: ObjectStorage, store: S3Artifacts, request_text: str, num_mib: int
+) -> None:
+    """A misdirected proxy may answer every request with an empty page. Then the file is not stored."""
+    object_storage.proxy.fates[request_text] = "swallow"
+    with pytest.raises(StorageError):
+        await put(store, bytes(num_mib * MIB))
+
+
 @pytest.mark.parametrize("num_pieces", [1, 17])
 async def test_file_that_changes_during_upload_is_refused(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str, num_pieces: int
