@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from stable_audio_serve.artifacts.keys import file_key, upload_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
-from stable_audio_serve.core.errors import ConflictError, StableAudioError, StorageError
+from stable_audio_serve.core.errors import ConflictError, StableAudioError, StorageError, StorageFullError
 from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.sound import ClipFacts
@@ -69,14 +69,14 @@ class JobQueue:
 
         If the client has sent the same request before (with the same id or idempotency key), returns the job that was
         added then, and deletes the new upload. Raises ConflictError, OverloadedError, QuotaError and StorageError. The
-        upload is deleted after these errors too, except StorageError.
+        upload is deleted after these errors too, except StorageError, but also after StorageFullError.
         """
         try:
             added = await self._add(spec)
-        except StorageError:  # the job may have been added although the database did not answer: keep its upload
-            raise
-        except StableAudioError:
-            await self.drop(spec)
+        except StableAudioError as error:
+            # After another StorageError the job may have been added although the database did not answer.
+            if isinstance(error, StorageFullError) or not isinstance(error, StorageError):
+                await self.drop(spec)
             raise
         if added.is_new:
             self.wake()
@@ -199,11 +199,11 @@ class JobQueue:
         """
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips, made_on=made_on)
-        # After a StorageError the file is not deleted, because it may have been published although the database did not
-        # answer. If it was not published, the sweeper deletes it.
+        # After another StorageError the file is not deleted, because it may have been published although the database
+        # did not answer. If it was not published, the sweeper deletes it.
         try:
             return await self.write(partial(self.store.files.publish, file, file_id=file_id)), file
-        except ConflictError:
+        except (ConflictError, StorageFullError):
             await self._delete(file)
             raise
 

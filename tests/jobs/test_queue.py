@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import sqlite3
 import threading
@@ -12,12 +13,12 @@ import sqlalchemy as sa
 import structlog
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import ConflictError, OverloadedError, StorageError
+from stable_audio_serve.core.errors import ConflictError, OverloadedError, StorageError, StorageFullError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs import queue as queue_module
 from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.store.client_jobs import Added
-from tests.jobs.conftest import Workshop, make_spec
+from tests.jobs.conftest import Workshop, make_spec, upload
 from tests.jobs.stores import add
 from tests.patience import PATIENCE_S, until
 
@@ -175,6 +176,22 @@ async def test_database_error_reaches_every_caller_and_passes(workshop: Workshop
     assert [type(outcome) for outcome in outcomes] == [StorageError] * 5
     sa.event.remove(engine, "begin", fail)
     assert (await workshop.queue.add(make_spec())).is_new
+
+
+async def test_files_are_deleted_if_the_database_is_full(workshop: Workshop) -> None:
+    """A client that tries again and again would otherwise fill the disk with files that stay for a day."""
+    add(workshop.queue.store)
+    spec = make_spec(upload=await upload(workshop))
+
+    def fail(connection: sa.Connection) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sa.event.listen(workshop.queue.store.database.engine, "begin", fail)
+    with pytest.raises(StorageFullError):
+        await workshop.queue.add(spec)
+    with pytest.raises(StorageFullError):
+        await workshop.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
+    assert workshop.files() == []
 
 
 async def test_published_file_stays_if_only_the_answer_is_lost(
