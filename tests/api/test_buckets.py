@@ -119,6 +119,17 @@ async def test_unreadable_bucket_makes_no_dead_letters(object_storage: ObjectSto
         assert (status["status"], status["attempts"]) == ("succeeded", 2)
 
 
+async def test_unreadable_bucket_fails_no_long_piece(object_storage: ObjectStorage, bucket: str) -> None:
+    async with make_hasty_client(storage=storage_args(object_storage, bucket)) as (client, _):
+        object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"), only="GET")
+        piece = {"prompt": "x", "sections": [{"duration": 1}, {"duration": 1}], "overlap_s": 0.5}
+        ticket = await client.post("/jobs", json=piece)
+        await until(lambda: sum("GET" in request for request in object_storage.proxy.requests) >= 3)
+        object_storage.proxy.faults = Faults()
+        status = await finished(client, ticket.json()["id"])
+        assert (status["status"], status["error"]) == ("succeeded", None)
+
+
 async def test_damaged_object_is_never_downloaded_complete(object_storage: ObjectStorage, bucket: str) -> None:
     """Downloading a short damaged object is an error. Downloading a long one ends early, which clients notice."""
     async with (

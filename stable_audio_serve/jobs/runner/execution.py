@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import IO
@@ -27,6 +27,7 @@ from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.private_files import needing_room, temporary_file
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
+from stable_audio_serve.jobs.pieces.sections import LostSectionError
 from stable_audio_serve.jobs.runner.capacity import StorageGate
 from stable_audio_serve.jobs.runner.long_pieces import LongPieces
 from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
@@ -81,7 +82,8 @@ class JobExecutor:
         # Raises UnknownModelError. This server may lack the model, if another server accepted the job.
         self._backend.catalog.find(spec.model)
         if spec.sections:
-            result = await self._pieces.make(job, report)
+            with self._reporting_refusals():
+                result = await self._pieces.make(job, report)
             failpoint("after_upload")
             return result
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
@@ -166,15 +168,21 @@ class JobExecutor:
 
     async def _decode(self, upload: JobUpload) -> SourceAudio:
         with temporary_file() as copy:
-            try:
+            with self._reporting_refusals():
                 async for chunk in self._artifacts.read(upload.file):
                     await self._audio.run_decoding(partial(_write, copy, chunk))
-            except DamagedFileError:
-                raise
-            except StorageError as error:
-                self._gate.note_refused(error, num_bytes=0)
-                raise
             return await self._audio.decode(copy, max_s=upload.max_s)
+
+    @contextmanager
+    def _reporting_refusals(self) -> Iterator[None]:
+        """Report a StorageError of this context to the gate, unless it concerns a single file."""
+        try:
+            yield
+        except (DamagedFileError, LostSectionError):
+            raise
+        except StorageError as error:
+            self._gate.note_refused(error, num_bytes=0)
+            raise
 
 
 def _write(file: IO[bytes], chunk: bytes) -> None:
