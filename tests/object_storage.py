@@ -53,6 +53,7 @@ class Faults:
     is_down: bool = False  # every connection is reset
     is_silent: bool = False  # requests are accepted but never answered
     ignores_ranges: bool = False  # the header Range has no effect
+    truncates: bool = False  # responses end in the middle of the body
 
 
 class _Server(ThreadingHTTPServer):
@@ -206,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer_error(*proxy.pick_answer())
         if fate == "cut-answer" and not content:
             return self._cut()
-        is_cut = fate == "cut-answer"
+        is_cut = fate == "cut-answer" or (faults.truncates and faults.only in request)
         return self._answer(status, headers.items(), content[: len(content) // 2] if is_cut else content, is_cut)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve

@@ -204,7 +204,7 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def _probe(self, num_bytes: int) -> None:
-        """Write, read and remove a file of at most `PROBE_BYTES`, see `probe`."""
+        """Write and remove a file of at most `PROBE_BYTES`, see `probe`. In a bucket, also read it."""
 
 
 class StoppedError(Exception):

@@ -69,12 +69,12 @@ class JobQueue:
 
         If the client has sent the same request before (with the same id or idempotency key), returns the job that was
         added then, and deletes the new upload. Raises ConflictError, OverloadedError, QuotaError and StorageError. The
-        upload is deleted after these errors too, except StorageError, but also after StorageFullError.
+        upload is deleted after these errors too, unless the job may have been added although an error was raised.
         """
         try:
             added = await self._add(spec)
         except StableAudioError as error:
-            # After another StorageError the job may have been added although the database did not answer.
+            # After a StorageError the job may have been added, except if the disk is full.
             if isinstance(error, StorageFullError) or not isinstance(error, StorageError):
                 await self.drop(spec)
             raise
@@ -199,8 +199,8 @@ class JobQueue:
         """
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips, made_on=made_on)
-        # After another StorageError the file is not deleted, because it may have been published although the database
-        # did not answer. If it was not published, the sweeper deletes it.
+        # After another StorageError the file stays, because it may have been published although the database did not
+        # answer. If it was not published, the sweeper deletes it.
         try:
             return await self.write(partial(self.store.files.publish, file, file_id=file_id)), file
         except (ConflictError, StorageFullError):

@@ -107,24 +107,38 @@ async def test_upload_stays_in_the_bucket_until_its_job_ends(object_storage: Obj
         await until(lambda: object_storage.keys(bucket) == [status["storage_key"]])
 
 
-async def test_unreadable_bucket_makes_no_dead_letters(object_storage: ObjectStorage, bucket: str) -> None:
+UNREADABLE = [Faults(answer=(403, "AccessDenied"), only="GET"), Faults(truncates=True, only="GET")]
+
+
+def num_probes(storage: ObjectStorage) -> int:
+    """Returns how many files like those of the runner's probes were written. A job's upload counts too."""
+    return sum("PUT" in request and "/uploads/" in request for request in storage.proxy.requests)
+
+
+@pytest.mark.parametrize("faults", UNREADABLE, ids=["denied", "truncated"])
+async def test_unreadable_bucket_makes_no_dead_letters(
+    object_storage: ObjectStorage, bucket: str, faults: Faults
+) -> None:
     """The bucket still accepts files, so a successful write does not prove that jobs can read their uploads again."""
     async with make_hasty_client(storage=storage_args(object_storage, bucket)) as (client, _):
         audio = (await client.post("/v1/audio/generations", json=BODY)).content
-        object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"), only="GET")
+        object_storage.proxy.faults = faults
         ticket = await client.post("/jobs/variations", data={"prompt": "x", "duration": "1"}, files={"audio": audio})
-        await until(lambda: sum("GET" in request for request in object_storage.proxy.requests) >= 3)
+        await until(lambda: num_probes(object_storage) >= 3)
         object_storage.proxy.faults = Faults()
         status = await finished(client, ticket.json()["id"])
         assert (status["status"], status["attempts"]) == ("succeeded", 2)
 
 
-async def test_unreadable_bucket_fails_no_long_piece(object_storage: ObjectStorage, bucket: str) -> None:
+@pytest.mark.parametrize("faults", UNREADABLE, ids=["denied", "truncated"])
+async def test_unreadable_bucket_fails_no_long_piece(
+    object_storage: ObjectStorage, bucket: str, faults: Faults
+) -> None:
     async with make_hasty_client(storage=storage_args(object_storage, bucket)) as (client, _):
-        object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"), only="GET")
+        object_storage.proxy.faults = faults
         piece = {"prompt": "x", "sections": [{"duration": 1}, {"duration": 1}], "overlap_s": 0.5}
         ticket = await client.post("/jobs", json=piece)
-        await until(lambda: sum("GET" in request for request in object_storage.proxy.requests) >= 3)
+        await until(lambda: num_probes(object_storage) >= 3)
         object_storage.proxy.faults = Faults()
         status = await finished(client, ticket.json()["id"])
         assert (status["status"], status["error"]) == ("succeeded", None)

@@ -248,7 +248,7 @@ class StorageGate:
         return 0.0 if self._probing is None else self._pause_s  # twice the pause before the next probe
 
     def note_refused(self, error: StorageError, *, num_bytes: int) -> None:
-        """Record that a file of `num_bytes` bytes could not be stored, or that a file could not be read (0 bytes)."""
+        """Record that a file could not be stored or read. `num_bytes` is the size of a file to probe with."""
         self._last_was_stored = False
         self._needed_bytes = max(self._needed_bytes, num_bytes)
         if self._probing is None:

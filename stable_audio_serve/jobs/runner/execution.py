@@ -15,7 +15,7 @@ from functools import partial
 from typing import IO
 
 from stable_audio_serve.artifacts.keys import artifact_key
-from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
+from stable_audio_serve.artifacts.store import PROBE_BYTES, ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, finish
 from stable_audio_serve.audio.workers import AudioWorkers
@@ -175,13 +175,16 @@ class JobExecutor:
 
     @contextmanager
     def _reporting_refusals(self) -> Iterator[None]:
-        """Report a StorageError of this context to the gate, unless it concerns a single file."""
+        """Report a StorageError of this context to the gate, unless it concerns a single file.
+
+        The gate then probes with a large file, because connections may break before the end of a file.
+        """
         try:
             yield
         except (DamagedFileError, LostSectionError):
             raise
         except StorageError as error:
-            self._gate.note_refused(error, num_bytes=0)
+            self._gate.note_refused(error, num_bytes=PROBE_BYTES)
             raise
 
 
