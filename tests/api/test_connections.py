@@ -12,7 +12,7 @@ from dataclasses import replace
 import httpx
 import pytest
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.middleware.limits import ClientTimes, LimitsMiddleware
@@ -410,3 +410,36 @@ async def test_too_much_decoded_audio_is_refused_until_some_is_done(monkeypatch:
         assert (await text_only).status_code == 200
         assert (await first).status_code == 200
         assert (await client.post("/v1/audio/variations", data=form, files=files)).status_code == 200
+
+
+async def test_a_handler_is_cancelled_once_if_the_server_cancels_it_too() -> None:
+    """Ray Serve cancels the task of a request when its client disconnects."""
+    requests: list[Message] = [{"type": "http.request"}]
+    is_waiting, is_ending, has_ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def receive() -> Message:
+        if requests:
+            return requests.pop()
+        await is_waiting.wait()
+        return {"type": "http.disconnect"}
+
+    async def handle(_: Scope, receive: Receive, __: Send) -> None:
+        await receive()
+        is_waiting.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            is_ending.set()
+            await asyncio.sleep(0.01)  # for example, the handler cancels its job
+            has_ended.set()
+
+    async def drop(message: Message) -> None:
+        pass
+
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    handling = asyncio.create_task(LimitsMiddleware(handle, limits=ApiSettings())(scope, receive, drop))
+    await is_ending.wait()
+    handling.cancel()
+    await asyncio.wait({handling}, timeout=PATIENCE_S)
+    assert handling.cancelled()
+    assert has_ended.is_set()

@@ -72,26 +72,22 @@ class LimitsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        handler = asyncio.current_task()
-        assert handler is not None
-        connection = Connection(
-            receive,
-            send,
-            handler=handler,
-            scope=scope,
-            held=self._held,
-            limits=self._limits,
-            times=self._times,
-        )
+        connection = Connection(receive, send, scope=scope, held=self._held, limits=self._limits, times=self._times)
         scope.setdefault("state", {})["connection"] = connection
+        # Ray Serve cancels this task when the client disconnects. The handler has its own task, which is cancelled only
+        # once: a second time would interrupt what it does after the first, for example cancelling its job.
+        handler = connection.start(self._app)
         try:
-            await self._app(scope, connection.receive, connection.send)
+            await asyncio.wait({handler})
         except asyncio.CancelledError:
-            if connection.is_gone and handler.uncancel() == 0:
-                raise ClientGoneError("the client closed its connection") from None
+            connection.cancel_handler()
+            await asyncio.wait({handler})
             raise
         finally:
             await connection.close()
+        if handler.cancelled() and connection.is_gone:
+            raise ClientGoneError("the client closed its connection")
+        handler.result()
 
 
 def connection_of(scope: Scope) -> Connection:
@@ -165,13 +161,14 @@ class Connection:
         receive: Receive,
         send: Send,
         *,
-        handler: asyncio.Task[object],
         scope: Scope,
         held: _BodiesInProgress,
         limits: ApiSettings,
         times: ClientTimes,
     ) -> None:
-        self._receive, self._send, self._handler = receive, send, handler
+        self._receive, self._send = receive, send
+        self._handler: asyncio.Task[None] | None = None
+        self._is_cancelled = False
         self._scope = scope
         request_headers = dict(scope["headers"])
         declared = request_headers.get(b"content-length", b"")
@@ -195,6 +192,21 @@ class Connection:
     @property
     def is_gone(self) -> bool:
         return self._gone.is_set()
+
+    def start(self, app: ASGIApp) -> asyncio.Task[None]:
+        """Start the handler of the request, and return its task."""
+
+        async def handle() -> None:
+            await app(self._scope, self.receive, self.send)
+
+        self._handler = asyncio.create_task(handle())
+        return self._handler
+
+    def cancel_handler(self) -> None:
+        """Cancel the handler. Further calls have no effect."""
+        if self._handler is not None and not self._is_cancelled:
+            self._is_cancelled = True
+            self._handler.cancel()
 
     def accept_file_body(self) -> None:
         limit = self._limits.max_upload_bytes
@@ -364,4 +376,4 @@ class Connection:
             pass
         if not self.is_answered:  # after a complete response, ASGI servers report a disconnect too
             self._gone.set()
-            self._handler.cancel()
+            self.cancel_handler()
