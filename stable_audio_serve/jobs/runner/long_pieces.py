@@ -30,7 +30,13 @@ from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.audio.writer import AudioWriter
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.errors import GenerationError, StorageError, StorageFullError
+from stable_audio_serve.core.errors import (
+    DeadlineExceededError,
+    GenerationError,
+    StartTimeoutError,
+    StorageError,
+    StorageFullError,
+)
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.private_files import read_chunks, temporary_file
@@ -114,7 +120,8 @@ class LongPieces:
     async def _charged(self, job: Job, plan: SectionPlan, *, rate_hz: int) -> AsyncIterator[None]:
         """Count a section's audio toward the limit of the client's key. Raises QuotaError if it exceeds the limit.
 
-        If the block raises an error or is cancelled, the audio does not count.
+        If the block raises an error or is cancelled, the audio does not count, unless the section ran out of time or
+        the client cancelled the job.
         """
         limits = job.spec.limits
         if limits.audio_seconds_per_minute is None:
@@ -126,10 +133,18 @@ class LongPieces:
             raise refusal
         try:
             yield
-        except (Exception, asyncio.CancelledError):
+        except (Exception, asyncio.CancelledError) as error:
             with suppress(StorageError):  # then the audio counts, although it was not made
-                await asyncio.to_thread(self._store.key_uses.end, use, counts=False)
+                if not await asyncio.to_thread(self._is_by_client, job, error):
+                    await asyncio.to_thread(self._store.key_uses.end, use, counts=False)
             raise
+
+    def _is_by_client(self, job: Job, error: BaseException) -> bool:
+        """Whether `error` ended a section because of what the client asked for."""
+        if isinstance(error, DeadlineExceededError):
+            return not isinstance(error, StartTimeoutError)
+        now = self._store.clients.get(job.spec.ref) if isinstance(error, asyncio.CancelledError) else None
+        return now is not None and now.cancel_requested
 
     async def _request(
         self, job: Job, plan: SectionPlan, *, card: ModelCard, finished: Sequence[FinishedSection]

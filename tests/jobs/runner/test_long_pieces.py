@@ -15,7 +15,7 @@ import soundfile
 import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import Chunks, StoredFile
-from stable_audio_serve.core.errors import GenerationError, StorageError
+from stable_audio_serve.core.errors import DeadlineExceededError, GenerationError, StorageError
 from stable_audio_serve.core.generation import GenerationRequest, Section
 from stable_audio_serve.core.ids import ArtifactKey, ClientId
 from stable_audio_serve.core.keys import KeyLimits
@@ -23,6 +23,7 @@ from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.core.sound import Finishing, Loudness
 from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
+from stable_audio_serve.jobs.store.key_uses import Use
 from stable_audio_serve.jobs.store.sections import Sections
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import PausingBackend
@@ -324,6 +325,23 @@ class TestQuota:
         await workshop.start_runner()
         job = await workshop.finished(job)  # time stands still, so a charge of the first attempt would still count
         assert (job.state, job.attempts) == ("succeeded", 1)
+
+    @pytest.mark.parametrize("error", [None, DeadlineExceededError("too late")], ids=["cancelled", "late"])
+    async def test_section_that_the_client_stopped_is_charged(
+        self, workshop: Workshop, error: DeadlineExceededError | None
+    ) -> None:
+        await workshop.start_runner()
+        workshop.backend.released.clear()
+        limits = KeyLimits(audio_seconds_per_minute=2.5)
+        job = await workshop.queue.submit(make_long(2.0, 1.0, client=ClientId("c"), limits=limits))
+        await until(lambda: workshop.backend.num_running == 1)
+        if error is None:
+            await workshop.queue.cancel(job.spec.ref)
+        workshop.backend.error = error
+        workshop.backend.released.set()
+        await workshop.finished(job)
+        use = Use(id="1", client=ClientId("c"), limits=limits, audio_s=1.0, has_place=False)
+        assert workshop.queue.store.key_uses.audio_s(use) == 2.0
 
 
 class TestSweeping:
