@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import IO, Any
 from weakref import WeakValueDictionary
 
@@ -108,7 +109,9 @@ async def post_json(
     all_headers = own_headers | dict(headers or {})
     async with (
         _explained(timeout_s),
-        httpcore.AsyncConnectionPool(network_backend=_CheckedNetwork(allow_hosts, client=client)) as pool,
+        httpcore.AsyncConnectionPool(
+            tls_context(), network_backend=_CheckedNetwork(allow_hosts, client=client)
+        ) as pool,
         pool.stream("POST", target.url, headers=list(all_headers.items()), content=body) as answer,
     ):
         status = answer.status
@@ -138,7 +141,7 @@ async def download(
             headers = {"Host": target.netloc, "User-Agent": "stable-audio-serve", "Accept-Encoding": "identity"}
             network = _CheckedNetwork(allow_hosts, client=client)
             async with (
-                httpcore.AsyncConnectionPool(network_backend=network) as pool,
+                httpcore.AsyncConnectionPool(tls_context(), network_backend=network) as pool,
                 pool.stream("GET", target.url, headers=list(headers.items())) as answer,
             ):
                 location = httpx.Headers(answer.headers).get("location")
@@ -162,6 +165,12 @@ async def _receive(answer: httpcore.Response, into: IO[bytes], *, max_bytes: int
         count(len(chunk))
         with needing_room():
             into.write(chunk)
+
+
+@cache
+def tls_context() -> ssl.SSLContext:
+    """Return the TLS settings of all connections. Reading the trusted certificates takes up to 90 ms of CPU time."""
+    return httpcore.default_ssl_context()
 
 
 @asynccontextmanager

@@ -8,8 +8,10 @@ import socket
 import ssl
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trustme
@@ -77,6 +79,29 @@ async def test_endless_interim_answers_end_the_delivery() -> None:
             await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
 
 
+@pytest.fixture
+def rereads_certificates() -> Iterator[None]:
+    """Each test that sets other certificates reads them, and leaves none to later tests."""
+    delivery.tls_context.cache_clear()
+    yield
+    delivery.tls_context.cache_clear()
+
+
+@pytest.mark.usefixtures("rereads_certificates")
+async def test_certificates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them takes up to 90 ms, in which the process does nothing else."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    make = Mock(wraps=ssl.create_default_context)
+    monkeypatch.setattr(ssl, "create_default_context", make)
+    async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context) as server:
+        for _ in range(3):
+            with pytest.raises(DeliveryError, match="certificate verify failed"):
+                await post_json(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/", b"{}", allow_hosts=ALLOWED)
+    make.assert_called_once()
+
+
+@pytest.mark.usefixtures("rereads_certificates")
 async def test_large_file_arrives_over_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
