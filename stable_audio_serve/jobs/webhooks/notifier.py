@@ -70,6 +70,7 @@ class Notifier:
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
         self._running: Counter[tuple[ClientId, str]] = Counter()  # deliveries in progress, by client and host
+        self._served: set[ClientId] = set()  # clients that have had their turn
         self._deliveries: set[asyncio.Task[None]] = set()
         self._due = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
@@ -114,10 +115,16 @@ class Notifier:
             self._outbox.claim,
             for_s=_CLAIM_S,
             except_hosts=[host for host, count in hosts.items() if count >= _MAX_PER_HOST],
-            except_clients=[client for client, count in clients.items() if client and count >= _MAX_PER_CLIENT],
             except_pairs=[pair for pair, count in self._running.items() if count >= _MAX_PER_CLIENT_AND_HOST],
         )
-        return await asyncio.to_thread(claim)
+        full = {client for client, count in clients.items() if client and count >= _MAX_PER_CLIENT}
+        # Clients take turns. Otherwise, one that has many webhooks, which fail quickly, would delay those of others.
+        for left_out in (full | self._served, full):
+            if (notice := await asyncio.to_thread(claim, except_clients=left_out)) is not None:
+                self._served |= {notice.job.spec.client} - {""}
+                return notice
+            self._served.clear()
+        return None
 
     def _begin(self, notice: Notice) -> None:
         pair = notice.job.spec.client, notice.host

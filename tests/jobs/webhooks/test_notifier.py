@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
@@ -227,6 +228,28 @@ async def test_slow_urls_of_a_client_do_not_delay_others_of_the_same_host(
         await end_job("other", receiver.url.replace("127.0.0.1", "localhost"))
         await until(lambda: len(receiver.requests) == 2)
         assert len(hanging.requests) == 16
+
+
+async def test_many_quick_failures_of_a_client_do_not_delay_another_client(
+    workshop: Workshop, receiver: Receiver
+) -> None:
+    """Two hundred webhooks are due before the three of another client."""
+
+    async def end_job(client: str, url: str) -> None:
+        job = await workshop.queue.submit(make_spec(webhook_url=url, client=ClientId(client)))
+        await workshop.queue.cancel(job.spec.ref)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for _ in range(200):
+        await end_job("greedy", f"http://127.0.0.1:{port}/")
+    for _ in range(3):
+        await end_job("other", receiver.url)
+    await workshop.start_runner(notifier=make_notifier(workshop))
+    await until(lambda: len(receiver.requests) == 3)
+    with workshop.queue.store.database.reading() as connection:
+        attempts = sa.select(sa.func.sum(JOBS.c.webhook_attempts)).where(JOBS.c.client == "greedy")
+        assert connection.execute(attempts).scalar_one() < 20
 
 
 async def test_notice_claimed_by_a_dead_process_is_retried(workshop: Workshop, receiver: Receiver) -> None:
