@@ -17,6 +17,7 @@ StableAudioError
 │   └── StartTimeoutError      start_timeout      the request did not start in time
 ├── CancelledRequestError      cancelled          the caller cancelled the request
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
+│   └── ModelRestartingError   unavailable        all replicas died and new ones have failed to start so far; retry
 ├── StoppingError              unavailable        the server is stopping and accepts nothing new; retry
 ├── KeysUnavailableError       unavailable        the file of API keys was never readable since the start; retry
 ├── GenerationError            generation_failed  the model produced unusable audio
@@ -165,6 +166,10 @@ class ModelUnavailableError(StableAudioError):
     """The model cannot serve requests now: it is still loading, or its replica died."""
 
     kind = "unavailable"
+
+
+class ModelRestartingError(ModelUnavailableError):
+    """All replicas of the model died, and new ones have failed to start. The server goes on starting them."""
 
 
 class StoppingError(StableAudioError):

@@ -21,6 +21,7 @@ from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
 from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     GenerationError,
+    ModelRestartingError,
     ModelUnavailableError,
     OverloadedError,
     StableAudioError,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS = 2  # if a replica dies, its request can be repeated with the same result, because the seed is fixed
 _DEADLINE_GRACE_S = 2.0  # the engine ends a request at its deadline; if it hangs, the call ends this much later
 _RETRY_AFTER_S = 5.0
+_RESTART_RETRY_S = 30.0
 _JITTER = 0.25  # up to this share of the retry time is added to it at random
 _MAX_REPEAT_S = 1.0  # longest time for which requests are refused without a call to a replica
 _MAX_REFUSALS = 1000
@@ -174,7 +176,7 @@ class RayBackend:
         except BackPressureError as error:
             raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
         except (DeploymentUnavailableError, RequestCancelledError) as error:
-            raise _unloadable(model) from error
+            raise self._unloadable(model) from error
         except RayTaskError as error:  # an unexpected error in the replica; clients must not see its text
             logger.error("a replica failed: %s", error)
             raise GenerationError("the generation failed") from error
@@ -210,6 +212,18 @@ class RayBackend:
             if stage == "failed" or (stage == "ready" and self.status_age_s < time.monotonic() - began_at):
                 return
 
+    def _unloadable(self, model: str) -> ModelUnavailableError:
+        """Return the error for a model that failed to load.
+
+        While Ray Serve starts further replicas, because the model was ready before, the error has a retry time.
+        Otherwise it has none, because most causes need an operator. Ray Serve starts such a deployment again when its
+        options change, or if it has no minimum of replicas, after no request has come for `downscale_delay_s`.
+        """
+        if self._watch.last(model).states.get("starting"):
+            message = f"model {model} lost its replicas and failed to load again; the server's log says why"
+            return ModelRestartingError(message, retry_after_s=_RESTART_RETRY_S)
+        return ModelUnavailableError(f"model {model} failed to load; the server's log says why")
+
     async def status(self) -> Mapping[str, ModelStatus]:
         """See `ModelWatch.status`."""
         return await self._watch.status()
@@ -231,12 +245,3 @@ async def _receive(
             return item
         on_progress(item)
     raise ModelUnavailableError("the replica stopped in the middle of this request", retry_after_s=_RETRY_AFTER_S)
-
-
-def _unloadable(model: str) -> ModelUnavailableError:
-    """Return the error for a model that failed to load.
-
-    The error has no retry time, because most causes need an operator. Ray Serve starts the deployment again when its
-    options change, or if it has no minimum of replicas, after no request has come for `downscale_delay_s`.
-    """
-    return ModelUnavailableError(f"model {model} failed to load; the server's log says why")

@@ -152,6 +152,10 @@ class ModelWatch:
         await self._controller.refresh()
         return self._models
 
+    def last(self, model: str) -> ModelStatus:
+        """Return the status of a model that `status` returned last."""
+        return self._models[model]
+
     @property
     def age_s(self) -> float:
         """Seconds since Ray Serve's controller last answered. Infinite if it has not answered yet."""
@@ -209,12 +213,13 @@ def _stage(application: ApplicationStatusOverview, name: str) -> str:
         return "ready"
     is_starting = _count(deployment, ReplicaState.STARTING) > 0
     has_failed = deployment.status == "DEPLOY_FAILED" or deployment.status_trigger == "REPLICA_STARTUP_FAILED"
-    if has_failed and not is_starting:
+    # In an unhealthy deployment, all replicas have died, and Ray Serve starts new ones, without end if they fail.
+    is_unhealthy = deployment.status == "UNHEALTHY"
+    if has_failed and (is_unhealthy or not is_starting):
         return "failed"
     if deployment.status == "UPSCALING":
         return "waking"
-    # In an unhealthy deployment, all replicas have died, and Ray Serve will start new ones.
-    return "loading" if is_starting or deployment.status in ("UPDATING", "UNHEALTHY") else "idle"
+    return "loading" if is_starting or is_unhealthy or deployment.status == "UPDATING" else "idle"
 
 
 def _worst_quality(qualities: Iterable[ModelQuality | None]) -> ModelQuality | None:

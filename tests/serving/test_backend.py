@@ -216,3 +216,23 @@ async def test_a_failed_update_cancels_only_calls_that_no_replica_has(monkeypatc
     assert not held.done()
     calls[0].answer()
     assert await held == _RESULT
+
+
+async def test_requests_do_not_wait_for_replicas_that_never_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only replica has died, and Ray Serve tries again and again to start another."""
+    model = SimpleNamespace(status="UNHEALTHY", status_trigger="", replica_states={"STARTING": 1}, message="")
+    application = SimpleNamespace(deployments={"small-sfx": model})
+    monkeypatch.setattr(model_states, "read_application", lambda _: application)
+    for name in ("_FRESH_S", "_USABLE_S"):
+        monkeypatch.setattr(model_states, name, 0.0)
+    monkeypatch.setattr(backend_module, "_LOAD_CHECK_S", 0.02)
+    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda _: PendingCall()), options=lambda: None)
+    backend = RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
+    assert (await backend.status())["small-sfx"].stage == "loading"
+    model.status_trigger = "REPLICA_STARTUP_FAILED"
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(ModelUnavailableError, match="failed to load again"):
+            await backend.generate("small-sfx", _REQUEST)
+    assert (await backend.status())["small-sfx"].stage == "failed"
+    model.status, model.replica_states = "HEALTHY", {"RUNNING": 1}
+    assert (await backend.status())["small-sfx"].stage == "ready"

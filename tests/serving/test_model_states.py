@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.patience import wait_until
 from tests.served.conftest import make_body
 from tests.serving.conftest import LAZY, TINY, model
 from tests.serving.launched import LaunchedServer, write_config
@@ -19,7 +22,13 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weight file of the model `fragile`, which tests may damage."""
+    return shutil.copytree(TINY, tmp_path_factory.mktemp("models") / "fragile") / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[LaunchedServer]:
     """Run a server: `tiny` is preloaded, `lazy` starts without replicas and has a short queue, `broken` cannot load."""
     folder = tmp_path_factory.mktemp("server")
     broken = tmp_path_factory.mktemp("models") / "broken"
@@ -31,6 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
             model("tiny", max_queue_s=1e6, replicas={"max_replicas": 1}),
             model("lazy", LAZY, max_queue_s=1.0, replicas=scaling),
             model("broken", str(broken)),
+            model("fragile", str(weights.parent)),
         ]
     }
     once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # `broken` can never start, so one attempt is enough
@@ -65,6 +75,22 @@ def test_unloadable_model_is_refused_long_before_the_deadline(server: LaunchedSe
     health = server.client.get("/health").json()
     assert health["models"]["broken"]["stage"] == "failed"
     assert health["status"] == "ok"
+
+
+def test_model_that_cannot_start_again_refuses_requests(server: LaunchedServer, weights: Path) -> None:
+    """Ray Serve tries to start it without end. Meanwhile, requests do not wait for their whole time limit."""
+    assert server.client.post("/generate", json=make_body(model="fragile")).status_code == 200
+    kept = weights.rename(weights.with_suffix(".kept"))
+    weights.write_bytes(b"nothing of use")
+    (replica,) = server.pids("ServeReplica:audio:fragile")
+    os.kill(replica, signal.SIGKILL)
+    response = server.client.post("/generate", json=make_body(model="fragile"))
+    assert response.status_code == 503
+    assert "fragile lost its replicas and failed to load again" in response.json()["detail"]
+    assert "retry-after" in response.headers
+    assert server.client.get("/health").json()["models"]["fragile"]["stage"] == "failed"
+    kept.rename(weights)
+    wait_until(lambda: server.client.post("/generate", json=make_body(model="fragile")).status_code == 200)
 
 
 def test_overload_is_a_503_with_a_retry_time(server: LaunchedServer) -> None:

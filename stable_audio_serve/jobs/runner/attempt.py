@@ -17,6 +17,7 @@ import structlog
 
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.errors import (
+    ModelRestartingError,
     ModelUnavailableError,
     OverloadedError,
     QuotaError,
@@ -128,7 +129,7 @@ class Attempt:
         if isinstance(error, QuotaError):  # a section of a long piece waits for the next minute of the client's key
             delay_s = error.retry_after_s or self._context.pauses.last_retry_s
             return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts - 1)
-        if isinstance(error, OverloadedError):
+        if isinstance(error, OverloadedError | ModelRestartingError):
             return await self._requeue_refused(error)
         if isinstance(error, ModelUnavailableError | StorageError | UnknownModelError):
             # UnknownModelError too: another server that shares the job database may know the model.
@@ -195,8 +196,8 @@ class Attempt:
         self._context.metrics.increment("job_retries", reason=error.kind)
         return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts)
 
-    async def _requeue_refused(self, error: OverloadedError) -> Job | None:
-        """Requeue the job because a full engine refused it. The attempt does not count."""
+    async def _requeue_refused(self, error: OverloadedError | ModelRestartingError) -> Job | None:
+        """Requeue the job because a full engine refused it, or no replica runs. The attempt does not count."""
         pauses = self._context.pauses
         delay_s = min(error.retry_after_s or pauses.retry_s, pauses.last_retry_s)
         self._context.capacity.refuse(self.job.spec.model, self.job.spec.client, for_s=delay_s)

@@ -14,6 +14,7 @@ from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     GenerationError,
     InvalidRequestError,
+    ModelRestartingError,
     ModelUnavailableError,
     OverloadedError,
     StableAudioError,
@@ -118,8 +119,9 @@ async def test_lasting_unavailability_makes_a_retryable_dead_letter(
     await until(lambda: len(workshop.files()) == 1)
 
 
-async def test_full_engine_delays_a_job_without_counting_an_attempt(workshop: Workshop) -> None:
-    workshop.backend = FailingBackend(*[OverloadedError("busy", retry_after_s=0.05)] * 5)
+@pytest.mark.parametrize("kind", [OverloadedError, ModelRestartingError])
+async def test_full_or_restarting_engine_counts_no_attempt(workshop: Workshop, kind: type[StableAudioError]) -> None:
+    workshop.backend = FailingBackend(*[kind("not now", retry_after_s=0.05)] * 5)
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec()))
     assert (job.state, job.attempts) == ("succeeded", 1)
