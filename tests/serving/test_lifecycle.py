@@ -209,7 +209,7 @@ def test_failed_start_of_ray_is_one_sentence(tmp_path: Path) -> None:
     ) as launcher:
         freeze_child(launcher, "gcs_server")  # Ray's first process is frozen, as if it got no CPU time
         output, _ = launcher.communicate(timeout=PATIENCE_S)
-    assert launcher.returncode == 2
+    assert launcher.returncode == 2, output
     assert "Traceback" not in output
     (sentence,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert sentence.startswith("error: Ray did not start: ")
