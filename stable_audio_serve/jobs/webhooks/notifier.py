@@ -119,12 +119,13 @@ class Notifier:
         )
         full = {client for client, count in clients.items() if client and count >= _MAX_PER_CLIENT}
         # Clients take turns. Otherwise, one that has many webhooks, which fail quickly, would delay those of others.
-        for left_out in (full | self._served, full):
-            if (notice := await asyncio.to_thread(claim, except_clients=left_out)) is not None:
-                self._served |= {notice.job.spec.client} - {""}
-                return notice
+        notice = await asyncio.to_thread(claim, except_clients=full | self._served)
+        if notice is None and self._served:
             self._served.clear()
-        return None
+            notice = await asyncio.to_thread(claim, except_clients=full)
+        if notice is not None and notice.job.spec.client:  # without keys, there is only one client
+            self._served.add(notice.job.spec.client)
+        return notice
 
     def _begin(self, notice: Notice) -> None:
         pair = notice.job.spec.client, notice.host
