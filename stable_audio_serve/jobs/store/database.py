@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +28,6 @@ _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
 _LEAST_ROOM_BYTES = 1_048_576
 _CHECK_FILE_EVERY_S = 1.0
-# How long a checkpoint of SQLite's write-ahead log lasts at most on a busy machine, and the pause between two attempts
-# to read the file during a checkpoint. In seconds.
-_CHECKPOINT_S, _CHECKPOINT_PAUSE_S = 3.0, 0.02
 
 # Defaults of psycopg's connection options. They detect a database server that vanishes without closing the connection.
 # The times are in seconds, except `tcp_user_timeout`, which is in milliseconds.
@@ -110,7 +106,6 @@ class Database:
         self._lock = threading.Lock()
         self._is_ready = False
         self._file_checked_at = float("-inf")
-        self._is_faulty = False
 
     def __str__(self) -> str:
         if self.is_sqlite:
@@ -218,25 +213,7 @@ class Database:
             self._file_checked_at = time.monotonic()
 
     def _require_same_file(self) -> None:
-        """Read the database's identity and compare it with the expected one. Raises StoreMovedError if they differ.
-
-        SQLite's file is read without locks. A read can fail during a checkpoint, so a failed read is repeated for up to
-        `_CHECKPOINT_S`. After that, the next calls try only once, until a read succeeds.
-        """
-        give_up_at = time.monotonic() + (_CHECKPOINT_S if self.is_sqlite and not self._is_faulty else 0.0)
-        while True:
-            try:
-                self._read_identity()
-            except (sa.exc.DBAPIError, sqlite3.Error):
-                self._is_faulty = self._is_faulty or time.monotonic() >= give_up_at
-                if self._is_faulty:
-                    raise
-                time.sleep(_CHECKPOINT_PAUSE_S)
-            else:
-                self._is_faulty = False
-                return
-
-    def _read_identity(self) -> None:
+        """Read the database's identity and compare it with the expected one. Raises StoreMovedError if they differ."""
         with self._identity_reader.connect() as connection:
             found = find_identity(connection)
         # Before the first checkpoint, the identity is only in SQLite's log, so the file does not have it.

@@ -142,8 +142,8 @@ def create_engine_without_log(file: DatabaseFile) -> sa.Engine:
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(file.uri_without_log(), uri=True)
-        # A checkpoint omits pages that changed after a reader began. Then the file can be shorter than its header says,
-        # until the next checkpoint. SQLite calls such a file malformed, except with this option.
+        # The file can be shorter than its header says: during a checkpoint, and until the next one, because they omit
+        # pages that changed after a reader began. SQLite calls such a file malformed, except with this option.
         connection.execute("PRAGMA writable_schema = ON")
         return connection
 
