@@ -179,16 +179,20 @@ class ModelChecks:
             alone = took_s * 1000.0 / (prices.of_request(trial) or 1.0)
             times_s = [alone * prices.of_request(clip) / 1000.0 for clip in (short, long)]
             per_minute = 60_000.0 / (min(alone, 1.0) * prices.of_request(long))
-            count = round(per_minute, 1) if per_minute < 10 else round(per_minute)
             return (
-                f"a clip of {short.duration_s:.3g} s takes about {times_s[0]:.2g} s, of {long.duration_s:.3g} s "
-                f"{times_s[1]:.2g} s; about {count} of the latter a minute "
+                f"a clip of {short.duration_s:.3g} s takes about {_rounded(times_s[0])} s, of {long.duration_s:.3g} s "
+                f"{_rounded(times_s[1])} s; about {_rounded(per_minute)} of the latter a minute "
                 f"({engine.device.type}, {engine.dtype}, {engine.mode} mode, ready after {ready_s:.1f} s)"
             )
         except ModelUnavailableError as error:
             raise error.__cause__ or error from None  # the cause, a failed warm-up, says more
         finally:
             await engine.close()
+
+
+def _rounded(number: float) -> str:
+    """Return two significant digits, without an exponent."""
+    return f"{float(f'{number:.2g}'):g}"
 
 
 def _fit_machine(weights: int) -> tuple[str, bool]:
