@@ -63,7 +63,6 @@ from stable_audio_serve.jobs.store.client_jobs import Added
 T = TypeVar("T")
 
 _BUSY_RETRY_S = 5.0
-_BUDGET_S = 900.0  # time limit of a request without a deadline: three times the default of `max_queue_s`
 _SOURCE_MARGIN_S = 1.0
 
 
@@ -296,7 +295,7 @@ class Service:
         raise kinds.get(failed.code, GenerationError)(failed.message)
 
     async def _generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
-        budget_s = request.deadline_s or min(_BUDGET_S, self.settings.api.max_deadline_s)
+        budget_s = request.deadline_s or self.settings.api.default_deadline_s
         left_s = budget_s - (self.clock.monotonic() - started_at)
         if left_s <= 0:
             raise DeadlineExceededError("deadline_s: the time budget ran out before the generation started")

@@ -25,6 +25,7 @@ from stable_audio_serve.core.setting_types import (
 from stable_audio_serve.core.sound import Peaks
 
 _MOST_STEPS = 50  # default of `max_steps`, as in the servers whose API the native API follows
+_DEADLINE_S = 900.0  # three times the default of `max_queue_s`
 
 
 class ApiSettings(Section):
@@ -78,6 +79,11 @@ class ApiSettings(Section):
     def most_steps(self, default_steps: int) -> int:
         """Return the largest number of steps that the native API accepts for a model with this default."""
         return max(_MOST_STEPS, default_steps) if self.max_steps is None else self.max_steps
+
+    @property
+    def default_deadline_s(self) -> float:
+        """The time budget of a request that sets none, seconds."""
+        return min(_DEADLINE_S, self.max_deadline_s)
 
     @property
     def has_keys(self) -> bool:

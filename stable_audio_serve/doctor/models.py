@@ -107,7 +107,12 @@ class ModelChecks:
         """Load the model, generate a short clip, and predict the times of longer ones."""
         if self._folders is None or not self._fits:
             return  # `doctor` downloads no weights; the lines above have the reason
-        yield Finding(f"{self.name}: speed", "ok", asyncio.run(self._measure()))
+        message, clip_s = asyncio.run(self._measure())
+        limits = self._settings.api
+        is_slow = clip_s > limits.default_deadline_s
+        advice = f"requests end after {limits.default_deadline_s:g} s, jobs after {limits.max_deadline_s:g} s, unless "
+        advice += "they set `deadline_s`; use fewer steps or a smaller model"
+        yield Finding(f"{self.name}: speed", "warning" if is_slow else "ok", message, advice if is_slow else None)
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # for the next model
@@ -161,7 +166,8 @@ class ModelChecks:
         words = f"the GPU's {total / 1e9:.1f} GB ({free / 1e9:.1f} free), requests up to {rows / 1e9:.2f} GB"
         return words, rows >= _LEAST_ROWS_BYTES
 
-    async def _measure(self) -> str:
+    async def _measure(self) -> tuple[str, float]:
+        """Return a description of the speed, and the predicted time of the longer clip in seconds."""
         began_at = time.monotonic()
         gpu_share, num_gpus = self._gpu_share, self._num_gpus
         engine = engines.load_engine(self._settings, self._model, gpu_share=gpu_share, cluster_gpus=num_gpus)
@@ -179,11 +185,12 @@ class ModelChecks:
             alone = took_s * 1000.0 / (prices.of_request(trial) or 1.0)
             times_s = [alone * prices.of_request(clip) / 1000.0 for clip in (short, long)]
             per_minute = 60_000.0 / (min(alone, 1.0) * prices.of_request(long))
-            return (
+            message = (
                 f"a clip of {short.duration_s:.3g} s takes about {_rounded(times_s[0])} s, of {long.duration_s:.3g} s "
                 f"{_rounded(times_s[1])} s; about {_rounded(per_minute)} of the latter a minute "
                 f"({engine.device.type}, {engine.dtype}, {engine.mode} mode, ready after {ready_s:.1f} s)"
             )
+            return message, times_s[1]
         except ModelUnavailableError as error:
             raise error.__cause__ or error from None  # the cause, a failed warm-up, says more
         finally:

@@ -162,13 +162,15 @@ def test_a_model_that_exceeds_the_machine_is_not_loaded(monkeypatch: pytest.Monk
 
 def test_the_speed_of_a_slow_machine_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     async def take_minutes(*_: object) -> float:
-        return 100.0
+        return 1000.0
 
     monkeypatch.setattr(models, "_time", take_minutes)
     speed = findings(models=[{"name": "demo", "device": "cpu", "engine": {"warmup_budget_s": 0.2}}])["demo: speed"]
     numbers = re.match(r"a clip of 10 s takes about (\d+) s, of 30 s (\d+) s; about \d", speed["message"])
     assert numbers, speed["message"]
-    assert 100 < int(numbers[1]) <= int(numbers[2])
+    assert 1000 < int(numbers[1]) <= int(numbers[2])
+    assert speed["state"] == "warning"
+    assert "requests end after 900 s, jobs after 3600 s" in speed["advice"]
 
 
 def test_a_taken_port_fails(folder: Path) -> None:
