@@ -59,9 +59,7 @@ def _unset(description: str | None = None) -> Any:
 class _Part(BaseModel):
     """Base of the Pydantic models in a recipe. Refuses unknown keys, values of another type and non-finite numbers."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), title=None
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, title=None)
 
 
 class RecipeSource(_Part):

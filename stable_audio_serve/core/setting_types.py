@@ -110,4 +110,4 @@ def check_signing_secret(secret: SecretStr) -> SecretStr:
 class Section(BaseModel):
     """Base of every section. Sections are frozen and refuse unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid")

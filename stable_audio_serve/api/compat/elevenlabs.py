@@ -70,7 +70,7 @@ _Styles = Annotated[tuple[_Style, ...], Field(max_length=50)]
 class _Body(BaseModel):
     """Base of the request models. Unknown fields are ignored, as by the original."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 def _refuse_source(value: object) -> None:

@@ -48,7 +48,7 @@ class File(BaseModel):
 class ClipInput(BaseModel):
     """The fields that both APIs have. Each API sets its own ranges for the start and the steps."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     prompt: Prompt = Field(description="Description of the sound.")
     seconds_start: WholeNumber

@@ -86,7 +86,7 @@ _Strength = Annotated[Finite, Field(json_schema_extra={"minimum": 0, "maximum": 
 class TextForm(BaseModel):
     """Fields of every generation."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=10_000)] = Field(
         description="Description of the sound.", json_schema_extra={"pattern": NOT_BLANK}

@@ -88,7 +88,6 @@ class AudioBody(BaseModel):
     model_config = ConfigDict(
         extra="ignore",
         frozen=True,
-        protected_namespaces=(),
         json_schema_extra={
             "examples": [
                 {

@@ -112,7 +112,7 @@ def _without_default(schema: dict[str, Any]) -> None:
 class Controls(BaseModel):
     """Fields of every generation request. Unknown fields are kept, so that the response can list them."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     prompt: Prompt = Field(
         description="Description of the sound. Not required with `prompts`.", examples=["warm analog pad, slow attack"]

@@ -79,7 +79,7 @@ class Endpoint:
         names = (_NAMES_OF_3 if self.model else _NAMES_OF_25)[self.operation].split()
         fields: dict[str, Any] = {name: self._fields[name] for name in names + ["loras"] * self.takes_adapters}
         name = re.sub(r"\W+", " ", self.id.removeprefix("fal-ai/")).title().replace(" ", "")
-        config = ConfigDict(extra="ignore", protected_namespaces=())
+        config = ConfigDict(extra="ignore")
         return create_model(f"{name}Input", __config__=config, **fields)
 
     @property

@@ -107,7 +107,7 @@ ModelType = Annotated[
 class Wire(BaseModel):
     """Base of all request models. `rules` has the dialect's message for each field that may be invalid."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     rules: ClassVar[Mapping[str, str]] = {
         "prompt": "must be a string of at most 100000 characters",
