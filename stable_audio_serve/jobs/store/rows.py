@@ -77,11 +77,8 @@ def _outline(row: sa.Row[Any]) -> JobSpec:
         model=row.model,
         mode="text-to-audio",
         request=GenerationRequest(prompt="", duration_s=0.0, seed=0, priority=row.priority),
-        webhook_url=row.webhook_url,
         client=row.client,
         id_is_chosen=row.id_is_chosen,
-        idempotency_key=row.idempotency_key,
-        fingerprint=row.fingerprint,
     )
 
 

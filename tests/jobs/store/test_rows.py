@@ -36,12 +36,12 @@ class TestUnreadableJobs:
             connection.execute(sa.update(JOBS).where(JOBS.c.id == job.spec.id).values(columns))
 
     def test_unreadable_job_keeps_the_fields_of_its_columns(self, store: JobStore) -> None:
-        job = add(store, client="me", webhook_url="https://a.example/")
+        job = add(store, client="me", priority="batch", id_is_chosen=True)
         self.spoil(store, job, spec='{"prompt": "rain"}')
         now = find(store, job)
         assert (now.is_readable, now.state, now.created_at) == (False, "queued", job.created_at)
         assert (now.spec.id, now.spec.model, now.spec.client) == (job.spec.id, job.spec.model, "me")
-        assert now.spec.webhook_url == "https://a.example/"
+        assert (now.spec.request.priority, now.spec.id_is_chosen) == ("batch", True)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"id": 7}'])
     def test_other_jobs_continue(self, store: JobStore, wall: Wall, text: str) -> None:
