@@ -135,7 +135,7 @@ class JobRunner:
             await self._reclaim()
         self._heartbeat.start()
         if self._notifier is not None:
-            self._notifier.start(on_postponed=self.wake)
+            self._notifier.start()
         self._loop_task = asyncio.create_task(self._run_loop())
         sweep_s = min(_SWEEP_S, self._settings.orphan_after_s / _SWEEPS_PER_AGE)
         background = (

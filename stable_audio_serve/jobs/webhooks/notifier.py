@@ -74,11 +74,9 @@ class Notifier:
         self._deliveries: set[asyncio.Task[None]] = set()
         self._due = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
-        self._on_postponed: Callable[[], None] = lambda: None
 
-    def start(self, *, on_postponed: Callable[[], None] = lambda: None) -> None:
-        """Start the background task. `on_postponed` is called when a delivery has failed and a retry is scheduled."""
-        self._on_postponed = on_postponed
+    def start(self) -> None:
+        """Start the background task."""
         self._loop_task = asyncio.create_task(self._run_loop())
 
     def deliver_due(self) -> None:
@@ -172,7 +170,6 @@ class Notifier:
             delay_s = self._retry_delays_s[notice.attempt - 1] * random.uniform(1 - _JITTER, 1 + _JITTER)
             log.warning("webhook not delivered", reason=failure, retry_in_s=round(delay_s, 1))
             await asyncio.to_thread(self._outbox.postpone, notice, delay_s=delay_s)
-            self._on_postponed()
             return
         log.info("webhook ended", outcome=outcome, reason=failure)
         await asyncio.to_thread(self._outbox.remove, notice)
