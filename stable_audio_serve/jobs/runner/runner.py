@@ -130,9 +130,7 @@ class JobRunner:
         self._recording: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Requeue the jobs of dead runners, then run jobs until `close` is called."""
-        with suppress(StorageError):  # then the loop below tries again
-            await self._reclaim()
+        """Run jobs until `close` is called."""
         self._heartbeat.start()
         if self._notifier is not None:
             self._notifier.start()
