@@ -69,7 +69,6 @@ def prepare_stores(settings: Settings) -> PreparedStores:
     store = open_store(settings)
     try:
         store.database.prepare()
-        store.database.check_writable()
         identity = store.identity()
         # Claim the artifact store early: the sweeper deletes only files that are newer than the claim.
         artifacts.claim(identity)

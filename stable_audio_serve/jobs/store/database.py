@@ -20,7 +20,7 @@ from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFul
 from stable_audio_serve.jobs.store import sqlite
 from stable_audio_serve.jobs.store.errors import at_start, at_work, config_error
 from stable_audio_serve.jobs.store.migrations.upgrade import require_known, upgrade
-from stable_audio_serve.jobs.store.tables import IDENTITY, JOBS
+from stable_audio_serve.jobs.store.tables import IDENTITY
 
 _POOL_SIZE = 8
 _POOL_OVERFLOW = 8
@@ -182,22 +182,16 @@ class Database:
     def prepare(self) -> None:
         """Create or upgrade the tables, if that is necessary.
 
-        Raises ConfigError with the reason if the database server is unreachable, denies access, or has tables of a
-        newer version.
+        Raises ConfigError with the reason if the database server is unreachable, denies access, is read-only, or has
+        tables of a newer version.
         """
         with at_start(self):
             self._make_ready()
 
-    def check_writable(self) -> None:
-        """Raise ConfigError with the reason if the database is read-only, or if the database user may not write."""
-        with at_start(self), self.engine.begin() as connection:
-            connection.execute(sa.delete(JOBS).where(sa.false()))
-
     def rehearse(self) -> None:
-        """Do what `prepare` and `check_writable` do, then undo all changes. A missing SQLite file is still created."""
+        """Do what `prepare` does, then undo all changes. A missing SQLite file is still created."""
         with at_start(self), self.engine.connect() as connection, connection.begin() as transaction:
             self._prepare(connection)
-            connection.execute(sa.delete(JOBS).where(sa.false()))
             transaction.rollback()
 
     def close(self) -> None:
