@@ -144,12 +144,6 @@ def _in_pieces(message: Message) -> Iterator[Message]:
         yield {**message, "body": body[start:stop], "more_body": stop < len(body) or message.get("more_body", False)}
 
 
-def _name_client(scope: Scope) -> str:
-    """Return the name of the client: of its API key or its address, or before the route is known, its address."""
-    caller: Caller | None = scope["state"].get("caller")
-    return caller.name if caller else (scope.get("client") or ("",))[0]
-
-
 class Connection:
     """The `receive` and `send` of one request, with limits. Call the methods `accept_*` before the body is read.
 
@@ -318,7 +312,8 @@ class Connection:
             raise HTTPException(408, f"body: {reason}", headers=_CLOSE) from error
 
     async def _take_slot(self) -> None:
-        client, num_slow = _name_client(self._scope), self._held.num_slow
+        caller: Caller | None = self._scope["state"].get("caller")  # routes set it before they read the body
+        client, num_slow = caller.name if caller else "", self._held.num_slow
         if num_slow.total() >= self._times.max_slow or num_slow[client] >= self._times.max_slow_per_client:
             await self._drop_rest({"more_body": True}, max_bytes=2 * self._max_bytes)
             raise HTTPException(503, "body: too many slow uploads are in progress; retry later", headers=_BUSY)
