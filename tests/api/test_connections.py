@@ -443,3 +443,19 @@ async def test_a_handler_is_cancelled_once_if_the_server_cancels_it_too() -> Non
     await asyncio.wait({handling}, timeout=PATIENCE_S)
     assert handling.cancelled()
     assert has_ended.is_set()
+
+
+async def test_only_a_part_of_an_unread_body_is_dropped() -> None:
+    num_received, headers = 0, {}
+
+    async def receive() -> Message:
+        nonlocal num_received
+        num_received += 1
+        return {"type": "http.request", "body": bytes(2**20), "more_body": num_received < 64}
+
+    async def send(message: Message) -> None:
+        headers.update(message.get("headers", ()))
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-length", b"67108864")]}
+    await LimitsMiddleware(Response("no"), limits=ApiSettings())(scope, receive, send)
+    assert (num_received, headers[b"connection"]) == (16, b"close")

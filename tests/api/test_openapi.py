@@ -73,6 +73,16 @@ def test_operation_names_are_unique(paths: dict[str, dict[str, Any]], key: str) 
     assert [name for name, number in counts.items() if number > 1] == []
 
 
+def test_every_parameter_has_a_type(paths: dict[str, dict[str, Any]]) -> None:
+    found = {
+        (path, parameter["name"]): parameter["schema"].keys() & {"type", "anyOf", "$ref"}
+        for path, operations in paths.items()
+        for operation in operations.values()
+        for parameter in operation.get("parameters", ())
+    }
+    assert [place for place, kinds in found.items() if not kinds] == []
+
+
 def test_job_audio_and_dialect_health_are_described(paths: dict[str, dict[str, Any]]) -> None:
     assert {"200", "404", "409"} <= set(paths["/jobs/{job_id}/audio"]["get"]["responses"])
     assert {"200", "500"} <= set(paths["/saos/health"]["get"]["responses"])

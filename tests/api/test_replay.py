@@ -101,9 +101,11 @@ async def test_text_to_audio_is_recreated_exactly(real: httpx.AsyncClient) -> No
 @in_module_loop
 async def test_long_piece_is_recreated_exactly(real: httpx.AsyncClient) -> None:
     sections = [{"duration": 1}, {"duration": 1.5, "prompt": "hail"}, {"duration": 1}]
-    finishing = {"loudness": {"target_lufs": -20}, "fade_in_s": 0.5, "response_format": "flac", "steps": 2}
-    original = await wait(real, await submit(real, duration=3.5, sections=sections, overlap_s=0.5, **finishing))
+    finishing = {"loudness": {"target_lufs": -20}, "fade_in_s": 0.5, "response_format": "flac", "peaks": "clip"}
+    fields = {"duration": 3.5, "sections": sections, "overlap_s": 0.5, "steps": 2, **finishing}
+    original = await wait(real, await submit(real, **fields))
     (recipe,) = original["recipes"]
+    assert recipe["peaks"] == "clip"
     ticket = await real.post(REPLAY, json=recipe)
     assert ticket.status_code == 202, ticket.text
     again = await wait(real, ticket.json())

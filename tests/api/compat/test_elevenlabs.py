@@ -382,8 +382,10 @@ async def test_client_that_leaves_while_its_piece_is_added_cancels_it(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_all, is_adding, may_add = ClientJobs.add_all, threading.Event(), threading.Event()
+    awaited: list[bool] = []
 
     def add_late(*args: Any) -> Any:
+        awaited.extend(spec.is_awaited for spec in args[1])  # a drain does not requeue the jobs of such requests
         is_adding.set()
         may_add.wait()
         return add_all(*args)
@@ -397,7 +399,7 @@ async def test_client_that_leaves_while_its_piece_is_added_cancels_it(
         may_add.set()
         await asyncio.gather(sending, return_exceptions=True)
         jobs = (await client.get("/v1/status")).json()["jobs"]
-        assert (jobs["queued"], jobs["cancelled"]) == (0, 1)
+        assert (jobs["queued"], jobs["cancelled"], awaited) == (0, 1, [True])
 
 
 @pytest.mark.server

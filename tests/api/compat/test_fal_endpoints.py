@@ -500,7 +500,11 @@ async def test_slow_name_servers_of_one_client_do_not_affect_another(monkeypatch
 async def test_queued_requests_have_links_of_their_application(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, prefix: str
 ) -> None:
-    for endpoint in (f"{SMALL}/audio-to-audio", "fal-ai/stable-audio-25/text-to-audio"):
+    for endpoint, sources in (
+        (f"{SMALL}/audio-to-audio", (True, False)),
+        (f"{SMALL}/audio-inpainting", (False, True)),
+        ("fal-ai/stable-audio-25/text-to-audio", (False, False)),
+    ):
         app = "/".join(endpoint.split("/")[:2])
         ticket = (await post(client, endpoint, prefix=prefix, seed=3)).json()
         url = f"http://localhost{prefix}/{app}/requests/{ticket['request_id']}"
@@ -508,6 +512,7 @@ async def test_queued_requests_have_links_of_their_application(
         output = (await finished(client, url)).json()
         assert output.keys() == {row["field"] for row in TABLE[endpoint] if row["direction"] == "out"}
         assert output["seed"] == backend.last.seed == 3
+        assert (backend.last.init_audio is not None, backend.last.inpaint_audio is not None) == sources
         assert (await client.get(output["audio"]["url"])).status_code == 200
 
 

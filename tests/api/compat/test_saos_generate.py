@@ -43,6 +43,7 @@ async def test_documented_request_returns_a_file(client: httpx.AsyncClient, back
     assert (model, reply.headers["x-model"]) == ("small-sfx", "small-sfx")
     assert (request.prompt, request.steps, request.cfg_scale, request.seed) == (body["prompt"], 8, 1.0, 12345)
     assert (request.init_audio, request.sampler, request.start_s, request.batch_size) == (None, None, 0.0, 1)
+    assert request.conditioned_total_s == 12.0  # the window of 11.89 s, rounded up
 
 
 async def test_unset_fields_have_the_documented_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None:

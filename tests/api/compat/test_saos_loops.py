@@ -246,7 +246,7 @@ async def test_loop_in_the_style_of_an_upload(client: httpx.AsyncClient, backend
     assert set(metadata) == LOOP_KEYS
     assert (metadata["style_transfer"], metadata["style_strength"]) == (True, 0.4)
     request = backend.last
-    assert request.init_noise_level == 0.4
+    assert (request.init_noise_level, request.conditioned_total_s) == (0.4, 12.0)
     assert request.init_audio is not None
     assert request.init_audio.samples.shape == (1, 22_050)
 

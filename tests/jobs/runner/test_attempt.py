@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from stable_audio_serve.core.errors import (
+    DamagedFileError,
     DeadlineExceededError,
     GenerationError,
     InvalidRequestError,
@@ -117,6 +118,14 @@ async def test_lasting_unavailability_makes_a_retryable_dead_letter(
     job = await workshop.until(job, lambda job: job.state == "succeeded")
     assert workshop.backend.last.init_audio is not None
     await until(lambda: len(workshop.files()) == 1)
+
+
+async def test_job_whose_file_is_damaged_delays_no_other_job(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(DamagedFileError("the stored file is damaged"))
+    await workshop.start_runner(pauses=replace(SHORT_PAUSES, retry_s=1e6, last_retry_s=1e6))
+    damaged = await workshop.queue.submit(make_spec())
+    await workshop.until(damaged, lambda job: job.state == "queued" and job.attempts == 1)
+    assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
 
 
 @pytest.mark.parametrize("kind", [OverloadedError, ModelRestartingError])

@@ -24,9 +24,11 @@ def begin(
     model: str = "a",
     client: str = "",
     priority: Priority = "interactive",
+    num_sections: int = 1,
 ) -> None:
-    """Begin a job that is predicted to take `work` times half a second."""
-    capacity.begin(key, model=model, client=client, priority=priority, size=WorkSize(evaluations=work))
+    """Begin a job that is predicted to take `work` times half a second, the same time in each of its sections."""
+    size, at_once = WorkSize(evaluations=work), WorkSize(evaluations=work / num_sections)
+    capacity.begin(key, model=model, client=client, priority=priority, size=size, at_once=at_once)
 
 
 def is_open(capacity: Capacity, *, model: str = "a", client: str = "", priority: Priority = "interactive") -> bool:
@@ -169,6 +171,8 @@ def test_time_left_of_a_job_is_predicted(clock: FakeClock) -> None:
     capacity.advance("x", done=0.5)
     assert capacity.predict_end_s("x") == pytest.approx(2.5)
     assert capacity.predict_end_s("y") == pytest.approx(7.5)  # 2.5 s for the rest of x, then 5 s for y
+    begin(capacity, "piece", work=30.0, num_sections=3)
+    assert capacity.predict_end_s("piece") == pytest.approx(22.5)  # after the rest of x and y
     unpriced = make_capacity(clock, prices=None)
     begin(unpriced, "x", work=10.0)
     assert unpriced.predict_end_s("x") is None
