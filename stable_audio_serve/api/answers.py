@@ -172,15 +172,13 @@ def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
 
     Proxies limit headers to 4 to 16 kB. Long recipes are shortened. The header is left out if it is still too long.
     """
-    if not recipes:
-        return {}
     text = ""
     # Add up the prompt lengths before creating JSON: the JSON of a long recipe can have 600 kB.
     if sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES:
         text = ", ".join(recipe.to_json() for recipe in recipes)
     if not 0 < len(text) <= _MOST_RECIPE_BYTES:
         text = ", ".join(recipe.to_short_json() for recipe in recipes)
-    return {RECIPE: text} if len(text) <= _MOST_RECIPE_BYTES else {}
+    return {RECIPE: text} if 0 < len(text) <= _MOST_RECIPE_BYTES else {}
 
 
 def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[str, str]:

@@ -25,6 +25,7 @@ async def test_published_file_can_be_downloaded(client: httpx.AsyncClient, jobs:
     assert reply.headers["content-type"] == "audio/wav"
     assert reply.headers["content-disposition"] == 'attachment; filename="a.wav"'
     assert reply.headers["x-content-type-options"] == "nosniff"
+    assert "x-recipe" not in reply.headers
 
 
 @pytest.mark.parametrize(
