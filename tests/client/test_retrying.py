@@ -5,9 +5,10 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import httpx
 import pytest
 
-from stable_audio_serve.client import Retries
+from stable_audio_serve.client import Client, Retries
 from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core import errors
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
@@ -95,6 +96,14 @@ async def test_an_unreachable_server_is_retried(asked: tuple[object, ...], conne
     call = connect(f"http://127.0.0.1:{port}", retries=Retries(most=2, first_pause_s=0.01))
     with pytest.raises(errors.UnreachableError, match=f"http://127.0.0.1:{port} did not answer"):
         await call(*asked)
+
+
+@pytest.mark.parametrize("body", ["<html>Bad Gateway</html>", '["no object"]', ""])
+async def test_an_error_page_of_a_proxy_is_an_error_of_the_client(body: str) -> None:
+    http = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(502, text=body)))
+    error = pytest.raises(errors.UnreachableError, match=r"^the server answered 502 Bad Gateway$")
+    with Client("http://localhost", http=http, retries=Retries(most=0)) as client, error:
+        client.models()
 
 
 async def test_an_interrupted_answer_is_retried(connect: Callable[..., Caller]) -> None:

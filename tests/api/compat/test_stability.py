@@ -190,6 +190,7 @@ async def test_wrong_values_are_400_by_name(
         *((TEXT_2, {"model": "stable-audio-2", "steps": value}, "30 to 100") for value in (3, 29, 101)),
         *((path, {"strength": 1.1}, bounds) for path, bounds in ((VARY, "0 to 1"), (VARY_2, "0.01 to 1"))),
         (VARY_2, {"strength": -0.1}, "0.01 to 1"),
+        (VARY_2, {"model": "stable-audio-2", "strength": -0.1}, "0 to 1"),
     ],
 )
 async def test_refusals_name_the_bounds_that_apply(
