@@ -13,6 +13,7 @@ import typer
 
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured, read_configuration, say
 from stable_audio_serve.cli.messages import fail, plain_errors
+from stable_audio_serve.launcher.output import tolerate_lost_output
 
 if TYPE_CHECKING:
     from stable_audio_serve.core.setting_types import ProxyKind
@@ -81,6 +82,7 @@ def serve(
 
     Starts Ray on this machine, and stops it at the end.
     """
+    tolerate_lost_output()
     with plain_errors():
         found = read_configuration(file)
     _run_server(found, host=host, port=port, metrics_port=metrics_port, proxy=proxy)
@@ -101,6 +103,7 @@ def serve_as_stable_audio_3(
 
     if reload:
         raise fail("--reload: not supported; restart the server after a change")
+    tolerate_lost_output()
     with plain_errors():
         if find_serve_file(None) == PACKAGED_FILE:
             say("no serve_config.yaml here; serving small-sfx, small-music and medium like the Stable Audio 3 server")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from stable_audio_serve.cli import app
+from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
-from tests.serving.launched import free_port, write_config
+from tests.serving.launched import command, free_port, write_config
 
 _TINY = {"models": [{"name": "tiny", "path": TINY}]}
 
@@ -33,3 +35,10 @@ def test_a_config_fault_is_named_and_stops_startup(
     assert result.exit_code == 2
     (error,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert named in error
+
+
+def test_a_start_does_not_fail_because_its_output_is_lost(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command_line = command(write_config(tmp_path, {"modles": []}))
+        done = subprocess.run(command_line, stdout=full, stderr=full, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 2  # because of the configuration
