@@ -246,8 +246,11 @@ def _snapshot(entry: ModelEntry) -> Path | None:
         )
     except LocalEntryNotFoundError:
         return None
-    except _ERRORS as error:
+    except HFValidationError as error:
         raise _failure(error, entry) from error
+    except (OSError, ValueError) as error:  # the hub was not asked
+        place = _blobs(Path(constants.HF_HUB_CACHE), _repository(entry)).parent
+        raise CheckpointError(f"{place} cannot be read ({_first_line(error)}): repair or delete it") from error
     return Path(folder)
 
 

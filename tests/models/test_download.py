@@ -143,6 +143,14 @@ def test_a_truncated_cached_file_is_named(tmp_path: Path) -> None:
     assert message.startswith(f"{weights} is corrupt or incomplete")
 
 
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    with running_hub({"lab/model": Repo(FILES)}) as hub:
+        cached = Path(download(tmp_path, endpoint=hub.url)["folder"]).parent.parent
+        (cached / "refs" / "main").write_bytes(b"\xff")
+        message = refusal(tmp_path, "repair or delete it", endpoint=hub.url)
+    assert message.startswith(f"{cached} cannot be read ('utf-8' codec")
+
+
 def test_a_gated_repository_needs_a_token_with_accepted_terms(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES, gated=True, token="good")}) as hub:
         message = refusal(tmp_path, "lab/model is gated", endpoint=hub.url)
