@@ -179,11 +179,15 @@ class ModelWatch:
             return
         if application is None:
             return
+        self._answered_at = time.monotonic()
+        if not application.deployments:
+            # While Ray Serve builds an update, and after it refused one, it lists no deployments, but their replicas
+            # run. So the last stages are kept.
+            return
         stages = {name: _stage(application, name) for name in self._names}
         for name, stage in stages.items():
             if stage == "ready":
                 self._handles[name].options()  # starts the model's router, which then receives statistics
-        self._answered_at = time.monotonic()
         self._models = {
             name: self._model_status(name, stage, application=application) for name, stage in stages.items()
         }

@@ -236,3 +236,18 @@ async def test_requests_do_not_wait_for_replicas_that_never_start(monkeypatch: p
     assert (await backend.status())["small-sfx"].stage == "failed"
     model.status, model.replica_states = "HEALTHY", {"RUNNING": 1}
     assert (await backend.status())["small-sfx"].stage == "ready"
+
+
+async def test_an_update_that_is_being_built_or_was_refused_changes_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile Ray Serve lists no deployments, but their replicas run."""
+    running = SimpleNamespace(status="HEALTHY", status_trigger="", replica_states={"RUNNING": 1}, message="")
+    application = SimpleNamespace(deployments={"small-sfx": running})
+    monkeypatch.setattr(model_states, "read_application", lambda _: application)
+    for name in ("_FRESH_S", "_USABLE_S"):
+        monkeypatch.setattr(model_states, name, 0.0)
+    handle: Any = SimpleNamespace(options=lambda: None)
+    backend = RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
+    assert (await backend.status())["small-sfx"].stage == "ready"
+    application.deployments.clear()
+    assert (await backend.status())["small-sfx"].stage == "ready"
+    assert backend.status_age_s < PATIENCE_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.patience import wait_until
+from tests.patience import PATIENCE_S, wait_until
 from tests.served.conftest import make_body
 from tests.serving.conftest import LAZY, TINY, model
 from tests.serving.launched import LaunchedServer, write_config
@@ -112,3 +113,16 @@ def test_autoscaling_settings_reach_serve(server: LaunchedServer) -> None:
     assert (lazy["min_replicas"], lazy["max_replicas"]) == (0, 2)
     assert lazy["policy"]["policy_kwargs"] == {"target_wait_s": 3}
     assert (lazy["upscale_delay_s"], lazy["downscale_delay_s"]) == (3, 123)
+
+
+def test_a_refused_configuration_leaves_the_server_ready(server: LaunchedServer) -> None:
+    """The last test, because Ray Serve lists no deployments from now on."""
+    with server.look_inside("tests.serving.redeploy", json.dumps({"modle": "tiny"})) as program:
+        program.communicate()
+    probes = []
+    deadline = time.monotonic() + PATIENCE_S
+    while "modle" not in server.output:
+        assert time.monotonic() < deadline, server.output
+        probes.append(server.client.get("/ready").status_code)
+    time.sleep(1.0)  # until the status was read again
+    assert {*probes, server.client.get("/ready").status_code} == {200}
