@@ -47,7 +47,7 @@ def drain(application: str, *, within_s: float, statistics_host: str, report: Ca
             report(f"finishing current requests within {within_s:g} s (a second signal stops at once) ...")
         while True:
             num_left = sum(_broadcast(runner)) + sum(_broadcast(ingress))
-            if not num_left and not _num_in_haproxy(statistics_host) and _are_drained(proxies):
+            if not num_left and not num_in_haproxy(statistics_host) and _are_drained(proxies):
                 return
             if time.monotonic() >= deadline_at:
                 report(f"cutting off what is still in flight after {within_s:g} s")
@@ -81,10 +81,11 @@ def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
     return [answer if isinstance(answer, int) else int(isinstance(answer, TimeoutError)) for answer in answers]
 
 
-def _num_in_haproxy(host: str) -> int:
+def num_in_haproxy(host: str) -> int:
     """Return how many responses HAProxy is still sending, as its statistics page shows.
 
-    A replica may have finished its response long before, because HAProxy buffers responses for slow clients.
+    A replica may have finished its response long before, because HAProxy buffers responses for slow clients. The number
+    is 0 if HAProxy does not run, and 1 if it does not answer in time.
     """
     if not ray_internals.has_haproxy():
         return 0
@@ -93,7 +94,7 @@ def _num_in_haproxy(host: str) -> int:
         page = httpx.get(url, timeout=_CALL_TIMEOUT_S, trust_env=False).raise_for_status().text
     except httpx.HTTPError as error:
         logger.debug("HAProxy does not answer: %s", error)
-        return 0
+        return int(isinstance(error, httpx.TimeoutException))
     rows = csv.DictReader(page.removeprefix("# ").splitlines())
     return sum(int(row["scur"]) for row in rows if row["svname"] == "BACKEND" and row["pxname"] != "stats")
 
