@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,8 @@ class _Commands(TyperGroup):
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
+            with suppress(OSError):
+                sys.stdout.close()  # otherwise Python writes the rest when it ends, and may end with another exit code
             raise fail(describe_os_error(error)) from error
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,10 +158,11 @@ def open_file(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
     if path.suffix in _PICKLES:
         raise UnusableError(f"is a pickle ({path.suffix}), which is not loaded for safety{_READ}")
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise UnusableError(f"is a folder{_READ}")
-        if not path.is_file():
-            raise UnusableError(f"was not found: there is no file {path.name}")
+        if not stat.S_ISREG(mode):  # opening it might block
+            raise UnusableError(f"is not a file{_READ}")
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size > max_bytes:
                 raise UnusableError(f"is larger than {max_bytes} bytes")
@@ -170,6 +172,8 @@ def open_file(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
                 raise UnusableError(f"{kinds.get(start[:4], 'is not a safetensors file')}{_READ}")
             file.seek(0)
             yield file
+    except FileNotFoundError as error:
+        raise UnusableError(f"was not found: there is no file {path.name}") from error
     except (OSError, ValueError) as error:
         raise UnusableError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

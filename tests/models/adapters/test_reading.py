@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,8 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     assert "there is no file none.safetensors" in refusal(tmp_path / "none.safetensors")
     assert str(tmp_path) not in refusal(tmp_path / "none.safetensors")
     assert "cannot be read" in refusal(tmp_path / ("x" * 300))
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert "is not a file" in refusal(tmp_path / "pipe.safetensors")
 
 
 @pytest.mark.parametrize(
