@@ -14,7 +14,7 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.doctor import machine
 from stable_audio_serve.doctor.findings import Finding, run_check
-from stable_audio_serve.doctor.models import ModelChecks
+from stable_audio_serve.doctor.models import ModelChecks, check_shared_memory
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.preflight import check_proxy
 from stable_audio_serve.serving.reservations import Slot, check_gpu_shares, require_room
@@ -56,15 +56,17 @@ class Examination:
         yield from run_check("HAProxy", partial(machine.check_haproxy, settings))
         yield from run_check("job store", partial(machine.check_job_store, settings))
         yield from run_check("files of jobs", partial(machine.check_files, settings))
-        for model in settings.models:
-            checks = ModelChecks(self.plan, model, num_gpus=self._num_gpus)
-            yield from run_check(f"{model.name}: files", checks.files)
-            yield from run_check(f"{model.name}: adapters", checks.adapters)
-            yield from run_check(f"{model.name}: memory", checks.memory)
-            yield from run_check(f"{model.name}: profile", checks.profile)
-            yield from run_check(f"{model.name}: speed", checks.speed)
+        models = [ModelChecks(self.plan, model, num_gpus=self._num_gpus) for model in settings.models]
+        for checks in models:
+            name = checks.name
+            yield from run_check(f"{name}: files", checks.files)
+            yield from run_check(f"{name}: adapters", checks.adapters)
+            yield from run_check(f"{name}: memory", checks.memory)
+            yield from run_check(f"{name}: profile", checks.profile)
+            yield from run_check(f"{name}: speed", checks.speed)
             if features:
-                yield from run_check(f"{model.name}: features", checks.features)
+                yield from run_check(f"{name}: features", checks.features)
+        yield from run_check("memory", partial(check_shared_memory, models))
 
     def _count_gpus(self) -> Iterator[Finding]:
         self._num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

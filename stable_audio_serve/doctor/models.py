@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ class ModelChecks:
         self._folders: tuple[Path, Path] | None = None  # the checkpoint and its text encoder, if both are here
         self._can_load = False  # the files are here or can be downloaded
         self._fits = False
+        self.cpu_bytes = 0  # of the weights, if they are on the CPU and their size is known
 
     @property
     def _gpu_share(self) -> float:
@@ -93,6 +94,7 @@ class ModelChecks:
             if self._can_load:
                 yield Finding(f"{self.name}: memory", "ok", "the size is unknown until the files are downloaded")
             return
+        self.cpu_bytes = weights if self._device.type == "cpu" else 0
         message, self._fits = (self._fit_gpu if self._device.type == "cuda" else _fit_machine)(weights)
         advice = None if self._fits else "stop other programs, serve a smaller model, or use a device with more memory"
         message = f"weights take {weights / 1e9:.2f} GB of {message}"
@@ -195,6 +197,17 @@ class ModelChecks:
             raise error.__cause__ or error from None  # the cause, a failed warm-up, says more
         finally:
             await engine.close()
+
+
+def check_shared_memory(checks: Sequence[ModelChecks]) -> Iterator[Finding]:
+    """Check that the machine's memory has room for the weights of all models on the CPU together."""
+    weights = [each.cpu_bytes for each in checks if each.cpu_bytes]
+    if len(weights) < 2:
+        return
+    message, fits = _fit_machine(sum(weights))
+    message = f"the weights of {len(weights)} models together take {sum(weights) / 1e9:.2f} GB of {message}"
+    advice = None if fits else "serve fewer models on this machine"
+    yield Finding("memory", "ok" if fits else "warning", message, advice)
 
 
 def _rounded(number: float) -> str:

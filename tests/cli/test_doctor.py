@@ -160,6 +160,16 @@ def test_a_model_that_exceeds_the_machine_is_not_loaded(monkeypatch: pytest.Monk
     assert "demo: speed" not in found
 
 
+@pytest.mark.parametrize(("gigabytes", "state"), [(5, "warning"), (10, "ok")])
+def test_models_that_fit_only_alone_are_named(monkeypatch: pytest.MonkeyPatch, gigabytes: int, state: str) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(models, "memory_bytes", lambda: gigabytes * 10**9)
+    found = findings(models=[{"name": name, "device": "cpu"} for name in ("small-sfx", "small-music")])
+    assert {found[f"{name}: memory"]["state"] for name in ("small-sfx", "small-music")} == {"ok"}
+    assert found["memory"]["state"] == state
+    assert "the weights of 2 models together take 5." in found["memory"]["message"]
+
+
 def test_the_speed_of_a_slow_machine_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     async def take_minutes(*_: object) -> float:
         return 1000.0
