@@ -23,13 +23,14 @@ from starlette.routing import Match
 
 from stable_audio_serve.api.json_values import MAX_MARKS, has_more_marks
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
-from stable_audio_serve.api.middleware.callers import current_client, find_caller
+from stable_audio_serve.api.middleware.callers import find_caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.limits import MAX_FIELDS_BYTES, ClientGoneError, connection_of
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
 from stable_audio_serve.core.errors import UnauthorizedError
+from stable_audio_serve.core.ids import current_client
 from stable_audio_serve.core.keys import ANYBODY, Scope
 
 ErrorRenderer = Callable[[Request, ExpectedError], Response]

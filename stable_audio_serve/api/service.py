@@ -20,7 +20,7 @@ from anyio import CancelScope
 from starlette.datastructures import UploadFile
 
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
-from stable_audio_serve.api.middleware.callers import Caller, current_client
+from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
@@ -51,6 +51,7 @@ from stable_audio_serve.core.errors import (
     UploadTooLargeError,
 )
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, Lora, Role, SourceAudio
+from stable_audio_serve.core.ids import current_client
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.private_files import read_chunks
 from stable_audio_serve.core.settings import Settings

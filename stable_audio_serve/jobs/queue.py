@@ -10,12 +10,13 @@ from contextvars import Context, copy_context
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from stable_audio_serve.artifacts.keys import file_key, upload_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.core.errors import ConflictError, StableAudioError, StorageError, StorageFullError
 from stable_audio_serve.core.generation import MadeOn
-from stable_audio_serve.core.ids import ClientId, JobId
+from stable_audio_serve.core.ids import ClientId, JobId, current_client
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import Contract, FinishedSection, Job, JobEvent, JobRef, JobSpec, State
 from stable_audio_serve.jobs.overview import JobsWatch
@@ -57,6 +58,7 @@ class JobQueue:
         self.overview = JobsWatch(store.operators)
         self._writers = ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="job-writes")
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="job-reads")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._submitting: asyncio.Task[None] | None = None
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added], Context]] = []
 
@@ -215,16 +217,16 @@ class JobQueue:
         """Run a query on a thread for queries. Raises StorageError after `_READ_TIMEOUT_S`.
 
         A database that has stopped answers nothing, and the limits that its server applies to queries have no effect.
+        The queries of a client run one after another. Otherwise the event loop would get the results of many polls of
+        one client at once, and would delay the requests of others.
         """
         run = copy_context().run  # so that log lines of the store carry the request's id
-        reading = asyncio.get_running_loop().run_in_executor(self._readers, run, query)
+        turn = self._turns.setdefault(current_client.get(), asyncio.Lock())
         try:
-            await asyncio.wait({reading}, timeout=_READ_TIMEOUT_S)
-            if not reading.done():
-                raise StorageError("the job database does not answer")
-            return reading.result()
-        finally:
-            reading.cancel()
+            async with asyncio.timeout(_READ_TIMEOUT_S), turn:
+                return await asyncio.get_running_loop().run_in_executor(self._readers, run, query)
+        except TimeoutError as error:
+            raise StorageError("the job database does not answer") from error
 
     async def write(self, transaction: Callable[[], T]) -> T:
         """Run a transaction that writes to the database on a thread for such transactions.

@@ -14,9 +14,10 @@ import structlog
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, StorageError, StorageFullError
+from stable_audio_serve.core.ids import current_client
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs import queue as queue_module
-from stable_audio_serve.jobs.job import JobSpec
+from stable_audio_serve.jobs.job import JobRef, JobSpec
 from stable_audio_serve.jobs.store.client_jobs import Added
 from tests.jobs.conftest import Workshop, make_spec, upload
 from tests.jobs.stores import add
@@ -162,6 +163,27 @@ async def test_reads_of_a_database_that_has_stopped_end(workshop: Workshop, monk
     may_answer.set()
     monkeypatch.setattr(queue_module, "_READ_TIMEOUT_S", PATIENCE_S)
     assert await workshop.queue.get(job.spec.ref) is not None
+
+
+async def test_reads_of_one_client_take_turns(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    may_end = threading.Event()
+
+    def get(ref: JobRef) -> None:
+        started.append(current_client.get())
+        may_end.wait(PATIENCE_S)
+
+    async def read(client: str) -> None:
+        current_client.set(client)
+        await workshop.queue.get(make_spec().ref)
+
+    monkeypatch.setattr(workshop.queue.store.clients, "get", get)
+    reads = [asyncio.create_task(read(client)) for client in ("greedy", "greedy", "greedy", "other")]
+    await until(lambda: "other" in started)
+    assert sorted(started) == ["greedy", "other"]
+    may_end.set()
+    await asyncio.gather(*reads)
+    assert started.count("greedy") == 3
 
 
 async def test_database_error_reaches_every_caller_and_passes(workshop: Workshop) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-from contextvars import ContextVar
 from typing import NamedTuple
 
 from starlette.requests import Request
@@ -11,9 +10,6 @@ from starlette.requests import Request
 from stable_audio_serve.core.keys import ANYBODY, ApiKey
 
 _IPV6_BITS = 64  # IPv6 addresses with the same first 64 bits count as one client, because they belong to one network
-
-# The name of the client whose request the current task handles; set when its key is admitted.
-current_client: ContextVar[str] = ContextVar("current_client", default="")
 
 
 class Caller(NamedTuple):

@@ -17,7 +17,6 @@ from fastapi import APIRouter, Form, Header, Path, Request
 from starlette.responses import Response
 
 from stable_audio_serve.api.description import error_responses
-from stable_audio_serve.api.middleware.callers import current_client
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.convert import read_sections, to_encoding, to_finishing
 from stable_audio_serve.api.native.errors import render_error
@@ -38,7 +37,7 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.core.ids import JobId
+from stable_audio_serve.core.ids import JobId, current_client
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
 from stable_audio_serve.jobs.pieces.sections import choose_overlap, section_peaks
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
