@@ -231,7 +231,7 @@ def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ())
     """Return a route class for links that need no key.
 
     If the request has a valid key with one of `scopes`, `request.state.client` is the key's client, otherwise None. The
-    class also sets `request.state.caller`.
+    class also sets `request.state.caller` and `current_client`.
     """
 
     async def admit(request: Request) -> None:
@@ -242,6 +242,7 @@ def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ())
         key = key if key and (key.may(scopes) or not scopes) else None
         request.state.client = key.client if key else None
         request.state.caller = find_caller(request, key or ANYBODY, address_header=request.app.state.address_header)
+        current_client.set(request.state.caller.name)
 
     return _dialect_route(render, admit)
 

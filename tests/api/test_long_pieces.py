@@ -15,7 +15,7 @@ from stable_audio_serve.api import section_audio
 from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.audio.writer import AudioWriter
 from stable_audio_serve.core.keys import hash_key
-from tests.api.compat.serving import make_client, serve_app
+from tests.api.compat.serving import make_app, make_client, serve_app
 from tests.api.test_buckets import storage_args
 from tests.api.test_jobs import wait
 from tests.object_storage import Faults, ObjectStorage
@@ -257,3 +257,21 @@ async def test_downloads_of_sections_leave_a_thread_for_clips(writer: type[SlowW
         finally:
             writer.may_go.set()
         assert [reply.status_code for reply in await asyncio.gather(*downloads)] == [200] * 6
+
+
+async def test_downloads_without_a_key_do_not_wait_for_other_addresses(writer: type[SlowWriter]) -> None:
+    async with make_app() as (app, _):
+        one, other = (
+            httpx.AsyncClient(transport=httpx.ASGITransport(app, client=(address, 1)), base_url="http://localhost")
+            for address in ("192.0.2.1", "192.0.2.2")
+        )
+        ticket = (await one.post("/jobs", json=BODY | {"sections": [{"duration": 2}]})).json()
+        await wait(one, ticket)
+        writer.may_go.clear()
+        path = f"{ticket['status_url']}/audio?section=1"
+        downloads = [asyncio.create_task(client.get(path)) for client in (one, one, other)]
+        try:
+            await until(lambda: writer.num_begun == 2)
+        finally:
+            writer.may_go.set()
+        assert [reply.status_code for reply in await asyncio.gather(*downloads)] == [200] * 3
