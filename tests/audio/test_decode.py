@@ -171,6 +171,7 @@ def test_the_limits_of_the_rate_range_are_accepted(decoder: AudioDecoder, rate_h
 def test_too_long_audio_is_refused_instead_of_cut() -> None:
     with tempfile.TemporaryFile() as file:
         file.write(make_audio_file(duration_s=2.0, rate_hz=8000))
+        file.flush()
         with pytest.raises(Refused, match="at 8000 Hz it must not be longer than 1 s"):
             read(file.fileno(), max_s=60, max_values=2 * 8000, own_rates_hz=())
         samples, _ = read(file.fileno(), max_s=0.5, max_values=2 * 8000, own_rates_hz=())
