@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from examples.demo_model.scenes import DEFAULT_SWEEP, DEFAULT_TEMPO_BPM, Scene, default_pitch
-from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, nearest_oscillator
+from stable_audio_serve.models.oscillator.bank import A4_INDEX, NUM_OSCILLATORS, OSCILLATOR_HZ
 
 _NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 _FLATS = {"C#": "Db", "D#": "Eb", "F#": "Gb", "G#": "Ab", "A#": "Bb"}
@@ -68,6 +70,12 @@ def hertz_name(index: int, rng: np.random.Generator) -> str:
     ]
     value = int(rng.choice(candidates)) if candidates else round(exact)
     return _one(rng, ("{} Hz", "{}Hz", "{} hertz")).format(value)
+
+
+def nearest_oscillator(frequency_hz: float) -> int:
+    """Returns the index of the oscillator closest to a frequency."""
+    index = round(A4_INDEX + 24.0 * math.log2(frequency_hz / 440.0))
+    return min(max(index, 0), NUM_OSCILLATORS - 1)
 
 
 def _note_letter(step: int, rng: np.random.Generator) -> str:

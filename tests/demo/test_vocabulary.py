@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from examples.demo_model.captions import caption
+from examples.demo_model.captions import caption, nearest_oscillator
 from examples.demo_model.scenes import draw_scene
 from examples.demo_model.vocabulary import MAX_CHARS, TEMPO_PATTERN, build_tokenizer
-from stable_audio_serve.models.oscillator.bank import nearest_oscillator
 from stable_audio_serve.models.registry import BUILT_IN
 from tests.parameters import slow
 

@@ -42,12 +42,6 @@ def expand(level: Tensor) -> Tensor:
     return FLOOR * torch.expm1(level.clamp(0.0, 1.2) * math.log1p(1.0 / FLOOR))
 
 
-def nearest_oscillator(frequency_hz: float) -> int:
-    """Returns the index of the oscillator closest to a frequency."""
-    index = round(A4_INDEX + 24.0 * math.log2(frequency_hz / 440.0))
-    return min(max(index, 0), NUM_OSCILLATORS - 1)
-
-
 class OscillatorBank:
     """Renders frames as audio.
 

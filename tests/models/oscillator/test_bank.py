@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from examples.demo_model.captions import nearest_oscillator
 from stable_audio_serve.models.oscillator.bank import (
     A4_INDEX,
     FRAME_SAMPLES,
@@ -17,7 +18,6 @@ from stable_audio_serve.models.oscillator.bank import (
     OscillatorBank,
     compress,
     expand,
-    nearest_oscillator,
 )
 from tests.models.oscillator.frames import make_frames, render
 from tests.models.oscillator.plain_bank import render_plainly
