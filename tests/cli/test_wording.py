@@ -109,6 +109,12 @@ def test_every_control_maps_to_an_option() -> None:
         ),
         (["generate", "rain", "--loudness", "nan"], "error: --loudness must be finite\n"),
         (["generate", "rain", "--section", "inf"], "error: --section must be finite\n"),
+        (["generate", "rain", "--true-peak", "-1"], "error: --true-peak needs --loudness\n"),
+        (
+            ["jobs", "submit", "rain", "--audio", "x.wav", "--loop"],
+            "error: --loop, --bpm, --bars and --section are for prompts without --audio\n",
+        ),
+        (["extend", "x.wav", "rain"], "error: set --before or --after to the seconds of new audio\n"),
         (["jobs", "submit", "rain", "--after", "2"], "error: --region, --before, --after and --noise need --audio\n"),
     ],
 )
@@ -126,11 +132,6 @@ def test_a_prompt_in_another_encoding_is_refused() -> None:
 def test_help_has_the_default_length(command: str) -> None:
     default_s = GenerationBody.model_fields["duration"].default
     assert f"Length, seconds; default: {default_s:g}." in CliRunner().invoke(app, [command, "--help"]).stdout
-
-
-def test_extend_needs_a_length() -> None:
-    result = CliRunner().invoke(app, ["extend", "x.wav", "rain"])
-    assert (result.exit_code, result.stderr) == (2, "error: set --before or --after to the seconds of new audio\n")
 
 
 def test_system_errors_are_described_in_words() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.engine.hardware.device import open_device
-from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
+from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding, num_in_turn
 from stable_audio_serve.models.protocol import SourcePlan
 from stable_audio_serve.models.windows import LONGEST_FRAMES
 from stable_audio_serve.sampling.noise import SeededNoise
@@ -29,6 +29,10 @@ def test_source_windows_join_without_seams(frames: int) -> None:
         for window in windows:
             encoding.put(window.samples[:1, ::4])
     torch.testing.assert_close(encoding.latents(), samples[:1, ::4], rtol=0, atol=0)
+
+
+def test_a_window_longer_than_the_limit_has_a_turn_alone() -> None:
+    assert num_in_turn([LONGEST_FRAMES + 1, 1]) == 1
 
 
 def test_latents_outside_the_windows_of_a_source_are_zero() -> None:

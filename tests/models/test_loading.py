@@ -494,6 +494,7 @@ DECODER = "model.pretransform.config.decoder.config"
         (f"{DECODER}.sliding_window", [1, 1, 5]),
         (f"{DECODER}.sinusoidal_blocks", [1, 2]),
         ("model.pretransform.config.downsampling_ratio", 128),
+        ("model.pretransform.config.io_channels", 1),
         ("model.pretransform.config.bottleneck.type", "vae"),
         ("model.pretransform.config.bottleneck.config.auto_scale", False),  # but noise_regularize is true
         ("model.pretransform.config.pretransform.type", "wavelet"),
