@@ -48,6 +48,7 @@ def test_long_fades_take_little_memory() -> None:
         Finishing(Loudness(-14.0)),
         Finishing(Loudness(-30.0, -3.0), fade_in_s=1.5, fade_out_s=2.0),
         Finishing(fade_in_s=0.5, fade_out_s=7.0),
+        Finishing(fade_in_s=16.0),
     ],
 )
 def test_blocks_are_finished_like_the_whole(finishing: Finishing) -> None:

@@ -78,6 +78,14 @@ def test_resampled_blocks_give_the_length_of_the_whole(encoding: Encoding) -> No
         assert np.abs(found[:both] - expected[:both]).max() < 1e-3
 
 
+def test_changes_of_sent_bytes_are_lost() -> None:
+    file = StreamFile()
+    file.write(b"abcd")
+    file.seek(2)
+    file.write(b"xyz")
+    assert file.take() == b"abcdz"
+
+
 @pytest.mark.parametrize("is_known", [False, True])
 def test_growing_file_says_whether_its_length_is_known(is_known: bool) -> None:
     audio, file = make_audio(), StreamFile()
