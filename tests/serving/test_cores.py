@@ -67,6 +67,11 @@ def make_root(folder: Path, groups: str, files: dict[str, str]) -> Path:
             2,
         ),
         ("1:cpu:/\n", {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "1000"}, 6),
+        (
+            "2:memory:/a\n1:cpu:/\n",
+            {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "1000", "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "1000"},
+            6,
+        ),
         ("0::/\n", {}, 6),
     ],
 )
