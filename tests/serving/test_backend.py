@@ -218,16 +218,26 @@ async def test_a_failed_update_cancels_only_calls_that_no_replica_has(monkeypatc
     assert await held == _RESULT
 
 
+def make_watching(
+    monkeypatch: pytest.MonkeyPatch, model: SimpleNamespace
+) -> tuple[RayBackend, dict[str, SimpleNamespace]]:
+    """Return a backend whose calls of replicas are never answered, and the deployments that Ray Serve lists: `model`.
+
+    The backend reads the list for each status.
+    """
+    deployments = {"small-sfx": model}
+    monkeypatch.setattr(model_states, "read_application", lambda _: SimpleNamespace(deployments=deployments))
+    for name in ("_FRESH_S", "_USABLE_S"):
+        monkeypatch.setattr(model_states, name, 0.0)
+    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda _: PendingCall()), options=lambda: None)
+    return RayBackend(make_catalog(), {"small-sfx": handle}, application="default"), deployments
+
+
 async def test_requests_do_not_wait_for_replicas_that_never_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """The only replica has died, and Ray Serve tries again and again to start another."""
     model = SimpleNamespace(status="UNHEALTHY", status_trigger="", replica_states={"STARTING": 1}, message="")
-    application = SimpleNamespace(deployments={"small-sfx": model})
-    monkeypatch.setattr(model_states, "read_application", lambda _: application)
-    for name in ("_FRESH_S", "_USABLE_S"):
-        monkeypatch.setattr(model_states, name, 0.0)
     monkeypatch.setattr(backend_module, "_LOAD_CHECK_S", 0.02)
-    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda _: PendingCall()), options=lambda: None)
-    backend = RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
+    backend, _ = make_watching(monkeypatch, model)
     assert (await backend.status())["small-sfx"].stage == "loading"
     model.status_trigger = "REPLICA_STARTUP_FAILED"
     async with asyncio.timeout(PATIENCE_S):
@@ -241,13 +251,8 @@ async def test_requests_do_not_wait_for_replicas_that_never_start(monkeypatch: p
 async def test_an_update_that_is_being_built_or_was_refused_changes_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meanwhile Ray Serve lists no deployments, but their replicas run."""
     running = SimpleNamespace(status="HEALTHY", status_trigger="", replica_states={"RUNNING": 1}, message="")
-    application = SimpleNamespace(deployments={"small-sfx": running})
-    monkeypatch.setattr(model_states, "read_application", lambda _: application)
-    for name in ("_FRESH_S", "_USABLE_S"):
-        monkeypatch.setattr(model_states, name, 0.0)
-    handle: Any = SimpleNamespace(options=lambda: None)
-    backend = RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
+    backend, deployments = make_watching(monkeypatch, running)
     assert (await backend.status())["small-sfx"].stage == "ready"
-    application.deployments.clear()
+    deployments.clear()
     assert (await backend.status())["small-sfx"].stage == "ready"
     assert backend.status_age_s < PATIENCE_S

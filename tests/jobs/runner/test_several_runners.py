@@ -393,9 +393,10 @@ async def test_store_outage_longer_than_a_lease_costs_no_attempt(
     runner = await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
     await running(workshop)
+    before = len(reclaims)
     wall.now += 2 * _LEASE_S
     runner.wake()
-    await until(lambda: bool(reclaims))
+    await until(lambda: len(reclaims) > before)
     workshop.backend.released.set()
     ended = await workshop.finished(job)
     assert (ended.state, ended.attempts, len(workshop.backend.requests)) == ("succeeded", 1, 1)
