@@ -24,7 +24,7 @@ from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec
 from stable_audio_serve.jobs.pieces.sections import sizes_of
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.rows import is_job, to_event, to_job
+from stable_audio_serve.jobs.store.rows import IS_JOB, is_job, to_event, to_job
 from stable_audio_serve.jobs.store.tables import EVENTS, JOBS, WAITING, WORK, count
 from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions
 from stable_audio_serve.jobs.store.turns import Turns
@@ -39,7 +39,7 @@ _MOST_OVER = 2  # a full queue accepts jobs of some clients, until it is this ma
 _jobs = JOBS.c
 
 # Built once, because building a statement takes longer than running it.
-_JOB = sa.select(JOBS).where(*(_jobs[name] == sa.bindparam(name) for name in JobRef._fields))
+_JOB = sa.select(JOBS).where(IS_JOB)
 _WAITING = sa.select(count(WAITING).label("all"), sa.literal(0).label("own"))
 _WAITING_AND_OWN = sa.select(
     count(WAITING).label("all"), count(WAITING, _jobs.client == sa.bindparam("client")).label("own")
@@ -144,9 +144,8 @@ class ClientJobs:
 
     def position(self, job: Job) -> int:
         """Return how many queued jobs of the same model and priority will start before this job."""
-        is_it = is_job(job.spec.ref)
         with self._database.reading() as connection:
-            return self._turns.position(connection, job.spec, is_job=is_it)
+            return self._turns.position(connection, job.spec)
 
     def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
         """Cancel a job: end it if it is queued, or ask its runner to stop it if it is running.

@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 _jobs = JOBS.c
 
+# The SQL condition for the row of the job whose `JobRef` the statement's parameters are.
+IS_JOB = sa.and_(*(_jobs[name] == sa.bindparam(name) for name in JobRef._fields))
+
 
 def is_job(ref: JobRef) -> sa.ColumnElement[bool]:
     """Return the SQL condition for the row of this job."""

@@ -8,12 +8,14 @@ waits for at most one job of each other client.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import sqlalchemy as sa
 
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.rows import IS_JOB
 from stable_audio_serve.jobs.store.tables import JOBS, TURNS, in_state, storable
 
 _jobs, _turns = JOBS.c, TURNS.c
@@ -81,27 +83,14 @@ class Turns:
         is_it = (_turns.priority == priority, _turns.model == spec.model, _turns.client == spec.client)
         connection.execute(sa.update(TURNS).where(*is_it).values(served=latest + 1))
 
-    def position(self, connection: sa.Connection, spec: JobSpec, *, is_job: sa.ColumnElement[bool]) -> int:
+    def position(self, connection: sa.Connection, spec: JobSpec) -> int:
         """Return how many queued jobs of the same model and priority will start before this job.
 
         Counts the client's own earlier jobs, and the jobs of other clients whose turns come before the turn of this
-        job. `is_job` is the SQL condition for the job.
+        job.
         """
-        of_line = (_jobs.priority == spec.request.priority, _jobs.model == spec.model)
-        own = sa.select(_jobs.seq).where(is_job).correlate(None).scalar_subquery()
-        counts = (
-            sa.select(
-                _jobs.client,
-                sa.func.count().label("waiting"),
-                sa.func.sum(sa.case((_jobs.seq < own, 1), else_=0)).label("earlier"),
-            )
-            .where(_QUEUED, *of_line)
-            .group_by(_jobs.client)
-            .subquery()
-        )
-        is_client = (_turns.priority == spec.request.priority, _turns.model == spec.model)
-        query = sa.select(counts, *_ORDER).join(TURNS, sa.and_(*is_client, _turns.client == counts.c.client))
-        lines = {row.client: row for row in connection.execute(query)}
+        values = {"priority": spec.request.priority, "model": spec.model, **spec.ref._asdict()}
+        lines = {row.client: row for row in connection.execute(_LINES, values)}
         mine = lines.pop(storable(spec.client), None)
         if mine is None:
             return 0
@@ -109,3 +98,27 @@ class Turns:
         return mine.earlier + sum(
             min(line.waiting, mine.earlier + ((line.served, line.seq) < place)) for line in lines.values()
         )
+
+
+def _select_lines() -> sa.Select[Any]:
+    """Return a query for the clients that have queued jobs of a model and priority: how many, and the client's turn.
+
+    Also counts those that are older than one job. The query's parameters name the model, the priority and this job.
+    """
+    line: dict[str, sa.BindParameter[str]] = {name: sa.bindparam(name) for name in ("priority", "model")}
+    own = sa.select(_jobs.seq).where(IS_JOB).correlate(None).scalar_subquery()
+    counts = (
+        sa.select(
+            _jobs.client,
+            sa.func.count().label("waiting"),
+            sa.func.sum(sa.case((_jobs.seq < own, 1), else_=0)).label("earlier"),
+        )
+        .where(_QUEUED, *(_jobs[name] == value for name, value in line.items()))
+        .group_by(_jobs.client)
+        .subquery()
+    )
+    of_line = [_turns[name] == value for name, value in line.items()]
+    return sa.select(counts, *_ORDER).join(TURNS, sa.and_(*of_line, _turns.client == counts.c.client))
+
+
+_LINES = _select_lines()  # built once, because building a statement takes longer than running it
