@@ -138,8 +138,9 @@ def _include_routes(app: FastAPI, service: Service, *, operations: Operations) -
     app.include_router(adapter_routes.build_router(service))
     app.include_router(merged.build_router(service))
     app.include_router(open_small.build_health_router(service), prefix="/saos")
-    for name, router in routers.items():
+    for router in routers.values():  # before the prefixes, because routes are tried in this order
         app.include_router(router)
+    for name, router in routers.items():
         shared = server.build_router(service, dialect=name)
         for part in (router, shared):
             app.include_router(part, prefix=f"/{name}", include_in_schema=False)
