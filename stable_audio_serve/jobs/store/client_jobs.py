@@ -40,6 +40,13 @@ _jobs = JOBS.c
 
 # Built once, because building a statement takes longer than running it.
 _JOB = sa.select(JOBS).where(IS_JOB)
+_EVENTS = (
+    sa.select(EVENTS)
+    .join(JOBS, _jobs.seq == EVENTS.c.job)
+    .where(IS_JOB)
+    .order_by(EVENTS.c.id)
+    .offset(sa.bindparam("num_known"))
+)
 _WAITING = sa.select(count(WAITING).label("all"), sa.literal(0).label("own"))
 _WAITING_AND_OWN = sa.select(
     count(WAITING).label("all"), count(WAITING, _jobs.client == sa.bindparam("client")).label("own")
@@ -136,10 +143,9 @@ class ClientJobs:
 
     def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
         """Return the job's events with an id above `after`, in order."""
-        query = sa.select(EVENTS).join(JOBS, _jobs.seq == EVENTS.c.job).where(is_job(ref)).order_by(EVENTS.c.id)
         num_known = min(max(after, 0), _MAX_ID)
         with self._database.reading() as connection:
-            rows = connection.execute(query.offset(num_known)).all()
+            rows = connection.execute(_EVENTS, {**ref._asdict(), "num_known": num_known}).all()
         return tuple(to_event(row, number) for number, row in enumerate(rows, start=num_known + 1))
 
     def position(self, job: Job) -> int:

@@ -10,11 +10,19 @@ import sqlalchemy as sa
 from stable_audio_serve.jobs.job import FinishedSection, Job, JobRef
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.rows import is_held, is_job
+from stable_audio_serve.jobs.store.rows import IS_JOB, is_held
 from stable_audio_serve.jobs.store.tables import JOBS, SECTIONS
 from stable_audio_serve.jobs.store.transitions import Transitions
 
 _jobs = JOBS.c
+
+# Built once, because building a statement takes longer than running it.
+_FINISHED = (
+    sa.select(SECTIONS.c.section)
+    .join(JOBS, _jobs.seq == SECTIONS.c.job)
+    .where(IS_JOB, SECTIONS.c.number > sa.bindparam("after"))
+    .order_by(SECTIONS.c.number)
+)
 
 
 class Sections:
@@ -26,10 +34,9 @@ class Sections:
 
     def find(self, ref: JobRef, *, after: int = 0) -> list[FinishedSection]:
         """Return the finished sections of a job with numbers above `after`, in order."""
-        query = sa.select(SECTIONS.c.section).join(JOBS, _jobs.seq == SECTIONS.c.job).where(is_job(ref))
-        in_order = query.where(SECTIONS.c.number > after).order_by(SECTIONS.c.number)
         with self._database.reading() as connection:
-            return [codec.load(FinishedSection, text) for text in connection.execute(in_order).scalars()]
+            found = connection.execute(_FINISHED, {**ref._asdict(), "after": after}).scalars()
+            return [codec.load(FinishedSection, text) for text in found]
 
     def add(self, job: Job, section: FinishedSection, *, fraction: float) -> Job | None:
         """Add a finished section, and set the job's progress, in one transaction. The caller has stored the file.
