@@ -276,3 +276,12 @@ async def test_shorter_window_holds_fewer_bars(bpm: int, bars: int, samples: int
     assert (metadata["bars"], len(pcm)) == (bars, samples)
     assert metadata["available_audio_seconds"] == 5.0
     assert backend.last.duration_s == 5.0
+
+
+@pytest.mark.parametrize("kind", ["form", "multipart"])
+async def test_first_of_equal_fields_counts(client: httpx.AsyncClient, backend: ToneBackend, kind: str) -> None:
+    fields = {"prompt": ["first 120bpm", "second 90bpm"], "bars": ["2", "no number"]}
+    form = [(name, (None, value)) for name, values in fields.items() for value in values]
+    reply = await (client.post(URL, data=fields) if kind == "form" else client.post(URL, files=form))
+    expect_wav(reply, name=r"loop_auto_120bpm_2bars_\d+\.wav")
+    assert backend.last.prompt == "first 120bpm"

@@ -170,9 +170,12 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 async def _read_form(request: Request) -> dict[str, Any]:
-    """Return the fields of a form, without empty file inputs. Raises HTTPException 400, 413."""
+    """Return the fields of a form, without empty file inputs. Raises HTTPException 400, 413.
+
+    Of fields with the same name, the first one counts, as in Flask.
+    """
     form = await request.form()
-    return {name: value for name, value in form.items() if not _is_no_file(name, value)}
+    return {name: value for name, value in reversed(form.multi_items()) if not _is_no_file(name, value)}
 
 
 async def _read_json_or_form(request: Request) -> dict[str, Any]:
