@@ -64,7 +64,7 @@ _STATUS = {
 }
 _WORDS = {401: "invalid_api_key", 403: "missing_permissions", 429: "too_many_concurrent_requests"}
 _Style = Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000)]
-_Styles = Annotated[tuple[_Style, ...], Field(max_length=50)]
+_Styles = Annotated[list[_Style], Field(max_length=50)]
 
 
 class _Body(BaseModel):
@@ -100,7 +100,7 @@ class PlanSection(_Body):
 
     section_name: _Style = ""
     positive_local_styles: _Styles = Field(
-        (), validation_alias=AliasChoices("positive_local_styles", "positive_styles")
+        [], validation_alias=AliasChoices("positive_local_styles", "positive_styles")
     )
     duration_ms: int = Field(ge=3000, le=120_000)
     source_from: _StoredSong = None
@@ -110,9 +110,9 @@ class PlanSection(_Body):
 class Plan(_Body):
     """A composition plan: styles of the whole piece, and its sections. `music_v2` calls sections chunks."""
 
-    positive_global_styles: _Styles = ()
-    negative_global_styles: _Styles = ()
-    sections: tuple[PlanSection, ...] = Field(
+    positive_global_styles: _Styles = []
+    negative_global_styles: _Styles = []
+    sections: list[PlanSection] = Field(
         min_length=1, max_length=30, validation_alias=AliasChoices("sections", "chunks")
     )
 

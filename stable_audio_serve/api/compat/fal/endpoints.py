@@ -111,7 +111,7 @@ class Endpoint:
             "mask_end_seconds": (_Number, Field(ge=0, le=longest_s, description="End of the region.")),
             "extend_seconds_before": (_Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add before.")),
             "extend_seconds_after": (_Number, Field(0.0, ge=0, le=longest_s, description="Seconds to add after.")),
-            "loras": (tuple[Adapter, ...], Field((), max_length=64, description="Adapters (LoRA), in this order.")),
+            "loras": (list[Adapter], Field([], max_length=64, description="Adapters (LoRA), in this order.")),
         }
 
     def parse(self, body: Mapping[str, Any]) -> BaseModel:
