@@ -69,6 +69,14 @@ def field_and_message(_: Request, fault: Mapping[str, Any]) -> list[tuple[str, s
     return [(str(printable(names[1] if len(names) > 1 else "body")), str(printable(fault["msg"])))]
 
 
+def in_dialect(field: str, message: str, *, names: Mapping[str, str]) -> tuple[str, str]:
+    """Return the dialect's name of a field, and the message with this name. `names` has the names that differ."""
+    name = names.get(field, field)
+    if message.startswith((f"{field} ", f"{field}:")):
+        return name, name + message.removeprefix(field)
+    return name, message if name in message else f"{name}: {message}"
+
+
 def name_missing(request: Request, fault: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return one entry of FastAPI's list of invalid fields. If the body is missing, return one for each required field.
 

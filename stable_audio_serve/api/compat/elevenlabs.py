@@ -21,7 +21,7 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusals
+from stable_audio_serve.api.refusals import Refusals, in_dialect
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.section_audio import piece_answer
 from stable_audio_serve.api.service import Output, Service, resolve_seed
@@ -63,6 +63,9 @@ _STATUS = {
     **{"cancelled": 503, "unavailable": 503, "storage": 503, "deadline_exceeded": 504, "storage_full": 507},
 }
 _WORDS = {401: "invalid_api_key", 403: "missing_permissions", 429: "too_many_concurrent_requests"}
+# This dialect's names for fields of `GenerationRequest` that a model may refuse, for sound effects and for music.
+_SOUND_FIELDS = {"prompt": "text", "duration": "duration_seconds", "cfg_scale": "prompt_influence"}
+_MUSIC_FIELDS = {"duration": "music_length_ms"}
 _Style = Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000)]
 _Styles = Annotated[list[_Style], Field(max_length=50)]
 
@@ -366,19 +369,26 @@ def _fault(field: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": f"{field}: {message}"}])
 
 
+def _is_sound(request: Request) -> bool:
+    return request.url.path.endswith("sound-generation")
+
+
 def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
     place = fault["loc"]
     if fault["type"] == "json_invalid":  # then FastAPI's location ends with a character position
         place = ("body",)
     elif place == ("body",) and fault["type"] == "missing":  # there is no body
-        place = ("body", "text" if request.url.path.endswith("sound-generation") else "prompt")
+        place = ("body", "text" if _is_sound(request) else "prompt")
     return [{"loc": printable(place), "msg": printable(fault["msg"]), "type": fault["type"]}]
 
 
-def _find_fault(_: Request, error: StableAudioError) -> dict[str, Any] | None:
-    field = "model_id" if isinstance(error, UnknownModelError) else error.field or "text"
-    is_field = isinstance(error, InvalidRequestError)
-    return {"loc": ["body", field], "msg": error.message, "type": "value_error"} if is_field else None
+def _find_fault(request: Request, error: StableAudioError) -> dict[str, Any] | None:
+    if not isinstance(error, InvalidRequestError):
+        return None
+    names = _SOUND_FIELDS if _is_sound(request) else _MUSIC_FIELDS
+    field = "model_id" if isinstance(error, UnknownModelError) else error.field or "prompt"
+    name, message = in_dialect(field, error.message, names=names)
+    return {"loc": ["body", name], "msg": message, "type": "value_error"}
 
 
 def _answer(status: int, message: str, *, headers: Mapping[str, str] | None) -> Response:

@@ -20,7 +20,7 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import NOT_BLANK, Finite
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusals, field_and_message, invalid
+from stable_audio_serve.api.refusals import Refusal, Refusals, field_and_message, in_dialect, invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.artifacts.store import StoredFile
@@ -43,6 +43,8 @@ _LARGEST_SEED = 4_294_967_294
 
 # Names of errors that are not the phrase of their HTTP status.
 _NAMES = {413: "payload_too_large", 429: "rate_limit_exceeded", 500: "internal_error"}
+# This dialect's names for fields of `GenerationRequest` that a model may refuse.
+_FIELDS = {"init_noise_level": "strength", "inpaint_start_seconds": "mask_start"}
 _STATUS = {
     "invalid": 400,
     "invalid_upload": 400,
@@ -230,7 +232,8 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
         if job.result is None:
             error = job.error or JobError(job.state, "the generation was cancelled")
             status = _STATUS.get(error.code, 500)
-            return _answer(request, status if status < 429 else 500, [error.message])
+            sentence = _sentence(status, error.field, message=error.message)
+            return _answer(request, status if status < 429 else 500, [sentence])
         file = job.result.file
         chunks = service.jobs.artifacts.read(file)
         try:
@@ -370,6 +373,16 @@ def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[tuple[str, 
     return field_and_message(request, fault)
 
 
+def _answer_error(request: Request, refusal: Refusal[int]) -> Response:
+    sentence = _sentence(refusal.row, refusal.error.field, message=refusal.message)
+    return _answer(request, refusal.row, [sentence], refusal.headers)
+
+
+def _sentence(status: int, field: str | None, *, message: str) -> str:
+    """Return the message of an error. If a field is invalid, the message names it."""
+    return in_dialect(field, message, names=_FIELDS)[1] if field and status == 400 else message
+
+
 def _check(field: str, value: float | None, *, low: float, high: float, where: str = "") -> None:
     if value is not None and not low <= value <= high:
         raise invalid(field, f"must be from {low:g} to {high:g}{where}")
@@ -392,6 +405,6 @@ _REFUSALS: Refusals[int, tuple[str, str], Response] = Refusals(
     name_field=lambda fault: fault[0],
     answer_fields=lambda request, faults: _answer(request, 400, [*dict.fromkeys(map(": ".join, faults))]),
     answer_http=lambda request, error: _answer(request, error.status_code, [str(error.detail)], error.headers),
-    answer_error=lambda request, refusal: _answer(request, refusal.row, [refusal.message], refusal.headers),
+    answer_error=_answer_error,
 )
 render_error = _REFUSALS.answer  # returns the response to an expected error

@@ -17,7 +17,7 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusal, Refusals, field_and_message, invalid, name_missing
+from stable_audio_serve.api.refusals import Refusal, Refusals, field_and_message, in_dialect, invalid, name_missing
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service, resolve_seed
 from stable_audio_serve.audio.encode import encode_audio
@@ -279,10 +279,9 @@ def _answer_http(_: Request, error: HTTPException) -> Response:
 
 def _answer_error(_: Request, refusal: Refusal[tuple[int, str]]) -> Response:
     status, kind = refusal.row
-    field, message = refusal.error.field, refusal.message
-    if field in _NAMES:
-        field, message = _NAMES[field], message.replace(field, _NAMES[field])
-    param = field if status < 500 else None
+    if status >= 500 or not refusal.error.field:
+        return _answer(status, kind, message=refusal.message, param=None, headers=refusal.headers)
+    param, message = in_dialect(refusal.error.field, refusal.message, names=_NAMES)
     return _answer(status, kind, message=message, param=param, headers=refusal.headers)
 
 

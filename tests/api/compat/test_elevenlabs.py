@@ -19,7 +19,7 @@ import soundfile
 from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
-from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.errors import GenerationError, InvalidRequestError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from tests.api.compat.serving import make_client, serve_app
@@ -576,3 +576,20 @@ async def test_a_client_that_leaves_cancels_its_generation() -> None:
             with pytest.raises(httpx.TimeoutException):
                 await client.post(SOUND, json=BODIES[SOUND], timeout=0.1)
         assert backend.num_cancelled
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (SOUND, {"prompt": "text", "duration": "duration_seconds", "cfg_scale": "prompt_influence"}),
+        (MUSIC, {"prompt": "prompt", "duration": "music_length_ms"}),
+    ],
+)
+async def test_refusals_by_the_model_have_the_name_of_the_field(
+    client: httpx.AsyncClient, backend: ToneBackend, path: str, names: dict[str, str]
+) -> None:
+    for field, name in names.items():
+        for message, expected in ((f"{field} must be small", "must be small"), ("a clip of 9 s", "a clip of 9 s")):
+            backend.error = InvalidRequestError(message, field=field)
+            ((found, sentence),) = faults(await client.post(path, json=BODIES[path]))
+            assert (found, sentence.replace(":", "")) == (name, f"{name} {expected}")

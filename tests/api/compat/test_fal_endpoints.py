@@ -21,6 +21,7 @@ import soundfile
 
 from stable_audio_serve.audio.formats import available_formats
 from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.models.registry import BUILT_IN
@@ -578,3 +579,23 @@ async def test_large_json_without_a_file_is_refused(client: httpx.AsyncClient, o
 async def test_only_endpoints_with_a_source_take_large_json(client: httpx.AsyncClient) -> None:
     assert (await post(client, f"{SMALL}/text-to-audio", audio_url="data:," + "0" * 2**21)).status_code == 413
     assert (await post(client, f"{SMALL}/audio-to-audio", audio_url="data:," + "0" * 2**21)).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "names"),
+    [
+        ("fal-ai/stable-audio-25/text-to-audio", {"duration": "seconds_total", "prompt": "prompt"}),
+        (f"{SMALL}/text-to-audio", {"duration": "duration", "steps": "num_inference_steps"}),
+        (f"{SMALL}/audio-to-audio", {"cfg_scale": "guidance_scale", "init_noise_level": "init_noise_level"}),
+        ("fal-ai/stable-audio-25/audio-to-audio", {"init_noise_level": "strength", "cfg_scale": "guidance_scale"}),
+        ("fal-ai/stable-audio-25/inpaint", {"inpaint_start_seconds": "mask_start", "audio": "audio_url"}),
+    ],
+)
+async def test_refusals_by_the_model_have_the_name_of_the_field(
+    client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, *, endpoint: str, names: dict[str, str]
+) -> None:
+    for field, name in names.items():
+        backend.error = InvalidRequestError(f"{field} must be low", field=field)
+        ticket = (await post(client, endpoint, prefix="/queue")).json()
+        for reply in (await post(client, endpoint), await finished(client, ticket["response_url"])):
+            assert (fault(reply)["loc"], fault(reply)["msg"]) == (["body", name], f"{name} must be low")

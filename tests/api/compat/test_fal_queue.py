@@ -207,6 +207,7 @@ FAILURES: list[tuple[Exception, int, str]] = [
     (DeadlineExceededError("the time budget ran out"), 500, "generation_timeout"),
     (ModelUnavailableError("the model is away", retry_after_s=0.01), 500, "unavailable"),
     (InvalidRequestError("steps: too many for this model", field="steps"), 422, "bad_request"),
+    (InvalidRequestError("a clip of 30 s takes 4 GB", field="duration"), 422, "bad_request"),
     (InvalidRequestError("this model cannot inpaint", field="audio"), 422, "bad_request"),
 ]
 
@@ -229,10 +230,14 @@ async def test_failure_keeps_its_status_and_body() -> None:
             assert [entry["level"] for entry in logs] == ["INFO"] * (len(logs) - 1) + ["ERROR"]
             if status == 422:
                 assert isinstance(error, InvalidRequestError)
-                name = "audio_url" if error.field == "audio" else error.field
+                name = {"audio": "audio_url", "duration": "seconds_total"}.get(str(error.field), error.field)
                 assert reply.json()["detail"][0]["loc"] == ["body", name]
                 assert body["error"] == f"{name}: {reply.json()['detail'][0]['msg']}"
-                assert body["error"] in ("steps: too many for this model", "audio_url: this model cannot inpaint")
+                assert body["error"] in {
+                    "steps: too many for this model",
+                    "seconds_total: a clip of 30 s takes 4 GB",
+                    "audio_url: this model cannot inpaint",
+                }
             else:
                 assert reply.json() == {"detail": body["error"], "error_type": error_type}
                 assert reply.headers["x-fal-error-type"] == error_type

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import soundfile
 
-from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.errors import GenerationError, InvalidRequestError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client, serve_app
@@ -361,3 +361,19 @@ async def test_curl_gets_a_clip(accept: str) -> None:
         output, _ = await process.communicate()
     assert process.returncode == 0
     assert output.startswith(b"RIFF" if accept == "audio/*" else b'{"audio":"UklGR')
+
+
+@pytest.mark.parametrize(
+    ("field", "message", "sentence"),
+    [
+        ("duration", "a clip of 9 s takes 4 GB", "duration: a clip of 9 s takes 4 GB"),
+        ("init_noise_level", "init_noise_level must be low", "strength must be low"),
+        ("inpaint_start_seconds", "no region", "mask_start: no region"),
+    ],
+)
+async def test_refusals_by_the_model_name_the_field(
+    client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, *, field: str, message: str, sentence: str
+) -> None:
+    backend.error = InvalidRequestError(message, field=field)
+    assert faults(await post(client, VARY_2)) == [sentence]
+    assert faults(await wait(client, await submit(client, VARY))) == [sentence]

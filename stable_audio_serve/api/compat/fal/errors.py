@@ -15,9 +15,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.compat.fal.wire import APP, ERROR_TYPE, REQUEST_ID, RETRYABLE, TIMEOUT_TYPE
+from stable_audio_serve.api.compat.fal.targets import split_path
+from stable_audio_serve.api.compat.fal.wire import (
+    APP,
+    ERROR_TYPE,
+    REQUEST_ID,
+    RETRYABLE,
+    SA3_APP,
+    SA25_APP,
+    TIMEOUT_TYPE,
+)
 from stable_audio_serve.api.printable import printable, printable_fault
-from stable_audio_serve.api.refusals import Refusal, Refusals
+from stable_audio_serve.api.refusals import Refusal, Refusals, in_dialect
 from stable_audio_serve.core.errors import InvalidRequestError, InvalidUploadError, StableAudioError
 from stable_audio_serve.jobs.job import Job
 
@@ -41,7 +50,16 @@ _KINDS = {
 }
 _RETRYABLE = (429, 503)
 _TEMPORARY = (*_RETRYABLE, 507)  # statuses that the stored error of a queued request never has; it has 500 instead
-_FIELDS = {"audio": "audio_url"}  # our names of fields -> fal's names
+# The applications' names for fields of `GenerationRequest` that a model may refuse.
+_COMMON_NAMES = {"audio": "audio_url", "steps": "num_inference_steps", "cfg_scale": "guidance_scale"}
+_NAMES: Mapping[str, Mapping[str, str]] = {
+    APP: {"audio": "audio_url", "duration": "seconds_total"},
+    SA3_APP: {**_COMMON_NAMES, "inpaint_start_seconds": "mask_start_seconds"},
+    SA25_APP: {
+        **_COMMON_NAMES,
+        **{"duration": "seconds_total", "init_noise_level": "strength", "inpaint_start_seconds": "mask_start"},
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +80,7 @@ def failure_of(job: Job) -> Failure:
     if job.error is None:
         return _failure(_INTERNAL, _INTERNAL_MESSAGE, is_stored=True)
     if job.error.code in (InvalidRequestError.kind, InvalidUploadError.kind):
-        return _invalid([_fault(job.error.message, job.error.field)])
+        return _invalid([_fault(job.error.message, job.error.field, app=job.spec.wire.get("app", APP))])
     return _failure(_KINDS.get(job.error.code, _INTERNAL), job.error.message, is_stored=True)
 
 
@@ -100,15 +118,16 @@ def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, A
     return [entry]
 
 
-def _fault(message: str, field_name: str | None) -> dict[str, Any]:
-    part, name = "query" if field_name == "fal_webhook" else "body", field_name or "prompt"
+def _fault(message: str, field_name: str | None, *, app: str) -> dict[str, Any]:
+    part = "query" if field_name == "fal_webhook" else "body"
+    name, message = in_dialect(field_name or "prompt", message, names=_NAMES.get(app, {}))
     message = message.removeprefix(f"{name}: ")  # the entry names the field already
-    return {"loc": [part, _FIELDS.get(name, name)], "msg": message, "type": "value_error", "input": None}
+    return {"loc": [part, name], "msg": message, "type": "value_error", "input": None}
 
 
-def _find_fault(_: Request, error: StableAudioError) -> dict[str, Any] | None:
+def _find_fault(request: Request, error: StableAudioError) -> dict[str, Any] | None:
     is_input = isinstance(error, InvalidRequestError | InvalidUploadError)
-    return _fault(error.message, error.field) if is_input else None
+    return _fault(error.message, error.field, app=split_path(request)[1]) if is_input else None
 
 
 def _answer_fields(request: Request, faults: Sequence[dict[str, Any]]) -> Response:

@@ -48,7 +48,7 @@ def means_queue(request: Request) -> bool:
 
     The path prefix `/queue` or `/run` decides. Without such a prefix, submissions to a host `queue.*` are queued.
     """
-    prefix, _ = _split(request)
+    prefix, _ = split_path(request)
     if prefix.endswith(("/queue", "/run")):
         return prefix.endswith("/queue")
     hosts = (request.headers.get("host", ""), request.headers.get("x-forwarded-host", ""))
@@ -60,7 +60,7 @@ def links_of(request: Request, request_id: str, *, limits: ApiSettings) -> Links
 
     They have the same host and path prefix as the current request, but without `/run`.
     """
-    prefix, app = _split(request)
+    prefix, app = split_path(request)
     url = f"{base_url(request, limits)}{prefix.removesuffix('/run')}/{app}/requests/{request_id}"
     return Links(request_id=request_id, response_url=url, status_url=f"{url}/status", cancel_url=f"{url}/cancel")
 
@@ -97,7 +97,7 @@ def dispatch(request: Request, app: ASGIApp) -> Response:
     return Dispatched(app, path=prefix + unquote(url.path), query=url.query.encode())
 
 
-def _split(request: Request) -> tuple[str, str]:
+def split_path(request: Request) -> tuple[str, str]:
     """Return the part of the path between the server's mount path and the fal application, and the application."""
     path: str = request.scope["path"]
     prefix, _, rest = path.removeprefix(request.scope.get("root_path", "")).partition(f"/{OWNER}/")
