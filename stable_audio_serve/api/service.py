@@ -252,8 +252,8 @@ class Service:
     async def run_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> StoredFile:
         """Add a job like `add_job`, wait for its end and return its file. If the wait is cancelled, so is the job.
 
-        Raises GenerationError, DeadlineExceededError or ModelUnavailableError if the job fails, and StoppingError if
-        this process stops first. Also raises the errors of `EventStreams.counted`.
+        Raises GenerationError, DeadlineExceededError, InvalidRequestError or ModelUnavailableError if the job fails,
+        and StoppingError if this process stops first. Also raises the errors of `EventStreams.counted`.
         """
         async with self.own_job(spec, card=card, caller=caller) as job:
             try:
@@ -292,8 +292,8 @@ class Service:
         if not job.is_over:
             raise StoppingError(UNAVAILABLE)
         failed = job.error or JobError(job.state, "the generation was cancelled")
-        kinds = {kind.kind: kind for kind in (DeadlineExceededError, ModelUnavailableError)}
-        raise kinds.get(failed.code, GenerationError)(failed.message)
+        kinds = {kind.kind: kind for kind in (DeadlineExceededError, InvalidRequestError, ModelUnavailableError)}
+        raise kinds.get(failed.code, GenerationError)(failed.message, field=failed.field)
 
     async def _generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
         budget_s = request.deadline_s or self.settings.api.default_deadline_s

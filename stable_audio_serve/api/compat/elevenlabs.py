@@ -63,9 +63,8 @@ _STATUS = {
     **{"cancelled": 503, "unavailable": 503, "storage": 503, "deadline_exceeded": 504, "storage_full": 507},
 }
 _WORDS = {401: "invalid_api_key", 403: "missing_permissions", 429: "too_many_concurrent_requests"}
-# This dialect's names for fields of `GenerationRequest` that a model may refuse, for sound effects and for music.
+# This dialect's names for fields of `GenerationRequest` that a model may refuse.
 _SOUND_FIELDS = {"prompt": "text", "duration": "duration_seconds", "cfg_scale": "prompt_influence"}
-_MUSIC_FIELDS = {"duration": "music_length_ms"}
 _Style = Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000)]
 _Styles = Annotated[list[_Style], Field(max_length=50)]
 
@@ -230,6 +229,7 @@ def build_router(service: Service) -> APIRouter:
         With several sections, the stream begins when the first section is finished; in Opus, when all are.
         """
         card = _resolve(service.backend.catalog, body.model_id, default=default, names=_MUSIC_MODELS)
+        request.state.length_field = _length_field(body)
         generation, sections = _to_music(body, card, limits=service.settings.api, request_id=request.state.request_id)
         name = _AUTO.get(body.model_id or "", _DEFAULT_FORMAT) if output_format == "auto" else str(output_format)
         is_stream = request.url.path.endswith("/stream")
@@ -329,7 +329,7 @@ def _to_music(
 
     Raises RequestValidationError for fields that contradict each other or have no meaning here.
     """
-    plan, field = body.composition_plan, "music_length_ms" if body.composition_plan is None else "composition_plan"
+    plan = body.composition_plan
     if (body.prompt is None) == (plan is None):
         raise _fault("prompt", "send either prompt or composition_plan")
     if body.finetune_id is not None:
@@ -355,8 +355,12 @@ def _to_music(
         for _ in range(count)
     )
     for fault in find_faults(sections, overlap_s=overlap_s, card=card, limits=limits):
-        raise _fault(field, fault.message)
+        raise _fault(_length_field(body), fault.message)
     return request, sections
+
+
+def _length_field(body: MusicBody) -> str:
+    return "music_length_ms" if body.composition_plan is None else "composition_plan"
 
 
 def _encoding(name: str) -> Encoding:
@@ -385,7 +389,8 @@ def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, A
 def _find_fault(request: Request, error: StableAudioError) -> dict[str, Any] | None:
     if not isinstance(error, InvalidRequestError):
         return None
-    names = _SOUND_FIELDS if _is_sound(request) else _MUSIC_FIELDS
+    length_field = getattr(request.state, "length_field", "music_length_ms")
+    names = _SOUND_FIELDS if _is_sound(request) else {"duration": length_field}
     field = "model_id" if isinstance(error, UnknownModelError) else error.field or "prompt"
     name, message = in_dialect(field, error.message, names=names)
     return {"loc": ["body", name], "msg": message, "type": "value_error"}

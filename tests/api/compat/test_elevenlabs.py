@@ -353,6 +353,19 @@ async def test_pieces_longer_than_the_longest_clip_have_sections(path: str) -> N
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("path", [STREAM, MUSIC])
+async def test_pieces_that_the_model_refuses_are_422(path: str) -> None:
+    async with with_models(SHORT) as (client, backend):
+        backend.error = InvalidRequestError("a clip of 9 s takes 4 GB", field="duration")
+        for body, field in (
+            ({"prompt": "piano", "music_length_ms": 13_000}, "music_length_ms"),
+            ({"composition_plan": PLAN}, "composition_plan"),
+        ):
+            ((name, message),) = faults(await client.post(path, params=QUICK, json=body))
+            assert (name, message) == (field, f"{field}: a clip of 9 s takes 4 GB")
+
+
+@pytest.mark.server
 async def test_pieces_with_sections_follow_the_settings_of_the_server() -> None:
     settings = {"dialects": {"recipes": True}, "audio": {"peaks": "clip"}}
     async with make_client(ToneBackend(level=2.0), **settings) as (client, _):
