@@ -87,3 +87,10 @@ async def test_health_of_a_model_that_failed_to_load(client: httpx.AsyncClient, 
     reply = await client.get("/saos/health")
     assert reply.status_code == 500
     assert reply.json() == {"status": "error", "model_loaded": False, "error": "the model cannot be loaded"}
+
+
+@pytest.mark.parametrize("url", ["/riffs/available", "/model/info", "/health"])
+async def test_routes_that_take_get_take_head(client: httpx.AsyncClient, url: str) -> None:
+    for prefix in ("", "/saos"):
+        got, head = await client.get(prefix + url), await client.head(prefix + url)
+        assert (head.status_code, head.headers["content-length"]) == (200, got.headers["content-length"])

@@ -125,11 +125,13 @@ def build_router(service: Service) -> APIRouter:
         """Generate a loop from a riff of the server's library and a prompt."""
         return await make_riff_loop(service, request, form=parse(RiffForm, await _read_form(request)), library=library)
 
+    @router.head("/riffs/available", include_in_schema=False)
     @router.get("/riffs/available", responses=error_responses(Problem, 401, 500))
     async def list_riffs() -> dict[str, Any]:
         """List the server's riffs by key."""
         return library.describe()
 
+    @router.head("/model/info", include_in_schema=False)
     @router.get("/model/info", responses=error_responses(Problem, 401, 500))
     async def model_info() -> dict[str, Any]:
         """Describe the model and the parameters that requests accept."""
