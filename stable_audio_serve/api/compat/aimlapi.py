@@ -28,7 +28,7 @@ from stable_audio_serve.api.fields import IS_NONE
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusal, Refusals, invalid
+from stable_audio_serve.api.refusals import Refusal, Refusals, in_dialect, invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
@@ -40,6 +40,7 @@ from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
 TAG = "AIML API"
 MODEL = "stable-audio"  # the API's only model name; the setting `dialects.model` selects the served model
 
+_FIELDS = {"duration": "seconds_total"}  # this dialect's names for fields of `GenerationRequest`
 _STATUS = {
     "unauthorized": 401,
     "forbidden": 403,
@@ -182,6 +183,8 @@ def _describe(job: Job, base: str) -> AimlGeneration:
         return AimlGeneration(id=job.spec.id, status=status, audio_file=file)
     if status == "error":
         name, message = (job.error.code, job.error.message) if job.error else (job.state, "the generation ended")
+        if job.error and job.error.field:
+            _, message = in_dialect(job.error.field, message, names=_FIELDS)
         return AimlGeneration(id=job.spec.id, status=status, error=AimlFailure(name=name, message=message))
     return AimlGeneration(id=job.spec.id, status=status)
 
