@@ -91,6 +91,8 @@ async def test_announcement_without_a_body_is_an_error(client: httpx.AsyncClient
     [
         ("../../etc/passwd", "audio/wav", "etc_passwd", "audio/wav"),
         ("<script>.html", "text/html\r\nx: y", "script_.html", "application/octet-stream"),
+        ("ギター.mp3", "audio/mpeg", "upload.mp3", "audio/mpeg"),
+        ("_passwd", "audio/wav", "passwd", "audio/wav"),
         ("...", "nonsense", "upload.bin", "application/octet-stream"),
         ("Gitarre ♫.mp3", "audio/mpeg; codecs=mp3", "Gitarre_.mp3", "audio/mpeg; codecs=mp3"),
         *(

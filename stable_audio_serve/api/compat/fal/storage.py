@@ -44,6 +44,7 @@ _KEY_DIGITS = 16
 _RETRY_S = 5.0
 _CHUNK_BYTES = 1_048_576
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_NO_STEM = re.compile(r"^[._-]*\.(?=[A-Za-z0-9]+$)")  # before the extension, if no letter of the name's stem is left
 _TOKEN_LIFE = timedelta(hours=1)
 _RAW_BODY = {
     "requestBody": {
@@ -127,7 +128,8 @@ class Tickets:
 
     def announce(self, file_name: str | None, media_type: str | None, *, caller: Caller) -> Ticket:
         """Return a ticket for a new file. Its name and type are safe in paths and headers."""
-        name = _UNSAFE.sub("_", file_name or "")[-100:].lstrip("._-") or "upload.bin"
+        safe = _NO_STEM.sub("upload.", _UNSAFE.sub("_", file_name or "")[-100:])
+        name = safe.lstrip("._-") or "upload.bin"
         key = caller.key.digest[:_KEY_DIGITS]
         return Ticket(secrets.token_hex(16), name, audio_type(media_type), client=caller.name, key=key)
 
