@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,13 +179,12 @@ class ObservedModel:
     """
 
     def __init__(self, model: DiffusionModel, texts: Mapping[str, TextEmbedding]) -> None:
+        # Not `__getattr__`: from Python 3.12, `isinstance` with a protocol does not see what it passes on.
+        self.device, self.condition, self.encode_audio = model.device, model.condition, model.encode_audio
         self._model = model
         self._texts = texts
         self.latents: dict[NoiseSource, dict[int, Tensor]] = defaultdict(dict)  # row's noise -> frame -> latent (D,)
         self.calls: list[tuple[Tensor, Tensor]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
     @property
     def spec(self) -> ModelSpec:
@@ -216,8 +215,7 @@ def run_case(
 
     async def generate() -> list[GenerationResult]:
         options = EngineOptions(warmup_budget_s=0.0, max_queue_s=1e9)
-        seen = cast("DiffusionModel", observed)
-        async with Engine(seen, options, noise_factory=lambda seed: noise[seed]) as engine:
+        async with Engine(observed, options, noise_factory=lambda seed: noise[seed]) as engine:
             return await asyncio.gather(*(engine.generate(row, frames=plans[0].frames) for row in case.requests))
 
     results = []

@@ -83,3 +83,12 @@ def test_a_run_decodes_with_the_noise_of_one_piece(folder: Path, model: Sa3Model
     (made,) = run_case(model, case, noise=replay_rows(case, draw_script(model, case)))
     assert made.audio.shape == (2, 2337)
     assert_near(made.audio, expected[:, :2337], within=1e-4)
+
+
+def test_runs_keep_the_models_features(model: Sa3Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, the engine would otherwise turn on fused kernels, which tests compare separately, in Python 3.11."""
+    switched: list[dict[str, bool]] = []
+    monkeypatch.setattr(Sa3Model, "use_features", lambda self, **features: switched.append(features))
+    case = make_case(model, {}, seed=3, duration=0.5, duration_padding_sec=0, steps=1)
+    run_case(model, case, noise=replay_rows(case, draw_script(model, case)))
+    assert not switched
