@@ -32,6 +32,7 @@ _REASON_CHARS = 300
 # which have 134 MiB of float32 samples. It takes at most half of the free shared memory.
 _OBJECT_STORE_BYTES = 1024 * _MIB
 _OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
+_LEAST_FREE_BYTES = _MIB  # with a full disk under its folder, Ray would give up after a minute without the reason
 _SERVE_TIMEOUT_S = 3.0  # how long Ray Serve may take to stop its processes
 _STOP_TIMEOUT_S = 6.5  # how long the stop of Ray Serve and Ray may take; processes that still run then are killed
 # Variables that would connect this process to another Ray cluster.
@@ -44,9 +45,11 @@ def private_directory() -> Iterator[Path]:
 
     The folder's name is short, because Ray creates Unix sockets in the folder, and the path of a socket has at most 107
     bytes. If this process dies, a second process (`guard`) kills all processes that have a file open in the folder.
-    Then this second process removes the folder.
+    Then this second process removes the folder. Raises StartError if the folder's disk is full.
     """
-    parent = "/tmp" if os.access("/tmp", os.W_OK) else None
+    parent = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
+    if shutil.disk_usage(parent).free < _LEAST_FREE_BYTES:
+        raise StartError(f"the disk of {parent} is full: make room there for the server's temporary files")
     directory = Path(tempfile.mkdtemp(prefix="sas-", dir=parent)).resolve()
     with guarded(directory):
         yield directory

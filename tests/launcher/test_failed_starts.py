@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.errors import ModelUnavailableError, StartError
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.launcher.embedded import private_directory
 from stable_audio_serve.launcher.launch import describe_wait, find_proxy_fault, raise_if_failed
 from stable_audio_serve.serving.placement import plan_deployments
 
@@ -71,3 +73,9 @@ def test_waiting_start_names_the_models_that_are_not_loaded() -> None:
     assert describe_wait(application("DEPLOYING", demo="HEALTHY"), plan, downloads={}) == "still loading small-sfx ..."
     loaded = application("RUNNING", demo="HEALTHY", small_sfx="HEALTHY")
     assert describe_wait(loaded, plan, downloads={}) == "still starting ..."
+
+
+def test_full_disk_for_temporary_files_is_named_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    with pytest.raises(StartError, match=r"^the disk of /\S+ is full: make room there"), private_directory():
+        pytest.fail("a folder was made on a full disk")
