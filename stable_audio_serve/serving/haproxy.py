@@ -40,6 +40,13 @@ _MOST_FILES = 65_536
 # Sizes of kernel buffers. A client's buffer allows 2 MB/s if a round trip over the network takes 100 ms.
 _SERVER_BUFFER_BYTES = 131_072
 _CLIENT_BUFFER_BYTES = 262_144
+# Headers with which a client could change how Ray Serve handles a request. Ray treats `-` and `_` alike in some.
+_RAY_HEADERS = (
+    "x-request-timeout-seconds",
+    "x-request-disconnect-disabled",
+    "x-session-id",
+    "serve-multiplexed-model-id",
+)
 # How often HAProxy tries to connect again for the same request: enough to try every ingress replica once. Before some
 # attempts it waits for 1 s.
 _RETRIES = 30
@@ -162,6 +169,18 @@ def _set_address_header(text: str, options: ProxyOptions) -> str:
     return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=header)
 
 
+def _drop_ray_headers(text: str, options: ProxyOptions) -> str:
+    """Drop the headers of clients that Ray Serve obeys, and request ids that are not ASCII.
+
+    Ray would answer in plain text after the client's timeout, and 500 if one of the values is not UTF-8.
+    """
+    names = "|".join(_RAY_HEADERS).replace("-", "[-_]")
+    obeyed = f"http-request del-header ^({names})$ -m reg"
+    request_id = "http-request del-header X-Request-Id if { req.fhdr(X-Request-Id) -m reg [^!-~] }"
+    replacement = rf"\1\n\2{obeyed}\n\2{request_id}"
+    return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=replacement)
+
+
 def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
     """Open a new connection to the replica for each request, so that a client gets a response even if a replica dies.
 
@@ -244,6 +263,7 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _answer_in_json,
     _answer_serve_errors_in_json,
     _set_address_header,
+    _drop_ray_headers,
     _connect_for_each_request,
     _try_all_servers,
     _limit_wait_for_replicas,

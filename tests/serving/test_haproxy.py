@@ -94,6 +94,11 @@ async def address(request: Request) -> list[str]:
     return request.headers.getlist(ADDRESS_HEADER)
 
 
+@app.get("/names")
+async def names(request: Request) -> list[str]:
+    return [name for name in request.headers if name not in {"accept", "accept-encoding", "connection", "user-agent"}]
+
+
 @app.get("/slow")
 async def slow() -> str:
     await asyncio.sleep(_LONG_S)
@@ -222,6 +227,31 @@ async def test_client_address_header_cannot_be_forged(tmp_path: Path, monkeypatc
     assert address_header(os.environ) == ADDRESS_HEADER
     # Only our wrapper makes HAProxy add a header with the client's address.
     assert address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None
+
+
+async def test_clients_cannot_send_headers_that_ray_obeys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve._private import constants, http_util
+
+    obeyed = [
+        constants.SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER,
+        constants.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
+        constants.SERVE_MULTIPLEXED_MODEL_ID,
+        constants.SERVE_MULTIPLEXED_MODEL_ID.replace("_", "-"),
+        constants.SERVE_SESSION_ID,
+        constants.SERVE_SESSION_ID.replace("-", "_"),
+    ]
+    assert all(map(http_util._matches_session_id_header, obeyed[-2:]))
+    async with (
+        listening(app) as backend_port,
+        proxying(backend_port, tmp_path, monkeypatch) as proxy,
+        httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S) as client,
+    ):
+        kept = {"X-Request-Id": "mine-1", "X-Session-Identity": "a"}
+        answer = await client.get("/names", headers=dict.fromkeys(obeyed, "1") | kept)
+        assert {*answer.json()} == {"host", ADDRESS_HEADER.lower(), *map(str.lower, kept)}
+        # Ray would decode the request id as UTF-8 before the application sees the request.
+        answer = await client.get("/names", headers={"X-Request-Id": b"\xff\xfe"})
+        assert {*answer.json()} == {"host", ADDRESS_HEADER.lower()}
 
 
 async def test_http_2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
