@@ -299,7 +299,7 @@ class Service:
         budget_s = request.deadline_s or self.settings.api.default_deadline_s
         left_s = budget_s - (self.clock.monotonic() - started_at)
         if left_s <= 0:
-            raise DeadlineExceededError("deadline_s: the time budget ran out before the generation started")
+            raise DeadlineExceededError("the time budget ran out before the generation started", field="deadline_s")
         with self._admitted(request):
             return await self.backend.generate(card.name, replace(request, deadline_s=left_s))
 
@@ -315,7 +315,7 @@ class Service:
             message = "too many requests are in progress (ingress.max_ongoing_requests)"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
         if self._source_bytes and self._source_bytes + num_bytes > workers.MAX_SOURCE_BYTES:
-            message = "audio: too much source audio is in progress"
+            message = "too much source audio is in progress"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
         self._num_generating += 1
         self._source_bytes += num_bytes

@@ -132,7 +132,7 @@ class DecodeProcess:
             if worker is not None:
                 worker.stop()
             ours.close()
-            raise OverloadedError("audio: no file can be decoded now", retry_after_s=_START_RETRY_S) from error
+            raise OverloadedError("no audio file can be decoded now", retry_after_s=_START_RETRY_S) from error
         return worker
 
     def is_alive(self) -> bool:

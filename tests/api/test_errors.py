@@ -22,6 +22,7 @@ from stable_audio_serve.core.errors import (
     StorageFullError,
 )
 from stable_audio_serve.core.settings import Settings
+from tests.api.compat.serving import make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 
@@ -376,3 +377,19 @@ async def test_allowed_origins_can_read_headers_of_errors(client: httpx.AsyncCli
         assert {"x-model", "x-sample-rate", "x-output-count", "x-seed", "x-seeds", "server-timing"} <= exposed
         assert {"x-request-id", "x-audio-peak", "x-audio-loudness", "x-audio-silent"} <= exposed
         assert {"seed", "finish-reason"} <= exposed  # of Stability's answers
+
+
+async def test_time_limit_is_a_field_of_the_native_api_only() -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        URL: {"prompt": "x"},
+        "/saos/generate": {"prompt": "x"},
+        "/v1/audio/generate": {"input": "x"},
+        "/v1/sound-generation": {"text": "x"},
+        "/run/fal-ai/stable-audio": {"prompt": "x"},
+    }
+    async with make_client(run_jobs=False, api={"max_deadline_s": 1e-9}) as (client, backend):
+        for path, body in bodies.items():
+            reply = await client.post(path, json=body)
+            assert "the time budget ran out before the generation started" in reply.text
+            assert ("deadline_s" in reply.text) == (path == URL), path
+        assert not backend.requests

@@ -183,7 +183,7 @@ def _describe(job: Job, base: str) -> AimlGeneration:
         return AimlGeneration(id=job.spec.id, status=status, audio_file=file)
     if status == "error":
         name, message = (job.error.code, job.error.message) if job.error else (job.state, "the generation ended")
-        if job.error and job.error.field:
+        if job.error and job.error.field and name == InvalidRequestError.kind:
             _, message = in_dialect(job.error.field, message, names=_FIELDS)
         return AimlGeneration(id=job.spec.id, status=status, error=AimlFailure(name=name, message=message))
     return AimlGeneration(id=job.spec.id, status=status)

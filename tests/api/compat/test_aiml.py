@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from stable_audio_serve.core.errors import GenerationError, InvalidRequestError
+from stable_audio_serve.core.errors import DeadlineExceededError, GenerationError, InvalidRequestError
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.api.compat.wav import read_wav
@@ -79,6 +79,9 @@ async def test_error_has_a_name_and_a_message(
     backend.error = InvalidRequestError("a clip of 30 s takes 4 GB", field="duration")
     body = await poll_until(client, await submit(client), "error")
     assert body["error"] == {"name": "invalid", "message": "seconds_total: a clip of 30 s takes 4 GB"}
+    backend.error = DeadlineExceededError("not finished within 5 s", field="deadline_s")
+    body = await poll_until(client, await submit(client), "error")
+    assert body["error"] == {"name": "deadline_exceeded", "message": "not finished within 5 s"}
 
 
 @pytest.mark.parametrize("encode", [str, lambda text: quote(text, safe=""), lambda text: quote(quote(text, safe=""))])

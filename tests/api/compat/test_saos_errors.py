@@ -214,7 +214,7 @@ async def test_loop_shorter_than_one_sample_is_refused(client: httpx.AsyncClient
         (ModelUnavailableError("still loading", retry_after_s=5), 503, "still loading"),
         (StorageError("the store is away", retry_after_s=2), 503, "the store is away"),
         (StorageFullError("the disk is full"), 507, "the disk is full"),
-        (DeadlineExceededError("too late", field="deadline_s"), 504, "deadline_s: too late"),
+        (DeadlineExceededError("too late", field="deadline_s"), 504, "too late"),
         (GenerationError("secret path"), 500, None),
         (RuntimeError("secret text"), 500, None),
     ],
@@ -241,6 +241,8 @@ async def test_request_refused_by_the_model_is_400(client: httpx.AsyncClient, ba
     backend.error = InvalidRequestError("cannot be so", field="cfg_scale")
     reply = await client.post(JSON_URL, json={"prompt": "x"})
     expect_refusal(reply, "cfg_scale: cannot be so")
+    backend.error = InvalidRequestError("a clip of 12 s takes 4 GB", field="duration")
+    expect_refusal(await client.post(JSON_URL, json={"prompt": "x"}), "seconds_total: a clip of 12 s takes 4 GB")
 
 
 async def test_unknown_sampler_is_400(client: httpx.AsyncClient, backend: ToneBackend) -> None:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.printable import printable_fault
-from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
+from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, in_dialect
 from stable_audio_serve.core.errors import StableAudioError
 
 _STATUS = {
@@ -29,6 +29,8 @@ _STATUS = {
     "deadline_exceeded": 504,
     "storage_full": 507,
 }
+# This dialect's names for fields of `GenerationRequest` that a model may refuse.
+_NAMES = {"audio": "audio_file", "duration": "seconds_total", "init_noise_level": "style_strength"}
 
 
 class NoRiffsError(StableAudioError):
@@ -88,12 +90,16 @@ def _answer_http(_: Request, error: HTTPException) -> Description:
 
 
 def _answer_error(_: Request, refusal: Refusal[int]) -> Description:
-    error, status = refusal.error, refusal.row
-    sentence = refusal.message if refusal.is_internal else name_field(error.field or "", refusal.message)
+    error, status, sentence = refusal.error, refusal.row, refusal.message
+    if status != 400:
+        return Description(status, sentence, headers=refusal.headers)
+    place = ["body"]
+    if error.field:
+        field, sentence = in_dialect(error.field, sentence, names=_NAMES)
+        place.append(field)
     extra = {"available_keys": error.available_keys} if isinstance(error, NoRiffsError) else {}
-    place = ["body", error.field] if error.field else ["body"]
-    faults = ({"type": "value_error", "loc": place, "msg": sentence, "input": None},) if status == 400 else ()
-    return Description(status, sentence, headers=refusal.headers, extra=extra, faults=faults)
+    fault = {"type": "value_error", "loc": place, "msg": sentence, "input": None}
+    return Description(status, sentence, headers=refusal.headers, extra=extra, faults=(fault,))
 
 
 _REFUSALS: Refusals[int, Mapping[str, Any], Description] = Refusals(
