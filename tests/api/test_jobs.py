@@ -341,6 +341,7 @@ async def test_audio_before_success_is_409(client: httpx.AsyncClient) -> None:
     ("error", "shown"),
     [
         (InvalidRequestError("steps must be at most 9", field="steps"), "steps must be at most 9"),
+        (InvalidRequestError("a clip of 1 s takes 4 GB", field="duration"), "duration: a clip of 1 s takes 4 GB"),
         (GenerationError("the model produced silence"), "the model produced silence"),
         (RuntimeError("/secret/path"), "generation failed"),
     ],

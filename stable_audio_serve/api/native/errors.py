@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from stable_audio_serve.api.printable import printable_fault
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, name_missing
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, UnknownModelError
+from stable_audio_serve.jobs.job import JobError
 
 ERROR_KIND = "X-Error-Kind"  # header with the error's kind in `core.errors`, because several kinds have the same status
 
@@ -47,6 +48,12 @@ def describe_error(request: Request, error: ExpectedError) -> Description:
     return _REFUSALS.answer(request, error)
 
 
+def with_field(error: StableAudioError | JobError) -> str:
+    """Return the error's message, with the name of the invalid field in front unless the message contains it."""
+    field = error.field
+    return error.message if not field or field in error.message else f"{field}: {error.message}"
+
+
 def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [printable_fault(each, message=_sentence(each)) for each in name_missing(request, fault)]
 
@@ -59,13 +66,8 @@ def _sentence(fault: Mapping[str, Any]) -> str:
 def _find_fault(request: Request, error: StableAudioError) -> dict[str, Any] | None:
     if not (isinstance(error, UnknownModelError) or (isinstance(error, InvalidRequestError) and error.field in _LORAS)):
         return None
-    fault = {"type": "value_error", "loc": ("body", error.field), "msg": _with_field(error), "input": None}
+    fault = {"type": "value_error", "loc": ("body", error.field), "msg": with_field(error), "input": None}
     return _parse_fault(request, fault)[0]
-
-
-def _with_field(error: StableAudioError) -> str:
-    field = error.field
-    return error.message if not field or field in error.message else f"{field}: {error.message}"
 
 
 def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Description:
@@ -77,7 +79,7 @@ def _answer_http(_: Request, error: HTTPException) -> Description:
 
 
 def _answer_error(_: Request, refusal: Refusal[int]) -> Description:
-    message = refusal.message if refusal.is_internal else _with_field(refusal.error)
+    message = refusal.message if refusal.is_internal else with_field(refusal.error)
     code = {"code": refusal.error.code} if isinstance(refusal.error, ConflictError) else {}
     kind = {} if refusal.is_internal else {ERROR_KIND: refusal.error.kind}
     return refusal.row, {"detail": message, **code}, {**refusal.headers, **kind}

@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.fields import IS_NONE
 from stable_audio_serve.api.links import base_url, file_url
+from stable_audio_serve.api.native.errors import with_field
 from stable_audio_serve.api.native.ignored import cut_prompts
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
 from stable_audio_serve.audio.finish import clip_dict
@@ -192,7 +193,7 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
         completed_at=job.completed_at.isoformat() if job.completed_at else None,
         download_url=files.url(result.file) or _audio_url(base, job.spec, result=result) if result else None,
         download_content_type=result.file.media_type if result else None,
-        error=job.error.message if job.error else None,
+        error=with_field(job.error) if job.error else None,
         storage_backend=files.backend_name,
         storage_key=files.bucket_key(result.file) or job.spec.id if result else None,
         sample_rate=result.sample_rate_hz if result else None,
