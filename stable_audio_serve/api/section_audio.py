@@ -119,7 +119,9 @@ async def piece_answer(
     file = await service.run_job(spec, card=card, caller=caller)
     headers = sound_headers(file.clips, file.made_on)
     headers |= {} if is_stream else {"Content-Length": str(file.num_bytes)}
-    return StreamingResponse(service.jobs.artifacts.read(file), headers=headers, media_type=file.media_type)
+    chunks = service.jobs.artifacts.read(file)
+    first = await anext(chunks, b"")  # before the status is sent, so that an error gets its own status
+    return StreamingResponse(chain(first, chunks), headers=headers, media_type=file.media_type)
 
 
 async def _make_piece(service: Service, spec: JobSpec, *, card: ModelCard, caller: Caller) -> AsyncGenerator[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +37,7 @@ from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import (
     UNAVAILABLE,
+    CancelledRequestError,
     ConflictError,
     DeadlineExceededError,
     ForbiddenError,
@@ -46,7 +47,10 @@ from stable_audio_serve.core.errors import (
     ModelUnavailableError,
     OverloadedError,
     QuotaError,
+    StableAudioError,
     StoppingError,
+    StorageError,
+    StorageFullError,
     UnknownModelError,
     UploadTooLargeError,
 )
@@ -63,6 +67,18 @@ from stable_audio_serve.jobs.store.client_jobs import Added
 
 T = TypeVar("T")
 
+# Errors of jobs that a request which waits for its job is answered with. Other errors are a GenerationError.
+_JOB_ERRORS: Mapping[str, type[StableAudioError]] = {
+    error.kind: error
+    for error in (
+        CancelledRequestError,
+        DeadlineExceededError,
+        InvalidRequestError,
+        ModelUnavailableError,
+        StorageError,
+        StorageFullError,
+    )
+}
 _BUSY_RETRY_S = 5.0
 _SOURCE_MARGIN_S = 1.0
 
@@ -252,8 +268,8 @@ class Service:
     async def run_job(self, spec: JobSpec, *, card: ModelCard, caller: Caller) -> StoredFile:
         """Add a job like `add_job`, wait for its end and return its file. If the wait is cancelled, so is the job.
 
-        Raises GenerationError, DeadlineExceededError, InvalidRequestError or ModelUnavailableError if the job fails,
-        and StoppingError if this process stops first. Also raises the errors of `EventStreams.counted`.
+        Raises an error of `_JOB_ERRORS` or GenerationError if the job fails, and StoppingError if this process stops
+        first. Also raises the errors of `EventStreams.counted`.
         """
         async with self.own_job(spec, card=card, caller=caller) as job:
             try:
@@ -292,8 +308,7 @@ class Service:
         if not job.is_over:
             raise StoppingError(UNAVAILABLE)
         failed = job.error or JobError(job.state, "the generation was cancelled")
-        kinds = {kind.kind: kind for kind in (DeadlineExceededError, InvalidRequestError, ModelUnavailableError)}
-        raise kinds.get(failed.code, GenerationError)(failed.message, field=failed.field)
+        raise _JOB_ERRORS.get(failed.code, GenerationError)(failed.message, field=failed.field)
 
     async def _generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
         budget_s = request.deadline_s or self.settings.api.default_deadline_s

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import wave
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,17 @@ import pytest
 import soundfile
 
 from stable_audio_serve.api.streams import StreamLimits
+from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
-from stable_audio_serve.core.errors import GenerationError, InvalidRequestError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.errors import (
+    GenerationError,
+    InvalidRequestError,
+    ModelUnavailableError,
+    OverloadedError,
+    StorageError,
+    StorageFullError,
+)
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from tests.api.compat.serving import make_client, serve_app
@@ -437,6 +446,17 @@ async def test_pieces_are_refused_while_files_cannot_be_stored(object_storage: O
             assert reply.status_code == 200
 
 
+async def test_piece_that_cannot_be_read_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def read(*_: object) -> AsyncGenerator[bytes]:
+        raise StorageError("away")
+        yield b""
+
+    monkeypatch.setattr(LocalArtifacts, "read", read)
+    async with make_client() as (client, _):
+        reply = await client.post(MUSIC, params=QUICK, json={"composition_plan": PLAN})
+        assert (detail(reply, 503)["message"], reply.headers["retry-after"]) == ("away", "5")
+
+
 @pytest.mark.server
 async def test_stream_begins_with_the_first_section() -> None:
     backend = PausingBackend(catalog=ModelCatalog([SHORT]))
@@ -492,6 +512,9 @@ async def test_long_pieces_fail_and_are_refused_like_clips() -> None:
     async with make_client(ToneBackend(catalog=ModelCatalog([SHORT])), jobs=jobs) as (client, backend):
         backend.error = ModelUnavailableError("model short failed to load; the server's log says why")
         assert "failed to load" in detail(await client.post(MUSIC, json=long), 503)["message"]
+    for error, status in ((StorageError("away"), 503), (StorageFullError("the disk is full"), 507)):
+        async with make_client(ToneBackend(catalog=ModelCatalog([SHORT]), error=error), jobs=jobs) as (client, _):
+            assert detail(await client.post(MUSIC, json=long), status)["message"] == error.message
     limits = StreamLimits(max_open_per_client=0)
     async with make_client(ToneBackend(catalog=ModelCatalog([SHORT])), stream_limits=limits) as (client, _):
         for path in (MUSIC, STREAM):
