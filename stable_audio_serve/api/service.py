@@ -24,7 +24,7 @@ from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
-from stable_audio_serve.api.streams import EventStreams, StreamLimits
+from stable_audio_serve.api.streams import EventStreams, StreamLimits, process_stops
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.encode import EncodedFile
@@ -36,7 +36,6 @@ from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import (
-    UNAVAILABLE,
     CancelledRequestError,
     ConflictError,
     DeadlineExceededError,
@@ -48,7 +47,6 @@ from stable_audio_serve.core.errors import (
     OverloadedError,
     QuotaError,
     StableAudioError,
-    StoppingError,
     StorageError,
     StorageFullError,
     UnknownModelError,
@@ -306,7 +304,7 @@ class Service:
         if job.result is not None:
             return job.result.file
         if not job.is_over:
-            raise StoppingError(UNAVAILABLE)
+            raise process_stops()
         failed = job.error or JobError(job.state, "the generation was cancelled")
         raise _JOB_ERRORS.get(failed.code, GenerationError)(failed.message, field=failed.field)
 

@@ -56,6 +56,11 @@ class Change:
     position: int | None
 
 
+def process_stops() -> StoppingError:
+    """Return the error of a request that waits for a job when this process stops."""
+    return StoppingError("the server process stops; ask again", retry_after_s=_RECONNECT_MS / 1000)
+
+
 async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Draining) -> AsyncIterator[ServerSentEvent]:
     """Yield `events`, and end without an error if the database fails. The client reconnects and then gets the error."""
     try:
@@ -125,7 +130,7 @@ class EventStreams:
             if current is None or current.is_over:
                 return
             if self._must_end(current, finishes=finishes):
-                raise StoppingError("the server process stops; ask again")
+                raise process_stops()
             if finishes:
                 await _require_start(jobs, current)
             await self._pause(self._limits.section_poll_s)

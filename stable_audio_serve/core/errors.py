@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-UNAVAILABLE = "the model is shutting down or its engine stopped; retry"  # a message of ModelUnavailableError
+_RETRY_S = 5.0
 
 
 class StableAudioError(Exception):
@@ -252,3 +252,8 @@ class ConfigError(StableAudioError):
     """The settings are invalid. The message names the key or the environment variable."""
 
     kind = "config"
+
+
+def engine_stopped() -> ModelUnavailableError:
+    """Return the error of requests whose engine stops. Another replica, or the one that replaces it, can run them."""
+    return ModelUnavailableError("the model is shutting down or its engine stopped; retry", retry_after_s=_RETRY_S)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from stable_audio_serve.core.clock import Clock
-from stable_audio_serve.core.errors import UNAVAILABLE, InvalidRequestError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.errors import InvalidRequestError, OverloadedError, engine_stopped
 from stable_audio_serve.core.generation import GenerationRequest, Lora, Stacking
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.models.adapters.adapter import read_adapter
@@ -179,13 +179,13 @@ class Adapters:
             try:
                 job: Future[HeldSlots] = self._pool.submit(self._hold, active, stacking)
             except RuntimeError as error:  # the engine was closed
-                raise ModelUnavailableError(UNAVAILABLE) from error
+                raise engine_stopped() from error
             try:
                 return await asyncio.wrap_future(job)
             except asyncio.CancelledError as error:
                 task = asyncio.current_task()
                 if task is not None and not task.cancelling():  # `close` cancelled the job, not the request
-                    raise ModelUnavailableError(UNAVAILABLE) from error
+                    raise engine_stopped() from error
                 job.add_done_callback(_release_result)
                 raise
 

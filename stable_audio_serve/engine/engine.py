@@ -20,7 +20,7 @@ import torch
 from stable_audio_serve.audio.keep import keep_source, plan_spans
 from stable_audio_serve.audio.seams import close_loop, loop_samples, with_surplus
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import UNAVAILABLE, ConfigError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, OverloadedError, engine_stopped
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
@@ -193,7 +193,7 @@ class Engine:
         await self._prove()
         self._ensure_started()
         if self._is_closing:
-            raise ModelUnavailableError(UNAVAILABLE)
+            raise engine_stopped()
         await asyncio.to_thread(self._thread.wait_ready)
         if isinstance(self._thread.error, ConfigError):
             raise self._thread.error
@@ -236,7 +236,7 @@ class Engine:
             await self._prove()
         self._ensure_started()
         if self._is_closing:
-            raise ModelUnavailableError(UNAVAILABLE)
+            raise engine_stopped()
         require_checkpoint(request, spec=self.spec, loaded=self._provenance.loaded)
         try:
             max_s = self.spec.card.max_duration_s
@@ -329,7 +329,7 @@ class Engine:
         `_MAX_SILENCE_S` seconds. An engine that was never started passes.
         """
         if self._is_started and (not self.is_alive or self._thread.silence_s > _MAX_SILENCE_S):
-            raise ModelUnavailableError(UNAVAILABLE)
+            raise engine_stopped()
 
     async def _accept(
         self, request: GenerationRequest, on_progress: ProgressCallback | None, *, frames: int | None

@@ -16,13 +16,12 @@ import torch
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import (
-    UNAVAILABLE,
     CancelledRequestError,
     GenerationError,
     InvalidRequestError,
-    ModelUnavailableError,
     StableAudioError,
     StartTimeoutError,
+    engine_stopped,
 )
 from stable_audio_serve.core.generation import GenerationResult, Progress
 from stable_audio_serve.core.metrics import Metrics
@@ -66,7 +65,7 @@ class Inbox:
         """Add a request. Raises ModelUnavailableError if the inbox is closed."""
         with self._lock:
             if self._closed:
-                raise ModelUnavailableError(UNAVAILABLE)
+                raise engine_stopped()
             self._requests.append(request)
         self._changed.set()
 
@@ -151,7 +150,7 @@ class EngineLoop:
             self._requests[request.id] = request
         for request in list(self._requests.values()):
             self._end(request, outcome="unavailable")
-            request.reply.fail(ModelUnavailableError(UNAVAILABLE))
+            request.reply.fail(engine_stopped())
 
     def _receive(self, request: RequestState) -> None:
         self._requests[request.id] = request

@@ -13,11 +13,10 @@ from functools import partial
 import torch
 
 from stable_audio_serve.core.errors import (
-    UNAVAILABLE,
     GenerationError,
-    ModelUnavailableError,
     OverloadedError,
     StableAudioError,
+    engine_stopped,
 )
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
@@ -53,7 +52,7 @@ class Planner:
         """
         with self._lock:
             if self._closed:
-                raise ModelUnavailableError(UNAVAILABLE)
+                raise engine_stopped()
             if self._num_pending >= self._max_pending:
                 message = "too many requests are being prepared; retry later"
                 raise OverloadedError(message, retry_after_s=_FULL_RETRY_S)
@@ -74,7 +73,7 @@ class Planner:
 
     def _run(self, request: GenerationRequest, frames: int | None) -> tuple[RowPlan, ...]:
         if self._closed:
-            raise ModelUnavailableError(UNAVAILABLE)
+            raise engine_stopped()
         try:
             return self._model.plan(request, frames=frames)
         except StableAudioError:

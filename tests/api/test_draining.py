@@ -195,6 +195,19 @@ async def test_request_of_a_replaced_process_waits_for_the_next_runner(path: str
         await second.close()
 
 
+@pytest.mark.parametrize("path", ["/v1/music", "/v1/music/stream"])
+async def test_piece_that_a_drained_server_cannot_start_is_503(path: str) -> None:
+    sections = [{"section_name": name, "duration_ms": 3000, "positive_local_styles": [name]} for name in "ab"]
+    body = {"composition_plan": {"positive_global_styles": ["jazz"], "sections": sections}}
+    async with make_app(run_jobs=False) as (app, _), client_of(app) as client:
+        sending = asyncio.create_task(client.post(path, params={"output_format": "pcm_44100"}, json=body))
+        await until(lambda: app.state.jobs.store.operators.counts().get("queued"))
+        draining_of(app).drain()
+        reply = await asyncio.wait_for(sending, timeout=PATIENCE_S)
+        assert (reply.status_code, reply.json()["detail"]["status"]) == (503, "service_unavailable")
+        assert int(reply.headers["retry-after"]) >= 1
+
+
 async def test_request_counts_until_its_response_is_sent() -> None:
     """The response to a slow client is still in flight after the handler has returned."""
     async with make_app(run_jobs=False) as (app, _):

@@ -386,7 +386,7 @@ async def test_closing_fails_requests_in_planning_as_unavailable() -> None:
     await engine.close()
     model.released.set()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    assert all(isinstance(outcome, ModelUnavailableError) for outcome in outcomes)
+    assert all(isinstance(outcome, ModelUnavailableError) and outcome.retry_after_s for outcome in outcomes)
 
 
 @pytest.mark.parametrize("started", [False, True])
