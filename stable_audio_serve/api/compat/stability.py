@@ -56,6 +56,7 @@ _STATUS = {
     "overloaded": 429,
     "quota": 429,
     "unavailable": 503,
+    "cancelled": 503,
     "storage": 503,
     "deadline_exceeded": 504,
     "storage_full": 507,

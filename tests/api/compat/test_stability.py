@@ -14,7 +14,13 @@ import httpx
 import pytest
 import soundfile
 
-from stable_audio_serve.core.errors import GenerationError, InvalidRequestError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.errors import (
+    CancelledRequestError,
+    GenerationError,
+    InvalidRequestError,
+    ModelUnavailableError,
+    OverloadedError,
+)
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client, serve_app
@@ -288,6 +294,7 @@ async def test_a_failed_generation_has_its_error(
     [
         (OverloadedError("full", retry_after_s=3), 429, "rate_limit_exceeded"),
         (ModelUnavailableError("the model is away", retry_after_s=3), 503, "service_unavailable"),
+        (CancelledRequestError("the request was cancelled", retry_after_s=3), 503, "service_unavailable"),
     ],
 )
 async def test_refusals_say_when_to_retry(
