@@ -208,6 +208,25 @@ async def test_piece_that_a_drained_server_cannot_start_is_503(path: str) -> Non
         assert int(reply.headers["retry-after"]) >= 1
 
 
+async def test_jobs_of_a_drained_server_can_be_cancelled() -> None:
+    queue = "/queue/fal-ai/stable-audio"
+    async with make_app(run_jobs=False) as (app, _), client_of(app) as client:
+        native = (await client.post("/jobs", json=BODY)).json()["id"]
+        first, second = [(await client.post(queue, json={"prompt": "a bell"})).json()["request_id"] for _ in range(2)]
+        draining_of(app).drain()
+        target = {"x-fal-target-url": f"https://queue.fal.run/fal-ai/stable-audio/requests/{second}/cancel"}
+        assert (await client.delete(f"/jobs/{native}")).status_code == 200
+        assert (await client.put(f"{queue}/requests/{first}/cancel")).status_code == 202
+        assert (await client.put("/api/fal/proxy", headers=target)).status_code == 202
+        assert app.state.jobs.store.operators.counts() == {"cancelled": 3}
+        target["x-fal-target-url"] = "https://queue.fal.run/fal-ai/stable-audio"
+        for path, headers in ((queue, {}), ("/api/fal/proxy", target)):
+            reply = await client.post(path, json={"prompt": "a bell"}, headers=headers)
+            assert (reply.status_code, reply.headers["x-fal-error-type"]) == (503, "unavailable")
+        draining_of(app).stop()
+        assert (await client.delete(f"/jobs/{native}")).status_code == 503
+
+
 async def test_request_counts_until_its_response_is_sent() -> None:
     """The response to a slow client is still in flight after the handler has returned."""
     async with make_app(run_jobs=False) as (app, _):

@@ -26,7 +26,13 @@ _RETRY_AFTER_S = 5.0
 _QUIET_S = 3.0
 _NOTICE_S = 10.0
 _CHECKS_EVERY_S = 10.0  # a load balancer's longest time between two checks of /ready, for example that of Kubernetes
-_READING = frozenset({"GET", "HEAD"})
+# Requests that start no work: they read or cancel. fal's proxy passes on its requests to routes that check them again.
+_WORKLESS_METHODS = frozenset({"GET", "HEAD", "DELETE"})
+_WORKLESS_PATHS = ("/cancel", "/api/fal/proxy")
+
+
+def _starts_work(scope: Scope) -> bool:
+    return scope["method"] not in _WORKLESS_METHODS and not scope["path"].endswith(_WORKLESS_PATHS)
 
 
 class Draining:
@@ -94,7 +100,7 @@ class Draining:
         self.leave()
 
     def drain(self) -> None:
-        """Refuse new work until `resume`. GET and HEAD stay allowed, so that clients can fetch earlier results."""
+        """Refuse new work until `resume`. Clients can still fetch earlier results, and cancel jobs."""
         if self.refusal is None:
             self._at_drain = frozenset(self._in_flight)
             self.refusal = _DRAINING
@@ -110,7 +116,7 @@ class Draining:
     def admit(self, scope: Scope) -> None:
         """Count a request as in flight. Raises StoppingError to refuse it. Not called for health probes."""
         self._last_request_at = self._clock.monotonic()
-        if self.refusal == _STOPPING or (self.refusal is not None and scope["method"] not in _READING):
+        if self.refusal == _STOPPING or (self.refusal is not None and _starts_work(scope)):
             raise StoppingError(self.refusal, retry_after_s=_RETRY_AFTER_S)
         if "in_flight_token" in scope:  # `begin` may have added the token already; then this has no effect
             self._in_flight.add(scope["in_flight_token"])
