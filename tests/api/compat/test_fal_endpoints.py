@@ -421,6 +421,8 @@ async def test_sources_from_urls_count_like_request_bodies(is_own: bool) -> None
         await until(lambda: backend.num_running == 1)
         second = await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=url)
         assert (second.status_code, second.headers["retry-after"]) == (503, "5")
+        assert second.json()["error_type"] == second.headers["x-fal-error-type"] == "unavailable"
+        assert second.headers["x-fal-retryable"] == "true"
         assert "retry later (api.max_bodies_bytes)" in second.json()["detail"]
         backend.released.set()
         assert (await first).status_code == 200
@@ -572,7 +574,8 @@ async def test_a_large_data_uri_is_accepted_and_a_huge_one_refused(client: httpx
 async def test_large_json_without_a_file_is_refused(client: httpx.AsyncClient, operation: str) -> None:
     body = b'{"prompt":"x","z":[' + b"[]," * 400_000 + b"[]]}"
     reply = await client.post(f"{SMALL}/{operation}", content=body, headers={"content-type": "application/json"})
-    assert reply.status_code == 413
+    assert (reply.status_code, reply.json()["error_type"]) == (413, "bad_request")
+    assert reply.headers["x-fal-retryable"] == "false"
     assert reply.json()["detail"].startswith("body: larger than 1048576 bytes")
 
 

@@ -48,6 +48,8 @@ _KINDS = {
     "storage": (503, "storage"),
     "storage_full": (507, "storage_full"),
 }
+# Kinds of the errors that the limits of request bodies raise as HTTPException.
+_HTTP_KINDS = {413: "upload_too_large", 503: "unavailable", 507: "storage_full"}
 _RETRYABLE = (429, 503)
 _TEMPORARY = (*_RETRYABLE, 507)  # statuses that the stored error of a queued request never has; it has 500 instead
 # The applications' names for fields of `GenerationRequest` that a model may refuse.
@@ -135,6 +137,10 @@ def _answer_fields(request: Request, faults: Sequence[dict[str, Any]]) -> Respon
 
 
 def _answer_http(request: Request, error: HTTPException) -> Response:
+    kind = _HTTP_KINDS.get(error.status_code)
+    if kind is not None:
+        failure = _failure(_KINDS[kind], error.detail, is_stored=False)
+        return render_failure(request, failure, headers=error.headers)
     failure = Failure(error.status_code, {"detail": error.detail}, error.headers or {}, error.detail, "")
     return render_failure(request, failure)
 
