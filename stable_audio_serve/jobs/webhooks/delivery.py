@@ -179,10 +179,11 @@ async def _explained(timeout_s: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(timeout_s):
             yield
-    except TimeoutError as error:
+    except (TimeoutError, httpcore.TimeoutException) as error:
         raise DeliveryError("gave no answer in time") from error
-    except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-        raise DeliveryError(f"{type(error).__name__}: {error}") from error
+    except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
+        what = "cannot be reached" if isinstance(error, httpcore.ConnectError) else "gave no complete answer"
+        raise DeliveryError(f"{what}: {error}" if str(error) else what) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +234,7 @@ async def _resolve(host: str, port: int, *, client: str, timeout_s: float = RESO
         async with asyncio.timeout(timeout_s):
             found = await loop.run_in_executor(pool, _look_up, host, port, pool)
     except (OSError, TimeoutError, UnicodeError) as error:
-        raise DeliveryError(f"has a host that cannot be resolved: {error}") from error
+        raise DeliveryError("has a host that cannot be resolved") from error
     # An IPv6 address may end in a percent sign and a zone id, which are removed.
     return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
 

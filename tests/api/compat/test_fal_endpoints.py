@@ -435,6 +435,9 @@ async def test_sources_are_downloaded_from_allowed_hosts_only() -> None:
     moved |= {"/circle.wav": b"/circle.wav", "/wrong.wav": b"http://a:port/", "/gone.wav": b"/nowhere.wav"}
 
     async def host(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/cut.wav":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+            return
         size = 300_000 if scope["path"] == "/large.wav" else 0
         location = moved.get(scope["path"])
         status = 302 if location else 404 if scope["path"] == "/nowhere.wav" else 200
@@ -456,11 +459,19 @@ async def test_sources_are_downloaded_from_allowed_hosts_only() -> None:
             ("circle.wav", "redirects more than 5 times"),
             ("wrong.wav", "invalid URL"),
             ("gone.wav", "status 404"),
+            ("cut.wav", "audio_url gave no complete answer"),
             (f"a.wav?token={'0' * 9000}", "longer than 8192 characters"),
         ):
             entry = fault(await post(client, f"{SMALL}/audio-to-audio", audio_url=f"{url}/{name}"))
             assert message in entry["msg"]
-        assert "not public" in fault(await post(client, f"{SMALL}/audio-to-audio", audio_url="http://10.0.0.1/"))["msg"]
+        for source, message in (
+            ("http://10.0.0.1/", "not public"),
+            (f"https://127.0.0.1:{port}/a.wav", "audio_url cannot be reached: "),
+            ("http://a.invalid/", "audio_url has a host that cannot be resolved; allowed: "),
+        ):
+            entry = fault(await post(client, f"{SMALL}/audio-to-audio", audio_url=source))
+            assert message in entry["msg"]
+            assert "Error" not in entry["msg"]
 
 
 @pytest.mark.server
