@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from stable_audio_serve.core.clock import Clock
-from stable_audio_serve.core.errors import InvalidRequestError, OverloadedError, engine_stopped
+from stable_audio_serve.core.errors import InvalidRequestError, OverloadedError, StorageError, engine_stopped
 from stable_audio_serve.core.generation import GenerationRequest, Lora, Stacking
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.models.adapters.adapter import read_adapter
@@ -165,8 +165,9 @@ class Adapters:
     async def acquire(self, request: GenerationRequest, evaluations: Sequence[Evaluation]) -> HeldSlots:
         """Return the slots for these evaluations of a request. Loads and folds adapters that are not in memory.
 
-        Raises InvalidRequestError for adapters that cannot be used, OverloadedError if adapters in use take too much
-        memory or too many requests are waiting for adapters, and ModelUnavailableError if the engine closes.
+        Raises InvalidRequestError for adapters that cannot be used, StorageError for those that cannot be downloaded,
+        OverloadedError if adapters in use take too much memory or too many requests are waiting for adapters, and
+        ModelUnavailableError if the engine closes.
         """
         if not request.loras:
             return HeldSlots()
@@ -252,7 +253,7 @@ class Adapters:
         return HeldSlots([slots.get(loras) for loras in active], lambda: self._cache.give_back(held))
 
     def _slot_key(self, loras: Sequence[Lora], stacking: Stacking) -> Hashable:
-        return (stacking, tuple((_identity(lora, self._fetch), lora.strength) for lora in loras))
+        return (stacking, tuple((_identity(lora, self._file), lora.strength) for lora in loras))
 
     def _slot(self, key: Hashable, *, loras: Sequence[Lora], stacking: Stacking) -> Slot:
         """Returns a slot with one more user."""
@@ -269,13 +270,13 @@ class Adapters:
         return found
 
     def _adapter(self, lora: Lora) -> FittedAdapter:
-        key = _identity(lora, self._fetch)
+        key = _identity(lora, self._file)
         if (found := self._cache.take(key)) is not None:
             self._cache.give_back([key])  # needs no user count: the caller refers to the adapter until folding
             assert isinstance(found, FittedAdapter)
             return found
         began = self._clock.monotonic()
-        path = self._fetch(lora.source)
+        path = self._file(lora)
         read = read_adapter(path, name=lora.name, max_rank=self._max_rank, with_conditioners=lora.has_conditioners)
         if lora.sha256 not in ("", read.sha256):
             message = f"adapter {lora.name!r} is another file than the request names: its hash is {read.sha256}"
@@ -288,6 +289,14 @@ class Adapters:
         seconds = self._clock.monotonic() - began
         log.info("loaded adapter %s (%s, rank %d) in %.2f s", lora.name, fitted.type, fitted.rank, seconds)
         return fitted
+
+    def _file(self, lora: Lora) -> Path:
+        """Return an adapter's file. Raises StorageError, because it is not the client who names the source."""
+        try:
+            return self._fetch(lora.source)
+        except InvalidRequestError as error:
+            log.warning("adapter %s cannot be loaded: %s", lora.name, error.message)
+            raise StorageError(f"the file of adapter {lora.name!r} cannot be downloaded now") from error
 
     def _finish_device_work(self) -> None:
         """Wait for this thread's work, because the engine's thread may use the slots on another stream.
@@ -313,11 +322,11 @@ def _active(loras: Sequence[Lora], t: float) -> tuple[Lora, ...]:
     )
 
 
-def _identity(lora: Lora, fetch: Callable[[str], Path]) -> Hashable:
+def _identity(lora: Lora, find_file: Callable[[Lora], Path]) -> Hashable:
     """Returns a key of the adapter: its hash, or if the request gives no hash, the path, time and size of its file."""
     if lora.sha256:
         return lora.sha256, lora.has_conditioners
-    path = fetch(lora.source)
+    path = find_file(lora)
     try:
         stat = path.stat()
     except OSError:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from stable_audio_serve.core.errors import InvalidRequestError, ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.errors import InvalidRequestError, ModelUnavailableError, OverloadedError, StorageError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Lora, Progress, Stacking
 from stable_audio_serve.engine import Engine, EngineOptions, adapters
 from stable_audio_serve.engine.scheduling.batching import FixedSlots
@@ -406,6 +406,26 @@ async def test_one_client_cannot_take_all_places_to_wait_for_adapters(tmp_path: 
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         await other
     assert [type(outcome) for outcome in outcomes] == [GenerationResult] * 8 + [OverloadedError] * 12
+
+
+async def test_failed_downloads_of_adapters_may_be_retried(tmp_path: Path) -> None:
+    is_away = True
+
+    def fetch(source: str) -> Path:
+        if is_away:
+            raise InvalidRequestError("adapter source 's3://secret/a.safetensors': cannot be downloaded", field="loras")
+        return Path(source)
+
+    lora = make_lora(tmp_path, change("lora"), name="vinyl")
+    async with running(fetch_adapter=fetch) as engine:
+        for sha256 in ("", read_adapter(Path(lora.source)).sha256):
+            request = make_clip(duration_s=0.3, loras=(replace(lora, sha256=sha256),))
+            is_away = True
+            with pytest.raises(StorageError, match="adapter 'vinyl' cannot be downloaded now") as caught:
+                await engine.generate(request)
+            assert "secret" not in caught.value.message
+            is_away = False
+            await engine.generate(request)
 
 
 async def test_a_closing_engine_ends_requests_that_wait_for_adapters(tmp_path: Path) -> None:
