@@ -29,23 +29,34 @@ def check_outputs(out: str, *, as_json: bool, num_clips: int = 1) -> None:
             raise ValueError("--json and --out - would both write to standard output")
         if num_clips > 1:
             raise ValueError(_ONE_CLIP)
+        if sys.stdout is None:
+            raise ValueError("standard output is closed; name a file with --out")
     elif not out.endswith(_SLASHES) and not (folder := Path(out).parent).is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(folder))
 
 
 def read_audio(audio: str) -> bytes:
-    """Return the content of the file `audio`, or of standard input if `audio` is "-". Raises OSError."""
-    return sys.stdin.buffer.read() if audio == STDIN else Path(audio).read_bytes()
+    """Return the content of the file `audio`, or of standard input if `audio` is "-". Raises OSError, ValueError."""
+    if audio != STDIN:
+        return Path(audio).read_bytes()
+    _require_stdin()
+    return sys.stdin.buffer.read()
 
 
 def read_prompt(prompt: str) -> str:
     """Return the prompt, read from standard input if it is "-". Raises ValueError if it is not text."""
     if prompt != STDIN:
         return prompt
+    _require_stdin()
     try:
         return typer.get_text_stream("stdin").read().strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt on standard input is not {error.encoding.upper()} text") from error
+
+
+def _require_stdin() -> None:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
 
 
 def read_recipe(content: bytes) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
 from stable_audio_serve.audio.encode import encode_audio
-from stable_audio_serve.cli.sound_files import read_recipe, slug
+from stable_audio_serve.cli.sound_files import check_outputs, read_audio, read_prompt, read_recipe, slug
 from stable_audio_serve.cli.tables import progress_line
 from stable_audio_serve.client import JobProgress
 from stable_audio_serve.core.sound import AudioFormat, Encoding
@@ -28,6 +30,17 @@ def test_a_file_with_an_invalid_recipe_is_refused(text: str) -> None:
     file = encode_audio(audio, RATE_HZ, encoding=Encoding(AudioFormat.FLAC), text=text).to_bytes()
     with pytest.raises(ValueError, match=r"recipe|Expecting"):
         read_recipe(file)
+
+
+def test_closed_streams_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python sets a stream to None if the shell closed it, as in `generate - <&-`."""
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    for read in (read_audio, read_prompt):
+        with pytest.raises(ValueError, match=r"^standard input is closed$"):
+            read("-")
+    with pytest.raises(ValueError, match=r"^standard output is closed; name a file with --out$"):
+        check_outputs("-", as_json=False)
 
 
 @pytest.mark.parametrize(
