@@ -69,9 +69,17 @@ class WaitMessages:
 
 @contextmanager
 def connected(url: str | None, key_file: Path | None) -> Iterator[Client]:
-    """Open a client without retries, for operators' commands. Expected errors in the block end the command."""
+    """Open a client without retries, for operators' commands.
+
+    Expected errors in the block end the command, and so do answers of another format, such as those of another server.
+    """
+    from stable_audio_serve.core.errors import GenerationError
+
     with plain_errors(), open_client(url, key_file, most_retries=0, timeout_s=_TIMEOUT_S) as client:
-        yield client
+        try:
+            yield client
+        except (AttributeError, KeyError, TypeError) as error:
+            raise GenerationError(f"the server's answer cannot be understood: {error}") from error
 
 
 @contextmanager

@@ -38,11 +38,12 @@ def status(
             _watch(client, every_s=every, as_json=as_json)
             return
         found = ask(client, _ROUTE)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        tables.print_status(found)
-    if not found["ready"]:
+        is_ready = found.get("ready")
+        if as_json:
+            typer.echo(json.dumps(found, indent=2))
+        else:
+            tables.print_status(found)
+    if not is_ready:
         raise typer.Exit(ExitCode.FAILED)
 
 

@@ -314,7 +314,7 @@ def parsing(what: str) -> Iterator[None]:
     """In this context, raise GenerationError in place of errors from parsing. The message begins with `what`."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile) as error:
         raise GenerationError(f"{what} cannot be understood: {error}") from error
 
 

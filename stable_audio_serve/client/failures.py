@@ -55,7 +55,7 @@ def read_failure(response: httpx.Response) -> StableAudioError:
     kind = kind or _BY_STATUS.get(response.status_code, StableAudioError)
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         body = {}
     body = body if isinstance(body, dict) else {}
     message, field = _read_detail(body.get("detail", body.get("error")))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -53,6 +55,10 @@ def example() -> dict[str, Any]:
     }
 
 
+def answering(body: str) -> httpx.MockTransport:
+    return httpx.MockTransport(lambda _: httpx.Response(200, text=body))
+
+
 def shown(found: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
     tables.print_status(found)
     return capsys.readouterr().out
@@ -72,6 +78,26 @@ def test_status_shows_everything_an_operator_needs(capsys: pytest.CaptureFixture
 def test_status_of_another_server_version_is_shown(left_out: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     found = {key: value for key, value in example().items() if key != left_out} if left_out else {}
     assert "Jobs:" in shown(found, capsys)
+
+
+@pytest.mark.parametrize("answer", ["[]", "null", '"ready"', '{"models": [1]}', '{"jobs": ["x"]}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["admin", "load", "m"], ["admin", "drain"], ["admin", "dead-letters"], ["models"]]
+)
+def test_an_answer_of_another_server_is_a_plain_error(
+    arguments: list[str], answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(httpx, "Client", partial(httpx.Client, transport=answering(answer)))
+    result = CliRunner().invoke(app, [*arguments, "--url", "http://a"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: the server's answer cannot be understood: ")
+
+
+def test_a_server_that_does_not_say_it_is_ready_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx, "Client", partial(httpx.Client, transport=answering("{}")))
+    result = CliRunner().invoke(app, ["status", "--url", "http://a"])
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "Jobs: ? queued" in result.stdout
 
 
 def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
