@@ -28,6 +28,8 @@ _BY_STATUS: dict[int, type[StableAudioError]] = {
     504: errors.DeadlineExceededError,
     507: errors.StorageFullError,
 }
+# Errors of httpx after which a call may be sent again. DecodingError: the compressed body is damaged.
+LOST = (httpx.TransportError, httpx.DecodingError)
 _NO_ROUTE = "Not Found"  # the message of Starlette and FastAPI
 TEMPORARY = (
     errors.OverloadedError,

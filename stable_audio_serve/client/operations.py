@@ -29,7 +29,7 @@ import httpx_sse
 from stable_audio_serve.client import answers, calls
 from stable_audio_serve.client.answers import Job, JobProgress, Result
 from stable_audio_serve.client.calls import Call, Connection
-from stable_audio_serve.client.failures import TEMPORARY, Attempts, Retries, read_failure, read_lost_connection
+from stable_audio_serve.client.failures import LOST, TEMPORARY, Attempts, Retries, read_failure, read_lost_connection
 from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError, StableAudioError
 
 T = TypeVar("T")
@@ -171,7 +171,7 @@ class Operations:
                             num_yielded, attempts = position, Attempts(self._retries)
                             yield new
                 return
-            except httpx.TransportError as error:
+            except LOST as error:
                 failure: StableAudioError = read_lost_connection(error)
             except StableAudioError as error:
                 failure = error
@@ -204,7 +204,7 @@ class Operations:
         while num_broken < _MOST_BROKEN:
             num_broken += 1
             stream = self._open(job_id, "events", headers=headers, timeout=_STREAM_TIMEOUT)
-            with suppress(httpx.TransportError, httpx_sse.SSEError, *TEMPORARY):
+            with suppress(*LOST, httpx_sse.SSEError, *TEMPORARY):
                 async with stream as response, aclosing(self._network.events(response)) as events:
                     if response.status_code == httpx.codes.NO_CONTENT:  # there are no more events
                         break
@@ -282,7 +282,7 @@ class Operations:
         while True:
             try:
                 return await act()
-            except httpx.TransportError as error:
+            except LOST as error:
                 failure: StableAudioError = read_lost_connection(error)
             except StableAudioError as error:
                 failure = error
@@ -299,7 +299,7 @@ class Operations:
             response = None
             if url := job.bucket_url:
                 # The bucket is on another host. Therefore this request does not contain the API key.
-                with suppress(httpx.TransportError):
+                with suppress(*LOST):
                     response = await opened.enter_async_context(self._network.stream(method="GET", url=url))
             if response is None or not response.is_success:
                 response = await opened.enter_async_context(self._open(job.id, "audio"))

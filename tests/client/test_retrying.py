@@ -106,6 +106,18 @@ async def test_an_error_page_of_a_proxy_is_an_error_of_the_client(body: str) -> 
         client.models()
 
 
+@pytest.mark.parametrize("asked", [("models",), ("jobs.audio_chunks", "0" * 32), ("jobs.wait", "0" * 32)])
+async def test_a_damaged_compressed_answer_is_a_lost_answer(asked: tuple[str, ...]) -> None:
+    def answer(_: httpx.Request) -> httpx.Response:
+        headers = {"content-encoding": "gzip", "content-type": "text/event-stream"}
+        return httpx.Response(200, headers=headers, stream=httpx.ByteStream(b"not compressed"))
+
+    http = httpx.Client(transport=httpx.MockTransport(answer))
+    error = pytest.raises(errors.UnreachableError, match=r"did not answer: .*decompressing")
+    with Client("http://localhost", http=http, retries=Retries(most=1, first_pause_s=0.01)) as client, error:
+        await Caller(client)(*asked)
+
+
 async def test_an_interrupted_answer_is_retried(connect: Callable[..., Caller]) -> None:
     """The first answer ends too early, the second is complete."""
     num_calls = 0
