@@ -71,6 +71,7 @@ OPTIONS: Mapping[str, str] = {
     "sections": "--section",
     "overlap_s": "--overlap",
     "webhook_url": "--webhook",
+    "idempotency_key": "--idempotency-key",
     "loop": "--loop",
     "bpm": "--bpm",
     "bars": "--bars",

@@ -31,6 +31,7 @@ URL_VARIABLE = "STABLE_AUDIO_URL"
 KEY_VARIABLE = "STABLE_AUDIO_API_KEY"
 _LAST_PORT = 65535
 _USER_AGENT = "stable-audio-serve-client"
+_UNFIT = "starts or ends with white space, or has characters that no header may contain"
 _PATHS = {
     "generate": "/v1/audio/generations",
     "vary": "/v1/audio/variations",
@@ -85,6 +86,8 @@ def submit(
 
     The call's `read` returns the job's id. Raises OSError if the source audio cannot be read.
     """
+    if key is not None and not _fits_header(key):
+        raise InvalidRequestError(f"idempotency_key {_UNFIT}", field="idempotency_key")
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     body = _body(prompt, controls=controls, regions=regions, audio=audio)
     return Call("POST", _JOBS[kind], lambda answer: str(answer.json()["id"]), {**body, "headers": headers})
@@ -187,10 +190,8 @@ class Connection:
             raise ValueError(f"{shown} is not the URL of a server, such as {DEFAULT_URL}")
         url = url.copy_with(path=url.path.rstrip("/") + "/", query=None, fragment=None)
         key = api_key or os.environ.get(KEY_VARIABLE) or None
-        if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
-            raise ValueError(
-                "the API key starts or ends with white space, or has characters that no header may contain"
-            )
+        if key is not None and not _fits_header(key):
+            raise ValueError(f"the API key {_UNFIT}")
         return cls(url, key)
 
     def request(self, call: Call[Any]) -> dict[str, Any]:
@@ -206,6 +207,10 @@ class Connection:
         """Return the headers of a request to this server: the headers of every request, and the headers in `more`."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return {"User-Agent": _USER_AGENT, **key, **(more or {})}
+
+
+def _fits_header(text: str) -> bool:
+    return text.isascii() and text.isprintable() and text == text.strip()
 
 
 def _body(

@@ -12,7 +12,7 @@ import pytest
 
 from stable_audio_serve.api.native import schemas
 from stable_audio_serve.api.native.edits import TIME_FIELDS
-from stable_audio_serve.client import AsyncClient, Client
+from stable_audio_serve.client import AsyncClient, Client, Retries
 from stable_audio_serve.client.controls import (
     EditControls,
     GenerateControls,
@@ -22,6 +22,7 @@ from stable_audio_serve.client.controls import (
     JobInpaintControls,
     LoopControls,
 )
+from stable_audio_serve.core.errors import InvalidRequestError
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,13 @@ def test_an_invalid_key_is_refused_and_not_shown(key: str) -> None:
     with pytest.raises(ValueError, match="API key") as caught:
         Client("http://a", api_key=key)
     assert key.strip() not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["order\n1", "órder", " order"])
+def test_an_idempotency_key_that_no_header_may_contain_is_invalid(key: str) -> None:
+    with pytest.raises(InvalidRequestError, match="white space") as caught:
+        Client("http://a", retries=Retries(most=0)).jobs.submit("rain", idempotency_key=key)
+    assert caught.value.field == "idempotency_key"
 
 
 class Events(httpx.SyncByteStream):
