@@ -228,15 +228,32 @@ def _body(
     if regions is not None:
         fields["inpaint_start_seconds"] = [start_s for start_s, _ in regions]
         fields["inpaint_end_seconds"] = [end_s for _, end_s in regions]
-    for name, value in fields.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except ValueError as error:
-            raise InvalidRequestError(f"{name} must be finite", field=name) from error
+    fields = {name: _plain(name, value) for name, value in fields.items()}
     if audio is None:
         return {"json": fields}
     form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
     return {"data": form, "files": [(part, _read(audio))]}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return the value of the field `name` as JSON has it. Numbers and arrays of numpy become numbers and lists."""
+
+    def convert(other: Any) -> Any:
+        if isinstance(other, Mapping):
+            return dict(other)
+        is_list = isinstance(other, Sequence) and not isinstance(other, bytes)  # such as a range
+        return list(other) if is_list else other.tolist()
+
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, default=convert)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"{name} must be text that UTF-8 can encode", field=name) from error
+    except ValueError as error:
+        raise InvalidRequestError(f"{name} must be finite", field=name) from error
+    except (AttributeError, TypeError) as error:
+        raise InvalidRequestError(f"{name} must be text, a number, a list or a mapping", field=name) from error
+    return json.loads(text)
 
 
 def _lora(given: str | tuple[str, float] | Lora) -> Any:
@@ -257,5 +274,6 @@ def _read(audio: Audio) -> tuple[str, bytes]:
         case Clip():
             return audio.file_name, audio.content
         case str() | Path():
-            return Path(audio).name, Path(audio).read_bytes()
+            # Bytes of the name that are not UTF-8 become question marks.
+            return Path(audio).name.encode(errors="replace").decode(), Path(audio).read_bytes()
     return "audio", audio.read()

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import get_type_hints
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_type_hints
 
 import httpx
+import numpy as np
 import pytest
 
 from stable_audio_serve.api.native import schemas
@@ -116,6 +121,66 @@ def test_an_idempotency_key_that_no_header_may_contain_is_invalid(key: str) -> N
     with pytest.raises(InvalidRequestError, match="white space") as caught:
         Client("http://a", retries=Retries(most=0)).jobs.submit("rain", idempotency_key=key)
     assert caught.value.field == "idempotency_key"
+
+
+class Echo(httpx.MockTransport):
+    """Refuses each request, and keeps its body."""
+
+    def __init__(self) -> None:
+        super().__init__(self.answer)
+        self.body = b""
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        self.body = request.read()
+        return httpx.Response(400)
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (np.int64(7), 7),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), True),
+        (np.arange(3), [0, 1, 2]),
+        ([np.int64(7)], [7]),
+        (range(2), [0, 1]),
+        (MappingProxyType({"sampler_type": "dpmpp"}), {"sampler_type": "dpmpp"}),
+    ],
+)
+def test_numbers_of_numpy_and_other_containers_are_sent_as_json(given: object, sent: object) -> None:
+    echo = Echo()
+    client = Client("http://a", http=httpx.Client(transport=echo))
+    with pytest.raises(InvalidRequestError, match="400"):
+        client.vary(b"RIFF", "rain", seed=given)  # type: ignore[arg-type]
+    assert f'name="seed"\r\n\r\n{json.dumps(sent)}\r\n'.encode() in echo.body
+    with pytest.raises(InvalidRequestError, match="400"):
+        client.generate("rain", seed=given)  # type: ignore[arg-type]
+    assert json.loads(echo.body) == {"prompt": "rain", "seed": sent}
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"steps": object()}, "steps must be text, a number, a list or a mapping"),
+        ({"steps": b"8"}, "steps must be text, a number, a list or a mapping"),
+        ({"seeds": {1, 2}}, "seeds must be text, a number, a list or a mapping"),
+        ({"duration": np.float32("nan")}, "duration must be finite"),
+        ({"negative_prompt": "caf\udce9"}, "negative_prompt must be text that UTF-8 can encode"),
+    ],
+)
+def test_a_value_that_json_cannot_contain_is_named(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{reason}$") as caught:
+        Client("http://a", retries=Retries(most=0)).generate("rain", **given)
+    assert caught.value.field == next(iter(given))
+
+
+def test_a_file_whose_name_is_not_utf_8_is_sent(tmp_path: Path) -> None:
+    echo = Echo()
+    source = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    source.write_bytes(b"RIFF")
+    with pytest.raises(InvalidRequestError, match="400"):
+        Client("http://a", http=httpx.Client(transport=echo)).vary(source, "rain")
+    assert b'filename="caf?.wav"' in echo.body
 
 
 class Events(httpx.SyncByteStream):
