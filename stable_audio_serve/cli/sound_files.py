@@ -174,11 +174,14 @@ def slug(prompt: str) -> str:
 def _save_new(clip: Clip, folder: Path, *, stem: str) -> Path:
     suffix = Path(clip.file_name).suffix
     for number in range(1, 100_000):
-        name = f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}"
+        path = folder / (f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}")
         try:
-            with (folder / name).open("xb") as file:
-                file.write(clip.content)
+            path.touch(exist_ok=False)
         except FileExistsError:
             continue
-        return folder / name
+        try:
+            return clip.save(path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
     raise OSError(f"there are too many files called {stem} in {folder}")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import secrets
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from email.message import Message
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 import httpx_sse
@@ -47,9 +49,10 @@ class Clip:
     true_peak_dbtp: float | None = None
 
     def save(self, path: str | Path) -> Path:
-        """Write the audio file to `path`, and return `path`. Raises OSError."""
+        """Write the audio file to `path`, and return `path`. Raises OSError; then a former file there is unchanged."""
         path = Path(path)
-        path.write_bytes(self.content)
+        with whole_file(path) as file:
+            file.write(self.content)
         return path
 
 
@@ -307,6 +310,35 @@ def place_file(response: httpx.Response, path: Path) -> Path:
         return path
     disposition = response.headers.get("content-disposition")
     return path / (_file_name(disposition) if disposition else Path(response.url.path).name)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing, and rename it to `path` when the `with` block ends.
+
+    If the block raises an error, the temporary file is deleted. If `path` is a link, the file that it names is
+    replaced. A device or pipe is written directly. Raises OSError.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))  # `Path.resolve` raises RuntimeError for links to each other
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}"
+    try:
+        # `tempfile` is not used, because only the owner can read its files. Giving them normal permissions would need
+        # the process's umask, and reading the umask means changing it for a moment, in all threads.
+        opened = temporary.open("xb")
+    except OSError as error:
+        error.filename = str(path)  # of which the caller knows
+        raise
+    try:
+        with opened as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -8,20 +8,18 @@ can run the coroutine without an event loop.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     aclosing,
     asynccontextmanager,
-    contextmanager,
     suppress,
 )
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import httpx_sse
@@ -248,7 +246,7 @@ class Operations:
 
         async def write(response: httpx.Response, _: Job) -> Path:
             place = answers.place_file(response, path)
-            with whole_file(place) as file:
+            with answers.whole_file(place) as file:
                 async for chunk in self._network.chunks(response):
                     file.write(chunk)
             return place
@@ -317,21 +315,3 @@ class Operations:
                 await self._network.read(response)
                 raise read_failure(response)
             yield response
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing, and rename it to `path` when the `with` block ends.
-
-    If the block raises an error, the temporary file is deleted. Raises OSError.
-    """
-    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}"
-    try:
-        # `tempfile` is not used, because only the owner can read its files. Giving them normal permissions would need
-        # the process's umask, and reading the umask means changing it for a moment, in all threads.
-        with temporary.open("xb") as file:
-            yield file
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
