@@ -47,7 +47,7 @@ class WaitMessages:
     def begin(self, request: httpx.Request) -> None:
         """Start the timer that prints "waiting for the server". httpx calls this before each request."""
         self.end()
-        server = request.url.copy_with(path="/", query=None)
+        server = request.url.copy_with(path="/", query=None, username=None, password=None)
         self._timer = threading.Timer(_SILENT_S, self._print, [f"waiting for the server {server}"])
         self._timer.daemon = True
         self._timer.start()

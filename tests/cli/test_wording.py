@@ -172,12 +172,13 @@ def test_an_unreachable_server_fails_within_five_seconds(monkeypatch: pytest.Mon
     assert result.exit_code == 3
 
 
-def test_a_hanging_server_is_named_while_the_command_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("login", ["", "me:secret@"])
+def test_a_hanging_server_is_named_while_the_command_waits(login: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_SILENT_S", 0.1)
     monkeypatch.setattr(remote, "_TIMEOUT_S", 2.0)  # so much longer that the line comes first on a busy machine, too
     with socket.create_server(("127.0.0.1", 0)) as hanging:
         url = f"http://127.0.0.1:{hanging.getsockname()[1]}"
-        result = CliRunner().invoke(app, ["status", "--url", url])
+        result = CliRunner().invoke(app, ["status", "--url", url.replace("//", f"//{login}")])
     waiting, error = result.stderr.splitlines()
     assert waiting == f"waiting for the server {url}/"
     assert error.startswith(f"error: the server {url} did not answer")
