@@ -54,6 +54,8 @@ _BY_KIND = {error.kind: error for error in reversed(list(_all_below(StableAudioE
 def read_failure(response: httpx.Response) -> StableAudioError:
     """Return the error that an unsuccessful response describes. The response's body must have been read."""
     kind = _BY_KIND.get(response.headers.get("x-error-kind", ""))
+    if kind is None and response.status_code == httpx.codes.GATEWAY_TIMEOUT and response.request.method == "GET":
+        kind = errors.UnreachableError  # a proxy waited in vain: no GET of the API takes long
     kind = kind or _BY_STATUS.get(response.status_code, StableAudioError)
     try:
         body = response.json()

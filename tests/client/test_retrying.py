@@ -106,6 +106,23 @@ async def test_an_error_page_of_a_proxy_is_an_error_of_the_client(body: str) -> 
         client.models()
 
 
+def connect_to(*answers: httpx.Response) -> Client:
+    """Return a client of a server that gives each of these answers once."""
+    left = iter(answers)
+    http = httpx.Client(transport=httpx.MockTransport(lambda _: next(left)))
+    return Client("http://localhost", http=http, retries=Retries(most=1, first_pause_s=0.01))
+
+
+async def test_a_proxy_that_waits_in_vain_for_the_server_is_asked_again() -> None:
+    late = httpx.Response(504, text="<html>")
+    event = 'event: progress\ndata: {"stage": "x", "fraction": 0.5, "eta_seconds": null, "queue_position": null}\n\n'
+    stream = httpx.Response(200, text=event, headers={"content-type": "text/event-stream"})
+    assert connect_to(late, httpx.Response(200, json={"data": []})).models() == ()
+    assert next(connect_to(late, stream).jobs.follow("0" * 32)).fraction == 0.5
+    with pytest.raises(errors.DeadlineExceededError, match="504"):  # a long generation would only start again
+        connect_to(late).generate("rain")
+
+
 @pytest.mark.parametrize("asked", [("models",), ("jobs.audio_chunks", "0" * 32), ("jobs.wait", "0" * 32)])
 async def test_a_damaged_compressed_answer_is_a_lost_answer(asked: tuple[str, ...]) -> None:
     def answer(_: httpx.Request) -> httpx.Response:
