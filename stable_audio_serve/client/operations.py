@@ -34,12 +34,13 @@ T = TypeVar("T")
 
 # The response to a generation arrives only when the audio is complete, so the client waits long. On the server, the
 # request's deadline limits the time.
-TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+_ANSWER_S, _CONNECT_S = 600.0, 10.0
+TIMEOUT = httpx.Timeout(_ANSWER_S, connect=_CONNECT_S)
 # Options of an `httpx.Client`: no proxy for addresses of this machine, even if environment variables name a proxy. The
 # proxy would look for the server on its own machine.
 DIRECT: dict[str, Any] = {"mounts": dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))}
 # The server sends a comment on the event stream every ten seconds, so 30 s without data mean a lost connection.
-_STREAM_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+_STREAM_TIMEOUT = httpx.Timeout(30.0, connect=_CONNECT_S)
 _POLL_S = 1.0
 # After this many event streams in a row without an event, assume that a proxy buffers the events, and poll instead.
 _MOST_BROKEN = 3
@@ -221,18 +222,28 @@ class Operations:
             async for update in polling:
                 yield update
 
-    async def _poll(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
-        while not (job := await self.send(calls.show_job(job_id))).is_over:
+    async def _poll(self, job_id: str, *, ends_at: float | None = None) -> AsyncGenerator[JobProgress | Job]:
+        call, attempts = calls.show_job(job_id), None
+        while True:
+            if ends_at is not None:  # then neither a silent server nor the retries may use more time than is left
+                left_s = max(ends_at - time.monotonic(), _POLL_S)
+                timeout = httpx.Timeout(min(left_s, _ANSWER_S), connect=min(left_s, _CONNECT_S))
+                call = replace(call, options={"timeout": timeout})
+                attempts = Attempts(replace(self._retries, most_wait_s=min(self._retries.most_wait_s, left_s)))
+            job = await self.send(call, attempts)
+            if job.is_over:
+                yield job
+                return
             yield job.progress
             await self._network.sleep(_POLL_S)
-        yield job
 
     async def wait(
         self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None, timeout_s: float | None
     ) -> Job:
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         # An event stream is silent while the job's progress does not change, so the time could not be checked.
-        async with aclosing(self.follow(job_id) if ends_at is None else self._poll(job_id)) as following:
+        updates = self.follow(job_id) if ends_at is None else self._poll(job_id, ends_at=ends_at)
+        async with aclosing(updates) as following:
             async for update in following:
                 if isinstance(update, Job):
                     return update

@@ -217,6 +217,19 @@ async def test_waiting_for_a_job_times_out(served: Served, connect: Callable[...
     assert (await call("jobs.wait", job.id)).status == "succeeded"
 
 
+async def test_waiting_for_a_silent_server_times_out(connect: Callable[..., Caller]) -> None:
+    async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(never_answer, "127.0.0.1", 0) as silent:
+        call = connect(f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}")
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(errors.DeadlineExceededError, match="did not answer"):
+                await call("jobs.wait", "0" * 32, timeout_s=0.1)
+        await call.close()
+
+
 async def test_without_event_streams_the_client_polls_the_status(connect: Callable[..., Caller]) -> None:
     refusals = Counter[int]()
     async with (
