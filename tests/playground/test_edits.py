@@ -118,6 +118,19 @@ def test_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
     assert page.fill(duration=1).make_clip()["order"]["kind"] == "generate"
 
 
+def test_source_that_cannot_be_read_is_no_lost_server(page: Page, tmp_path: Path) -> None:
+    source = tmp_path / "door.wav"
+    source.write_bytes(make_audio_file(duration_s=1.0))
+    page["source-file"].send_keys(str(source))
+    page.until(lambda: page["source-name"].text == "Source: door.wav, 1.00 s")
+    source.unlink()
+    page.fill(prompt="rain", duration=1, steps=2).click("generate")
+    page.until(page.field_errors)
+    assert page.field_errors() == {"audio": "The file cannot be read, or it has changed. Choose it again."}
+    assert not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li")
+    page.messages()  # clears the console, in which the browser has logged the error
+
+
 @pytest.mark.slow
 def test_last_dropped_file_is_the_source(page: Page) -> None:
     """Two files are dropped. The first one takes longer to decode, so its audio is ready after the second one's."""

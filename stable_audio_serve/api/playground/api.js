@@ -45,10 +45,18 @@ export async function call(path, { method = "GET", json, form, headers = {}, sig
     reply = await fetch(url(path), { method, headers: all, body: json ? JSON.stringify(json) : form, signal, cache });
   } catch (error) {
     if (error.name === "AbortError") throw error;
+    if (form && !(await isReadable(form))) throw new ApiError(400, [{ field: "audio", message: "The file cannot be read, or it has changed. Choose it again." }]);
     throw new ApiError(0, [{ field: null, message: "Server unreachable." }]);
   }
   if (!reply.ok) throw await readError(reply);
   return reply;
+}
+
+// Whether the files in a form can be read. A folder cannot, nor can a file that was changed or deleted since it was chosen.
+// The browser reports the same error as for a server that is away.
+async function isReadable(form) {
+  const files = [...form.values()].filter((value) => value instanceof Blob);
+  return Promise.all(files.map((file) => file.slice(0, 1).arrayBuffer())).then(() => true, () => false);
 }
 
 async function readError(reply) {
