@@ -104,6 +104,25 @@ def test_lost_connection_to_a_job_is_shown_and_restored(page: Page) -> None:
     page.until(lambda: page.clips)
 
 
+def test_silent_stream_of_a_job_is_opened_again(page: Page) -> None:
+    """The first event stream is silent, as a connection is that a proxy has dropped while the computer slept."""
+    page.run(
+        """
+        const real = window.fetch;
+        const wait = window.setTimeout;
+        window.setTimeout = (act, delay) => wait(act, delay === 30000 ? 300 : delay);
+        window.fetch = async (url, options) => {
+          if (!String(url).endsWith("/events") || window.isSilent) return real(url, options);
+          window.isSilent = true;
+          return new Response(new ReadableStream());
+        };
+        """
+    )
+    page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
+    page.until(lambda: page.clips)
+    assert page.run("return window.isSilent")
+
+
 @pytest.mark.slow
 def test_job_with_a_lost_response_is_found_after_a_reload(page: Page, served: str) -> None:
     page.run(

@@ -45,7 +45,9 @@ export async function call(path, { method = "GET", json, form, headers = {}, sig
     reply = await fetch(url(path), { method, headers: all, body: json ? JSON.stringify(json) : form, signal, cache });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    if (form && !(await isReadable(form))) throw new ApiError(400, [{ field: "audio", message: "The file cannot be read, or it has changed. Choose it again." }]);
+    if (form && !(await isReadable(form))) {
+      throw new ApiError(400, [{ field: "audio", message: "The file cannot be read, or it has changed. Choose it again." }]);
+    }
     throw new ApiError(0, [{ field: null, message: "Server unreachable." }]);
   }
   if (!reply.ok) throw await readError(reply);
@@ -82,6 +84,7 @@ const ENDED = ["succeeded", "failed", "cancelled"];
 const LONGEST_PAUSE_MS = 10_000;
 const LONGEST_WAIT_MS = 3000; // between attempts to send an order
 const POLL_MS = 1000;
+const LONGEST_SILENCE_MS = 30_000; // of an event stream
 const MOST_STREAMS = 2; // browsers allow six connections per server over all tabs, and the page needs some of them
 const LEAST_BETWEEN_POLLS_MS = 250; // over all jobs
 let numStreams = 0;
@@ -167,11 +170,19 @@ export async function callWithRetries(path, options) {
   }
 }
 
+// Rejects if a read takes too long. The server sends a comment every ten seconds, so the connection is lost then, although
+// the browser does not know it, as after a sleep of the computer.
+function inTime(read) {
+  let timer;
+  const late = new Promise((_, reject) => (timer = setTimeout(() => reject(new Error("The connection is silent.")), LONGEST_SILENCE_MS)));
+  return Promise.race([read, late]).finally(() => clearTimeout(timer));
+}
+
 async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   try {
     for (let text = ""; ; ) {
-      const { done, value } = await reader.read();
+      const { done, value } = await inTime(reader.read());
       if (done) return;
       const blocks = (text + value).split("\n\n");
       text = blocks.pop();
