@@ -34,6 +34,25 @@ def test_error_is_shown_at_its_field(page: Page) -> None:
     page.messages()  # clears the console, in which the browser has logged the refused requests
 
 
+def test_error_of_a_proxy_has_a_plain_message(page: Page) -> None:
+    bodies = ["<html>", "null", "[]", '{"error": true}', '{"error": {"code": 503}}', '{"detail": [{"msg": "x"}]}']
+    messages = page.browser.execute_async_script(
+        """
+        const [bodies, done] = arguments;
+        import("/playground/api.js").then(async ({ call }) => {
+          const messages = [];
+          for (const body of bodies) {
+            window.fetch = async () => new Response(body, { status: 503, headers: { "Retry-After": "5" } });
+            await call("jobs").catch((error) => messages.push(`${error.status} ${error.message}`));
+          }
+          done(messages);
+        });
+        """,
+        bodies,
+    )
+    assert messages == ["503 The server responded with status 503. Try again in 5 s."] * len(bodies)
+
+
 @pytest.mark.slow
 def test_invalid_input_is_shown_without_a_request(page: Page) -> None:
     page.fill(prompt=" ", steps="1e", duration=99, batch_size=99, target_lufs=-90, fade_in_s=-1).click("generate")

@@ -70,12 +70,14 @@ async function readError(reply) {
   } catch {
     detail = null;
   }
-  if (Array.isArray(detail)) {
+  const faults = Array.isArray(detail) ? detail.filter((fault) => fault?.loc && fault.msg) : [];
+  if (faults.length) {
     const field = ({ loc }) => String(loc[1] ?? loc[0]); // the first item names the part of the request, such as "body"
-    return new ApiError(reply.status, detail.map((fault) => ({ field: field(fault), message: fault.msg })), retry);
+    return new ApiError(reply.status, faults.map((fault) => ({ field: field(fault), message: fault.msg })), retry);
   }
-  if (detail?.message) return new ApiError(reply.status, [{ field: detail.param ?? null, message: detail.message }], retry);
-  const message = detail || `The server responded with status ${reply.status}.`;
+  if (detail?.message) return new ApiError(reply.status, [{ field: detail.param ?? null, message: String(detail.message) }], retry);
+  // A proxy may have answered in any other format.
+  const message = typeof detail === "string" && detail ? detail : `The server responded with status ${reply.status}.`;
   const named = /^[a-z_]+/.exec(message); // the message may start with a field name
   return new ApiError(reply.status, [{ field: named && named[0], message }], retry);
 }
