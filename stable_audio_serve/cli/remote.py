@@ -135,7 +135,7 @@ def _read_key(file: Path | None) -> str | None:
     if file is None:
         return None
     try:
-        key = file.read_text(encoding="utf-8").strip()
+        key = file.read_text(encoding="utf-8-sig").strip()  # a byte order mark, if any, is left out
     except OSError as error:
         raise fail(f"--key-file: {describe_os_error(error)}") from error
     except UnicodeDecodeError:

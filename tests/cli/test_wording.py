@@ -184,6 +184,12 @@ def test_a_hanging_server_is_named_while_the_command_waits(login: str, monkeypat
     assert error.startswith(f"error: the server {url} did not answer")
 
 
+def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(b"\xef\xbb\xbfsecret\r\n")
+    assert remote._read_key(file) == "secret"
+
+
 def test_the_first_line_appears_within_two_seconds() -> None:
     assert remote._SILENT_S < 2
 
