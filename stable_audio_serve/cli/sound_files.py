@@ -6,6 +6,7 @@ import codecs
 import errno
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ _LONGEST_NAME = 60
 
 
 def check_outputs(out: str, *, as_json: bool, num_clips: int = 1) -> None:
-    """Raise ValueError or FileNotFoundError if `save` or `report` would fail, before time is spent on the audio."""
+    """Raise ValueError or OSError if `save` or `report` would fail, before time is spent on the audio."""
+    path = Path(out)
     if out == STDIN:
         if as_json:
             raise ValueError("--json and --out - would both write to standard output")
@@ -31,8 +33,17 @@ def check_outputs(out: str, *, as_json: bool, num_clips: int = 1) -> None:
             raise ValueError(_ONE_CLIP)
         if sys.stdout is None:
             raise ValueError("standard output is closed; name a file with --out")
-    elif not out.endswith(_SLASHES) and not (folder := Path(out).parent).is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such folder", str(folder))
+        return
+    if path.exists() and not path.is_dir() and not path.is_file():
+        return  # a device or pipe
+    is_folder = out.endswith(_SLASHES) or path.is_dir()
+    if is_folder and path.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "it is not a folder", out)
+    if not is_folder and not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
+    folder = path if is_folder else Path(os.path.realpath(path)).parent  # a link is followed
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no file can be written to this folder", str(folder))
 
 
 def read_audio(audio: str) -> bytes:

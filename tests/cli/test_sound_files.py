@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +43,21 @@ def test_closed_streams_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
             read("-")
     with pytest.raises(ValueError, match=r"^standard output is closed; name a file with --out$"):
         check_outputs("-", as_json=False)
+
+
+def test_a_place_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rain.wav").touch()
+    check_outputs(f"{tmp_path}/new/", as_json=False)
+    check_outputs(f"{tmp_path}/rain.wav", as_json=False)
+    with pytest.raises(NotADirectoryError, match="it is not a folder"):
+        check_outputs(f"{tmp_path}/rain.wav/", as_json=False)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        check_outputs(f"{tmp_path}/missing/rain.wav", as_json=False)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root, who may run this test, can write anywhere
+    for out in (str(tmp_path), f"{tmp_path}/", f"{tmp_path}/rain.wav", f"{tmp_path}/new.wav"):
+        with pytest.raises(PermissionError, match="no file can be written"):
+            check_outputs(out, as_json=False)
+    check_outputs("/dev/null", as_json=False)
 
 
 @pytest.mark.parametrize(
