@@ -93,13 +93,19 @@ def submit(
     return Call("POST", _JOBS[kind], lambda answer: str(answer.json()["id"]), {**body, "headers": headers})
 
 
-def replay(recipe: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Result | str]:
+def replay(recipe: Audio | Recipe, *, sources: Audio | Sequence[Audio]) -> Call[Result | str]:
     """Return the call that recreates a clip from its recipe, or from an audio file that contains the recipe.
 
     The call's `read` returns the result. A long piece is recreated by a job, and then `read` returns the job's id.
-    `sources` are the source files that the clip was made from. Raises OSError if a file cannot be read.
+    `sources` is the source file that the clip was made from, or a list of several. Raises OSError if a file cannot be
+    read.
     """
-    files = [("audio", _read(source)) for source in sources]
+    match sources:
+        case Sequence() if not isinstance(sources, str | bytes):
+            given = sources
+        case _:
+            given = [sources]
+    files = [("audio", _read(source)) for source in given]
     body: dict[str, Any]
     if not isinstance(recipe, Mapping):
         body = {"files": [("file", _read(recipe)), *files]}

@@ -112,13 +112,13 @@ class Client:
         """
         return self.send(calls.make("loop", prompt, controls=controls, audio=audio))
 
-    def replay(self, recipe: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Result:
+    def replay(self, recipe: Audio | Recipe, *, sources: Audio | Sequence[Audio] = ()) -> Result:
         """Recreate a clip from its recipe, or from its audio file if the file contains the recipe.
 
-        `sources` are the source files that the clip was made from. If one is missing, the method raises
-        InvalidRequestError with the SHA-256 of the missing file. The result's `replay` is "exact" if the bytes equal
-        the original. A long piece is recreated by a job, and the method waits until the job ends. Raises OSError if a
-        file cannot be read.
+        `sources` is the source file that the clip was made from, or a list of several. If one is missing, the method
+        raises InvalidRequestError with the SHA-256 of the missing file. The result's `replay` is "exact" if the bytes
+        equal the original. A long piece is recreated by a job, and the method waits until the job ends. Raises OSError
+        if a file cannot be read.
         """
         return run(self._operations.replay(calls.replay(recipe, sources=sources)))
 
@@ -300,7 +300,7 @@ class AsyncClient:
     async def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Result:
         return await self.send(calls.make("loop", prompt, controls=controls, audio=audio))
 
-    async def replay(self, recipe: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Result:
+    async def replay(self, recipe: Audio | Recipe, *, sources: Audio | Sequence[Audio] = ()) -> Result:
         return await self._operations.replay(calls.replay(recipe, sources=sources))
 
     async def models(self) -> tuple[Model, ...]:

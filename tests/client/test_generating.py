@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,9 @@ async def test_fields_choose_the_encoding_of_files(served: Served, connect: Call
         await call("generate", "rain", response_format="flac", bitrate=128)
 
 
-async def test_clips_are_recreated_from_recipes_and_files(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_clips_are_recreated_from_recipes_and_files(
+    served: Served, connect: Callable[..., Caller], *, tmp_path: Path
+) -> None:
     call = connect(served.url)
     source = make_audio_file(duration_s=1.0)
     take: Result = await call("vary", source, "rain", duration=0.5, batch_size=2, response_format="flac")
@@ -74,6 +77,10 @@ async def test_clips_are_recreated_from_recipes_and_files(served: Served, connec
             await call("replay", clip)
     long = {**take.clips[0].recipe, "prompt": "雨" * 100_000}  # 600 kB in JSON, which escapes each character
     assert (await call("replay", long, sources=[source])).seed == take.seed
+    file = tmp_path / "source.wav"
+    file.write_bytes(source)
+    for one in (source, file, str(file), io.BytesIO(source), replace(take.clips[0], content=source)):
+        assert (await call("replay", take.clips[0], sources=one)).seed == take.seed
     text = await call("generate", "rain", duration=0.5)
     assert (await call("replay", text.clips[0].recipe)).content == text.content
     assert text.replay is None
