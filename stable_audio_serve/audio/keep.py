@@ -7,6 +7,7 @@ region is too short. There are two exceptions. A region that extends the source 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 FADE_S = 0.03
+_NEGLIGIBLE = 1e-6  # samples; a length this close below a whole number is that number
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ def plan_spans(
     edit.
     """
     fade, source_end = round(FADE_S * sample_rate_hz), min(source_start + num_source, num_samples)
-    starts = [int(start_s * sample_rate_hz) for start_s, _ in regions_s]
-    stops = [int(end_s * sample_rate_hz) for _, end_s in regions_s]
+    starts = [whole_samples(start_s, sample_rate_hz) for start_s, _ in regions_s]
+    stops = [whole_samples(end_s, sample_rate_hz) for _, end_s in regions_s]
     regions = [(start, stop if stop < source_end else num_samples) for start, stop in zip(starts, stops, strict=True)]
     merged = _merge([(0, source_start), *regions, (source_end, num_samples)])
     spans = [_fade_inside(*span, fade=fade, source_end=source_end) for span in merged]
@@ -68,6 +70,11 @@ def plan_spans(
         start = max(source_end - fade, spans[-2].stop if len(spans) > 1 else source_start)
         spans[-1] = Span(start, stop, fade_in=source_end - start)
     return tuple(spans)
+
+
+def whole_samples(duration_s: float, sample_rate_hz: int) -> int:
+    """Return the number of samples in `duration_s`, rounded down. In floats, 0.7 s would have 30,869 at 44.1 kHz."""
+    return math.floor(duration_s * sample_rate_hz + _NEGLIGIBLE)
 
 
 def is_continuation(start: int, stop: int, *, source_end: int, sample_rate_hz: int) -> bool:

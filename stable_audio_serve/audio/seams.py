@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.keep import fade_ramp
+from stable_audio_serve.audio.keep import fade_ramp, whole_samples
 from stable_audio_serve.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ _CROSSFADE_S = 0.25
 _SHORT_CROSSFADE_S = 0.001
 _ATTACK_POWER = 4.0  # a clip begins with an attack if its beginning has this many times the power of the continuation
 _LEAD_S = 0.05  # length of the audio that is moved from the end of a loop to before its attack
-_NEGLIGIBLE = 1e-6  # samples; a length this close below a whole number is that number
 
 
 def with_surplus(request: GenerationRequest, *, max_duration_s: float) -> GenerationRequest:
@@ -46,7 +45,7 @@ def with_surplus(request: GenerationRequest, *, max_duration_s: float) -> Genera
 
 def loop_samples(duration_s: float, sample_rate_hz: int) -> int:
     """Return the number of samples of a loop, rounded down, at least one."""
-    return max(1, math.floor(duration_s * sample_rate_hz + _NEGLIGIBLE))
+    return max(1, whole_samples(duration_s, sample_rate_hz))
 
 
 def close_loop(

@@ -86,6 +86,16 @@ async def test_times_are_those_of_the_source_and_duration_follows(
     assert request.init_audio is None
 
 
+async def test_added_audio_has_whole_samples_where_floats_are_slightly_less(
+    client: httpx.AsyncClient, backend: ToneBackend
+) -> None:
+    reply = await post(client, {"extend_before_s": "0.7", "extend_after_s": "0.7"})
+    assert reply.status_code == 200, reply.text
+    request = backend.last
+    lengths = (int(seconds * RATE_HZ) for seconds in (request.source_start_s, request.duration_s))
+    assert tuple(lengths) == (30_870, 30_870 + 44_100 + 30_870)
+
+
 @pytest.mark.parametrize(
     ("fields", "names"),
     [

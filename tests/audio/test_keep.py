@@ -40,6 +40,11 @@ def test_fades_are_inside_regions_and_meet_in_short_ones(regions_s: Regions, spa
     assert plan(*regions_s) == tuple(spans)
 
 
+def test_times_are_whole_samples_where_floats_are_slightly_less() -> None:
+    (span,) = plan_spans([(0.7, 1.4)], num_source=88_200, num_samples=88_200, sample_rate_hz=44_100)
+    assert (span.start, span.stop) == (30_870, 61_740)
+
+
 @pytest.mark.parametrize(
     ("regions_s", "spans"),
     [

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from stable_audio_serve.api.native.convert import SAME_S
 from stable_audio_serve.api.native.schemas import InpaintForm
 from stable_audio_serve.api.refusals import to_fault
+from stable_audio_serve.audio.keep import whole_samples
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
@@ -71,7 +72,7 @@ def to_inpainting(
         return replace(generation, inpaint_regions_s=regions, keep=form.keep)
     rate_hz = card.sample_rate_hz
     num_before, num_after = (
-        int(min(extra_s or 0, _MOST_S) * rate_hz) for extra_s in (form.extend_before_s, form.extend_after_s)
+        whole_samples(min(extra_s or 0, _MOST_S), rate_hz) for extra_s in (form.extend_before_s, form.extend_after_s)
     )
     end = num_before + source.resampled_length(to_hz=rate_hz)
     before_s, end_s, duration_s = (_seconds(count, rate_hz) for count in (num_before, end, end + num_after))
