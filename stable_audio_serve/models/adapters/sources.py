@@ -33,6 +33,8 @@ _REPOSITORY = re.compile(rf"({_NAME}/{_NAME})(?:@([\w.-]{{1,100}}))?(?:/(.+\.saf
 _REQUEST_TIMEOUT_S = 10.0
 _URL_TIMEOUT_S = 300.0
 _CHUNK_BYTES = 2**20
+_MAX_REASON_CHARS = 300
+_ERRNO = re.compile(r"\[Errno -?[0-9]+\] ")
 
 _lock = threading.Lock()  # so that concurrent requests for one file download it once
 
@@ -94,8 +96,15 @@ class _FetchError(Exception):
 def _refusing(source: str) -> Iterator[None]:
     try:
         yield
-    except (_FetchError, OSError) as error:
-        raise InvalidRequestError(f"adapter source {source[:300]!r}: {error}", field="loras") from error
+    except (_FetchError, OSError, ValueError) as error:  # ValueError: the hub's client refuses the name of the file
+        reason = str(error) if isinstance(error, _FetchError) else f"cannot be downloaded: {_reason(error)}"
+        raise InvalidRequestError(f"adapter source {source[:300]!r}: {reason}", field="loras") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the text of an error in one line, without paths of this machine and numbers of errors."""
+    text = error.strerror if isinstance(error, OSError) and error.filename is not None else None
+    return _ERRNO.sub("", " ".join((text or str(error)).split()))[:_MAX_REASON_CHARS]
 
 
 def _require_size(num_bytes: int | None, max_bytes: int) -> None:
@@ -126,7 +135,7 @@ def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path
                 _write(path, body.iter_chunks(_CHUNK_BYTES), max_bytes=max_bytes)
         return path
     except (BotoCoreError, ClientError) as error:
-        raise _FetchError(f"cannot be downloaded: {error}") from error
+        raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
 
 
 def _fetch_url(url: str, *, cache: Path, max_bytes: int) -> Path:
@@ -145,8 +154,10 @@ def _fetch_url(url: str, *, cache: Path, max_bytes: int) -> Path:
                         raise _FetchError(f"the server answers with status {reply.status_code}")
                     _write(path, _in_time(reply.iter_bytes()), max_bytes=max_bytes)
         return path
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # UnicodeError: a host name that is none
-        raise _FetchError(f"cannot be downloaded: {error}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
+    except UnicodeError as error:
+        raise _FetchError("cannot be downloaded: invalid host name") from error
 
 
 def _require_tls(request: Any) -> None:
@@ -205,7 +216,7 @@ def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | Non
     except (HTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         copy = _find_cached(replace(source, file=file), cache=cache)
         if copy is None:
-            raise _FetchError(f"cannot be downloaded: {' '.join(str(error).split())[:300]}") from error
+            raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
         return copy
 
 

@@ -145,7 +145,13 @@ def test_files_of_urls_are_downloaded_once(site: str, tmp_path: Path) -> None:
     packed = fetch_adapter(f"{site}/packed/a.safetensors", cache=cache)
     assert inspect_file(packed, name="a").sha256 == sha256
     assert "redirects to a URL that is not https" in refusal(f"{site}/moved/insecure.safetensors", cache=cache)
-    assert "cannot be downloaded" in refusal("https://localhost:99999/b.safetensors", cache=cache)
+    for host, reason in (("localhost:1", "Connection refused"), ("localhost:99999", ""), ("a..b", "invalid host name")):
+        message = refusal(f"https://{host}/b.safetensors", cache=cache)
+        assert f"cannot be downloaded: {reason}" in message
+        assert "rrno" not in message
+    (tmp_path / "file").touch()
+    message = refusal(f"{site}/moved/a.safetensors", cache=tmp_path / "file")
+    assert message.endswith("cannot be downloaded: File exists")
     (tmp_path / "site" / "v1.0" / "vinyl.safetensors").unlink()
     assert fetch_adapter(source, cache=cache) == path
     assert {found for found in cache.rglob("*") if found.is_file()} == {path, moved, packed}
@@ -211,7 +217,10 @@ def test_downloaded_files_are_used_while_the_hub_is_away(tmp_path: Path) -> None
         fetch_adapter("lab/one/vinyl.safetensors")
     with pointing_library_at(hub.url, tmp_path / "home"):
         assert fetch_adapter("lab/one/vinyl.safetensors").read_bytes() == content
-        assert "cannot be downloaded" in refusal("lab/one/other.safetensors")
+        for name in ("other", "../other"):
+            message = refusal(f"lab/one/{name}.safetensors")
+            assert "cannot be downloaded" in message
+            assert "rrno" not in message
 
 
 def test_adapters_are_found_without_torch() -> None:
