@@ -211,7 +211,7 @@ class Service:
         """Find the adapters that the request and its model name ask for, and return the request with their files.
 
         The returned card names no adapters, so a second call changes nothing. Raises InvalidRequestError with the field
-        `loras` or `model`.
+        `loras` or `model`, and StorageError while an adapter's file is downloaded.
         """
         if not card.loras and not request.loras:
             return card, request

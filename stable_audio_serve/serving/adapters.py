@@ -46,6 +46,7 @@ _SPREAD_S = 1.5  # seconds after which every process has read a change of the da
 _SCAN_EVERY_S = 2.0  # seconds between two checks of folders and files for changes
 _RETRY_S = 60.0  # seconds until a source that could not be downloaded is tried again
 _CHECK_AGAIN_S = 600.0  # seconds until a downloaded source is fetched again, because it may have changed
+_READY_IN_S = 5.0  # seconds in which most downloads end
 _MAX_FILES = 1000  # number of files of an adapter folder that are served
 
 Fetch = Callable[[str], Path]
@@ -136,7 +137,8 @@ class Library:
     def _find(self, model: str, name: str) -> AdapterCard:
         """Return the adapter that has this name, or that was loaded from this URL or Hugging Face repository.
 
-        Raises InvalidRequestError if there is none, or if the adapter's file is unusable.
+        Raises InvalidRequestError if there is none, or if the adapter's file is unusable, and StorageError before the
+        first download has ended.
         """
         known = self._cards.get(model, {})
         by_source = (card for card in known.values() if card.source == name and is_remote(name))
@@ -145,6 +147,8 @@ class Library:
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:20]
             names = ", ".join(near) or "none"
             raise _refuse(f"the model {model} has no adapter {name[:100]!r}; near names: {names}", allowed=names)
+        if card.is_awaited:
+            raise StorageError(f"adapter {card.name!r} is being downloaded; retry", retry_after_s=_READY_IN_S)
         if card.problem is not None:
             raise _refuse(card.problem)
         return card
@@ -307,8 +311,8 @@ class Library:
         card = AdapterCard(named.name, model, named.source, has_conditioners=named.has_conditioners)
         settings = self._models[model]
         if state is None and not may_download:
-            problem = f"adapter {named.name!r} is being downloaded; try again"
-            return _Looked(state, replace(card, problem=problem), retry_at=float("-inf"))
+            awaited = replace(card, problem=f"adapter {named.name!r} is being downloaded", is_awaited=True)
+            return _Looked(state, awaited, retry_at=float("-inf"))
         try:
             path = self._fetch(named.source)
             facts = inspect_file(

@@ -16,6 +16,7 @@ import pytest
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.keys import SCOPES, hash_key
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.settings_models import LoraSettings
 from stable_audio_serve.jobs.job import JobRef
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
@@ -252,6 +253,31 @@ async def test_models_without_adapters_refuse_them_by_name(tmp_path: Path) -> No
         reply = await site.generate(model="medium", loras=[{"name": "vinyl"}])
     assert reply.status_code == 422
     assert "takes no adapters" in reply.text
+    await site.jobs.close()
+
+
+async def test_requests_may_be_sent_again_when_an_adapter_is_downloaded(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path)
+    sfx, medium = settings.models
+    loras = {"slow": LoraSettings(path="https://localhost/slow.safetensors")}
+    site = open_site(
+        tmp_path, settings.model_copy(update={"models": (sfx, medium.model_copy(update={"loras": loras}))})
+    )
+    model = "medium:slow"
+    form = {"prompt": "rain", "duration": "1", "model": model}
+    async with site.client:
+        replies = [
+            await site.generate(model=model),
+            await site.generate(model="medium", loras=[{"name": "slow"}]),
+            await site.client.post("/jobs", json={**BODY, "model": model}),
+            await site.client.post("/v1/audio/generate", json={"input": "rain", "model": model}),
+            await site.client.post("/v1/sound-generation", json={"text": "rain", "model_id": model}),
+            await site.client.post("/v2/generate/audio", json={"prompt": "rain", "model": model}),
+            await site.client.post("/v2beta/audio/stable-audio-2/text-to-audio", data=form, files={"none": ""}),
+        ]
+    for reply in replies:
+        assert (reply.status_code, reply.headers.get("retry-after")) == (503, "5"), reply.text
+        assert "adapter 'slow' is being downloaded; retry" in reply.text
     await site.jobs.close()
 
 

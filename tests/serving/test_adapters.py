@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, NotFoundError
+from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, NotFoundError, StorageError
 from stable_audio_serve.core.generation import Lora
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_store
@@ -280,7 +280,9 @@ async def test_downloads_do_not_delay_the_start(tmp_path: Path) -> None:
     loras = {"slow": "lab/slow", "gone": "lab/gone"}
     library = make_library(tmp_path, fetch=fetch, lora_folder=str(tmp_path / "f"), loras=loras)
     assert names(library) == ["vinyl"]
-    assert "being downloaded" in refusal(library, Lora("slow"))
+    with pytest.raises(StorageError, match="'slow' is being downloaded") as caught:
+        library.resolve(MEDIUM, [Lora("slow")])
+    assert caught.value.retry_after_s == 5
     refreshing = asyncio.create_task(library.refresh())
     await until(lambda: "lab/slow" in asked)
     assert library.resolve(MEDIUM, [Lora("vinyl")])
