@@ -367,6 +367,15 @@ async def test_recipe_may_start_with_a_byte_order_mark(client: httpx.AsyncClient
     assert read_recipe(marked) == recipes_of(original)[0]
 
 
+async def test_refusals_of_recipes_are_plain(client: httpx.AsyncClient) -> None:
+    (recipe,) = recipes_of(await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1}))
+    (fault,) = (await client.post(REPLAY, content=b"{")).json()["detail"]
+    assert fault["msg"] == "Invalid JSON: EOF while parsing an object at line 1 column 1"
+    reply = await client.post(REPLAY, json=recipe | {"loras": [{"name": "a", "strength": 1}] * 65})
+    (fault,) = reply.json()["detail"]
+    assert fault["msg"] == "List should have at most 64 items after validation, not 65"
+
+
 async def test_recipe_with_many_errors_is_refused_with_one(client: httpx.AsyncClient) -> None:
     """A recipe of 1 MB could contain 600,000 errors. Listing all of them would block the event loop."""
     (recipe,) = recipes_of(await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1}))

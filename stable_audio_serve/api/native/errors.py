@@ -60,7 +60,9 @@ def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, A
 
 def _sentence(fault: Mapping[str, Any]) -> str:
     """Return the message for an entry of FastAPI's list of errors. For invalid JSON it also contains the reason."""
-    return f"{fault['msg']}: {fault['ctx']['error']}" if fault["type"] == "json_invalid" else fault["msg"]
+    message: str = fault["msg"].replace("Tuple should", "List should")
+    reason = fault["ctx"]["error"] if fault["type"] == "json_invalid" else ""
+    return message if reason in message else f"{message}: {reason}"
 
 
 def _find_fault(request: Request, error: StableAudioError) -> dict[str, Any] | None:
