@@ -190,9 +190,9 @@ class Library:
         await self._read_again()
         if name in self._cards.get(model.name, {}) and not removed:
             message = f"the adapter {name!r} cannot be unloaded: it is {self._origins[model.name, name]}"
-            raise ConflictError(message, code="kept_by_configuration")
+            raise ConflictError(message, code="kept_by_configuration", field="lora_name")
         if not removed:
-            raise NotFoundError(f"the model {model.name} has no adapter {name[:100]!r}")
+            raise NotFoundError(f"the model {model.name} has no adapter {name[:100]!r}", field="lora_name")
         await asyncio.sleep(self._spread_s)
 
     def start(self) -> None:

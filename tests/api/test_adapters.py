@@ -382,6 +382,8 @@ async def test_adapters_are_loaded_and_unloaded(site: Site) -> None:
     assert (await site.generate(model="medium:tape")).status_code == 422
     again = await unload(site, "tape")
     assert (again.status_code, again.json()["error"]["type"]) == (404, "NotFoundError")
+    for more in ({}, {"model": "medium"}):
+        assert (await unload(site, "tape", **more)).json()["error"]["param"] == "lora_name"
 
 
 async def test_a_repeated_job_has_its_ticket_after_unloading(site: Site) -> None:
@@ -405,7 +407,8 @@ async def test_a_repeated_job_has_its_ticket_after_unloading(site: Site) -> None
 
 async def test_adapters_of_the_folder_cannot_be_unloaded(site: Site) -> None:
     for more in ({}, {"model": "medium"}):
-        assert (await unload(site, "vinyl", **more)).status_code == 409
+        reply = await unload(site, "vinyl", **more)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (409, "lora_name")
     assert (await site.generate(model="medium:vinyl")).status_code == 200
 
 
