@@ -169,10 +169,13 @@ async def test_unknown_adapter_of_a_name_is_an_unknown_model(kept: Site) -> None
         vllm = await kept.client.post("/v1/audio/generate", json={"input": "rain", "model": model})
         assert vllm.status_code == 404
         small = {"prompt": "rain", "model_type": "finetune", "finetune_repo": model}
-        assert (await kept.client.post("/saos/generate", json=small)).status_code == 400
+        saos = await kept.client.post("/saos/generate", json=small)
+        assert saos.status_code == 400
+        assert saos.json()["error"].startswith("finetune_repo: ")
         aiml = await kept.client.post("/v2/generate/audio", json={"prompt": "rain", "model": model})
         assert aiml.status_code == 400
         assert aiml.json()["meta"][0]["path"] == ["model"]
+        assert "stable-audio" not in aiml.json()["message"]  # which is no name of an adapter
         form = {"prompt": "rain", "duration": "1", "model": model}
         for path in ("stable-audio", "stable-audio-2"):
             stability = await kept.client.post(f"/v2beta/audio/{path}/text-to-audio", data=form, files={"none": ""})

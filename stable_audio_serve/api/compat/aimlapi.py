@@ -139,9 +139,9 @@ def build_router(service: Service) -> APIRouter:
     def convert(body: AimlInput, *, request_id: str) -> tuple[ModelCard, GenerationRequest]:
         try:
             model = card if body.model == MODEL else catalog.resolve(body.model)
-            return service.adapted(model, to_request(body, model, request_id=request_id))
         except UnknownModelError as error:
             raise invalid("model", f"{error.message}, {MODEL}") from error
+        return service.adapted(model, to_request(body, model, request_id=request_id))
 
     @router.post("/v2/generate/audio", summary="Submit (AIML API)", responses=_SUBMIT_RESPONSES)
     async def submit(request: Request, body: AimlInput) -> AimlGeneration:

@@ -30,7 +30,12 @@ _STATUS = {
     "storage_full": 507,
 }
 # This dialect's names for fields of `GenerationRequest` that a model may refuse.
-_NAMES = {"audio": "audio_file", "duration": "seconds_total", "init_noise_level": "style_strength"}
+_NAMES = {
+    "audio": "audio_file",
+    "duration": "seconds_total",
+    "init_noise_level": "style_strength",
+    "model": "finetune_repo",  # the only field in which a request names a model, and adapters
+}
 
 
 class NoRiffsError(StableAudioError):
