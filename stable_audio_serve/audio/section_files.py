@@ -6,7 +6,6 @@ libsndfile, so that it can decode a file while the file arrives from its store.
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _HEADER_BYTES = 58
-_CHANNELS_AT = 22  # byte offset in the header
 _SAMPLE_BYTES = 4
 
 
@@ -27,21 +25,21 @@ def encode_section(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> Encod
 
 
 class SectionDecoder:
-    """Decodes a file that `encode_section` wrote. The file may arrive in chunks of any size."""
+    """Decodes a file that `encode_section` wrote. The file may arrive in chunks of any size.
 
-    def __init__(self) -> None:
+    Nothing is read from the header, because a damaged file is only detected at its end.
+    """
+
+    def __init__(self, *, num_bytes: int, num_samples: int) -> None:
+        """Takes the size of the file and the number of its samples."""
         self._rest = b""
-        self._channels = 0
+        self._channels = (num_bytes - _HEADER_BYTES) // (_SAMPLE_BYTES * num_samples)
+        self._header_left = _HEADER_BYTES
 
     def decode(self, chunk: bytes) -> npt.NDArray[np.float32]:
         """Return the samples (C, S) float32 that `chunk` completes."""
-        data = self._rest + chunk
-        if not self._channels:
-            if len(data) < _HEADER_BYTES:
-                self._rest = data
-                return np.empty((1, 0), np.float32)
-            (self._channels,) = struct.unpack_from("<H", data, _CHANNELS_AT)
-            data = data[_HEADER_BYTES:]
+        data = self._rest + chunk[self._header_left :]
+        self._header_left = max(self._header_left - len(chunk), 0)
         num_whole = len(data) - len(data) % (_SAMPLE_BYTES * self._channels)
         self._rest = data[num_whole:]
         samples = np.frombuffer(data, "<f4", num_whole // _SAMPLE_BYTES).reshape(-1, self._channels)

@@ -106,7 +106,7 @@ def test_growing_file_says_whether_its_length_is_known(is_known: bool) -> None:
 def test_section_files_read_back_exactly_in_chunks_of_any_size() -> None:
     audio = make_audio() * 7
     data = encode_section(audio, RATE_HZ).to_bytes()
-    decoder, blocks = SectionDecoder(), []
+    decoder, blocks = SectionDecoder(num_bytes=len(data), num_samples=audio.shape[1]), []
     for start in range(0, len(data), 1_001):
         block = decoder.decode(data[start : start + 1_001])
         if block.size:

@@ -184,7 +184,8 @@ async def read_section(
 
     Raises StorageError, LostSectionError.
     """
-    decoder, position = SectionDecoder(), 0
+    decoder = SectionDecoder(num_bytes=section.file.num_bytes, num_samples=section.num_samples)
+    position = 0
     try:
         async with aclosing(artifacts.read(section.file)) as chunks:
             async for chunk in chunks:

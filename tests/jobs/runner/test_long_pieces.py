@@ -252,15 +252,22 @@ def overwrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "damage"),  # 1 is read when the piece is assembled, 2 before section 3 is generated
-    [(1, overwrite), (2, Path.unlink), slow(1, Path.unlink), slow(2, overwrite)],
+    # 1 is read when the piece is assembled, 2 before section 3 is generated. Large files are verified at their end.
+    ("number", "damage", "seconds"),
+    [
+        (1, overwrite, 1.0),
+        (1, overwrite, 6.0),
+        (2, Path.unlink, 1.0),
+        slow(1, Path.unlink, 1.0),
+        slow(2, overwrite, 1.0),
+    ],
 )
 async def test_lost_section_and_those_after_it_are_made_again(
-    workshop: Workshop, number: int, damage: Callable[[Path], None]
+    workshop: Workshop, number: int, damage: Callable[[Path], None], *, seconds: float
 ) -> None:
     workshop.backend = PausingBackend(num_free=2)
     runner = await workshop.start_runner()
-    job = await workshop.queue.submit(make_long(1.0, 1.0, 1.0, 1.0))
+    job = await workshop.queue.submit(make_long(*[seconds] * 4))
     await until(lambda: not workshop.backend.released.is_set())
     await runner.close()
     workshop.backend.released.set()
@@ -276,7 +283,7 @@ async def test_lost_section_and_those_after_it_are_made_again(
     messages = [event.message for event in await workshop.queue.events(job.spec.ref) if event.message]
     assert f"the file of section {number} is gone or damaged" in " ".join(messages)
     assert messages.count("started") == 3  # of both runners, and after the loss
-    other = await workshop.finished(await workshop.queue.submit(make_long(1.0, 1.0, 1.0, 1.0)))
+    other = await workshop.finished(await workshop.queue.submit(make_long(*[seconds] * 4)))
     assert other.result is not None
     assert job.result.file.sha256 == other.result.file.sha256
 
