@@ -31,6 +31,7 @@ LEAST_SECTION_S = 1.0  # much longer than the crossfade of 30 ms
 LEAST_OVERLAP_S = 0.1
 _USUAL_OVERLAP_S = 12.0
 _MORE_S = 1.0
+_LARGEST_SAMPLE = 16.0  # sections have a peak of about 1
 
 
 class LostSectionError(StorageError):
@@ -190,6 +191,8 @@ async def read_section(
         async with aclosing(artifacts.read(section.file)) as chunks:
             async for chunk in chunks:
                 block = decoder.decode(chunk)
+                if not (np.abs(block) <= _LARGEST_SAMPLE).all():  # LAME ends the process if they are not finite
+                    raise LostSectionError(section.number)
                 own = block[:, max(start - position, 0) : max(stop - position, 0)]
                 position += block.shape[1]
                 if own.shape[1]:

@@ -22,6 +22,7 @@ from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.core.sound import Finishing, Loudness
 from stable_audio_serve.jobs.job import JobSpec
+from stable_audio_serve.jobs.pieces.sections import LostSectionError, read_section
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
 from stable_audio_serve.jobs.store.key_uses import Use
 from stable_audio_serve.jobs.store.sections import Sections
@@ -286,6 +287,19 @@ async def test_lost_section_and_those_after_it_are_made_again(
     other = await workshop.finished(await workshop.queue.submit(make_long(*[seconds] * 4)))
     assert other.result is not None
     assert job.result.file.sha256 == other.result.file.sha256
+
+
+async def test_damaged_section_gives_no_samples_that_are_not_finite(workshop: Workshop) -> None:
+    """LAME ends the process for such samples. The file is too large to be verified before it is decoded."""
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_long(6.0)))
+    (section,) = await workshop.queue.sections(job.spec.ref)
+    path = Path(workshop.settings.output_dir) / section.file.key
+    num_samples = section.num_samples
+    for damaged in (np.nan, np.inf, -1e38):
+        path.write_bytes(bytes(58) + np.full(2 * num_samples, damaged, np.float32).tobytes())
+        with pytest.raises(LostSectionError):  # before the first block
+            await anext(read_section(workshop.queue.artifacts, section, stop=num_samples))
 
 
 class TestQuota:
