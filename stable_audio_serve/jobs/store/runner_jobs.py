@@ -113,15 +113,17 @@ class RunnerJobs:
 
         Otherwise the lease of a dead runner would not expire, and a webhook would not be due, until the clock is where
         it was before. A job that has started in the future starts now, and its lease ends as long after its start as
-        before, so that the lease of a running runner does not expire before the runner renews it. A webhook that is due
-        later than `LONGEST_PAUSE_S` from now is due now.
+        before, so that the lease of a running runner does not expire before the runner renews it. A lease that ends
+        before its job has started was renewed after the clock was set back, and stays. A webhook that is due later than
+        `LONGEST_PAUSE_S` from now is due now.
         """
         now = self._database.now
+        lease_s = _jobs.lease_until - _jobs.started_at
         jobs = sa.update(JOBS).where(_is_started_later(now))
         notices = sa.update(JOBS).where(_HAS_NOTICE, _jobs.webhook_at > now + LONGEST_PAUSE_S)
         with self._database.writing() as connection:
             num_jobs = connection.execute(
-                jobs.values(lease_until=now + (_jobs.lease_until - _jobs.started_at), started_at=now)
+                jobs.values(lease_until=sa.case((lease_s > 0, now + lease_s), else_=_jobs.lease_until), started_at=now)
             ).rowcount
             num_notices = connection.execute(notices.values(webhook_at=now)).rowcount
         return num_jobs + num_notices

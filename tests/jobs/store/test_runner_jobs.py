@@ -271,10 +271,15 @@ class TestReclaiming:
         wall.now += 2
         assert [other.spec.id for other in store.runners.reclaim(max_attempts=3)] == [job.spec.id]
 
-    def test_live_runner_keeps_its_lease_when_the_clock_is_set_back(self, store: JobStore, wall: Wall) -> None:
+    @pytest.mark.parametrize("renews_first", [False, True])
+    def test_live_runner_keeps_its_lease_when_the_clock_is_set_back(
+        self, store: JobStore, wall: Wall, *, renews_first: bool
+    ) -> None:
         add(store)
         job = lease(store, "alive")
         wall.now -= 3600
+        if renews_first:  # the runner's next renewal came before the correction of the times
+            assert store.runners.renew("alive", lease_s=LEASE_S, refs=[job.spec.ref])
         store.runners.set_back()
         wall.now += LEASE_S - 1
         assert not store.runners.reclaim(max_attempts=3)
