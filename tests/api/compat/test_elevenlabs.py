@@ -452,7 +452,7 @@ async def test_piece_that_cannot_be_read_is_503(monkeypatch: pytest.MonkeyPatch)
         yield b""
 
     monkeypatch.setattr(LocalArtifacts, "read", read)
-    async with make_client() as (client, _):
+    async with make_client(hasty=True) as (client, _):
         reply = await client.post(MUSIC, params=QUICK, json={"composition_plan": PLAN})
         assert (detail(reply, 503)["message"], reply.headers["retry-after"]) == ("away", "5")
 
@@ -513,7 +513,9 @@ async def test_long_pieces_fail_and_are_refused_like_clips() -> None:
         backend.error = ModelUnavailableError("model short failed to load; the server's log says why")
         assert "failed to load" in detail(await client.post(MUSIC, json=long), 503)["message"]
     for error, status in ((StorageError("away"), 503), (StorageFullError("the disk is full"), 507)):
-        async with make_client(ToneBackend(catalog=ModelCatalog([SHORT]), error=error), jobs=jobs) as (client, _):
+        # With the delay, the request does not see the refusal while it still takes the job for a queued one.
+        failing = ToneBackend(catalog=ModelCatalog([SHORT]), error=error, delay_s=0.3)
+        async with make_client(failing, jobs=jobs) as (client, _):
             assert detail(await client.post(MUSIC, json=long), status)["message"] == error.message
     limits = StreamLimits(max_open_per_client=0)
     async with make_client(ToneBackend(catalog=ModelCatalog([SHORT])), stream_limits=limits) as (client, _):
