@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.printable import printable_fault
-from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, name_missing
+from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, in_dialect, name_missing
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, UnknownModelError
 from stable_audio_serve.jobs.job import JobError
 
@@ -50,8 +50,7 @@ def describe_error(request: Request, error: ExpectedError) -> Description:
 
 def with_field(error: StableAudioError | JobError) -> str:
     """Return the error's message, with the name of the invalid field in front unless the message contains it."""
-    field = error.field
-    return error.message if not field or field in error.message else f"{field}: {error.message}"
+    return in_dialect(error.field, error.message, names={})[1] if error.field else error.message
 
 
 def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
