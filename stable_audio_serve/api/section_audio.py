@@ -54,7 +54,7 @@ async def section_answer(service: Service, request: Request, *, job: Job, number
         copy = open_temporary()
         writer = AudioWriter(copy, section.sample_rate_hz, encoding=encoding)
         with _missing_files(job):
-            async with aclosing(read_section(service.jobs.artifacts, section, stop=stop)) as blocks:
+            async with aclosing(read_section(service.jobs.artifacts.read, section, stop=stop)) as blocks:
                 async for block in blocks:
                     await service.compute_in_turn(partial(writer.write, block))
         await service.compute_in_turn(writer.close)
@@ -167,7 +167,7 @@ async def _follow(
 
     The last 30 ms of each section are sent with the next section, because the join changes them.
     """
-    artifacts, last = service.jobs.artifacts, len(job.spec.sections)
+    read, last = service.jobs.artifacts.read, len(job.spec.sections)
     file = StreamFile()
     writer: AudioWriter | None = None
     newest: FinishedSection | None = None
@@ -178,12 +178,12 @@ async def _follow(
                 file, section.sample_rate_hz, encoding=encoding, is_growing=True, num_samples=num_samples
             )
             stop = num_final_samples(section, is_last=section.number == last)
-            async for data in _encoded(service, read_section(artifacts, section, stop=stop), writer=writer, file=file):
+            async for data in _encoded(service, read_section(read, section, stop=stop), writer=writer, file=file):
                 yield data
     if newest is None or writer is None:
         return
     if newest.number < last:  # the job failed or was cancelled
-        end = read_section(artifacts, newest, start=num_final_samples(newest, is_last=False), stop=newest.num_samples)
+        end = read_section(read, newest, start=num_final_samples(newest, is_last=False), stop=newest.num_samples)
         async for data in _encoded(service, end, writer=writer, file=file):
             yield data
     await service.compute_in_turn(writer.close)

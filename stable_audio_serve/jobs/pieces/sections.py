@@ -6,14 +6,14 @@ crossfade leads to the section. So each section changes only the last 30 ms of t
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.section_files import SectionDecoder
 from stable_audio_serve.audio.section_joins import join_samples
 from stable_audio_serve.core.catalog import ModelCard
@@ -179,16 +179,17 @@ def num_final_samples(section: FinishedSection, *, is_last: bool) -> int:
 
 
 async def read_section(
-    artifacts: ArtifactStore, section: FinishedSection, *, stop: int, start: int = 0
+    read: Callable[[StoredFile], AsyncGenerator[bytes]], section: FinishedSection, *, stop: int, start: int = 0
 ) -> AsyncGenerator[npt.NDArray[np.float32]]:
     """Yield the samples [start, stop) of a section's file in blocks (C, S) float32. Reads and verifies the whole file.
 
+    `read` yields the bytes of a file, see `ArtifactStore.read`.
     Raises StorageError, LostSectionError.
     """
     decoder = SectionDecoder(num_bytes=section.file.num_bytes, num_samples=section.num_samples)
     position = 0
     try:
-        async with aclosing(artifacts.read(section.file)) as chunks:
+        async with aclosing(read(section.file)) as chunks:
             async for chunk in chunks:
                 block = decoder.decode(chunk)
                 if not (np.abs(block) <= _LARGEST_SAMPLE).all():  # LAME ends the process if they are not finite
@@ -202,7 +203,7 @@ async def read_section(
 
 
 async def read_end(
-    artifacts: ArtifactStore, sections: Sequence[FinishedSection], *, num_samples: int
+    read: Callable[[StoredFile], AsyncGenerator[bytes]], sections: Sequence[FinishedSection], *, num_samples: int
 ) -> npt.NDArray[np.float32]:
     """Return the last `num_samples` samples (C, S) float32 of the audio of `sections`. Raises StorageError."""
     parts: list[npt.NDArray[np.float32]] = []
@@ -210,7 +211,7 @@ async def read_end(
     for section in reversed(sections):
         stop = num_final_samples(section, is_last=section is sections[-1])
         start = max(stop - missing, 0)
-        parts[:0] = [block async for block in read_section(artifacts, section, start=start, stop=stop)]
+        parts[:0] = [block async for block in read_section(read, section, start=start, stop=stop)]
         missing -= stop - start
         if not missing:
             break

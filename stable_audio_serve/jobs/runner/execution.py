@@ -8,27 +8,24 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import IO
 
-from stable_audio_serve.artifacts.keys import artifact_key
-from stable_audio_serve.artifacts.store import PROBE_BYTES, ArtifactStore, Chunks, StoredFile
+from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, finish
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
-from stable_audio_serve.core.errors import DamagedFileError, StorageError
+from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
-from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.private_files import needing_room, temporary_file
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
-from stable_audio_serve.jobs.pieces.sections import LostSectionError
-from stable_audio_serve.jobs.runner.capacity import StorageGate
+from stable_audio_serve.jobs.runner.files import JobFiles
 from stable_audio_serve.jobs.runner.long_pieces import LongPieces
 from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.store.job_store import JobStore
@@ -43,26 +40,19 @@ class JobExecutor:
     def __init__(
         self,
         backend: Backend,
-        artifacts: ArtifactStore,
+        files: JobFiles,
         *,
         store: JobStore,
         calls: PatientCalls,
         limits: ApiSettings,
-        gate: StorageGate,
     ) -> None:
-        """The executor reports to `gate` every file that was stored, or that could not be stored or read.
-
-        `calls` repeats a call of the job store until the database answers.
-        """
+        """`calls` repeats a call of the job store until the database answers."""
         self._backend = backend
-        self._artifacts = artifacts
-        self._gate = gate
+        self._files = files
         self._limits = limits
         self._source_bytes = ByteBudget(workers.MAX_SOURCE_BYTES)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
-        self._pieces = LongPieces(
-            backend, artifacts, store=store, audio=self._audio, put=self.put, limited=self._limited, calls=calls
-        )
+        self._pieces = LongPieces(backend, files, store=store, audio=self._audio, limited=self._limited, calls=calls)
 
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
         """Run the job, store its audio file, and return the result. Progress is passed to `report`.
@@ -82,8 +72,7 @@ class JobExecutor:
         # Raises UnknownModelError. This server may lack the model, if another server accepted the job.
         self._backend.catalog.find(spec.model)
         if spec.sections:
-            with self._reporting_refusals():
-                result = await self._pieces.make(job, report)
+            result = await self._pieces.make(job, report)
             failpoint("after_upload")
             return result
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
@@ -121,28 +110,10 @@ class JobExecutor:
         finished = await self._audio.run_encoding(partial(finish, result, order))
         file = finished.file
         suffix = f".{spec.encoding.file_format}" if len(result.audio) == 1 else "-batch.zip"
-        stored = await self.put(
+        stored = await self._files.put(
             job, file.chunks, name=spec.file_stem + suffix, media_type=file.media_type, num_bytes=file.num_bytes
         )
         return replace(stored, clips=finished.clips, made_on=result.made_on), finished.sample_rate_hz
-
-    async def put(
-        self, job: Job, chunks: Chunks, *, name: str, media_type: str, num_bytes: int, key: ArtifactKey | None = None
-    ) -> StoredFile:
-        """Store a file of a job, and report the outcome to the gate. Raises StorageError.
-
-        If `key` is None, the file gets the key of the job's audio file.
-        """
-        spec = job.spec
-        fence = job.lease.fence if job.lease else 1
-        key = key or artifact_key(spec.id, name, fence=fence, id_is_chosen=spec.id_is_chosen)
-        try:
-            stored = await self._artifacts.put(key, chunks, media_type=media_type, file_name=spec.file_prefix + name)
-        except StorageError as error:
-            self._gate.note_refused(error, num_bytes=num_bytes)
-            raise
-        self._gate.note_stored()
-        return stored
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
         """Return the request with the job's time limits.
@@ -168,24 +139,10 @@ class JobExecutor:
 
     async def _decode(self, upload: JobUpload) -> SourceAudio:
         with temporary_file() as copy:
-            with self._reporting_refusals():
-                async for chunk in self._artifacts.read(upload.file):
+            async with aclosing(self._files.read(upload.file)) as chunks:
+                async for chunk in chunks:
                     await self._audio.run_decoding(partial(_write, copy, chunk))
             return await self._audio.decode(copy, max_s=upload.max_s)
-
-    @contextmanager
-    def _reporting_refusals(self) -> Iterator[None]:
-        """Report a StorageError of this context to the gate, unless it concerns a single file.
-
-        The gate then probes with a large file, because connections may break before the end of a file.
-        """
-        try:
-            yield
-        except (DamagedFileError, LostSectionError):
-            raise
-        except StorageError as error:
-            self._gate.note_refused(error, num_bytes=PROBE_BYTES)
-            raise
 
 
 def _write(file: IO[bytes], chunk: bytes) -> None:

@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from stable_audio_serve.artifacts.keys import section_key
-from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import text_of
 from stable_audio_serve.audio.formats import file_rate, media_type
@@ -52,6 +51,7 @@ from stable_audio_serve.jobs.pieces.sections import (
     read_end,
     read_section,
 )
+from stable_audio_serve.jobs.runner.files import JobFiles
 from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.key_uses import Use
@@ -74,20 +74,18 @@ class LongPieces:
     def __init__(
         self,
         backend: Backend,
-        artifacts: ArtifactStore,
+        files: JobFiles,
         *,
         store: JobStore,
         audio: AudioWorkers,
-        put: Callable[..., Awaitable[StoredFile]],
         limited: Callable[[GenerationRequest, Job], GenerationRequest],
         calls: PatientCalls,
     ) -> None:
-        """`put` stores a file of a job, see `JobExecutor.put`. `limited` sets the time limits of a request."""
+        """`limited` sets the time limits of a request."""
         self._backend = backend
-        self._artifacts = artifacts
+        self._files = files
         self._store = store
         self._audio = audio
-        self._put = put
         self._limited = limited
         self._calls = calls
 
@@ -151,7 +149,7 @@ class LongPieces:
     ) -> GenerationRequest:
         before = None
         if plan.context:
-            samples = await read_end(self._artifacts, finished, num_samples=plan.context)
+            samples = await read_end(self._files.read, finished, num_samples=plan.context)
             before = SourceAudio(samples, card.sample_rate_hz)
         request = self._limited(make_request(job.spec, plan, card=card, before=before), job)
         # With the second section, the job has started already.
@@ -186,7 +184,7 @@ class LongPieces:
             peaks=job.spec.peaks,
         )
         file, num_samples, facts = await self._audio.run_encoding(finish)
-        stored = await self._put(
+        stored = await self._files.put(
             job,
             file.chunks,
             name=f"{job.spec.file_stem}-{plan.number}.wav",
@@ -203,7 +201,7 @@ class LongPieces:
             added = await self._calls.call(self._store.sections.find, job.spec.ref, after=plan.number - 1)
             if all(one.file.key != stored.key for one in added):
                 with suppress(StorageError):  # then the sweeper deletes the file later
-                    await self._artifacts.delete(stored.key)
+                    await self._files.delete(stored.key)
             raise LeaseLostError
         return section
 
@@ -223,7 +221,7 @@ class LongPieces:
                 facts = await self._write(spec, sections, writer=writer)
             finally:
                 await _to_end(self._audio.run_encoding(partial(_close, writer)))
-            stored = await self._put(
+            stored = await self._files.put(
                 job,
                 partial(read_chunks, file),
                 name=f"{spec.file_stem}.{file_format}",
@@ -273,7 +271,7 @@ class LongPieces:
         """Call `use` on a thread with each block of a piece's audio, (C, S) float32, in order."""
         for section in sections:
             stop = num_final_samples(section, is_last=section is sections[-1])
-            async with aclosing(read_section(self._artifacts, section, stop=stop)) as blocks:
+            async with aclosing(read_section(self._files.read, section, stop=stop)) as blocks:
                 async for block in blocks:
                     await _to_end(self._audio.run_encoding(partial(use, block)))
 

@@ -30,6 +30,7 @@ from stable_audio_serve.jobs.pieces.sections import sizes_of
 from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, RunnerPauses, record_end
 from stable_audio_serve.jobs.runner.capacity import Capacity, StorageGate
 from stable_audio_serve.jobs.runner.execution import JobExecutor
+from stable_audio_serve.jobs.runner.files import JobFiles
 from stable_audio_serve.jobs.runner.heartbeat import LeaseHeartbeat, LeaseId, lease_id
 from stable_audio_serve.jobs.runner.patient_calls import PatientCalls
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
@@ -97,11 +98,10 @@ class JobRunner:
             artifacts=artifacts,
             executor=JobExecutor(
                 backend,
-                artifacts,
+                JobFiles(artifacts, self._gate),
                 store=store,
                 calls=PatientCalls(retry_s=pauses.store_retry_s),
                 limits=settings.api,
-                gate=self._gate,
             ),
             capacity=self._capacity,
             gate=self._gate,

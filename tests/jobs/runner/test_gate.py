@@ -14,7 +14,7 @@ import pytest
 
 from stable_audio_serve.artifacts.store import Chunks, StoredFile
 from stable_audio_serve.core.errors import StorageError, StorageFullError, StoreMovedError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback, Section
 from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.open import open_queue
@@ -150,6 +150,19 @@ async def test_runner_starts_jobs_again_after_a_probe_that_broke(
         job = await separate_folders.queue.submit(make_spec())
         await until(is_broken.is_set)
     assert (await separate_folders.finished(job)).state == "succeeded"
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+async def test_storage_error_of_an_engine_pauses_no_other_jobs(workshop: Workshop, *, is_long: bool) -> None:
+    metrics = RecordedMetrics()
+    workshop.backend.error = StorageError("the adapter's file could not be downloaded")
+    await workshop.start_runner(metrics=metrics)
+    spec = make_spec(sections=(Section(1.0), Section(1.0))) if is_long else make_spec()
+    job = await workshop.queue.submit(spec)
+    await workshop.until(job, lambda job: job.attempts >= 1 and job.state == "queued")
+    assert REFUSED not in metrics.gauges
+    workshop.backend.error = None
+    assert (await workshop.finished(job)).state == "succeeded"
 
 
 @pytest.mark.server

@@ -299,7 +299,7 @@ async def test_damaged_section_gives_no_samples_that_are_not_finite(workshop: Wo
     for damaged in (np.nan, np.inf, -1e38):
         path.write_bytes(bytes(58) + np.full(2 * num_samples, damaged, np.float32).tobytes())
         with pytest.raises(LostSectionError):  # before the first block
-            await anext(read_section(workshop.queue.artifacts, section, stop=num_samples))
+            await anext(read_section(workshop.queue.artifacts.read, section, stop=num_samples))
 
 
 class TestQuota:
