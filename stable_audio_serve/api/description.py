@@ -48,8 +48,8 @@ def error_responses(
 
     `model` is the Pydantic model of the dialect's error responses. `own` maps more statuses to their descriptions.
     """
-    described = {status: _ERRORS[status] for status in sorted({403, *statuses})} | dict(own)
-    return {status: {"model": model, "description": text} for status, text in described.items()}
+    described = {status: _ERRORS[status] for status in {403, *statuses}} | dict(own)
+    return {status: {"model": model, "description": text} for status, text in sorted(described.items())}
 
 
 class DescribedAPI(FastAPI):

@@ -117,17 +117,9 @@ class AimlError(BaseModel):
     meta: list[AimlFault]
 
 
-_SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **error_responses(AimlError, 400, 401, 408, 413, 500, 503, 507),
-    429: {
-        "model": AimlError,
-        "description": "The queue is full, or this caller has reached a limit; Retry-After is the time to wait.",
-    },
-}
-_POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **error_responses(AimlError, 400, 401, 500, 503),
-    404: {"model": AimlError, "description": "No such generation."},
-}
+_BUSY = "The queue is full, or this caller has reached a limit; Retry-After is the time to wait."
+_SUBMIT_RESPONSES = error_responses(AimlError, 400, 401, 408, 413, 500, 503, 507, own={429: _BUSY})
+_POLL_RESPONSES = error_responses(AimlError, 400, 401, 500, 503, own={404: "No such generation."})
 
 
 def build_router(service: Service) -> APIRouter:

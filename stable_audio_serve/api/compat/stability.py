@@ -158,8 +158,7 @@ class StabilityError(BaseModel):
 _ERRORS = error_responses(StabilityError, 400, 401, 408, 413, 429, 500, 503, 504, 507)
 _RESULT_ERRORS: dict[int | str, dict[str, Any]] = {
     202: {"model": StabilityProgress},
-    404: {"model": StabilityError, "description": "No such generation."},
-    **error_responses(StabilityError, 401, 500, 503),
+    **error_responses(StabilityError, 401, 500, 503, own={404: "No such generation."}),
 }
 _AUDIO: dict[int | str, dict[str, Any]] = {
     200: {

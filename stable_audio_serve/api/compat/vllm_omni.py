@@ -144,8 +144,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": dict.fromkeys(_MEDIA_TYPES, _BINARY),
         "headers": SOUND_HEADERS,
     },
-    404: {"model": ErrorBody, "description": "The model is not served."},
-    **error_responses(ErrorBody, 400, 401, 408, 413, 429, 500, 503, 504),
+    **error_responses(ErrorBody, 400, 401, 408, 413, 429, 500, 503, 504, own={404: "The model is not served."}),
 }
 
 

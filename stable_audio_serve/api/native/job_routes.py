@@ -104,8 +104,7 @@ def _sse(body: BaseModel, *, kind: str, event_id: str | None = None) -> ServerSe
     return ServerSentEvent(body.model_dump_json(ensure_ascii=True), event=kind, id=event_id, sep="\n")
 
 
-_UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No such job."}}
-_READ_RESPONSES: dict[int | str, dict[str, Any]] = {**_UNKNOWN, **error_responses(ErrorBody, 401, 500, 503)}
+_READ_RESPONSES = error_responses(ErrorBody, 401, 500, 503, own={404: "No such job."})
 _LIST_RESPONSES: dict[int | str, dict[str, Any]] = {
     422: {"model": ValidationErrors, "description": "A parameter has the wrong type or is out of range."},
     **error_responses(ErrorBody, 401, 500, 503),
@@ -116,6 +115,10 @@ _CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {
     409: {"model": ConflictBody, "description": "The job has already ended."},
     **_READ_RESPONSES,
 }
+_NO_AUDIO = {
+    404: "No such job or section, or its file no longer exists.",
+    409: "The job has no audio, or none yet.",
+}
 _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The audio file, or a ZIP of several variations.",
@@ -123,10 +126,8 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
         "headers": {**SOUND_HEADERS, **RECIPE_HEADER, **WARNING_HEADER},
     },
     **PART_RESPONSES,
-    404: {"model": ErrorBody, "description": "No such job or section, or its file no longer exists."},
-    409: {"model": ErrorBody, "description": "The job has no audio, or none yet."},
     422: {"model": ValidationErrors, "description": "A parameter is wrong, or unknown if the server refuses those."},
-    **error_responses(ErrorBody, 416, 429, 500, 503),
+    **error_responses(ErrorBody, 416, 429, 500, 503, own=_NO_AUDIO),
 }
 _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {

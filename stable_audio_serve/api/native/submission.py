@@ -66,10 +66,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     422: {"model": ValidationErrors, "description": "A field is missing, of the wrong type or out of range."},
     **error_responses(ErrorBody, 401, 408, 413, 429, 500, 503, 507),
 }
-_UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **_RESPONSES,
-    400: {"model": ErrorBody, "description": "The upload or the inpaint times are invalid."},
-}
+_UPLOAD_RESPONSES = _RESPONSES | error_responses(ErrorBody, own={400: "The upload or the inpaint times are invalid."})
 
 
 def build_router(service: Service) -> APIRouter:

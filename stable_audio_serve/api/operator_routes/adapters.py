@@ -18,18 +18,15 @@ from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, N
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "A sentence.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-    404: {"model": ErrorBody, "description": "No such model or adapter."},
-    **error_responses(ErrorBody, 401, 408, 413, 500, 503),
+    **error_responses(ErrorBody, 401, 408, 413, 500, 503, own={404: "No such model or adapter."}),
 }
-_LOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **_RESPONSES,
-    400: {"model": ErrorBody, "description": "The file cannot be used, or the model has another adapter of this name."},
+_NOT_LOADED = {400: "The file cannot be used, or the model has another adapter of this name."}
+_NOT_UNLOADED = {
+    400: "A field is missing or of the wrong type.",
+    409: "The adapter is part of the configuration or of a folder.",
 }
-_UNLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **_RESPONSES,
-    400: {"model": ErrorBody, "description": "A field is missing or of the wrong type."},
-    409: {"model": ErrorBody, "description": "The adapter is part of the configuration or of a folder."},
-}
+_LOAD_RESPONSES = _RESPONSES | error_responses(ErrorBody, own=_NOT_LOADED)
+_UNLOAD_RESPONSES = _RESPONSES | error_responses(ErrorBody, own=_NOT_UNLOADED)
 
 
 class LoadAdapter(BaseModel):

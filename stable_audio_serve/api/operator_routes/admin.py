@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
@@ -22,15 +20,11 @@ from stable_audio_serve.core.settings_sources import least_replicas
 
 PREFIX = "/v1/admin"
 
-_MODEL_RESPONSES: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorBody, "description": "No such model."},
-    **error_responses(ErrorBody, 401, 500, 503),
-}
-_UNLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
-    **_MODEL_RESPONSES,
-    409: {"model": ErrorBody, "description": "The configuration keeps this model loaded."},
-}
 _RESPONSES = error_responses(ErrorBody, 401, 500, 503)
+_LOAD_RESPONSES = _RESPONSES | error_responses(ErrorBody, own={404: "No such model."})
+_UNLOAD_RESPONSES = _LOAD_RESPONSES | error_responses(
+    ErrorBody, own={409: "The configuration keeps this model loaded."}
+)
 
 
 def build_router(service: Service, operations: Operations) -> APIRouter:
@@ -52,7 +46,7 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
     async def stage_of(name: str) -> str:
         return (await service.backend.status()).get(name, ModelStatus("loading")).stage
 
-    @router.post("/models/{model:path}/load", status_code=202, responses=_MODEL_RESPONSES)
+    @router.post("/models/{model:path}/load", status_code=202, responses=_LOAD_RESPONSES)
     async def load(model: str) -> KeptModel:
         """Keep one replica of a model loaded until it is unloaded or the server restarts."""
         name = resolve(model)

@@ -24,10 +24,7 @@ _INVALID: dict[int | str, dict[str, Any]] = {
     422: {"model": ValidationErrors, "description": "A field is missing, of the wrong type or out of range."},
     **error_responses(ErrorBody, 401, 500, 503),
 }
-_UNKNOWN: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorBody, "description": "No such dead letter."},
-    **_INVALID,
-}
+_UNKNOWN = _INVALID | error_responses(ErrorBody, own={404: "No such dead letter."})
 
 
 register_pattern("letter_number", "[0-9]{1,19}")  # more digits could not be converted to a number

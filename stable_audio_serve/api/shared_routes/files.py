@@ -28,8 +28,7 @@ def build_router(service: Service) -> APIRouter:
         responses={
             200: {"description": "The file.", "content": {"application/octet-stream": {}}},
             **PART_RESPONSES,
-            **error_responses(ErrorBody, 416, 500, 503),
-            404: {"model": ErrorBody, "description": "No such file, or it no longer exists."},
+            **error_responses(ErrorBody, 416, 500, 503, own={404: "No such file, or it no longer exists."}),
         },
     )
     async def download(request: Request, file_id: str, *, file_name: str) -> Response:

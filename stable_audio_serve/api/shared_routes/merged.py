@@ -51,15 +51,17 @@ class MergedError(BaseModel):
     detail: str | list[dict[str, Any]]
 
 
+_OWN = {
+    400: "An Open Small field is invalid, or the model refuses the request.",
+    422: "A field of a Stable Audio 3 request is invalid.",
+}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A WAV file, a ZIP of several variations, or JSON with return_format base64.",
         "model": Base64Answer,
         "content": dict.fromkeys(MEDIA_TYPES, _BINARY),
     },
-    400: {"model": MergedError, "description": "An Open Small field is invalid, or the model refuses the request."},
-    422: {"model": MergedError, "description": "A field of a Stable Audio 3 request is invalid."},
-    **error_responses(MergedError, 401, 408, 413, 429, 500, 503, 504),
+    **error_responses(MergedError, 401, 408, 413, 429, 500, 503, 504, own=_OWN),
 }
 
 

@@ -219,8 +219,7 @@ def build_api_router(service: Service) -> APIRouter:
         response_class=Response,
         responses={
             200: {"description": "A script, a style or an image.", "content": {"application/octet-stream": {}}},
-            404: {"model": ErrorBody, "description": "No such file."},
-            **error_responses(ErrorBody, 500),
+            **error_responses(ErrorBody, 500, own={404: "No such file."}),
         },
     )
     async def asset(file_name: str) -> Response:
