@@ -21,6 +21,7 @@ from stable_audio_serve.api.compat.hosted import (
     ClipInput,
     File,
     WholeNumber,
+    resolve_model,
     to_request,
 )
 from stable_audio_serve.api.description import error_responses
@@ -28,12 +29,11 @@ from stable_audio_serve.api.fields import IS_NONE
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusal, Refusals, in_dialect, invalid
+from stable_audio_serve.api.refusals import Refusal, Refusals, in_dialect
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
-from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError, UnknownModelError
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.catalog import OPEN_FAMILY
+from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
 
@@ -128,17 +128,11 @@ def build_router(service: Service) -> APIRouter:
     card = catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY)
     router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
 
-    def convert(body: AimlInput, *, request_id: str) -> tuple[ModelCard, GenerationRequest]:
-        try:
-            model = card if body.model == MODEL else catalog.resolve(body.model)
-        except UnknownModelError as error:
-            raise invalid("model", f"{error.message}, {MODEL}") from error
-        return service.adapted(model, to_request(body, model, request_id=request_id))
-
     @router.post("/v2/generate/audio", summary="Submit (AIML API)", responses=_SUBMIT_RESPONSES)
     async def submit(request: Request, body: AimlInput) -> AimlGeneration:
         """Submit a generation. Poll it with the returned id."""
-        model, generation = convert(body, request_id=request.state.request_id)
+        model = resolve_model(catalog, body.model, names=(MODEL,), default=card)
+        model, generation = service.adapted(model, to_request(body, model, request_id=request.state.request_id))
         note(request.scope, model=model.name, duration_s=generation.duration_s)
         spec = JobSpec(
             id=JobId(f"{uuid.uuid4()}:{MODEL}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -17,11 +17,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from stable_audio_serve.api.answers import SOUND_HEADERS, encoded_answer, file_chunks, sound_headers
+from stable_audio_serve.api.compat.hosted import resolve_model
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusals, in_dialect
+from stable_audio_serve.api.refusals import Refusals, in_dialect, invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.section_audio import piece_answer
 from stable_audio_serve.api.service import Output, Service, resolve_seed
@@ -210,7 +211,7 @@ def build_router(service: Service) -> APIRouter:
         enable_logging: _Logging = True,
     ) -> Response:
         """Generate a sound effect from a text."""
-        card = _resolve(service.backend.catalog, body.model_id, default=default, names=_SOUND_MODELS)
+        card = resolve_model(service.backend.catalog, body.model_id, names=_SOUND_MODELS, default=default)
         generation = _to_sound(body, card, request_id=request.state.request_id)
         output = await run(request, generation, card=card, name=output_format)
         return encoded_answer(output.file, sound_headers(output.clips, output.result.made_on))
@@ -228,7 +229,7 @@ def build_router(service: Service) -> APIRouter:
 
         With several sections, the stream begins when the first section is finished; in Opus, when all are.
         """
-        card = _resolve(service.backend.catalog, body.model_id, default=default, names=_MUSIC_MODELS)
+        card = resolve_model(service.backend.catalog, body.model_id, names=_MUSIC_MODELS, default=default)
         request.state.length_field = _length_field(body)
         generation, sections = _to_music(body, card, limits=service.settings.api, request_id=request.state.request_id)
         name = _AUTO.get(body.model_id or "", _DEFAULT_FORMAT) if output_format == "auto" else str(output_format)
@@ -287,15 +288,6 @@ def _choose(catalog: ModelCatalog, name: str | None) -> ModelCard:
     if name is None:
         name = next((card.name for card in catalog if "sfx" in card.name), None)
     return catalog.choose(name, family=SA3_FAMILY)
-
-
-def _resolve(catalog: ModelCatalog, name: str | None, *, default: ModelCard, names: Sequence[str]) -> ModelCard:
-    if name is None or name in names:
-        return default
-    try:
-        return catalog.resolve(name)
-    except UnknownModelError as error:
-        raise _fault("model_id", f"{error.message}, {', '.join(names)}") from error
 
 
 def _to_sound(body: SoundBody, card: ModelCard, *, request_id: str) -> GenerationRequest:
@@ -370,7 +362,7 @@ def _encoding(name: str) -> Encoding:
 
 
 def _fault(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": f"{field}: {message}"}])
+    return invalid(field, f"{field}: {message}")
 
 
 def _is_sound(request: Request) -> bool:

@@ -1,7 +1,8 @@
-"""Code shared by the APIs of two hosting services, AIML and fal: clips of 1 to 47 whole seconds from one model."""
+"""Code shared by the APIs of hosting services: their model names, and AIML's and fal's clips of 1 to 47 seconds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi.exceptions import RequestValidationError
@@ -11,7 +12,8 @@ from pydantic_core import PydanticCustomError
 from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Prompt
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
+from stable_audio_serve.core.errors import UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.sound import Peaks
 
@@ -79,3 +81,13 @@ def to_request(fields: ClipInput, card: ModelCard, *, request_id: str) -> Genera
         steps=fields.steps,
         request_id=request_id,
     )
+
+
+def resolve_model(catalog: ModelCatalog, name: str | None, *, names: Sequence[str], default: ModelCard) -> ModelCard:
+    """Return the model `name`: `default` for None and for the API's own `names`. Raises UnknownModelError."""
+    if name is None or name in names:
+        return default
+    try:
+        return catalog.resolve(name)
+    except UnknownModelError as error:
+        raise UnknownModelError(f"{error.message}, {', '.join(names)}", field=error.field) from error

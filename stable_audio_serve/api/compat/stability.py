@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from stable_audio_serve.api.answers import chain, file_chunks
+from stable_audio_serve.api.compat.hosted import resolve_model
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import NOT_BLANK, Finite
 from stable_audio_serve.api.middleware.observe import note
@@ -302,12 +303,8 @@ def _add_user(router: APIRouter, service: Service) -> None:
 
 def _resolve_model(service: Service, form: TextForm, *, version: _Version) -> ModelCard:
     catalog = service.backend.catalog
-    if form.model is None or form.model in version.names:
-        return catalog.choose(service.settings.dialects.stability_model, family=SA3_FAMILY)
-    try:
-        return catalog.resolve(form.model)
-    except UnknownModelError as error:
-        raise invalid("model", f"{error.message}, {', '.join(version.names)}") from error
+    default = catalog.choose(service.settings.dialects.stability_model, family=SA3_FAMILY)
+    return resolve_model(catalog, form.model, names=version.names, default=default)
 
 
 def _to_request(
