@@ -27,6 +27,23 @@ Row = TypeVar("Row")
 Fault = TypeVar("Fault")
 Answer = TypeVar("Answer")
 
+# The HTTP status of each kind of error that clients may see. Dialects change single rows.
+STATUS: Mapping[str, int] = {
+    "invalid": 400,
+    "unknown_model": 400,
+    "invalid_upload": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "upload_too_large": 413,
+    "quota": 429,
+    "overloaded": 503,
+    "unavailable": 503,
+    "cancelled": 503,
+    "storage": 503,
+    "deadline_exceeded": 504,
+    "storage_full": 507,
+}
+
 MAX_FAULTS = 50
 _MAX_NOTED_FIELDS = 20
 _STORAGE_RETRY_S = 5.0

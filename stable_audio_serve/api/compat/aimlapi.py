@@ -29,7 +29,7 @@ from stable_audio_serve.api.fields import IS_NONE
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusal, Refusals, in_dialect
+from stable_audio_serve.api.refusals import STATUS, Refusal, Refusals, in_dialect
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import OPEN_FAMILY
@@ -41,16 +41,6 @@ TAG = "AIML API"
 MODEL = "stable-audio"  # the API's only model name; the setting `dialects.model` selects the served model
 
 _FIELDS = {"duration": "seconds_total"}  # this dialect's names for fields of `GenerationRequest`
-_STATUS = {
-    "unauthorized": 401,
-    "forbidden": 403,
-    "upload_too_large": 413,
-    "overloaded": 429,
-    "quota": 429,
-    "unavailable": 503,
-    "storage": 503,
-    "storage_full": 507,
-}
 _STATES: dict[State, Literal["queued", "generating", "completed", "error"]] = {
     "queued": "queued",
     "running": "generating",
@@ -224,7 +214,7 @@ def _answer(
 
 
 _REFUSALS: Refusals[int, AimlFault, Response] = Refusals(
-    table=_STATUS,
+    table={**STATUS, "overloaded": 429},
     internal=500,
     internal_message="The generation could not be accepted; request id {request_id}",
     parse_fault=_parse_fault,

@@ -22,7 +22,7 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusals, in_dialect, invalid
+from stable_audio_serve.api.refusals import STATUS, Refusals, in_dialect, invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.section_audio import piece_answer
 from stable_audio_serve.api.service import Output, Service, resolve_seed
@@ -59,10 +59,6 @@ MusicFormat = StrEnum("MusicFormat", {name.upper(): name for name in _MUSIC_FORM
 _DEFAULT_FORMAT = "mp3_44100_128"
 _AUTO = dict.fromkeys(_MUSIC_MODELS[1:], "mp3_48000_192")  # for other models: _DEFAULT_FORMAT
 
-_STATUS = {
-    **{"unauthorized": 401, "forbidden": 403, "upload_too_large": 413, "overloaded": 429, "quota": 429},
-    **{"cancelled": 503, "unavailable": 503, "storage": 503, "deadline_exceeded": 504, "storage_full": 507},
-}
 _WORDS = {401: "invalid_api_key", 403: "missing_permissions", 429: "too_many_concurrent_requests"}
 # This dialect's names for fields of `GenerationRequest` that a model may refuse.
 _SOUND_FIELDS = {"prompt": "text", "duration": "duration_seconds", "cfg_scale": "prompt_influence"}
@@ -394,7 +390,7 @@ def _answer(status: int, message: str, *, headers: Mapping[str, str] | None) -> 
 
 
 _REFUSALS: Refusals[int, dict[str, Any], Response] = Refusals(
-    table=_STATUS,
+    table={**STATUS, "overloaded": 429},
     internal=500,
     internal_message="generation failed; request id {request_id}",
     parse_fault=_parse_fault,

@@ -21,7 +21,7 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.fields import NOT_BLANK, Finite
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import Refusal, Refusals, field_and_message, in_dialect, invalid
+from stable_audio_serve.api.refusals import STATUS, Refusal, Refusals, field_and_message, in_dialect, invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.artifacts.store import StoredFile
@@ -46,22 +46,7 @@ _LARGEST_SEED = 4_294_967_294
 _NAMES = {413: "payload_too_large", 429: "rate_limit_exceeded", 500: "internal_error"}
 # This dialect's names for fields of `GenerationRequest` that a model may refuse.
 _FIELDS = {"init_noise_level": "strength", "inpaint_start_seconds": "mask_start"}
-_STATUS = {
-    "invalid": 400,
-    "invalid_upload": 400,
-    "unknown_model": 400,
-    "unauthorized": 401,
-    "forbidden": 403,
-    "not_found": 404,
-    "upload_too_large": 413,
-    "overloaded": 429,
-    "quota": 429,
-    "unavailable": 503,
-    "cancelled": 503,
-    "storage": 503,
-    "deadline_exceeded": 504,
-    "storage_full": 507,
-}
+_STATUS = {**STATUS, "overloaded": 429}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.printable import printable_fault
-from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, in_dialect, name_missing
+from stable_audio_serve.api.refusals import STATUS, ExpectedError, Refusal, Refusals, in_dialect, name_missing
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, UnknownModelError
 from stable_audio_serve.jobs.job import JobError
 
@@ -19,22 +19,6 @@ ERROR_KIND = "X-Error-Kind"  # header with the error's kind in `core.errors`, be
 _LORAS = ("loras", "lora_stacking")  # fields that are checked after the others, but reported like them
 
 Description = tuple[int, dict[str, Any], Mapping[str, str] | None]  # status, body, headers
-
-_STATUS = {
-    "invalid": 400,
-    "invalid_upload": 400,
-    "unauthorized": 401,
-    "forbidden": 403,
-    "conflict": 409,
-    "upload_too_large": 413,
-    "quota": 429,
-    "overloaded": 503,
-    "unavailable": 503,
-    "cancelled": 503,
-    "storage": 503,
-    "deadline_exceeded": 504,
-    "storage_full": 507,
-}
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
@@ -87,7 +71,7 @@ def _answer_error(_: Request, refusal: Refusal[int]) -> Description:
 
 
 _REFUSALS: Refusals[int, dict[str, Any], Description] = Refusals(
-    table=_STATUS,
+    table={**STATUS, "conflict": 409},
     internal=500,
     internal_message="generation failed; request id {request_id}",
     parse_fault=_parse_fault,

@@ -11,24 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.printable import printable_fault
-from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals, in_dialect
+from stable_audio_serve.api.refusals import STATUS, ExpectedError, Refusal, Refusals, in_dialect
 from stable_audio_serve.core.errors import StableAudioError
 
-_STATUS = {
-    "invalid": 400,
-    "unknown_model": 400,
-    "invalid_upload": 400,
-    "upload_too_large": 413,
-    "unauthorized": 401,
-    "forbidden": 403,
-    "overloaded": 503,
-    "quota": 429,
-    "unavailable": 503,
-    "cancelled": 503,
-    "storage": 503,
-    "deadline_exceeded": 504,
-    "storage_full": 507,
-}
 # This dialect's names for fields of `GenerationRequest` that a model may refuse.
 _NAMES = {
     "audio": "audio_file",
@@ -108,7 +93,7 @@ def _answer_error(_: Request, refusal: Refusal[int]) -> Description:
 
 
 _REFUSALS: Refusals[int, Mapping[str, Any], Description] = Refusals(
-    table=_STATUS,
+    table=STATUS,
     internal=500,
     internal_message="generation failed; request id {request_id}",
     parse_fault=_parse_fault,
