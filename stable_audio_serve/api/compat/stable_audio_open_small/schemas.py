@@ -7,7 +7,7 @@ fields also accept numbers as text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, LiteralString, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -35,25 +35,12 @@ _WHOLE_SECONDS = {
         {"type": "null"},
     ]
 }
-_KEY_REQUIRED: LiteralString = "key is required (e.g., 'gsharp', 'f', 'csharp')"
-
-
-def _check_prompt(prompt: str) -> str:
-    if not prompt:
-        raise PydanticCustomError(_RULE, "prompt is required")
-    return prompt
 
 
 def _check_tempo(prompt: str) -> str:
     if read_tempo(prompt) is None:
         raise PydanticCustomError(_RULE, "BPM must be specified in prompt (e.g., '120bpm')")
     return prompt
-
-
-def _check_key(key: str) -> str:
-    if not key:
-        raise PydanticCustomError(_RULE, _KEY_REQUIRED)
-    return key
 
 
 def _to_whole_seconds(value: Any) -> Any:
@@ -78,9 +65,10 @@ def _to_loop_type(value: Any) -> Any:
     return value if value in ("drums", "instruments") else "auto"
 
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True)]
-_FILLED = Field(json_schema_extra={"minLength": 1, "pattern": NOT_BLANK})
-Prompt = Annotated[Text, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_check_prompt), _FILLED]
+Text = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1), Field(json_schema_extra={"pattern": NOT_BLANK})
+]
+Prompt = Annotated[Text, Field(max_length=MAX_PROMPT_CHARS)]
 LoopPrompt = Annotated[
     Prompt, AfterValidator(_check_tempo), Field(description="Must name a tempo: digits, then bpm.", examples=["120bpm"])
 ]
@@ -188,9 +176,7 @@ class RiffForm(Wire):
     """A loop from a riff of the operator's library."""
 
     prompt: LoopPrompt
-    key: Annotated[Text, AfterValidator(_check_key), _FILLED] = Field(
-        description="Musical key, any case.", examples=["gsharp"]
-    )
+    key: Text = Field(description="Musical key, any case.", examples=["gsharp"])
     loop_type: LoopType = "instruments"
     bars: Bars = None
     style_strength: Strength = 0.8
@@ -224,6 +210,6 @@ def parse(form: type[W], values: Mapping[str, Any]) -> W:
 def _sentence(form: type[Wire], field: str, *, kind: str, message: str) -> str:
     if kind == _RULE:
         return message
-    if kind == "missing":
-        return _KEY_REQUIRED if field == "key" else f"{field} is required"
+    if kind in ("missing", "string_too_short"):
+        return f"{field} is required" + (" (e.g., 'gsharp', 'f', 'csharp')" if field == "key" else "")
     return f"{field} {form.rules[field]}"
