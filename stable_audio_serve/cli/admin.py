@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -133,7 +134,7 @@ def _show(client: Client, numbers: Sequence[int] | None, *, model: str | None, l
     if numbers:
         found = [ask(client, f"GET {_LETTERS}/{number}") for number in numbers]
     else:
-        found = [letter for page in _pages(client, model=model, most=limit) for letter in page]
+        found = list(islice(_list(client, model=model, page_size=min(limit, _PAGE)), limit))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     elif numbers:
@@ -143,24 +144,17 @@ def _show(client: Client, numbers: Sequence[int] | None, *, model: str | None, l
         tables.print_dead_letters(found)
 
 
-def _choose(
-    client: Client, numbers: Sequence[int] | None, *, everything: bool, model: str | None
-) -> Iterator[Sequence[int]]:
-    """Return the numbers of the dead letters that the user chose, in lists of limited length.
-
-    Dead letters that are added later are not included.
-    """
+def _choose(client: Client, numbers: Iterable[int] | None, *, everything: bool, model: str | None) -> Iterable[int]:
+    """Return the numbers of the dead letters that the user chose, without those that are added later."""
     if bool(numbers) == (everything or model is not None):
         raise fail("choose dead letters by NUMBER, or with --all or --model")
-    if numbers:
-        return iter([numbers[start : start + _PAGE] for start in range(0, len(numbers), _PAGE)])
-    return ([letter["number"] for letter in page] for page in _pages(client, model=model, most=None))
+    return numbers or (letter["number"] for letter in _list(client, model=model, page_size=_PAGE))
 
 
-def _act(client: Client, chosen: Iterator[Sequence[int]], *, action: str, done: str) -> None:
-    num_done, missing = 0, []
-    for numbers in chosen:
-        outcome = ask(client, f"POST {_LETTERS}/{action}", json={"numbers": list(numbers)})
+def _act(client: Client, chosen: Iterable[int], *, action: str, done: str) -> None:
+    num_done, missing, rest = 0, [], iter(chosen)
+    while numbers := list(islice(rest, _PAGE)):
+        outcome = ask(client, f"POST {_LETTERS}/{action}", json={"numbers": numbers})
         num_done += len(outcome["done"])
         missing += outcome["not_found"]
     typer.echo(f"{num_done} {done}")
@@ -168,20 +162,15 @@ def _act(client: Client, chosen: Iterator[Sequence[int]], *, action: str, done: 
         raise fail(f"no dead letters: {', '.join(map(str, missing[:20]))}{' ...' if missing[20:] else ''}")
 
 
-def _pages(client: Client, *, model: str | None, most: int | None) -> Iterator[Sequence[dict[str, Any]]]:
-    params = {} if model is None else {"model": model}
-    cursor: int | None = None
+def _list(client: Client, *, model: str | None, page_size: int) -> Iterator[dict[str, Any]]:
+    """Yield all dead letters, newest first. `page_size` of them are fetched at a time."""
+    params = {"limit": str(page_size)} | ({} if model is None else {"model": model})
     while True:
-        limit = _PAGE if most is None else min(_PAGE, most)
-        more = {} if cursor is None else {"cursor": str(cursor)}
-        page = ask(client, f"GET {_LETTERS}", params={**params, **more, "limit": str(limit)})
-        cursor = page["next_cursor"]
-        if page["dead_letters"]:
-            yield page["dead_letters"]
-        if most is not None:
-            most -= len(page["dead_letters"])
-        if cursor is None or most == 0:
+        page = ask(client, f"GET {_LETTERS}", params=params)
+        yield from page["dead_letters"]
+        if page["next_cursor"] is None:
             return
+        params["cursor"] = str(page["next_cursor"])
 
 
 def _left(state: dict[str, Any]) -> str:
