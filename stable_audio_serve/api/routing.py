@@ -215,11 +215,7 @@ def route_class(
 
 
 def _has_form(request: Request) -> bool:
-    return _content_type(request).startswith("multipart/")
-
-
-def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", "").lower()
+    return request.headers.get("content-type", "").lower().startswith("multipart/")
 
 
 def operator_route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:

@@ -29,7 +29,7 @@ from stable_audio_serve.api.fields import IS_NONE
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.refusals import STATUS, Refusal, Refusals, in_dialect
+from stable_audio_serve.api.refusals import STATUS, Refusals, in_dialect
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import OPEN_FAMILY
@@ -187,14 +187,6 @@ def _answer_fields(request: Request, faults: Sequence[AimlFault]) -> Response:
     return _answer(request, 400, message=f"{part} validation error! {what}", faults=faults)
 
 
-def _answer_http(request: Request, error: HTTPException) -> Response:
-    return _answer(request, error.status_code, message=str(error.detail), headers=error.headers)
-
-
-def _answer_error(request: Request, refusal: Refusal[int]) -> Response:
-    return _answer(request, refusal.row, message=refusal.message, headers=refusal.headers)
-
-
 def _answer(
     request: Request,
     status: int,
@@ -221,7 +213,11 @@ _REFUSALS: Refusals[int, AimlFault, Response] = Refusals(
     find_fault=_find_fault,
     name_field=lambda fault: fault.path[-1],
     answer_fields=_answer_fields,
-    answer_http=_answer_http,
-    answer_error=_answer_error,
+    answer_http=lambda request, error: _answer(
+        request, error.status_code, message=str(error.detail), headers=error.headers
+    ),
+    answer_error=lambda request, refusal: _answer(
+        request, refusal.row, message=refusal.message, headers=refusal.headers
+    ),
 )
 render_error = _REFUSALS.answer  # returns the response to an expected error

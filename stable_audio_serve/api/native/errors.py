@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -55,14 +54,6 @@ def _find_fault(request: Request, error: StableAudioError) -> dict[str, Any] | N
     return _parse_fault(request, fault)[0]
 
 
-def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Description:
-    return 422, {"detail": faults}, {ERROR_KIND: InvalidRequestError.kind}
-
-
-def _answer_http(_: Request, error: HTTPException) -> Description:
-    return error.status_code, {"detail": error.detail}, error.headers
-
-
 def _answer_error(_: Request, refusal: Refusal[int]) -> Description:
     message = refusal.message if refusal.is_internal else with_field(refusal.error)
     code = {"code": refusal.error.code} if isinstance(refusal.error, ConflictError) else {}
@@ -77,7 +68,7 @@ _REFUSALS: Refusals[int, dict[str, Any], Description] = Refusals(
     parse_fault=_parse_fault,
     find_fault=_find_fault,
     name_field=lambda fault: fault["loc"][-1],
-    answer_fields=_answer_fields,
-    answer_http=_answer_http,
+    answer_fields=lambda _, faults: (422, {"detail": faults}, {ERROR_KIND: InvalidRequestError.kind}),
+    answer_http=lambda _, error: (error.status_code, {"detail": error.detail}, error.headers),
     answer_error=_answer_error,
 )

@@ -35,7 +35,7 @@ from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.section_audio import follow_answer, section_answer
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.api.streams import Change, EventStreams
+from stable_audio_serve.api.streams import EventStreams
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobEvent, JobRef, State
@@ -78,7 +78,8 @@ async def _stream_events(
             yield _sse(status, kind=_END, event_id=_END)
         elif not change.events or (change.position is not None and change.events[-1].stage == change.job.stage):
             # An event with another stage is newer than the job's state, because events are read after it.
-            yield _sse(_of_now(change), kind="progress")
+            now = progress_of(change.job, position=change.position)  # not a stored event, so it has no id
+            yield _sse(JobProgressEvent(**now.model_dump(), message=None, at=None), kind="progress")
 
 
 def _of_event(event: JobEvent, job: Job) -> JobProgressEvent:
@@ -92,12 +93,6 @@ def _of_event(event: JobEvent, job: Job) -> JobProgressEvent:
         message=event.message,
         at=event.at.isoformat(),
     )
-
-
-def _of_now(change: Change) -> JobProgressEvent:
-    """Return the current progress as an event that is sent without an id, because it is not a stored event."""
-    progress = progress_of(change.job, position=change.position)
-    return JobProgressEvent(**progress.model_dump(), message=None, at=None)
 
 
 def _sse(body: BaseModel, *, kind: str, event_id: str | None = None) -> ServerSentEvent:

@@ -23,7 +23,7 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes.info import JobStoreHealth, describe_ready
 from stable_audio_serve.api.shared_routes.server import NAME
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
-from stable_audio_serve.core.operations import DrainReport, ModelReport, Operations, ReplicaReport, ServerReport
+from stable_audio_serve.core.operations import DrainReport, ModelReport, Operations, ServerReport
 from stable_audio_serve.core.settings_sources import least_replicas
 from stable_audio_serve.jobs.overview import JobsOverview
 from stable_audio_serve.jobs.store.health import StoreHealth
@@ -89,14 +89,10 @@ def _describe_model(service: Service, card: ModelCard, *, report: ModelReport) -
         backlog_s=sum(replica.backlog_s or 0.0 for replica in report.replicas),
         rows_per_step=fmean(rows) if rows else None,
         waiting_jobs_s=report.waiting_jobs_s,
-        requests_per_minute=sum(map(_last_minute, report.replicas)),
+        # A report that is older than a minute says nothing about the last minute.
+        requests_per_minute=sum(each.requests_per_minute or 0 for each in report.replicas if each.age_s < _MINUTE_S),
         replicas=[schemas.Replica.model_validate(replica) for replica in report.replicas],
     )
-
-
-def _last_minute(replica: ReplicaReport) -> int:
-    """Return the requests per minute in a replica's report, 0 if the report is older than a minute."""
-    return replica.requests_per_minute or 0 if replica.age_s < _MINUTE_S else 0
 
 
 def _describe_jobs(jobs: JobsOverview, store: JobStoreHealth) -> schemas.Jobs:

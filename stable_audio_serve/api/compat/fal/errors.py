@@ -132,10 +132,6 @@ def _find_fault(request: Request, error: StableAudioError) -> dict[str, Any] | N
     return _fault(error.message, error.field, app=split_path(request)[1]) if is_input else None
 
 
-def _answer_fields(request: Request, faults: Sequence[dict[str, Any]]) -> Response:
-    return render_failure(request, _invalid(faults))
-
-
 def _answer_http(request: Request, error: HTTPException) -> Response:
     kind = _HTTP_KINDS.get(error.status_code)
     if kind is not None:
@@ -157,7 +153,7 @@ _REFUSALS: Refusals[tuple[int, str], dict[str, Any], Response] = Refusals(
     parse_fault=_parse_fault,
     find_fault=_find_fault,
     name_field=lambda fault: fault["loc"][-1],
-    answer_fields=_answer_fields,
+    answer_fields=lambda request, faults: render_failure(request, _invalid(faults)),
     answer_http=_answer_http,
     answer_error=_answer_error,
 )

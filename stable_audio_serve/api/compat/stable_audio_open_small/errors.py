@@ -64,10 +64,6 @@ def name_field(field: str, sentence: str) -> str:
     return sentence if field in sentence else f"{field}: {sentence}"
 
 
-def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [printable_fault(fault, message=fault["msg"])]
-
-
 def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Description:
     return Description(400, name_field(str(faults[0]["loc"][-1]), faults[0]["msg"]), faults=tuple(faults))
 
@@ -96,7 +92,7 @@ _REFUSALS: Refusals[int, Mapping[str, Any], Description] = Refusals(
     table=STATUS,
     internal=500,
     internal_message="generation failed; request id {request_id}",
-    parse_fault=_parse_fault,
+    parse_fault=lambda _, fault: [printable_fault(fault, message=fault["msg"])],
     name_field=lambda fault: fault["loc"][-1],
     answer_fields=_answer_fields,
     answer_http=_answer_http,
