@@ -49,40 +49,33 @@ def quality(
 
 
 async def _list(settings: Settings) -> None:
-    from stable_audio_serve.core.errors import QualityReportError
-
-    records: list[str] = []
     async with _opened(settings) as archive:
-        for name in sorted(await archive.names()):
-            try:
-                line, is_record = await _describe(archive, name)
-            except QualityReportError as error:
-                line, is_record = error.message, False
-            if is_record:
-                records.append(line)
-            else:
-                typer.echo(plain(line))
-    for line in records:
+        lines = [await _describe(archive, name) for name in await archive.names()]
+    for _, line in sorted(lines):
         typer.echo(plain(line))
 
 
-async def _describe(archive: ReportArchive, name: str) -> tuple[str, bool]:
-    """Return the line of a report or of a record of last good weights, and whether it is a record.
+async def _describe(archive: ReportArchive, name: str) -> tuple[bool, str]:
+    """Return whether an entry is a record of last good weights, which are listed after the reports, and its line.
 
     The archive may have records of models that the configuration does not name.
     """
     from datetime import UTC, datetime
 
+    from stable_audio_serve.core.errors import QualityReportError
     from stable_audio_serve.verification.quality.report import LastGood
 
-    found = await archive.entry(name)
+    try:
+        found = await archive.entry(name)
+    except QualityReportError as error:
+        return False, error.message
     if found is None:
-        return f"{name} was removed", False
+        return False, f"{name} was removed"
     if isinstance(found, LastGood):
-        return f"{name} last good weights of {found.model}: {found.weights[:12]} {found.source}", True
+        return True, f"{name} last good weights of {found.model}: {found.weights[:12]} {found.source}"
     setup, made_at = found.setup, datetime.fromtimestamp(found.made_at, UTC)
     place = f"{setup.device} {setup.dtype} {made_at:%Y-%m-%d %H:%M} {found.source}"
-    return f"{name} {setup.model} weights {setup.weights[:12]} {place}", False
+    return False, f"{name} {setup.model} weights {setup.weights[:12]} {place}"
 
 
 async def _check(settings: Settings, name: str) -> None:
