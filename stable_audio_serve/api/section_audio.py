@@ -87,9 +87,7 @@ async def follow_answer(service: Service, request: Request, *, job: Job) -> Resp
     kind = media_type(encoding.file_format)
     headers = attachment(f"{job.spec.file_prefix}{job.spec.file_stem}.{encoding.file_format}")
     if request.method == "HEAD":
-        response = Response(headers=headers, media_type=kind)
-        del response.headers["Content-Length"]  # Starlette sets it to 0, but the length is unknown
-        return response
+        return StreamingResponse(iter(()), headers=headers, media_type=kind)  # without a length, which is unknown
     chunks, first = _follow(service, job, encoding=encoding), b""
     if job.num_sections:  # read some audio before the status is sent, so that an error gets its own status
         with service.streams.counted(request.state.caller), _missing_files(job):
