@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,15 +40,10 @@ TEMPORARY = (
 )
 
 
-def _all_below(base: type[StableAudioError]) -> Iterator[type[StableAudioError]]:
-    for error in base.__subclasses__():
-        yield error
-        yield from _all_below(error)
-
-
 # The error class for each `kind`. If several classes have the same kind, the first class is the most general one, and
 # the dictionary must contain it. A dictionary keeps the last value of a key, so the order is reversed.
-_BY_KIND = {error.kind: error for error in reversed(list(_all_below(StableAudioError)))}
+_CLASSES = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, StableAudioError)]
+_BY_KIND = {error.kind: error for error in reversed(_CLASSES)}
 
 
 def read_failure(response: httpx.Response) -> StableAudioError:
