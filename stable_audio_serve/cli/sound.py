@@ -38,16 +38,12 @@ app = typer.Typer()
 
 Kind = Literal["generate", "vary", "inpaint", "loop"]
 
-_REPLAY_HAS_NOT = (
-    *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
-    *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
-    *("prompts", "priority", "loras", "lora_stacking"),
-)
 _LOOP_HAS_NOT = (
     *("model", "prompts", "duration", "sampler", "negative_prompt", "variations", "format", "priority"),
     *("bitrate", "bit_depth", "sample_rate", "loudness", "true_peak", "fade_in", "fade_out"),
     *("loras", "lora_stacking"),
 )
+_REPLAY_HAS_NOT = (*_LOOP_HAS_NOT, "steps", "seed", "cfg_scale")
 
 
 @app.command()
@@ -221,7 +217,7 @@ def build_request(
         raise ValueError("only one of the prompt and the audio can be standard input")
     prompt = read_prompt(prompt)
     source = None if audio is None else read_audio(audio)
-    fields = {**options.controls, **(more or {}), "prompts": options.prompts_after(prompt)}
+    fields = {**options.controls, **(more or {}), "prompts": [prompt, *options.prompts] if options.prompts else None}
     if kind != "loop":  # which is always WAV
         fields["response_format"] = options.format_of_file
     controls = {name: value for name, value in fields.items() if value is not None}

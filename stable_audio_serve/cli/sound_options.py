@@ -142,10 +142,6 @@ class SoundOptions:
         ending = Path(self.out).suffix.lower().removeprefix(".")
         return self.format or (ending if ending in get_args(_Format) else None)
 
-    def prompts_after(self, prompt: str) -> list[str] | None:
-        """Return `prompt` and the prompts of the other variations, None if all variations have the same prompt."""
-        return [prompt, *self.prompts] if self.prompts else None
-
     @property
     def _loudness(self) -> dict[str, float] | None:
         if self.loudness is None:
