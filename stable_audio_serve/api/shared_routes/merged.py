@@ -122,7 +122,6 @@ async def _generate_sa3(service: Service, request: Request, *, values: dict[str,
         replace(generation, cfg_scale=card.default_cfg_scale if generation.cfg_scale is None else generation.cfg_scale),
         result,
         duration_s=round(result.audio[0].shape[1] / result.sample_rate_hz, 2),
-        generation_s=result.timings.total_ms / 1000,
     )
     answer = await base64_answer(service, output, metadata=metadata | {"detected_bpm": read_tempo(generation.prompt)})
     answer.headers.update(warning_headers(request, result.made_on))

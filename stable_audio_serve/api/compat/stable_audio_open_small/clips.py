@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -44,17 +43,17 @@ async def make_text_clip(service: Service, request: Request, *, body: GenerateBo
         request_id=request.state.request_id,
     )
     num_samples = max(int(wanted_s * model.card.sample_rate_hz), 1)
-    clip = await make_clip(
+    output = await make_clip(
         service, request, card=model.card, generation=generation, started_at=started_at, num_samples=num_samples
     )
-    duration_s = round(clip.num_samples / clip.result.sample_rate_hz, 2)
-    metadata = clip_metadata(generation, clip.result, duration_s=duration_s, generation_s=clip.generation_s)
+    duration_s = round(min(num_samples / model.card.sample_rate_hz, length_s(output.result)), 2)
     return await answer(
         service,
-        clip.output,
+        output,
         return_format=body.return_format,
         name=f"stable_audio_{generation.seed}_{int(service.clock.time())}.wav",
-        metadata=metadata | {"detected_bpm": read_tempo(body.prompt)},
+        metadata=clip_metadata(generation, output.result, duration_s=duration_s)
+        | {"detected_bpm": read_tempo(body.prompt)},
     )
 
 
@@ -75,16 +74,15 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
         init_noise_level=form.style_strength,
         request_id=request.state.request_id,
     )
-    clip = await make_clip(service, request, card=model.card, generation=generation, started_at=started_at)
+    output = await make_clip(service, request, card=model.card, generation=generation, started_at=started_at)
     window_s = round(model.window_s)  # the original server also returns whole seconds: 12 for a clip of 11.9 s
-    metadata = clip_metadata(generation, clip.result, duration_s=window_s, generation_s=clip.generation_s)
     num_samples = source.resampled_length(to_hz=model.card.sample_rate_hz)
     return await answer(
         service,
-        clip.output,
+        output,
         return_format=form.return_format,
         name=f"style_transfer_{generation.seed}_{int(service.clock.time())}.wav",
-        metadata=metadata
+        metadata=clip_metadata(generation, output.result, duration_s=window_s)
         | {
             "detected_bpm": read_tempo(form.prompt),
             "style_strength": form.style_strength,
@@ -104,23 +102,6 @@ async def read_upload(service: Service, upload: UploadFile, *, model: WindowedMo
     return await service.compute(audio.to_mono)
 
 
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """A finished file. The model generated `available_s` seconds of audio, and the file has the first `num_samples`.
-
-    `generation_s` is the time that the generation took, in seconds.
-    """
-
-    output: Output
-    num_samples: int
-    available_s: float
-    generation_s: float
-
-    @property
-    def result(self) -> GenerationResult:
-        return self.output.result
-
-
 async def make_clip(
     service: Service,
     request: Request,
@@ -129,22 +110,23 @@ async def make_clip(
     generation: GenerationRequest,
     started_at: float,
     num_samples: int | None = None,
-) -> Clip:
+) -> Output:
     """Run a generation and return its first `num_samples` samples, scaled so that the peak is at full scale.
 
     `started_at` is the time when the HTTP request arrived.
     """
     card, generation = service.adapted(card, generation)
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
-    asked_at = service.clock.monotonic()
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
-    made_at = service.clock.monotonic()
     origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
     output = await service.finish_by(result, lambda: finish_window(result, num_samples=num_samples, origin=origin))
     note(request.scope, num_bytes=output.file.num_bytes)
-    num_available = result.audio[0].shape[1]
-    kept, available_s = min(num_samples or num_available, num_available), num_available / result.sample_rate_hz
-    return Clip(output, kept, available_s, made_at - asked_at)
+    return output
+
+
+def length_s(result: GenerationResult) -> float:
+    """Return the length of the audio that the model generated, in seconds."""
+    return result.audio[0].shape[1] / result.sample_rate_hz
 
 
 async def answer(
@@ -162,10 +144,9 @@ async def base64_answer(service: Service, output: Output, *, metadata: dict[str,
     return Response(body, headers=result_headers(output), media_type="application/json")
 
 
-def clip_metadata(
-    generation: GenerationRequest, result: GenerationResult, *, duration_s: float, generation_s: float
-) -> dict[str, Any]:
+def clip_metadata(generation: GenerationRequest, result: GenerationResult, *, duration_s: float) -> dict[str, Any]:
     """Return the metadata that `/generate` returns with a clip, except the tempo."""
+    generation_s = result.timings.total_ms / 1000
     return {
         "prompt": generation.prompt,
         "negative_prompt": generation.negative_prompt,

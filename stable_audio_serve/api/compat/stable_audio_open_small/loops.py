@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stable_audio_serve.api.compat.stable_audio_open_small.clips import Clip, answer, make_clip, read_upload
+from stable_audio_serve.api.compat.stable_audio_open_small.clips import answer, length_s, make_clip, read_upload
 from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary, read_riff
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import LoopForm, RiffForm
 from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import (
@@ -19,7 +19,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import
 from stable_audio_serve.api.service import Service, resolve_seed
 from stable_audio_serve.audio.loops import Loop, plan_loop, read_tempo
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
 
 _NOT_DRUMS = "melody, harmony, pitched instruments, vocals, singing"
 _NOT_INSTRUMENTS = "drums, percussion, kick, snare, hi-hat"
@@ -35,21 +35,21 @@ async def make_loop(service: Service, request: Request, *, form: LoopForm) -> Re
     source = await read_upload(service, form.audio_file, model=model) if form.audio_file else None
     generation = _to_generation(request, model, form=form, source=source, seed=resolve_seed(form.seed))
     num_samples = loop.num_samples(model.card.sample_rate_hz)
-    clip = await make_clip(
+    output = await make_clip(
         service, request, card=model.card, generation=generation, started_at=started_at, num_samples=num_samples
     )
     extras = {
         "calculated_duration_seconds": round(loop.duration_s, 2),
-        "available_audio_seconds": round(clip.available_s, 2),
+        "available_audio_seconds": round(length_s(output.result), 2),
         "seconds_per_bar": round(loop.bar_s, 2),
         "model_type": form.model_type,
     }
     return await answer(
         service,
-        clip.output,
+        output,
         return_format=form.return_format,
         name=f"loop_{_name(form, loop, seed=generation.seed)}",
-        metadata=_metadata(form, loop, generation=generation, clip=clip) | extras,
+        metadata=_metadata(form, loop, generation=generation, result=output.result) | extras,
     )
 
 
@@ -62,15 +62,15 @@ async def make_riff_loop(service: Service, request: Request, *, form: RiffForm, 
     source = await read_riff(service, library.choose(form.key, seed=seed), tempo_bpm=loop.tempo_bpm)
     generation = _to_generation(request, model, form=form, source=source, seed=seed)
     num_samples = loop.num_samples(model.card.sample_rate_hz)
-    clip = await make_clip(
+    output = await make_clip(
         service, request, card=model.card, generation=generation, started_at=started_at, num_samples=num_samples
     )
     return await answer(
         service,
-        clip.output,
+        output,
         return_format=form.return_format,
         name=f"riff_{form.key}_{_name(form, loop, seed=seed)}",
-        metadata=_metadata(form, loop, generation=generation, clip=clip)
+        metadata=_metadata(form, loop, generation=generation, result=output.result)
         | {"key": form.key, "source": "personal_riff_library"},
     )
 
@@ -117,7 +117,9 @@ def _name(form: LoopForm | RiffForm, loop: Loop, *, seed: int) -> str:
     return f"{form.loop_type}_{loop.tempo_bpm}bpm_{loop.bars}bars_{seed}.wav"
 
 
-def _metadata(form: LoopForm | RiffForm, loop: Loop, *, generation: GenerationRequest, clip: Clip) -> dict[str, Any]:
+def _metadata(
+    form: LoopForm | RiffForm, loop: Loop, *, generation: GenerationRequest, result: GenerationResult
+) -> dict[str, Any]:
     """Return the metadata that loops from text, uploads and riffs have in common."""
     is_transfer = generation.init_audio is not None
     return {
@@ -127,13 +129,13 @@ def _metadata(form: LoopForm | RiffForm, loop: Loop, *, generation: GenerationRe
         "loop_type": form.loop_type,
         "detected_bpm": loop.tempo_bpm,
         "bars": loop.bars,
-        "loop_duration_seconds": round(min(loop.duration_s, clip.available_s), 2),
+        "loop_duration_seconds": round(min(loop.duration_s, length_s(result)), 2),
         "style_transfer": is_transfer,
         "style_strength": form.style_strength if is_transfer else None,
         "steps": generation.steps,
         "cfg_scale": form.cfg_scale,
         "seed": generation.seed,
-        "sample_rate": clip.result.sample_rate_hz,
-        "generation_time": round(clip.generation_s, 2),
-        "device": clip.result.device.kind,
+        "sample_rate": result.sample_rate_hz,
+        "generation_time": round(result.timings.total_ms / 1000, 2),
+        "device": result.device.kind,
     }
