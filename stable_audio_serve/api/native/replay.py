@@ -10,7 +10,7 @@ import codecs
 import math
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -101,15 +101,6 @@ _BODY = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """The content of a request body: a recipe as text, and uploaded source files."""
-
-    text: str | bytes
-    uploads: tuple[UploadFile, ...] = ()
-    unknown: tuple[str, ...] = ()  # names of unknown form fields
-
-
 def build_router(service: Service) -> APIRouter:
     """Return the replay route."""
     router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
@@ -122,11 +113,11 @@ def build_router(service: Service) -> APIRouter:
         succeeded, `replay` in its status is `exact` or `close`.
         """
         started_at = service.clock.monotonic()
-        sent = await _read(service, request)
-        check_names(request, sent.unknown, limits=service.settings.api)
-        recipe = _parse(sent.text)
+        text, uploads, unknown = await _read(service, request)
+        check_names(request, unknown, limits=service.settings.api)
+        recipe = _parse(text)
         card = _require_model(service, recipe)
-        sources = await _find_sources(service, recipe, card=card, uploads=sent.uploads)
+        sources = await _find_sources(service, recipe, card=card, uploads=uploads)
         if recipe.sections:
             service.keys.admit(request, ("jobs",))  # the ticket is of no use to a key without this scope
             return await _replay_by_job(service, request, recipe=recipe, card=card)
@@ -184,25 +175,26 @@ def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | No
     return finish(result, order)
 
 
-async def _read(service: Service, request: Request) -> _Sent:
-    """Read the body of a replay request. Raises RequestValidationError, HTTPException, errors of `core.errors`."""
+async def _read(service: Service, request: Request) -> tuple[str | bytes, list[UploadFile], list[str]]:
+    """Return the recipe in a request body as text, the uploaded files, and the names of unknown form fields.
+
+    Raises RequestValidationError, HTTPException, errors of `core.errors`.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != _MULTIPART:
-        return _Sent(await request.body())
+        return await request.body(), [], []
     form = await request.form()
-    uploads = tuple(value for _, value in form.multi_items() if isinstance(value, UploadFile))
+    uploads = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     given = [(name, value) for name, value in form.multi_items() if name in {"recipe", "file"}]
     if len(given) != 1:
         raise invalid(
             "recipe", "recipe: send either the part recipe, or the part file with an audio file that contains a recipe"
         )
     (name, value) = given[0]
-    unknown = tuple(other for other, sent in form.multi_items() if other != name and not isinstance(sent, UploadFile))
+    unknown = [other for other, sent in form.multi_items() if other != name and not isinstance(sent, UploadFile)]
     if name == "file":
-        return _Sent(await _extract(service, value), uploads, unknown)
-    if isinstance(value, UploadFile):
-        return _Sent(await value.read(MOST_BYTES + 1), uploads, unknown)
-    return _Sent(value, uploads, unknown)
+        return await _extract(service, value), uploads, unknown
+    return await value.read(MOST_BYTES + 1) if isinstance(value, UploadFile) else value, uploads, unknown
 
 
 async def _extract(service: Service, file: UploadFile | str) -> str:
@@ -299,7 +291,7 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
 
 
 async def _find_sources(
-    service: Service, recipe: Recipe, *, card: ModelCard, uploads: tuple[UploadFile, ...]
+    service: Service, recipe: Recipe, *, card: ModelCard, uploads: list[UploadFile]
 ) -> dict[str, SourceAudio]:
     """Return the decoded source audio of a recipe by SHA-256. Raises RequestValidationError if a file is missing."""
     if not recipe.hashes:
