@@ -35,20 +35,10 @@ from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, FinishedFile, finish, finish_window
 from stable_audio_serve.audio.formats import check_encoding
-from stable_audio_serve.audio.recipe import (
-    MOST_BYTES,
-    MOST_REGIONS,
-    MOST_SECTIONS,
-    Recipe,
-    is_exact,
-)
+from stable_audio_serve.audio.recipe import MOST_BYTES, MOST_REGIONS, MOST_SECTIONS, Recipe, is_exact
 from stable_audio_serve.audio.workers import hash_file
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.errors import (
-    InvalidRequestError,
-    InvalidUploadError,
-    UnknownModelError,
-)
+from stable_audio_serve.core.errors import InvalidRequestError, InvalidUploadError
 from stable_audio_serve.core.generation import GenerationResult, Section, SourceAudio
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec
@@ -116,24 +106,31 @@ def build_router(service: Service) -> APIRouter:
         text, uploads, unknown = await _read(service, request)
         check_names(request, unknown, limits=service.settings.api)
         recipe = _parse(text)
-        card = _require_model(service, recipe)
-        sources = await _find_sources(service, recipe, card=card, uploads=uploads)
-        if recipe.sections:
-            service.keys.admit(request, ("jobs",))  # the ticket is of no use to a key without this scope
-            return await _replay_by_job(service, request, recipe=recipe, card=card)
-        generation = recipe.to_request(sources=sources, request_id=request.state.request_id)
-        note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
         try:
-            result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
-        except InvalidRequestError as error:
+            return await _replay(service, request, recipe=recipe, uploads=uploads, started_at=started_at)
+        except InvalidRequestError as error:  # each field of a recipe is a field of the request
             raise invalid(error.field or "recipe", error.message) from error
-        output = await service.finish_by(result, lambda: _finish(result, recipe, origin=ClipOrigin.of(generation)))
-        note(request.scope, num_bytes=output.file.num_bytes)
-        response = audio_answer(request, output, file_format=recipe.response_format)
-        response.headers[REPLAY] = "exact" if is_exact(recipe, result.made_on) else "close"
-        return response
 
     return router
+
+
+async def _replay(
+    service: Service, request: Request, *, recipe: Recipe, uploads: list[UploadFile], started_at: float
+) -> Response:
+    """Recreate a clip, or add a job for a long piece. Raises InvalidRequestError with a field of the recipe."""
+    card = _require_model(service, recipe)
+    sources = await _find_sources(service, recipe, card=card, uploads=uploads)
+    if recipe.sections:
+        service.keys.admit(request, ("jobs",))  # the ticket is of no use to a key without this scope
+        return await _replay_by_job(service, request, recipe=recipe, card=card)
+    generation = recipe.to_request(sources=sources, request_id=request.state.request_id)
+    note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
+    result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
+    output = await service.finish_by(result, lambda: _finish(result, recipe, origin=ClipOrigin.of(generation)))
+    note(request.scope, num_bytes=output.file.num_bytes)
+    response = audio_answer(request, output, file_format=recipe.response_format)
+    response.headers[REPLAY] = "exact" if is_exact(recipe, result.made_on) else "close"
+    return response
 
 
 async def _replay_by_job(service: Service, request: Request, *, recipe: Recipe, card: ModelCard) -> Response:
@@ -159,10 +156,7 @@ async def _replay_by_job(service: Service, request: Request, *, recipe: Recipe, 
         client=request.state.client,
         wire={"base_url": base, REPLAY_OF: hash_recipe(recipe)},
     )
-    try:
-        await service.add_job(spec, card=card, caller=request.state.caller)
-    except InvalidRequestError as error:
-        raise invalid(error.field or "recipe", error.message) from error
+    await service.add_job(spec, card=card, caller=request.state.caller)
     note(request.scope, job_id=job_id, model=card.name, duration_s=spec.request.duration_s)
     return JSONResponse(JobTicket(id=job_id, status_url=job_url(base, job_id)).model_dump(), 202)
 
@@ -252,12 +246,9 @@ def _short(fault: dict[str, Any]) -> dict[str, Any]:
 def _require_model(service: Service, recipe: Recipe) -> ModelCard:
     """Return the recipe's model.
 
-    Raises RequestValidationError if the model is unknown, or if the recipe exceeds a limit of this server.
+    Raises InvalidRequestError if the model is unknown, or if the recipe exceeds a limit of this server.
     """
-    try:
-        card = service.backend.catalog.resolve(recipe.model)
-    except UnknownModelError as error:
-        raise invalid("model", error.message) from error
+    card = service.backend.catalog.resolve(recipe.model)
     limits = service.settings.api
     longest_s, most_steps = min(limits.max_duration_s, card.max_duration_s), limits.most_steps(card.default_steps)
     if service.settings.dialects.recipes:  # recipes may come from other dialects, which have higher limits
@@ -266,10 +257,7 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
     for name, value, most in (("duration", duration_s, longest_s), ("steps", recipe.steps or 0, most_steps)):
         if value > most:
             raise invalid(name, f"{name} must be at most {most:g}")
-    try:
-        check_encoding(recipe.encoding)
-    except InvalidRequestError as error:
-        raise invalid(error.field or "response_format", error.message) from error
+    check_encoding(recipe.encoding)
     if recipe.sampler is not None and recipe.sampler not in card.samplers:
         raise invalid("sampler", f"sampler must be one of {', '.join(card.samplers)} for the model {card.name}")
     sections = [Section(one.duration, one.prompt) for one in recipe.sections or ()]
@@ -280,10 +268,7 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
     duration_s = total_duration_s(sections) if sections else recipe.duration
     if not math.isclose(recipe.duration, duration_s, abs_tol=1e-6):
         raise invalid("duration", f"duration must be the sum of the sections' durations, {duration_s:g}")
-    try:
-        recipe.finishing.check(duration_s=duration_s, is_loop=recipe.loop is not None)
-    except InvalidRequestError as error:
-        raise invalid(error.field or "recipe", error.message) from error
+    recipe.finishing.check(duration_s=duration_s, is_loop=recipe.loop is not None)
     for start_s, end_s in recipe.inpaint_regions or ():
         if end_s > recipe.duration:
             raise invalid("inpaint_regions", f"inpaint_regions: {start_s:g} to {end_s:g} exceeds the duration")
