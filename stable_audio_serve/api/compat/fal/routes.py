@@ -19,13 +19,7 @@ from stable_audio_serve.api.compat.fal.errors import failure_of, render_error, r
 from stable_audio_serve.api.compat.fal.source import FIELD, opened_source
 from stable_audio_serve.api.compat.fal.storage import build_storage_routers
 from stable_audio_serve.api.compat.fal.submissions import Order, Submission, submit
-from stable_audio_serve.api.compat.fal.targets import (
-    TARGET_PARAMETER,
-    WATCHED,
-    dispatch,
-    links_of,
-    means_queue,
-)
+from stable_audio_serve.api.compat.fal.targets import TARGET_PARAMETER, WATCHED, dispatch, links_of, means_queue
 from stable_audio_serve.api.compat.fal.wire import (
     APP,
     OWNER,
