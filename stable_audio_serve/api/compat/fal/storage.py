@@ -225,15 +225,12 @@ async def _store(jobs: JobQueue, request: Request, *, ticket: Ticket) -> None:
         try:
             await jobs.write(partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes))
             await jobs.publish(chunks, media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id)
-        except asyncio.CancelledError:  # the client disconnected
+        except (asyncio.CancelledError, ConflictError, StorageError) as error:
+            # A file that was not stored does not count. After a StorageError, or if the client disconnected, it may be
+            # stored all the same.
             with CancelScope(shield=True):
-                if await jobs.find_file(ticket.file_id) is None:
+                if isinstance(error, ConflictError) or await jobs.find_file(ticket.file_id) is None:
                     await jobs.write(partial(uploads.forget, name))
-            raise
-        except (ConflictError, StorageError) as error:
-            # A file that was not stored does not count. After a StorageError it may be stored all the same.
-            if isinstance(error, ConflictError) or await jobs.find_file(ticket.file_id) is None:
-                await jobs.write(partial(uploads.forget, name))
             if not (isinstance(error, ConflictError) and await _is_stored(jobs, file, ticket=ticket)):
                 raise
 
