@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -15,7 +14,7 @@ from urllib.parse import quote
 import typer
 
 from stable_audio_serve.cli import store_jobs
-from stable_audio_serve.cli.messages import ExitCode, fail
+from stable_audio_serve.cli.messages import ExitCode, fail, print_json
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, ask, connected
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def _show(client: Client, numbers: Sequence[int] | None, *, model: str | None, l
     else:
         found = list(islice(_list(client, model=model, page_size=min(limit, _PAGE)), limit))
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
     elif numbers:
         for letter in found:
             tables.print_details(letter)

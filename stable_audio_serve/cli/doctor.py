@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stable_audio_serve.cli.configuration import ConfigOption
-from stable_audio_serve.cli.messages import ExitCode, plain, plain_errors
+from stable_audio_serve.cli.messages import ExitCode, plain, plain_errors, print_json
 from stable_audio_serve.cli.remote import JsonOption
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def doctor(
 
             write_report(report, examination, found=found)
     if as_json:
-        typer.echo(json.dumps({"ok": _is_ok(found), "findings": [asdict(finding) for finding in found]}, indent=2))
+        print_json({"ok": _is_ok(found), "findings": [asdict(finding) for finding in found]})
     else:
         typer.echo(_summary(found))
     if report is not None:

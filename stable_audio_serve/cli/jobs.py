@@ -5,12 +5,11 @@ Large modules are imported only when a command runs, so that the program starts 
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stable_audio_serve.cli.messages import ExitCode, fail, plain_errors
+from stable_audio_serve.cli.messages import ExitCode, fail, plain_errors, print_json
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
 from stable_audio_serve.cli.sound import Kind, build_request
 from stable_audio_serve.cli.sound_options import (
@@ -82,7 +81,10 @@ def submit(
         kind: Kind = "generate" if audio is None else "inpaint" if is_edit else "vary"
         request = build_request(kind, prompt, audio=audio, regions=regions, more=more, options=options)
         job = makers.submit(request, client, key=key)
-    typer.echo(json.dumps(dict(job.sent), indent=2) if options.as_json else job.id)
+    if options.as_json:
+        print_json(dict(job.sent))
+    else:
+        typer.echo(job.id)
 
 
 @app.command("list")
@@ -108,7 +110,7 @@ def list_jobs(
             if cursor is None:
                 break
     if as_json:
-        typer.echo(json.dumps([dict(job.sent) for job in found], indent=2))
+        print_json([dict(job.sent) for job in found])
     else:
         from stable_audio_serve.cli.tables import print_own_jobs
 
@@ -135,7 +137,7 @@ def show(
                 job = client.jobs.wait(job_id, on_progress=show_progress)
         else:
             job = client.jobs.get(job_id)
-    typer.echo(json.dumps(dict(job.sent), indent=2))
+    print_json(dict(job.sent))
     if watch and job.status != "succeeded":
         raise fail(job.error or f"the job was {job.status}", _EXIT_CODES[job.status])
 

@@ -5,12 +5,11 @@ Large modules are imported only when a command runs, so that the program starts 
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from stable_audio_serve.cli.messages import plain_errors
+from stable_audio_serve.cli.messages import plain_errors, print_json
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
 
 app = typer.Typer(no_args_is_help=True, help="List, load and unload the adapters (LoRA) of a server.")
@@ -25,7 +24,7 @@ def list_loras(*, as_json: JsonOption = False, url: UrlOption = None, key_file: 
     with plain_errors(), open_client(url, key_file) as client:
         found = client.list_loras()
     if as_json:
-        typer.echo(json.dumps([dict(adapter.sent) for adapter in found], indent=2))
+        print_json([dict(adapter.sent) for adapter in found])
         return
     from stable_audio_serve.cli.tables import print_adapters
 

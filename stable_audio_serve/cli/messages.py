@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
+from typing import Any
 
 import typer
 
@@ -117,6 +119,11 @@ def plain(text: str, *, limit: int | None = None) -> str:
     """Return `text` on one line, without control characters, and cut to `limit` characters."""
     shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
     return shown if limit is None or len(shown) <= limit else f"{shown[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def print_json(value: Any) -> None:
+    """Print JSON values to standard output, without control characters, which `json` escapes."""
+    typer.echo(json.dumps(value, indent=2))
 
 
 def in_options(message: str) -> str:

@@ -5,13 +5,12 @@ Large modules are imported only when a command runs, so that the program starts 
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stable_audio_serve.cli.messages import plain_errors
+from stable_audio_serve.cli.messages import plain_errors, print_json
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
 from stable_audio_serve.cli.sound_options import (
     After,
@@ -183,7 +182,7 @@ def models(
     with plain_errors(), open_client(url, key_file) as client:
         found = client.models()
     if as_json:
-        typer.echo(json.dumps([dict(model.sent) for model in found], indent=2))
+        print_json([dict(model.sent) for model in found])
         return
     from stable_audio_serve.cli.tables import print_models
 

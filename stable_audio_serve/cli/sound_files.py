@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from stable_audio_serve.cli.messages import print_json
 from stable_audio_serve.client import Clip, Result
 
 STDIN = "-"  # as the name of an input file, means standard input; as the name of an output file, standard output
@@ -171,9 +172,7 @@ def report(result: Result, files: list[Path], *, as_json: bool) -> None:
         for file, clip in zip(files, result.clips, strict=True)
     ]
     replay = {} if result.replay is None else {"replay": result.replay}
-    typer.echo(
-        json.dumps({"model": result.model, "sample_rate": result.sample_rate_hz, **replay, "clips": clips}, indent=2)
-    )
+    print_json({"model": result.model, "sample_rate": result.sample_rate_hz, **replay, "clips": clips})
 
 
 def slug(prompt: str) -> str:

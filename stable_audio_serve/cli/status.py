@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stable_audio_serve.cli.messages import ExitCode
+from stable_audio_serve.cli.messages import ExitCode, print_json
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, ask, connected
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def status(
         found = ask(client, _ROUTE)
         is_ready = found.get("ready")
         if as_json:
-            typer.echo(json.dumps(found, indent=2))
+            print_json(found)
         else:
             tables.print_status(found)
     if not is_ready:

@@ -5,7 +5,6 @@ Large modules are imported only when a command runs, so that the program starts 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured
-from stable_audio_serve.cli.messages import ExitCode, fail, plain, plain_errors
+from stable_audio_serve.cli.messages import ExitCode, fail, plain, plain_errors, print_json
 from stable_audio_serve.cli.remote import JsonOption
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def list_jobs(
         jobs = [_as_json(job) for job in store.operators.list_all(state=state, dead_letters=dead, limit=limit)]
         counts = store.operators.counts()
     if as_json:
-        _print_json(jobs)
+        print_json(jobs)
     elif dead:
         tables.print_dead_letters(jobs)
     else:
@@ -71,7 +70,7 @@ def show(name: _Name, client: _Client = None, *, as_json: JsonOption = False, fi
         events = store.clients.events(job.spec.ref)
         found = _as_json(job) | {"events": [asdict(event) | {"at": _iso(event.at)} for event in events]}
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         tables.print_details(found)
 
@@ -182,10 +181,6 @@ def _silence_logs() -> None:
 
     if not structlog.is_configured():
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))  # `json` escapes control characters
 
 
 def _as_json(job: Job) -> dict[str, Any]:
