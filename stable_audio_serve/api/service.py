@@ -205,7 +205,13 @@ class Service:
         """
         card, request = self.adapted(card, request)
         async with self.limiter.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
-            return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
+            budget_s = request.deadline_s or self.settings.api.default_deadline_s
+            left_s = budget_s - (self.clock.monotonic() - started_at)
+            if left_s <= 0:
+                raise DeadlineExceededError("the time budget ran out before the generation started", field="deadline_s")
+            with self._admitted(request):
+                request = replace(request, client=caller.name, deadline_s=left_s)
+                return await self.backend.generate(card.name, request)
 
     def adapted(self, card: ModelCard, request: GenerationRequest) -> tuple[ModelCard, GenerationRequest]:
         """Find the adapters that the request and its model name ask for, and return the request with their files.
@@ -307,14 +313,6 @@ class Service:
             raise process_stops()
         failed = job.error or JobError(job.state, "the generation was cancelled")
         raise _JOB_ERRORS.get(failed.code, GenerationError)(failed.message, field=failed.field)
-
-    async def _generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
-        budget_s = request.deadline_s or self.settings.api.default_deadline_s
-        left_s = budget_s - (self.clock.monotonic() - started_at)
-        if left_s <= 0:
-            raise DeadlineExceededError("the time budget ran out before the generation started", field="deadline_s")
-        with self._admitted(request):
-            return await self.backend.generate(card.name, replace(request, deadline_s=left_s))
 
     @contextmanager
     def _admitted(self, request: GenerationRequest) -> Iterator[None]:
