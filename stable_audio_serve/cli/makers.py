@@ -76,10 +76,8 @@ def make_by_server(
     Loops and replays are not jobs but synchronous requests. Raises errors of `core.errors`.
     """
     arguments, more = request.arguments()
-    if request.kind == "loop":
-        return client.loop(*arguments, **more)
-    if request.kind == "replay":
-        return client.replay(*arguments, **more)
+    if request.kind in ("loop", "replay"):
+        return getattr(client, request.kind)(*arguments, **more)
     key, job = uuid.uuid4().hex, None
     try:
         job = submit(request, client, key=key)
