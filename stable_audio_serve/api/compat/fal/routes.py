@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -12,13 +14,18 @@ from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.compat.fal.answers import data_uri, describe_result, describe_status, stream_status
+from stable_audio_serve.api.compat.fal.answers import (
+    data_uri,
+    describe_output,
+    describe_result,
+    describe_status,
+    stream_status,
+)
 from stable_audio_serve.api.compat.fal.described import build_description_router
 from stable_audio_serve.api.compat.fal.endpoints import ENDPOINTS, Endpoint, to_encoding, to_request
 from stable_audio_serve.api.compat.fal.errors import failure_of, render_error, render_failure
 from stable_audio_serve.api.compat.fal.source import FIELD, opened_source
 from stable_audio_serve.api.compat.fal.storage import build_storage_routers
-from stable_audio_serve.api.compat.fal.submissions import Order, Submission, submit
 from stable_audio_serve.api.compat.fal.targets import TARGET_PARAMETER, WATCHED, dispatch, links_of, means_queue
 from stable_audio_serve.api.compat.fal.wire import (
     APP,
@@ -37,15 +44,20 @@ from stable_audio_serve.api.compat.fal.wire import (
     Ticket,
     errors,
 )
+from stable_audio_serve.api.compat.hosted import File
 from stable_audio_serve.api.compat.hosted import to_request as to_old_request
-from stable_audio_serve.api.links import base_url, file_url
+from stable_audio_serve.api.links import base_url, file_url, published_url
+from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import Scopes, route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.core.catalog import OPEN_FAMILY
-from stable_audio_serve.core.generation import Role
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
+from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
+from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.generation import GenerationRequest, Priority, Role
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.core.keys import Scope
-from stable_audio_serve.jobs.job import Job, JobRef
+from stable_audio_serve.core.sound import PLAIN_WAV, Encoding, Peaks
+from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, JobUpload, Mode
 from stable_audio_serve.jobs.queue import CancelOutcome
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
@@ -76,6 +88,8 @@ _CANCEL_REPLIES: dict[CancelOutcome, tuple[int, CancelReply]] = {
     "already_over": (400, CancelReply(status="ALREADY_COMPLETED")),
     "unknown": (404, CancelReply(status="NOT_FOUND")),
 }
+_FILE_STEM = "stable-audio"
+_MODES: Mapping[Role | None, Mode] = {None: "text-to-audio", "init": "audio-to-audio", "inpaint": "inpainting"}
 _Webhook = Annotated[str | None, Query(description="URL called when a queued request ends.")]
 # These headers are not in the description: fuzzers that negate them add headers that every route ignores.
 _Timeout = Annotated[
@@ -84,6 +98,29 @@ _Timeout = Annotated[
 _Priority = Annotated[Literal["normal", "low"], Header(alias="x-fal-queue-priority", include_in_schema=False)]
 _App = Annotated[str, Path(description="Application, such as `stable-audio-3`.", pattern=f"^{WATCHED}$")]
 _Logs = Annotated[bool, Query(description="Include the log.")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    """What path, headers and query of a submission ask for. Only queued ones use `priority` and `webhook_url`."""
+
+    request_id: str
+    is_queued: bool
+    start_within_s: float | None
+    priority: Priority = "interactive"
+    webhook_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A converted input. `wire` has the application, and whether the file is returned as a data URI."""
+
+    card: ModelCard
+    generation: GenerationRequest
+    encoding: Encoding = PLAIN_WAV
+    peaks: Peaks | None = None
+    upload: JobUpload | None = None
+    wire: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_router(service: Service) -> APIRouter:
@@ -146,12 +183,12 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
     @router.post(f"/{APP}/{{endpoint:fal_endpoint}}", include_in_schema=False)
     @router.post(f"/{APP}", summary=summary, responses=_SUBMIT_RESPONSES)
     async def generate(
-        request: Request, submission: Submission = Depends(_opener(service)), *, body: AudioInput
+        request: Request, submission: _Submission = Depends(_opener(service)), *, body: AudioInput
     ) -> AudioOutput | Ticket:
         """Generate audio. Below `/queue`, and on a host named `queue.*`, the request is queued."""
         generation = to_old_request(body, card, request_id=request.state.request_id)
-        order = Order(card, generation, peaks=body.peaks)
-        return await submit(request, service, order=order, submission=submission)  # type: ignore[return-value]
+        order = _Order(card, generation, peaks=body.peaks)
+        return await _submit(request, service, order=order, submission=submission)  # type: ignore[return-value]
 
 
 def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None:
@@ -162,7 +199,7 @@ def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None
     )
     async def generate_at(
         request: Request,
-        submission: Submission = Depends(_opener(service)),
+        submission: _Submission = Depends(_opener(service)),
         *,
         app: Literal["stable-audio-3", "stable-audio-25"],
         endpoint: str,
@@ -186,11 +223,67 @@ def _add_endpoints(router: APIRouter, service: Service, *, summary: str) -> None
                 if submission.is_queued:
                     role: Role = "init" if generation.init_audio else "inpaint"
                     upload = await service.store_upload(opened, source, card=card, padding_s=None, role=role)
-        order = Order(card, generation, encoding, upload=upload, wire=wire)
-        return await submit(request, service, order=order, submission=submission)  # type: ignore[return-value]
+        order = _Order(card, generation, encoding, upload=upload, wire=wire)
+        return await _submit(request, service, order=order, submission=submission)  # type: ignore[return-value]
 
 
-def _opener(service: Service) -> Callable[..., Awaitable[Submission]]:
+async def _submit(request: Request, service: Service, *, order: _Order, submission: _Submission) -> Output | Ticket:
+    """Run an order now, or queue it if the client means fal's queue. Raises errors of `core.errors`."""
+    card, duration_s = order.card, order.generation.duration_s
+    note(request.scope, model=card.name, duration_s=duration_s, fal_request_id=submission.request_id)
+    carry_out = _queue if submission.is_queued else _run
+    return await carry_out(request, service, order=order, submission=submission)
+
+
+async def _run(request: Request, service: Service, *, order: _Order, submission: _Submission) -> Output:
+    started_at = service.clock.monotonic()
+    generation = replace(order.generation, start_within_s=submission.start_within_s)
+    card, generation = service.adapted(order.card, generation)
+    result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
+    origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
+    peaks = order.peaks or service.settings.audio.peaks
+    output = await service.finish(result, FileOrder(peaks, encoding=order.encoding, stem=_FILE_STEM, origin=origin))
+    note(request.scope, num_bytes=output.file.num_bytes)
+    name, media_type = f"{_FILE_STEM}.{order.encoding.file_format}", output.file.media_type
+    if order.wire.get("sync_mode"):
+        url = await service.compute(lambda: data_uri(output.file.to_bytes(), media_type))
+    else:
+        file_id, _ = await service.jobs.publish(
+            output.file.chunks, media_type=media_type, file_name=name, clips=output.clips, made_on=result.made_on
+        )
+        url = published_url(base_url(request, service.settings.api), file_id, file_name=name)
+    file = File(url=url, content_type=media_type, file_name=name, file_size=output.file.num_bytes)
+    return describe_output(file, order.wire.get("app"), seed=result.seeds[0], prompt=generation.prompt)
+
+
+async def _queue(request: Request, service: Service, *, order: _Order, submission: _Submission) -> Ticket:
+    settings, request_id = service.settings, submission.request_id
+    generation = replace(order.generation, init_audio=None, inpaint_audio=None, priority=submission.priority)
+    spec = JobSpec(
+        id=JobId(request_id),
+        contract="fal",
+        model=order.card.name,
+        mode=_MODES[order.upload.role if order.upload else None],
+        request=generation,
+        encoding=order.encoding,
+        file_stem=_FILE_STEM,
+        peaks=order.peaks or settings.audio.peaks,
+        with_recipe=settings.dialects.recipes,
+        upload=order.upload,
+        start_within_s=submission.start_within_s,
+        webhook_url=submission.webhook_url,
+        client=request.state.client,
+        wire={"base_url": base_url(request, settings.api), **order.wire},
+    )
+    job = (await service.add_job(spec, card=order.card, caller=request.state.caller)).job
+    links = links_of(request, request_id, limits=settings.api)
+    position = 0
+    with suppress(StorageError):  # an error would make the client submit the accepted job again
+        position = await service.jobs.position(job)
+    return Ticket(**links.model_dump(), gateway_request_id=request_id, queue_position=position)
+
+
+def _opener(service: Service) -> Callable[..., Awaitable[_Submission]]:
     """Return the dependency that checks what a submission asks for besides its input."""
 
     async def open_submission(
@@ -200,16 +293,16 @@ def _opener(service: Service) -> Callable[..., Awaitable[Submission]]:
         fal_webhook: _Webhook = None,
         timeout_s: _Timeout = None,
         priority: _Priority = "normal",
-    ) -> Submission:
+    ) -> _Submission:
         request_id = str(uuid.uuid4())
         request.state.fal_request_id = response.headers[REQUEST_ID] = request_id
         if not means_queue(request):
-            return Submission(request_id, is_queued=False, start_within_s=timeout_s)
+            return _Submission(request_id, is_queued=False, start_within_s=timeout_s)
         if fal_webhook is not None:
             allow_hosts = service.settings.jobs.webhook_allow_hosts
             client = request.state.caller.name
             await check_webhook_url(fal_webhook, field="fal_webhook", client=client, allow_hosts=allow_hosts)
-        return Submission(
+        return _Submission(
             request_id,
             is_queued=True,
             start_within_s=timeout_s,
