@@ -1,6 +1,6 @@
 """`stable-audio-serve admin`: commands for operators. They need a running server and a key with the scope `admin`.
 
-`admin jobs` needs no server, only the job database. Large modules are imported only when a command runs.
+`admin jobs` needs no server, only the job database.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""`stable-audio-serve jobs`: submit and manage a client's jobs on a server.
-
-Large modules are imported only when a command runs, so that the program starts quickly.
-"""
+"""`stable-audio-serve jobs`: submit and manage a client's jobs on a server."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`stable-audio-serve loras`: list, load and unload the adapters of a running server.
-
-Large modules are imported only when a command runs, so that the program starts quickly.
-"""
+"""`stable-audio-serve loras`: list, load and unload the adapters of a running server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The program `stable-audio-serve`, with all its commands. Large modules are imported only when a command runs."""
+"""The program `stable-audio-serve`, with all its commands.
+
+All modules of `cli` import large modules only when a command runs, so that the program starts quickly.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`stable-audio-serve quality`: list, create and remove the reports that new replicas are compared with.
 
-The command needs no running server. Large modules are imported only when the command runs.
+The command needs no running server.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The commands `init`, `config` and `serve`, and the program `stable-audio-api`.
-
-Large modules are imported only when a command runs, so that the program starts quickly.
-"""
+"""The commands `init`, `config` and `serve`, and the program `stable-audio-api`."""
 
 from __future__ import annotations
 

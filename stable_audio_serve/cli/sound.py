@@ -1,7 +1,4 @@
-"""The commands that generate audio, such as `generate` and `variation`: on a server, or with --local in this process.
-
-Large modules are imported only when a command runs, so that the program starts quickly.
-"""
+"""Commands that generate audio, such as `generate` and `variation`: on a server, or with --local in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`stable-audio-serve status`: show the state of a running server. Large modules are imported only for this command."""
+"""`stable-audio-serve status`: show the state of a running server."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`stable-audio-serve admin jobs`: manage jobs in the configured store, with or without a running server.
-
-Large modules are imported only when a command runs, so that the program starts quickly.
-"""
+"""`stable-audio-serve admin jobs`: manage jobs in the configured store, with or without a running server."""
 
 from __future__ import annotations
 
