@@ -33,8 +33,6 @@ _LETTER: dict[str, Any] = {
 class Replica(BaseModel):
     """The report of one replica, `age_s` seconds old. Values that it did not report are null."""
 
-    model_config = ConfigDict(from_attributes=True)
-
     id: str
     device: str | None
     dtype: str | None = Field(description="Precision of the denoiser.")

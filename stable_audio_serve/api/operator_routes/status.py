@@ -91,7 +91,7 @@ def _describe_model(service: Service, card: ModelCard, *, report: ModelReport) -
         waiting_jobs_s=report.waiting_jobs_s,
         # A report that is older than a minute says nothing about the last minute.
         requests_per_minute=sum(each.requests_per_minute or 0 for each in report.replicas if each.age_s < _MINUTE_S),
-        replicas=[schemas.Replica.model_validate(replica) for replica in report.replicas],
+        replicas=[schemas.Replica.model_validate(replica, from_attributes=True) for replica in report.replicas],
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import NamedTuple
 
 from pydantic import BaseModel, Field
@@ -187,8 +186,8 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_
         max_steps=api.most_steps(catalog.default.default_steps),
         max_batch_size=api.max_batch_size,
         models=models,
-        job_store=_describe_store(job_store),
-        key_file=KeysHealth(state=service.keys.ring.health.state, reason=service.keys.ring.health.reason),
+        job_store=JobStoreHealth.model_validate(job_store, from_attributes=True),
+        key_file=KeysHealth.model_validate(service.keys.ring.health, from_attributes=True),
     )
 
 
@@ -199,7 +198,7 @@ def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_s
         ready=not verdict.reasons,
         status=verdict.status,
         reasons=verdict.reasons,
-        job_store=_describe_store(job_store),
+        job_store=JobStoreHealth.model_validate(job_store, from_attributes=True),
     )
 
 
@@ -276,10 +275,6 @@ def _judge(service: Service, status: Mapping[str, ModelStatus]) -> _Verdict:
     return _Verdict(words[0] if words else "ok", reasons, bool(blocked))
 
 
-def _describe_store(health: StoreHealth) -> JobStoreHealth:
-    return JobStoreHealth(state=health.state, reason=health.reason)
-
-
 def _describe_status(card: ModelCard, status: ModelStatus) -> ModelHealth:
     return ModelHealth(
         stage=status.stage,
@@ -287,6 +282,6 @@ def _describe_status(card: ModelCard, status: ModelStatus) -> ModelHealth:
         device=status.device,
         num_replicas=status.num_replicas,
         detail=dict(status.detail or {}),
-        quality=QualityHealth(**asdict(status.quality)) if status.quality else None,
+        quality=QualityHealth.model_validate(status.quality, from_attributes=True) if status.quality else None,
         refused_update=status.refused_update,
     )
