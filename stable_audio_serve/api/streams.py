@@ -114,9 +114,7 @@ class EventStreams:
     async def follow_sections(
         self, jobs: JobQueue, job: Job, *, finishes: bool = False
     ) -> AsyncGenerator[FinishedSection]:
-        """Yield the finished sections of a long piece, then each further section when it is finished.
-
-        The iterator ends when the job ends.
+        """Yield the finished sections of a long piece, then each further one when it is finished, until the job ends.
 
         Raises StoppingError if this process stops or drains before the job ends, and StorageError like `follow`, whose
         `finishes` it has too.

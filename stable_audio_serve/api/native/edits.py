@@ -28,11 +28,9 @@ TIME_FIELDS = {name for name in InpaintForm.model_fields if name.startswith("inp
 
 
 def check_edit(form: InpaintForm, generation: GenerationRequest) -> None:
-    """Check the times of an edit before the source is decoded.
+    """Check the times of an edit before the source is decoded. Raises InvalidRequestError, RequestValidationError.
 
     Does nothing if the edit extends the source, because `to_inpainting` checks its times.
-
-    Raises InvalidRequestError, RequestValidationError.
     """
     times = form.model_dump(include=TIME_FIELDS)
     if extends(form):

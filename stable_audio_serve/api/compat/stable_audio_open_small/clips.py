@@ -94,9 +94,7 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
 async def read_upload(service: Service, upload: UploadFile, *, model: WindowedModel) -> SourceAudio:
     """Return the part of an upload that the model can use, mixed to mono.
 
-    Before encoding, the mono signal is copied to all channels of the model.
-
-    Raises InvalidUploadError, UploadTooLargeError.
+    It is copied to all channels of the model before encoding. Raises InvalidUploadError, UploadTooLargeError.
     """
     audio = await service.decode(upload, model.card, padding_s=None, field="audio_file")
     return await service.compute(audio.to_mono)
