@@ -107,8 +107,8 @@ class _Submission:
     request_id: str
     is_queued: bool
     start_within_s: float | None
-    priority: Priority = "interactive"
-    webhook_url: str | None = None
+    priority: Priority
+    webhook_url: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,19 +296,13 @@ def _opener(service: Service) -> Callable[..., Awaitable[_Submission]]:
     ) -> _Submission:
         request_id = str(uuid.uuid4())
         request.state.fal_request_id = response.headers[REQUEST_ID] = request_id
-        if not means_queue(request):
-            return _Submission(request_id, is_queued=False, start_within_s=timeout_s)
-        if fal_webhook is not None:
+        is_queued = means_queue(request)
+        if is_queued and fal_webhook is not None:
             allow_hosts = service.settings.jobs.webhook_allow_hosts
             client = request.state.caller.name
             await check_webhook_url(fal_webhook, field="fal_webhook", client=client, allow_hosts=allow_hosts)
-        return _Submission(
-            request_id,
-            is_queued=True,
-            start_within_s=timeout_s,
-            priority="batch" if priority == "low" else "interactive",
-            webhook_url=fal_webhook,
-        )
+        rank: Priority = "batch" if priority == "low" else "interactive"
+        return _Submission(request_id, is_queued, timeout_s, priority=rank, webhook_url=fal_webhook)
 
     return open_submission
 
