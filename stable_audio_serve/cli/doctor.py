@@ -47,13 +47,14 @@ def doctor(
             from stable_audio_serve.doctor.issue_report import write_report
 
             write_report(report, examination, found=found)
+    is_ok = all(finding.state != "failure" for finding in found)
     if as_json:
-        print_json({"ok": _is_ok(found), "findings": [asdict(finding) for finding in found]})
+        print_json({"ok": is_ok, "findings": [asdict(finding) for finding in found]})
     else:
         typer.echo(_summary(found))
     if report is not None:
         typer.echo(f"wrote {report}; read it before you publish it", err=True)
-    if not _is_ok(found):
+    if not is_ok:
         raise typer.Exit(ExitCode.FAILED)
 
 
@@ -68,7 +69,3 @@ def _summary(found: Sequence[Finding]) -> str:
     counts = {state: sum(finding.state == state for finding in found) for state in ("failure", "warning")}
     named = [f"{count} {state}{'s' if count > 1 else ''}" for state, count in counts.items() if count]
     return ", ".join(named) or "all ok"
-
-
-def _is_ok(found: Sequence[Finding]) -> bool:
-    return all(finding.state != "failure" for finding in found)
