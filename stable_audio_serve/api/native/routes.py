@@ -149,10 +149,7 @@ async def run(
     fields: Fields,
     started_at: float,
 ) -> Output:
-    """Run a generation and encode its file. Raises RequestValidationError, errors of `core.errors`.
-
-    `started_at` is the time when the HTTP request arrived.
-    """
+    """Run a generation like `Service.generate`, and encode its file. Also raises RequestValidationError."""
     card, generation = service.adapted(card, generation)
     order = FileOrder(
         fields.peaks or service.settings.audio.peaks,

@@ -109,10 +109,7 @@ async def make_clip(
     started_at: float,
     num_samples: int | None = None,
 ) -> Output:
-    """Run a generation and return its first `num_samples` samples, scaled so that the peak is at full scale.
-
-    `started_at` is the time when the HTTP request arrived.
-    """
+    """Run a generation like `Service.generate`, and encode its first `num_samples` samples, with the peak at 1."""
     card, generation = service.adapted(card, generation)
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
