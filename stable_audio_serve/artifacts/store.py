@@ -35,6 +35,7 @@ MAX_VERIFIED_PART = 1_048_576  # parts of files with at most this many bytes are
 READ_BYTES = 262_144  # size of a chunk; each download by a slow client holds up to three
 # Work that no thread has begun after this time is refused. A hanging service keeps each thread busy for up to 100 s.
 _BEGIN_WITHIN_S = 60.0
+_DISCARDED_AT_ONCE = 8  # more would wait in the queue of the threads, before the calls of clients
 _WIND_DOWN_S = 1.0  # a cancelled caller waits at most this long for the removal of the file that it was writing
 
 BackendName = Literal["local", "s3"]
@@ -128,6 +129,17 @@ class ArtifactStore(ABC):
     async def delete(self, key: ArtifactKey) -> None:
         """Remove a file, if it exists. Raises StorageError."""
         await self._threads.call(partial(self._delete, key))
+
+    async def discard(self, *keys: ArtifactKey) -> int:
+        """Remove files, a few at a time. Returns how many were removed; the sweeper removes the others later."""
+        num_removed = 0
+        for start in range(0, len(keys), _DISCARDED_AT_ONCE):
+            some = keys[start : start + _DISCARDED_AT_ONCE]
+            failures = [each for each in await asyncio.gather(*map(self.delete, some), return_exceptions=True) if each]
+            if failures:
+                log.warning("files could not be deleted", number=len(failures), error=str(failures[0]))
+            num_removed += len(some) - len(failures)
+        return num_removed
 
     async def probe(self, num_bytes: int) -> None:
         """Check, at little cost, that a file of this size could be written now, and read. Raises StorageError."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,6 @@ from stable_audio_serve.jobs.store.client_jobs import Added, CancelOutcome, Page
 from stable_audio_serve.jobs.store.health import StoreWatch
 from stable_audio_serve.jobs.store.job_store import JobStore
 
-_MOST_DELETIONS_AT_ONCE = 8
 _MOST_PER_TRANSACTION = 32  # jobs added in one transaction; 32 take about 20 ms
 
 _NUM_READERS, _NUM_WRITERS = 8, 4
@@ -165,20 +163,13 @@ class JobQueue:
         Dead letters are identified by number. Returns the numbers of the deleted ones.
         """
         forgotten, keys = await self.write(partial(self.store.dead_letters.delete, numbers))
-        for start in range(0, len(keys), _MOST_DELETIONS_AT_ONCE):
-            deletions = map(self.artifacts.delete, keys[start : start + _MOST_DELETIONS_AT_ONCE])
-            # If a deletion fails, the sweeper deletes the file later.
-            await asyncio.gather(*deletions, return_exceptions=True)
+        await self.artifacts.discard(*keys)
         return forgotten
 
     async def drop(self, spec: JobSpec) -> None:
         """Delete the upload of a job that will not run."""
         if spec.upload is not None:
-            await self._delete(spec.upload.file)
-
-    async def _delete(self, file: StoredFile) -> None:
-        with suppress(StorageError):  # then the sweeper deletes the file later
-            await self.artifacts.delete(file.key)
+            await self.artifacts.discard(spec.upload.file.key)
 
     async def put_upload(self, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Store source audio that a client sent for a job, before the job is added. Raises StorageError."""
@@ -206,7 +197,7 @@ class JobQueue:
         try:
             return await self.write(partial(self.store.files.publish, file, file_id=file_id)), file
         except (ConflictError, StorageFullError):
-            await self._delete(file)
+            await self.artifacts.discard(file.key)
             raise
 
     async def find_file(self, file_id: str) -> StoredFile | None:

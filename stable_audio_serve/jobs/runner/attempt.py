@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
@@ -169,8 +168,7 @@ class Attempt:
         now = await self._calls.call(self._context.store.clients.get, self.job.spec.ref)
         if now is not None and now.result is not None and now.result.file.key == result.file.key:
             return now
-        with suppress(StorageError):  # then the sweeper deletes the file later
-            await self._context.artifacts.delete(result.file.key)
+        await self._context.artifacts.discard(result.file.key)
         return None
 
     async def _fail(self, error: JobError, *, is_dead_letter: bool = False) -> Job | None:
@@ -237,5 +235,4 @@ async def record_end(ended: Job, context: AttemptContext) -> None:
     if ended.is_dead_letter:
         metrics.increment("job_dead_letters", reason=error or "")
     elif spec.upload is not None:  # the upload of a dead letter is kept, because an operator may retry the job
-        with suppress(StorageError):
-            await context.artifacts.delete(spec.upload.file.key)
+        await context.artifacts.discard(spec.upload.file.key)

@@ -53,6 +53,6 @@ class JobFiles:
             self._gate.note_refused(error, num_bytes=PROBE_BYTES)
             raise
 
-    async def delete(self, key: ArtifactKey) -> None:
-        """Remove a file, if it exists. Raises StorageError."""
-        await self._artifacts.delete(key)
+    async def discard(self, key: ArtifactKey) -> None:
+        """Remove a file. If that fails, the sweeper removes it later."""
+        await self._artifacts.discard(key)

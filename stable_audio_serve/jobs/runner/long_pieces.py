@@ -200,8 +200,7 @@ class LongPieces:
             # The section may have been added although the database's answer was lost.
             added = await self._calls.call(self._store.sections.find, job.spec.ref, after=plan.number - 1)
             if all(one.file.key != stored.key for one in added):
-                with suppress(StorageError):  # then the sweeper deletes the file later
-                    await self._files.delete(stored.key)
+                await self._files.discard(stored.key)
             raise LeaseLostError
         return section
 

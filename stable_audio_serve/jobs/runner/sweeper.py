@@ -7,7 +7,7 @@ database.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -15,7 +15,6 @@ from stable_audio_serve.artifacts.keys import FOLDERS
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
-from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.job_store import JobStore
 
@@ -23,7 +22,6 @@ log = structlog.get_logger("stable_audio_serve.jobs")
 
 _BATCH = 100  # how many jobs are deleted in one transaction
 _PAUSE_S = 0.1  # pause after each transaction, so that clients' requests are not delayed
-_AT_ONCE = 8  # how many files are deleted concurrently
 
 
 class Sweeper:
@@ -74,7 +72,7 @@ class Sweeper:
         purge, age_s = self._store.retention.purge, self._settings.retention_s
         num_removed = 0
         while keys := await asyncio.to_thread(purge, age_s=age_s, limit=_BATCH):
-            num_removed += await self._delete(keys)
+            num_removed += await self._artifacts.discard(*keys)
             await asyncio.sleep(_PAUSE_S)
         return num_removed
 
@@ -91,7 +89,8 @@ class Sweeper:
             while True:
                 page = await asyncio.to_thread(self._artifacts.list_folder, folder, cursor=cursor)
                 aged = [item.key for item in page.objects if since <= item.modified_at <= before]
-                num_removed += await self._delete(await asyncio.to_thread(self._store.retention.unreferenced, aged))
+                orphans = await asyncio.to_thread(self._store.retention.unreferenced, aged)
+                num_removed += await self._artifacts.discard(*orphans)
                 if (cursor := page.next_cursor) is None:
                     break
                 await asyncio.sleep(_PAUSE_S)
@@ -100,15 +99,3 @@ class Sweeper:
     async def _remove_unfinished(self) -> int:
         before = self._clock.time() - self._settings.orphan_after_s
         return await asyncio.to_thread(self._artifacts.sweep_unfinished, before=before)
-
-    async def _delete(self, keys: Sequence[ArtifactKey]) -> int:
-        """Delete files, a few at a time, and return how many were deleted. A later sweep finds the remaining files."""
-        num_deleted = 0
-        for start in range(0, len(keys), _AT_ONCE):
-            deletions = (self._artifacts.delete(key) for key in keys[start : start + _AT_ONCE])
-            results = await asyncio.gather(*deletions, return_exceptions=True)
-            failures = [result for result in results if result is not None]
-            if failures:
-                log.warning("files could not be deleted", number=len(failures), error=str(failures[0]))
-            num_deleted += len(results) - len(failures)
-        return num_deleted
