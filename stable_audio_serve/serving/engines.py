@@ -81,7 +81,7 @@ def load_engine(
 def load_named_engine(settings: Settings, model: ModelSettings) -> Engine:
     """Load an engine outside Ray, and set the hash of its weights, which recipes contain. Blocking."""
     engine = load_engine(settings, model)
-    engine.name_checkpoint(hash_model(settings, model))
+    engine.name_checkpoint(hash_weights(*find_files(model_entry(model), token=settings.hub_token)))
     return engine
 
 
@@ -100,11 +100,6 @@ def fetch_files(settings: Settings, model: ModelSettings, *, pauses_s: Iterable[
                 return
             logger.warning("download: model=%s %s; trying again in %g s", model.name, error.message, pause_s)
             time.sleep(pause_s)
-
-
-def hash_model(settings: Settings, model: ModelSettings) -> str:
-    """Return the hash of a configured model's weights, see `hash_weights`. Blocking. Raises CheckpointError."""
-    return hash_weights(*find_files(model_entry(model), token=settings.hub_token))
 
 
 def memory_share(model: ModelSettings, *, gpu_share: float) -> float:

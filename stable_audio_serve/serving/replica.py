@@ -76,7 +76,7 @@ class ModelReplica:
 
     async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
-            from stable_audio_serve.serving.engines import fetch_files, hash_model, load_engine
+            from stable_audio_serve.serving.engines import fetch_files, load_engine
             from stable_audio_serve.serving.trial import Trial
         with self._stage("load"):
             fetch_files(settings, model)
@@ -90,32 +90,20 @@ class ModelReplica:
             cluster_gpus=ray.cluster_resources().get("GPU", 0.0),
             metrics=self._meter,
         )
-        if settings.quality_gate.enabled:
-            artifacts = open_artifacts(settings, is_prepared=True)
-            trial = Trial(
-                settings,
-                model,
-                artifacts=artifacts,
-                load=lambda entry: load(entry=entry),
-                others_answer=partial(_others_answer, surge=bool(model.replicas.surge)),
-                stage=self._stage,
-                metrics=metrics,
-            )
-            started = await trial.run()
-            await artifacts.close()
-            engine, quality = started.engine, started.quality
-        else:
-            with self._stage("load"):
-                engine = load()
-            hashing = asyncio.create_task(asyncio.to_thread(hash_model, settings, model))
-            with self._stage("warm_up"):
-                await engine.start()
-            with self._stage("hash"):
-                weights = await hashing
-            engine.name_checkpoint(weights)
-            quality = ModelQuality("off", weights)
+        artifacts = open_artifacts(settings, is_prepared=True)
+        trial = Trial(
+            settings,
+            model,
+            artifacts=artifacts,
+            load=lambda entry: load(entry=entry),
+            others_answer=partial(_others_answer, surge=bool(model.replicas.surge)),
+            stage=self._stage,
+            metrics=metrics,
+        )
+        started = await (trial.run() if settings.quality_gate.enabled else trial.skip())
+        await artifacts.close()
         self._meter.open()
-        return engine, quality
+        return started.engine, started.quality
 
     async def generate(
         self, request: GenerationRequest, *, on_progress: ProgressCallback | None = None

@@ -110,6 +110,10 @@ class Trial:
             raise fault
         return await self._fall_back(entry, fault)
 
+    async def skip(self) -> Started:
+        """Return an engine with the configured weights, without a look at its audio."""
+        return await self._try(model_entry(self._model), is_judged=False)
+
     async def _fall_back(self, entry: ModelEntry, fault: StableAudioError) -> Started:
         good = await self._find_last_good(entry, fault)
         logger.warning("loading the last good weights: model=%s %s", self._model.name, good.source)
@@ -135,8 +139,10 @@ class Trial:
             raise _without_fallback(fault, f"{good.source} is not in the configured repository")
         return good
 
-    async def _try(self, entry: ModelEntry, *, pinned: str | None = None, expected: str | None = None) -> Started:
-        """Load the model described by `entry`, start its engine, and run the quality gate.
+    async def _try(
+        self, entry: ModelEntry, *, pinned: str | None = None, expected: str | None = None, is_judged: bool = True
+    ) -> Started:
+        """Load the model described by `entry`, start its engine, and if `is_judged` is true, run the quality gate.
 
         `pinned` is the id of the quality report that the model must match. None means the report of the loaded weights.
         `expected` is the hash that the weights must have. None allows any hash. Closes the engine after an error.
@@ -160,8 +166,10 @@ class Trial:
             if expected not in (None, weights):
                 raise CheckpointError(f"{source} has changed since it passed")
             engine.name_checkpoint(weights)
-            with self._stage("quality_gate"):
-                quality = await self._judge(engine, weights, source=source, pinned=pinned)
+            quality = ModelQuality("off", weights)
+            if is_judged:
+                with self._stage("quality_gate"):
+                    quality = await self._judge(engine, weights, source=source, pinned=pinned)
         except BaseException:
             await engine.close()
             await asyncio.wait([hashing])

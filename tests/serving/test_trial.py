@@ -76,7 +76,7 @@ class Starter:
         self.metrics = RecordedMetrics()
         self.others_answer = False
 
-    async def start(self, **model: Any) -> Started:
+    async def start(self, *, is_judged: bool = True, **model: Any) -> Started:
         settings = Settings.model_validate(
             {"models": [{"name": "tiny", "engine": {"warmup_budget_s": 0}, **model}], "device": "cpu"}
         )
@@ -98,7 +98,7 @@ class Starter:
             stage=stage,
             metrics=self.metrics,
         )
-        started = await trial.run()
+        started = await (trial.run() if is_judged else trial.skip())
         await started.engine.close()
         return started
 
@@ -146,6 +146,14 @@ async def test_poisoned_weights_do_not_start_while_others_answer(starter: Starte
     starter.others_answer = True
     with pytest.raises((CheckpointError, QualityError)):
         await starter.start(repo_id="lab/tiny", revision=BAD)
+
+
+async def test_without_the_gate_silent_weights_start(starter: Starter, tmp_path: Path) -> None:
+    fill(starter, POISONS["zeros in the decoder"], tmp_path)
+    started = await starter.start(repo_id="lab/tiny", revision=BAD, is_judged=False)
+    assert (started.quality.gate, started.quality.report) == ("off", None)
+    assert started.quality.weights is not None
+    assert not starter.metrics.counters
 
 
 @pytest.mark.parametrize("name", few(LOOKALIKES, number=1))
