@@ -120,7 +120,6 @@ def test_files_above_the_rank_limit_are_refused(tmp_path: Path, limit: int) -> N
 
 async def test_folders_are_read_again_while_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_READ_EVERY_S", 0.01)
-    monkeypatch.setattr(module, "_SCAN_EVERY_S", 0.02)
     folder = tmp_path / "f"
     library = make_library(tmp_path, lora_folder=str(folder))
     following = asyncio.create_task(library.follow())
@@ -230,13 +229,13 @@ async def test_loaded_adapters_are_kept_over_restarts(tmp_path: Path) -> None:
     assert (card.name, card.rank, card.sha256) == ("tape", 2, sha256)
     assert names(one) == ["tape"]
     assert names(two) == []
-    await two.refresh(is_due=False)
+    await two.refresh()
     assert names(two) == names(make_library(tmp_path, has_store=True)) == ["tape"]
     await two.load(MEDIUM, name="tape", source=path)
     with pytest.raises(ConflictError):
         await two.load(MEDIUM, name="tape", source="/other.safetensors")
     await two.unload(MEDIUM, name="tape")
-    await one.refresh(is_due=False)
+    await one.refresh()
     assert names(one) == []
     with pytest.raises(NotFoundError):
         await one.unload(MEDIUM, name="tape")
