@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -19,9 +19,8 @@ from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, describe_en
 from stable_audio_serve.models.stable_audio_tools.package import require_open_family, require_package
 from stable_audio_serve.serving.placement import Plan, model_entry
 
-_Check = Callable[
-    [ModelEntry, str | None], None
-]  # is called with a model's registry entry and the Hugging Face token; raises CheckpointError
+# Is called with a model's registry entry and the Hugging Face token. Raises CheckpointError.
+_Check = Callable[[ModelEntry, str | None], None]
 
 _HARD_STOP, _RAYS_HARD_STOP_S = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", 120.0
 # Time limit for the checks of all models together. HTTP timeouts do not suffice: they do not limit the lookup of a host
@@ -35,15 +34,12 @@ def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error:
     Raises CheckpointError if the check fails for a model that loads at the start. For other models, passes a warning to
     `print_error`. Takes at most about ten seconds.
     """
-    deadline = time.monotonic() + _LONGEST_S
-    checks = {model.name: _begin(plan.settings, model, check=_check_all) for model in models}
-    for name in sorted(checks, key=lambda name: name not in plan.started):
-        try:
-            _wait(checks[name], until=deadline)
-        except CheckpointError as error:
-            if name in plan.started:
-                raise CheckpointError(f"model {name}: {error.message}") from error
-            print_error(f"warning: model {name} cannot be loaded: {error.message}")
+    started_first = sorted(models, key=lambda model: model.name not in plan.started)
+    for entry, error in _failures(plan.settings, started_first, check=_check_all):
+        name = entry.card.name
+        if name in plan.started:
+            raise CheckpointError(f"model {name}: {error.message}") from error
+        print_error(f"warning: model {name} cannot be loaded: {error.message}")
 
 
 def entries_to_download(models: Iterable[ModelSettings]) -> dict[str, ModelEntry]:
@@ -66,19 +62,13 @@ def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: C
     The models may load on other nodes only. For each config that cannot be downloaded, passes a warning to
     `print_error`. Takes at most about ten seconds.
     """
-    deadline = time.monotonic() + _LONGEST_S
     others = [model for model in models if model.name not in BUILT_IN]
-    checks = [_begin(plan.settings, model, check=_check_files) for model in others]
-    for check in checks:
-        try:
-            _wait(check, until=deadline)
-        except CheckpointError as error:
-            card = check[0].card
-            if not _is_described(check[0]):
-                print_error(
-                    f"warning: model {card.name}: {error.message}; until its config is in the cache here, the "
-                    f"API describes it as a distilled Stable Audio 3 model of {card.max_duration_s:g} s"
-                )
+    for entry, error in _failures(plan.settings, others, check=_check_files):
+        if not _is_described(entry):
+            print_error(
+                f"warning: model {entry.card.name}: {error.message}; until its config is in the cache here, the "
+                f"API describes it as a distilled Stable Audio 3 model of {entry.card.max_duration_s:g} s"
+            )
 
 
 def check_proxy(settings: Settings, environ: Mapping[str, str], *, print_error: Callable[[str], None]) -> None:
@@ -104,6 +94,22 @@ def _is_described(entry: ModelEntry) -> bool:
         return False
 
 
+def _failures(
+    settings: Settings, models: Iterable[ModelSettings], *, check: _Check
+) -> Iterator[tuple[ModelEntry, CheckpointError]]:
+    """Check all `models` at once. Yield the registry entry and the error of each model that fails, in order."""
+    deadline = time.monotonic() + _LONGEST_S
+    for entry, done in [_begin(settings, model, check=check) for model in models]:
+        try:
+            done.result(timeout=max(0.0, deadline - time.monotonic()))
+        except CheckpointError as error:
+            yield entry, error
+        except TimeoutError:
+            from stable_audio_serve.models.download import describe_incomplete_cache
+
+            yield entry, CheckpointError(describe_incomplete_cache(entry))
+
+
 def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[ModelEntry, Future[None]]:
     """Start `check` for one model in a daemon thread. Returns the model's registry entry and the check's future.
 
@@ -114,7 +120,7 @@ def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[
     def run() -> None:
         try:
             check(entry, settings.hub_token)
-        except Exception as error:  # noqa: BLE001  # `_wait` raises the error again
+        except Exception as error:  # noqa: BLE001  # `_failures` yields or raises it
             done.set_exception(error)
         else:
             done.set_result(None)
@@ -152,13 +158,3 @@ def _check_files(entry: ModelEntry, token: str | None) -> None:
     from stable_audio_serve.models.download import check_access  # here, because huggingface_hub is slow to import
 
     check_access(entry, token=token)
-
-
-def _wait(check: tuple[ModelEntry, Future[None]], *, until: float) -> None:
-    entry, done = check
-    try:
-        done.result(timeout=max(0.0, until - time.monotonic()))
-    except TimeoutError as error:
-        from stable_audio_serve.models.download import describe_incomplete_cache
-
-        raise CheckpointError(describe_incomplete_cache(entry)) from error
