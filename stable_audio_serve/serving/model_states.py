@@ -243,9 +243,7 @@ def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
 
 
 def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:
-    # The keys of Ray's `replica_states` are sometimes text and sometimes members of `ReplicaState`.
-    counts = deployment.replica_states.items()
-    return {ReplicaState(state).value.lower(): int(number) for state, number in counts if number}
+    return {state.lower(): number for state, number in deployment.replica_states.items()}
 
 
 def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:
