@@ -151,34 +151,21 @@ def _answer_in_json(text: str, options: ProxyOptions) -> str:
     return _replace(text, rf"^( *)errorfile 503 (\S*/){re.escape(_UNAVAILABLE_PAGE)}$", replacement=too_slow)
 
 
-def _answer_serve_errors_in_json(text: str, options: ProxyOptions) -> str:
-    """Replace errors in plain text with the JSON response of status 503.
-
-    Such errors come from Ray Serve's own proxies and queues. The application never answers in plain text.
-    """
-    answer = f"http-response {_REFUSAL} if {{ status 404 500 503 }} {{ res.hdr(content-type) -m beg text/plain }}"
-    return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=rf"\1\n\2{answer}")
-
-
-def _set_address_header(text: str, options: ProxyOptions) -> str:
-    """Add a header with the client's address to each request, because replicas only see HAProxy's address.
-
-    If the client sent a header of this name, its value is overwritten.
-    """
-    header = rf"\1\n\2http-request set-header {ADDRESS_HEADER} %[src]"
-    return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=header)
-
-
-def _drop_ray_headers(text: str, options: ProxyOptions) -> str:
-    """Drop the headers of clients that Ray Serve obeys, and request ids that are not ASCII.
-
-    Ray would answer in plain text after the client's timeout, and 500 if one of the values is not UTF-8.
-    """
-    names = "|".join(_RAY_HEADERS).replace("-", "[-_]")
-    obeyed = f"http-request del-header ^({names})$ -m reg"
-    request_id = "http-request del-header X-Request-Id if { req.fhdr(X-Request-Id) -m reg [^!-~] }"
-    replacement = rf"\1\n\2{obeyed}\n\2{request_id}"
-    return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=replacement)
+def _change_headers_and_errors(text: str, options: ProxyOptions) -> str:
+    """Change the headers of requests, and errors in plain text, on the way between clients and replicas."""
+    ray_headers = "|".join(_RAY_HEADERS).replace("-", "[-_]")
+    rules = (
+        # Drop the headers of clients that Ray Serve obeys, and request ids that are not ASCII. Ray would answer in
+        # plain text after the client's timeout, and 500 if one of the values is not UTF-8.
+        f"http-request del-header ^({ray_headers})$ -m reg",
+        "http-request del-header X-Request-Id if { req.fhdr(X-Request-Id) -m reg [^!-~] }",
+        # Replicas only see HAProxy's address. A client's own header of this name is overwritten.
+        f"http-request set-header {ADDRESS_HEADER} %[src]",
+        # Errors in plain text come from Ray Serve's own proxies and queues, never from the application.
+        f"http-response {_REFUSAL} if {{ status 404 500 503 }} {{ res.hdr(content-type) -m beg text/plain }}",
+    )
+    lines = "".join(rf"\n\2{rule}" for rule in rules)
+    return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=rf"\1{lines}")
 
 
 def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
@@ -261,9 +248,7 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _disable_http_2,
     _set_client_timeouts,
     _answer_in_json,
-    _answer_serve_errors_in_json,
-    _set_address_header,
-    _drop_ray_headers,
+    _change_headers_and_errors,
     _connect_for_each_request,
     _try_all_servers,
     _limit_wait_for_replicas,
