@@ -9,12 +9,14 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from ray.util import metrics
 
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.metrics import Kind, Metrics, declared
+from stable_audio_serve.core.metrics import Kind, Metric, Metrics, declared
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class RayMetrics:
     def __init__(self, **labels: str) -> None:
         self._labels = labels
         self._lock = threading.Lock()
-        self._made: dict[str, metrics.Metric] = {}
+        self._made: dict[str, Callable[..., None]] = {}  # the functions that pass a metric's values to Ray
         self._series: dict[tuple[object, ...], _Series] = {}
         self._samples: deque[tuple[_Series, float]] = deque()  # of counters and histograms, not yet passed to Ray
         self._levels: dict[_Series, float] = {}
@@ -69,12 +71,12 @@ class RayMetrics:
                 try:
                     series.record(value)
                 except Exception:
-                    logger.exception("a value of the metric %s is lost", series.metric.info["name"])
+                    logger.exception("a value of the metric %s is lost", series.name)
 
     def _find(self, name: str, kind: Kind, *, labels: dict[str, str]) -> _Series:
         key = (name, kind, *labels.items())
-        if key not in self._series:
-            self._series[key] = self._make_series(name, kind, labels=labels)
+        if key not in self._series:  # another thread may be adding the same series
+            self._series.setdefault(key, self._make_series(name, kind, labels=labels))
         return self._series[key]
 
     def _make_series(self, name: str, kind: Kind, *, labels: dict[str, str]) -> _Series:
@@ -87,35 +89,26 @@ class RayMetrics:
             if not self._made:
                 threading.Thread(target=self._export, daemon=True, name="metrics").start()
             if name not in self._made:
-                self._made[name] = _make(name, kind, description=declaration.description, labels=declaration.labels)
-            return _Series(self._made[name], tuple(sorted(complete.items())))
+                self._made[name] = _make(declaration)
+            return _Series(name, partial(self._made[name], tags=complete))
 
 
-@dataclass(frozen=True, slots=True)
-class _Series:
-    """One of Ray's metrics, with values for all of its labels."""
+class _Series(NamedTuple):
+    """A metric with values for all of its labels. `record` adds to a counter or histogram, or sets a gauge."""
 
-    metric: metrics.Metric
-    labels: tuple[tuple[str, str], ...]
-
-    def record(self, value: float) -> None:
-        """Add `value` to a counter or a histogram, or set a gauge to it."""
-        match self.metric:
-            case metrics.Counter():
-                self.metric.inc(value, tags=dict(self.labels))
-            case metrics.Gauge():
-                self.metric.set(value, tags=dict(self.labels))
-            case metrics.Histogram():
-                self.metric.observe(value, tags=dict(self.labels))
+    name: str
+    record: Callable[[float], None]
 
 
-def _make(name: str, kind: Kind, *, description: str, labels: tuple[str, ...]) -> metrics.Metric:
-    if kind == "counter":
-        return metrics.Counter(PREFIX + name, description, tag_keys=labels)
-    if kind == "gauge":
-        return metrics.Gauge(PREFIX + name, description, tag_keys=labels)
+def _make(metric: Metric) -> Callable[..., None]:
+    """Return the function that passes a value of this metric to Ray."""
+    name, labels = PREFIX + metric.name, metric.labels
+    if metric.kind == "counter":
+        return metrics.Counter(name, metric.description, tag_keys=labels).inc
+    if metric.kind == "gauge":
+        return metrics.Gauge(name, metric.description, tag_keys=labels).set
     boundaries = _MS_BOUNDARIES if name.endswith("_ms") else _COUNT_BOUNDARIES
-    return metrics.Histogram(PREFIX + name, description, boundaries=boundaries, tag_keys=labels)
+    return metrics.Histogram(name, metric.description, boundaries=boundaries, tag_keys=labels).observe
 
 
 class RecentSum:
