@@ -162,7 +162,12 @@ class RayBackend:
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceededError("the time budget of this request ran out")
         bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S
-        response = self._call(model, request, is_reporting=on_progress is not None)
+        handle = self._handles[model]
+        response = (
+            handle.generate.remote(request)
+            if on_progress is None
+            else handle.options(stream=True).generate_reporting.remote(request)
+        )
         watcher = asyncio.create_task(self._cancel_if_unloadable(model, response))
         try:
             async with asyncio.timeout(bound_s):
@@ -186,14 +191,6 @@ class RayBackend:
         if isinstance(result, StableAudioError):
             raise result
         return result
-
-    def _call(
-        self, model: str, request: GenerationRequest, *, is_reporting: bool
-    ) -> DeploymentResponse | DeploymentResponseGenerator:
-        handle = self._handles[model]
-        if is_reporting:
-            return handle.options(stream=True).generate_reporting.remote(request)
-        return handle.generate.remote(request)
 
     async def _cancel_if_unloadable(
         self, model: str, response: DeploymentResponse | DeploymentResponseGenerator
