@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,21 +58,18 @@ _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
 
 
-@dataclass
 class Stopwatch:
-    """Measures the stages of a cold start. `laps` has the name of each stage and its duration in seconds."""
+    """Measures the stages of a cold start."""
 
-    laps: list[tuple[str, float]] = field(default_factory=list)
-    _last: float = field(default_factory=time.monotonic)
+    def __init__(self) -> None:
+        self._laps = [("", time.monotonic())]  # the names and ends of the stages
 
     def lap(self, name: str) -> None:
-        """End the current stage, and record its duration under `name`."""
-        now = time.monotonic()
-        self.laps.append((name, now - self._last))
-        self._last = now
+        """End the stage `name`."""
+        self._laps.append((name, time.monotonic()))
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.laps)
+        return ", ".join(f"{name} {end - start:.1f} s" for (_, start), (name, end) in pairwise(self._laps))
 
 
 def serve(
@@ -208,25 +205,15 @@ def _num_gpus() -> float:
 
 def _report_hints(plan: Plan, health: Mapping[str, Any], *, report: Report) -> None:
     devices = {name: facts["device"] for name, facts in health["models"].items()}
-    for hint in (bfloat16_hint(plan, devices), _unused_gpu_hint(plan, devices)):
-        if hint:
-            report(hint)
-
-
-def _unused_gpu_hint(plan: Plan, devices: Mapping[str, str | None]) -> str | None:
-    """Return a warning if a model runs on the CPU although Ray reserved a GPU for it. `devices` is from /health."""
-    settings, num_gpus = plan.settings, _num_gpus()
-    names = [
-        model.name
-        for model in settings.models
-        if devices.get(model.name) == "cpu" and reserved_gpus(settings, model, cluster_gpus=num_gpus)
-    ]
-    if not names:
-        return None
-    return (
-        f"warning: torch cannot use this machine's GPU, so {', '.join(names)} runs on the CPU; "
-        "`stable-audio-serve doctor` says why"
-    )
+    if hint := bfloat16_hint(plan, devices):
+        report(hint)
+    num_gpus = _num_gpus()
+    on_cpu = [model for model in plan.settings.models if devices.get(model.name) == "cpu"]
+    if names := [model.name for model in on_cpu if reserved_gpus(plan.settings, model, cluster_gpus=num_gpus)]:
+        report(
+            f"warning: torch cannot use this machine's GPU, so {', '.join(names)} runs on the CPU; "
+            "`stable-audio-serve doctor` says why"
+        )
 
 
 def bfloat16_hint(plan: Plan, devices: Mapping[str, str | None], *, cpu_facts: Path = CPU_FACTS) -> str | None:
@@ -329,7 +316,7 @@ def raise_if_failed(application: ApplicationStatusOverview, plan: Plan) -> None:
     if application.status not in _FAILED:
         return
     failed = {name for name, deployment in application.deployments.items() if deployment.status in _FAILED}
-    if failed and failed.isdisjoint({INGRESS_NAME, RUNNER_NAME, *plan.started, *plan.preloaded}):
+    if failed and failed.isdisjoint({INGRESS_NAME, RUNNER_NAME, *plan.started}):
         return
     reason = application.message.rstrip().rpartition("\n")[2]  # without the traceback above it
     messages = [reason, *(d.message for d in application.deployments.values())]
