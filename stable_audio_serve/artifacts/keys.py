@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from typing import Literal
 
 from stable_audio_serve.core.ids import ArtifactKey, JobId
 
@@ -36,19 +37,9 @@ def artifact_key(job_id: JobId, file_name: str, *, fence: int, id_is_chosen: boo
     return ArtifactKey(f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}")
 
 
-def upload_key() -> ArtifactKey:
-    """Return a new key for a job's source file."""
-    return ArtifactKey(f"uploads/{secrets.token_hex(16)}")
-
-
-def file_key() -> ArtifactKey:
-    """Return a new key for a file that clients get a link to."""
-    return ArtifactKey(f"files/{secrets.token_hex(16)}")
-
-
-def section_key() -> ArtifactKey:
-    """Return a new key for a finished section of a long piece."""
-    return ArtifactKey(f"sections/{secrets.token_hex(16)}")
+def new_key(folder: Literal["uploads", "files", "sections"]) -> ArtifactKey:
+    """Return a new random key for a file in this folder."""
+    return ArtifactKey(f"{folder}/{secrets.token_hex(16)}")
 
 
 def quality_key(name: str) -> ArtifactKey:

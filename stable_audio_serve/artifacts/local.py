@@ -20,7 +20,7 @@ from pathlib import Path
 
 import structlog
 
-from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, QUALITY_FOLDER, is_ours, upload_key
+from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, QUALITY_FOLDER, is_ours, new_key
 from stable_audio_serve.artifacts.store import (
     PROBE_BYTES,
     READ_BYTES,
@@ -125,7 +125,7 @@ class LocalArtifacts(ArtifactStore):
         return f"folder {self._folder.path}"
 
     def check(self) -> None:
-        key = upload_key()
+        key = new_key("uploads")
         try:
             self._write(self._path(key), lambda: [b"check"], stop=threading.Event())
             is_same = b"".join(self._read(key)) == b"check"
@@ -191,7 +191,7 @@ class LocalArtifacts(ArtifactStore):
         return StoredFile(key, media_type, file_name, num_bytes, sha256)
 
     def _probe(self, num_bytes: int) -> None:
-        key = upload_key()
+        key = new_key("uploads")
         path = self._path(key)
         self._folder.require()
         with _storage_errors():

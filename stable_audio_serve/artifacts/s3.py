@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import structlog
 
-from stable_audio_serve.artifacts.keys import OWNER_KEY, is_ours, upload_key
+from stable_audio_serve.artifacts.keys import OWNER_KEY, is_ours, new_key
 from stable_audio_serve.artifacts.s3_client import (
     check_bucket,
     is_missing,
@@ -149,7 +149,7 @@ class S3Artifacts(ArtifactStore):
         return ArtifactKey(listed["Key"].removeprefix(self._prefix))
 
     def _probe(self, num_bytes: int) -> None:
-        at = self._at(upload_key())
+        at = self._at(new_key("uploads"))
         with storage_errors("probe"):
             self._client.put_object(**at, Body=bytes(min(num_bytes, PROBE_BYTES)))
             self._client.get_object(**at)["Body"].read()

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from stable_audio_serve.artifacts.keys import upload_key
+from stable_audio_serve.artifacts.keys import new_key
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 from stable_audio_serve.core.settings import StorageSettings
 
@@ -198,7 +198,7 @@ def check_bucket(settings: StorageSettings, *, prefix: str, budget_s: float = _C
     except ValueError as error:  # the endpoint is not a URL
         raise _sentence(_ENDPOINT, f"{settings.endpoint_url} cannot be used: {error}") from error
     attempt = partial(_attempt, deadline=time.monotonic() + budget_s)
-    at = {"Bucket": settings.bucket, "Key": prefix + upload_key()}
+    at = {"Bucket": settings.bucket, "Key": prefix + new_key("uploads")}
 
     def read() -> None:
         if client.get_object(**at)["Body"].read() != _CHECK:

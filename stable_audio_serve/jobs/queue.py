@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from stable_audio_serve.artifacts.keys import file_key, upload_key
+from stable_audio_serve.artifacts.keys import new_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.core.errors import ConflictError, StableAudioError, StorageError, StorageFullError
 from stable_audio_serve.core.generation import MadeOn
@@ -173,7 +173,7 @@ class JobQueue:
 
     async def put_upload(self, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Store source audio that a client sent for a job, before the job is added. Raises StorageError."""
-        return await self.artifacts.put(upload_key(), chunks, media_type=media_type, file_name=file_name)
+        return await self.artifacts.put(new_key("uploads"), chunks, media_type=media_type, file_name=file_name)
 
     async def publish(
         self,
@@ -190,7 +190,7 @@ class JobQueue:
         Returns the id that the link contains, and the stored file. The id is `file_id`, or random if that is None.
         Raises ConflictError if the id is in use.
         """
-        file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
+        file = await self.artifacts.put(new_key("files"), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips, made_on=made_on)
         # After another StorageError the file stays, because it may have been published although the database did not
         # answer. If it was not published, the sweeper deletes it.

@@ -20,7 +20,7 @@ import pytest
 from botocore.retries.standard import ExponentialBackoff
 
 from stable_audio_serve.artifacts import s3
-from stable_audio_serve.artifacts.keys import FOLDERS, artifact_key, upload_key
+from stable_audio_serve.artifacts.keys import FOLDERS, artifact_key, new_key
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.s3_client import check_bucket
 from stable_audio_serve.artifacts.store import StoredFile
@@ -59,7 +59,7 @@ async def read(store: S3Artifacts, file: StoredFile) -> bytes:
 
 async def test_without_a_prefix_keys_are_at_the_top(object_storage: ObjectStorage, bucket: str) -> None:
     store = S3Artifacts(object_storage.settings(bucket, prefix=""))
-    file, upload = await put(store, b"x"), await put(store, b"y", key=upload_key())
+    file, upload = await put(store, b"x"), await put(store, b"y", key=new_key("uploads"))
     object_storage.client.put_object(Bucket=bucket, Key="holiday.jpg", Body=b"")
     object_storage.client.create_multipart_upload(Bucket=bucket, Key="uploads/holiday.jpg")
     assert store.bucket_key(file) == file.key
@@ -96,7 +96,7 @@ async def test_errors_and_broken_connections_are_retried(
     proxy = object_storage.proxy
     num_before = proxy.num_errors, proxy.num_cuts
     proxy.faults = Faults(errors=0.1, cuts=0.05)
-    data = {upload_key(): os.urandom(size) for size in [1000] * 20 + [3 * MIB] * 2 + [17 * MIB]}
+    data = {new_key("uploads"): os.urandom(size) for size in [1000] * 20 + [3 * MIB] * 2 + [17 * MIB]}
     files = await asyncio.gather(*(put(store, content, key=key) for key, content in data.items()))
     for file, content in zip(files, data.values(), strict=True):
         assert await read(store, file) == content
@@ -173,7 +173,7 @@ async def test_other_callers_do_not_wait_for_a_silent_service(
     object_storage: ObjectStorage, store: S3Artifacts
 ) -> None:
     object_storage.proxy.faults = Faults(is_silent=True)
-    puts = [asyncio.create_task(put(store, b"x", key=upload_key())) for _ in range(50)]
+    puts = [asyncio.create_task(put(store, b"x", key=new_key("uploads"))) for _ in range(50)]
     await asyncio.sleep(0.2)
     async with asyncio.timeout(PATIENCE_S):
         await asyncio.to_thread(time.monotonic)

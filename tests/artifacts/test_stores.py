@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 from stable_audio_serve.artifacts import store as store_module
-from stable_audio_serve.artifacts.keys import artifact_key, file_key, upload_key
+from stable_audio_serve.artifacts.keys import artifact_key, new_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
@@ -267,7 +267,7 @@ async def test_work_without_a_free_thread_is_refused_in_time(place: Place, monke
         may_end.wait()
         return [b"sound"]
 
-    keys = [upload_key() for _ in range(20)]  # more than there are threads
+    keys = [new_key("uploads") for _ in range(20)]  # more than there are threads
     puts = [place.store.put(key, block, media_type="audio/wav", file_name="a.wav") for key in keys]
     async with asyncio.timeout(PATIENCE_S):
         with monkeypatch.context() as hurried:
@@ -308,7 +308,7 @@ async def test_only_our_own_keys_are_listed_by_folder(place: Place) -> None:
         "6f9619ff-8b86-d011-b42d-00c04fc964ff:stable-audio",
     )
     jobs = [artifact_key(job_id, "stable audio ä.wav", fence=fence) for job_id in ids for fence in (1, 2)]
-    uploads, files = [upload_key()], [file_key()]
+    uploads, files = [new_key("uploads")], [new_key("files")]
     for key in (*jobs, *uploads, *files):
         await put(place, b"12345", key=key)
     for key in ("foreign.wav", "jobs.db", "uploads/holiday.jpg", "files/sub/a", "other/a.wav", "1" * 32):
@@ -322,7 +322,7 @@ async def test_only_our_own_keys_are_listed_by_folder(place: Place) -> None:
 
 
 async def test_a_large_folder_comes_in_pages(place: Place) -> None:
-    keys = [upload_key() for _ in range(7)]
+    keys = [new_key("uploads") for _ in range(7)]
     for key in keys:
         place.write(key, b"x")
     found, cursor, num_pages = [], None, 0
@@ -345,7 +345,7 @@ async def test_check_passes_and_leaves_nothing(place: Place) -> None:
 
 
 async def test_many_files_at_once(place: Place) -> None:
-    data = {upload_key(): os.urandom(300_000) for _ in range(20)}  # more than there are threads
+    data = {new_key("uploads"): os.urandom(300_000) for _ in range(20)}  # more than there are threads
     files = await asyncio.gather(*(put(place, content, key=key) for key, content in data.items()))
     assert await asyncio.gather(*(read(place, file) for file in files)) == list(data.values())
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from stable_audio_serve.artifacts.keys import section_key
+from stable_audio_serve.artifacts.keys import new_key
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import text_of
 from stable_audio_serve.audio.formats import file_rate, media_type
@@ -190,7 +190,7 @@ class LongPieces:
             name=f"{job.spec.file_stem}-{plan.number}.wav",
             media_type=file.media_type,
             num_bytes=file.num_bytes,
-            key=section_key(),
+            key=new_key("sections"),
         )
         failpoint("after_section")
         stored = replace(stored, clips=(facts,), made_on=result.made_on)

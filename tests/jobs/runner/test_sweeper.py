@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stable_audio_serve.artifacts.keys import artifact_key, file_key, upload_key
+from stable_audio_serve.artifacts.keys import artifact_key, new_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
@@ -157,7 +157,7 @@ async def test_recent_files_stay(place: Place) -> None:
     await place.finish(await place.make_job())
     await place.make_job()
     await place.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
-    await place.put(file_key())
+    await place.put(new_key("files"))
     before = place.names()
     assert len(before) == 5
     for late_s in (0, 23 * HOUR):
@@ -185,7 +185,7 @@ async def test_old_jobs_and_publications_are_deleted_with_their_files(place: Pla
 async def test_orphans_are_deleted_after_a_day(place: Place) -> None:
     job = await place.make_job()
     await place.finish(job)
-    orphans = [artifact_key(job.spec.id, "a.wav", fence=2), upload_key(), file_key()]
+    orphans = [artifact_key(job.spec.id, "a.wav", fence=2), new_key("uploads"), new_key("files")]
     for key in orphans:
         await place.put(key)
     place.late_s = 25 * HOUR
@@ -225,7 +225,7 @@ async def test_files_older_than_the_claim_stay(unclaimed: Place) -> None:
     written_at = int(time.time())
     await until(lambda: int(time.time()) > written_at)  # buckets store times in whole seconds
     assert unclaimed.queue.artifacts.claim(unclaimed.queue.store.identity()) is not None
-    orphan = await unclaimed.put(file_key())
+    orphan = await unclaimed.put(new_key("files"))
     unclaimed.late_s = 400 * 24 * HOUR
     assert await unclaimed.sweep() == swept(orphans=1)
     assert unclaimed.names() == before
@@ -244,7 +244,7 @@ async def test_orphans_stay_where_another_database_has_the_claim(place: Place, t
 
 async def test_concurrent_sweepers_delete_each_file_once(place: Place) -> None:
     for _ in range(10):
-        await place.put(file_key())
+        await place.put(new_key("files"))
     for _ in range(5):
         await place.finish(await place.make_job())
     place.late_s = 8 * 24 * HOUR
@@ -254,7 +254,7 @@ async def test_concurrent_sweepers_delete_each_file_once(place: Place) -> None:
 
 async def test_failing_object_store_is_swept_later(bucket: Bucket) -> None:
     await bucket.finish(await bucket.make_job())
-    await bucket.put(file_key())
+    await bucket.put(new_key("files"))
     bucket.late_s = 8 * 24 * HOUR
     bucket.storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
     assert await bucket.sweep() == swept()
@@ -265,7 +265,7 @@ async def test_failing_object_store_is_swept_later(bucket: Bucket) -> None:
 
 
 async def test_old_unfinished_files_are_deleted(place: Place) -> None:
-    place.begin(file_key())
+    place.begin(new_key("files"))
     assert await place.sweep() == swept()
     assert await place.sweep(orphan_after_s=-HOUR) == swept(unfinished=1)
     assert place.names() == []
@@ -280,6 +280,6 @@ def job_settings() -> JobSettings:
 async def test_runner_sweeps_regularly(workshop: Workshop) -> None:
     queue = workshop.queue
     queue.artifacts.claim(queue.store.identity())
-    await queue.artifacts.put(file_key(), lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
+    await queue.artifacts.put(new_key("files"), lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
     await workshop.start_runner()
     await until(lambda: workshop.files() == [".owner"])
