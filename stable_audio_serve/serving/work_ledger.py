@@ -1,15 +1,15 @@
 """Track the work of a model's replicas in a process that calls them: their last reports, and the calls sent since.
 
-This module does not import Ray or torch. No operation takes longer when there are more calls in flight.
+This module does not import Ray or torch. A call's start and end take no longer when there are more calls in flight.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.pricing import Prices
@@ -60,45 +60,11 @@ class ReplicaWork:
             return None
 
 
-@dataclass(slots=True)
-class _Call:
-    """A call to a replica, made at the time `at`. `ms` is its predicted device time, or 0 if it no longer counts."""
+class _Call(NamedTuple):
+    """A call to a replica, made at the time `at`. `ms` is its predicted device time."""
 
     at: float
     ms: float
-    request_id: str = ""
-
-
-class _Calls:
-    """A queue of calls, the oldest first, and the sum of their predicted device time."""
-
-    def __init__(self) -> None:
-        self._calls: deque[_Call] = deque()
-        self.total_ms = 0.0
-
-    @property
-    def oldest(self) -> _Call | None:
-        """The oldest call that still counts, None if there is none."""
-        return self._calls[0] if self._calls else None
-
-    def add(self, call: _Call) -> None:
-        self._calls.append(call)
-        self.total_ms += call.ms
-
-    def drop(self, call: _Call) -> None:
-        """Remove the call's time from the sum. The call itself stays in the queue until all older calls are dropped."""
-        self.total_ms -= call.ms
-        call.ms = 0.0
-        while self._calls and self._calls[0].ms == 0.0:
-            self._calls.popleft()
-        if not self._calls:
-            self.total_ms = 0.0  # after rounding errors, the sum may differ from 0
-
-    def drop_before(self, at: float) -> Iterator[_Call]:
-        """Drop the calls that were made before `at`, and yield them."""
-        while self._calls and self._calls[0].at < at:
-            yield self._calls[0]
-            self.drop(self._calls[0])
 
 
 class _Replica:
@@ -108,39 +74,36 @@ class _Replica:
         self.work: ReplicaWork | None = None
         self.reported_at = now
         self._published_at = now  # when the report was made, by the clock of this process
-        self.chosen = _Calls()
-        self._sent = _Calls()
-        self._by_id: defaultdict[str, deque[_Call]] = defaultdict(deque)  # several calls may have the same id
+        self.chosen: deque[_Call] = deque()  # the oldest first
+        self._sent: dict[str, list[_Call]] = {}  # by request id, which several calls may share
+        self._sent_ms = 0.0
 
     def record(self, work: ReplicaWork, *, now: float, age_s: float) -> None:
         if self.work is not None and self.work.said_at == work.said_at:
             return
         self.work, self.reported_at = work, now
         self._published_at = now - min(max(age_s, 0.0), _MOST_AGE_S)
-        for call in self._sent.drop_before(self._published_at):
-            self._forget(call.request_id)
+        later = {name: [call for call in calls if call.at >= self._published_at] for name, calls in self._sent.items()}
+        self._sent = {name: calls for name, calls in later.items() if calls}
+        self._sent_ms = sum(call.ms for calls in self._sent.values() for call in calls)
 
     def left_ms(self, now: float) -> float:
-        for _ in self.chosen.drop_before(now - _CHOSEN_S):
-            pass
+        while self.chosen and self.chosen[0].at < now - _CHOSEN_S:
+            self.chosen.popleft()
         reported_ms = self.work.backlog_ms - (now - self._published_at) * 1000.0 if self.work else 0.0
-        return max(0.0, reported_ms) + self.chosen.total_ms + self._sent.total_ms
+        return max(0.0, reported_ms) + sum(call.ms for call in self.chosen) + self._sent_ms
 
-    def send(self, call: _Call) -> None:
-        self._sent.add(call)
-        self._by_id[call.request_id].append(call)
+    def send(self, request_id: str, call: _Call) -> None:
+        self._sent.setdefault(request_id, []).append(call)
+        self._sent_ms += call.ms
 
     def end(self, request_id: str) -> None:
-        if request_id in self._by_id:
-            self._sent.drop(self._forget(request_id))
-
-    def _forget(self, request_id: str) -> _Call:
-        """Remove the oldest call with this id from `_by_id`, and return it."""
-        calls = self._by_id[request_id]
-        call = calls.popleft()
-        if not calls:
-            del self._by_id[request_id]
-        return call
+        if calls := self._sent.get(request_id):
+            self._sent_ms -= calls.pop(0).ms
+            if not calls:
+                del self._sent[request_id]
+            if not self._sent:
+                self._sent_ms = 0.0  # after rounding errors, the sum may differ from 0
 
 
 class WorkLedger:
@@ -215,7 +178,7 @@ class WorkLedger:
         of them before the first call is accepted.
         """
         if ms > 0:
-            self._replicas[replica].chosen.add(_Call(self._clock(), ms))
+            self._replicas[replica].chosen.append(_Call(self._clock(), ms))
 
     def arrive(self, *, replica: str, request_id: str, ms: float) -> None:
         """Record that a replica has accepted a call that takes `ms`.
@@ -226,10 +189,10 @@ class WorkLedger:
         known = self._replicas.get(replica)
         if known is None or ms <= 0:
             return
-        own = known if known.chosen.oldest else min(self._replicas.values(), key=_oldest_choice)
-        if own.chosen.oldest:
-            own.chosen.drop(own.chosen.oldest)
-        known.send(_Call(self._clock(), ms, request_id))
+        own = known if known.chosen else min(self._replicas.values(), key=_oldest_choice)
+        if own.chosen:
+            own.chosen.popleft()
+        known.send(request_id, _Call(self._clock(), ms))
 
     def end(self, request_id: str, *, replica: str) -> None:
         """Record that a replica has finished a call with this id. Does nothing if the replica never accepted it."""
@@ -238,4 +201,4 @@ class WorkLedger:
 
 
 def _oldest_choice(replica: _Replica) -> float:
-    return replica.chosen.oldest.at if replica.chosen.oldest else float("inf")
+    return replica.chosen[0].at if replica.chosen else float("inf")
