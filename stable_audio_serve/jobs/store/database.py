@@ -87,20 +87,17 @@ class Database:
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
         self._identity = identity
-        self._adopt: Callable[[], None] = lambda: None
-        self._require_in_place: Callable[[], None] = lambda: None
+        self._file: sqlite.DatabaseFile | None = None
         if self.is_sqlite:
-            self.engine, file = sqlite.create_engine(url, may_create=identity is None)
-            self._adopt, self._require_in_place = file.adopt, file.require
-            without_log: sa.Engine | None = sqlite.create_engine_without_log(file)
+            self.engine, self._file = sqlite.create_engine(url, may_create=identity is None)
+            self._reader = self.engine.execution_options(reading=True)
+            self._identity_reader = sqlite.create_engine_without_log(self._file)
         else:
-            self.engine, without_log = _create_postgresql(url), None
+            self.engine = _create_postgresql(url)
             sa.event.listen(self.engine, "connect", self._require_same_server)
+            # Readers run single statements, which need no BEGIN and ROLLBACK.
+            self._reader = self._identity_reader = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._not_durable = self.engine.execution_options(is_durable=False)
-        self._reader = self.engine.execution_options(reading=True)
-        if not self.is_sqlite:  # readers run single statements, which need no BEGIN and ROLLBACK
-            self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
-        self._identity_reader = without_log or self._reader
         self._has_identity = False
         self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or SystemClock().time)
         self._lock = threading.Lock()
@@ -130,7 +127,8 @@ class Database:
                 if not (is_durable or self.is_sqlite):
                     connection.execute(_NO_WAIT_FOR_DISK)
                 yield connection
-            self._require_in_place()  # raises an error if SQLite's file was moved, because the change would be lost
+            if self._file is not None:  # if it was moved, the change would be lost
+                self._file.require()
 
     @contextmanager
     def writing_alone(self, lock: int, *, is_durable: bool = True) -> Iterator[sa.Connection]:
@@ -243,8 +241,9 @@ class Database:
                 except BaseException:
                     self.engine.dispose()  # closes the connections, which may be connected to a wrong database
                     raise
-                self._adopt()
-                if self.is_sqlite:  # the checkpoint moves the identity from the write-ahead log into the file
+                if self._file is not None:
+                    self._file.adopt()
+                    # The checkpoint moves the identity from the write-ahead log into the file.
                     with self._reader.connect() as connection:
                         connection.execute(sa.text("PRAGMA wal_checkpoint(PASSIVE)"))
                 self._is_ready = True
