@@ -189,15 +189,13 @@ ProgressCallback = Callable[[Progress], None]
 class StageTimings:
     """Wall time of each stage of one request, in milliseconds; the stages sum to `total_ms` within 2 %.
 
-    `denoise_ms` includes `stalled_ms`, the time in which the request waited between its own denoising steps because the
-    device ran steps of other requests.
+    `denoise_ms` includes the time between the request's own steps in which the device ran steps of other requests.
     """
 
     queue_ms: float = 0.0
     text_ms: float = 0.0
     source_ms: float = 0.0
     denoise_ms: float = 0.0
-    stalled_ms: float = 0.0
     decode_ms: float = 0.0
     total_ms: float = 0.0
 

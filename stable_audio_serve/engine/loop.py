@@ -192,7 +192,7 @@ class EngineLoop:
         """Run one phase of every picked row."""
         now = self._clock.monotonic()
         for row in picked:
-            row.request.clock.mark("stalled" if row.request.is_started else "queue", now)
+            row.request.clock.mark("denoise" if row.request.is_started else "queue", now)
         for row in picked:
             row.request.start()
         phases = {row.id: row.work.phase for row in picked}

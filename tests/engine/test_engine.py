@@ -654,13 +654,12 @@ async def test_stages_sum_to_the_total() -> None:
         timings = result.timings
         stages = timings.queue_ms + timings.text_ms + timings.source_ms + timings.denoise_ms + timings.decode_ms
         assert stages == pytest.approx(timings.total_ms, rel=0.02)
-        assert 0 <= timings.stalled_ms <= timings.denoise_ms
         assert timings.denoise_ms > 0
         assert timings.decode_ms > 0
     assert sum(result.timings.source_ms > 0 for result in results) == 2
 
 
-async def test_timings_separate_stalls_from_denoising() -> None:
+async def test_waiting_between_its_steps_counts_as_denoising() -> None:
     clock, gate = FakeClock(), Gate(at=2)
 
     def on_call(name: str, items: Sequence[object]) -> None:
@@ -673,7 +672,8 @@ async def test_timings_separate_stalls_from_denoising() -> None:
         short = await submit(engine, make_request(steps=1, duration_s=0.1))
         clock.now += 0.1
         gate.open()
-        assert (await long).timings.stalled_ms > 0
+        timings = (await long).timings
+        assert timings.denoise_ms > 510.0  # 40 steps of 10 ms, the 100 ms of the second, and steps of the other request
         assert (await short).timings.queue_ms == pytest.approx(100.0)
 
 

@@ -42,7 +42,7 @@ from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
 from stable_audio_serve.sampling.update import StepNumbers
 
 Message = TypeVar("Message")
-TimedStage = Literal["queue", "text", "source", "denoise", "stalled", "decode"]
+TimedStage = Literal["queue", "text", "source", "denoise", "decode"]
 
 
 class Reply:
@@ -95,13 +95,11 @@ class StageClock:
     def timings(self) -> StageTimings:
         """Return the time spent in each stage until the last `mark`."""
         ms = {stage: seconds * 1000.0 for stage, seconds in self._seconds.items()}
-        stalled_ms = ms.get("stalled", 0.0)
         return StageTimings(
             queue_ms=ms.get("queue", 0.0),
             text_ms=ms.get("text", 0.0),
             source_ms=ms.get("source", 0.0),
-            denoise_ms=ms.get("denoise", 0.0) + stalled_ms,
-            stalled_ms=stalled_ms,
+            denoise_ms=ms.get("denoise", 0.0),
             decode_ms=ms.get("decode", 0.0),
             total_ms=(self._last_at - self._started_at) * 1000.0,
         )
