@@ -37,11 +37,6 @@ def check_stores(settings: Settings) -> None:
     open_artifacts(settings)
 
 
-def uses_sqlite(settings: Settings) -> bool:
-    """Return True if the job database is a SQLite file, which only one machine can use. Raises ConfigError."""
-    return open_store(settings).database.is_sqlite
-
-
 def open_store(settings: Settings, *, identity: str | None = None, catalog: ModelCatalog | None = None) -> JobStore:
     """Return the job store of these settings. It connects when it is first used. Raises ConfigError.
 

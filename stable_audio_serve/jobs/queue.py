@@ -47,12 +47,11 @@ class JobQueue:
         artifacts: ArtifactStore,
         *,
         wake: Callable[[], None] = lambda: None,
-        watch: StoreWatch | None = None,
     ) -> None:
         self.store = store
         self.artifacts = artifacts
         self.wake = wake
-        self.watch = watch or StoreWatch(store.database, artifacts)
+        self.watch = StoreWatch(store.database, artifacts)
         self.overview = JobsWatch(store.operators)
         self._writers = ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="job-writes")
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="job-reads")

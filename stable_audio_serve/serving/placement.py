@@ -18,7 +18,7 @@ from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_models import LoraSettings
 from stable_audio_serve.core.settings_sources import check_model_names, least_replicas, preloaded_names
-from stable_audio_serve.jobs.open import check_stores, uses_sqlite
+from stable_audio_serve.jobs.open import check_stores, open_store
 from stable_audio_serve.models.adapters.sources import is_remote
 from stable_audio_serve.models.registry import DEMO, DEMO_ADAPTERS, ModelEntry, describe_entry, resolve_entry
 from stable_audio_serve.serving.reservations import Slot, replica_slot, reserved_cpus
@@ -143,7 +143,7 @@ def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
 
     Each node would have its own database file, or the nodes would damage a shared file.
     """
-    if num_nodes > 1 and uses_sqlite(settings):
+    if num_nodes > 1 and open_store(settings).database.is_sqlite:
         raise ConfigError(
             f"jobs.database_url (STABLE_AUDIO_DATABASE_URL): SQLite serves one machine and this Ray cluster has "
             f"{num_nodes} nodes; set it to a PostgreSQL database, postgresql://user:password@host/database",

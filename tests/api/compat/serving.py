@@ -20,7 +20,6 @@ from stable_audio_serve.api.webhook_bodies import webhook_bodies
 from stable_audio_serve.core.operations import Operations
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
-from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.attempt import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.health import StoreWatch
@@ -53,8 +52,7 @@ async def make_app(
         parsed = Settings.model_validate({"output_dir": folder, **settings})
         jobs = open_queue(parsed)
         if hasty:
-            watch = StoreWatch(jobs.store.database, jobs.artifacts, fresh_s=0.0, fresh_if_bad_s=0.0)
-            jobs = JobQueue(jobs.store, jobs.artifacts, watch=watch)
+            jobs.watch = StoreWatch(jobs.store.database, jobs.artifacts, fresh_s=0.0, fresh_if_bad_s=0.0)
         app = create_app(backend, parsed, jobs=jobs, stream_limits=stream_limits, operations=operations)
         app.state.jobs = jobs
         app.state.output_dir = parsed.output_dir  # for tests that inspect stored files
