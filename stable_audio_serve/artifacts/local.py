@@ -53,7 +53,7 @@ class Folder:
     """Detects that the folder at a path has been moved or replaced."""
 
     def __init__(self, path: Path, *, may_make: bool) -> None:
-        """Remember the path without any I/O. If the folder is missing and `may_make` is true, `make` creates it."""
+        """Remember the path without any I/O. If the folder is missing and `may_make` is true, `require` can make it."""
         self.path = path
         self._may_make = may_make
         self._known: tuple[int, int] | None = None  # device and inode
@@ -61,24 +61,18 @@ class Folder:
         self._is_missed = False
         self._lock = threading.Lock()
 
-    def require(self) -> None:
+    def require(self, *, make: bool = False) -> None:
         """Raise StoreMovedError if the folder was moved or replaced, if it does not answer, or if it is missing and may
         not be created.
+
+        If `make` is true, creates the folder before, unless this object has found it already. Then also raises OSError.
         """
         with self._lock:
-            self._require()
-
-    def make(self) -> None:
-        """Create the folder if `may_make` is true and this object has not found it before, then call `require`.
-
-        Raises OSError, and StoreMovedError like `require`.
-        """
-        with self._lock:
-            if self._known is None and self._may_make:
+            if make and self._may_make and self._known is None:
                 make_private_folder(self.path)
-            self._require()
+            self._check()
 
-    def _require(self) -> None:
+    def _check(self) -> None:
         found = self._identify()
         if self._known is None and found is not None:
             self._known, self._owner = found, self._read_owner()
@@ -204,7 +198,7 @@ class LocalArtifacts(ArtifactStore):
 
     def _write(self, path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, str]:
         with _storage_errors():
-            self._folder.make()
+            self._folder.require(make=True)
             return _write(path, chunks, stop=stop)
 
     def _read(self, key: ArtifactKey, start: int = 0) -> Generator[bytes]:
