@@ -109,12 +109,10 @@ class Library:
         return sorted(self._warned)
 
     def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
-        """See `AdapterLibrary.cards`."""
         names = sorted(self._cards) if model is None else [model]
         return [card for name in names for _, card in sorted(self._cards.get(name, {}).items())]
 
     def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:
-        """See `AdapterLibrary.resolve`."""
         if not loras:
             return ()
         if not model.takes_adapters:

@@ -114,7 +114,6 @@ class RayBackend:
 
     @property
     def catalog(self) -> ModelCatalog:
-        """The configured models."""
         return self._catalog
 
     async def generate(

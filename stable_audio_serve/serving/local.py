@@ -26,14 +26,11 @@ class LocalBackend:
 
     @property
     def catalog(self) -> ModelCatalog:
-        """The configured models."""
         return self._catalog
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
-        """Run one request on the model with this canonical name, see `Backend.generate`."""
-
         def report(progress: Progress) -> None:
             for callback in filter(None, (self._on_progress, on_progress)):
                 callback(progress)

@@ -47,7 +47,6 @@ class RayMetrics:
         self._levels: dict[_Series, float] = {}
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
-        """Add `value` (>= 0) to the counter `name`."""
         series = self._find(name, "counter", labels=labels)
         if value > 0:  # Ray raises an error for an increment of 0
             self._samples.append((series, value))
@@ -57,10 +56,6 @@ class RayMetrics:
         self._levels[self._find(name, "gauge", labels=labels)] = value
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add one sample to the histogram `name`.
-
-        If the name ends in `_ms`, the histogram has buckets for milliseconds, otherwise for counts.
-        """
         self._samples.append((self._find(name, "histogram", labels=labels), value))
 
     def _export(self) -> None:

@@ -77,7 +77,6 @@ class RayOperations:
         self._waiting = CachedQuery(self._query_waiting, first=None, kept_s=_OLD_S)
 
     async def report(self) -> ServerReport:
-        """See `Operations.report`."""
         statuses, waiting, drain = await asyncio.gather(
             self._backend.status(), self._waiting.answer(), self._drain_report()
         )
@@ -99,11 +98,9 @@ class RayOperations:
         )
 
     async def keep(self, model: str) -> None:
-        """See `Operations.keep`."""
         await asyncio.to_thread(self._settings.keep, model)
 
     async def release(self, model: str) -> None:
-        """See `Operations.release`."""
         await asyncio.to_thread(self._settings.release, model)
 
     async def drain(self) -> None:
@@ -112,7 +109,6 @@ class RayOperations:
         self._drain.invalidate()
 
     async def resume(self) -> None:
-        """See `Operations.resume`."""
         await asyncio.to_thread(self._settings.resume)
         self._drain.invalidate()
 
