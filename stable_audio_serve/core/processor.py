@@ -12,21 +12,17 @@ _MATRIX_FLAG = "amx_bf16"
 
 def has_native_bfloat16(facts: Path = CPU_FACTS) -> bool:
     """Whether the CPU has bfloat16 instructions (AVX512-bf16 or AMX). Without them, bfloat16 is slower than float32."""
-    return not _BFLOAT16_FLAGS.isdisjoint(_read_flags(facts))
+    return not _BFLOAT16_FLAGS.isdisjoint(_read(facts, "flags"))
 
 
 def has_matrix_bfloat16(facts: Path = CPU_FACTS) -> bool:
     """Whether the CPU has AMX instructions. With them, bfloat16 matrix products are many times as fast as float32."""
-    return _MATRIX_FLAG in _read_flags(facts)
+    return _MATRIX_FLAG in _read(facts, "flags")
 
 
 def is_amd(facts: Path = CPU_FACTS) -> bool:
     """Whether AMD made the CPU."""
     return _read(facts, "vendor_id") == ["AuthenticAMD"]
-
-
-def _read_flags(facts: Path) -> list[str]:
-    return _read(facts, "flags")
 
 
 def _read(facts: Path, name: str) -> list[str]:
