@@ -156,24 +156,16 @@ def _stop(late_exit_code: int) -> None:
     import ray
 
     with exiting_after(_STOP_TIMEOUT_S, exit_code=late_exit_code):
-        if ray.is_initialized():
-            _stop_serve()
-            # After Ray has stopped, a thread of Ray Serve may still call Ray, which would log an error.
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-            ray.shutdown()
-
-
-def _stop_serve() -> None:
-    """Ask Ray Serve's controller to stop all processes of Ray Serve, and wait up to `_SERVE_TIMEOUT_S`."""
-    import ray
-
-    controller = find_controller()
-    if controller is None:
-        return  # Ray Serve was not started yet
-    with suppress(ray.exceptions.RayError, TimeoutError):
-        # The controller process exits at the end of this call, so the call always fails with an error. Without the
-        # option, Ray would retry the call and print a warning.
-        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SERVE_TIMEOUT_S)
+        if not ray.is_initialized():
+            return
+        if (controller := find_controller()) is not None:  # Ray Serve was started
+            with suppress(ray.exceptions.RayError, TimeoutError):
+                # The controller process exits at the end of this call, so the call always fails with an error. Without
+                # the option, Ray would retry the call and print a warning.
+                ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SERVE_TIMEOUT_S)
+        # After Ray has stopped, a thread of Ray Serve may still call Ray, which would log an error.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        ray.shutdown()
 
 
 def _runtime_env() -> dict[str, str]:
