@@ -369,8 +369,7 @@ def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
 
 def _ready_text(url: str, plan: Plan) -> str:
     body = json.dumps({"prompt": "a 440 Hz sine tone, fading out", "duration": 3})
-    api = plan.settings.api
-    key = ' -H "Authorization: Bearer $KEY"' if api.key_file or api.key_hashes else ""
+    key = ' -H "Authorization: Bearer $KEY"' if plan.settings.api.has_keys else ""
     return (
         f"ready: {url} serves {', '.join(plan.names)} (Ctrl-C stops it). Open {url}/ in a browser, or try:\n"
         f"  curl -fsS {url}/v1/audio/generations{key} -H 'Content-Type: application/json' -d '{body}' -o clip.wav"
