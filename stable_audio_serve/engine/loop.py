@@ -37,7 +37,6 @@ from stable_audio_serve.engine.calls.requests import (
     deadline_error,
 )
 from stable_audio_serve.engine.calls.stages import Stages
-from stable_audio_serve.engine.hardware.device import DeviceLostError
 from stable_audio_serve.engine.scheduling.memory import RowMemory
 from stable_audio_serve.engine.scheduling.prediction import Predictor
 from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, Scheduler
@@ -135,11 +134,9 @@ class EngineLoop:
                 return self._deliver(wait=True) or self._stages.executor.capture_next(is_idle=True)
             self._work(picked)
             self._deliver()
-        except DeviceLostError:
-            raise
         except Exception as error:
-            log.exception("a turn of the engine failed")
             self._stages.require_usable(error)
+            log.exception("a turn of the engine failed")
             self._fail([(row, error) for row in picked or self._rows.values()])
         self._report(picked)
         return True

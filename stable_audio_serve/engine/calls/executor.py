@@ -27,7 +27,7 @@ from stable_audio_serve.engine.calls.packed_step import PackedShape, denoise_joi
 from stable_audio_serve.engine.calls.requests import Row, Stepping
 from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write_pages
-from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
+from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
 from stable_audio_serve.engine.scheduling.memory import FixedMemory
@@ -219,8 +219,6 @@ class Executor:
         """
         try:
             return list(run(items))
-        except DeviceLostError:
-            raise
         except Exception as error:  # noqa: BLE001 - an error that one row causes must end that row only
             self._device.require_usable(error)
             if len(items) == 1:

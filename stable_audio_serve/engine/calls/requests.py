@@ -32,7 +32,7 @@ from stable_audio_serve.core.generation import (
 from stable_audio_serve.engine.adapters import HeldSlots
 from stable_audio_serve.engine.calls.conditioning import HeldConditioning
 from stable_audio_serve.engine.hardware.arena import HeldFrames
-from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, Moment
+from stable_audio_serve.engine.hardware.device import Moment
 from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
 from stable_audio_serve.models.adapters.fold import Slot
@@ -398,21 +398,6 @@ class Row:
 
 
 Failures = list[tuple[Row, Exception]]
-
-
-def run_alone(row: Row, action: Callable[[Row], None], *, device: Device) -> Failures:
-    """Call `action(row)`. Returns an empty list, or the row with the exception if `action` raises.
-
-    Raises DeviceLostError if the device is lost.
-    """
-    try:
-        action(row)
-    except DeviceLostError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the engine's edge
-        device.require_usable(error)
-        return [(row, error)]
-    return []
 
 
 def _share_done(total: int, left: int) -> float:

@@ -6,7 +6,7 @@ variations of one request share the encoded source. If a row fails, its request 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from dataclasses import replace
 
@@ -28,7 +28,6 @@ from stable_audio_serve.engine.calls.requests import (
     Row,
     RowNoise,
     Stepping,
-    run_alone,
 )
 from stable_audio_serve.engine.hardware.device import Device, Moment
 from stable_audio_serve.engine.scheduling.cost import CostModel
@@ -119,7 +118,7 @@ class Stages:
         noises: dict[int, RowNoise] = {}
         failures: Failures = []
         for row in rows:
-            failures += run_alone(row, lambda row: self._open_noise(row, noises), device=self._device)
+            failures += self._alone(row, lambda row: self._open_noise(row, noises))
         failures += self._embed([row for row in rows if row.id in noises])
         failed = {row.id for row, _ in failures}
         for row in rows:
@@ -172,7 +171,7 @@ class Stages:
             ready = row.in_phase(Encoding).ready
             if at_once or ready.is_reached():
                 self._device.follow(ready)
-                failures += run_alone(row, self._set_registers, device=self._device)
+                failures += self._alone(row, self._set_registers)
         return failures
 
     def denoise(self, rows: Sequence[Row]) -> Failures:
@@ -201,7 +200,7 @@ class Stages:
         for row in rows:
             row.request.clock.mark("denoise", now)
             if row.work.num_done == len(row.work.branches):
-                failures += run_alone(row, self._take_latents, device=self._device)
+                failures += self._alone(row, self._take_latents)
         return failures
 
     def decode(self, rows: Sequence[Row]) -> Failures:
@@ -217,7 +216,7 @@ class Stages:
                 windows.extend((row, window) for window in own.audio.pending(own.latents, own.noise))
 
             for row in rows:
-                failed.update({one.id: (one, error) for one, error in run_alone(row, cut, device=self._device)})
+                failed.update({one.id: (one, error) for one, error in self._alone(row, cut)})
             calls = [((1, window.latents.shape[-1]),) for _, window in windows]
             outcomes = self.times.time(
                 "decode", calls, run=lambda: self.executor.decode([window for _, window in windows])
@@ -269,8 +268,20 @@ class Stages:
         return arrived, failures
 
     def require_usable(self, error: Exception) -> None:
-        """Raise DeviceLostError if `error` has made the device unusable."""
+        """Raise DeviceLostError if `error` is one, or if it has made the device unusable."""
         self._device.require_usable(error)
+
+    def _alone(self, row: Row, action: Callable[[Row], None]) -> Failures:
+        """Call `action(row)`. Returns an empty list, or the row with the exception if `action` raises.
+
+        Raises DeviceLostError if the device is lost.
+        """
+        try:
+            action(row)
+        except Exception as error:  # noqa: BLE001 - the engine's edge
+            self._device.require_usable(error)
+            return [(row, error)]
+        return []
 
     def _encode(self, windows: Sequence[EncodeWindow]) -> Sequence[Tensor | Exception]:
         if not windows:  # another row of the request has already encoded them
@@ -371,7 +382,7 @@ class Stages:
         failures: Failures = []
         for row in rows:
             if row.slot is not row.in_phase(Stepping).slot:
-                failures += run_alone(row, self._condition_again, device=self._device)
+                failures += self._alone(row, self._condition_again)
         return failures
 
     def _condition_again(self, row: Row) -> None:

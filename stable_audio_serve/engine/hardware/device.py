@@ -127,11 +127,13 @@ class Device:
         raise RuntimeError("this device captures nothing")
 
     def require_usable(self, error: Exception) -> None:
-        """Raise DeviceLostError if `error` has made the device unusable.
+        """Raise DeviceLostError if `error` is one, or if it has made the device unusable.
 
         If the error comes from the device, wait for all queued work: only a lost device then raises again. After a
         launch that failed, the device is still usable.
         """
+        if isinstance(error, DeviceLostError):
+            raise error
         if not isinstance(error, torch.AcceleratorError):
             return
         try:

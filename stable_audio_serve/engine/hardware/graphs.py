@@ -245,8 +245,6 @@ class Graphs:
                 self._fixed(self._outputs, shape.kind, num=shape.num_outputs),
             )
             replay = self._device.capture(lambda: run(shape, memory))
-        except DeviceLostError:
-            raise
         except torch.OutOfMemoryError as error:  # the capture itself has ended properly
             log.warning("no memory to capture %s: %s", shape, error)
             self.room.refuse(shape)
