@@ -33,7 +33,8 @@ from stable_audio_serve.engine.hardware.device import Device, Moment
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.pacing import CallTimes
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
-from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, EncodeWindow, TextEmbedding
+from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, EncodeWindow, TextEmbedding, WindowSpan
+from stable_audio_serve.models.windows import cut_windows
 from stable_audio_serve.sampling.plan import LATENTS
 from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
@@ -412,15 +413,23 @@ class Stages:
 
     def _take_latents(self, row: Row) -> None:
         """Move a denoised row to the phase Decoding: copy its latents and free the memory of its registers."""
-        stepping, spec = row.in_phase(Stepping), self._model.spec
-        audio = AudioAssembly.of(
-            row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._is_fixed, device=self._device
+        stepping, plan, spec = row.in_phase(Stepping), row.plan, self._model.spec
+        spans: Sequence[WindowSpan] = plan.decode_windows
+        if plan.decode_rule is not None and not self._is_fixed:
+            spans = cut_windows(spans[-1].stop, rule=plan.decode_rule)  # as few windows as possible
+        audio = AudioAssembly(
+            spans,
+            device=self._device,
+            channels=spec.card.channels,
+            hop=spec.hop,
+            valid_frames=plan.valid_frames,
+            output_samples=plan.output_samples,
         )
         latents = self.executor.release(stepping.held, part=LATENTS)
         # From here on, the row has no memory of the phase Stepping, which an error would free again.
         row.phase = Decoding(stepping.noise.source, latents, audio, self._device.mark())
         stepping.conditioning.free()
-        audio.check(latents[:, : row.plan.valid_frames])
+        audio.check(latents[:, : plan.valid_frames])
         row.work.decode_left = audio.lengths_left
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.engine.hardware.device import Device
-from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, RowPlan, SourcePlan, WindowSpan
-from stable_audio_serve.models.windows import LONGEST_FRAMES, audible_spans, cut_windows, window_lengths
+from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowSpan
+from stable_audio_serve.models.windows import LONGEST_FRAMES, audible_spans, window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
 
 
@@ -111,24 +111,6 @@ class AudioAssembly:
         # Index 1: whether all samples so far are finite.
         self._finite_on_device: dict[int, Tensor] = {}
         self._finite = torch.ones(2, dtype=torch.bool)
-
-    @classmethod
-    def of(cls, plan: RowPlan, *, hop: int, channels: int, is_fixed: bool, device: Device) -> AudioAssembly:
-        """Return the AudioAssembly of a planned clip. No window is decoded yet.
-
-        With `is_fixed`, the audio is decoded in exactly the windows of `plan`, else in as few windows as possible.
-        """
-        spans = plan.decode_windows
-        if plan.decode_rule is not None and not is_fixed:
-            spans = tuple(cut_windows(spans[-1].stop, rule=plan.decode_rule))
-        return cls(
-            spans,
-            device=device,
-            channels=channels,
-            hop=hop,
-            valid_frames=plan.valid_frames,
-            output_samples=plan.output_samples,
-        )
 
     @property
     def lengths_left(self) -> tuple[int, ...]:
