@@ -15,15 +15,15 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from benchmarks.load import Record
 from benchmarks.workload import Arrival
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.engine.build import build_scheduler, resolve_policy
+from stable_audio_serve.engine.build import build_scheduler
 from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_calls
-from stable_audio_serve.engine.hardware.device import CudaDevice
-from stable_audio_serve.engine.scheduling.batching import PackedShapes
+from stable_audio_serve.engine.scheduling.batching import PackedGraphs, PackedShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
 from stable_audio_serve.engine.scheduling.prediction import Predictor
 from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, RowWork
@@ -208,12 +208,9 @@ class SimulatedEngine:
         self._gpu = gpu
         self._together = options.slots
         self._cost = CostModel()
-        self._policy = resolve_policy(
-            options,
-            CudaDevice,  # type: ignore[arg-type]  # the class object has all attributes that the policy reads
-            cost=self._cost,
-            packs_rows=True,
-            packed=PackedShapes(network.prefix_tokens, longest_frames),
+        self._policy = PackedGraphs(
+            partial(self._cost.knee_tokens, fixed_share=options.fixed_share),
+            PackedShapes(network.prefix_tokens, longest_frames),
         )
         self._fit_cost(longest_frames, max_tokens=options.max_step_tokens)
         self._predictor = Predictor(self._cost, self._policy)

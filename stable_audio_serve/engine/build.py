@@ -55,36 +55,28 @@ def resolve_mode(options: EngineOptions, device: Device) -> Mode:
 
 
 def resolve_policy(
-    options: EngineOptions,
-    device: Device,
-    *,
-    cost: CostModel,
-    pads_rows: bool = True,
-    packs_rows: bool = False,
-    packed: PackedShapes | None = None,
+    spec: ModelSpec, options: EngineOptions, *, device: Device, features: Features, cost: CostModel
 ) -> BatchPolicy:
     """Return the policy that splits each denoising step into device calls.
 
-    `pads_rows` and `packs_rows` are as in ModelSpec. `packed` defines the shapes of packed calls (different lengths
-    concatenated without padding); None if packed calls cannot be captured as CUDA graphs. If `options.frame_grid` is
-    set, fast mode never packs. On a device with `shares_calls` False, batch sizes are not rounded up.
+    If `options.frame_grid` is set, fast mode never packs. On a device with `shares_calls` False, batch sizes are not
+    rounded up.
     """
-    grid = (options.frame_grid or device.frame_grid) if pads_rows else 1
+    grid = (options.frame_grid or device.frame_grid) if spec.pads_rows else 1
     if resolve_mode(options, device) == "strict":
         return FixedSlots(options.slots, grid) if device.shares_calls else OneRowPerCall(grid)
     knee_tokens = partial(cost.knee_tokens, fixed_share=options.fixed_share)
-    if pads_rows and packs_rows and device.prefers_packed and options.frame_grid is None:
+    may_pack = spec.pads_rows and options.frame_grid is None
+    if may_pack and spec.packs_rows and device.prefers_packed:
         return Packed(knee_tokens)
+    if may_pack and spec.packs_segments and features.packing:
+        return PackedGraphs(knee_tokens, PackedShapes(spec.num_prefix, spec.max_frames))
     shapes = (GraphShapes if device.shares_calls else AnyRows)(grid, options.max_step_tokens)
 
     def call_ms(rows: int, frames: int) -> float:
         return cost.call_ms("denoise", rows=rows, frames=frames)
 
-    if not pads_rows:
-        return EqualLengths(call_ms, knee_tokens, shapes)
-    if packed is None or options.frame_grid is not None:
-        return MergedGrid(call_ms, knee_tokens, shapes)
-    return PackedGraphs(knee_tokens, packed)
+    return (MergedGrid if spec.pads_rows else EqualLengths)(call_ms, knee_tokens, shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +113,7 @@ def build_parts(
     Raises ConfigError if the options ask for more memory than the device has.
     """
     is_strict, cost, second = mode == "strict", CostModel(), device.has_second_queue
-    policy = policy or _own_policy(model.spec, options, features=features, device=device, cost=cost)
+    policy = policy or resolve_policy(model.spec, options, device=device, features=features, cost=cost)
     plan = _plan_memory(model, options, device=device)
     max_prompts = 1 if is_strict else options.slots  # in one call of the text encoder
     inbox, predictor, noise_pools = Inbox(), Predictor(cost, policy), _noise_pools(device)
@@ -197,19 +189,6 @@ def _plan_memory(model: DiffusionModel, options: EngineOptions, *, device: Devic
 def _noise_pools(device: Device) -> dict[Priority, ThreadPoolExecutor]:
     num_threads = _NOISE_THREADS if device.shares_calls else 1  # on a CPU, steps need the cores
     return {priority: ThreadPoolExecutor(num_threads, thread_name_prefix="noise") for priority in get_args(Priority)}
-
-
-def _own_policy(
-    spec: ModelSpec, options: EngineOptions, *, features: Features, device: Device, cost: CostModel
-) -> BatchPolicy:
-    return resolve_policy(
-        options,
-        device,
-        cost=cost,
-        pads_rows=spec.pads_rows,
-        packs_rows=spec.packs_rows,
-        packed=PackedShapes(spec.num_prefix, spec.max_frames) if spec.packs_segments and features.packing else None,
-    )
 
 
 def build_scheduler(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine.build import resolve_policy
-from stable_audio_serve.engine.hardware.device import Device, open_device
-from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.hardware.device import open_device
+from stable_audio_serve.engine.options import PLAIN, EngineOptions
 from stable_audio_serve.engine.scheduling.batching import (
     GRAPH_ROWS,
     AnyRows,
@@ -28,10 +29,13 @@ from stable_audio_serve.engine.scheduling.batching import (
     Packed,
 )
 from stable_audio_serve.engine.scheduling.cost import CostModel
+from stable_audio_serve.models.protocol import ModelSpec
+from tests.factories import ToyModel
 
 
-def open_on(device: str) -> Device:
-    return open_device(torch.device(device), clock=SystemClock())
+def choose_policy(spec: ModelSpec, options: EngineOptions, *, device: str) -> BatchPolicy:
+    opened = open_device(torch.device(device), clock=SystemClock())
+    return resolve_policy(spec, options, device=opened, features=PLAIN, cost=CostModel())
 
 
 def call_ms(rows: int, frames: int) -> float:
@@ -113,7 +117,7 @@ def test_graph_rows_are_padded_on_a_grid_that_coarsens() -> None:
 
 
 def test_a_call_on_a_cpu_has_any_number_of_rows() -> None:
-    policy = resolve_policy(EngineOptions(mode="fast"), open_on("cpu"), cost=CostModel())
+    policy = choose_policy(ToyModel().spec, EngineOptions(mode="fast"), device="cpu")
     calls = policy.split([Lane(1, 77)] * 13)
     assert [(call.rows, call.frames) for call in calls] == [(13, 77)]
 
@@ -148,7 +152,7 @@ def test_unused_tokens_of_a_packed_call_are_shared_by_its_rows() -> None:
 def test_fast_mode_on_a_cpu_packs_rows_unless_a_grid_is_set() -> None:
     def choose(device: str, mode: Mode, grid: int | None = None) -> type[BatchPolicy]:
         options = EngineOptions(mode=mode, frame_grid=grid)
-        return type(resolve_policy(options, open_on(device), cost=CostModel(), packs_rows=True))
+        return type(choose_policy(ToyModel(packs_rows=True).spec, options, device=device))
 
     assert choose("cpu", "fast") is Packed
     assert choose("cpu", "fast", 64) is choose("cuda", "fast") is MergedGrid
@@ -159,7 +163,7 @@ def test_fast_mode_on_a_cpu_packs_rows_unless_a_grid_is_set() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_rows_are_not_padded_for_a_network_without_a_mask(mode: Mode, device: str) -> None:
     options = EngineOptions(mode=mode, frame_grid=64)
-    policy = resolve_policy(options, open_on(device), cost=CostModel(), pads_rows=False)
+    policy = choose_policy(replace(ToyModel().spec, pads_rows=False), options, device=device)
     step = [Lane(1, 100), Lane(2, 430), Lane(1, 100), Lane(2, 101)]
     for call in policy.split(step):
         assert {step[i].frames for i in call.members} == {call.frames}

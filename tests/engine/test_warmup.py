@@ -11,7 +11,7 @@ import torch
 from stable_audio_serve.engine.build import resolve_policy
 from stable_audio_serve.engine.calls.warmup import WarmUp, step_calls
 from stable_audio_serve.engine.hardware.device import open_device
-from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.options import PLAIN, EngineOptions
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, OneRowPerCall
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.sampling.noise import SeededNoise
@@ -103,7 +103,7 @@ def test_long_calls_run_twice_and_short_calls_three_times() -> None:
 def test_the_first_run_of_a_shape_may_take_longer() -> None:
     # All clips are padded to the same length, so calls with equal numbers of rows have the same shape.
     options, cpu = EngineOptions(mode="fast", frame_grid=512), open_device(torch.device("cpu"), clock=FakeClock())
-    policy = resolve_policy(options, cpu, cost=CostModel())
+    policy = resolve_policy(ToyModel().spec, options, device=cpu, features=PLAIN, cost=CostModel())
     planning, plain = (
         Timed(planning_s=seconds).warm_up(budget_s=1000.0, policy=policy, max_tokens=8 * 512) for seconds in (0.2, 0.0)
     )
@@ -127,7 +127,7 @@ def test_steps_are_measured_alone_guided_and_in_groups() -> None:
     def shapes(policy: BatchPolicy, frames: int, *, max_tokens: int) -> set[tuple[int, int]]:
         return {group for call in step_calls(policy, frames, max_tokens=max_tokens) for group in call.groups}
 
-    policy = resolve_policy(options, cpu, cost=CostModel())
+    policy = resolve_policy(ToyModel().spec, options, device=cpu, features=PLAIN, cost=CostModel())
     assert shapes(policy, 64, max_tokens=2048) == {(rows, 64) for rows in (1, 2, 4, 8, 32)}
     assert shapes(policy, 256, max_tokens=2048) == {(rows, 256) for rows in (1, 2, 4, 8)}
     assert shapes(OneRowPerCall(), 256, max_tokens=0) == {(1, 256), (2, 256)}
