@@ -31,9 +31,7 @@ from stable_audio_serve.models.switches import exact
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
 from stable_audio_serve.sampling.transfer import to_device
 
-
-class Sa3Components(Components[Denoiser, AudioAutoencoder]):
-    """The networks of a Stable Audio 3 checkpoint."""
+Sa3Components = Components[Denoiser, AudioAutoencoder]
 
 
 class Sa3Model(NativeModel[Denoiser, AudioAutoencoder]):

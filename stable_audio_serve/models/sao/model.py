@@ -24,13 +24,11 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.sao.config import SaoConfig
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
-from stable_audio_serve.models.sao.planning import Halos, plan_rows, read_shift
+from stable_audio_serve.models.sao.planning import plan_rows, read_shift
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.sampling.transfer import to_device
 
-
-class SaoComponents(Components[Denoiser, OobleckAutoencoder]):
-    """The networks of a Stable Audio Open checkpoint."""
+SaoComponents = Components[Denoiser, OobleckAutoencoder]
 
 
 class SaoModel(NativeModel[Denoiser, OobleckAutoencoder]):
@@ -48,10 +46,11 @@ class SaoModel(NativeModel[Denoiser, OobleckAutoencoder]):
         super().__init__(components, conditioners=config, spec=spec, device=device, decode_precision=decode_precision)
         self.config = config
         self._shift = read_shift(config.shift)
-        self._halos = Halos(config.autoencoder.decoder_halo_latents, config.autoencoder.encoder_halo_latents)
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        return plan_rows(request, spec=self._spec, halos=self._halos, shift=self._shift, frames=frames)
+        return plan_rows(
+            request, spec=self._spec, autoencoder=self.config.autoencoder, shift=self._shift, frames=frames
+        )
 
     @torch.inference_mode()
     @exact

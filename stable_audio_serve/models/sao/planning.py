@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +23,7 @@ from stable_audio_serve.models.planning import (
 )
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, WindowRule
 from stable_audio_serve.models.sao.config import SHIFT_KEY
+from stable_audio_serve.models.sao.network_config import OobleckConfig
 from stable_audio_serve.models.windows import audible_windows, halo_windows, whole_window
 from stable_audio_serve.sampling.blend import blend_plan, flow_path
 from stable_audio_serve.sampling.karras import HIGHEST_SIGMA, LOWEST_SIGMA, SigmaRange
@@ -44,14 +44,6 @@ SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Halos:
-    """How many latent frames on each side of a frame influence its audio (`decoder`) and its latent (`encoder`)."""
-
-    decoder: int
-    encoder: int
-
-
 def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
     """Returns the timestep shift that a config section describes; `NoShift` for None.
 
@@ -61,13 +53,18 @@ def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
 
 
 def plan_rows(
-    request: GenerationRequest, *, spec: ModelSpec, halos: Halos | None, shift: TimestepShift, frames: int | None
+    request: GenerationRequest,
+    *,
+    spec: ModelSpec,
+    autoencoder: OobleckConfig | None,
+    shift: TimestepShift,
+    frames: int | None,
 ) -> tuple[RowPlan, ...]:
     """Returns one plan per variation. The plans differ only in their seed and their prompt.
 
-    If `halos` is None, audio is encoded and decoded as a single window. `shift` is the model's timestep shift. `frames`
-    overrides the number of latent frames, and the duration is then not limited. Raises InvalidRequestError naming the
-    field.
+    If `autoencoder` is None, audio is encoded and decoded as a single window. `shift` is the model's timestep shift.
+    `frames` overrides the number of latent frames, and the duration is then not limited. Raises InvalidRequestError
+    naming the field.
     """
     check_request(request, spec.card)
     _refuse_unsupported(request, spec)
@@ -83,8 +80,11 @@ def plan_rows(
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     keep_mask = plan_keep_mask(request, frames=frames, hop=spec.hop, sample_rate_hz=spec.card.sample_rate_hz)
     numbers, negative_numbers = _numbers(request)
-    decode_rule = None if request.chunked_decode is False or halos is None else WindowRule(halos.decoder)
-    windows = whole_window(frames) if halos is None else halo_windows(frames, halo=halos.encoder)
+    decode_rule, windows = None, whole_window(frames)
+    if autoencoder is not None:
+        windows = halo_windows(frames, halo=autoencoder.encoder_halo_latents)
+        if request.chunked_decode is not False:
+            decode_rule = WindowRule(autoencoder.decoder_halo_latents)
     # The model's longest duration may end within a latent frame. The samples of this partial frame are included,
     # because they affect the latents before it.
     num_samples = frames * spec.hop + (spec.tail_samples if frames == spec.max_frames else 0)

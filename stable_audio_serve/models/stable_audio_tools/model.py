@@ -75,7 +75,7 @@ class PackageModel:
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """See `DiffusionModel`. Audio is encoded and decoded as a single window, as in the package."""
-        return plan_rows(request, spec=self._spec, halos=None, shift=self._shift, frames=frames)
+        return plan_rows(request, spec=self._spec, autoencoder=None, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
     @exact
