@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,11 +19,15 @@ from stable_audio_serve.models.native import AUTOENCODER_KEYS, checkpoint_module
 from stable_audio_serve.models.precision import Products, decoder_products, stored_dtypes, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
-from stable_audio_serve.models.sa3.conditioners import load_text_encoder
 from stable_audio_serve.models.sa3.config import INERT_KEYS, Sa3Config, parse_config
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
-from stable_audio_serve.models.text_encoder import TextEncoder, stating_width
+from stable_audio_serve.models.text_encoder import (
+    TextEncoder,
+    from_pretrained,
+    load_tokenizer_and_network,
+    stating_width,
+)
 from stable_audio_serve.models.weight_files import release_pages
 from stable_audio_serve.models.weight_sizes import DENOISER_KEYS
 from stable_audio_serve.models.weights import SkipRandomWeights, load_weights, require_exact_float32
@@ -39,8 +44,9 @@ def load_sa3(
 ) -> Sa3Model:
     """Load the checkpoint and the text encoder.
 
-    The denoiser has the dtype `dtype`, the text encoder the dtype of its files, and the other networks float32. If
-    `decode_precision` is "half" on a CPU, the decoder's linear layers are stored in half precision.
+    The denoiser has the dtype `dtype`, the text encoder (a T5Gemma) the dtype of its files, or bfloat16 for float8, and
+    the other networks float32. If `decode_precision` is "half" on a CPU, the decoder's linear layers are stored in half
+    precision.
 
     The keys of the weight files must match the networks. Raises CheckpointError, which names the file or key, if not.
     """
@@ -67,6 +73,28 @@ def load_sa3(
     release_pages(weights_file, mapped)  # the check loaded the encoder's weights, which only edits of audio need
     spec = build_spec(card, config, components=components)
     return Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
+
+
+def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
+    """Load the encoder of a T5Gemma. Raises CheckpointError if a file or key is missing.
+
+    Attention uses the eager implementation of transformers, because fused kernels cannot soft-cap the logits.
+    """
+    tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5gemma)
+    config: Any = encoder.config.encoder  # type: ignore[union-attr]
+    if not isinstance(config.sliding_window, int):
+        raise CheckpointError(f"the text encoder in {folder} has no sliding_window in its config.json")
+    if max_length > config.sliding_window // 2:  # longer prompts would need another mask in sliding-window layers
+        raise CheckpointError(f"prompts of {max_length} tokens are longer than the text encoder's windows in {folder}")
+    return TextEncoder(tokenizer, encoder.to(device), width=int(config.hidden_size), max_length=max_length)
+
+
+def _load_t5gemma(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[nn.Module, Mapping[str, Any]]:
+    from transformers import AutoConfig, T5GemmaEncoderModel
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.is_encoder_decoder = False  # the files also contain a decoder, which is not used
+    return from_pretrained(T5GemmaEncoderModel, folder, dtype=dtype, config=config, attn_implementation="eager")
 
 
 def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.registry import BUILT_IN
-from stable_audio_serve.models.sa3.conditioners import load_text_encoder
+from stable_audio_serve.models.sa3.build import load_text_encoder
 from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import FAMILY, assert_near, loaded
