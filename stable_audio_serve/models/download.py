@@ -63,8 +63,7 @@ def download_entry(entry: ModelEntry, *, token: str | None = None) -> Path:
     If `token` is None, huggingface_hub uses its own token. Raises CheckpointError if the files cannot be downloaded.
     """
     repo_id = _repository(entry)
-    cached = find_cached(entry)
-    if cached is not None:
+    if (cached := find_cached(entry)) is not None:
         return cached
     folder = _download(entry, token=token)
     _require_config(repo_id, list_folder(folder).names)
@@ -81,12 +80,10 @@ def download_text_encoder(folder: Path, *, token: str | None = None) -> Path:
     If the checkpoint does not contain the text encoder, downloads the text encoder's own repository. Raises
     CheckpointError if it cannot be downloaded.
     """
-    within = find_text_encoder(folder)
-    if within is not None:
+    if (within := find_text_encoder(folder)) is not None:
         return within
-    entry = text_encoder_entry(text_encoder_repository(read_config(folder)))
-    cached = _cached_text_encoder(entry)
-    if cached is not None:
+    entry = _encoder_entry(folder)
+    if (cached := _cached_text_encoder(entry)) is not None:
         return cached
     fetched = _download(entry, token=token)
     check_encoder(replace(list_folder(fetched), place=_repository(entry)))
@@ -114,10 +111,7 @@ def find_local(entry: ModelEntry) -> tuple[Path, Path] | None:
     folder = Path(entry.folder) if entry.folder is not None else find_cached(entry)
     if folder is None:
         return None
-    encoder = find_text_encoder(folder)
-    if encoder is None:
-        other = text_encoder_entry(text_encoder_repository(read_config(folder)))
-        encoder = _cached_text_encoder(other)
+    encoder = find_text_encoder(folder) or _cached_text_encoder(_encoder_entry(folder))
     return None if encoder is None else (folder, encoder)
 
 
@@ -146,7 +140,7 @@ def check_access(entry: ModelEntry, *, token: str | None = None) -> None:
     else:
         encoder = check_layout(read_config(folder), list_folder(folder))
     if encoder is None:
-        other = text_encoder_entry(text_encoder_repository(read_config(folder)))
+        other = _encoder_entry(folder)
         if _cached_text_encoder(other) is None:
             _check_text_encoder(other, token=token)
 
@@ -212,6 +206,11 @@ def _fetch_info(entry: ModelEntry, token: str | None) -> ModelInfo:
     return HfApi(token=token).model_info(
         _repository(entry), revision=revision, timeout=_REQUEST_TIMEOUT_S, files_metadata=True
     )
+
+
+def _encoder_entry(folder: Path) -> ModelEntry:
+    """Returns the entry of the text encoder of a checkpoint that does not contain it."""
+    return text_encoder_entry(text_encoder_repository(read_config(folder)))
 
 
 def _cached_text_encoder(entry: ModelEntry) -> Path | None:
