@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _MAX_VALUES = 80_000_000  # largest samples x channels after mixing to stereo: 320 MB of float32, or 416 s at 96 kHz
 _START_TIMEOUT_S = 30.0
 _START_RETRY_S = 5.0
-_ATTEMPTS = 2  # per file, because a process may die for reasons other than the file, such as too little memory
 
 
 class AudioDecoder:
@@ -65,17 +64,17 @@ class AudioDecoder:
         self, file: IO[bytes], limits: dict[str, Any] | None, *, field: str
     ) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
         file.flush()
-        for attempts_left in reversed(range(_ATTEMPTS)):
+        try:
             try:
                 return self._ask_once(file.fileno(), limits)
-            except _FileRefusedError as error:
-                raise InvalidUploadError(f"{field}: {error}", field=field) from error
-            except TimeoutError as error:
-                raise InvalidUploadError(f"{field}: decoding the file took too long", field=field) from error
-            except _WorkerLostError as error:
-                if not attempts_left:
-                    raise InvalidUploadError(f"{field}: decoding the file failed", field=field) from error
-        raise AssertionError("unreachable: the last attempt returns or raises")
+            except _WorkerLostError:  # perhaps not because of the file, but because of too little memory
+                return self._ask_once(file.fileno(), limits)
+        except _FileRefusedError as error:
+            raise InvalidUploadError(f"{field}: {error}", field=field) from error
+        except TimeoutError as error:
+            raise InvalidUploadError(f"{field}: decoding the file took too long", field=field) from error
+        except _WorkerLostError as error:
+            raise InvalidUploadError(f"{field}: decoding the file failed", field=field) from error
 
     def _ask_once(self, descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
         if self._process is None or not self._process.is_alive():
