@@ -15,7 +15,6 @@ from safetensors.torch import load
 from torch import Tensor
 
 from stable_audio_serve.models.adapters.header import (
-    MAX_FILE_BYTES,
     MAX_RANK,
     AdapterType,
     UnusableError,
@@ -52,7 +51,6 @@ def read_adapter(
     *,
     name: str | None = None,
     max_rank: int = MAX_RANK,
-    max_bytes: int = MAX_FILE_BYTES,
     with_conditioners: bool = False,
 ) -> Adapter:
     """Read an adapter file.
@@ -62,7 +60,7 @@ def read_adapter(
     """
     name = path.stem if name is None else name
     with naming(name):
-        with open_file(path, max_bytes) as file:
+        with open_file(path) as file:
             data = file.read()
         header = parse_header(
             data, num_bytes=len(data), name=name, max_rank=max_rank, with_conditioners=with_conditioners

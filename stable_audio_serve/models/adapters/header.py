@@ -130,14 +130,13 @@ def inspect_file(
     *,
     name: str,
     max_rank: int = MAX_RANK,
-    max_bytes: int = MAX_FILE_BYTES,
     with_conditioners: bool = False,
 ) -> FileFacts:
     """Read the header of an adapter file and hash the file. Raises InvalidRequestError if the file cannot be used.
 
     Does not check the values of the tensors; `adapter.read_adapter` does.
     """
-    with naming(name), open_file(path, max_bytes) as file:
+    with naming(name), open_file(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         start = file.read(min(num_bytes, 8 + _MAX_HEADER_BYTES))
         header = parse_header(
@@ -153,7 +152,7 @@ def inspect_file(
 
 
 @contextmanager
-def open_file(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
+def open_file(path: Path) -> Iterator[BufferedReader]:
     """Open a safetensors file. Raises UnusableError if it is in another format, too large or not readable."""
     if path.suffix in _PICKLES:
         raise UnusableError(f"is a pickle ({path.suffix}), which is not loaded for safety{_READ}")
@@ -164,8 +163,8 @@ def open_file(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
         if not stat.S_ISREG(mode):  # opening it might block
             raise UnusableError(f"is not a file{_READ}")
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > max_bytes:
-                raise UnusableError(f"is larger than {max_bytes} bytes")
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise UnusableError(f"is larger than {MAX_FILE_BYTES} bytes")
             start = file.read(9)
             if start[8:] != b"{":
                 kinds = {b"GGUF": "is a GGUF file", b"PK\3\4": "is a pickle, which is not loaded for safety"}

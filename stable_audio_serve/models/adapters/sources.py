@@ -50,7 +50,6 @@ def fetch_adapter(
     token: str | None = None,
     open_s3: Callable[[], Any] | None = None,
     cache: Path | None = None,
-    max_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
     """Returns the local path of an adapter file. Downloads the file if it is not in the cache or has changed.
 
@@ -58,16 +57,16 @@ def fetch_adapter(
     branch, tag or commit may follow the repository. If `source` names no file, the repository must have exactly one
     safetensors file. A path is returned unchanged and need not exist. The file of a URL is expected never to change.
     `token` is for the hub; `open_s3` returns a boto3 client. Raises InvalidRequestError if the file cannot be
-    downloaded or is larger than `max_bytes`.
+    downloaded or is larger than MAX_FILE_BYTES.
     """
     own_cache = (cache or CACHE).expanduser()
     with _refusing(source):
         if source.startswith(_S3):
-            return _fetch_object(source, open_s3=open_s3, cache=own_cache, max_bytes=max_bytes)
+            return _fetch_object(source, open_s3=open_s3, cache=own_cache)
         if source.startswith(_HTTPS):
-            return _fetch_url(source, cache=own_cache, max_bytes=max_bytes)
+            return _fetch_url(source, cache=own_cache)
         if (repository := _repository(source)) is not None:
-            return _fetch_from_hub(repository, token=token, cache=cache, max_bytes=max_bytes)
+            return _fetch_from_hub(repository, token=token, cache=cache)
     return Path(source)
 
 
@@ -107,12 +106,12 @@ def _reason(error: Exception) -> str:
     return _ERRNO.sub("", " ".join((text or str(error)).split()))[:_MAX_REASON_CHARS]
 
 
-def _require_size(num_bytes: int | None, max_bytes: int) -> None:
-    if num_bytes is not None and num_bytes > max_bytes:
-        raise _FetchError(f"the file is larger than {max_bytes} bytes")
+def _require_size(num_bytes: int | None) -> None:
+    if num_bytes is not None and num_bytes > MAX_FILE_BYTES:
+        raise _FetchError(f"the file is larger than {MAX_FILE_BYTES} bytes")
 
 
-def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path, max_bytes: int) -> Path:
+def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path) -> Path:
     """Returns the cached copy of an S3 object, downloaded if missing.
 
     The path of the copy depends on the object's ETag, so that a changed object is downloaded again.
@@ -126,19 +125,19 @@ def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path
     try:
         client = open_s3() if open_s3 else boto3.session.Session().client("s3")
         head = client.head_object(Bucket=bucket, Key=key)
-        _require_size(head["ContentLength"], max_bytes)
+        _require_size(head["ContentLength"])
         version = hashlib.sha256(f"{source}\n{head['ETag']}".encode()).hexdigest()
         path = cache / version[:32] / Path(key).name
         with _lock:
             if not path.exists():
                 body = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"])["Body"]
-                _write(path, body.iter_chunks(_CHUNK_BYTES), max_bytes=max_bytes)
+                _write(path, body.iter_chunks(_CHUNK_BYTES))
         return path
     except (BotoCoreError, ClientError) as error:
         raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
 
 
-def _fetch_url(url: str, *, cache: Path, max_bytes: int) -> Path:
+def _fetch_url(url: str, *, cache: Path) -> Path:
     if not _URL.fullmatch(url):
         raise _FetchError(f"must be https://HOST/PATH{SUFFIX}, without a user and a query")
     import httpx
@@ -152,7 +151,7 @@ def _fetch_url(url: str, *, cache: Path, max_bytes: int) -> Path:
                 with client, client.stream("GET", url) as reply:
                     if reply.status_code != 200:
                         raise _FetchError(f"the server answers with status {reply.status_code}")
-                    _write(path, _in_time(reply.iter_bytes()), max_bytes=max_bytes)
+                    _write(path, _in_time(reply.iter_bytes()))
         return path
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
@@ -174,21 +173,21 @@ def _in_time(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield chunk
 
 
-def _write(path: Path, chunks: Iterator[bytes], *, max_bytes: int) -> None:
+def _write(path: Path, chunks: Iterator[bytes]) -> None:
     """Write a file and then move it to `path`, so that other processes never read an incomplete file."""
     make_private_folder(path.parent)
     part = path.with_name(f"{uuid.uuid4().hex}.part")
     try:
         with open(part, "xb", opener=open_private) as file:
             for chunk in chunks:
-                _require_size(file.tell() + len(chunk), max_bytes)
+                _require_size(file.tell() + len(chunk))
                 file.write(chunk)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | None, max_bytes: int) -> Path:
+def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | None) -> Path:
     from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
@@ -205,7 +204,7 @@ def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | Non
             info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=_REQUEST_TIMEOUT_S)
             file = _only_file(repo_id, [each.rfilename for each in info.siblings or ()])
         url = hf_hub_url(repo_id, file, revision=revision)
-        _require_size(get_hf_file_metadata(url, token=token, timeout=_REQUEST_TIMEOUT_S).size, max_bytes)
+        _require_size(get_hf_file_metadata(url, token=token, timeout=_REQUEST_TIMEOUT_S).size)
         return Path(hf_hub_download(repo_id, file, revision=revision, token=token, cache_dir=cache))
     except GatedRepoError as error:
         raise _FetchError(f"the repository {repo_id} is gated: the server's hf_token may not read it") from error

@@ -15,6 +15,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import trustme
@@ -22,15 +23,15 @@ import trustme
 from stable_audio_serve.artifacts.s3_client import make_client
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.models.adapters import sources
-from stable_audio_serve.models.adapters.header import inspect_file
+from stable_audio_serve.models.adapters.header import MAX_FILE_BYTES, inspect_file
 from stable_audio_serve.models.adapters.sources import fetch_adapter, is_remote
 from tests.adapter_files import write_file
 from tests.models.hub import Repo, pointing_library_at, running_hub
 from tests.object_storage import ObjectStorage
 
 
-def refusal(source: str, **options: Any) -> str:
-    with pytest.raises(InvalidRequestError) as caught:
+def refusal(source: str, *, max_bytes: int = MAX_FILE_BYTES, **options: Any) -> str:
+    with patch.object(sources, "MAX_FILE_BYTES", max_bytes), pytest.raises(InvalidRequestError) as caught:
         fetch_adapter(source, **options)
     assert caught.value.field == "loras"
     return caught.value.message
