@@ -25,10 +25,11 @@ from stable_audio_serve.engine.scheduling.memory import (
     example_conditioning,
     measure_use,
     peak_bytes,
+    plan_share,
     row_shape,
 )
 from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork, Scheduler, SchedulerLimits
-from stable_audio_serve.models.protocol import DecodeWindow
+from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel
 from stable_audio_serve.sampling.noise import SeededNoise
 from tests.engine.capturing import RecordingDevice
 from tests.factories import ToyModel, make_request, make_varied_requests
@@ -36,6 +37,11 @@ from tests.goldens import SHARP
 from tests.models.loaded import loaded
 
 MB = 1_000_000
+
+
+def measure(model: DiffusionModel) -> MemoryUse:
+    plan = plan_share(model, 1 / 16)
+    return measure_use(model, example_conditioning(model, plan), frames=plan.frames, noise=SeededNoise(0))
 
 
 def test_needs_of_a_row_are_pages_slots_and_largest_call() -> None:
@@ -85,7 +91,7 @@ def test_memory_of_a_layer_is_its_output(name: str) -> None:
 def test_memory_of_the_toy_model_matches_its_arithmetic() -> None:
     model = ToyModel(width=16, latent_channels=4, hop=8)
     with torch.inference_mode():
-        use = measure_use(model, example_conditioning(model), noise=SeededNoise(0))
+        use = measure(model)
     assert use.branch == pytest.approx(4 * 16)  # the prompt's values: float32, width 16
     assert use.branch_frame == pytest.approx(4 * 16)  # the conditioning added to each frame: float32, width 16
     assert use.decode_frame >= 4 * 2 * 8  # the audio: float32, two channels, eight samples
@@ -97,7 +103,7 @@ def test_memory_of_small_windows_predicts_long_ones(name: str) -> None:
     model = loaded(name)
     latents = torch.zeros(model.spec.card.latent_channels, 256)
     with torch.inference_mode():
-        use = measure_use(model, example_conditioning(model), noise=SeededNoise(0))
+        use = measure(model)
         taken = peak_bytes(lambda: model.decode([DecodeWindow(latents, 0, SeededNoise(0))]))
     assert 0.85 * 256 * use.decode_frame <= taken <= 1.02 * 256 * use.decode_frame
 

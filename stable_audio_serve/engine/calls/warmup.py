@@ -5,22 +5,22 @@ The runs also trigger lazy initialisation. The warm-up stops when its time budge
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.calls.coding_calls import captured_windows
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call, Lane
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement, Work
+from stable_audio_serve.engine.scheduling.memory import example_batch, example_conditioning, plan_share
 from stable_audio_serve.models.protocol import (
+    BranchConditioning,
     DecodeWindow,
     DiffusionModel,
     EncodeWindow,
-    RowConditioning,
     RowPlan,
     StepBatch,
     TextEmbedding,
@@ -103,7 +103,7 @@ class WarmUp:
         """
         prompt = self._model.encode_text([_PROMPT])[0]
         if self._model.spec.is_compiled:
-            self._compile(prompt)
+            self._compile()
         probes = {(probe.work, probe.rows, probe.frames): probe for probe in self._probes(prompt)}
         last: dict[Work, tuple[float, int]] = {}  # for each kind of call: time in ms and size of the last one timed
         for probe in sorted(probes.values(), key=lambda probe: (probe.size, probe.rows)):
@@ -126,42 +126,33 @@ class WarmUp:
         for work, measurements in self._measured.items():
             self._cost.fit(work, measurements)
 
-    def _compile(self, prompt: TextEmbedding) -> None:
+    def _compile(self) -> None:
         """Run each denoiser call that torch.compile compiles separately: batches of one and of two, each with and
         without a source to inpaint.
         """
-        plan = self._plan(DURATION_SHARES[0])
-        latents = torch.zeros(self._model.spec.card.latent_channels, plan.frames, device=self._model.device)
-        inpainting = replace(plan, keep_mask=torch.ones(plan.frames))
-        for own, source in ((plan, None), (inpainting, latents)):
-            conditioning = self._model.condition(own, prompt=prompt, negative=None, inpaint_latents=source)
+        plan = plan_share(self._model, DURATION_SHARES[0])
+        for branch in example_conditioning(self._model, plan):
             for rows in (1, 2):
-                self._denoise(plan, [conditioning] * rows, frames=self._policy.padded(plan.frames))
-
-    def _plan(self, share: float) -> RowPlan:
-        """Return the plan of a clip whose duration is `share` times the model's longest duration."""
-        duration_s = self._model.spec.card.max_duration_s * share
-        request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
-        return self._model.plan(request)[0]
+                self._denoise(plan, branch, rows=rows, frames=self._policy.padded(plan.frames))
 
     def _probes(self, prompt: TextEmbedding) -> Iterator[_Probe]:
         for count in _COUNTS:
             if count <= self._max_prompts:
                 yield _Probe("text", count, 0, partial(self._model.encode_text, [_PROMPT] * count))
         for share in DURATION_SHARES:
-            plan = self._plan(share)
+            plan = plan_share(self._model, share)
             conditioning = self._model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None)
-            yield from self._row_probes(plan, conditioning)
+            yield from self._row_probes(plan, conditioning.conditional)
 
-    def _row_probes(self, plan: RowPlan, conditioning: RowConditioning) -> Iterator[_Probe]:
+    def _row_probes(self, plan: RowPlan, branch: BranchConditioning) -> Iterator[_Probe]:
         noise = self._noise_factory(0)
         for call in step_calls(self._policy, plan.frames, max_tokens=self._max_tokens):
             ((rows, frames),) = call.groups
             run: Callable[[], object]
             if call.tokens:
-                run = partial(self._model.denoise, self._packed_batch(call, plan=plan, conditioning=conditioning))
+                run = partial(self._model.denoise, self._packed_batch(call, plan=plan, branch=branch))
             else:
-                run = partial(self._denoise, plan, [conditioning] * rows, frames=frames)
+                run = partial(self._denoise, plan, branch, rows=rows, frames=frames)
             yield _Probe("denoise", rows, frames, run)
         spec = self._model.spec
         window = max(window_lengths(plan.decode_windows))
@@ -171,27 +162,21 @@ class WarmUp:
         encode = EncodeWindow(samples, 0, "init", noise)
         yield _Probe("encode", 1, window, partial(self._model.encode_audio, [encode]))
 
-    def _denoise(self, plan: RowPlan, rows: Sequence[RowConditioning], *, frames: int) -> object:
-        device = self._model.device
-        batch = StepBatch.of(
-            torch.zeros(len(rows), self._model.spec.card.latent_channels, frames, device=device),
-            t=torch.full((len(rows),), 0.5, device=device),
-            valid=(torch.arange(frames) < plan.valid_frames).expand(len(rows), frames).to(device),
-            branches=[row.conditional for row in rows],
-        )
+    def _denoise(self, plan: RowPlan, branch: BranchConditioning, *, rows: int, frames: int) -> object:
+        batch = example_batch(self._model, [branch] * rows, frames=frames, valid_frames=plan.valid_frames)
         return self._model.denoise(batch)
 
-    def _packed_batch(self, call: Call, *, plan: RowPlan, conditioning: RowConditioning) -> StepBatch:
+    def _packed_batch(self, call: Call, *, plan: RowPlan, branch: BranchConditioning) -> StepBatch:
         """Return the inputs of a packed call whose rows all have the same plan and conditioning."""
-        spec, device, own = self._model.spec, self._model.device, conditioning.conditional
+        spec, device = self._model.spec, self._model.device
         frames, valid = torch.zeros(2, call.rows, dtype=torch.int32)
         frames[: len(call.lengths)], valid[: len(call.lengths)] = plan.frames, plan.valid_frames
         return StepBatch(
             x=torch.zeros(1, spec.card.latent_channels, call.tokens, device=device),
             t=torch.full((call.rows,), 0.5, device=device),
             valid=None,
-            constants={name: value[None] for name, value in own.constants.items()},
-            by_frame={name: value.new_zeros(1, value.shape[0], call.tokens) for name, value in own.by_frame.items()},
+            constants={name: value[None] for name, value in branch.constants.items()},
+            by_frame={name: value.new_zeros(1, len(value), call.tokens) for name, value in branch.by_frame.items()},
             segments=Segments.of(
                 frames.to(device),
                 valid.to(device),
@@ -199,7 +184,7 @@ class WarmUp:
                 num_tokens=call.tokens,
                 longest_frames=call.frames,
             ),
-            slots={name: torch.zeros(call.rows, dtype=torch.int32, device=device) for name in own.constants},
+            slots={name: torch.zeros(call.rows, dtype=torch.int32, device=device) for name in branch.constants},
         )
 
     def _best_ms(self, probe: _Probe) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -211,10 +211,11 @@ class RowMemory:
         Must be called on the engine thread before the first request. Raises ConfigError if not even a clip of 1/64 of
         the longest duration fits.
         """
-        examples = example_conditioning(model)
-        self.use = measure_use(model, examples, noise=noise_factory(0))
+        plan = plan_share(model, _MEASURED)
+        examples = example_conditioning(model, plan)
+        self.use = measure_use(model, examples, frames=plan.frames, noise=noise_factory(0))
         self._divide(self._longest(model))
-        shortest = row_shape(model.plan(_request(self._spec, _SHORTEST))[0], is_fixed=self._is_fixed)
+        shortest = row_shape(plan_share(model, _SHORTEST), is_fixed=self._is_fixed)
         if self.plan.rows is not None and self._share(shortest) > 1.0:
             needed = self.use.num_bytes(self._needs(shortest), latent_channels=self._channels)
             raise ConfigError(
@@ -321,9 +322,14 @@ class RowMemory:
         return max(request.duration_s - (plan.frames - fits) * frame_s, 0.0)
 
 
-def example_conditioning(model: DiffusionModel) -> tuple[BranchConditioning, BranchConditioning]:
-    """Return the conditioning of two short clips of the same length: one without a source, one that edits a source."""
-    plan = model.plan(_request(model.spec, _MEASURED))[0]
+def plan_share(model: DiffusionModel, share: float) -> RowPlan:
+    """Return the plan of a clip whose duration is `share` times the model's longest duration."""
+    duration_s = model.spec.card.max_duration_s * share
+    return model.plan(GenerationRequest(prompt="memory", duration_s=duration_s, seed=0, duration_padding_s=0.0))[0]
+
+
+def example_conditioning(model: DiffusionModel, plan: RowPlan) -> tuple[BranchConditioning, BranchConditioning]:
+    """Return the conditioning of the planned clip without a source, and of an edit of the same length."""
     prompt = model.encode_text(["memory"])[0]
     source = torch.zeros(model.spec.card.latent_channels, plan.frames, device=model.device)
     editing = replace(plan, keep_mask=torch.ones(plan.frames))
@@ -334,24 +340,33 @@ def example_conditioning(model: DiffusionModel) -> tuple[BranchConditioning, Bra
     return plain, edited
 
 
+def example_batch(
+    model: DiffusionModel, branches: Sequence[BranchConditioning], *, frames: int, valid_frames: int
+) -> StepBatch:
+    """Return a padded batch of zeros with the conditioning `branches`, one for each row."""
+    rows, device = len(branches), model.device
+    return StepBatch.of(
+        torch.zeros(rows, model.spec.card.latent_channels, frames, device=device),
+        t=torch.full((rows,), 0.5, device=device),
+        valid=(torch.arange(frames) < valid_frames).expand(rows, frames).to(device),
+        branches=branches,
+    )
+
+
 def measure_use(
-    model: DiffusionModel, examples: tuple[BranchConditioning, BranchConditioning], *, noise: NoiseSource
+    model: DiffusionModel,
+    examples: tuple[BranchConditioning, BranchConditioning],
+    *,
+    frames: int,
+    noise: NoiseSource,
 ) -> MemoryUse:
-    """Measure a model's memory use from example conditioning and one small call of each kind."""
-    spec, device = model.spec, model.device
-    plain, edited = examples
-    frames = model.plan(_request(spec, _MEASURED))[0].frames
-    channels = spec.card.latent_channels
-    batch = StepBatch.of(
-        torch.zeros(1, channels, frames, device=device),
-        t=torch.full((1,), 0.5, device=device),
-        valid=torch.ones(1, frames, dtype=torch.bool, device=device),
-        branches=[edited],
-    )
-    latents, samples = (
-        torch.zeros(channels, _WINDOW, device=device),
-        torch.zeros(spec.card.channels, _WINDOW * spec.hop),
-    )
+    """Measure a model's memory use from `examples`, the conditioning of clips of `frames` latent frames, and from one
+    small call of each kind.
+    """
+    spec, (plain, edited) = model.spec, examples
+    batch = example_batch(model, [edited], frames=frames, valid_frames=frames)
+    latents = torch.zeros(spec.card.latent_channels, _WINDOW, device=model.device)
+    samples = torch.zeros(spec.card.channels, _WINDOW * spec.hop)
     return MemoryUse(
         branch=sum(value.nbytes for value in plain.constants.values()),
         branch_frame=sum(value.nbytes for value in plain.by_frame.values()) / frames,
@@ -360,12 +375,6 @@ def measure_use(
         encode_frame=peak_bytes(lambda: model.encode_audio([EncodeWindow(samples, 0, "init", noise)])) / _WINDOW,
         decode_frame=peak_bytes(lambda: model.decode([DecodeWindow(latents, 0, noise)])) / _WINDOW,
     )
-
-
-def _request(spec: ModelSpec, share: float) -> GenerationRequest:
-    """Return a request for a clip whose duration is `share` times the model's longest duration."""
-    duration_s = spec.card.max_duration_s * share
-    return GenerationRequest(prompt="memory", duration_s=duration_s, seed=0, duration_padding_s=0.0)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
