@@ -27,10 +27,10 @@ from stable_audio_serve.engine.scheduling.batching import (
     GraphShapes,
     Lane,
     OneRowPerCall,
-    round_up,
 )
 from stable_audio_serve.models.adapters.fold import Slot
 from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.windows import round_up
 
 MAX_BATCH = 32
 BATCH_WAIT_S = 0.01

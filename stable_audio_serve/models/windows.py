@@ -53,7 +53,7 @@ def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple:
     """
     overlap = 2 * halo
     num_windows = max(math.ceil((frames - overlap) / kept), 1)
-    size = _round_up(math.ceil((frames + overlap * (num_windows - 1)) / num_windows), multiple=multiple)
+    size = round_up(math.ceil((frames + overlap * (num_windows - 1)) / num_windows), multiple)
     return chunked_windows(frames, size=size, overlap=overlap)
 
 
@@ -74,8 +74,8 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
     The last window ends at a multiple of `rule.multiple` or at the clip's end: a decoder that works in chunks of frames
     fills a partial chunk with zeros, which would change the audio of the chunk's other frames.
     """
-    num_decoded = min(frames, _round_up(num_audible + rule.halo, multiple=math.lcm(WINDOW_GRID, rule.multiple)))
-    kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
+    num_decoded = min(frames, round_up(num_audible + rule.halo, math.lcm(WINDOW_GRID, rule.multiple)))
+    kept = round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), rule.multiple)
     kept = min(max(kept, WINDOW_FRAMES), max(LONGEST_FRAMES - 2 * rule.halo, WINDOW_FRAMES))
     grid = WINDOW_GRID // 2 if kept > WINDOW_FRAMES else 1
     spans = halo_windows(num_decoded, halo=rule.halo, kept=kept, multiple=math.lcm(rule.multiple, grid))
@@ -88,7 +88,7 @@ def cut_windows(frames: int, *, rule: WindowRule, longest: int = LONGEST_FRAMES)
     All windows but the last have about `longest` frames. The last one may start earlier than necessary, so that its
     length is a multiple of WINDOW_GRID. Few different lengths therefore occur.
     """
-    shortest = _round_up(max(4 * rule.halo, WINDOW_GRID), multiple=rule.multiple)  # with which at most half is halo
+    shortest = round_up(max(4 * rule.halo, WINDOW_GRID), rule.multiple)  # with which at most half is halo
     longest = max(shortest, longest // rule.multiple * rule.multiple)
     spans: list[WindowSpan] = []
     first = 0
@@ -96,7 +96,7 @@ def cut_windows(frames: int, *, rule: WindowRule, longest: int = LONGEST_FRAMES)
         start = max(first - rule.halo, 0)
         stop, keep_stop = start + longest, start + longest - rule.halo
         if stop >= frames:
-            start = max(frames - _round_up(frames - start, multiple=WINDOW_GRID), 0)
+            start = max(frames - round_up(frames - start, WINDOW_GRID), 0)
             stop = keep_stop = frames
         spans.append(_aligned(WindowSpan(start, stop, first, keep_stop), rule))
         first = keep_stop
@@ -108,5 +108,6 @@ def _aligned(span: WindowSpan, rule: WindowRule) -> WindowSpan:
     return replace(span, start=span.start // rule.multiple * rule.multiple)
 
 
-def _round_up(value: int, *, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """Returns the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple

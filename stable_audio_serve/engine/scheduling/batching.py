@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
 from stable_audio_serve.engine.scheduling.cost import Groups
+from stable_audio_serve.models.windows import round_up
 
 CallMs = Callable[[int, int], float]  # predicts the time of a call, from its batch size and its padded length
 
@@ -31,11 +32,6 @@ _COARSEST = 4
 PACKED_ROWS = (2, 8, 64)
 _LEAST_STEP, _STEPS_PER_OCTAVE = 64, 8
 _SHORT = 4  # packed calls have separate shapes for clips of at most 1/4 of the longest length
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Return the smallest multiple of `multiple` that is at least `value`."""
-    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +98,24 @@ def _by_length(lanes: Sequence[Lane], padded: Callable[[int], int]) -> dict[int,
     return groups
 
 
+def _groups(lanes: Sequence[Lane], members: Iterable[int], *, capacity: int) -> list[list[int]]:
+    """Divide the lanes with the indices `members`, in this order, into groups of at most `capacity` network rows."""
+    groups: list[list[int]] = []
+    left = 0
+    for i in members:
+        if lanes[i].branches > left:
+            groups.append([])
+            left = capacity
+        groups[-1].append(i)
+        left -= lanes[i].branches
+    return groups
+
+
+def _row_lengths(lanes: Sequence[Lane], members: Iterable[int]) -> tuple[int, ...]:
+    """Return the latent frames of each network row of the lanes with the indices `members`."""
+    return tuple(lanes[i].frames for i in members for _ in range(lanes[i].branches))
+
+
 @dataclass(frozen=True, slots=True)
 class OneRowPerCall:
     """Strict mode on a CPU: each clip has a call of its own, padded to a multiple of `grid` latent frames."""
@@ -130,18 +144,11 @@ class FixedSlots:
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
         """Return calls for all lanes. Only lanes of equal padded length share a call, in the order of `lanes`."""
-        calls: list[Call] = []
-        for frames, members in _by_length(lanes, self.padded).items():
-            group: list[int] = []
-            used = 0
-            for i in members:
-                if used + lanes[i].branches > self.slots:
-                    calls.append(Call(tuple(group), self.slots, frames))
-                    group, used = [], 0
-                group.append(i)
-                used += lanes[i].branches
-            calls.append(Call(tuple(group), self.slots, frames))
-        return calls
+        return [
+            Call(tuple(group), self.slots, frames)
+            for frames, members in _by_length(lanes, self.padded).items()
+            for group in _groups(lanes, members, capacity=self.slots)
+        ]
 
     def typical_rows(self, branches: int, frames: int) -> int:
         return self.slots
@@ -323,7 +330,7 @@ class Packed:
         if not lanes:
             return []
         members = sorted(range(len(lanes)), key=lambda i: lanes[i].frames)
-        lengths = tuple(lanes[i].frames for i in members for _ in range(lanes[i].branches))
+        lengths = _row_lengths(lanes, members)
         return [Call(tuple(members), len(lengths), lengths[-1], lengths)]
 
     def typical_rows(self, branches: int, frames: int) -> int:
@@ -340,7 +347,7 @@ class PackedShapes:
     prefix: int
     longest: int  # latent frames of the longest possible row
 
-    def call(self, members: Sequence[int], lengths: Sequence[int]) -> Call:
+    def call(self, members: Sequence[int], lengths: tuple[int, ...]) -> Call:
         """Return the call of the smallest allowed capacity for rows of these lengths, of which there are at most
         PACKED_ROWS[-1].
         """
@@ -349,9 +356,8 @@ class PackedShapes:
         rows = PACKED_ROWS[bisect_left(PACKED_ROWS, len(lengths))]
         longest = min(self.longest, tokens - self.prefix)
         short = -(-longest // _SHORT)
-        return Call(
-            tuple(members), rows, short if max(lengths) <= short else longest, tuple(lengths), tokens, tokens - needed
-        )
+        frames = short if max(lengths) <= short else longest
+        return Call(tuple(members), rows, frames, lengths, tokens, tokens - needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,16 +371,9 @@ class PackedGraphs(Packed):
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
         """Return packed calls for all lanes, sorted by length. Each call has at most PACKED_ROWS[-1] network rows."""
-        calls: list[Call] = []
-        members: list[int] = []
-        lengths: list[int] = []
-        for i in sorted(range(len(lanes)), key=lambda i: lanes[i].frames):
-            if len(lengths) + lanes[i].branches > PACKED_ROWS[-1]:
-                calls.append(self.shapes.call(members, lengths))
-                members, lengths = [], []
-            members.append(i)
-            lengths += [lanes[i].frames] * lanes[i].branches
-        return [*calls, self.shapes.call(members, lengths)] if members else calls
+        by_length = sorted(range(len(lanes)), key=lambda i: lanes[i].frames)
+        groups = _groups(lanes, by_length, capacity=PACKED_ROWS[-1])
+        return [self.shapes.call(group, _row_lengths(lanes, group)) for group in groups]
 
     def typical_rows(self, branches: int, frames: int) -> int:
         return min(Packed.typical_rows(self, branches, frames), PACKED_ROWS[-1])
