@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -44,8 +44,6 @@ class TimestepShift(Protocol):
 class NoShift:
     """Leaves the times unchanged."""
 
-    kind: ClassVar[str] = "none"
-
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
         return times
 
@@ -56,7 +54,6 @@ class LogSnrShift:
     `anchor_logsnr` for clips of `anchor_length` latent frames, and `rate` lower for each doubling of the length.
     """
 
-    kind: ClassVar[str] = "logsnr"
     anchor_length: float = 2000.0
     anchor_logsnr: float = -6.2
     rate: float = 1.0
@@ -78,7 +75,6 @@ class LogSnrShift:
 class FluxShift:
     """Warps t to alpha t / (1 + (alpha - 1) t), where ln alpha is a linear function of the logarithm of the length."""
 
-    kind: ClassVar[str] = "flux"
     min_length: float = 256.0
     max_length: float = 4096.0
     alpha_min: float = 1.0
@@ -106,7 +102,6 @@ class FullShift:
     result is sin(pi u / 2) instead of u.
     """
 
-    kind: ClassVar[str] = "full"
     base_shift: float = 0.5
     max_shift: float = 1.15
     min_length: float = 256.0
@@ -129,7 +124,10 @@ class FullShift:
 DEFAULT_SHIFT = LogSnrShift(rate=0.0)
 
 _KINDS: Mapping[str, type[NoShift | LogSnrShift | FluxShift | FullShift]] = {
-    shift.kind: shift for shift in (LogSnrShift, FluxShift, FullShift, NoShift)
+    "logsnr": LogSnrShift,
+    "flux": FluxShift,
+    "full": FullShift,
+    "none": NoShift,
 }
 _LARGEST_OPTION = 1e30  # float32 can represent it
 
@@ -145,7 +143,7 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
     try:
         if not isinstance(options, Mapping):
             raise ValueError("must be an object")
-        kind = options.get("type", FullShift.kind)
+        kind = options.get("type", "full")
         shift = _build(str(kind), {name: value for name, value in options.items() if name != "type"})
     except ValueError as error:
         raise CheckpointError(f"model_config.json: {key}: {error}", field=key) from error
