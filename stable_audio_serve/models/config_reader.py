@@ -101,8 +101,8 @@ class ConfigReader:
             raise self.unusable(key, "one of " + ", ".join(allowed))
         return value
 
-    def texts(self, key: str, *, default: Sequence[str]) -> tuple[str, ...]:
-        value = self._get(key, list(default))
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self._get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.unusable(key, "a list of strings")
         return tuple(value)

@@ -6,7 +6,6 @@ addresses, therefore works with any pages. On a device with CUDA graphs or limit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -151,13 +150,9 @@ class HeldFrames:
 
     @classmethod
     def take(cls, arena: FrameArena, *, frames: int, num_parts: int) -> HeldFrames:
-        with ExitStack() as undo:  # if the arena is full, nothing stays reserved
-            parts: list[Pages] = []
-            for _ in range(num_parts):
-                parts.append(arena.take(frames))
-                undo.callback(arena.free, parts[-1])
-            undo.pop_all()
-        return cls(arena, frames, tuple(parts))
+        width = pages_of(frames)
+        pages = arena.take(num_parts * width * PAGE_FRAMES)  # at once: if the arena is full, nothing stays reserved
+        return cls(arena, frames, tuple(pages[start : start + width] for start in range(0, len(pages), width)))
 
     def free(self) -> None:
         """Free all pages. The value must not be used afterwards."""

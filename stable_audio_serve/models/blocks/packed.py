@@ -59,7 +59,6 @@ class Packed:
         self.num_prefix = num_prefix
         self.places = Places(None, None, num_prefix)  # not used: only a GPU has kernels that read it
         self._spans = tuple(_spans(frames, valid_frames, num_prefix=num_prefix))
-        self.num_tokens = sum(span.count * span.length for span in self._spans)
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
         num_rows = sum(span.count for span in self._spans)

@@ -140,9 +140,9 @@ def parse_config(config: ConfigReader) -> Sa3Config:
         prompt=prompt,
         numbers=numbers,
         frame_conditioners=frame_conditioners,
-        context_ids=diffusion.texts("cross_attention_cond_ids", default=()),
-        global_ids=diffusion.texts("global_cond_ids", default=()),
-        local_ids=diffusion.texts("local_add_cond_ids", default=()),
+        context_ids=diffusion.texts("cross_attention_cond_ids"),
+        global_ids=diffusion.texts("global_cond_ids"),
+        local_ids=diffusion.texts("local_add_cond_ids"),
         shift=diffusion.plain("sampling_distribution_shift_options"),
     )
     _check_widths(parsed, diffusion)

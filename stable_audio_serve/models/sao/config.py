@@ -84,8 +84,8 @@ def parse_config(config: ConfigReader) -> SaoConfig:
         autoencoder=autoencoder,
         prompt=prompt,
         numbers=numbers,
-        context_ids=diffusion.texts("cross_attention_cond_ids", default=()),
-        global_ids=diffusion.texts("global_cond_ids", default=()),
+        context_ids=diffusion.texts("cross_attention_cond_ids"),
+        global_ids=diffusion.texts("global_cond_ids"),
         shift=diffusion.plain(SHIFT_KEY),
     )
     _check_parts(parsed, config=config, model=model, diffusion=diffusion)

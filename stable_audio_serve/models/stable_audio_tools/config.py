@@ -72,7 +72,7 @@ def parse_inputs(config: ConfigReader) -> Inputs:
     inputs = _parse_conditioners(model.section("conditioning"))
     known = (inputs.prompt.id, *(number.id for number in inputs.numbers))
     for key in _USES:
-        if any(id_ not in known for id_ in diffusion.texts(key, default=())):
+        if any(id_ not in known for id_ in diffusion.texts(key)):
             raise diffusion.unusable(key, "a list drawn from " + ", ".join(known))
     return inputs
 
