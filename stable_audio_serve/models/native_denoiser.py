@@ -170,7 +170,6 @@ class NativeDenoiser(FusedModule):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype."""
         return self.preprocess_conv.weight.dtype
 
     def resolve(self) -> None:

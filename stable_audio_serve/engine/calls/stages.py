@@ -72,7 +72,6 @@ class PromptCache:
 
     @property
     def num_bytes(self) -> int:
-        """The size of all cached embeddings in bytes."""
         return self._num_bytes
 
 

@@ -56,7 +56,6 @@ class FrameArena:
         return tuple(heappop(self._free) for _ in range(count))
 
     def free(self, pages: Pages) -> None:
-        """Make these pages free for others."""
         for page in pages:
             heappush(self._free, page)
 
@@ -96,7 +95,6 @@ class SlotArena:
         return slot
 
     def free(self, slot: int) -> None:
-        """Make this slot free for other values."""
         heappush(self._free, slot)
 
 

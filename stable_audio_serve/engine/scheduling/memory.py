@@ -158,12 +158,10 @@ class MemoryUse:
         )
 
     def context_bytes(self, needs: RowNeeds) -> float:
-        """Return the bytes of stored conditioning."""
         by_frame = self.branch_frame * needs.frame_pages + self.edit_frame * needs.edit_pages
         return self.branch * needs.slots + PAGE_FRAMES * by_frame
 
     def num_bytes(self, needs: RowNeeds, *, latent_channels: int) -> float:
-        """Return the total bytes of `needs`."""
         registers = _FLOAT_BYTES * latent_channels * PAGE_FRAMES * needs.pages
         return registers + self.context_bytes(needs) + needs.call_bytes
 

@@ -52,7 +52,6 @@ class FittedAdapter:
 
     @property
     def nbytes(self) -> int:
-        """The memory of all tensors."""
         parts = ((one.a, one.b, one.magnitude, one.along, one.squares) for one in self.layers.values())
         return sum(tensor.nbytes for layer in parts for tensor in layer if tensor is not None)
 

@@ -47,7 +47,6 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
-        """The memory of all tensors."""
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
 
 

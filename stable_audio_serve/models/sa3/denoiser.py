@@ -304,7 +304,6 @@ class Denoiser(NativeDenoiser):
         return torch.baddbmm(last_bias, hidden, last_weight.mT).transpose(0, 1)[:, :, None].contiguous()
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """Times t (rows,) in 0..1 -> embeddings (rows, width)."""
         if self.config.time_logsnr:
             t = (5 - torch.log((1 - t) / t).clamp(-12, 5)) / 17
         return super().embed_time(t)
