@@ -15,6 +15,7 @@ import pytest
 from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.calls import stages
 from stable_audio_serve.engine.scheduling import windows
 from stable_audio_serve.models.protocol import DecodeWindow
 from stable_audio_serve.models.windows import cut_windows
@@ -167,7 +168,7 @@ def take_ms(name: str, items: Sequence[object]) -> float:
 
 async def test_decoding_a_long_clip_delays_a_step_by_one_turn_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows, "LONGEST_FRAMES", 64)
-    monkeypatch.setattr(windows, "cut_windows", partial(cut_windows, longest=64))
+    monkeypatch.setattr(stages, "cut_windows", partial(cut_windows, longest=64))
     clock = FakeClock()
     device = TwoQueues(clock)
     names: list[str] = []
