@@ -23,8 +23,8 @@ from benchmarks.cases import run
 from benchmarks.cases.run import RunRequest
 from benchmarks.compare import SideFailedError, VoidError
 from benchmarks.goals import GOALS, read_standings
+from benchmarks.models import CaseSettings
 from benchmarks.report import OtherRunError, format_table, write_report
-from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES
 from benchmarks.workload import MIXES
 from stable_audio_serve.core.errors import StableAudioError

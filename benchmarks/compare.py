@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import Bracket, bound_ms, capacity_rps, fit_alone_ms, is_good, summarize_sides
-from benchmarks.load import Asker, Audio, Record, play, play_alone
-from benchmarks.quiet import describe_quiet, in_quiet
+from benchmarks.load import Asker, Audio, Record, describe_quiet, in_quiet, play, play_alone
 from benchmarks.report import Pieces, write_json
 from benchmarks.workload import Arrival, draw_arrivals
 from stable_audio_serve.core.generation import GenerationResult, Mode

@@ -1,6 +1,8 @@
 """Sends requests to a server at their scheduled times, even if earlier requests are late, and records the outcomes.
 
-The server runs in this process or behind HTTP. Latencies include delays of this client.
+The server runs in this process or behind HTTP. Latencies include delays of this client. Also records the processor time
+that other programs use meanwhile, which are all processes except this one and its descendants. If they use too much,
+the measurement is void and is repeated a few times.
 """
 
 from __future__ import annotations
@@ -8,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +22,16 @@ from stable_audio_serve.core.errors import OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import Lora
 
 if TYPE_CHECKING:
+    import psutil  # not installed on every machine, so imported only where needed
+
     from benchmarks.sides.servers import Side  # imports torch, which HTTP clients do not need
 
 Audio = npt.NDArray[np.float32]
 Item = TypeVar("Item")
+Measured = TypeVar("Measured")
 
+LARGEST_FOREIGN_CORES = 0.1
+_MOST_REPEATS = 3  # how often a void measurement is repeated
 _MOST_ATTEMPTS = 20
 _DEFAULT_RETRY_S = 1.0  # pause after a refusal without Retry-After
 
@@ -184,3 +192,58 @@ async def _send(asker: Asker, arrival: Arrival, *, index: int, started_at: float
     except (RuntimeError, OSError) as error:
         record = replace(record, outcome="failed", error=f"{type(error).__name__}: {error}")
     return replace(record, ended_at=time.perf_counter() - started_at)
+
+
+async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured, float]:
+    """Call `measure`, and repeat the call a few times if other programs disturb it.
+
+    Returns the last result, and the mean number of cores that other programs used during the last call.
+    """
+    for _ in range(1 + _MOST_REPEATS):
+        before, machine_s, started_at = _own_s(), _machine_s(), time.perf_counter()
+        measured = await measure()
+        elapsed_s, used_s = time.perf_counter() - started_at, _machine_s() - machine_s
+        own_s = sum(max(0.0, now_s - before.get(pid, 0.0)) for pid, now_s in _own_s().items())
+        foreign_cores = max(0.0, used_s - own_s) / elapsed_s
+        if foreign_cores <= LARGEST_FOREIGN_CORES:
+            break
+    return measured, foreign_cores
+
+
+def describe_quiet(foreign_cores: Sequence[float | None]) -> dict[str, Any]:
+    """Returns a dict that says whether any measurement is void, and how many cores other programs used in each.
+
+    None stands for a measurement that was not watched.
+    """
+    is_void = any(cores is not None and cores > LARGEST_FOREIGN_CORES for cores in foreign_cores)
+    return {"is_void": is_void, "foreign_cores": list(foreign_cores)}
+
+
+def _machine_s() -> float:
+    import psutil
+
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
+
+
+def _own_s() -> dict[int, float]:
+    """Returns the processor time of this process and its descendants in seconds, by process id."""
+    import psutil
+
+    used: dict[int, float] = {}
+    for process in family():
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            used[process.pid] = float(times.user + times.system)
+    return used
+
+
+def family(pid: int | None = None) -> list[psutil.Process]:
+    """Returns a process (default: this one) and its descendants, or an empty list if the process has ended."""
+    import psutil
+
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.Error:
+        return []

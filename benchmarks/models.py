@@ -1,4 +1,5 @@
-"""The models that the benchmark cases measure: loaded, or built at official sizes with random weights.
+"""The settings of the benchmark cases, and the models that they measure: loaded, or built at official sizes with random
+weights.
 
 The output of random weights is noise. Therefore no model name of a server refers to such a model. Also writes random
 adapters.
@@ -8,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.catalog import OPEN_FAMILY, DecodePrecision
-from stable_audio_serve.core.generation import Lora
+from stable_audio_serve.core.generation import Lora, Mode
 from stable_audio_serve.models.adapters.base import adaptable_layers
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.families import load_model
@@ -41,6 +42,26 @@ _REFERENCES = {
     "stable-audio-open-small": "sao/tiny-small",
 }
 _RANK = 16  # of random adapters
+
+
+@dataclass(frozen=True, slots=True)
+class CaseSettings:
+    """The settings of all benchmark cases.
+
+    `model` is a registered name or a checkpoint folder. None selects the demo model. `threads` is the model's number of
+    CPU threads. `mode` is the engine's mode, strict or fast. None selects the device's default. If `full` is true, a
+    case sends as many requests as published figures need. Otherwise it takes only minutes. The case `ggml` uses
+    `binary`, the program of sa3.cpp, and `weights`, a folder of weights.
+    """
+
+    model: str | None = None
+    device: str = "cpu"
+    mode: Mode | None = None
+    threads: int = 1
+    rounds: int = 3
+    full: bool = False
+    binary: str | None = None
+    weights: str | None = None
 
 
 def load(settings: CaseSettings) -> DiffusionModel:

@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.cases import run
 from benchmarks.cli import CASES, import_case
 from benchmarks.goals import GOALS, GPU_GOALS, read_standings
+from benchmarks.models import CaseSettings
 from benchmarks.report import format_table
-from benchmarks.settings import CaseSettings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -14,8 +14,7 @@ import torch
 
 from benchmarks.figures import worst
 from benchmarks.load import send_in_flight
-from benchmarks.models import build_random_model, write_adapters
-from benchmarks.settings import CaseSettings
+from benchmarks.models import CaseSettings, build_random_model, write_adapters
 from benchmarks.sides.pipeline import open_adapters
 from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.engine import Engine, EngineOptions

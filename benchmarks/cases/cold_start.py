@@ -17,15 +17,13 @@ from typing import Any
 import httpx
 
 from benchmarks.figures import worst
-from benchmarks.models import resolve_model
+from benchmarks.models import CaseSettings, resolve_model
 from benchmarks.servers.process import running_server, write_config
-from benchmarks.settings import CaseSettings
 
 # Program of the Python process without a server. Its run time is a lower bound for the start of every server.
 _BARE = """
 import asyncio, sys
-from benchmarks.models import load
-from benchmarks.settings import CaseSettings
+from benchmarks.models import CaseSettings, load
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
 model = load(CaseSettings(model=sys.argv[1] or None, device=sys.argv[2]))

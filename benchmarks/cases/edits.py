@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from benchmarks.load import Audio
-from benchmarks.settings import CaseSettings
+from benchmarks.models import CaseSettings
 from examples.demo_model.checks import strongest_hz
 from stable_audio_serve.core.generation import EditSchedule, GenerationRequest, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions

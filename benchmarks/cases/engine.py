@@ -11,8 +11,7 @@ from typing import Any, get_args
 from benchmarks.compare import compare_audio
 from benchmarks.figures import worst
 from benchmarks.load import send_in_flight
-from benchmarks.models import load
-from benchmarks.settings import CaseSettings
+from benchmarks.models import CaseSettings, load
 from benchmarks.workload import eight_mixed_requests
 from stable_audio_serve.core.generation import GenerationRequest, Mode
 from stable_audio_serve.engine import Engine, EngineOptions

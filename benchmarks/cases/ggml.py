@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.settings import CaseSettings
+from benchmarks.models import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.processor import has_native_bfloat16
 from stable_audio_serve.engine import Engine, EngineOptions

@@ -9,11 +9,9 @@ from typing import Any
 
 from benchmarks.compare import compare_audio
 from benchmarks.figures import summarize, worst
-from benchmarks.load import play
-from benchmarks.models import load, resolve_model
-from benchmarks.quiet import describe_quiet, in_quiet
+from benchmarks.load import describe_quiet, in_quiet, play
+from benchmarks.models import CaseSettings, load, resolve_model
 from benchmarks.servers.process import serving
-from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import open_side
 from benchmarks.workload import Arrival, to_request
 from stable_audio_serve.engine import Engine, EngineOptions

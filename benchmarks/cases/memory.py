@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load import send_in_flight
-from benchmarks.models import load
-from benchmarks.settings import CaseSettings
+from benchmarks.models import CaseSettings, load
 from benchmarks.workload import draw_arrivals, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
 

@@ -13,11 +13,9 @@ from typing import Any
 
 from benchmarks.dialects import OverHttp
 from benchmarks.figures import capacity_rps, fit_alone_ms, is_in_time, percentile, span_s, worst
-from benchmarks.load import Record, play, play_alone, play_clips, play_until_served
-from benchmarks.models import resolve_model
-from benchmarks.quiet import describe_quiet, in_quiet
+from benchmarks.load import Record, describe_quiet, in_quiet, play, play_alone, play_clips, play_until_served
+from benchmarks.models import CaseSettings, resolve_model
 from benchmarks.servers.process import serving
-from benchmarks.settings import CaseSettings
 from benchmarks.workload import Arrival, draw_arrivals
 from stable_audio_serve.core.catalog import ModelCard
 

@@ -13,12 +13,10 @@ from typing import Any
 
 from benchmarks.dialects import OverHttp
 from benchmarks.figures import summarize, worst
-from benchmarks.load import play_clips
-from benchmarks.models import resolve_model
-from benchmarks.quiet import describe_quiet, in_quiet
+from benchmarks.load import describe_quiet, in_quiet, play_clips
+from benchmarks.models import CaseSettings, resolve_model
 from benchmarks.servers.process import serving
 from benchmarks.servers.timed import SHORTENING_DEVICE
-from benchmarks.settings import CaseSettings
 from benchmarks.workload import MIXES, Arrival, draw_arrivals, to_request
 from stable_audio_serve.core.catalog import ModelCard
 

@@ -18,9 +18,8 @@ from typing import Any
 
 from benchmarks.compare import LARGEST_DIFFERENCE, Run, RunOptions
 from benchmarks.load import Asker, InProcess
-from benchmarks.models import resolve_model, write_adapters
+from benchmarks.models import CaseSettings, resolve_model, write_adapters
 from benchmarks.report import Pieces, hash_sources
-from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES, open_side
 from benchmarks.workload import MIXES
 from stable_audio_serve.engine import EngineOptions

@@ -11,11 +11,9 @@ from functools import partial
 from typing import Any
 
 from benchmarks.figures import capacity_rps, worst
-from benchmarks.load import Record, play_clips
-from benchmarks.models import resolve_model
-from benchmarks.quiet import describe_quiet, in_quiet
+from benchmarks.load import Record, describe_quiet, in_quiet, play_clips
+from benchmarks.models import CaseSettings, resolve_model
 from benchmarks.servers.process import serving
-from benchmarks.settings import CaseSettings
 from benchmarks.workload import MIXES, Mix, draw_arrivals
 
 _STAND_IN, _MODEL = "benchmarks.servers.timed:build", "stable_audio_serve.serving.app:build"

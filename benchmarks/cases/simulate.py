@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.figures import capacity_rps, percentile, steady_latencies_ms, worst
 from benchmarks.load import Record
-from benchmarks.settings import CaseSettings
+from benchmarks.models import CaseSettings
 from benchmarks.simulation import MEDIUM, SMALL, Gpu, Network, SimulatedEngine, record_of, work_of
 from benchmarks.workload import Arrival, draw_arrivals
 

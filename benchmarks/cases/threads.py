@@ -11,8 +11,7 @@ import torch
 
 from benchmarks.compare import LARGEST_DIFFERENCE
 from benchmarks.load import Audio
-from benchmarks.models import build_random_model
-from benchmarks.settings import CaseSettings
+from benchmarks.models import CaseSettings, build_random_model
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
 

@@ -21,7 +21,7 @@ import psutil
 import yaml
 
 from benchmarks.dialects import OverHttp, open_clients
-from benchmarks.quiet import family
+from benchmarks.load import family
 from stable_audio_serve.models.registry import ModelEntry
 
 _READY_TIMEOUT_S = 300.0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import ggml
-from benchmarks.settings import CaseSettings
+from benchmarks.models import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine
 from tests.factories import ToyModel

@@ -15,8 +15,8 @@ from benchmarks import cli, models, page
 from benchmarks.cases import cold_start, http, run
 from benchmarks.cases.run import RunRequest
 from benchmarks.goals import GOALS
+from benchmarks.models import CaseSettings
 from benchmarks.servers import process, sides
-from benchmarks.settings import CaseSettings
 from stable_audio_serve import engine
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.engine import EngineOptions

@@ -31,9 +31,9 @@ from benchmarks.figures import (
 from benchmarks.goals import GOALS, Goal, Standing, read_standings
 from benchmarks.gpu.trace import summarize_trace
 from benchmarks.load import Answer, Record, RefusedError, play, play_until_served
+from benchmarks.models import CaseSettings
 from benchmarks.report import write_report
 from benchmarks.servers.timed import LinearDevice, TimedReplica
-from benchmarks.settings import CaseSettings
 from benchmarks.workload import Arrival
 from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.generation import GenerationResult
