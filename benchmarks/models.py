@@ -188,21 +188,11 @@ def _random_text_encoder(max_length: int, *, is_open: bool) -> TextEncoder:
     )
 
     if is_open:
-        config = T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32_128)
-        encoder = T5EncoderModel(config).to(torch.float16)
+        encoder = T5EncoderModel(T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12)).to(torch.float16)
     else:
-        sizes = T5GemmaModuleConfig(
-            vocab_size=256_000,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            num_key_value_heads=12,
-            head_dim=64,
-            query_pre_attn_scalar=64,
-            attn_logit_softcapping=50.0,
-            max_position_embeddings=8192,
-        )
+        widths = {"hidden_size": 768, "intermediate_size": 2048, "head_dim": 64, "query_pre_attn_scalar": 64}
+        heads = {"num_attention_heads": 12, "num_key_value_heads": 12}
+        sizes = T5GemmaModuleConfig(num_hidden_layers=12, **widths, **heads)
         config = T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False, attn_implementation="eager")
         encoder = T5GemmaEncoderModel(config).to(torch.bfloat16)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))

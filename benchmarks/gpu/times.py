@@ -8,7 +8,7 @@ the drawing of noise.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -147,11 +147,7 @@ async def measure_rows(machine: Machine, results: Results) -> None:
     ]
     results.record("can_pack_segments", model.spec.packs_segments)
     for name, left_out in _WITHOUT.items():
-        async with machine.engine(model, ALL - left_out) as engine:
-            await engine.prepare(*requests)
-            taken_ms = await _median_ms(partial(engine.together, *requests), repeats=machine.sizes.repeats)
-            results.record(f"rows.{name}", {"ms": taken_ms, "captured": engine.captures.num_captured})
-        del engine
+        results.record(f"rows.{name}", await _measure_together(machine, model, *requests, features=ALL - left_out))
     shape = model.spec.card.latent_channels, _STEP_TOKENS // _ROWS
     sources = [SeededNoise(seed) for seed in range(_ROWS)]
     for threads in _THREADS:
@@ -174,15 +170,13 @@ async def measure_adapters(machine: Machine, results: Results) -> None:
         loras = write_adapters(model, Path(folder), count=count)
         plain = [_clip(machine, model, duration_s=_ADAPTED_S, seed=seed) for seed in range(count)]
         adapted = [replace(request, loras=(lora,)) for request, lora in zip(plain, loras, strict=True)]
-        for eager in ((), ("captures",)):
-            figures: dict[str, float] = {}
-            for name, requests in (("plain_ms", plain), ("adapted_ms", adapted)):
-                async with machine.engine(model, ALL.difference(eager)) as engine:
-                    await engine.prepare(*requests)
-                    figures[name] = await _median_ms(partial(engine.together, *requests), repeats=machine.sizes.repeats)
-                del engine
-            figures["throughput_ratio"] = figures["plain_ms"] / figures["adapted_ms"]
-            results.record(f"adapters.{'eager' if eager else 'captured'}", figures)
+        for name, features in (("captured", ALL), ("eager", ALL - {"captures"})):
+            plain_ms, adapted_ms = [
+                (await _measure_together(machine, model, *requests, features=features))["ms"]
+                for requests in (plain, adapted)
+            ]
+            figures = {"plain_ms": plain_ms, "adapted_ms": adapted_ms, "throughput_ratio": plain_ms / adapted_ms}
+            results.record(f"adapters.{name}", figures)
 
 
 def _clip(machine: Machine, model: DiffusionModel, *, duration_s: float, seed: int = 0) -> GenerationRequest:
@@ -196,6 +190,16 @@ def _clip(machine: Machine, model: DiffusionModel, *, duration_s: float, seed: i
         cfg_scale=card.default_cfg_scale,
         duration_padding_s=0.0,
     )
+
+
+async def _measure_together(
+    machine: Machine, model: DiffusionModel, *requests: GenerationRequest, features: Collection[str]
+) -> dict[str, float]:
+    """Returns the median time of these requests together, and the number of CUDA graphs that the engine captured."""
+    async with machine.engine(model, features) as engine:
+        await engine.prepare(*requests)
+        taken_ms = await _median_ms(partial(engine.together, *requests), repeats=machine.sizes.repeats)
+        return {"ms": taken_ms, "captured": engine.captures.num_captured}
 
 
 async def _median_ms(run: Callable[[], Awaitable[object]], *, repeats: int) -> float:
