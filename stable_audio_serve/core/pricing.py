@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Protocol
 
 from stable_audio_serve.core.generation import GenerationRequest
@@ -87,11 +87,3 @@ class Prices:
             more = {"evaluations": self.adapted * size.evaluations, "evaluated_s": self.adapted * size.evaluated_s}
             size = replace(size, **more)
         return self.of(size)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, float]) -> Prices:
-        """Return the prices whose fields have these values by name. Ignores unknown names.
-
-        Raises KeyError for missing names.
-        """
-        return cls(**{field.name: values[field.name] for field in fields(cls)})  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.operations import ReplicaReport
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.serving.ray_internals import application_details
-from stable_audio_serve.serving.work_ledger import ReplicaWork
+from stable_audio_serve.serving.work_ledger import parse_work
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -57,7 +57,7 @@ def record_stats(model: str, stats: Mapping[str, Mapping[str, Any]]) -> None:
     If a replica is missing in `stats`, its earlier statistics are dropped.
     """
     now = time.monotonic()
-    works = map(ReplicaWork.from_dict, stats.values())
+    works = map(parse_work, stats.values())
     work = next(filter(None, works), None)
     with _lock:
         if work is not None:

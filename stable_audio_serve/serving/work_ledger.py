@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.pricing import Prices
 
@@ -47,17 +49,19 @@ class ReplicaWork:
         """Return the fields by name, because Ray Serve's controller sends statistics to the routers as a dict."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ReplicaWork | None:
-        """Return the report that `to_dict` converted to `values`.
 
-        Returns None for other values, such as the report of a replica with another version of this package.
-        """
-        try:
-            prices = Prices.from_dict(values["prices"])
-            return cls(float(values["said_at"]), float(values["backlog_ms"]), prices, tuple(values["adapters"]))
-        except (KeyError, TypeError, ValueError):
-            return None
+_WORK = TypeAdapter(ReplicaWork)
+
+
+def parse_work(values: Mapping[str, Any]) -> ReplicaWork | None:
+    """Return the report that `ReplicaWork.to_dict` converted to `values`.
+
+    Returns None for other values, such as the report of a replica with another version of this package.
+    """
+    try:
+        return _WORK.validate_python(values)
+    except ValidationError:
+        return None
 
 
 class _Call(NamedTuple):
@@ -134,7 +138,7 @@ class WorkLedger:
         now, wall = self._clock(), self._wall()
         self._replicas = {name: self._replicas.get(name) or _Replica(now) for name in reports}
         for name, report in reports.items():
-            if (work := ReplicaWork.from_dict(report)) is not None:
+            if (work := parse_work(report)) is not None:
                 self._replicas[name].record(work, now=now, age_s=wall - work.said_at)
 
     def is_old(self, replica: str) -> bool:

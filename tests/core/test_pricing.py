@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 
 from stable_audio_serve.core.catalog import ModelCard
@@ -36,9 +34,3 @@ def test_a_model_that_guides_by_default_costs_twice_the_steps() -> None:
     model = ModelCard("m", "f", default_steps=100, default_cfg_scale=7.0)
     assert WorkSize.of(request(), model=model).evaluations == 200
     assert WorkSize.of(request(cfg_scale=1.0), model=model).evaluations == 100
-
-
-def test_prices_survive_serialisation() -> None:
-    assert Prices.from_dict(asdict(PRICES) | {"of_a_later_version": 1.0}) == PRICES
-    with pytest.raises(KeyError, match="row_ms"):
-        Prices.from_dict({})

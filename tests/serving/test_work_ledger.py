@@ -9,7 +9,7 @@ import pytest
 
 from stable_audio_serve.core.generation import GenerationRequest, Lora
 from stable_audio_serve.core.pricing import Prices
-from stable_audio_serve.serving.work_ledger import ReplicaWork, WorkLedger
+from stable_audio_serve.serving.work_ledger import ReplicaWork, WorkLedger, parse_work
 
 PRICES = Prices(row_ms=0.0, evaluation_ms=10.0, evaluated_second_ms=0.0, audio_second_ms=0.0)
 REPLICAS = ("a", "b", "c")
@@ -43,6 +43,13 @@ class Ledger(WorkLedger):
 @pytest.fixture
 def ledger() -> Ledger:
     return Ledger()
+
+
+def test_reports_survive_serialisation() -> None:
+    work = ReplicaWork(1.0, 2.0, replace(PRICES, default_steps=50, adapted=1.5), ("hash",))
+    values = work.to_dict()
+    assert parse_work(values | {"device": "cpu", "prices": values["prices"] | {"of_a_later_version": 1.0}}) == work
+    assert parse_work(values | {"prices": {}}) is None
 
 
 def test_reported_work_shrinks_as_time_passes(ledger: Ledger) -> None:
