@@ -114,7 +114,7 @@ def test_slots_of_a_fixed_size_never_move() -> None:
     first, second = (arena.put(torch.full((3,), value)) for value in (1.0, 2.0))
     with pytest.raises(RuntimeError, match="taken"):
         arena.put(torch.zeros(3))
-    arena.free(first)
+    arena.free([first])
     assert arena.put(torch.full((3,), 4.0)) == first
     assert arena.memory[[0, first, second], 0].tolist() == [0.0, 4.0, 2.0]
     assert arena.memory.data_ptr() == place

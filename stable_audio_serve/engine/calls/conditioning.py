@@ -86,7 +86,7 @@ class ConditioningArena:
                     if name not in self.slots:
                         self.slots[name] = SlotArena(value, num_slots=self.fixed.slots if self.fixed else None)
                     slots[id(value)] = slot = self.slots[name].put(value)
-                    undo.callback(self.slots[name].free, slot)
+                    undo.callback(self.slots[name].free, [slot])
             for name, value in branch.by_frame.items():
                 if id(value) not in pages:
                     if name not in self.frames:
@@ -113,6 +113,6 @@ class ConditioningArena:
         """Free the memory of a value whose reference count is 0."""
         branches = [branch for branch in (held.conditional, held.unconditional) if branch is not None]
         for name, slot in {(name, slot) for branch in branches for name, slot in branch.slots.items()}:
-            self.slots[name].free(slot)
+            self.slots[name].free([slot])
         for name, pages in {(name, pages) for branch in branches for name, pages in branch.pages.items()}:
             self.frames[name].free(pages)

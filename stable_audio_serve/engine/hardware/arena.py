@@ -24,11 +24,36 @@ def pages_of(frames: int) -> int:
     return -(-frames // PAGE_FRAMES)
 
 
-class FrameArena:
-    """A tensor `memory` of pages: (pages, channels, 64 frames). Used by one thread.
+class _Arena:
+    """A tensor `memory` of numbered places: (places, *shape). Used by one thread.
 
-    When no page is free, `memory` is replaced by a copy of twice the size, unless the size is fixed.
+    When too few places are free, `memory` is replaced by a copy of twice the size, unless the size is fixed.
     """
+
+    def __init__(self, memory: Tensor, *, num_special: int, is_fixed: bool) -> None:
+        """The first `num_special` places of `memory` are never taken. The first of them is set to 0."""
+        self.memory = memory
+        self.memory[ZERO_PAGE] = 0.0
+        self._is_fixed = is_fixed
+        self._free = list(range(num_special, len(memory)))  # a heap, so that the lowest free number is taken first
+
+    def free(self, places: Sequence[int]) -> None:
+        for place in places:
+            heappush(self._free, place)
+
+    def _take(self, count: int) -> tuple[int, ...]:
+        while len(self._free) < count:
+            old = self.memory
+            if self._is_fixed:
+                raise RuntimeError(f"all {len(old)} places of this memory are taken")
+            self.memory = old.new_empty(2 * len(old), *old.shape[1:])
+            self.memory[: len(old)] = old
+            self.free(range(len(old), 2 * len(old)))
+        return tuple(heappop(self._free) for _ in range(count))
+
+
+class FrameArena(_Arena):
+    """An arena of pages: (pages, channels, 64 frames)."""
 
     def __init__(
         self,
@@ -39,75 +64,35 @@ class FrameArena:
         num_pages: int | None = None,
     ) -> None:
         """If `num_pages` is given, the size is fixed, and at most `num_pages` pages can be reserved at a time."""
-        self._is_fixed = num_pages is not None
         total = SCRATCH_PAGE + 1 + (_FIRST_PAGES if num_pages is None else num_pages)
-        self.memory = torch.empty(total, channels, PAGE_FRAMES, device=device, dtype=dtype)
-        self.memory[ZERO_PAGE] = 0.0
-        self._free = list(range(SCRATCH_PAGE + 1, total))  # a heap, so that the lowest free number is taken first
+        memory = torch.empty(total, channels, PAGE_FRAMES, device=device, dtype=dtype)
+        super().__init__(memory, num_special=SCRATCH_PAGE + 1, is_fixed=num_pages is not None)
 
     def take(self, frames: int) -> Pages:
         """Reserve pages for this many frames and return their numbers. Their contents are uninitialised.
 
         Raises RuntimeError if the size is fixed and too few pages are free.
         """
-        count = pages_of(frames)
-        while len(self._free) < count:
-            self._grow()
-        return tuple(heappop(self._free) for _ in range(count))
-
-    def free(self, pages: Pages) -> None:
-        for page in pages:
-            heappush(self._free, page)
-
-    def _grow(self) -> None:
-        old = len(self.memory)
-        self.memory = _doubled(self.memory, is_fixed=self._is_fixed)
-        for page in range(old, 2 * old):
-            heappush(self._free, page)
+        return self._take(pages_of(frames))
 
 
-class SlotArena:
-    """A tensor `memory` with space for many tensors of one shape: (slots, *shape). Slot 0 is all zeros. Used by one
-    thread.
-
-    When no slot is free, `memory` is replaced by a copy of twice the size, unless the size is fixed.
-    """
+class SlotArena(_Arena):
+    """An arena of slots for tensors of one shape: (slots, *shape)."""
 
     def __init__(self, like: Tensor, *, num_slots: int | None = None) -> None:
         """All values have the shape, dtype and device of `like`. If `num_slots` is given, the size is fixed."""
-        self._is_fixed = num_slots is not None
         total = ZERO_PAGE + 1 + (_FIRST_SLOTS if num_slots is None else num_slots)
-        self.memory = like.new_empty(total, *like.shape)
-        self.memory[ZERO_PAGE] = torch.zeros_like(like)
-        self._free = list(range(ZERO_PAGE + 1, total))
+        memory = like.new_empty(total, *like.shape)
+        super().__init__(memory, num_special=ZERO_PAGE + 1, is_fixed=num_slots is not None)
 
     def put(self, value: Tensor) -> int:
         """Copy a value into a free slot and return the slot's number.
 
         Raises RuntimeError if the size is fixed and no slot is free.
         """
-        if not self._free:
-            old = len(self.memory)
-            self.memory = _doubled(self.memory, is_fixed=self._is_fixed)
-            self._free = list(range(old, 2 * old))
-        slot = heappop(self._free)
+        (slot,) = self._take(1)
         self.memory[slot] = value
         return slot
-
-    def free(self, slot: int) -> None:
-        heappush(self._free, slot)
-
-
-def _doubled(memory: Tensor, *, is_fixed: bool) -> Tensor:
-    """Return a tensor of twice the length, whose first half is a copy of `memory`. The rest is uninitialised.
-
-    Raises RuntimeError if `is_fixed`.
-    """
-    if is_fixed:
-        raise RuntimeError(f"all {len(memory)} places of this memory are taken")
-    larger = memory.new_empty(2 * len(memory), *memory.shape[1:])
-    larger[: len(memory)] = memory
-    return larger
 
 
 def read(memory: Tensor, table: Tensor, *, frames: int) -> Tensor:
