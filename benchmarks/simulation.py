@@ -23,7 +23,7 @@ from benchmarks.workload import Arrival
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.build import build_scheduler
 from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_calls
-from stable_audio_serve.engine.scheduling.batching import PackedGraphs, PackedShapes
+from stable_audio_serve.engine.scheduling.batching import PackedGraphs
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
 from stable_audio_serve.engine.scheduling.prediction import Predictor
 from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, RowWork
@@ -210,7 +210,8 @@ class SimulatedEngine:
         self._cost = CostModel()
         self._policy = PackedGraphs(
             partial(self._cost.knee_tokens, fixed_share=options.fixed_share),
-            PackedShapes(network.prefix_tokens, longest_frames),
+            network.prefix_tokens,
+            longest_frames,
         )
         self._fit_cost(longest_frames, max_tokens=options.max_step_tokens)
         self._predictor = Predictor(self._cost, self._policy)

@@ -37,7 +37,6 @@ from stable_audio_serve.engine.scheduling.batching import (
     OneRowPerCall,
     Packed,
     PackedGraphs,
-    PackedShapes,
 )
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.memory import RowMemory
@@ -70,7 +69,7 @@ def resolve_policy(
     if may_pack and spec.packs_rows and device.prefers_packed:
         return Packed(knee_tokens)
     if may_pack and spec.packs_segments and features.packing:
-        return PackedGraphs(knee_tokens, PackedShapes(spec.num_prefix, spec.max_frames))
+        return PackedGraphs(knee_tokens, spec.num_prefix, spec.max_frames)
     shapes = (GraphShapes if device.shares_calls else AnyRows)(grid, options.max_step_tokens)
 
     def call_ms(rows: int, frames: int) -> float:

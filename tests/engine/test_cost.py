@@ -16,7 +16,6 @@ from stable_audio_serve.engine.scheduling.batching import (
     MergedGrid,
     OneRowPerCall,
     PackedGraphs,
-    PackedShapes,
 )
 from stable_audio_serve.engine.scheduling.cost import CallCost, CostModel, Measurement, fit_call_cost
 from stable_audio_serve.engine.scheduling.prediction import Predictor
@@ -177,7 +176,7 @@ def test_free_rows_have_a_finite_knee() -> None:
     for shapes in (AnyRows(), GraphShapes()):
         policy = MergedGrid(lambda rows, frames: 1.0, knee_tokens, shapes)
         assert 1 <= policy.typical_rows(1, 64) <= 16_384 / 64
-    assert 1 <= PackedGraphs(knee_tokens, PackedShapes(64, 1292)).typical_rows(1, 64) <= PACKED_ROWS[-1]
+    assert 1 <= PackedGraphs(knee_tokens, 64, 1292).typical_rows(1, 64) <= PACKED_ROWS[-1]
 
 
 def make_predictor(cost: CallCost, *, shared: bool) -> Predictor:
@@ -215,7 +214,7 @@ def test_a_packed_row_alone_costs_its_own_tokens_and_the_spare_ones(branches: in
     cost = CallCost(fixed_ms=1.0, per_frame_ms=0.004)
     model = CostModel()
     model.fit("denoise", measure(cost))
-    predictor = Predictor(model, PackedGraphs(lambda frames: 1.0, PackedShapes(64, 1292)))
+    predictor = Predictor(model, PackedGraphs(lambda frames: 1.0, 64, 1292))
     predicted_ms = predictor.alone_ms(RowWork(frames, branches=[branches])) - predictor.text_ms(1)
     own_ms = cost.call_ms(branches, frames)
     assert own_ms <= predicted_ms <= own_ms + 0.004 * (64 + branches * frames / 4)

@@ -20,7 +20,6 @@ from stable_audio_serve.engine.calls.warmup import WarmUp
 from stable_audio_serve.engine.hardware.arena import SCRATCH_PAGE
 from stable_audio_serve.engine.scheduling.batching import (
     PackedGraphs,
-    PackedShapes,
 )
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.models.blocks.varlen import is_varlen_correct
@@ -152,7 +151,7 @@ def test_kernel_check_accepts_the_reference_and_rejects_wrong_ones() -> None:
 
 def packing(model: DiffusionModel) -> PackedGraphs:
     """A batch policy that packs the rows, without padding, into calls of a few fixed shapes."""
-    return PackedGraphs(lambda frames: 1e9, PackedShapes(model.spec.num_prefix, model.spec.max_frames))
+    return PackedGraphs(lambda frames: 1e9, model.spec.num_prefix, model.spec.max_frames)
 
 
 CLIP = make_audio(1.2, sample_rate_hz=1000)

@@ -341,16 +341,28 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedShapes:
-    """Chooses the capacities of packed calls. The network adds `prefix` tokens to the latent frames of each row."""
+class PackedGraphs(Packed):
+    """Fast mode for devices where packed calls (clips concatenated without padding) can be captured as CUDA graphs.
+
+    A single clip is packed, too: attention without a mask takes a third of the time of attention that masks padding.
+
+    The network adds `prefix` tokens to the latent frames of each row. The longest possible row has `longest` frames.
+    """
 
     prefix: int
-    longest: int  # latent frames of the longest possible row
+    longest: int
 
-    def call(self, members: Sequence[int], lengths: tuple[int, ...]) -> Call:
-        """Return the call of the smallest allowed capacity for rows of these lengths, of which there are at most
-        PACKED_ROWS[-1].
-        """
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        """Return packed calls for all lanes, sorted by length. Each call has at most PACKED_ROWS[-1] network rows."""
+        by_length = sorted(range(len(lanes)), key=lambda i: lanes[i].frames)
+        groups = _groups(lanes, by_length, capacity=PACKED_ROWS[-1])
+        return [self._call(group, _row_lengths(lanes, group)) for group in groups]
+
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return min(Packed.typical_rows(self, branches, frames), PACKED_ROWS[-1])
+
+    def _call(self, members: Sequence[int], lengths: tuple[int, ...]) -> Call:
+        """Return the call of the smallest allowed capacity for rows of these lengths."""
         needed = sum(lengths) + self.prefix * len(lengths)
         tokens = round_up(needed, max(2 ** (needed.bit_length() - 1) // _STEPS_PER_OCTAVE, _LEAST_STEP))
         rows = PACKED_ROWS[bisect_left(PACKED_ROWS, len(lengths))]
@@ -358,22 +370,3 @@ class PackedShapes:
         short = -(-longest // _SHORT)
         frames = short if max(lengths) <= short else longest
         return Call(tuple(members), rows, frames, lengths, tokens, tokens - needed)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedGraphs(Packed):
-    """Fast mode for devices where packed calls (clips concatenated without padding) can be captured as CUDA graphs.
-
-    A single clip is packed, too: attention without a mask takes a third of the time of attention that masks padding.
-    """
-
-    shapes: PackedShapes
-
-    def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Return packed calls for all lanes, sorted by length. Each call has at most PACKED_ROWS[-1] network rows."""
-        by_length = sorted(range(len(lanes)), key=lambda i: lanes[i].frames)
-        groups = _groups(lanes, by_length, capacity=PACKED_ROWS[-1])
-        return [self.shapes.call(group, _row_lengths(lanes, group)) for group in groups]
-
-    def typical_rows(self, branches: int, frames: int) -> int:
-        return min(Packed.typical_rows(self, branches, frames), PACKED_ROWS[-1])
