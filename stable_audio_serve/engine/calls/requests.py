@@ -301,7 +301,6 @@ class Encoding:
     """
 
     noise: RowNoise
-    prompts: Prompts
     ready: Moment  # when the device has encoded the prompts and all windows that are queued so far
     sources: dict[str, SourceEncoding] = field(default_factory=dict)
 

@@ -122,13 +122,12 @@ class Stages:
         failures += self._embed([row for row in rows if row.id in noises])
         failed = {row.id for row, _ in failures}
         for row in rows:
-            prompts = row.request.shared.prompts.get(row.plan.prompt)
-            if row.id in failed or prompts is None:
+            if row.id in failed:
                 if row.id in noises:
                     noises[row.id].cancel()
                 continue
             assert self._ready is not None
-            row.phase = encoding = Encoding(noises[row.id], prompts, self._ready)
+            row.phase = encoding = Encoding(noises[row.id], self._ready)
             self._open_sources(row, encoding)
         return failures
 
