@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,9 +71,10 @@ class _Named:
 class _Looked:
     """The card made from an adapter's file, and the file's `_state_of` when it was read (None for a download).
 
-    A downloaded source is fetched again at `retry_at`.
+    `named` is the adapter. A downloaded source is fetched again at `retry_at`.
     """
 
+    named: _Named
     state: tuple[int, ...] | None
     card: AdapterCard
     retry_at: float = float("inf")
@@ -97,9 +98,7 @@ class Library:
         self._spread_s = _SPREAD_S if settings.ingress.replicas > 1 else 0.0
         self._fetch = fetch or adapter_fetcher(settings)
         self._loaded: tuple[LoadedAdapter, ...] = ()
-        self._looked: dict[tuple[str, _Named], _Looked] = {}
-        self._origins: dict[tuple[str, str], str] = {}
-        self._cards: Mapping[str, Mapping[str, AdapterCard]] = {}
+        self._looked: dict[tuple[str, str], _Looked] = {}  # by the names of model and adapter
         self._warned: set[str] = set()
         self._lock = asyncio.Lock()
 
@@ -109,8 +108,7 @@ class Library:
         return sorted(self._warned)
 
     def cards(self, model: str | None = None) -> Sequence[AdapterCard]:
-        names = sorted(self._cards) if model is None else [model]
-        return [card for name in names for _, card in sorted(self._cards.get(name, {}).items())]
+        return [looked.card for (name, _), looked in sorted(self._looked.items()) if model in (None, name)]
 
     def resolve(self, model: ModelCard, loras: Sequence[Lora]) -> tuple[Lora, ...]:
         if not loras:
@@ -134,7 +132,7 @@ class Library:
         Raises InvalidRequestError if there is none, or if the adapter's file is unusable, and StorageError before the
         first download has ended.
         """
-        known = self._cards.get(model, {})
+        known = {adapter: looked.card for (owner, adapter), looked in self._looked.items() if owner == model}
         by_source = (card for card in known.values() if card.source == name and is_remote(name))
         card = known.get(name) or next(by_source, None)
         if card is None:
@@ -157,14 +155,12 @@ class Library:
         if not is_remote(source) and not os.path.isabs(source):
             raise _refuse(f"adapter source {source[:300]!r}: a path must be absolute", allowed="an absolute path")
         await self._read_again()
-        known = self._cards.get(model.name, {}).get(name)
-        if known is not None and known.source != source:
+        known = self._looked.get((model.name, name))
+        if known is not None and known.card.source != source:
             raise ConflictError(
-                f"the adapter {name!r} has already been loaded: it is {self._origins[model.name, name]}",
-                code="adapter_exists",
+                f"the adapter {name!r} has already been loaded: it is {known.named.origin}", code="adapter_exists"
             )
-        named = _Named(name, source, "loaded from another source")
-        self._looked.pop((model.name, named), None)
+        named = known.named if known is not None else _Named(name, source, "loaded from another source")
         looked = await asyncio.to_thread(self._look, model.name, named)
         if looked.card.problem is not None:
             raise _refuse(looked.card.problem)
@@ -174,7 +170,7 @@ class Library:
                 raise ConflictError(f"the adapter {name!r} has already been loaded", code="adapter_exists")
             await asyncio.sleep(self._spread_s)
         async with self._lock:
-            self._looked[model.name, named] = looked
+            self._looked[model.name, name] = looked
         await self._read_again()
         return looked.card
 
@@ -182,8 +178,9 @@ class Library:
         """See `AdapterLibrary.unload`. Raises StorageError."""
         removed = self._store is not None and await asyncio.to_thread(self._store.remove, model.name, name)
         await self._read_again()
-        if name in self._cards.get(model.name, {}) and not removed:
-            message = f"the adapter {name!r} cannot be unloaded: it is {self._origins[model.name, name]}"
+        known = self._looked.get((model.name, name))
+        if known is not None and not removed:
+            message = f"the adapter {name!r} cannot be unloaded: it is {known.named.origin}"
             raise ConflictError(message, code="kept_by_configuration", field="lora_name")
         if not removed:
             raise NotFoundError(f"the model {model.name} has no adapter {name[:100]!r}", field="lora_name")
@@ -213,11 +210,12 @@ class Library:
         try:
             await self._read_again()
         finally:
-            due = [key for key, looked in self._looked.items() if time.monotonic() >= looked.retry_at]
-            for key in due:
-                looked = await asyncio.to_thread(self._look, *key)
+            due = [(key, before) for key, before in self._looked.items() if time.monotonic() >= before.retry_at]
+            for key, before in due:
+                looked = await asyncio.to_thread(self._look, key[0], before.named, before=before)
                 async with self._lock:
-                    await asyncio.to_thread(self._keep, key, looked)
+                    if key in self._looked and self._looked[key].named == before.named:  # else it was removed meanwhile
+                        self._looked[key] = looked
 
     async def _read_again(self) -> None:
         """As `refresh`, without downloads, so that loading and unloading need not wait for them."""
@@ -231,25 +229,16 @@ class Library:
         finally:
             self._scan()
 
-    def _keep(self, key: tuple[str, _Named], looked: _Looked) -> None:
-        """Use a downloaded adapter, unless it was removed meanwhile."""
-        if key in self._looked:
-            self._looked[key] = looked
-            self._scan()
-
     def _scan(self) -> None:
         """Read the folders, and the files that are new or have changed. Downloads nothing."""
-        cards: dict[str, dict[str, AdapterCard]] = {}
-        origins: dict[tuple[str, str], str] = {}
-        looked: dict[tuple[str, _Named], _Looked] = {}
+        looked: dict[tuple[str, str], _Looked] = {}
         for model, settings in self._models.items():
             for named in self._named(model, settings):
-                if named.name in cards.setdefault(model, {}):
-                    continue
-                found = looked[model, named] = self._look(model, named, may_download=False)
-                cards[model][named.name] = found.card
-                origins[model, named.name] = named.origin
-        self._cards, self._origins, self._looked = cards, origins, looked
+                if (key := (model, named.name)) not in looked:
+                    before = self._looked.get(key)
+                    before = before if before is not None and before.named == named else None
+                    looked[key] = self._look(model, named, before=before, may_download=False)
+        self._looked = looked
 
     def _named(self, model: str, settings: ModelSettings) -> Iterator[_Named]:
         """Yield the adapters of a model. If several have the same name, the caller must use only the first."""
@@ -284,12 +273,11 @@ class Library:
             )
         return usable
 
-    def _look(self, model: str, named: _Named, *, may_download: bool = True) -> _Looked:
+    def _look(self, model: str, named: _Named, *, before: _Looked | None = None, may_download: bool = True) -> _Looked:
         """Return the adapter's card and the state of its file.
 
-        Reads the file only if it is new or has changed, or if its download is due again.
+        If the file was looked at `before`, reads it only if it has changed, or if its download is due again.
         """
-        before = self._looked.get((model, named))
         state = None if is_remote(named.source) else _state_of(named.source)
         if before is not None and before.state == state and (time.monotonic() < before.retry_at or not may_download):
             return before
@@ -297,7 +285,7 @@ class Library:
         settings = self._models[model]
         if state is None and not may_download:
             awaited = replace(card, problem=f"adapter {named.name!r} is being downloaded", is_awaited=True)
-            return _Looked(state, awaited, retry_at=float("-inf"))
+            return _Looked(named, state, awaited, retry_at=float("-inf"))
         try:
             path = self._fetch(named.source)
             facts = inspect_file(
@@ -309,15 +297,15 @@ class Library:
             problem = message if label in message else f"{label}: {message}"
             self._warn(f"model {model}: {problem}")
             if state is not None:
-                return _Looked(state, replace(card, problem=problem))
+                return _Looked(named, state, replace(card, problem=problem))
             failed = replace(card, problem=problem)
             known = before.card if before is not None and before.card.problem is None else failed
-            return _Looked(None, known, time.monotonic() + _RETRY_S)
+            return _Looked(named, None, known, time.monotonic() + _RETRY_S)
         header = facts.header
         for warning in header.warnings:
             self._warn(f"model {model}: {warning}")
         card = replace(card, type=header.type, rank=header.rank, sha256=facts.sha256, num_bytes=facts.num_bytes)
-        return _Looked(state, card, float("inf") if state is not None else time.monotonic() + _CHECK_AGAIN_S)
+        return _Looked(named, state, card, float("inf") if state is not None else time.monotonic() + _CHECK_AGAIN_S)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
