@@ -164,7 +164,7 @@ class Pipeline:
 
     def _capture(self) -> bool:
         with torch.inference_mode():
-            return self._captures_calls and self._stages.executor.capture_next(is_idle=True)
+            return self._captures_calls and self._stages.executor.graphs.capture_next(is_idle=True)
 
     def _run(self, states: Sequence[RequestState]) -> list[GenerationResult]:
         sharing = (steady_threads if self._is_steady else plain_threads)(self._threads or torch.get_num_threads())
@@ -204,7 +204,7 @@ class Pipeline:
         while working := [row for row in rows if row.work.phase is phase]:
             _check(run(working))
             self._stages.times.keep_pace()
-            self._stages.executor.capture_next(is_idle=False)
+            self._stages.executor.graphs.capture_next(is_idle=False)
 
     def _result(self, state: RequestState, rows: Sequence[Row]) -> GenerationResult:
         audio = [row.in_phase(Decoding).audio.audio() for row in rows if row.request is state]

@@ -273,7 +273,7 @@ class Engine:
             own.append("packing off: this torch or precision has no attention for packed rows")
         if self.profile.features.fused_kernels and not self.spec.has_fused_kernels:
             own.append("fused_kernels off: Triton's kernels do not work here, or the model is compiled")
-        if reason := self._stages.executor.captures_off_reason:
+        if reason := self._stages.executor.graphs.off_reason:
             own.append(f"captures off: {reason}")
         return "; ".join(own)
 

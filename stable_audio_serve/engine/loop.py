@@ -131,7 +131,7 @@ class EngineLoop:
         picked = [self._rows[row_id] for row_id in ids]
         try:
             if not picked:
-                return self._deliver(wait=True) or self._stages.executor.capture_next(is_idle=True)
+                return self._deliver(wait=True) or self._stages.executor.graphs.capture_next(is_idle=True)
             self._work(picked)
             self._deliver()
         except Exception as error:
@@ -210,7 +210,7 @@ class EngineLoop:
             self._fail(self._stages.denoise(rows))
         self._unschedule_finished(rows)
         self._stages.times.keep_pace()
-        self._stages.executor.capture_next(is_idle=False)
+        self._stages.executor.graphs.capture_next(is_idle=False)
 
     def _unschedule_finished(self, rows: Sequence[Row]) -> None:
         """Remove each row from the scheduler once all its remaining work is queued on the device."""

@@ -81,7 +81,7 @@ class Executor:
         self._max_per_call = max_per_call
         self._is_strict = is_strict
         self.conditioning = ConditioningArena(device)
-        self._graphs = Graphs(
+        self.graphs = Graphs(
             device,
             clock=clock,
             metrics=metrics,
@@ -89,7 +89,7 @@ class Executor:
             off_file=captures_off_file,
             is_exact=is_strict,
         )
-        self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
+        self._decoder = DecodeCalls(model, device=device, graphs=self.graphs)
         self._fixed: FixedMemory | None = None
         self._slot_table_bytes = slot_table_bytes
 
@@ -99,8 +99,8 @@ class Executor:
         If it is not called, arenas are moved when they grow. This works only on a device without CUDA graphs.
         """
         self._fixed = fixed
-        self._graphs.room.expect("denoise", call_bytes=fixed.step_frame)
-        self._graphs.room.expect("decode", call_bytes=fixed.decode_frame)
+        self.graphs.room.expect("denoise", call_bytes=fixed.step_frame)
+        self.graphs.room.expect("decode", call_bytes=fixed.decode_frame)
         self.conditioning = ConditioningArena(self._device, fixed)
         _ = self.arena
 
@@ -112,11 +112,6 @@ class Executor:
         """
         num_pages = self._fixed.pages if self._fixed else None
         return FrameArena(self._model.spec.card.latent_channels, device=self._model.device, num_pages=num_pages)
-
-    @property
-    def captures_off_reason(self) -> str:
-        """Why the engine captures no more CUDA graphs. Empty if it still does, or if the device has no CUDA graphs."""
-        return self._graphs.off_reason if self._device.can_capture else ""
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
         outcomes: list[TextEmbedding | Exception] = []
@@ -335,12 +330,12 @@ class Executor:
         Returns False if there is no such graph or the replay failed. The call must then run eagerly.
         """
         # The step writes to the registers, so `memory.outputs` is not used.
-        captured = self._graphs.find(shape, lambda shape, memory: self._run(shape, memory.inputs))
+        captured = self.graphs.find(shape, lambda shape, memory: self._run(shape, memory.inputs))
         if captured is None:
             return False
         captured.memory.inputs.copy_(shape.write(rows, self._device), non_blocking=True)
         if captured.is_confirmed:
-            return self._graphs.replay(captured)
+            return self.graphs.replay(captured)
         self._confirm(captured, shape=shape, rows=rows)
         return True
 
@@ -352,20 +347,13 @@ class Executor:
         places = self._device.upload(torch.tensor(pages, dtype=torch.int32))
         registers = self.arena.memory
         before = registers.index_select(0, places).double()  # float64, so that the differences below are not rounded
-        is_replayed = self._graphs.replay(captured)
+        is_replayed = self.graphs.replay(captured)
         replayed = registers.index_select(0, places)
         registers.index_copy_(0, places.long(), before.float())
         self._run(shape, captured.memory.inputs)
         if is_replayed:  # compare the change of the state, because early steps change little
             expected = registers.index_select(0, places)
-            self._graphs.confirm(captured, replayed - before, expected=expected - before)
-
-    def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture a CUDA graph of one more call shape. Returns False if no capture was tried.
-
-        If the device is not idle (`is_idle` is False), captures are so rare that they take at most a tenth of the time.
-        """
-        return self._graphs.capture_next(is_idle=is_idle)
+            self.graphs.confirm(captured, replayed - before, expected=expected - before)
 
     def _run(self, shape: StepShape, inputs: Tensor) -> None:
         denoise, memories = self._model.denoise, self._memories()

@@ -182,7 +182,7 @@ class Graphs:
         self.off_reason = ""  # why no more calls are captured; empty while calls are captured
         self._off_file = off_file
         self._is_exact = is_exact
-        if off_file and off_file.exists():
+        if device.can_capture and off_file and off_file.exists():
             self.off_reason = f"{off_file.read_text()} (delete {off_file} to try again)"
             log.warning("captured calls are off: %s", self.off_reason)
         self._inputs: dict[Kind, Tensor] = {}
