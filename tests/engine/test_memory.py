@@ -45,23 +45,23 @@ def measure(model: DiffusionModel) -> MemoryUse:
 
 
 def test_needs_of_a_row_are_pages_slots_and_largest_call() -> None:
-    use = MemoryUse(branch=1000.0, branch_frame=10.0, denoise_frame=50.0, encode_frame=7.0, decode_frame=200.0)
+    use = MemoryUse(4 * 8, branch=1000.0, branch_frame=10.0, denoise_frame=50.0, encode_frame=7.0, decode_frame=200.0)
     shape = RowShape(frames=100, num_parts=2, num_branches=2, encode_window=100, decode_window=64)
     own = 4 * 8 * 100 * (2 * 2 + 6)  # 4 bytes, 8 latent channels, 100 frames: the step's own tensors
     decode = 64 * 200
     step = 2 * (1000 + 100 * (50 + 2 * 10))  # two branches: copies of the conditioning, and the network's tensors
-    needs = use.needs(shape, latent_channels=8)
+    needs = use.needs(shape)
     assert needs == RowNeeds(pages=2 * 2, slots=2, frame_pages=2 * 2, call_bytes=own + max(step, 100 * 7, decode))
-    assert use.needs(replace(shape, num_branches=1), latent_channels=8).call_bytes == own + decode
+    assert use.needs(replace(shape, num_branches=1)).call_bytes == own + decode
     registers, context = 4 * 64 * 4 * 8, 2 * 1000 + 4 * 64 * 10  # pages have 64 frames
-    assert use.num_bytes(needs, latent_channels=8) == registers + context + needs.call_bytes
+    assert use.num_bytes(needs) == registers + context + needs.call_bytes
 
 
 def test_only_rows_that_edit_take_pages_of_edits() -> None:
     use = MemoryUse(edit_frame=5.0)
     shape = RowShape(frames=64, num_parts=1, num_branches=1, encode_window=0, decode_window=1)
-    assert use.needs(shape, latent_channels=8).edit_pages == 0
-    assert use.needs(replace(shape, is_edited=True), latent_channels=8).edit_pages == 1
+    assert use.needs(shape).edit_pages == 0
+    assert use.needs(replace(shape, is_edited=True)).edit_pages == 1
 
 
 def test_simultaneous_temporaries_add_up() -> None:

@@ -117,11 +117,12 @@ class RowNeeds:
 class MemoryUse:
     """A model's memory use in bytes.
 
-    The conditioning of a branch (conditional or unconditional) takes `branch` and, per latent frame, `branch_frame`. If
-    the row edits a source, its conditioning takes `edit_frame` more per latent frame. The other fields are the
-    temporary tensors of a call, per latent frame.
+    A register takes `register_frame` per latent frame. The conditioning of a branch (conditional or unconditional)
+    takes `branch` and, per latent frame, `branch_frame`. If the row edits a source, its conditioning takes `edit_frame`
+    more per latent frame. The other fields are the temporary tensors of a call, per latent frame.
     """
 
+    register_frame: float = 0.0
     branch: float = 0.0
     branch_frame: float = 0.0
     edit_frame: float = 0.0
@@ -136,20 +137,19 @@ class MemoryUse:
         """
         return self.denoise_frame + _FRAME_COPIES * (self.branch_frame + self.edit_frame)
 
-    def needs(self, shape: RowShape, *, latent_channels: int) -> RowNeeds:
+    def needs(self, shape: RowShape) -> RowNeeds:
         """Return the most memory that a row of these sizes takes at any time.
 
         A step copies the conditioning of its rows. If any row edits a source, the copies of all rows are as large as
         for an edited row, so `edit_frame` counts for every row.
         """
         pages, branches = pages_of(shape.frames), shape.num_branches
-        frame = _FLOAT_BYTES * latent_channels
         return RowNeeds(
             pages=pages * shape.num_parts,
             slots=branches,
             frame_pages=pages * branches if self.branch_frame else 0,
             edit_pages=pages * branches if self.edit_frame and shape.is_edited else 0,
-            call_bytes=frame * shape.frames * (2 * shape.num_parts + _STEP_TENSORS)
+            call_bytes=self.register_frame * shape.frames * (2 * shape.num_parts + _STEP_TENSORS)
             + max(
                 branches * (self.branch + shape.frames * self.step_frame),
                 shape.encode_window * self.encode_frame,
@@ -161,9 +161,8 @@ class MemoryUse:
         by_frame = self.branch_frame * needs.frame_pages + self.edit_frame * needs.edit_pages
         return self.branch * needs.slots + PAGE_FRAMES * by_frame
 
-    def num_bytes(self, needs: RowNeeds, *, latent_channels: int) -> float:
-        registers = _FLOAT_BYTES * latent_channels * PAGE_FRAMES * needs.pages
-        return registers + self.context_bytes(needs) + needs.call_bytes
+    def num_bytes(self, needs: RowNeeds) -> float:
+        return self.register_frame * PAGE_FRAMES * needs.pages + self.context_bytes(needs) + needs.call_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +214,7 @@ class RowMemory:
         self._divide(self._longest(model))
         shortest = row_shape(plan_share(model, _SHORTEST), is_fixed=self._is_fixed)
         if self.plan.rows is not None and self._share(shortest) > 1.0:
-            needed = self.use.num_bytes(self._needs(shortest), latent_channels=self._channels)
+            needed = self.use.num_bytes(self.use.needs(shortest))
             raise ConfigError(
                 f"{self.plan.setting} leaves {self.plan.rows / 1e9:.3g} GB of the device's memory for variations in "
                 f"progress, and the shortest takes {needed / 1e9:.3g} GB; raise it, lower lora_cache_bytes, or stop "
@@ -252,15 +251,8 @@ class RowMemory:
         )
         raise InvalidRequestError(message, field="duration", allowed=allowed)
 
-    @property
-    def _channels(self) -> int:
-        return self._spec.card.latent_channels
-
-    def _needs(self, shape: RowShape) -> RowNeeds:
-        return self.use.needs(shape, latent_channels=self._channels)
-
     def _share(self, shape: RowShape) -> float:
-        return self._needs(shape).share_of(self._room)
+        return self.use.needs(shape).share_of(self._room)
 
     def _longest(self, model: DiffusionModel) -> RowShape:
         """Return the sizes of the largest row: the longest clip, guided, with an edited source."""
@@ -276,9 +268,9 @@ class RowMemory:
 
     def _divide(self, longest: RowShape) -> None:
         """Divide the memory for rows among arenas and temporary tensors, in the proportions that `longest` needs."""
-        one, use, total = self._needs(longest), self.use, self.plan.rows
+        one, use, total = self.use.needs(longest), self.use, self.plan.rows
         edits = PAGE_FRAMES * use.edit_frame * one.edit_pages
-        cost = use.num_bytes(one, latent_channels=self._channels) - (1.0 - _EDITED_SHARE) * edits
+        cost = use.num_bytes(one) - (1.0 - _EDITED_SHARE) * edits
         decode = 0.0
         if total is None:
             count = float(self._max_rows)
@@ -296,7 +288,7 @@ class RowMemory:
             self._room = replace(room, call_bytes=math.inf)
             return
         context = use.context_bytes(room)
-        kept = use.num_bytes(room, latent_channels=self._channels)
+        kept = use.num_bytes(room)
         self._room = replace(room, call_bytes=max(total - decode - kept, 0.0))
         self.plan = replace(self.plan, context=int(context), decode=int(decode))
 
@@ -366,6 +358,7 @@ def measure_use(
     latents = torch.zeros(spec.card.latent_channels, _WINDOW, device=model.device)
     samples = torch.zeros(spec.card.channels, _WINDOW * spec.hop)
     return MemoryUse(
+        register_frame=_FLOAT_BYTES * spec.card.latent_channels,
         branch=sum(value.nbytes for value in plain.constants.values()),
         branch_frame=sum(value.nbytes for value in plain.by_frame.values()) / frames,
         edit_frame=sum(value.nbytes for name, value in edited.by_frame.items() if name not in plain.by_frame) / frames,
