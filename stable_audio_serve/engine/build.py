@@ -66,7 +66,7 @@ def resolve_policy(
         return FixedSlots(options.slots, grid) if device.shares_calls else OneRowPerCall(grid)
     knee_tokens = partial(cost.knee_tokens, fixed_share=options.fixed_share)
     may_pack = spec.pads_rows and options.frame_grid is None
-    if may_pack and spec.packs_rows and device.prefers_packed:
+    if may_pack and spec.packs_rows and not device.shares_calls:
         return Packed(knee_tokens)
     if may_pack and spec.packs_segments and features.packing:
         return PackedGraphs(knee_tokens, spec.num_prefix, spec.max_frames)

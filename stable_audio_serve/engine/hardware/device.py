@@ -70,9 +70,9 @@ class Device:
         self.torch_device = device
         self.default_mode: Mode = "strict" if is_cpu else "fast"  # on a CPU, large batches save little time
         self.frame_grid = 1 if is_cpu else 64  # clips are best padded to a multiple of this many latent frames
-        # Without CUDA graphs, concatenating clips of different lengths is faster than padding them.
-        self.prefers_packed = is_cpu
-        self.shares_calls = not is_cpu  # in strict mode, several clips share a call, whose batch size is fixed
+        # Whether clips share a call whose batch size is fixed in strict mode. If not, fast mode concatenates clips of
+        # different lengths, which is faster than padding them.
+        self.shares_calls = not is_cpu
         self._clock = clock
 
     def upload(self, host: Tensor) -> Tensor:
@@ -234,7 +234,6 @@ class CudaDevice(Device):
     # Before torch 2.13 a failed capture leaves its memory pool in the allocator (pytorch issue 180395): later blocks
     # leak, and calls of the two streams may share memory.
     survives_failed_capture = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-    prefers_packed = False
 
     def __init__(self, device: torch.device, *, share: float = WHOLE, features: Features = Features()) -> None:
         """`share`, 0..1, is the fraction of device memory that this process may use, CUDA graphs included."""
