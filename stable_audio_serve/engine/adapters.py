@@ -36,25 +36,20 @@ _FULL_RETRY_S = 2.0
 _MOST_WAITING = 32  # how many requests may wait for adapters at the same time; of one client, a quarter of this
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class HeldSlots:
     """The slots (folded adapters) of one request. `by_evaluation` has the slot of each evaluation, or None where no
-    adapter applies; it is empty if the request has no adapters. The slots stay in memory until `release`.
+    adapter applies; it is empty if the request has no adapters. The slots stay in memory until `release`, which must be
+    called once.
     """
 
     by_evaluation: Sequence[Slot | None] = ()
-    _release: Callable[[], None] | None = None
+    release: Callable[[], None] = lambda: None
 
     @property
     def is_constant(self) -> bool:
         """Whether all evaluations have the same slot."""
         return len({id(slot) for slot in self.by_evaluation}) <= 1
-
-    def release(self) -> None:
-        """Allow the slots to be dropped when other adapters need the memory. A second call has no effect."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
 
 
 @dataclass(slots=True)
