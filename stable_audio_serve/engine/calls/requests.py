@@ -94,15 +94,8 @@ class StageClock:
 
     def timings(self) -> StageTimings:
         """Return the time spent in each stage until the last `mark`."""
-        ms = {stage: seconds * 1000.0 for stage, seconds in self._seconds.items()}
-        return StageTimings(
-            queue_ms=ms.get("queue", 0.0),
-            text_ms=ms.get("text", 0.0),
-            source_ms=ms.get("source", 0.0),
-            denoise_ms=ms.get("denoise", 0.0),
-            decode_ms=ms.get("decode", 0.0),
-            total_ms=(self._last_at - self._started_at) * 1000.0,
-        )
+        ms = {f"{stage}_ms": seconds * 1000.0 for stage, seconds in self._seconds.items()}
+        return StageTimings(**ms, total_ms=(self._last_at - self._started_at) * 1000.0)
 
 
 def deadline_error(request: GenerationRequest) -> DeadlineExceededError:
@@ -154,7 +147,7 @@ class RequestState:
         reply: Reply,
         noise_factory: Callable[[int], NoiseSource],
         submitted_at: float,
-        slots: HeldSlots | None = None,
+        slots: HeldSlots = HeldSlots(),
     ) -> None:
         self.id = request_id
         self.request = request
@@ -162,7 +155,7 @@ class RequestState:
         self.reply = reply
         self.noise_factory = noise_factory
         self.submitted_at = submitted_at
-        self.slots = slots or HeldSlots()
+        self.slots = slots
         self.deadline_at = inf if request.deadline_s is None else submitted_at + request.deadline_s
         # When the request ends unless it has started; once it has started, `deadline_at`.
         self.end_at = self.deadline_at
