@@ -81,7 +81,10 @@ class ClientJobs:
         self._limits = limits
         self._transitions = Transitions(database)
         self._turns = Turns(database)
-        self._insert_job = _insert_job(database)
+        now, start_within_s = database.now, sa.bindparam("start_within_s", type_=sa.Double)
+        times = {"created_at": now, "not_before": now, "start_before": now + start_within_s}
+        insert = database.insert(JOBS).values(state="queued", **times).on_conflict_do_nothing()
+        self._insert_job = insert.returning(JOBS)  # built once, because building it takes longer than running it
 
     def add_all(self, specs: Sequence[JobSpec]) -> list[Added | StableAudioError]:
         """Add several jobs in one transaction. Returns the stored job of each submission, or why it is refused.
@@ -220,15 +223,6 @@ class ClientJobs:
 def _size_of(spec: JobSpec, catalog: ModelCatalog | None) -> WorkSize:
     card = catalog.find(spec.model) if catalog is not None else ModelCard(spec.model, family="")
     return WorkSize.sum(sizes_of(spec, model=card))
-
-
-def _insert_job(database: Database) -> sa.Executable:
-    """Return the INSERT statement for a job. It is built only once, because building takes longer than running it."""
-    now, start_within_s = database.now, sa.bindparam("start_within_s", type_=sa.Double)
-    insert = database.insert(JOBS).values(
-        state="queued", created_at=now, not_before=now, start_before=now + start_within_s
-    )
-    return insert.on_conflict_do_nothing().returning(JOBS)
 
 
 def _find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
