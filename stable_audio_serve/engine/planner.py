@@ -12,12 +12,7 @@ from functools import partial
 
 import torch
 
-from stable_audio_serve.core.errors import (
-    GenerationError,
-    OverloadedError,
-    StableAudioError,
-    engine_stopped,
-)
+from stable_audio_serve.core.errors import GenerationError, OverloadedError, StableAudioError, engine_stopped
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
 

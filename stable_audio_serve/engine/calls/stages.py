@@ -20,15 +20,7 @@ from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.calls.conditioning import HeldConditioning
 from stable_audio_serve.engine.calls.executor import Executor
-from stable_audio_serve.engine.calls.requests import (
-    Decoding,
-    Encoding,
-    Failures,
-    Prompts,
-    Row,
-    RowNoise,
-    Stepping,
-)
+from stable_audio_serve.engine.calls.requests import Decoding, Encoding, Failures, Prompts, Row, RowNoise, Stepping
 from stable_audio_serve.engine.hardware.device import Device, Moment
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.pacing import CallTimes
