@@ -8,8 +8,6 @@ The methods need much CPU time: call them from worker threads, one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,11 +17,14 @@ from stable_audio_serve.audio.compress import Encoder, Writable, open_encoder
 from stable_audio_serve.audio.embedded_text import make_wav_chunk
 from stable_audio_serve.audio.formats import file_rate
 from stable_audio_serve.audio.pcm import little_endian, to_pcm16, to_samples, wav_header
-from stable_audio_serve.core.errors import StorageFullError
+from stable_audio_serve.core.private_files import needing_room
 from stable_audio_serve.core.sound import AudioFormat, BitDepth, Encoding
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+
+_FULL = (OSError, RuntimeError, AssertionError)  # raised if the file has no room, the last two by soundfile
 
 
 class AudioWriter:
@@ -62,14 +63,14 @@ class AudioWriter:
         if self._rate_hz != self._file_rate_hz:
             self._resampler = self._resampler or _Resampler(self._rate_hz, self._file_rate_hz, channels=len(block))
             block = self._resampler.resample(block)
-        with _needing_room():
+        with needing_room(_FULL):
             self._put(block)
 
     def close(self) -> None:
         """Complete the file. Further calls do nothing. Raises StorageFullError."""
         rest = None if self._resampler is None else self._resampler.finish()
         self._resampler = None
-        with _needing_room():
+        with needing_room(_FULL):
             if rest is not None:
                 self._put(rest)
             encoder, self._encoder = self._encoder, None
@@ -99,14 +100,6 @@ class AudioWriter:
         if encoding.file_format is AudioFormat.PCM:
             return _RawEncoder(self._file)
         return open_encoder(self._file, rate_hz, encoding=encoding, first=block, text=self._text)
-
-
-@contextmanager
-def _needing_room() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, AssertionError) as error:  # the last two are raised by soundfile
-        raise StorageFullError("there is no room for temporary files") from error
 
 
 class _Resampler:

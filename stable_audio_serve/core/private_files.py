@@ -42,11 +42,11 @@ def open_temporary() -> BinaryIO:
 
 
 @contextmanager
-def needing_room() -> Iterator[None]:
-    """Raise StorageFullError in place of an OSError of a temporary file in this context."""
+def needing_room(errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Raise StorageFullError in place of one of `errors` of a temporary file in this context."""
     try:
         yield
-    except OSError as error:  # FileNotFoundError if no folder for temporary files can be used
+    except errors as error:  # FileNotFoundError if no folder for temporary files can be used
         raise StorageFullError("there is no room for temporary files") from error
 
 
