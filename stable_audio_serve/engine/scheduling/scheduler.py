@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from typing import NewType
 
@@ -56,6 +56,7 @@ class Phase(Enum):
     DONE = "done"
 
 
+@dataclass(slots=True, eq=False)
 class RowWork:
     """The remaining work of one row (clip) of `frames` latent frames. The engine's loop updates it.
 
@@ -64,23 +65,16 @@ class RowWork:
     number of guided evaluations that are not done. `is_adapted` says whether adapters apply to the evaluations.
     """
 
-    __slots__ = ("branches", "decode_left", "encode_left", "frames", "guided_left", "is_adapted", "num_done")
+    frames: int
+    _: KW_ONLY
+    branches: Sequence[int]
+    encode_left: Sequence[int] = ()
+    decode_left: Sequence[int] = ()
+    is_adapted: bool = False
+    num_done: int = field(default=0, init=False)
+    guided_left: int = field(init=False)
 
-    def __init__(
-        self,
-        frames: int,
-        *,
-        branches: Sequence[int],
-        encode_left: Sequence[int] = (),
-        decode_left: Sequence[int] = (),
-        is_adapted: bool = False,
-    ) -> None:
-        self.frames = frames
-        self.branches = tuple(branches)
-        self.encode_left = tuple(encode_left)
-        self.decode_left = tuple(decode_left)
-        self.is_adapted = is_adapted
-        self.num_done = 0
+    def __post_init__(self) -> None:
         self.guided_left = sum(n == 2 for n in self.branches)
 
     @classmethod
