@@ -63,17 +63,15 @@ class Settings(Section):
         20.0, ge=0, le=3600, description="How long a stop waits for requests in progress, seconds; 0 = no wait."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
-    api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP API.")
-    audio: AudioSettings = Field(default_factory=lambda: AudioSettings(), description="Processing of finished clips.")
-    quality_gate: QualityGateSettings = Field(
-        default_factory=lambda: QualityGateSettings(), description="Quality check of new replicas."
-    )
-    ingress: IngressSettings = Field(default_factory=lambda: IngressSettings(), description="The HTTP deployment.")
-    proxy: ProxySettings = Field(default_factory=lambda: ProxySettings(), description="HAProxy's time limits.")
-    metrics: MetricsSettings = Field(default_factory=lambda: MetricsSettings(), description="Metrics for operators.")
-    dialects: DialectSettings = Field(default_factory=lambda: DialectSettings(), description="APIs of other servers.")
-    jobs: JobSettings = Field(default_factory=lambda: JobSettings(), description="Durable jobs.")
-    storage: StorageSettings = Field(default_factory=lambda: StorageSettings(), description="Storage of job files.")
+    api: ApiSettings = Field(ApiSettings(), description="Limits of the HTTP API.")
+    audio: AudioSettings = Field(AudioSettings(), description="Processing of finished clips.")
+    quality_gate: QualityGateSettings = Field(QualityGateSettings(), description="Quality check of new replicas.")
+    ingress: IngressSettings = Field(IngressSettings(), description="The HTTP deployment.")
+    proxy: ProxySettings = Field(ProxySettings(), description="HAProxy's time limits.")
+    metrics: MetricsSettings = Field(MetricsSettings(), description="Metrics for operators.")
+    dialects: DialectSettings = Field(DialectSettings(), description="APIs of other servers.")
+    jobs: JobSettings = Field(JobSettings(), description="Durable jobs.")
+    storage: StorageSettings = Field(StorageSettings(), description="Storage of job files.")
 
     @property
     def hub_token(self) -> str | None:

@@ -176,10 +176,8 @@ class ModelSettings(Section):
         "chained",
         description="How several adapters combine if the request does not say: chained or summed (docs/adapters.md).",
     )
-    engine: EngineSettings = Field(
-        default_factory=lambda: EngineSettings(), description="Scheduling of requests on a replica."
-    )
-    replicas: ReplicaSettings = Field(default_factory=lambda: ReplicaSettings(), description="Replica counts.")
+    engine: EngineSettings = Field(EngineSettings(), description="Scheduling of requests on a replica.")
+    replicas: ReplicaSettings = Field(ReplicaSettings(), description="Replica counts.")
     quality_report: ReportId | None = Field(
         None,
         description="Id of the quality report that this model must match, at any revision; unset = its own.",
