@@ -19,9 +19,7 @@ OPEN_FAMILY = "stable-audio-open"
 # The package whose networks a model uses: this one, or stable-audio-tools, which only runs Stable Audio Open models.
 NetworkBackend = Literal["native", "stable_audio_tools"]
 
-# Precision of the decoder's matrix multiplications. split: each multiplication is computed as the sum of three
-# half-precision multiplications, whose result is close to float32. This needs a CPU with AMX.
-DecodePrecision = Literal["float32", "split", "tf32", "half"]
+DecodePrecision = Literal["float32", "tf32", "half"]  # precision of the decoder's matrix multiplications
 
 # Names of the samplers, for models with a flow objective (FLOW_SAMPLERS) and with the v objective (V_SAMPLERS). They
 # are not taken from `sampling`, which imports torch: the HTTP layer checks the names, and it must not import torch.

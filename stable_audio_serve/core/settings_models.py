@@ -122,8 +122,8 @@ class ModelSettings(Section):
     )
     decode_precision: DecodePrecision | None = Field(
         None,
-        description="Precision of the decoder's matrix products; split = three half-precision products, close to "
-        "float32, on CPUs with AMX; unset = float32 on a CPU; on CUDA half, or tf32 if `dtype` is float32.",
+        description="Precision of the decoder's matrix products; unset = float32 on a CPU; on CUDA half, or tf32 if "
+        "`dtype` is float32.",
     )
     compile: bool = Field(
         False,

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.processor import has_matrix_bfloat16, has_native_bfloat16
-from stable_audio_serve.models.onednn import linear
-from stable_audio_serve.models.switches import (
-    SWITCH_LOCK,
-    bfloat16_processor_products,
-    switched,
-    tf32_products,
-)
+from stable_audio_serve.core.processor import has_native_bfloat16
+from stable_audio_serve.models.switches import SWITCH_LOCK, tf32_products
 
 Products = Callable[[], AbstractContextManager[None]]  # creates a context that sets the precision of matrix products
-Product = Callable[..., Tensor]  # (layer, x, weight, **options) -> output of the layer without bias, float32
-
-_FACTORS = ("input", "weight", "bias")
-_ARGUMENTS: Mapping[Any, tuple[str, ...]] = {  # the parameters, in order, of the functions that SplitProducts replaces
-    F.linear: _FACTORS,
-    F.conv1d: (*_FACTORS, "stride", "padding", "dilation", "groups"),
-    F.conv_transpose1d: (*_FACTORS, "stride", "padding", "output_padding", "groups", "dilation"),
-}
 _FIRST_WITH_TF32 = 8  # first major version of CUDA's compute capability with TF32
 
 
@@ -62,8 +46,7 @@ def _supported(device: torch.device) -> tuple[DecodePrecision, ...]:
         has_tf32 = torch.cuda.get_device_capability(device)[0] >= _FIRST_WITH_TF32
         return ("float32", "tf32", "half") if has_tf32 else ("float32", "half")
     if device.type == "cpu" and has_native_bfloat16():
-        # "split" needs AMX. Without it, its three bfloat16 products take 1.9 times as long as one float32 product.
-        return ("float32", "split", "half") if has_matrix_bfloat16() else ("float32", "half")
+        return ("float32", "half")
     return ("float32",)
 
 
@@ -78,8 +61,6 @@ def decoder_products(precision: DecodePrecision, device: torch.device) -> Produc
     match precision:
         case "tf32":
             return _tf32
-        case "split":
-            return _split
         case "half":
             return functools.partial(_half, device)
         case _:
@@ -88,7 +69,7 @@ def decoder_products(precision: DecodePrecision, device: torch.device) -> Produc
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    with SWITCH_LOCK.alone(), switched(tf32_products()):
+    with SWITCH_LOCK.alone(), tf32_products():
         yield
 
 
@@ -96,12 +77,6 @@ def _tf32() -> Iterator[None]:
 def _half(device: torch.device) -> Iterator[None]:
     """Compute linear layers, convolutions and attention in half precision; sums, norms and softmax stay in float32."""
     with SWITCH_LOCK.shared(), torch.autocast(device.type, dtype=_half_dtype(device), cache_enabled=False):
-        yield
-
-
-@contextmanager
-def _split() -> Iterator[None]:
-    with SWITCH_LOCK.alone(), SplitProducts(_bfloat16_product):
         yield
 
 
@@ -134,45 +109,3 @@ def store_half(decoder: nn.Module, device: torch.device) -> None:
     for name, dtype in stored_dtypes(decoder, device).items():
         for parameter in decoder.get_submodule(name).parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
-
-
-class SplitProducts(TorchFunctionMode):
-    """Computes each float32 linear layer and convolution as the float32 sum of three cheaper bfloat16 products.
-
-    Input and weight are each split into the value rounded to bfloat16, and the remainder. In bfloat16, the two together
-    have 16 significant bits. The product of the two remainders is omitted.
-    """
-
-    def __init__(self, product: Product) -> None:
-        """`product` computes each of the three products. It may round its input and weight to bfloat16."""
-        super().__init__()
-        self._product = product
-
-    def __torch_function__(  # noqa: PLR0917  # torch's signature
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        func = F.linear if func is linear else func
-        if func not in _ARGUMENTS or args[0].dtype != torch.float32:
-            return func(*args, **kwargs)
-        given = dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs
-        bias = given.pop("bias", None)
-        x, x_rest = _parts(given.pop("input"))
-        weight, weight_rest = _parts(given.pop("weight"))
-        product = functools.partial(self._product, func, **given)
-        out = product(x, weight_rest) + product(x_rest, weight) + product(x, weight)
-        if bias is None:
-            return out
-        return out + (bias if func is F.linear else bias[:, None])
-
-
-def _parts(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `factor` rounded to bfloat16, and the remainder, both as float32."""
-    rounded = factor.bfloat16().float()
-    return rounded, factor - rounded
-
-
-def _bfloat16_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
-    """Compute a layer on a CPU with input and weight rounded to bfloat16. Returns float32."""
-    with switched(bfloat16_processor_products()):
-        return layer(x, weight, **options)

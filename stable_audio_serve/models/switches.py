@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -12,7 +12,6 @@ import torch
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-Switch = tuple[Any, str, object]  # (an object of torch, its attribute, the attribute's value that allows rounding)
 
 
 class SwitchLock:
@@ -67,31 +66,19 @@ def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 
 @contextmanager
-def switched(switches: Sequence[Switch]) -> Iterator[None]:
-    """Returns a context in which the switches are set. The caller must have exclusive access (`SwitchLock.alone`)."""
-    before = [getattr(owner, name) for owner, name, _ in switches]
+def tf32_products() -> Iterator[None]:
+    """Returns a context in which convolutions, cuBLAS's matrix products and fused attention use TF32.
+
+    The caller must have exclusive access (`SwitchLock.alone`). The switches are attributes named `allow_tf32`. Setting
+    one also sets its successor `fp32_precision` (torch 2.9). If code sets only the successor, torch raises an error
+    when `allow_tf32` is read.
+    """
+    switches: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
     try:
-        for owner, name, value in switches:
-            setattr(owner, name, value)
+        for switch in switches:
+            switch.allow_tf32 = True
         yield
     finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
-
-
-def tf32_products() -> list[Switch]:
-    """Returns the switches that let convolutions, cuBLAS's matrix products and fused attention use TF32.
-
-    They are attributes named `allow_tf32`. Setting one also sets its successor `fp32_precision` (torch 2.9). If code
-    sets only the successor, torch raises an error when `allow_tf32` is read.
-    """
-    return [(torch.backends.cuda.matmul, "allow_tf32", True), (torch.backends.cudnn, "allow_tf32", True)]
-
-
-def bfloat16_processor_products() -> list[Switch]:
-    """Returns the switches that make oneDNN's matrix products and convolutions round their inputs to bfloat16.
-
-    Sums stay in float32. Needs torch 2.9 or later.
-    """
-    mkldnn: Any = torch.backends.mkldnn
-    return [(part, "fp32_precision", "bf16") for part in (mkldnn.matmul, mkldnn.conv)]
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

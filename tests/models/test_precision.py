@@ -17,26 +17,20 @@ from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.core.processor import has_native_bfloat16
 from stable_audio_serve.models import precision
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.onednn import linear
-from stable_audio_serve.models.precision import (
-    SplitProducts,
-    decoder_products,
-    resolve_decode_precision,
-)
+from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, StepBatch
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.sao.oobleck import NormedConv
-from stable_audio_serve.models.switches import SwitchLock, switched, tf32_products
+from stable_audio_serve.models.switches import SwitchLock, tf32_products
 from stable_audio_serve.sampling.noise import SeededNoise
-from tests.goldens import SHARP, load_goldens, load_open_goldens
+from tests.goldens import load_goldens, load_open_goldens
 from tests.models.loaded import loaded
 from tests.models.precisions import LEAST_DB, noise_ratio_db
-from tests.models.sao.tiny import TINY, load_autoencoder
 from tests.parameters import slow
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -64,18 +58,13 @@ def test_each_device_has_a_default_and_refuses_other_precisions(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("is_native", "by_matrices", "expected"),
-    [
-        (False, False, "which has no bfloat16; allowed: float32"),
-        (True, False, "this processor; allowed: float32, half"),
-        (True, True, "this processor; allowed: float32, split, half"),
-    ],
+    ("is_native", "expected"),
+    [(False, "which has no bfloat16; allowed: float32"), (True, "this processor; allowed: float32, half")],
 )
 def test_a_processor_offers_precisions_that_its_bfloat16_speeds_up(
-    is_native: bool, by_matrices: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    is_native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda: is_native)
-    monkeypatch.setattr(precision, "has_matrix_bfloat16", lambda: by_matrices)
     with pytest.raises(ConfigError, match=f"{expected}$"):
         resolve(CPU, "tf32")
     for choice in expected.split("allowed: ")[1].split(", "):
@@ -183,7 +172,7 @@ def test_exact_calls_of_other_threads_never_see_a_changed_switch() -> None:
     for thread in threads:
         thread.start()
     for _ in range(200):
-        with lock.alone(), switched(tf32_products()):
+        with lock.alone(), tf32_products():
             assert switches() != before
     done.set()
     for thread in threads:
@@ -209,14 +198,8 @@ def round_to_tf32(x: Tensor) -> Tensor:
     return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
-def multiply_parts(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """Emulate a processor's bfloat16 matrix product: inputs are rounded to bfloat16, sums are in float32."""
-    return layer(x.bfloat16().float(), weight.bfloat16().float(), **options)
-
-
 AROUND: dict[str, Around] = {
     "tf32": RoundedFactors,
-    "split": lambda: SplitProducts(multiply_parts),
     "float16": lambda: torch.autocast("cpu", torch.float16),
     "bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
 }
@@ -236,23 +219,6 @@ def decoded_db(name: str, around: Around) -> float:
 @pytest.mark.parametrize("kind", AROUND)
 def test_decoded_audio_is_close_to_float32(name: str, kind: str) -> None:
     assert decoded_db(name, AROUND[kind]) >= LEAST_DB[kind][name]
-
-
-@pytest.mark.skipif(not has_native_bfloat16(), reason="the processor has no bfloat16")
-@pytest.mark.parametrize("name", SHARP)
-def test_split_products_of_this_processor(name: str) -> None:
-    assert LEAST_DB["split"][name] <= decoded_db(name, decoder_products("split", CPU)) < 120
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("name", TINY)
-def test_convolutions_are_split(name: str) -> None:
-    net = load_autoencoder(name)
-    latents = torch.randn(2, net.config.latent_channels, 9, generator=torch.Generator().manual_seed(1))
-    exact = net.decode(latents)
-    with SplitProducts(multiply_parts):
-        split = net.decode(latents)
-    assert 85 <= noise_ratio_db(split, exact) < 120
 
 
 @torch.inference_mode()
