@@ -83,9 +83,9 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
             extrapolated = d + (d - _PREVIOUS) * (h / (2.0 * earlier))
         moved = _X * (following / t) - extrapolated * ((1.0 - following) * math.expm1(-h))
         network.evaluate(t, moved, d)
-        network.writer.end_step()
+        network.end_step()
         earlier = h
-    return network.writer
+    return network
 
 
 _WRITERS: Mapping[str, FlowSampler] = {"euler": euler, "rk4": rk4, "dpmpp": _dpmpp, "pingpong": pingpong}

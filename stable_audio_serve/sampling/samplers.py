@@ -62,11 +62,11 @@ def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
     return InvalidRequestError(message, field="sampler_type", allowed=valid)
 
 
-class FlowNetwork:
-    """Adds calls of a flow model's network to the plan of `writer`."""
+class FlowNetwork(PlanWriter):
+    """Collects calls of a flow model's network."""
 
     def __init__(self, num_registers: int, guidance: Guidance) -> None:
-        self.writer = PlanWriter(num_registers)
+        super().__init__(num_registers)
         self._is_guided = guidance.cfg_scale != 1.0
         # Times and the interval are compared in float32, as in the reference implementations.
         self._low, self._high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
@@ -74,7 +74,7 @@ class FlowNetwork:
     def evaluate(self, t: float, *targets: Terms, input_register: int = 0) -> None:
         """Add one network call at time t. Afterwards the registers are set to `targets`."""
         guided = self._is_guided and self._low <= t <= self._high
-        self.writer.evaluate(*targets, t=t, sigma=t, guided=guided, input_register=input_register)
+        self.call(*targets, t=t, sigma=t, guided=guided, input_register=input_register)
 
 
 def euler(times: Tensor, guidance: Guidance) -> PlanWriter:
@@ -82,8 +82,8 @@ def euler(times: Tensor, guidance: Guidance) -> PlanWriter:
     network = FlowNetwork(1, guidance)
     for t, following in itertools.pairwise(times.tolist()):
         network.evaluate(t, _X + VELOCITY * (following - t))
-        network.writer.end_step()
-    return network.writer
+        network.end_step()
+    return network
 
 
 def pingpong(times: Tensor, guidance: Guidance) -> PlanWriter:
@@ -93,8 +93,8 @@ def pingpong(times: Tensor, guidance: Guidance) -> PlanWriter:
     network = FlowNetwork(1, guidance)
     for t, following in itertools.pairwise(times.tolist()):
         network.evaluate(t, (_X - VELOCITY * t) * (1.0 - following) + NOISE * following)
-        network.writer.end_step()
-    return network.writer
+        network.end_step()
+    return network
 
 
 def rk4(times: Tensor, guidance: Guidance, *, last_time: float = 0.0) -> PlanWriter:
@@ -111,8 +111,8 @@ def rk4(times: Tensor, guidance: Guidance, *, last_time: float = 0.0) -> PlanWri
         for reach in (dt / 2, dt):
             network.evaluate(middle, _X, _X + VELOCITY * reach, _TOTAL + VELOCITY * (dt / 3), input_register=1)
         network.evaluate(end, _TOTAL + VELOCITY * (dt / 6), input_register=1)
-        network.writer.end_step()
-    return network.writer
+        network.end_step()
+    return network
 
 
 def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
@@ -131,9 +131,9 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
             history = 0.5 * (_log_snr(following) - _log_snr(t)) / span
         weight = -(1.0 - following) * (following - t) / (max(1.0 - following, _TINY) * max(t, _TINY))
         network.evaluate(t, _X * (following / t) + d * (weight * (1.0 + history)) - _PREVIOUS * (weight * history), d)
-        network.writer.end_step()
+        network.end_step()
         previous = t
-    return network.writer
+    return network
 
 
 _WRITERS: Mapping[str, FlowSampler] = {

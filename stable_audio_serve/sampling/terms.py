@@ -56,7 +56,7 @@ class PlanWriter:
         self._evaluations: list[Evaluation] = []
         self._step_ends: list[int] = []
 
-    def evaluate(
+    def call(
         self,
         *targets: Terms,
         t: float,

@@ -24,11 +24,11 @@ def sigma_to_time(sigmas: Tensor) -> Tensor:
     return sigmas.atan() / math.pi * 2
 
 
-class VNetwork:
-    """Adds network calls at noise levels to a plan. `denoised` and `slope` return formulas for updates after a call."""
+class VNetwork(PlanWriter):
+    """Collects network calls at noise levels. `denoised` and `slope` return formulas for updates after a call."""
 
-    def __init__(self, writer: PlanWriter, guidance: Guidance) -> None:
-        self._writer = writer
+    def __init__(self, num_registers: int, guidance: Guidance) -> None:
+        super().__init__(num_registers)
         self._guidance = guidance
 
     def denoised(self, sigma: float, *, input_register: int = 0) -> Terms:
@@ -51,7 +51,7 @@ class VNetwork:
         level = torch.tensor(sigma, dtype=torch.float32)
         time = float(sigma_to_time(level))
         scale = float(1 / (level**2 + 1.0) ** 0.5)
-        self._writer.evaluate(
+        self.call(
             *targets,
             t=time,
             sigma=sigma,
@@ -59,10 +59,6 @@ class VNetwork:
             input_register=input_register,
             input_scale=scale,
         )
-
-    def end_step(self) -> None:
-        """Mark the end of a sampler step, which can have several evaluations."""
-        self._writer.end_step()
 
 
 def is_v_guided(guidance: Guidance, time: float) -> bool:

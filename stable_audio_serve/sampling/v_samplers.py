@@ -44,7 +44,7 @@ def _ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool, ren
         if step + 1 < steps:
             noise = _X * beta + (renoise if guided else VELOCITY) * alpha
             target = target * alphas[step + 1] + noise * betas[step + 1]
-        writer.evaluate(target, t=t, sigma=beta, guided=guided)
+        writer.call(target, t=t, sigma=beta, guided=guided)
         writer.end_step()
     return writer.plan(
         source_scale=alphas[0] if has_source else 0.0,
@@ -83,15 +83,15 @@ def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidan
     if sampler in OVER_TIME:
         return OVER_TIME[sampler](steps, span.sigma_max, guidance=guidance, has_source=has_source)
     if sampler == _FAST:
-        writer = PlanWriter(3)
-        singlestep.dpm_fast(VNetwork(writer, guidance), steps, span=span)
+        network = VNetwork(3, guidance)
+        singlestep.dpm_fast(network, steps, span=span)
         level = float(polyexponential_sigmas(1, span)[0])
     elif sampler in _OVER_SIGMA:
         num_registers, write = _OVER_SIGMA[sampler]
         sigmas: list[float] = polyexponential_sigmas(steps, span).tolist()
-        writer = PlanWriter(num_registers)
-        write(VNetwork(writer, guidance), sigmas)
+        network = VNetwork(num_registers, guidance)
+        write(network, sigmas)
         level = sigmas[0]
     else:
         raise refused_sampler(sampler, V_SAMPLERS)
-    return writer.plan(source_scale=1.0 if has_source else 0.0, noise_scale=level)
+    return network.plan(source_scale=1.0 if has_source else 0.0, noise_scale=level)
