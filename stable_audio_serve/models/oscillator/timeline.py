@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -73,27 +72,8 @@ def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, 
     return torch.stack(rows).float()
 
 
-class Timeline:
-    """A conditioner without weights. Its features are the progress in the clip, and the beat at the prompt's tempo."""
-
-    num_features = NUM_TIMELINE_FEATURES
-
-    def __init__(self, tempo: TempoRule) -> None:
-        self._tempo = tempo
-
-    def read_numbers(self, prompt: str) -> Mapping[str, float]:
-        """Returns the tempo of a prompt under the name `tempo_bpm`."""
-        return {"tempo_bpm": self._tempo.read(prompt)}
-
-    def features(self, num_frames: int, *, frame_s: float, numbers: Mapping[str, float]) -> Tensor:
-        """Returns `timeline_features`. `numbers` must contain `seconds_total` and `tempo_bpm`."""
-        return timeline_features(
-            num_frames, frame_s=frame_s, seconds_total=numbers["seconds_total"], tempo_bpm=numbers["tempo_bpm"]
-        )
-
-
-def build_timeline(config: ConfigReader) -> Timeline:
-    """Build a Timeline from the config section `{tempo: {pattern, default, min_val, max_val}}`.
+def parse_timeline(config: ConfigReader) -> TempoRule:
+    """Parse the config section `{tempo: {pattern, default, min_val, max_val}}` of a conditioner `timeline`.
 
     Raises CheckpointError naming an unusable key.
     """
@@ -103,4 +83,4 @@ def build_timeline(config: ConfigReader) -> Timeline:
     except re.error as error:
         raise tempo.unusable("pattern", f"a regular expression ({error})") from error
     minimum, maximum = tempo.number("min_val", at_least=1), tempo.number("max_val", at_least=1)
-    return Timeline(TempoRule(pattern, tempo.number("default", at_least=1), minimum, maximum))
+    return TempoRule(pattern, tempo.number("default", at_least=1), minimum, maximum)

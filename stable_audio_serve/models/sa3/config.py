@@ -21,7 +21,7 @@ from stable_audio_serve.models.conditioners import (
 )
 from stable_audio_serve.models.config_reader import MAX_SAMPLES, ConfigReader
 from stable_audio_serve.models.native_denoiser import parse_transformer
-from stable_audio_serve.models.oscillator.timeline import Timeline, build_timeline
+from stable_audio_serve.models.oscillator.timeline import NUM_TIMELINE_FEATURES, TempoRule, parse_timeline
 from stable_audio_serve.models.sa3.lengths import LengthRule
 
 # Config keys that have no effect on inference, at any depth of the file.
@@ -95,7 +95,8 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
 class Sa3Config(ConditionersConfig):
     """All values that Stable Audio 3 models read from a checkpoint's config.
 
-    `local_ids` has ids of per-frame inputs, from EDIT_IDS or `frame_conditioners`. `chunked` is true if the reference
+    `local_ids` has ids of per-frame inputs, from EDIT_IDS or `timelines`. `timelines` has the conditioners of the type
+    `timeline`, by id: how each reads the tempo. `chunked` is true if the reference
     implementation encodes and decodes in windows. `shift` is the config section about the timestep shift; None: the
     default shift.
     """
@@ -107,7 +108,7 @@ class Sa3Config(ConditionersConfig):
     denoiser: DenoiserConfig
     autoencoder: ConfigReader
     chunked: bool
-    frame_conditioners: Mapping[str, Timeline]
+    timelines: Mapping[str, TempoRule]
     local_ids: tuple[str, ...]
     shift: Mapping[str, Any] | None
 
@@ -128,7 +129,7 @@ def parse_config(config: ConfigReader) -> Sa3Config:
     pretransform = model.section("pretransform")
     pretransform.choice("type", ("autoencoder",))
     autoencoder = pretransform.section("config")
-    prompt, numbers, frame_conditioners = _parse_conditioners(model.section("conditioning"))
+    prompt, numbers, timelines = _parse_conditioners(model.section("conditioning"))
     parsed = Sa3Config(
         default_sampler=OBJECTIVE_SAMPLERS[objective],
         channels=config.integer("audio_channels", default=2),
@@ -139,7 +140,7 @@ def parse_config(config: ConfigReader) -> Sa3Config:
         chunked=pretransform.flag("chunked", default=False),
         prompt=prompt,
         numbers=numbers,
-        frame_conditioners=frame_conditioners,
+        timelines=timelines,
         context_ids=diffusion.texts("cross_attention_cond_ids"),
         global_ids=diffusion.texts("global_cond_ids"),
         local_ids=diffusion.texts("local_add_cond_ids"),
@@ -167,10 +168,10 @@ def _parse_lengths(config: ConfigReader, autoencoder: ConfigReader) -> LengthRul
 
 def _parse_conditioners(
     conditioning: ConfigReader,
-) -> tuple[PromptConfig, tuple[NumberConfig, ...], dict[str, Timeline]]:
+) -> tuple[PromptConfig, tuple[NumberConfig, ...], dict[str, TempoRule]]:
     width = conditioning.integer("cond_dim")
     prompts, numbers = [], []
-    frame_conditioners: dict[str, Timeline] = {}
+    timelines: dict[str, TempoRule] = {}
     for item in conditioning.sections("configs"):
         match item.choice("type", ("t5gemma", "number", "timeline")):
             case "t5gemma":
@@ -178,7 +179,7 @@ def _parse_conditioners(
             case "number":
                 numbers.append(_parse_number(item, width))
             case _:
-                frame_conditioners[item.text("id")] = build_timeline(item.section("config"))
+                timelines[item.text("id")] = parse_timeline(item.section("config"))
     # `default_keys` has a substitute for each number that a request may omit. A request to this server always has all
     # numbers, so an entry for one of them would have no effect. Such an entry is refused.
     for id_ in conditioning.plain("default_keys") or {}:
@@ -186,7 +187,7 @@ def _parse_conditioners(
             raise conditioning.unusable("default_keys", f"without {id_!r}, which requests always say")
     if len(prompts) != 1:
         raise conditioning.unusable("configs", "a list with exactly one conditioner of type t5gemma")
-    return prompts[0], tuple(numbers), frame_conditioners
+    return prompts[0], tuple(numbers), timelines
 
 
 def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
@@ -207,7 +208,7 @@ def _check_widths(config: Sa3Config, diffusion: ConfigReader) -> None:
     for key, ids, known in (
         ("cross_attention_cond_ids", config.context_ids, (config.prompt.id, *number_ids)),
         ("global_cond_ids", config.global_ids, number_ids),
-        ("local_add_cond_ids", config.local_ids, (*EDIT_IDS, *config.frame_conditioners)),
+        ("local_add_cond_ids", config.local_ids, (*EDIT_IDS, *config.timelines)),
     ):
         if any(id_ not in known for id_ in ids):
             raise diffusion.unusable(key, "a list drawn from " + ", ".join(known))
@@ -216,8 +217,7 @@ def _check_widths(config: Sa3Config, diffusion: ConfigReader) -> None:
     if not config.global_ids:
         raise diffusion.unusable("global_cond_ids", "a list with at least one number conditioner")
     local_widths = {"inpaint_mask": 1, "inpaint_masked_input": config.latent_channels}
-    for id_, conditioner in config.frame_conditioners.items():
-        local_widths[id_] = conditioner.num_features
+    local_widths |= dict.fromkeys(config.timelines, NUM_TIMELINE_FEATURES)
     for key, found, wanted in (
         ("io_channels", config.denoiser.latent_channels, config.latent_channels),
         ("cond_token_dim", config.denoiser.context_width, config.prompt.width),

@@ -15,6 +15,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.adapters.header import CONDITIONERS
 from stable_audio_serve.models.native import Components, NativeModel
 from stable_audio_serve.models.native_denoiser import DenoiserConditioning
+from stable_audio_serve.models.oscillator.timeline import timeline_features
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
@@ -91,7 +92,7 @@ class Sa3Model(NativeModel[Denoiser, AudioAutoencoder]):
     def _local_conditioning(self, plan: RowPlan, latents: Tensor | None) -> Tensor | None:
         """Returns the local (per-frame) conditioning (1, local width, frames) of a row.
 
-        It contains the mask of kept frames, the kept latents and the features of frame conditioners. If the row has
+        It contains the mask of kept frames, the kept latents and the features of the timeline. If the row has
         none of these, returns zeros for one frame. Returns None for a network without local conditioning.
         """
         if not self.config.local_ids:
@@ -99,14 +100,18 @@ class Sa3Model(NativeModel[Denoiser, AudioAutoencoder]):
         if plan.keep_mask is not None and latents is not None:
             mask = to_device(plan.keep_mask, self._device)[None]
             kept = torch.where(mask > 0, latents, torch.zeros_like(latents))
-        elif self.config.frame_conditioners:
+        elif self.config.timelines:
             mask = torch.zeros(1, plan.frames, device=self._device)
             kept = torch.zeros(self._spec.card.latent_channels, plan.frames, device=self._device)
         else:
             return torch.zeros(1, self.config.denoiser.local_width, 1, device=self._device)
         parts = {"inpaint_mask": mask, "inpaint_masked_input": kept}
-        frame_s = self._spec.hop / self._spec.card.sample_rate_hz
-        for id_, conditioner in self.config.frame_conditioners.items():
-            features = conditioner.features(plan.frames, frame_s=frame_s, numbers=plan.numbers)
-            parts[id_] = to_device(features, self._device)
+        if self.config.timelines:
+            features = timeline_features(
+                plan.frames,
+                frame_s=self._spec.hop / self._spec.card.sample_rate_hz,
+                seconds_total=plan.numbers["seconds_total"],
+                tempo_bpm=plan.numbers["tempo_bpm"],
+            )
+            parts |= dict.fromkeys(self.config.timelines, to_device(features, self._device))
         return torch.cat([parts[id_] for id_ in self.config.local_ids])[None]

@@ -79,6 +79,7 @@ def plan_rows(
         else audible_windows(length.frames, num_audible=math.ceil(length.output_samples / spec.hop), rule=rule)
     )
     seconds = {"seconds_start": 0.0, "seconds_total": request.duration_s}
+    tempo = next(iter(config.timelines.values()), None)
     return tuple(
         RowPlan(
             seed=seed,
@@ -87,7 +88,7 @@ def plan_rows(
             output_samples=length.output_samples,
             prompt=prompt,
             negative_prompt=negative,
-            numbers=seconds | _read_numbers(prompt, config),
+            numbers=seconds if tempo is None else seconds | {"tempo_bpm": tempo.read(prompt)},
             sampler=sampler,
             guidance=guidance,
             init_source=init,
@@ -98,14 +99,6 @@ def plan_rows(
         )
         for prompt, seed in zip(request.prompts, request.seeds, strict=True)
     )
-
-
-def _read_numbers(prompt: str, config: Sa3Config) -> dict[str, float]:
-    """Returns the numbers that conditioners read from a prompt."""
-    numbers: dict[str, float] = {}
-    for conditioner in config.frame_conditioners.values():
-        numbers |= conditioner.read_numbers(prompt)
-    return numbers
 
 
 def _plan_sampler(
