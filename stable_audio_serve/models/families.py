@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from stable_audio_serve.core.catalog import OPEN_FAMILY, SA3_FAMILY, DecodePrecision, ModelCard
+from stable_audio_serve.core.catalog import OPEN_FAMILY, SA3_FAMILY
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.models.checkpoint_files import check_encoder, list_folder
 from stable_audio_serve.models.compiled import compile_layers
@@ -24,21 +23,7 @@ from stable_audio_serve.models.stable_audio_tools.package import require_open_fa
 from stable_audio_serve.models.weight_sizes import weight_bytes
 from stable_audio_serve.models.weights import resolve_dtype
 
-
-class _Load(Protocol):
-    def __call__(
-        self,
-        card: ModelCard,
-        folder: Path,
-        *,
-        text_encoder: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        decode_precision: DecodePrecision,
-    ) -> DiffusionModel: ...
-
-
-_LOADERS: Mapping[str, _Load] = {SA3_FAMILY: load_sa3, OPEN_FAMILY: load_sao}
+_LOADERS: Mapping[str, Callable[..., DiffusionModel]] = {SA3_FAMILY: load_sa3, OPEN_FAMILY: load_sao}
 
 
 def load_model(
