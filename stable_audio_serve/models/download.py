@@ -68,7 +68,8 @@ def download_entry(entry: ModelEntry, *, token: str | None = None) -> Path:
     folder = _download(entry, token=token)
     _require_config(repo_id, list_folder(folder).names)
     if not (folder / WEIGHTS_FILE).is_file():
-        weights = _find_in_repository(entry, token=token)
+        with _asking(entry, token) as info:
+            weights = choose_weights(_files_of(info, entry))
         folder = _download(_with_weights(entry, weights), token=token)
     check_folder(folder)
     return folder
@@ -151,14 +152,11 @@ def _check_repository(entry: ModelEntry, *, token: str | None) -> tuple[Path, st
     Returns the folder with the config, and the text encoder's folder (None if it is not in the same repository).
     """
     repo_id = _repository(entry)
-    if constants.is_offline_mode():
-        raise CheckpointError(describe_incomplete_cache(entry))
-    with _explaining(entry):
-        info = _fetch_info(entry, token)
+    with _asking(entry, token) as info:
         listed = _files_of(info, entry)
         _require_config(repo_id, listed.names)
         weights = choose_weights(listed)
-        _require_readable(repo_id, weights, info=info, token=token)
+        _require_readable(weights, info=info, token=token)
         config_file = hf_hub_download(
             repo_id,
             CONFIG_FILE,
@@ -169,26 +167,16 @@ def _check_repository(entry: ModelEntry, *, token: str | None) -> tuple[Path, st
         folder = Path(config_file).parent
         encoder = check_layout(read_config(folder), listed)
         if encoder is not None:
-            _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
+            _require_readable(f"{encoder}/config.json", info=info, token=token)
     _require_space(_with_weights(entry, weights), info)
     return folder, encoder
 
 
 def _check_text_encoder(entry: ModelEntry, *, token: str | None) -> None:
-    repo_id = _repository(entry)
-    if constants.is_offline_mode():
-        raise CheckpointError(describe_incomplete_cache(entry))
-    with _explaining(entry):
-        info = _fetch_info(entry, token)
+    with _asking(entry, token) as info:
         check_encoder(_files_of(info, entry))
-        _require_readable(repo_id, "config.json", info=info, token=token)
+        _require_readable("config.json", info=info, token=token)
     _require_space(entry, info)
-
-
-def _find_in_repository(entry: ModelEntry, *, token: str | None) -> str:
-    """Returns the name of the weight file in the entry's repository on the hub."""
-    with _explaining(entry):
-        return choose_weights(_files_of(_fetch_info(entry, token), entry))
 
 
 def _files_of(info: ModelInfo, entry: ModelEntry) -> FileList:
@@ -200,12 +188,16 @@ def _with_weights(entry: ModelEntry, weights: str) -> ModelEntry:
     return replace(entry, files=tuple(dict.fromkeys((*entry.files, weights))))
 
 
-def _fetch_info(entry: ModelEntry, token: str | None) -> ModelInfo:
-    """Returns the hub's information about a repository and its files. Raises the errors of huggingface_hub."""
+@contextmanager
+def _asking(entry: ModelEntry, token: str | None) -> Iterator[ModelInfo]:
+    """Returns a context with the hub's information about a repository and its files, see `_explaining`."""
+    if constants.is_offline_mode():
+        raise CheckpointError(describe_incomplete_cache(entry))
     revision = entry.revision or constants.DEFAULT_REVISION
-    return HfApi(token=token).model_info(
-        _repository(entry), revision=revision, timeout=_REQUEST_TIMEOUT_S, files_metadata=True
-    )
+    with _explaining(entry):
+        yield HfApi(token=token).model_info(
+            _repository(entry), revision=revision, timeout=_REQUEST_TIMEOUT_S, files_metadata=True
+        )
 
 
 def _encoder_entry(folder: Path) -> ModelEntry:
@@ -264,9 +256,9 @@ def _require_config(repo_id: str, names: Iterable[str]) -> None:
         raise CheckpointError(f"{repo_id} holds no {CONFIG_FILE}; it is not a repository of a model served here")
 
 
-def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | None) -> None:
+def _require_readable(name: str, *, info: ModelInfo, token: str | None) -> None:
     """Raise an error if the token cannot read the file `name`. Anyone can list the files of a gated repository."""
-    get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_REQUEST_TIMEOUT_S)
+    get_hf_file_metadata(hf_hub_url(info.id, name, revision=info.sha), token=token, timeout=_REQUEST_TIMEOUT_S)
 
 
 def _require_space(entry: ModelEntry, info: ModelInfo) -> None:
