@@ -124,6 +124,7 @@ def keep_source(
     return tuple(generated)
 
 
-def fade_ramp(num_samples: int) -> npt.NDArray[np.float32]:
-    """Return the gain of the generated audio for each sample of a fade-in (num_samples,), rising from 0 to 1."""
-    return (np.arange(num_samples, dtype=np.float32) + np.float32(0.5)) / np.float32(max(num_samples, 1))
+def fade_ramp(num_samples: int, *, first: int = 0, count: int | None = None) -> npt.NDArray[np.float32]:
+    """Return the gains of a fade-in of `num_samples` samples, which rise from 0 to 1, or of `count` of them."""
+    elapsed = np.arange(first, num_samples if count is None else first + count) + 0.5
+    return (elapsed / max(num_samples, 1)).astype(np.float32)

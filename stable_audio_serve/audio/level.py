@@ -68,16 +68,30 @@ def next_gain_db(tried: Sequence[tuple[float, float]], *, target_lufs: float) ->
     return None if abs(missing) <= _CLOSE_LU or abs(next_db - gain_db) < _CLOSE_LU else next_db
 
 
-def fade(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, finishing: Finishing) -> npt.NDArray[np.float32]:
-    """Return `audio` (C, S) with linear fades at its ends."""
-    if not (finishing.fade_in_s or finishing.fade_out_s):
+def fade(
+    audio: npt.NDArray[np.float32],
+    sample_rate_hz: int,
+    *,
+    finishing: Finishing,
+    start: int = 0,
+    num_samples: int | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return `audio` (C, S), which begins at the sample `start` of a clip, with the linear fades of the clip's ends.
+
+    `num_samples` is the length of the clip; by default, the clip ends where `audio` ends.
+    """
+    length = audio.shape[1]
+    whole = start + length if num_samples is None else num_samples
+    num_in, num_out = (
+        min(round(fade_s * sample_rate_hz), whole) for fade_s in (finishing.fade_in_s, finishing.fade_out_s)
+    )
+    after = whole - start - length
+    in_first, in_last = (min(max(num - before, 0), length) for num, before in ((num_in, start), (num_out, after)))
+    if not (in_first or in_last):
         return audio
     faded = audio.copy()
-    num_in, num_out = (
-        min(round(fade_s * sample_rate_hz), audio.shape[1]) for fade_s in (finishing.fade_in_s, finishing.fade_out_s)
-    )
-    faded[:, :num_in] *= fade_ramp(num_in)
-    faded[:, audio.shape[1] - num_out :] *= fade_ramp(num_out)[::-1]
+    faded[:, :in_first] *= fade_ramp(num_in, first=start, count=in_first)
+    faded[:, length - in_last :] *= fade_ramp(num_out, first=after, count=in_last)[::-1]
     return faded
 
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.level import MOST_PASSES, next_gain_db, to_dbtp, to_gain
+from stable_audio_serve.audio.level import MOST_PASSES, fade, next_gain_db, to_dbtp, to_gain
 from stable_audio_serve.audio.loudness import ClipMeter
 from stable_audio_serve.audio.peaks import BLOCK, LIMITED_AROUND_S, limit
 from stable_audio_serve.audio.true_peak import envelope
@@ -114,10 +115,7 @@ class PieceFinisher:
             self._limiter = _Limiter(sample_rate_hz, finishing.loudness, gain_db=search.gain_db)
             self._factor = search.factor
         self._position = 0
-        self._num_samples = num_samples
-        self._num_in, self._num_out = (
-            min(round(fade_s * sample_rate_hz), num_samples) for fade_s in (finishing.fade_in_s, finishing.fade_out_s)
-        )
+        self._fade = partial(fade, sample_rate_hz=sample_rate_hz, finishing=finishing, num_samples=num_samples)
         self._peak = TruePeakMeter()
 
     @property
@@ -134,27 +132,13 @@ class PieceFinisher:
         return None if self._limiter is None else self._finish(self._limiter.finish())
 
     def _finish(self, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        start, stop = self._position, self._position + block.shape[1]
-        self._position = stop
         if self._factor != 1.0:
             block = block * np.float32(self._factor)
-        if start < self._num_in or stop > self._num_samples - self._num_out:
-            block = block * self._fades(start, stop)
+        block = self._fade(block, start=self._position)
+        self._position += block.shape[1]
         if self._limiter is not None:
             self._peak.add(block)
         return block
-
-    def _fades(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return the gain (S,) that both fades give the samples [start, stop).
-
-        Only this range is computed, because whole fades might not fit in memory.
-        """
-        elapsed, gain = np.arange(start, stop) + 0.5, np.ones(stop - start)
-        if self._num_in:
-            gain *= np.minimum(elapsed / self._num_in, 1.0)
-        if self._num_out:
-            gain *= np.minimum((self._num_samples - elapsed) / self._num_out, 1.0)
-        return gain.astype(np.float32)
 
 
 class _Limiter:
