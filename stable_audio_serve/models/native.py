@@ -7,14 +7,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
-from stable_audio_serve.models.adapters.apply import is_adapted
 from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.fused import use_kernels
 from stable_audio_serve.models.blocks.kernel_check import load_kernels
@@ -43,7 +41,6 @@ from stable_audio_serve.sampling.transfer import to_device
 # Keys in StepBatch.constants. The context has the cross-attention keys and values of every layer.
 CONTEXT, _GLOBAL, _LOCAL = "context", "global", "local"
 AUTOENCODER_KEYS = "pretransform.model."  # prefix of the autoencoder's keys in the weight file
-_KEPT_NUMBERS = 256  # embeddings of numbers, for example of durations
 
 DenoiserT = TypeVar("DenoiserT", bound=NativeDenoiser)
 AutoencoderT = TypeVar("AutoencoderT", bound=nn.Module)
@@ -136,8 +133,6 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
         self._device = device
         self._decode_precision: DecodePrecision = decode_precision
         self._products = decoder_products(decode_precision, device)
-        # Most clips have one of a few durations, and on a GPU an embedding starts twelve kernels.
-        self._kept_number = lru_cache(maxsize=_KEPT_NUMBERS)(self._compute_number)
 
     def use_features(self, *, fast_decoding: bool, fused_kernels: bool) -> None:
         """See `SwitchableModel`. A decoder whose weights are stored in half precision always decodes in it."""
@@ -223,14 +218,10 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
 
     def _embed_numbers(self, values: Mapping[str, float]) -> dict[str, Tensor]:
         """Returns the embedding of each number (1, width) float32, by conditioner id."""
-        embeddings = {}
-        for id_, network in self.numbers.items():
-            compute = self._compute_number if is_adapted(network) else self._kept_number
-            embeddings[id_] = compute(id_, values[id_])
-        return embeddings
-
-    def _compute_number(self, id_: str, value: float) -> Tensor:
-        return self.numbers[id_](to_device(torch.tensor([value], dtype=torch.float32), self._device))
+        return {
+            id_: network(to_device(torch.tensor([values[id_]], dtype=torch.float32), self._device))
+            for id_, network in self.numbers.items()
+        }
 
     def _context(self, tokens: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
         """Join prompt tokens (tokens, width) and embedded numbers, (1, width) each, to a context (1, tokens, width).
