@@ -34,9 +34,6 @@ _NEEDED = (
     "torchsde",
     "trampoline",
 )
-# If stable-audio-tools can import flash_attn, it computes all attention in float16. The import is prevented, because
-# torch's own attention is also fast.
-_FLASH = "flash_attn"
 _K_DIFFUSION = "k_diffusion"
 _USED_OF_K_DIFFUSION = ("utils", "sampling", "external")
 
@@ -70,7 +67,7 @@ def import_package() -> ModuleType:
     """
     require_package()
     try:
-        with _stub_modules(_TORCHAUDIO), _stub_modules(_TORCHVISION), _without(_FLASH), redirect_stdout(StringIO()):
+        with _replaced_modules(), redirect_stdout(StringIO()):
             _import_k_diffusion()
             for name in ("factory", "conditioners", "diffusion", "autoencoders"):
                 importlib.import_module(f"stable_audio_tools.models.{name}")
@@ -107,10 +104,14 @@ class _Resample:
         raise NotImplementedError("torchaudio is not used here")
 
 
-# Stub modules, and the names that stable-audio-tools imports from them. It uses torchaudio and torchvision only for
-# training, or for work that this server does itself. The real torchaudio often does not match the installed torch.
-_TORCHAUDIO: Mapping[str, Mapping[str, Any]] = {"torchaudio": {}, "torchaudio.transforms": {"Resample": _Resample}}
-_TORCHVISION: Mapping[str, Mapping[str, Any]] = {
+# What the imports get instead of each of these modules, if it is not imported yet: None makes an import fail, and a
+# mapping has the names that stable-audio-tools imports from a stub. With flash_attn, it would compute all attention in
+# float16, but torch's own attention is also fast. It uses torchaudio and torchvision only for training, or for work
+# that this server does itself. The real torchaudio often does not match the installed torch.
+_REPLACED: Mapping[str, Mapping[str, Any] | None] = {
+    "flash_attn": None,
+    "torchaudio": {},
+    "torchaudio.transforms": {"Resample": _Resample},
     "torchvision": {},
     "torchvision.transforms": {},
     "torchvision.transforms.functional": {},
@@ -118,32 +119,19 @@ _TORCHVISION: Mapping[str, Mapping[str, Any]] = {
 
 
 @contextmanager
-def _without(name: str) -> Iterator[None]:
-    """Make importing `name` fail within this context, unless it was imported before."""
-    hides = name not in sys.modules
-    if hides:
-        sys.modules[name] = None  # type: ignore[assignment]  # None makes Python's import statement fail
-    try:
-        yield
-    finally:
-        if hides:
-            del sys.modules[name]
-
-
-@contextmanager
-def _stub_modules(names: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Put a stub in place of each module in `names` that is not imported yet.
-
-    `names` maps the name of a module to the stub's attributes. The stubs are removed when the context ends, because
-    other libraries need the real modules later.
-    """
-    stubs = {name: ModuleType(name) for name in names if name not in sys.modules}
-    for name, module in stubs.items():
-        module.__spec__ = ModuleSpec(name, loader=None, is_package=True)
-        module.__dict__.update(names[name])
-        parent, _, child = name.rpartition(".")
-        if parent in stubs:
-            setattr(stubs[parent], child, module)
+def _replaced_modules() -> Iterator[None]:
+    """Within this context, imports find what `_REPLACED` says. Afterwards, other libraries find the real modules."""
+    stubs: dict[str, Any] = {}
+    for name, attributes in _REPLACED.items():
+        if name in sys.modules:
+            continue
+        stubs[name] = None if attributes is None else ModuleType(name)
+        if attributes is not None:
+            stubs[name].__spec__ = ModuleSpec(name, loader=None, is_package=True)
+            stubs[name].__dict__.update(attributes)
+            parent, _, child = name.rpartition(".")
+            if parent in stubs:
+                setattr(stubs[parent], child, stubs[name])
     sys.modules.update(stubs)
     try:
         yield
