@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.processor import has_native_bfloat16
-from stable_audio_serve.models.switches import SWITCH_LOCK, tf32_products
+from stable_audio_serve.models.switches import float32_products, tf32_products
 
-Products = Callable[[], AbstractContextManager[None]]  # creates a context that sets the precision of matrix products
+Products = Callable[[], AbstractContextManager[Any]]  # creates a context that sets the precision of matrix products
 _FIRST_WITH_TF32 = 8  # first major version of CUDA's compute capability with TF32
 
 
@@ -60,23 +60,17 @@ def decoder_products(precision: DecodePrecision, device: torch.device) -> Produc
     """Returns a function that creates a context in which matrix products and convolutions have this precision."""
     match precision:
         case "tf32":
-            return _tf32
+            return tf32_products
         case "half":
             return functools.partial(_half, device)
         case _:
-            return SWITCH_LOCK.shared
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    with SWITCH_LOCK.alone(), tf32_products():
-        yield
+            return functools.partial(float32_products, device)
 
 
 @contextmanager
 def _half(device: torch.device) -> Iterator[None]:
     """Compute linear layers, convolutions and attention in half precision; sums, norms and softmax stay in float32."""
-    with SWITCH_LOCK.shared(), torch.autocast(device.type, dtype=_half_dtype(device), cache_enabled=False):
+    with float32_products(device), torch.autocast(device.type, dtype=_half_dtype(device), cache_enabled=False):
         yield
 
 

@@ -26,7 +26,7 @@ from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.sao.oobleck import NormedConv
-from stable_audio_serve.models.switches import SwitchLock, tf32_products
+from stable_audio_serve.models.switches import float32_products, tf32_products
 from stable_audio_serve.sampling.noise import SeededNoise
 from tests.goldens import load_goldens, load_open_goldens
 from tests.models.loaded import loaded
@@ -159,20 +159,20 @@ def test_products_are_exact_after_a_failed_decode() -> None:
 
 
 def test_exact_calls_of_other_threads_never_see_a_changed_switch() -> None:
-    lock, before = SwitchLock(), switches()
+    before = switches()
     met: list[list[object]] = []
     done = threading.Event()
 
     def compute() -> None:
         while not done.is_set():
-            with lock.shared():
+            with float32_products(CUDA):
                 met.append(switches())
 
     threads = [threading.Thread(target=compute) for _ in range(3)]
     for thread in threads:
         thread.start()
     for _ in range(200):
-        with lock.alone(), tf32_products():
+        with tf32_products():
             assert switches() != before
     done.set()
     for thread in threads:
