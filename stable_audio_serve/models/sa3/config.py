@@ -68,12 +68,7 @@ class DenoiserConfig(native_denoiser.DenoiserConfig):
 
 def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
     """Parse `model.diffusion.config`. Raises CheckpointError naming the key that cannot be used."""
-    config.require(
-        project_cond_tokens=True,
-        timestep_features_type="expo",
-        norm_type="rms_norm",
-        cross_attn_rotary_pos_emb=False,
-    )
+    config.require(project_cond_tokens=True, cross_attn_rotary_pos_emb=False)
     config.choice("global_cond_type", ("adaLN",), default="prepend")
     config.choice("timestep_features_type", ("expo",), default="learned")
     config.choice("norm_type", ("rms_norm",), default="layer_norm")
