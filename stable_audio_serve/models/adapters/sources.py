@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,14 @@ def _write(path: Path, chunks: Iterator[bytes]) -> None:
 
 
 def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | None) -> Path:
-    from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import (
+        HfApi,
+        constants,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HTTPError,
@@ -213,20 +220,10 @@ def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | Non
     except RepositoryNotFoundError as error:
         raise _FetchError(f"there is no file and no repository {repo_id} that the server may read") from error
     except (HTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        copy = _find_cached(replace(source, file=file), cache=cache)
-        if copy is None:
+        cached = try_to_load_from_cache(repo_id, file, revision=revision, cache_dir=cache) if file else None
+        if not isinstance(cached, str):
             raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
-        return copy
-
-
-def _find_cached(source: _Repository, *, cache: Path | None) -> Path | None:
-    """Returns a file from the cache of huggingface_hub, for use while the hub cannot be reached."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if source.file is None:
-        return None
-    copy = try_to_load_from_cache(source.name, source.file, revision=source.revision, cache_dir=cache)
-    return Path(copy) if isinstance(copy, str) else None
+        return Path(cached)
 
 
 def _only_file(repo_id: str, names: list[str]) -> str:
