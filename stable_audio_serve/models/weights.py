@@ -143,21 +143,8 @@ def _fill(
     for prefix, module in modules.items():
         module.load_state_dict({key: state[prefix + key] for key in module.state_dict()}, strict=True, assign=True)
         module.eval().requires_grad_(False)
-        _refuse(
-            source, "is stored in no checkpoint, so nothing fills it", keys=[prefix + key for key in _empty(module)]
-        )
         module.to(device)  # buffers that no checkpoint contains
     return mapped
-
-
-def _empty(module: nn.Module) -> list[str]:
-    """Returns the names of tensors that are still on the meta device because the weight file does not contain them."""
-    return [
-        f"{name}.{attribute}".lstrip(".")
-        for name, part in module.named_modules()
-        for attribute, value in [*part.named_buffers(recurse=False), *vars(part).items()]
-        if isinstance(value, Tensor) and value.is_meta
-    ]
 
 
 def cast_network(module: nn.Module, dtype: torch.dtype) -> None:
