@@ -133,7 +133,10 @@ class _SoundFileEncoder:
             _write(self._sound, to_samples(block, self._encoding.bit_depth or 16))
         else:
             samples = np.clip(block.T, -1.0, 1.0)
-            _write(self._sound, _at_level(samples, self._sound.samplerate, encoding=self._encoding))
+            if self._encoding.file_format is AudioFormat.MP3 and self._encoding.bitrate_kbps is not None:
+                # LAME lowers the level at constant bit rates, so the samples are raised, perhaps beyond -1..1.
+                samples /= np.float32(mp3_factor(self._encoding.bitrate_kbps, self._sound.samplerate))
+            _write(self._sound, samples)
 
     def close(self) -> None:
         if self._tail:
@@ -186,16 +189,6 @@ def _find_options(samples: npt.NDArray[np.float32], sample_rate_hz: int, *, enco
             case AudioFormat.OGG:
                 return {"compression_level": _find_vorbis_level(samples, sample_rate_hz, bitrate_kbps=bitrate_kbps)}
     return {}
-
-
-def _at_level(samples: npt.NDArray[np.float32], sample_rate_hz: int, *, encoding: Encoding) -> npt.NDArray[np.float32]:
-    """Return `samples` scaled so that the file that libsndfile writes has the level of the original samples.
-
-    LAME lowers the level of MP3 files with a constant bit rate, so their samples are raised, perhaps beyond -1..1.
-    """
-    if encoding.file_format is not AudioFormat.MP3 or encoding.bitrate_kbps is None:
-        return samples
-    return samples / np.float32(mp3_factor(encoding.bitrate_kbps, sample_rate_hz))
 
 
 def _write(file: SoundFile, samples: npt.NDArray[Any]) -> None:
