@@ -27,9 +27,9 @@ from stable_audio_serve.audio.level import fade, to_dbtp, to_loudness
 from stable_audio_serve.audio.loudness import describe_clip
 from stable_audio_serve.audio.pcm import to_full_scale_pcm16
 from stable_audio_serve.audio.peaks import treat_peaks
-from stable_audio_serve.audio.recipe import MOST_BYTES, Recipe, RecipeSource, sources_of, write_recipes
+from stable_audio_serve.audio.recipe import MOST_BYTES, Recipe, RecipeSource, write_recipes
 from stable_audio_serve.audio.true_peak import measure_true_peak
-from stable_audio_serve.core.generation import GeneratedSpan, GenerationRequest, GenerationResult, Role
+from stable_audio_serve.core.generation import GeneratedSpan, GenerationRequest, GenerationResult, Role, SourceAudio
 from stable_audio_serve.core.sound import AS_IS, PLAIN_WAV, AudioFormat, ClipFacts, Encoding, Finishing, Peaks
 
 if TYPE_CHECKING:
@@ -60,8 +60,13 @@ class ClipOrigin:
     @classmethod
     def of(cls, request: GenerationRequest) -> ClipOrigin | None:
         """Return the origin of a request, or None if any source audio of the request has no file hash."""
-        sources = sources_of(request)
-        return None if sources is None else cls(request, sources)
+        given: dict[Role, SourceAudio | None] = {"init": request.init_audio, "inpaint": request.inpaint_audio}
+        found = {role: source for role, source in given.items() if source is not None}
+        if not all(source.sha256 for source in found.values()):
+            return None
+        return cls(
+            request, {role: RecipeSource(sha256=s.sha256, is_mixed=s.is_mixed or None) for role, s in found.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -390,15 +390,6 @@ def add_sections(
     return recipe.model_copy(update={"sections": parts, "overlap": float(overlap_s)})
 
 
-def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:
-    """Return the hashes of a request's source files, or None if any source audio has no file hash."""
-    given: dict[Role, SourceAudio | None] = {"init": request.init_audio, "inpaint": request.inpaint_audio}
-    found = {role: source for role, source in given.items() if source is not None}
-    if not all(source.sha256 for source in found.values()):
-        return None
-    return {role: RecipeSource(sha256=s.sha256, is_mixed=s.is_mixed or None) for role, s in found.items()}
-
-
 def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
     """Return a recipe's description of software and hardware. `codecs` names the audio libraries, if any were used."""
     provenance = made_on.provenance
