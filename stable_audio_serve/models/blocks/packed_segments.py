@@ -27,9 +27,8 @@ class PackedSegments:
         self.places = Places(segments.rows, segments.is_frame, num_prefix)
         self._segments = segments
         self._num_prefix = num_prefix
-        self._attention = SegmentAttention(varlen, segments, slots=slots)
-        self.attend = self._attention.within
-        self.attend_context = self._attention.to_context
+        attention = SegmentAttention(varlen, segments, slots=slots)
+        self.attend, self.attend_context, self.context = attention.within, attention.to_context, attention.context
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
         places = self._segments.positions.clamp(max=self._num_prefix - 1)
@@ -56,13 +55,6 @@ class PackedSegments:
             h += local
         else:
             h.addcmul_(self._by_token(local[:, 0]), self._segments.is_frame[:, None].to(h.dtype))
-
-    def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
-        """Returns one layer's cross-attention keys and values, for `attend_context`.
-
-        `held` has the contexts of many requests: (slots, layers, 2, key heads, context tokens, head width).
-        """
-        return self._attention.context(held, layer=layer)
 
     def _by_token(self, values: Tensor) -> Tensor:
         """Repeat each row's values for its tokens: (rows, width) -> (tokens, width)."""

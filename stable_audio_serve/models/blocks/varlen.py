@@ -156,13 +156,13 @@ class SegmentAttention:
         )
         return out.transpose(0, 1)[None]
 
-    def context(self, memory: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+    def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
         """Returns one layer's keys and values of all contexts, for `to_context`.
 
-        `memory`, the tensor of contexts, is (slots, layers, 2, key heads, context tokens, head width). Keys and values
+        `held`, the tensor of contexts, is (slots, layers, 2, key heads, context tokens, head width). Keys and values
         are views of it as (tokens, key heads, head width), in which the tokens of slot i begin at index `i * between`.
         """
-        num_slots, num_layers, _, num_heads, num_tokens, width = memory.shape
+        num_slots, num_layers, _, num_heads, num_tokens, width = held.shape
         between = num_layers * 2 * num_heads * num_tokens
         size = (num_slots - 1) * between + num_tokens, num_heads, width
         stride = width, num_tokens * width, 1
@@ -170,10 +170,8 @@ class SegmentAttention:
             assert self._slots is not None
             starts = F.pad((self._slots * between).to(torch.int32), (0, 1))
             self._contexts = _Contexts(starts, torch.full_like(starts[1:], num_tokens), num_tokens)
-        first = memory.storage_offset() + 2 * layer * num_heads * num_tokens * width
-        key, value = (
-            memory.as_strided(size, stride, first + part * num_heads * num_tokens * width) for part in range(2)
-        )
+        first = held.storage_offset() + 2 * layer * num_heads * num_tokens * width
+        key, value = (held.as_strided(size, stride, first + part * num_heads * num_tokens * width) for part in range(2))
         return key, value
 
     def to_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
