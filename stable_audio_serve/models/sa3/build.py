@@ -16,7 +16,6 @@ from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.native import checkpoint_modules
-from stable_audio_serve.models.precision import Products, decoder_products
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.config import INERT_KEYS, Sa3Config, parse_config
@@ -64,8 +63,7 @@ def load_sa3(
     modules = checkpoint_modules(components, config)
     with stating_width(text, text_encoder):
         mapped = load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
-    products = decoder_products(decode_precision, device)
-    _check_autoencoder(components.autoencoder, products, device=device, source=folder / CONFIG_FILE)
+    _check_autoencoder(components.autoencoder, device=device, source=folder / CONFIG_FILE)
     spec = build_spec(card, config, components=components)
     model = Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
     release_pages(weights_file, mapped)  # the check loaded the encoder's weights, which only edits of audio need
@@ -106,7 +104,7 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
 
 
 @torch.inference_mode()
-def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: torch.device, source: Path) -> None:
+def _check_autoencoder(net: AudioAutoencoder, *, device: torch.device, source: Path) -> None:
     """Encode and decode one latent to check that the autoencoder's parts fit each other.
 
     Raises CheckpointError naming `source` if they do not. Their configs alone do not show whether they fit.
@@ -114,7 +112,7 @@ def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: tor
     audio = torch.zeros(1, net.channels, net.hop, device=device)
     try:
         latents = net.encode(audio)[..., :1]
-        made = net.decode(latents, products=products)[..., : net.hop]
+        made = net.decode(latents)[..., : net.hop]
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         message = f"{source}: model.pretransform.config describes parts that do not fit each other: {reason}"
