@@ -51,12 +51,12 @@ def require_floats(path: Path, key: str, *, weight: Tensor) -> None:
         raise CheckpointError(f"{path}: {key} holds {weight.dtype}, not floating-point numbers ({allowed})")
 
 
-def release_pages(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Free the memory of `tensors`, which `read_weights(path)` returned. Their next use reads the file again.
+def release_pages(tensors: Iterable[Tensor]) -> None:
+    """Free the memory of `tensors`, which `read_weights` returned for a file that `is_mapped`. Works only on Linux.
 
-    `tensors` must not be copies. Works only on Linux and for files that can be memory-mapped; otherwise does nothing.
+    The next use of a tensor reads the file again. The values of copies would be lost.
     """
-    if sys.platform != "linux" or not _is_mapped(path):
+    if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
     for tensor in tensors:
@@ -69,7 +69,7 @@ def release_pages(path: Path, tensors: Iterable[Tensor]) -> None:
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
-def _is_mapped(path: Path) -> bool:
+def is_mapped(path: Path) -> bool:
     """Whether a file can be memory-mapped.
 
     Pickles from before torch 1.6 cannot, because they are not zip archives, nor can those of a machine with another
@@ -98,7 +98,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is corrupt or holds more than tensors, which is not loaded for safety; convert it to safetensors"

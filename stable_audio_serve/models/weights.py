@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
-from stable_audio_serve.models.weight_files import read_weights, release_pages, require_floats
+from stable_audio_serve.models.weight_files import is_mapped, read_weights, release_pages, require_floats
 
 # Number of threads that cast weights on a CPU, besides torch's threads. Two threads take half of the time of one.
 _CPU_THREADS = 2
@@ -125,17 +125,17 @@ def _fill(
     casts: Mapping[str, torch.dtype],
 ) -> list[Tensor]:
     state: dict[str, Tensor] = {}
-    mapped = []
+    mapped, can_release = [], is_mapped(source)
 
     def load(key: str) -> None:
         tensor, dtype = weights[key], casts.get(key, torch.float32)
         state[key] = loaded = tensor.to(device=device).to(dtype)
         if loaded.numel() and not all(bound.isfinite() for bound in loaded.aminmax()):
             raise CheckpointError(f"{source}: {key} holds values that are not finite in {dtype}")
-        if loaded is tensor:
+        if loaded is tensor and can_release:
             mapped.append(tensor)
-        else:
-            release_pages(source, [tensor])
+        elif can_release:
+            release_pages([tensor])
 
     with ThreadPoolExecutor(_CPU_THREADS if device.type == "cpu" else 1) as pool:
         in_file_order = sorted(weights, key=lambda key: weights[key].data_ptr())

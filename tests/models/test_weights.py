@@ -145,7 +145,7 @@ def test_released_tensors_are_read_again(tmp_path: Path, suffix: str) -> None:
     weights = read_weights(path)
     for _ in range(2):
         assert all(torch.equal(weights[key], value) for key, value in stored.items())
-        release_pages(path, weights.values())
+        release_pages(weights.values())
 
 
 def test_shared_text_encoder_weights_stay_shared(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def load_sa3(
     _check_autoencoder(components.autoencoder, device=device, source=folder / CONFIG_FILE)
     spec = build_spec(card, config, components=components)
     model = Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
-    release_pages(weights_file, mapped)  # the check loaded the encoder's weights, which only edits of audio need
+    release_pages(mapped)  # the check loaded the encoder's weights, which only edits of audio need
     return model
 
 

@@ -58,7 +58,7 @@ def load_sao(
         mapped = load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
     spec = build_spec(card, config)
     model = SaoModel(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
-    release_pages(weights_file, mapped)  # the model replaced the autoencoder's mapped weights by computed kernels
+    release_pages(mapped)  # the model replaced the autoencoder's mapped weights by computed kernels
     return model
 
 
