@@ -116,9 +116,8 @@ def _add_dead_letters(router: APIRouter, service: Service) -> None:
             dead_letters=[schemas.DeadLetter(**_describe(letter)) for letter in page[:limit]], next_cursor=last
         )
 
-    @router.get(
-        "/dead-letters/{number:letter_number}", responses=_NUMBER_RESPONSES
-    )  # only digits match, so that /retry and /delete do not
+    # Only digits match, so that /retry and /delete do not.
+    @router.get("/dead-letters/{number:letter_number}", responses=_NUMBER_RESPONSES)
     async def show_dead_letter(number: Annotated[int, Path(ge=0, le=_LARGEST)]) -> schemas.DeadLetterDetails:
         """Return one dead letter and its events."""
         found = await asyncio.to_thread(letters.find, number)

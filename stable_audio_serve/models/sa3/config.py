@@ -90,10 +90,9 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
 class Sa3Config(ConditionersConfig):
     """All values that Stable Audio 3 models read from a checkpoint's config.
 
-    `local_ids` has ids of per-frame inputs, from EDIT_IDS or `timelines`. `timelines` has the conditioners of the type
-    `timeline`, by id: how each reads the tempo. `chunked` is true if the reference
-    implementation encodes and decodes in windows. `shift` is the config section about the timestep shift; None: the
-    default shift.
+    `local_ids` has ids of per-frame inputs, from EDIT_IDS or `timelines`. `timelines` says by id how each conditioner
+    of the type `timeline` reads the tempo. `chunked` is true if the reference implementation encodes and decodes in
+    windows. `shift` is the config section about the timestep shift; None: the default shift.
     """
 
     default_sampler: str

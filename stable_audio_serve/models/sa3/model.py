@@ -92,8 +92,8 @@ class Sa3Model(NativeModel[Denoiser, AudioAutoencoder]):
     def _local_conditioning(self, plan: RowPlan, latents: Tensor | None) -> Tensor | None:
         """Returns the local (per-frame) conditioning (1, local width, frames) of a row.
 
-        It contains the mask of kept frames, the kept latents and the features of the timeline. If the row has
-        none of these, returns zeros for one frame. Returns None for a network without local conditioning.
+        It contains the mask of kept frames, the kept latents and the features of the timeline. If the row has none of
+        these, returns zeros for one frame. Returns None for a network without local conditioning.
         """
         if not self.config.local_ids:
             return None
