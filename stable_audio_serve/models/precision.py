@@ -87,14 +87,19 @@ def stores_half(precision: DecodePrecision, device: torch.device) -> bool:
     return precision == "half" and device.type == "cpu"
 
 
-def store_half(decoder: nn.Module, device: torch.device) -> None:
-    """Convert the decoder's linear layers and convolutions to half precision, in place.
+def stored_dtypes(decoder: nn.Module, device: torch.device) -> dict[str, torch.dtype]:
+    """Returns the dtype, by layer name, of the layers that are stored in half precision if `stores_half`.
 
     These are the layers whose parameter `weight` is a matrix or a convolution kernel. All other parameters stay in
     float32.
     """
-    for layer in decoder.modules():
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() > 1:
-            for parameter in layer.parameters(recurse=False):
-                parameter.data = parameter.data.to(_half_dtype(device))
+    half = _half_dtype(device)
+    weights = {name: getattr(part, "weight", None) for name, part in decoder.named_modules()}
+    return {name: half for name, weight in weights.items() if isinstance(weight, Tensor) and weight.dim() > 1}
+
+
+def store_half(decoder: nn.Module, device: torch.device) -> None:
+    """Convert the decoder's layers that `stored_dtypes` names to half precision, in place."""
+    for name, dtype in stored_dtypes(decoder, device).items():
+        for parameter in decoder.get_submodule(name).parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)

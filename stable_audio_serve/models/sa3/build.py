@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from stable_audio_serve.models.blocks.fourier import ExpoFourier
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
-from stable_audio_serve.models.native import checkpoint_modules
+from stable_audio_serve.models.native import AUTOENCODER_KEYS, checkpoint_modules
+from stable_audio_serve.models.precision import Products, decoder_products, stored_dtypes, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.config import INERT_KEYS, Sa3Config, parse_config
@@ -61,13 +62,17 @@ def load_sa3(
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
     reader.refuse_unread(inert=INERT_KEYS)
     modules = checkpoint_modules(components, config)
+    dtypes = {DENOISER_KEYS: dtype}
+    if stores_half(decode_precision, device):
+        halves = stored_dtypes(cast("nn.Module", components.autoencoder.decoder), device)
+        dtypes |= {f"{AUTOENCODER_KEYS}decoder.{name}.": half for name, half in halves.items()}
     with stating_width(text, text_encoder):
-        mapped = load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
-    _check_autoencoder(components.autoencoder, device=device, source=folder / CONFIG_FILE)
-    spec = build_spec(card, config, components=components)
-    model = Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
+        mapped = load_weights(modules, weights_file, device=device, dtypes=dtypes)
+    products = decoder_products(decode_precision, device)
+    _check_autoencoder(components.autoencoder, products, device=device, source=folder / CONFIG_FILE)
     release_pages(mapped)  # the check loaded the encoder's weights, which only edits of audio need
-    return model
+    spec = build_spec(card, config, components=components)
+    return Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
@@ -104,7 +109,7 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
 
 
 @torch.inference_mode()
-def _check_autoencoder(net: AudioAutoencoder, *, device: torch.device, source: Path) -> None:
+def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: torch.device, source: Path) -> None:
     """Encode and decode one latent to check that the autoencoder's parts fit each other.
 
     Raises CheckpointError naming `source` if they do not. Their configs alone do not show whether they fit.
@@ -112,7 +117,7 @@ def _check_autoencoder(net: AudioAutoencoder, *, device: torch.device, source: P
     audio = torch.zeros(1, net.channels, net.hop, device=device)
     try:
         latents = net.encode(audio)[..., :1]
-        made = net.decode(latents)[..., : net.hop]
+        made = net.decode(latents, products=products)[..., : net.hop]
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         message = f"{source}: model.pretransform.config describes parts that do not fit each other: {reason}"
