@@ -54,7 +54,7 @@ test-fast: install ## run before each commit, 90 s: unit tests, golden numbers, 
 	$(PYTEST) 3 -m "not server and not slow and $(ELSEWHERE)"
 
 test: install ## run by CI, 5 to 11 minutes: also a Ray server, PostgreSQL, S3, Chromium and the clients of each dialect
-	$(PYTEST) 4 -m "not slow and $(ELSEWHERE)"
+	$(PYTEST) 3 -m "not slow and $(ELSEWHERE)"
 
 test-all: $(if $(PART),test-all-$(PART),test-all-1 test-all-2 test-all-3 test-all-4) ## all tests, under an hour (PART=1 to 4 for one quarter): long forms, nodes, scaling, redeploys
 test-all-1: test
