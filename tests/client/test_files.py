@@ -4,6 +4,7 @@ import os
 import resource
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,24 +37,25 @@ def test_an_interrupted_file_leaves_nothing_behind(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
     """Let each file grow to 10 bytes only."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_clip_that_cannot_be_written_leaves_the_former_file(tmp_path: Path) -> None:
     clip = Clip("take.wav", b"sound" * 10_000, seed=7, peak=0.5, loudness_lufs=None, is_silent=False)
     path = tmp_path / "take.wav"
     path.write_bytes(b"former")
-    with pytest.raises(OSError, match="large"):
+    with full_disk(), pytest.raises(OSError, match="large"):
         clip.save(path)
     assert path.read_bytes() == b"former"
-    with pytest.raises(OSError, match="large"):
+    with full_disk(), pytest.raises(OSError, match="large"):
         save(Result((clip,), "demo", 44100), str(tmp_path), prompt="rain")
     assert os.listdir(tmp_path) == ["take.wav"]
 
