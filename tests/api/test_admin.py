@@ -116,6 +116,7 @@ async def test_unloading_below_the_configured_minimum_is_refused() -> None:
             reply = await client.post(f"/v1/admin/models/{name}/unload")
             assert reply.status_code == 409
             assert f"keeps {least} of this model" in reply.json()["detail"]
+    assert not calls.calls
 
 
 async def test_unreachable_ray_head_is_503() -> None:

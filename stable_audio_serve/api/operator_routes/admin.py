@@ -71,13 +71,13 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
     async def unload(model: str) -> schemas.KeptModel:
         """Let a model scale to zero after `downscale_delay_s` without work."""
         name = resolve(model)
-        await operations.release(name)
         least = least_replicas(name, service.settings, catalog=catalog)
         if least:
             raise ConflictError(
                 f"the configuration keeps {least} of this model: see preload_models and replicas.min_replicas",
                 code="kept_by_configuration",
             )
+        await operations.release(name)
         return schemas.KeptModel(model=name, kept=False, stage=await stage_of(name))
 
     @router.post("/drain", status_code=202, responses=_RESPONSES)
