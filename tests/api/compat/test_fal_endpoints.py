@@ -23,6 +23,7 @@ from stable_audio_serve.audio.formats import available_formats
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.models.registry import BUILT_IN
 from tests.api.compat.serving import make_app, make_client
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("low_rate")
 
 ROOT = Path(__file__).parents[2] / "data" / "fal" / "stable-audio.tsv"
 SOURCE_S = 2.0
+SLOW_S = 0.1
 SOURCE = make_audio_file(duration_s=SOURCE_S, rate_hz=8000, channels=1)
 DATA_URI = f"data:audio/wav;base64,{base64.b64encode(SOURCE).decode()}"
 MEDIUM, SMALL = "fal-ai/stable-audio-3/medium", "fal-ai/stable-audio-3/small/sfx"
@@ -435,6 +437,8 @@ async def test_sources_are_downloaded_from_allowed_hosts_only() -> None:
     moved |= {"/circle.wav": b"/circle.wav", "/wrong.wav": b"http://a:port/", "/gone.wav": b"/nowhere.wav"}
 
     async def host(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/slow.wav":
+            await asyncio.sleep(SLOW_S)
         if scope["path"] == "/cut.wav":
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
             return
@@ -452,6 +456,9 @@ async def test_sources_are_downloaded_from_allowed_hosts_only() -> None:
             reply = await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=f"{url}/{name}")
             assert reply.status_code == 200, reply.text
             assert backend.last.init_audio is not None
+        assert (await post(client, f"{SMALL}/audio-to-audio", duration=1, audio_url=f"{url}/slow.wav")).is_success
+        assert backend.last.deadline_s is not None
+        assert backend.last.deadline_s <= ApiSettings().default_deadline_s - SLOW_S  # the download counts
         for name, message in (
             ("large.wav", "larger than 100000 bytes"),
             ("inside.wav", "not public"),

@@ -102,13 +102,17 @@ _Logs = Annotated[bool, Query(description="Include the log.")]
 
 @dataclass(frozen=True, slots=True)
 class _Submission:
-    """What path, headers and query of a submission ask for. Only queued ones use `priority` and `webhook_url`."""
+    """What path, headers and query of a submission ask for, and when it arrived.
+
+    Only queued ones use `priority` and `webhook_url`.
+    """
 
     request_id: str
     is_queued: bool
     start_within_s: float | None
     priority: Priority
     webhook_url: str | None
+    started_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,10 +240,9 @@ async def _submit(request: Request, service: Service, *, order: _Order, submissi
 
 
 async def _run(request: Request, service: Service, *, order: _Order, submission: _Submission) -> Output:
-    started_at = service.clock.monotonic()
     generation = replace(order.generation, start_within_s=submission.start_within_s)
     card, generation = service.adapted(order.card, generation)
-    result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
+    result = await service.generate(card, generation, caller=request.state.caller, started_at=submission.started_at)
     origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
     peaks = order.peaks or service.settings.audio.peaks
     output = await service.finish(result, FileOrder(peaks, encoding=order.encoding, stem=_FILE_STEM, origin=origin))
@@ -294,7 +297,7 @@ def _opener(service: Service) -> Callable[..., Awaitable[_Submission]]:
         timeout_s: _Timeout = None,
         priority: _Priority = "normal",
     ) -> _Submission:
-        request_id = str(uuid.uuid4())
+        request_id, started_at = str(uuid.uuid4()), service.clock.monotonic()
         request.state.fal_request_id = response.headers[REQUEST_ID] = request_id
         is_queued = means_queue(request)
         if is_queued and fal_webhook is not None:
@@ -302,7 +305,7 @@ def _opener(service: Service) -> Callable[..., Awaitable[_Submission]]:
             client = request.state.caller.name
             await check_webhook_url(fal_webhook, field="fal_webhook", client=client, allow_hosts=allow_hosts)
         rank: Priority = "batch" if priority == "low" else "interactive"
-        return _Submission(request_id, is_queued, timeout_s, priority=rank, webhook_url=fal_webhook)
+        return _Submission(request_id, is_queued, timeout_s, rank, fal_webhook, started_at=started_at)
 
     return open_submission
 
