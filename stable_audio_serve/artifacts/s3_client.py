@@ -240,6 +240,8 @@ def _explain(error: Exception, settings: StorageSettings, *, doing: str) -> Conf
         return _sentence(_KEYS, f"no access key for {where} was found")
     if code in _BAD_KEYS:
         return _sentence(_KEYS, f"{where} does not accept the access key ({code})")
+    if code == "RequestTimeTooSkewed":
+        return ConfigError(f"{where} refuses requests with the time of this machine: correct its clock ({code})")
     if code == "NoSuchBucket" or (status == 404 and doing == "writing"):
         return _sentence(_BUCKET, f"{where} has no bucket {settings.bucket!r}")
     if code in _BAD_BUCKET:

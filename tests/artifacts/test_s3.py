@@ -401,6 +401,13 @@ def test_a_bad_key_is_detected_at_startup(object_storage: ObjectStorage, bucket:
             assert "does not accept" in message
 
 
+def test_a_wrong_clock_is_detected_at_startup(object_storage: ObjectStorage, bucket: str) -> None:
+    object_storage.proxy.faults = Faults(answer=(403, "RequestTimeTooSkewed"))
+    message = check(object_storage, bucket)
+    assert "correct its clock" in message
+    assert "access_key_id" not in message
+
+
 @pytest.mark.parametrize(
     ("allowed", "missing"),
     [
