@@ -24,6 +24,7 @@ from tests.api.test_jobs import submit, wait
 from tests.backends import ToneBackend
 from tests.databases import PostgresServer, postgres, postgres_url
 from tests.patience import PATIENCE_S, until
+from tests.recorded_metrics import RecordedMetrics
 
 pytestmark = pytest.mark.server
 
@@ -190,8 +191,9 @@ async def open_stream(client: httpx.AsyncClient, ticket: dict[str, Any]) -> Asyn
 
 
 async def test_closing_a_stream_frees_its_slot() -> None:
+    metrics, limits = RecordedMetrics(), replace(FAST, max_open=2)
     async with (
-        serve_app(ToneBackend(delay_s=30), stream_limits=replace(FAST, max_open=2)) as (port, _),
+        serve_app(ToneBackend(delay_s=30), stream_limits=limits, metrics=metrics) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         ticket = await submit(client)
@@ -203,6 +205,7 @@ async def test_closing_a_stream_frees_its_slot() -> None:
                         break
             async with open_stream(client, ticket) as others:
                 await anext(others)
+                assert metrics.gauges["event_streams_open"] == 2
                 for url in (f"/jobs/{ticket['id']}/events", f"{fal['status_url']}/stream"):
                     reply = await client.get(url)
                     assert reply.status_code in (429, 503), reply.text
@@ -215,6 +218,7 @@ async def test_closing_a_stream_frees_its_slot() -> None:
             while 200 not in statuses:
                 async with client.stream("GET", f"/jobs/{ticket['id']}/events") as reply:
                     statuses.append(reply.status_code)
+        await until(lambda: metrics.gauges["event_streams_open"] == 0)
 
 
 async def test_streams_per_client_are_limited() -> None:

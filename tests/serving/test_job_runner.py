@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from stable_audio_serve.core.catalog import ModelStatus
-from stable_audio_serve.core.metrics import NullMetrics
-from stable_audio_serve.core.pricing import WorkSize
+from stable_audio_serve.core.pricing import Prices, WorkSize
 from stable_audio_serve.jobs.store.operator_jobs import Waiting
 from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
 from stable_audio_serve.serving import job_runner as module
+from stable_audio_serve.serving import model_states
 from stable_audio_serve.serving.job_runner import JobRunnerReplica
 from tests.patience import until
+from tests.recorded_metrics import RecordedMetrics
 
 
 class Handle:
@@ -78,7 +79,7 @@ class Server:
         replica._handles = {"tiny": self.tiny}  # type: ignore[dict-item]
         replica._reports = {}
         replica._status = self._find_status  # type: ignore[method-assign]
-        replica._metrics = NullMetrics()  # type: ignore[assignment]
+        replica._metrics = self.metrics = RecordedMetrics()  # type: ignore[assignment]
         replica._runner = SimpleNamespace(waiting_work=lambda: self.waiting)  # type: ignore[assignment]
         replica._operator_store = self  # type: ignore[assignment]
 
@@ -136,9 +137,15 @@ async def test_model_that_failed_to_load_is_called_again_after_its_pause(server:
     await until(lambda: server.tiny.num_pending == 1)
 
 
-async def test_waiting_jobs_start_a_model_and_cost_nothing_without_prices(server: Server) -> None:
+async def test_waiting_jobs_start_a_model_and_cost_nothing_without_prices(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.waiting = {"tiny": Waiting(3, WorkSize(rows=3.0))}
     await until(lambda: server.tiny.num_pending == 1)
     server.tiny.has_replica.set()
     await until(lambda: len(server.tiny.reports) >= 2)
     assert set(server.tiny.reports) == {(0.0, False)}
+    assert server.metrics.gauges["waiting_work_ms", "tiny"] == 0
+    monkeypatch.setattr(model_states, "_prices", {"tiny": Prices(1500.0, 0.0, 0.0, 0.0)})
+    await until(lambda: server.tiny.reports[-1] == (4.5, False))
+    assert server.metrics.gauges["waiting_work_ms", "tiny"] == 4500

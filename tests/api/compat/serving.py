@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.api.webhook_bodies import webhook_bodies
+from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.operations import Operations
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
@@ -41,6 +42,7 @@ async def make_app(
     hasty: bool = False,
     stream_limits: StreamLimits | None = None,
     operations: Operations | None = None,
+    metrics: Metrics | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[FastAPI, ToneBackend]]:
     """Yield an application with these settings and a temporary folder for jobs.
@@ -53,7 +55,9 @@ async def make_app(
         jobs = open_queue(parsed)
         if hasty:
             jobs.watch = StoreWatch(jobs.store.database, jobs.artifacts, fresh_s=0.0, fresh_if_bad_s=0.0)
-        app = create_app(backend, parsed, jobs=jobs, stream_limits=stream_limits, operations=operations)
+        app = create_app(
+            backend, parsed, jobs=jobs, stream_limits=stream_limits, operations=operations, metrics=metrics
+        )
         app.state.jobs = jobs
         app.state.output_dir = parsed.output_dir  # for tests that inspect stored files
         notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings=parsed.jobs)

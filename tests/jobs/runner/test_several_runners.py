@@ -341,6 +341,7 @@ async def test_metrics_show_queue_age_and_retries(workshop: Workshop, wall: Wall
     assert (await workshop.finished(job)).attempts == 2
     assert metrics.counters["job_retries", "unavailable"] == 1
     assert metrics.age_s == pytest.approx(5.0)
+    assert metrics.samples["job_wait_ms", job.spec.model] == [pytest.approx(6000.0)]
 
 
 async def test_lease_with_a_lost_answer_is_not_renewed(
