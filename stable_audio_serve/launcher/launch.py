@@ -205,15 +205,24 @@ def _num_gpus() -> float:
 
 def _report_hints(plan: Plan, health: Mapping[str, Any], *, report: Report) -> None:
     devices = {name: facts["device"] for name, facts in health["models"].items()}
-    if hint := bfloat16_hint(plan, devices):
-        report(hint)
-    num_gpus = _num_gpus()
+    for hint in (bfloat16_hint(plan, devices), gpu_hint(plan, devices, num_gpus=_num_gpus())):
+        if hint is not None:
+            report(hint)
+
+
+def gpu_hint(plan: Plan, devices: Mapping[str, str | None], *, num_gpus: float) -> str | None:
+    """Return a message that names the models that reserve a GPU but run on the CPU, or None if there are none.
+
+    `devices` is as in `bfloat16_hint`, `num_gpus` is the number of GPUs that Ray has.
+    """
     on_cpu = [model for model in plan.settings.models if devices.get(model.name) == "cpu"]
-    if names := [model.name for model in on_cpu if reserved_gpus(plan.settings, model, cluster_gpus=num_gpus)]:
-        report(
-            f"warning: torch cannot use this machine's GPU, so {', '.join(names)} runs on the CPU; "
-            "`stable-audio-serve doctor` says why"
-        )
+    names = [model.name for model in on_cpu if reserved_gpus(plan.settings, model, cluster_gpus=num_gpus)]
+    if not names:
+        return None
+    return (
+        f"warning: torch cannot use this machine's GPU, so {', '.join(names)} runs on the CPU; "
+        "`stable-audio-serve doctor` says why"
+    )
 
 
 def bfloat16_hint(plan: Plan, devices: Mapping[str, str | None], *, cpu_facts: Path = CPU_FACTS) -> str | None:

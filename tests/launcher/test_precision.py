@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.launcher.launch import bfloat16_hint
+from stable_audio_serve.launcher.launch import bfloat16_hint, gpu_hint
 from stable_audio_serve.serving.placement import plan_deployments
 
 ON_CPU = {"small-sfx": "cpu", "demo": "cpu"}
@@ -45,3 +45,12 @@ def test_no_hint_when_the_operator_chose_a_precision(bfloat16_cpu: Path) -> None
     assert hint(bfloat16_cpu, dtype="float32") is None
     assert hint(bfloat16_cpu, dtype="bfloat16") is None
     assert hint(bfloat16_cpu, half=False) is None
+
+
+def test_models_with_a_gpu_that_torch_cannot_use_are_named() -> None:
+    models = [{"name": "small-sfx"}, {"name": "medium"}, {"name": "demo", "device": "cpu"}]
+    plan = plan_deployments(Settings.model_validate({"models": models}))
+    line = gpu_hint(plan, {**ON_CPU, "medium": "cuda:0"}, num_gpus=1)
+    assert line is not None
+    assert "cannot use this machine's GPU, so small-sfx runs on the CPU" in line
+    assert gpu_hint(plan, ON_CPU, num_gpus=0) is None
