@@ -27,6 +27,7 @@ _POOL_OVERFLOW = 8
 _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
 _LEAST_ROOM_BYTES = 1_048_576
+_FULL_FOR_S = 15.0  # PostgreSQL counts as full for this time after it had no room for a write of this process
 _CHECK_FILE_EVERY_S = 1.0
 
 # Defaults of psycopg's connection options. They detect a database server that vanishes without closing the connection.
@@ -102,7 +103,7 @@ class Database:
         self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or SystemClock().time)
         self._lock = threading.Lock()
         self._is_ready = False
-        self._file_checked_at = float("-inf")
+        self._file_checked_at = self._full_at = float("-inf")
 
     def __str__(self) -> str:
         if self.is_sqlite:
@@ -120,7 +121,7 @@ class Database:
         If `is_durable` is false, the commit does not wait for the disk, so a power failure may undo this transaction.
         Durable transactions are never undone.
         """
-        with at_work():
+        with self._noting_full(), at_work():
             self._make_ready()
             self._check_file()
             with (self.engine if is_durable else self._not_durable).begin() as connection:
@@ -129,6 +130,14 @@ class Database:
                 yield connection
             if self._file is not None:  # if it was moved, the change would be lost
                 self._file.require()
+
+    @contextmanager
+    def _noting_full(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageFullError:
+            self._full_at = time.monotonic()
+            raise
 
     @contextmanager
     def writing_alone(self, lock: int, *, is_durable: bool = True) -> Iterator[sa.Connection]:
@@ -165,16 +174,17 @@ class Database:
             self._require_same_file()
 
     def require_room(self) -> None:
-        """Raise StorageFullError if the disk of the SQLite file is nearly full.
+        """Raise StorageFullError if the disk of the SQLite file is nearly full, or if PostgreSQL just refused a write.
 
-        Small changes could still succeed then, because they fit into the write-ahead log. For PostgreSQL this method
-        does nothing: a full disk makes the next write fail.
+        Small changes could still succeed then, because they fit into the write-ahead log, or into a page with room.
         """
-        if not self.is_sqlite:
-            return
-        with at_work():
-            space = shutil.disk_usage(Path(self.url.database or "").absolute().parent)
-        if space.free < _LEAST_ROOM_BYTES:
+        if self.is_sqlite:
+            with at_work():
+                space = shutil.disk_usage(Path(self.url.database or "").absolute().parent)
+            is_full = space.free < _LEAST_ROOM_BYTES
+        else:
+            is_full = time.monotonic() < self._full_at + _FULL_FOR_S
+        if is_full:
             raise StorageFullError("the disk of the job database is full")
 
     def prepare(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sqlite3
 import sys
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError, StoreMovedError
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.open import prepare_stores
+from stable_audio_serve.jobs.store import database as module
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.migrations.upgrade import newest_revision
@@ -344,15 +346,21 @@ class TestFaults:
         database.close()
 
     @pytest.mark.server
-    def test_full_disk_of_the_server_has_the_same_error(self, postgres_url: str) -> None:
+    def test_full_disk_of_the_server_has_the_same_error(
+        self, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         database = open_database(postgres_url)
         store = JobStore(database)
         job = add(store)
         raising = "BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END"
         execute(postgres_url, f"CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ {raising} $$")
         execute(postgres_url, "CREATE TRIGGER full_disk BEFORE INSERT ON jobs EXECUTE FUNCTION full_disk()")
-        with pytest.raises(StorageFullError):
-            add(store)
+        database.require_room()
+        for write in (partial(add, store), database.require_room):
+            with pytest.raises(StorageFullError):
+                write()
+        monkeypatch.setattr(module, "_FULL_FOR_S", 0.0)
+        database.require_room()
         execute(postgres_url, "DROP TRIGGER full_disk ON jobs")
         assert find(store, job) == job
         add(store)
