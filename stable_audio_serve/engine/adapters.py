@@ -326,4 +326,4 @@ def _identity(lora: Lora, find_file: Callable[[Lora], Path]) -> Hashable:
         stat = path.stat()
     except OSError:
         return str(path), lora.has_conditioners
-    return str(path), stat.st_mtime_ns, stat.st_size, lora.has_conditioners
+    return str(path), stat.st_ctime_ns, stat.st_size, lora.has_conditioners

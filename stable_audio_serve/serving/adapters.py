@@ -314,12 +314,15 @@ class Library:
 
 
 def _state_of(source: str) -> tuple[int, ...]:
-    """Return the file's modification time, size and inode, which change when it is replaced. () if there is no file."""
+    """Return a tuple that changes when the file is written or replaced. () if there is no file.
+
+    It has the time of the last change of the inode, because `cp -p` keeps the time of the last write.
+    """
     try:
         stat = os.stat(source)
     except (OSError, ValueError):
         return ()
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    return stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
 def _require_name(name: str) -> None:

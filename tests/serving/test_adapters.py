@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -134,6 +135,18 @@ async def test_folders_are_read_again_while_running(tmp_path: Path, monkeypatch:
     (folder / "vinyl.safetensors").unlink()
     await until(lambda: names(library) == ["bells"])
     following.cancel()
+
+
+def test_a_copy_with_the_old_time_and_size_is_read(tmp_path: Path) -> None:
+    path, new = tmp_path / "f" / "vinyl.safetensors", tmp_path / "vinyl.safetensors"
+    write_file(path)
+    library = make_library(tmp_path, lora_folder=str(tmp_path / "f"))
+    second = write_file(new, seed=2)
+    os.utime(new, ns=(0, path.stat().st_mtime_ns))
+    time.sleep(0.02)  # the file system's clock has steps of up to 10 ms
+    shutil.copy2(new, path)  # like `cp -p`: writes into the same inode, and then sets the time
+    library.start()
+    assert library.resolve(MEDIUM, [Lora("vinyl")])[0].sha256 == second
 
 
 async def test_damaged_files_are_skipped_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
