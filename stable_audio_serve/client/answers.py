@@ -12,7 +12,7 @@ import re
 import secrets
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from email.message import Message
@@ -328,16 +328,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     try:
         # `tempfile` is not used, because only the owner can read its files. Giving them normal permissions would need
         # the process's umask, and reading the umask means changing it for a moment, in all threads.
-        opened = temporary.open("xb")
-    except OSError as error:
-        error.filename = str(path)  # of which the caller knows
-        raise
-    try:
-        with opened as file:
+        with temporary.open("xb") as file:
             yield file
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno:
+            error.filename = str(path)  # of which the caller knows
         raise
 
 

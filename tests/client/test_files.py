@@ -52,8 +52,9 @@ def test_a_clip_that_cannot_be_written_leaves_the_former_file(tmp_path: Path) ->
     clip = Clip("take.wav", b"sound" * 10_000, seed=7, peak=0.5, loudness_lufs=None, is_silent=False)
     path = tmp_path / "take.wav"
     path.write_bytes(b"former")
-    with full_disk(), pytest.raises(OSError, match="large"):
+    with full_disk(), pytest.raises(OSError, match="large") as caught:
         clip.save(path)
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == b"former"
     with full_disk(), pytest.raises(OSError, match="large"):
         save(Result((clip,), "demo", 44100), str(tmp_path), prompt="rain")
