@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.private_files import make_private_folder, open_private
 from stable_audio_serve.models.adapters.header import MAX_FILE_BYTES, SUFFIX
@@ -152,11 +154,25 @@ def _fetch_url(url: str, *, cache: Path) -> Path:
                     if reply.status_code != 200:
                         raise _FetchError(f"the server answers with status {reply.status_code}")
                     _write(path, _in_time(reply.iter_bytes()))
+                    _require_complete(path)
         return path
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
     except UnicodeError as error:
         raise _FetchError("cannot be downloaded: invalid host name") from error
+
+
+def _require_complete(path: Path) -> None:
+    """Delete a download that is no safetensors file, such as an error page, so that the next attempt fetches it again.
+
+    Raises _FetchError.
+    """
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        path.unlink()
+        raise _FetchError("what the server sends is not a complete safetensors file") from error
 
 
 def _require_tls(request: Any) -> None:

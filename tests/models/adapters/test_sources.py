@@ -153,6 +153,9 @@ def test_files_of_urls_are_downloaded_once(site: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = refusal(f"{site}/moved/a.safetensors", cache=tmp_path / "file")
     assert message.endswith("cannot be downloaded: File exists")
+    for content in (b"<html>down for maintenance</html>", path.read_bytes()[:-1]):
+        (tmp_path / "site" / "v1.0" / "page.safetensors").write_bytes(content)
+        assert "not a complete safetensors file" in refusal(f"{site}/v1.0/page.safetensors", cache=cache)
     (tmp_path / "site" / "v1.0" / "vinyl.safetensors").unlink()
     assert fetch_adapter(source, cache=cache) == path
     assert {found for found in cache.rglob("*") if found.is_file()} == {path, moved, packed}
