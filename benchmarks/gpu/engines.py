@@ -131,13 +131,10 @@ class Machine:
     async def _running(  # noqa: PLR0917
         self, model: DiffusionModel, options: EngineOptions, device: Device
     ) -> AsyncIterator[OpenEngine]:
+        self.free()  # torch keeps the memory of the last engine, which the new engine would count as taken
         engine = OpenEngine(model, options, device=device)
-        try:
-            async with engine:
-                yield engine
-        finally:
-            del engine
-            self.free()
+        async with engine:
+            yield engine
 
     def free(self) -> None:
         gc.collect()

@@ -5,17 +5,21 @@ A fake device replaces the GPU, and the checkpoints are tiny.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.goals import GPU_GOALS
 from benchmarks.gpu.cli import PARTS
+from benchmarks.gpu.engines import Machine, OpenEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
@@ -76,6 +80,22 @@ def test_parts_without_time_are_reported(tmp_path: Path) -> None:
     status, report = run_first(tmp_path, "--parts", "leak,rows", "--limit-s", "0", device="open_honest")
     assert status == 1
     assert {own["state"] for own in report["results"].values()} == {"out of time"}
+
+
+def test_an_engine_starts_after_memory_of_the_last_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(torch.device("cpu"))
+    model, engines = machine.load("small"), list[weakref.ref[OpenEngine]]()
+    freed: list[list[OpenEngine | None]] = []
+    monkeypatch.setattr(Machine, "free", lambda _: freed.append([engine() for engine in engines]))
+
+    async def run() -> None:
+        for _ in range(2):
+            async with machine.engine(model) as engine:
+                engines.append(weakref.ref(engine))
+            del engine
+
+    asyncio.run(run())
+    assert freed == [[], [None]]
 
 
 def test_the_tests_for_a_gpu_pass_on_a_stand_in() -> None:
