@@ -1,7 +1,7 @@
 """Records the work of a GPU during a call, with torch's profiler.
 
-The record has kernels, copies, launches and waits, and the share of time in which the GPU was busy. On a CPU, only the
-attention operators are recorded.
+The record has kernels, copies, launches and waits, and the share of time in which the GPU was busy. On a CPU, only
+operators can be recorded.
 """
 
 from __future__ import annotations
@@ -61,10 +61,14 @@ async def trace(
 ) -> dict[str, Any]:
     """Call `run` and return figures of the device work that all threads launch during the call.
 
-    If `operators` is true, torch's operators are recorded, too, which slows the host down.
+    If `operators` is true, torch's operators are recorded, too, which slows the host down. No thread may run one when
+    the call ends, because torch may then crash.
     """
     is_cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CUDA] * is_cuda + [ProfilerActivity.CPU] * (operators or not is_cuda)
+    activities = [ProfilerActivity.CUDA] * is_cuda + [ProfilerActivity.CPU] * operators
+    if not activities:
+        await run()
+        return summarize_trace([])
     profiler = profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True))
     profiler.start()
     try:
