@@ -41,7 +41,7 @@ def test_captured_steps_make_the_same_bytes(device: torch.device, name: str, dty
 
     async def run() -> list[list[GenerationResult]]:
         async with Engine(load_on(device, name, dtype), OPTIONS, metrics=captures, device=opened) as engine:
-            for in_crowd in (True, False):  # other rows come first, because growing memory drops all captures
+            for in_crowd in (True, False):
                 await play(engine, in_crowd=in_crowd)
                 await play(engine, in_crowd=in_crowd)
                 await asyncio.wait_for(wait_for_captures(captures), 90.0)
