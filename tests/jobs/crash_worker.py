@@ -1,7 +1,6 @@
 """A child process that runs jobs with a real engine, for tests that kill or freeze the process.
 
-These child processes (workers) are forked from a process that has imported all modules and loaded the model, so they
-start quickly.
+These child processes (workers) are forked from a process that has imported this module, so they start quickly.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from stable_audio_serve.api.webhook_bodies import webhook_bodies
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.failpoints import activate
 from stable_audio_serve.core.settings import Settings
@@ -29,13 +27,11 @@ from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
-from stable_audio_serve.models.registry import describe_entry, resolve_entry
 from stable_audio_serve.serving.local import LocalBackend
-from tests.goldens import load_goldens
+from tests.factories import ToyModel
 from tests.jobs.conftest import SHORT_PAUSES
-from tests.models.loaded import loaded
 
-MODEL = "tiny-s"
+MODEL = "toy"
 
 
 def start_worker(context: ForkServerContext, settings: Settings, *, failpoints: str = "") -> BaseProcess:
@@ -51,13 +47,13 @@ def _main(settings: Settings, active: str) -> None:
 
 
 async def _work(settings: Settings) -> None:
-    card = describe_entry(resolve_entry(MODEL, path=str(load_goldens(MODEL).folder))).card
-    engine = Engine(loaded(MODEL), EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
+    model = ToyModel()
+    engine = Engine(model, EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
     queue = open_queue(settings)
     if queue.store.database.is_sqlite:
         _freeze_between_transactions(queue.store.database)
-    notifier = Notifier(Outbox(queue.store.database), webhook_bodies(queue.artifacts), settings=settings.jobs)
-    async with LocalBackend(ModelCatalog([card]), {MODEL: engine}) as backend:
+    notifier = Notifier(Outbox(queue.store.database), lambda job: {"id": job.spec.id}, settings=settings.jobs)
+    async with LocalBackend(ModelCatalog([model.spec.card]), {MODEL: engine}) as backend:
         runner = JobRunner(
             queue.store, queue.artifacts, backend=backend, settings=settings, notifier=notifier, pauses=SHORT_PAUSES
         )

@@ -33,7 +33,7 @@ _REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=4)
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[ForkServerContext]:
-    with forks_of("tests.jobs.crash_preload") as context:
+    with forks_of("tests.jobs.crash_worker") as context:
         yield context
 
 
@@ -53,10 +53,7 @@ class Site:
         return worker
 
     async def submit(self) -> Job:
-        wire = {"base_url": "http://here"}
-        return await self.queue.submit(
-            make_spec(model=MODEL, request=_REQUEST, webhook_url=self.receiver.url, wire=wire)
-        )
+        return await self.queue.submit(make_spec(model=MODEL, request=_REQUEST, webhook_url=self.receiver.url))
 
     async def exit_code(self, worker: BaseProcess) -> int | None:
         await asyncio.to_thread(worker.join, PATIENCE_S)
