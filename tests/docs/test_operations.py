@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,9 +44,14 @@ def commands_of(page: str) -> Iterator[list[str]]:
         yield words[1 : next(ends, None)]
 
 
+@cache
+def commands() -> Any:
+    return typer.main.get_command(app)
+
+
 def fault_of(arguments: list[str]) -> str | None:
     """Returns why a command is invalid (its name, options or arguments are unknown), or None if it is valid."""
-    command: Any = typer.main.get_command(app)
+    command = commands()
     while isinstance(command, TyperGroup):
         if not arguments or arguments[0].startswith("--"):  # an option of the program itself, such as `--version`
             return None
@@ -72,14 +78,6 @@ def test_commands_exist_and_accept_their_options(page: str) -> None:
 def test_missing_command_is_found() -> None:
     page = f"`{PROGRAM} jobs show ID`, `{PROGRAM} jobs forget ID`\n```\n{PROGRAM} serve --prot 1 # port\n```"
     assert [fault_of(arguments) is None for arguments in commands_of(page)] == [False, True, False]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_metrics_are_in_the_catalog(page: str) -> None:
-    names = {exported_name(metric) for metric in METRICS.values()}
-    for name in re.findall(r"\bray_stable_audio_\w*[a-z0-9]\b(?!\*)", (ROOT / page).read_text()):
-        plain = re.sub(r"_(bucket|count|sum)$", "", name)
-        assert name in names or plain in names, name
 
 
 def incidents() -> list[list[str]]:
