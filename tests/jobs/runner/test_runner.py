@@ -153,31 +153,6 @@ async def test_next_runner_takes_over_expired_leases(workshop: Workshop) -> None
     await until(lambda: workshop.files() == [f"{job.spec.id}-2-audio.wav"])
 
 
-async def test_job_that_kills_its_runners_becomes_a_dead_letter(workshop: Workshop) -> None:
-    job = await workshop.queue.submit(make_spec())
-    store = workshop.queue.store
-    for attempt in (1, 2, 3):
-        leased = store.runners.lease("a dead one", lease_s=0.0)
-        assert leased is not None
-        assert leased.attempts == attempt
-        if attempt < 3:
-            store.runners.reclaim(max_attempts=3)
-    await workshop.start_runner()
-    job = await workshop.finished(job)
-    assert job.error is not None
-    assert (job.state, job.error.code, job.is_dead_letter) == ("failed", "unavailable", True)
-    assert workshop.backend.requests == []
-
-
-async def test_job_cancelled_while_its_runner_was_dead_is_not_run(workshop: Workshop) -> None:
-    job = await workshop.queue.submit(make_spec())
-    workshop.queue.store.runners.lease("a dead one", lease_s=0.2)
-    assert (await workshop.queue.cancel(job.spec.ref))[0] == "requested"
-    await workshop.start_runner()
-    assert (await workshop.finished(job)).state == "cancelled"
-    assert workshop.backend.requests == []
-
-
 async def test_stopping_runner_requeues_jobs_without_an_attempt(workshop: Workshop) -> None:
     workshop.backend.delay_s = 60
     first = await workshop.start_runner()

@@ -157,7 +157,7 @@ async def test_several_runners_deliver_each_notice_once(workshop: Workshop, rece
     receiver.delay_s = 0.05
     for _ in range(3):
         await workshop.start_runner(notifier=make_notifier(workshop))
-    jobs = [await workshop.queue.submit(make_spec(webhook_url=receiver.url)) for _ in range(20)]
+    jobs = [await workshop.queue.submit(make_spec(webhook_url=receiver.url)) for _ in range(10)]
     for job in jobs:
         await workshop.finished(job)
     await until(lambda: not is_waiting(workshop))
@@ -168,10 +168,10 @@ async def test_several_runners_deliver_each_notice_once(workshop: Workshop, rece
 async def test_hanging_receiver_delays_no_job_and_no_other_receiver(
     workshop: Workshop, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One receiver hangs. A hundred webhooks to it are due before the webhook to another receiver."""
+    """One receiver hangs. Thirty webhooks to it are due before the webhook to another receiver."""
     monkeypatch.setattr(notifier, "post_json", partial(delivery.post_json, timeout_s=PATIENCE_S))
     async with receiving(delay_s=PATIENCE_S) as hanging:
-        for _ in range(100):
+        for _ in range(30):
             job = await workshop.queue.submit(make_spec(webhook_url=hanging.url))
             await workshop.queue.cancel(job.spec.ref)
         await workshop.start_runner(notifier=make_notifier(workshop))
@@ -233,7 +233,7 @@ async def test_slow_urls_of_a_client_do_not_delay_others_of_the_same_host(
 async def test_many_quick_failures_of_a_client_do_not_delay_another_client(
     workshop: Workshop, receiver: Receiver
 ) -> None:
-    """Two hundred webhooks are due before the three of another client."""
+    """A hundred webhooks are due before the three of another client."""
 
     async def end_job(client: str, url: str) -> None:
         job = await workshop.queue.submit(make_spec(webhook_url=url, client=ClientId(client)))
@@ -241,7 +241,7 @@ async def test_many_quick_failures_of_a_client_do_not_delay_another_client(
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    for _ in range(200):
+    for _ in range(100):
         await end_job("greedy", f"http://127.0.0.1:{port}/")
     for _ in range(3):
         await end_job("other", receiver.url)
@@ -250,22 +250,6 @@ async def test_many_quick_failures_of_a_client_do_not_delay_another_client(
     with workshop.queue.store.database.reading() as connection:
         attempts = sa.select(sa.func.sum(JOBS.c.webhook_attempts)).where(JOBS.c.client == "greedy")
         assert connection.execute(attempts).scalar_one() < 20
-
-
-async def test_notice_claimed_by_a_dead_process_is_retried(workshop: Workshop, receiver: Receiver) -> None:
-    job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await workshop.queue.cancel(job.spec.ref)
-    outbox = Outbox(workshop.queue.store.database)
-    dead = outbox.claim(for_s=PATIENCE_S)
-    assert dead is not None
-    assert outbox.claim(for_s=0.5) is None
-    with workshop.queue.store.database.writing() as connection:  # the claim of the dead process expires
-        connection.execute(sa.update(JOBS).values(webhook_at=0.0))
-    await workshop.start_runner(notifier=make_notifier(workshop))
-    await until(lambda: bool(receiver.requests))
-    await until(lambda: not is_waiting(workshop))
-    outbox.postpone(dead, delay_s=0.0)  # the process that had claimed the notice first must not put it back
-    assert outbox.claim(for_s=0.5) is None
 
 
 async def test_private_target_is_not_called_at_delivery(workshop: Workshop, receiver: Receiver) -> None:
