@@ -76,16 +76,16 @@ def test_any_text_but_lone_surrogates_survives(store: JobStore, text: str) -> No
     assert find(store, add_spec(store, spec_of(text))).spec == spec_of(text.replace("\ud800", "\ufffd"))
 
 
-@odd_texts
-def test_any_text_can_be_an_id_in_a_lookup(store: JobStore, text: str) -> None:
-    assert store.clients.get(ref(text)) is None
-    assert store.files.find(text) is None
-    assert store.clients.cancel(ref(text)) == ("unknown", None)
-    assert store.clients.events(ref(text)) == ()
-    assert store.clients.list_own("sa3", text).jobs == ()
-    assert store.runners.lease(text, lease_s=15, models=[text]) is None
-    assert store.runners.renew(text, lease_s=15, refs=[ref(text)]) == []
-    assert store.retention.unreferenced([text]) == [text]
+def test_any_text_can_be_an_id_in_a_lookup(store: JobStore) -> None:
+    for text in ODD_TEXTS.values():
+        assert store.clients.get(ref(text)) is None
+        assert store.files.find(text) is None
+        assert store.clients.cancel(ref(text)) == ("unknown", None)
+        assert store.clients.events(ref(text)) == ()
+        assert store.clients.list_own("sa3", text).jobs == ()
+        assert store.runners.lease(text, lease_s=15, models=[text]) is None
+        assert store.runners.renew(text, lease_s=15, refs=[ref(text)]) == []
+        assert store.retention.unreferenced([text]) == [text]
 
 
 @odd_texts
@@ -266,12 +266,12 @@ class TestListing:
         assert [job.spec.id for job in store.clients.list_own("sa3", "", state="cancelled").jobs] == [ended.spec.id]
         assert store.clients.list_own("sa3", "", state="failed").jobs == ()
 
-    @pytest.mark.parametrize("cursor", ["", "x", "-1", "1", "9" * 30, "1'", "\x00", "０"])
-    def test_unknown_cursor_is_refused(self, store: JobStore, cursor: str) -> None:
+    def test_unknown_cursor_is_refused(self, store: JobStore) -> None:
         add(store)
-        with pytest.raises(InvalidRequestError, match="cursor") as caught:
-            store.clients.list_own("sa3", "", cursor=cursor)
-        assert caught.value.field == "cursor"
+        for cursor in ("", "x", "-1", "1", "9" * 30, "1'", "\x00", "０"):
+            with pytest.raises(InvalidRequestError, match="cursor") as caught:
+                store.clients.list_own("sa3", "", cursor=cursor)
+            assert caught.value.field == "cursor"
 
     def test_cursor_of_another_client_is_refused_like_an_unknown_one(self, store: JobStore) -> None:
         jobs = [add(store, client=client, contract=contract) for client, contract in (("one", "sa3"), ("two", "fal"))]
@@ -328,10 +328,10 @@ class TestEvents:
         for index, event in enumerate(events):
             assert store.clients.events(job.spec.ref, after=event.id) == events[index + 1 :]
 
-    @pytest.mark.parametrize("after", [-1, -(2**70), 2**31, 2**63 - 1, 2**63, 10**40])
-    def test_accept_any_number_to_continue_after(self, store: JobStore, after: int) -> None:
+    def test_accept_any_number_to_continue_after(self, store: JobStore) -> None:
         job = add(store)
-        assert len(store.clients.events(job.spec.ref, after=after)) == (1 if after < 0 else 0)
+        for after in (-1, -(2**70), 2**31, 2**63 - 1, 2**63, 10**40):
+            assert len(store.clients.events(job.spec.ref, after=after)) == (1 if after < 0 else 0)
 
     def test_belong_to_one_job(self, store: JobStore) -> None:
         one, other = add(store, contract="fal"), add(store)

@@ -87,7 +87,7 @@ def test_threads_never_lease_the_same_job(database: Database) -> None:
 @on_postgresql
 def test_clients_take_turns_with_many_runners(database: Database) -> None:
     store = JobStore(database, _MANY)
-    for _ in range(30):
+    for _ in range(15):
         for client in "klmno":
             add(store, client=client)
 
@@ -105,7 +105,7 @@ def test_changes_to_many_jobs_never_deadlock(database: Database) -> None:
     jobs = [lease(store) for job in [add(store) for _ in range(20)]]
     reports = [Report(job, "denoising", 0.5) for job in jobs]
     renew = partial(store.runners.renew, "me", lease_s=60, refs=[job.spec.ref for job in jobs])
-    for _ in range(10):
+    for _ in range(5):
         forwards, backwards, held = at_once(
             [partial(store.runners.report, reports), partial(store.runners.report, reports[::-1]), renew]
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import secrets
-import subprocess
-import sys
 import threading
 from typing import Any
 
@@ -113,33 +111,6 @@ def test_places_without_renewal_expire_after_15_seconds(database: Database, wall
     assert count(uses, 1, places=3) == 0
     wall.now += 1.1
     assert count(uses, 5, places=3) == 2
-
-
-_HOLDER = """
-import sys, time
-from stable_audio_serve.core.keys import KeyLimits
-from stable_audio_serve.jobs.store.database import Database, database_url
-from stable_audio_serve.jobs.store.key_uses import KeyUses, Use
-uses = KeyUses(Database(database_url(sys.argv[1], None), now=lambda: float(sys.argv[2])))
-use = Use(id="held", client="alice", limits=KeyLimits(None, 1), audio_s=1.0, has_place=True, busy_retry_s=1.0)
-assert uses.admit(use) is None
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.mark.server
-def test_place_of_a_killed_process_expires(store_url: str, wall: Wall) -> None:
-    open_database(store_url).prepare()
-    command = [sys.executable, "-c", _HOLDER, store_url, str(wall.now)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        holder.kill()
-    uses = KeyUses(open_database(store_url, wall))
-    assert admit(uses, places=1) is not None
-    wall.now += 15.1
-    assert admit(uses, places=1) is None
 
 
 def test_clock_set_back_locks_no_client_out(database: Database, wall: Wall) -> None:
