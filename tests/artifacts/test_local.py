@@ -86,16 +86,6 @@ async def test_keys_cannot_escape_the_folder(artifacts: LocalArtifacts, folder: 
     assert names(folder) == []
 
 
-async def test_interrupted_source_leaves_nothing(artifacts: LocalArtifacts, folder: Path) -> None:
-    def chunks() -> Iterator[bytes]:
-        yield b"half"
-        raise OSError(errno.EIO, "the upload cannot be read")
-
-    with pytest.raises(StorageError):
-        await artifacts.put("a", chunks, media_type="audio/wav", file_name="a.wav")
-    assert names(folder) == []
-
-
 @pytest.mark.parametrize("full_at", ["write", "fsync", "replace"])
 async def test_full_disk_is_reported_and_leaves_nothing(
     artifacts: LocalArtifacts, folder: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
