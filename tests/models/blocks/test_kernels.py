@@ -96,9 +96,9 @@ def test_kernels_that_cannot_run_are_off_and_the_log_says_why(caplog: pytest.Log
     some(
         [(kind, *size, differential) for kind in HEAD_NORMS for size in HEAD_SIZES for differential in (False, True)],
         [
-            (kind, *size, (row + column) % 2 == 0)
+            (kind, *HEAD_SIZES[column], (row + column) % 2 == 0)
             for row, kind in enumerate(HEAD_NORMS)
-            for column, size in enumerate(HEAD_SIZES)
+            for column in (row % 2, 2)
         ],
     ),
 )
