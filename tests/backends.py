@@ -87,9 +87,10 @@ class ToneBackend:
         if self.error is not None:
             raise self.error
         seeds = request.seeds
-        t = np.arange(max(int(request.duration_s * RATE_HZ), 1)) / RATE_HZ
-        tones = (self.level * np.sin(2 * np.pi * (100 + seed % 1000) * t) for seed in seeds)
-        audio = tuple(np.tile(tone, (2, 1)).astype(np.float32) for tone in tones)
+        t = np.arange(RATE_HZ) / RATE_HZ  # one second, after which each tone repeats
+        tones = ((self.level * np.sin(2 * np.pi * (100 + seed % 1000) * t)).astype(np.float32) for seed in seeds)
+        num_samples = max(int(request.duration_s * RATE_HZ), 1)
+        audio = tuple(np.tile(np.resize(tone, num_samples), (2, 1)) for tone in tones)
         timings = StageTimings(queue_ms=1, denoise_ms=2, total_ms=3)
         result = GenerationResult(audio, RATE_HZ, model, seeds, timings, self.device)
         if self.prompt_chars is None or len(request.prompt) <= self.prompt_chars:
