@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 from stable_audio_serve.artifacts.local import LocalArtifacts
-from stable_audio_serve.core.errors import CheckpointError, QualityError, QualityReportError, StableAudioError
+from stable_audio_serve.core.errors import CheckpointError, QualityError, StableAudioError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.serving.engines import load_engine
@@ -237,8 +237,3 @@ async def test_adapters_are_compared_with_their_earlier_audio(
     assert "the adapter vinyl is bad" in started.quality.problem
     assert "the adapter torn is bad" in started.quality.problem
     assert str(tmp_path) not in started.quality.problem
-
-
-async def test_missing_pinned_report_is_named(starter: Starter, tmp_path: Path) -> None:
-    with pytest.raises(QualityReportError, match=f"quality_report: there is no quality report {'0' * 32}"):
-        await starter.start(path=str(TINY), quality_report="0" * 32)
