@@ -82,10 +82,10 @@ async def test_first_of_several_errors_is_reported(client: httpx.AsyncClient) ->
 @pytest.mark.parametrize(
     "content", [b"", b"prompt=x", b"{", b"[]", b"null", b"1", b'"x"', b'{"prompt": "\\ud800"}', b"\xff", b"[" * 10**5]
 )
-@pytest.mark.parametrize("content_type", ["application/json", "application/x-www-form-urlencoded", "text/plain", ""])
-async def test_generate_accepts_json_only(client: httpx.AsyncClient, content: bytes, content_type: str) -> None:
-    reply = await client.post(JSON_URL, content=content, headers={"content-type": content_type})
-    expect_refusal(reply, "JSON body required")
+async def test_generate_accepts_json_only(client: httpx.AsyncClient, content: bytes) -> None:
+    for content_type in ("application/json", "application/x-www-form-urlencoded", "text/plain", ""):
+        reply = await client.post(JSON_URL, content=content, headers={"content-type": content_type})
+        expect_refusal(reply, "JSON body required")
 
 
 async def test_broken_json_body_of_the_loop(client: httpx.AsyncClient) -> None:
@@ -115,19 +115,11 @@ BAD_STYLE = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["form", "multipart", "json"])
 @pytest.mark.parametrize(("field", "value", "sentence"), BAD_LOOP)
-async def test_invalid_field_of_the_loop(
-    client: httpx.AsyncClient, kind: str, field: str, value: str, sentence: str
-) -> None:
+async def test_invalid_field_of_the_loop(client: httpx.AsyncClient, field: str, value: str, sentence: str) -> None:
     fields = {"prompt": "x 120bpm", field: value}
-    if kind == "json":
-        reply = await client.post(LOOP, json=fields)
-    elif kind == "form":
-        reply = await client.post(LOOP, data=fields)
-    else:
-        reply = await client.post(LOOP, data=fields, files={"audio_file": WAV})
-    expect_refusal(reply, sentence)
+    for body in ({"json": fields}, {"data": fields}, {"data": fields, "files": {"audio_file": WAV}}):
+        expect_refusal(await client.post(LOOP, **body), sentence)
 
 
 @pytest.mark.parametrize(("field", "value", "sentence"), BAD_RIFF)
