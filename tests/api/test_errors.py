@@ -182,6 +182,7 @@ async def test_several_errors_are_reported_together(client: httpx.AsyncClient) -
     expect_fields(await client.post(URL, json={"prompt": "x", "duration": 400, "steps": 99}), "duration", "steps")
 
 
+@pytest.mark.usefixtures("low_rate")
 async def test_limits_of_server_and_model_both_apply() -> None:
     settings = Settings.model_validate({"api": {"max_duration_s": 150}})
     transport = httpx.ASGITransport(create_app(ToneBackend(), settings))

@@ -25,6 +25,7 @@ ROUTES = ("/v1/audio/generations", "/jobs")
         ({"loop": True, "duration": 119.95}, "free", 119.95),
     ],
 )
+@pytest.mark.usefixtures("low_rate")
 async def test_loop_fields(
     client: httpx.AsyncClient, backend: ToneBackend, fields: dict[str, Any], loop: str | None, duration_s: float
 ) -> None:

@@ -71,21 +71,18 @@ async def test_upload_with_only_an_extended_file_name(client: httpx.AsyncClient,
         ('["1"]', "[2]", ((1.0, 2.0),)),
     ],
 )
-@pytest.mark.parametrize("infix", ["", "mask_"])
+@pytest.mark.usefixtures("low_rate")
 async def test_regions_in_every_spelling(
-    client: httpx.AsyncClient,
-    backend: ToneBackend,
-    start: str,
-    end: str,
-    regions: tuple[tuple[float, float], ...],
-    infix: str,
+    client: httpx.AsyncClient, backend: ToneBackend, start: str, end: str, regions: tuple[tuple[float, float], ...]
 ) -> None:
-    form = {"prompt": "x", "duration": "20", f"inpaint_{infix}start_seconds": start, f"inpaint_{infix}end_seconds": end}
-    reply = await client.post(INPAINT, data=form, files={"audio": make_audio_file(duration_s=0.2)})
-    assert reply.status_code == 200, reply.text
-    assert backend.last.inpaint_regions_s == regions
-    assert backend.last.inpaint_audio is not None
-    assert backend.last.init_audio is None
+    for infix in ("", "mask_"):
+        times = {f"inpaint_{infix}start_seconds": start, f"inpaint_{infix}end_seconds": end}
+        upload = {"audio": make_audio_file(duration_s=0.2)}
+        reply = await client.post(INPAINT, data={"prompt": "x", "duration": "20"} | times, files=upload)
+        assert reply.status_code == 200, reply.text
+        assert backend.last.inpaint_regions_s == regions
+        assert backend.last.inpaint_audio is not None
+        assert backend.last.init_audio is None
 
 
 async def test_extension_is_a_region_past_the_end_of_the_source(
