@@ -86,6 +86,10 @@ def _list(found: Any) -> Any:
     return list(found) if hasattr(found, "__next__") else found
 
 
+# For tests of what the module `operations` does, which both clients use.
+ASYNC = pytest.mark.parametrize("connect", [AsyncClient], indirect=True)
+
+
 @pytest_asyncio.fixture(params=[Client, AsyncClient], loop_scope="module")
 async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Caller]]:
     callers = []

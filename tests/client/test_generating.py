@@ -12,7 +12,7 @@ import soundfile
 from stable_audio_serve.client import Audio, Result
 from stable_audio_serve.core import errors
 from tests.audio_files import make_audio_file
-from tests.client.conftest import IN_ONE_LOOP, Caller, Served, serve
+from tests.client.conftest import ASYNC, IN_ONE_LOOP, Caller, Served, serve
 
 pytestmark = [pytest.mark.server, IN_ONE_LOOP]
 
@@ -46,6 +46,7 @@ async def test_this_machine_is_reached_without_the_proxy(
         await connect("http://audio.example.com")("models")
 
 
+@ASYNC
 async def test_fields_choose_the_encoding_of_files(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     take: Result = await call("generate", "rain", duration=0.5, bit_depth="float", sample_rate=48_000)
@@ -99,6 +100,7 @@ async def test_fields_without_effect_are_reported(served: Served, connect: Calla
     assert (await call("generate", "rain", duration=0.5)).warnings == ()
 
 
+@ASYNC
 async def test_variations_are_returned_in_order(served: Served, connect: Callable[..., Caller]) -> None:
     take = await connect(served.url)(
         "generate", "rain", duration=0.5, seed=7, batch_size=3, response_format="flac", manifest=True
@@ -148,6 +150,7 @@ async def test_models_are_listed(served: Served, connect: Callable[..., Caller])
     assert models[2].max_duration_s == served.backend.catalog.resolve("medium").max_duration_s
 
 
+@ASYNC
 @pytest.mark.parametrize(
     ("controls", "kind", "field"),
     [
@@ -172,6 +175,7 @@ async def test_an_invalid_request_names_its_field(
     assert not served.backend.requests
 
 
+@ASYNC
 async def test_a_message_names_its_field_once(served: Served, connect: Callable[..., Caller]) -> None:
     with pytest.raises(errors.InvalidRequestError, match=r"^duration must be at most"):
         await connect(served.url)("generate", "rain", duration=4000)
@@ -179,6 +183,7 @@ async def test_a_message_names_its_field_once(served: Served, connect: Callable[
         await connect(served.url)("generate", "rain", steps=0)
 
 
+@ASYNC
 async def test_each_kind_of_error_raises_its_exception(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     for error in (
@@ -195,6 +200,7 @@ async def test_each_kind_of_error_raises_its_exception(served: Served, connect: 
     assert len(served.backend.requests) == 5
 
 
+@ASYNC
 async def test_a_url_that_leads_to_no_route_is_named(served: Served, connect: Callable[..., Caller]) -> None:
     with pytest.raises(errors.NotFoundError, match=r"^the server has no route /v1/v1/models; check the server's URL$"):
         await connect(f"{served.url}/v1")("models")

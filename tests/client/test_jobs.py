@@ -20,7 +20,7 @@ from stable_audio_serve.client import Job, JobProgress, operations
 from stable_audio_serve.client.answers import read_job
 from stable_audio_serve.core import errors
 from tests.audio_files import make_audio_file
-from tests.client.conftest import IN_ONE_LOOP, POLLS, Caller, Served, serve
+from tests.client.conftest import ASYNC, IN_ONE_LOOP, POLLS, Caller, Served, serve
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
@@ -134,6 +134,7 @@ async def losing_the_first_answer(
         yield f"http://127.0.0.1:{between.sockets[0].getsockname()[1]}", heads
 
 
+@ASYNC
 async def test_a_cancel_with_a_lost_answer_succeeds(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     served.backend.released.clear()
@@ -147,6 +148,7 @@ async def test_a_cancel_with_a_lost_answer_succeeds(served: Served, connect: Cal
     served.backend.released.set()
 
 
+@ASYNC
 async def test_a_submission_with_a_lost_answer_makes_one_job(served: Served, connect: Callable[..., Caller]) -> None:
     async with losing_the_first_answer(served.url) as (url, heads):
         job = await connect(url)("jobs.submit", "rain", duration=0.1)
@@ -189,6 +191,7 @@ async def test_an_interrupted_download_is_retried(
     assert num_seen == 3
 
 
+@ASYNC
 @pytest.mark.parametrize("status", [None, 403, 404])
 async def test_an_unreachable_bucket_is_read_through_the_server(
     served: Served, tmp_path: Path, connect: Callable[..., Caller], status: int | None
@@ -230,6 +233,7 @@ async def test_waiting_for_a_silent_server_times_out(connect: Callable[..., Call
         await call.close()
 
 
+@ASYNC
 async def test_without_event_streams_the_client_polls_the_status(connect: Callable[..., Caller]) -> None:
     refusals = Counter[int]()
     async with (
@@ -280,6 +284,7 @@ async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, c
     assert len(set(last_ids)) == len(last_ids)
 
 
+@ASYNC
 async def test_a_stream_refused_by_a_stopping_server_is_opened_again(
     served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +311,7 @@ async def test_a_stream_refused_by_a_stopping_server_is_opened_again(
     assert (ended.status, num_refused) == ("succeeded", 3)
 
 
+@ASYNC
 async def test_the_answer_of_another_server_is_an_error(connect: Callable[..., Caller]) -> None:
     async def other(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"application/json")]
@@ -319,6 +325,7 @@ async def test_the_answer_of_another_server_is_an_error(connect: Callable[..., C
                 await call(method)
 
 
+@ASYNC
 async def test_after_three_empty_streams_the_client_polls(
     served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.client import JobProgress, Retries
 from stable_audio_serve.core import errors
 from tests.backends import PausingBackend
-from tests.client.conftest import IN_ONE_LOOP, Caller, Served, serve
+from tests.client.conftest import ASYNC, IN_ONE_LOOP, Caller, Served, serve
 from tests.patience import PATIENCE_S, until
 
 pytestmark = [pytest.mark.server, IN_ONE_LOOP]
@@ -70,6 +70,7 @@ async def test_first_section_is_sent_while_the_second_is_made() -> None:
         assert num_bytes == HEADER_BYTES + 4 * 6 * 44100
 
 
+@ASYNC
 async def test_stream_goes_on_after_the_server_process_was_replaced(
     server: tuple[FastAPI, Served], served: Served, connect: Callable[..., Caller]
 ) -> None:
@@ -88,6 +89,7 @@ async def test_stream_goes_on_after_the_server_process_was_replaced(
     np.testing.assert_array_equal(np.frombuffer(streamed, "<i2", offset=HEADER_BYTES).reshape(-1, 2), whole)
 
 
+@ASYNC
 async def test_stream_of_a_cancelled_piece_ends_with_its_last_section(
     served: Served, connect: Callable[..., Caller]
 ) -> None:
@@ -119,6 +121,7 @@ def samples_of_mp3(data: bytes) -> np.ndarray:
     return np.asarray(audio)
 
 
+@ASYNC
 async def test_replay_of_a_piece_has_the_same_bytes(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     job = await call("jobs.submit", "rain", seed=5, sections=SECTIONS, overlap_s=0.5)

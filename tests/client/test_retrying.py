@@ -13,7 +13,7 @@ from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core import errors
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from tests.backends import ToneBackend
-from tests.client.conftest import IN_ONE_LOOP, Caller, serve
+from tests.client.conftest import ASYNC, IN_ONE_LOOP, Caller, serve
 
 Make = Callable[[], errors.StableAudioError]
 
@@ -64,6 +64,7 @@ async def test_retries_end_at_their_limit() -> None:
             pauses(Retries(), [final])
 
 
+@ASYNC
 @pytest.mark.parametrize(
     "make",
     [
@@ -81,6 +82,7 @@ async def test_temporary_failures_are_retried(make: Make, connect: Callable[...,
     assert len(backend.requests) == 2
 
 
+@ASYNC
 async def test_the_last_failure_is_raised(connect: Callable[..., Caller]) -> None:
     backend = RefusingBackend(num_refusals=9, make=lambda: errors.ModelUnavailableError("its replica died"))
     async with serve(backend) as served:
