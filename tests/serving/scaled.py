@@ -127,7 +127,7 @@ async def crowd(send: Callable[[int], object], is_over: Callable[[], bool]) -> l
 
 
 def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
-    """Send requests until the model has three replicas, pause until it has none, and send one more request.
+    """Send requests until the model has three replicas, pause until it has none, and send more until it has one.
 
     Returns the outcomes of the first requests.
     """
@@ -140,7 +140,8 @@ def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
         ends_at = time.monotonic() + PATIENCE_S
         outcomes = await crowd(ask, lambda: counts[-1:] == [3] or time.monotonic() > ends_at)
         await asyncio.to_thread(observer.wait_for, "lazy", 0)
-        await ask(0)
+        while counts[-1] == 0:
+            await ask(0)
         return outcomes
 
     return asyncio.run(run())

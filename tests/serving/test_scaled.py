@@ -46,7 +46,7 @@ def test_load_scales_a_model_to_three_replicas_and_back(
 ) -> None:
     assert results["lazy"]["counts"][0] == 0
     assert max(results["lazy"]["counts"]) == 3
-    assert results["lazy"]["counts"][-2:] == [0, 1]  # none without load, then one for the last request
+    assert results["lazy"]["counts"][-2:] == [0, 1]  # none without load, then one for one client
     assert results["lazy"]["nodes"] == 2
     assert list(results["outcomes"]) == ["ok"]
 
