@@ -1,24 +1,20 @@
 """Caches that make it faster to build FastAPI applications, for tests that build hundreds of them.
 
-Without the caches, FastAPI reads the signature of each handler, and prepares and describes the models of its parameters
-and responses, again for each application.
+Without the caches, FastAPI reads the signature of each handler and prepares the models of its parameters and responses
+again for each application.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from types import CodeType, FunctionType
 from typing import Any
 
 from fastapi import routing
-from fastapi._compat import v2
 from fastapi.dependencies.models import Dependant
 from fastapi.params import Depends
-
-from stable_audio_serve.api.compat.stable_audio_open_small.schemas import Wire
 
 _create = routing.create_model_field
 _made: dict[tuple[Any, str], Any] = {}
@@ -98,5 +94,3 @@ def build_quickly() -> None:
     """Enable the caches for the rest of this process."""
     routing.create_model_field = _create_once
     routing._populate_api_route_state = _populate_once
-    v2.get_model_fields = functools.cache(v2.get_model_fields)
-    Wire.model_json_schema = classmethod(functools.cache(Wire.model_json_schema.__func__))  # type: ignore[assignment]
