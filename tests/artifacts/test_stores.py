@@ -202,7 +202,7 @@ async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
 
 async def test_a_put_cancelled_at_any_time_leaves_nothing(place: Place) -> None:
     """Some cancellations come after `put` has written the whole file."""
-    for turns in range(0, 60, 6):
+    for turns in range(0, 60, 3):
         task = asyncio.create_task(put(place, b"x" * 100))
         for _ in range(turns):
             await asyncio.sleep(0.0005)

@@ -33,7 +33,7 @@ from tests.models.adapters.plain import TYPES, Change, dense_weight, make_change
 from tests.models.forwarding import ForwardingModel
 from tests.models.loaded import loaded
 from tests.models.packing import attend_varlen
-from tests.parameters import slow, some
+from tests.parameters import slow
 from tests.patience import PATIENCE_S, until
 from tests.recorded_metrics import RecordedMetrics
 
@@ -133,7 +133,7 @@ def assert_same(found: GenerationResult, expected: GenerationResult) -> None:
     assert [audio.tobytes() for audio in found.audio] == [audio.tobytes() for audio in expected.audio]
 
 
-@pytest.mark.parametrize("kind", some(TYPES, ["lora-xs"]))  # the others are in the chain below
+@pytest.mark.parametrize("kind", TYPES)
 async def test_an_adapter_works_like_changed_weights(tmp_path: Path, kind: str) -> None:
     made = change(kind, strength=0.8)
     request = make_clip(duration_s=0.9)

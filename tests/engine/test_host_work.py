@@ -25,12 +25,12 @@ DENOISE = {
 }
 OPEN = {"guided": 136, "inpaint": 153}  # the same for models of the family Stable Audio Open
 OTHERS = {"text": 159, "begin": 77, "encode": 192, "finish": 7, "decode": 251}
-STRICT = {**OTHERS, "text": 151, "begin": 67, "denoise": 172, "decode": 410}
+STRICT = {**OTHERS, "text": 302, "denoise": 262, "decode": 1230}
 STEPS = {Setting(kind): most for kind, most in DENOISE.items()} | {
     Setting("plain", "fast", "float32"): 154,
     **{Setting(kind, "fast", "float32", "open"): most for kind, most in OPEN.items()},
 }
-FAST, IN_STRICT = Setting("mixed"), Setting("inpaint", "strict")  # in strict mode, each row has its own calls
+FAST, IN_STRICT = Setting("mixed"), Setting("mixed", "strict")
 Counted = dict[Setting, dict[str, Any]]
 
 

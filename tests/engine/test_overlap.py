@@ -19,8 +19,8 @@ from stable_audio_serve.engine.calls import stages
 from stable_audio_serve.engine.scheduling import windows
 from stable_audio_serve.models.protocol import DecodeWindow
 from stable_audio_serve.models.windows import cut_windows
+from stable_audio_serve.sampling.noise import SeededNoise
 from tests.engine.late_device import LateDevice
-from tests.engine.test_engine import PoisonedNoise, make_noise
 from tests.engine.two_queues import TwoQueues
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_varied_requests
 from tests.parameters import slow
@@ -89,6 +89,14 @@ async def test_a_late_second_queue_does_not_change_the_audio(mode: str, patience
         results = await asyncio.gather(*map(engine.generate, crowd))
     assert device.num_late > 0
     assert_same(mode, results, expected)
+
+
+class PoisonedNoise(SeededNoise):
+    """The noise of the row that should fail. Tests recognise the row's decode windows by this class."""
+
+
+def make_noise(seed: int) -> SeededNoise:
+    return PoisonedNoise(seed) if seed == 666 else SeededNoise(seed)
 
 
 def break_poisoned(name: str, items: Sequence[object]) -> None:

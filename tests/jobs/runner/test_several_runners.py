@@ -232,6 +232,23 @@ async def test_success_with_a_lost_answer_counts(workshop: Workshop, monkeypatch
     assert workshop.files() == [f"{job.spec.id}-audio.wav"]
 
 
+@pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])
+async def test_cancel_reaches_the_runner_of_the_job(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 60
+    runners = [await workshop.start_runner() for _ in range(3)]
+
+    def wake_all() -> None:
+        for runner in runners:
+            runner.wake()
+
+    workshop.queue.wake = wake_all
+    jobs = [await workshop.queue.submit(make_spec()) for _ in range(3)]
+    await running(workshop, 3)
+    for job in jobs:
+        await workshop.queue.cancel(job.spec.ref)
+    assert [(await workshop.finished(job)).state for job in jobs] == ["cancelled"] * 3
+
+
 async def test_idle_runners_poll_less_than_once_a_second(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     polls = count_calls(monkeypatch, workshop.queue.store.runners, "outlook")
     for _ in range(3):

@@ -96,9 +96,9 @@ def test_kernels_that_cannot_run_are_off_and_the_log_says_why(caplog: pytest.Log
     some(
         [(kind, *size, differential) for kind in HEAD_NORMS for size in HEAD_SIZES for differential in (False, True)],
         [
-            (kind, *HEAD_SIZES[column], (row + column) % 2 == 0)
+            (kind, *size, (row + column) % 2 == 0)
             for row, kind in enumerate(HEAD_NORMS)
-            for column in (row % 2, 2)
+            for column, size in enumerate(HEAD_SIZES)
         ],
     ),
 )
