@@ -104,15 +104,14 @@ def open_client(
     retries = Retries(most_refused=_MOST_REFUSED, on_pause=messages.retry)
     if most_retries is not None:
         retries = replace(retries, most=most_retries)
-    http = httpx.Client(
-        timeout=timeout_s or TIMEOUT,
-        event_hooks={"request": [messages.begin], "response": [messages.end]},
-        **DIRECT,
-    )
+    hooks: dict[str, list[Any]] = {"request": [messages.begin], "response": [messages.end]}
     try:
-        client = Client(url, api_key=_read_key(key_file), retries=retries, http=http)
-    except ValueError as error:
-        raise fail(str(error)) from error
+        http = httpx.Client(timeout=timeout_s or TIMEOUT, event_hooks=hooks, **DIRECT)
+    except OSError as error:
+        raise fail(f"SSL_CERT_FILE: {describe_os_error(error)}") from error
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise fail(f"the proxy set in the environment: {error}") from error
+    client = Client(url, api_key=_read_key(key_file), retries=retries, http=http)
     try:
         with client:
             yield client

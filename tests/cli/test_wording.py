@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -121,6 +122,24 @@ def test_every_control_maps_to_an_option() -> None:
 def test_mistakes_are_reported_plainly(arguments: list[str], expected: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.stderr) == (2, expected)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("all_proxy", "socks5://127.0.0.1:9", "the proxy set in the environment: .*socks"),
+        ("http_proxy", "::::", "the proxy set in the environment: Invalid port"),
+        ("SSL_CERT_FILE", "/nope", "SSL_CERT_FILE: file not found"),
+    ],
+)
+def test_unusable_network_variables_are_named(
+    variable: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv(variable, value)
+    result = CliRunner().invoke(app, ["models", "--url", CLOSED_URL])
+    assert result.exit_code == 2
+    assert re.match(f"error: {expected}", result.stderr)
 
 
 def test_a_prompt_in_another_encoding_is_refused() -> None:
