@@ -117,7 +117,7 @@ def replay(recipe: Audio | Recipe, *, sources: Audio | Sequence[Audio]) -> Call[
     def read(answer: httpx.Response) -> Result | str:
         return str(answer.json()["id"]) if answer.status_code == httpx.codes.ACCEPTED else answers.read_result(answer)
 
-    return Call("POST", "/v1/audio/replay", read, body)
+    return Call("POST", "/v1/audio/replay", read, {**body, "headers": {"Idempotency-Key": uuid.uuid4().hex}})
 
 
 def show_job(job_id: str) -> Call[Job]:

@@ -18,6 +18,7 @@ from stable_audio_serve.client import JobProgress, Retries
 from stable_audio_serve.core import errors
 from tests.backends import PausingBackend
 from tests.client.conftest import ASYNC, IN_ONE_LOOP, Caller, Served, serve
+from tests.client.test_jobs import losing_the_first_answer
 from tests.patience import PATIENCE_S, until
 
 pytestmark = [pytest.mark.server, IN_ONE_LOOP]
@@ -129,6 +130,9 @@ async def test_replay_of_a_piece_has_the_same_bytes(served: Served, connect: Cal
     recipe = result.clips[0].recipe
     assert [section["duration"] for section in recipe["sections"]] == [1.0, 1.5, 1.0]
     for origin in (recipe, result.content):
-        again = await call("replay", origin)
+        async with losing_the_first_answer(served.url) as (url, heads):
+            again = await connect(url)("replay", origin)
+        assert [head.split(b" HTTP")[0] for head in heads[:2]] == [b"POST /v1/audio/replay"] * 2
         assert again.content == result.content
         assert again.replay == "close"  # not "exact", because the test backend reports no device
+    assert len((await call("jobs.list")).jobs) == 3

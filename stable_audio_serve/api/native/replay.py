@@ -28,8 +28,9 @@ from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.ignored import check_names
 from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG, audio_answer, file_stem
+from stable_audio_serve.api.native.schemas import ConflictBody
 from stable_audio_serve.api.native.status import REPLAY_OF, JobTicket, hash_recipe, job_url
-from stable_audio_serve.api.native.submission import CONTRACT
+from stable_audio_serve.api.native.submission import CONTRACT, REPLAYED, TICKET_HEADERS, IdempotencyKey
 from stable_audio_serve.api.refusals import invalid
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
@@ -59,7 +60,12 @@ _REPLAY_HEADER: dict[str, Any] = {
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     **AUDIO_RESPONSES,
-    202: {"model": JobTicket, "description": "The recipe of a long piece: the job that recreates it."},
+    202: {
+        "model": JobTicket,
+        "description": "The recipe of a long piece: the job that recreates it.",
+        "headers": TICKET_HEADERS,
+    },
+    409: {"model": ConflictBody, "description": "The key was used for a different request."},
     200: AUDIO_RESPONSES[200]
     | {"description": "The audio file.", "headers": AUDIO_RESPONSES[200]["headers"] | RECIPE_HEADER | _REPLAY_HEADER},
 }
@@ -96,7 +102,7 @@ def build_router(service: Service) -> APIRouter:
     router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
 
     @router.post(_PATH, response_class=Response, responses=_RESPONSES, openapi_extra=_BODY)
-    async def replay(request: Request) -> Response:
+    async def replay(request: Request, idempotency_key: IdempotencyKey = None) -> Response:
         """Recreate a clip from its recipe. The bytes are the same if the response header `X-Replay` is `exact`.
 
         The recipe of a long piece is replayed by a job: the answer is 202 with the job's ticket, and when the job has
@@ -107,7 +113,9 @@ def build_router(service: Service) -> APIRouter:
         check_names(request, unknown, limits=service.settings.api)
         recipe = _parse(text)
         try:
-            return await _replay(service, request, recipe=recipe, uploads=uploads, started_at=started_at)
+            return await _replay(
+                service, request, recipe=recipe, uploads=uploads, started_at=started_at, key=idempotency_key
+            )
         except InvalidRequestError as error:  # each field of a recipe is a field of the request
             raise invalid(error.field or "recipe", error.message) from error
 
@@ -115,14 +123,20 @@ def build_router(service: Service) -> APIRouter:
 
 
 async def _replay(
-    service: Service, request: Request, *, recipe: Recipe, uploads: list[UploadFile], started_at: float
+    service: Service,
+    request: Request,
+    *,
+    recipe: Recipe,
+    uploads: list[UploadFile],
+    started_at: float,
+    key: str | None,
 ) -> Response:
     """Recreate a clip, or add a job for a long piece. Raises InvalidRequestError with a field of the recipe."""
     card = _require_model(service, recipe)
     sources = await _find_sources(service, recipe, card=card, uploads=uploads)
     if recipe.sections:
         service.keys.admit(request, ("jobs",))  # the ticket is of no use to a key without this scope
-        return await _replay_by_job(service, request, recipe=recipe, card=card)
+        return await _replay_by_job(service, request, recipe=recipe, card=card, key=key)
     generation = recipe.to_request(sources=sources, request_id=request.state.request_id)
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
@@ -133,9 +147,14 @@ async def _replay(
     return response
 
 
-async def _replay_by_job(service: Service, request: Request, *, recipe: Recipe, card: ModelCard) -> Response:
-    """Add a job that makes a long piece again, and return its ticket. Raises the errors of `Service.add_job`."""
-    job_id = JobId(uuid.uuid4().hex)
+async def _replay_by_job(
+    service: Service, request: Request, *, recipe: Recipe, card: ModelCard, key: str | None
+) -> Response:
+    """Add a job that makes a long piece again, or find the job that has this key. Returns the job's ticket.
+
+    Raises the errors of `Service.add_job`.
+    """
+    job_id, recipe_hash = JobId(uuid.uuid4().hex), hash_recipe(recipe)
     base = base_url(request, service.settings.api)
     sections = tuple(Section(one.duration, one.prompt) for one in recipe.sections or ())
     generation = recipe.to_request(sources={}, request_id=request.state.request_id)
@@ -154,11 +173,15 @@ async def _replay_by_job(service: Service, request: Request, *, recipe: Recipe, 
         sections=sections,
         overlap_s=recipe.overlap or 0.0,
         client=request.state.client,
-        wire={"base_url": base, REPLAY_OF: hash_recipe(recipe)},
+        idempotency_key=key,
+        fingerprint=recipe_hash,
+        wire={"base_url": base, REPLAY_OF: recipe_hash},
     )
-    await service.add_job(spec, card=card, caller=request.state.caller)
+    added = await service.add_job(spec, card=card, caller=request.state.caller)
+    job_id = added.job.spec.id
     note(request.scope, job_id=job_id, model=card.name, duration_s=spec.request.duration_s)
-    return JSONResponse(JobTicket(id=job_id, status_url=job_url(base, job_id)).model_dump(), 202)
+    headers = {} if added.is_new else {REPLAYED: "true"}
+    return JSONResponse(JobTicket(id=job_id, status_url=job_url(base, job_id)).model_dump(), 202, headers)
 
 
 def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | None) -> FinishedFile:

@@ -47,7 +47,7 @@ REPLAYED = "Idempotent-Replayed"
 
 _Fields = JobBody | JobVariationForm | JobInpaintForm
 _MULTIPART = Form(media_type="multipart/form-data")
-_Key = Annotated[
+IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
@@ -57,11 +57,9 @@ _Key = Annotated[
 ]
 _ChosenId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="32 lower-case hexadecimal digits.")]
 
-_TICKET_HEADERS = {
-    REPLAYED: {"schema": {"type": "string", "enum": ["true"]}, "description": "The job existed already."}
-}
+TICKET_HEADERS = {REPLAYED: {"schema": {"type": "string", "enum": ["true"]}, "description": "The job existed already."}}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    202: {"description": "The job was accepted and stored.", "headers": _TICKET_HEADERS},
+    202: {"description": "The job was accepted and stored.", "headers": TICKET_HEADERS},
     409: {"model": ConflictBody, "description": "The key or id was used for a different request."},
     422: {"model": ValidationErrors, "description": "A field is missing, of the wrong type or out of range."},
     **error_responses(ErrorBody, 401, 408, 413, 429, 500, 503, 507),
@@ -77,7 +75,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post("", summary="Submit Generation", status_code=202, responses=_RESPONSES)
     async def generate(
-        request: Request, response: Response, *, body: JobBody, idempotency_key: _Key = None
+        request: Request, response: Response, *, body: JobBody, idempotency_key: IdempotencyKey = None
     ) -> JobTicket:
         """Submit a job that generates audio from a text prompt."""
         return await _submit(service, request, response=response, fields=body, key=idempotency_key)
@@ -93,7 +91,7 @@ def build_router(service: Service) -> APIRouter:
         response: Response,
         *,
         form: Annotated[JobVariationForm, _MULTIPART],
-        idempotency_key: _Key = None,
+        idempotency_key: IdempotencyKey = None,
     ) -> JobTicket:
         """Submit a job that generates a variation of uploaded audio."""
         return await _submit(service, request, response=response, fields=form, key=idempotency_key)
@@ -104,7 +102,7 @@ def build_router(service: Service) -> APIRouter:
         response: Response,
         *,
         form: Annotated[JobInpaintForm, _MULTIPART],
-        idempotency_key: _Key = None,
+        idempotency_key: IdempotencyKey = None,
     ) -> JobTicket:
         """Submit a job that regenerates regions of uploaded audio, or extends it before its start or after its end."""
         return await _submit(service, request, response=response, fields=form, key=idempotency_key)
