@@ -60,6 +60,9 @@ def read_failure(response: httpx.Response) -> StableAudioError:
     message, field = _read_detail(body.get("detail", body.get("error")))
     if message == _NO_ROUTE:
         message = f"the server has no route {response.request.url.path}; check the server's URL"
+    if response.next_request is not None:  # the client follows no redirects: they may lead to another server
+        target = response.next_request.url.copy_with(query=None, username=None, password=None)
+        message = f"the server redirects to {target}; check the server's URL"
     message = message or f"the server answered {response.status_code} {response.reason_phrase}".rstrip()
     if issubclass(kind, errors.ConflictError):
         return kind(message, code=str(body.get("code", "conflict")), field=field)

@@ -108,6 +108,14 @@ async def test_an_error_page_of_a_proxy_is_an_error_of_the_client(body: str) -> 
         client.models()
 
 
+async def test_a_redirect_names_the_url_to_use() -> None:
+    answer = httpx.Response(308, headers={"location": "https://audio.example.com/v1/models?state=secret"})
+    http = httpx.Client(transport=httpx.MockTransport(lambda _: answer))
+    expected = r"^the server redirects to https://audio\.example\.com/v1/models; check the server's URL$"
+    with pytest.raises(errors.StableAudioError, match=expected):
+        Client("http://audio.example.com", http=http).models()
+
+
 def connect_to(*answers: httpx.Response) -> Client:
     """Return a client of a server that gives each of these answers once."""
     left = iter(answers)
