@@ -342,6 +342,27 @@ def test_tab_shows_its_clip_if_another_tab_has_stored_it(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_clip_stays_listed_if_another_tab_changes_the_list(page: Page) -> None:
+    """This tab reads the other tab's change after it has made its clip, but before it has stored it."""
+    page.run(
+        """
+        const open = indexedDB.open("stable-audio-serve");
+        open.onsuccess = () => {
+          const clips = open.result.transaction("takes", "readwrite").objectStore("takes"); // others wait for it
+          const hold = () => (clips.count().onsuccess = () => (window.isReleased ? open.result.close() : hold()));
+          hold();
+          new BroadcastChannel("stable-audio-serve").postMessage("takes");
+        };
+        """
+    )
+    page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
+    page.until(lambda: page["clip-name"].text == "rain")
+    page.run("window.isReleased = true")
+    page.until(lambda: page.clips)
+    page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#clips li"))
+
+
+@pytest.mark.slow
 def test_keyboard_focus_goes_on_to_the_next_clip_after_a_deletion(page: Page) -> None:
     for prompt in ("hail", "rain", "snow"):
         page.fill(prompt=prompt, duration=0.5, steps=2).make_clip()

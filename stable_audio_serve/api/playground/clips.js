@@ -33,7 +33,9 @@ export class Clips {
     this.byId.set(clip.id, clip);
     element("clips").prepend(this.row(clip));
     this.showTools();
-    return store.put("takes", clip);
+    const isStored = await store.put("takes", clip);
+    if (!this.byId.has(clip.id)) await this.load(); // because another tab's change was read before the clip was stored
+    return isStored;
   }
 
   async delete(clip) {
