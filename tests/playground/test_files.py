@@ -40,6 +40,11 @@ def test_clip_is_downloaded_in_the_selected_format(page: Page, served: str, tmp_
         page.until(file.exists)
         reply = httpx.post(f"{served}/v1/audio/generations", json=body | fields, timeout=PATIENCE_S)
         page.until(lambda file=file, reply=reply: file.read_bytes() == reply.content)
+        assert page.status_text == ""
+    page.run("window.fetch = async () => new Response('', { status: 500 })")
+    page.click("download")
+    page.until(lambda: page["form-error"].text == "The server responded with status 500.")
+    assert page.status_text == ""
 
 
 def copy(page: Page, kind: str) -> str:

@@ -31,6 +31,7 @@ async function attempt(act) {
 }
 
 function fail(error) {
+  say(""); // such as that a clip is being generated
   if (error instanceof ApiError) {
     if (error.status === 401) return askKey(error.message);
     return form.showFaults(error.faults);
@@ -143,6 +144,7 @@ async function download() {
   if (fields) say(`Generating the clip again as ${name}.`);
   const blob = fields ? await (await make(clip.order, fields)).blob() : clip.blob;
   save(blob, `${fileName(clip)}.${extension}`);
+  say("");
 }
 
 async function repeatAndCompare() {
