@@ -45,12 +45,16 @@ def test_error_of_a_proxy_has_a_plain_message(page: Page) -> None:
             window.fetch = async () => new Response(body, { status: 503, headers: { "Retry-After": "5" } });
             await call("jobs").catch((error) => messages.push(`${error.status} ${error.message}`));
           }
+          window.fetch = async () => new Response("<html>", { headers: { "Content-Type": "text/html" } });
+          await call("jobs").catch((error) => messages.push(error.message));
           done(messages);
         });
         """,
         bodies,
     )
-    assert messages == ["503 The server responded with status 503. Try again in 5 s."] * len(bodies)
+    *refused, page_of_a_proxy = messages
+    assert refused == ["503 The server responded with status 503. Try again in 5 s."] * len(bodies)
+    assert page_of_a_proxy == "The server responded with a web page."
 
 
 @pytest.mark.slow

@@ -50,7 +50,8 @@ export async function call(path, { method = "GET", json, form, headers = {}, sig
     }
     throw new ApiError(0, [{ field: null, message: "Server unreachable." }]);
   }
-  if (!reply.ok) throw await readError(reply);
+  const isPage = reply.headers.get("Content-Type")?.startsWith("text/html"); // a proxy's, such as one to sign in
+  if (!reply.ok || isPage) throw await readError(reply);
   return reply;
 }
 
@@ -77,7 +78,7 @@ async function readError(reply) {
   }
   if (detail?.message) return new ApiError(reply.status, [{ field: detail.param ?? null, message: String(detail.message) }], retry);
   // A proxy may have answered in any other format.
-  const message = typeof detail === "string" && detail ? detail : `The server responded with status ${reply.status}.`;
+  const message = typeof detail === "string" && detail ? detail : `The server responded with ${reply.ok ? "a web page" : `status ${reply.status}`}.`;
   const named = /^[a-z_]+/.exec(message); // the message may start with a field name
   return new ApiError(reply.status, [{ field: named && named[0], message }], retry);
 }
