@@ -181,8 +181,8 @@ function askKey(message = "") {
   form.showLoaded({ needsKey: true });
   element("key-error").textContent = message;
   element("key-error").hidden = !message;
+  if (element("key-dialog").open) return; // the user may be typing
   element("api-key").value = key();
-  if (element("key-dialog").open) return;
   element("key-dialog").returnValue = ""; // Escape leaves it as it is, so an earlier "save" would be repeated
   element("key-dialog").showModal();
 }
