@@ -49,6 +49,14 @@ def test_page_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
             return all.filter(isOut).map((each) => each.outerHTML);
         """
         assert page.run(script) == []
+        script = """
+            const top = () => document.querySelector(".submit").getBoundingClientRect().top;
+            const isCovered = (field) => (field.focus(), field.getBoundingClientRect().bottom > top());
+            document.documentElement.style.scrollBehavior = "auto";
+            const all = [...document.querySelectorAll("#form :is(input, select, summary)")];
+            return all.filter((each) => each.checkVisibility() && isCovered(each)).map((each) => each.outerHTML);
+        """
+        assert page.run(script) == []
         assert page.accessibility_problems() == []
         page.make_clip("regenerate")
         row = page.browser.find_element(By.CSS_SELECTOR, "#clips small")
