@@ -130,6 +130,17 @@ def test_page_does_not_move_for_users_who_prefer_that(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_selected_state_is_visible_in_forced_colours(page: Page) -> None:
+    features = [{"name": "forced-colors", "value": "active"}]
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    background = "return getComputedStyle(document.querySelector(arguments[0])).backgroundColor"
+    page.click("seed-lock")
+    for selected in ("#seed-lock", ".kinds :checked + span"):
+        assert page.run(background, selected) != page.run(background, "body")
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.slow
 def test_page_loads_only_small_local_files(page: Page, served: str) -> None:
     page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
     loaded = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
