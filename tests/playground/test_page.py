@@ -141,6 +141,14 @@ def test_selected_state_is_visible_in_forced_colours(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_prompt_in_a_language_from_right_to_left_is_shown_so(page: Page) -> None:
+    page.fill(prompt="صوت المطر, 4 bpm!", duration=0.5, steps=2).make_clip()
+    direction = "return getComputedStyle(document.querySelector(arguments[0])).direction"
+    for place in ("#prompt", "#clip-name", "#clips .what span"):
+        assert page.run(direction, place) == "rtl"
+
+
+@pytest.mark.slow
 def test_page_loads_only_small_local_files(page: Page, served: str) -> None:
     page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
     loaded = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")

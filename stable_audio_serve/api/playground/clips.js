@@ -167,4 +167,4 @@ function button(className, { label, isPressed }) {
   return made;
 }
 
-const text = (tag, textContent) => Object.assign(document.createElement(tag), { textContent });
+const text = (tag, textContent) => Object.assign(document.createElement(tag), { textContent, dir: "auto" });

@@ -120,7 +120,7 @@ class Row {
     const { prompt } = order.fields;
     this.node = document.createElement("li");
     this.prompt = prompt;
-    const what = Object.assign(document.createElement("span"), { className: "what", textContent: prompt });
+    const what = Object.assign(document.createElement("span"), { className: "what", textContent: prompt, dir: "auto" });
     this.bar = Object.assign(document.createElement("progress"), { max: 1 });
     this.bar.setAttribute("aria-label", `Progress of ${prompt}`);
     this.line = Object.assign(document.createElement("small"), { textContent: `${kindOf(order)}, sending` });

@@ -30,7 +30,7 @@ export class Sections {
     // Without autocomplete "off", a browser that returns to the page writes the values into other fields.
     const input = (name, facts) => Object.assign(document.createElement("input"), { className: name, autocomplete: "off", ...facts });
     const inputs = {
-      prompt: input("prompt", { type: "text", value: prompt, placeholder: "as the prompt above", maxLength: 100_000 }),
+      prompt: input("prompt", { type: "text", dir: "auto", value: prompt, placeholder: "as the prompt above", maxLength: 100_000 }),
       duration: input("duration", { type: "number", value: duration, min: 1, step: "any", required: true }),
     };
     const remove = Object.assign(document.createElement("button"), { type: "button", className: "delete", title: "Remove" });
