@@ -27,10 +27,12 @@ from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, complete_ca
 from stable_audio_serve.models.sa3 import build as sa3
 from stable_audio_serve.models.sa3.config import parse_config as parse_sa3
 from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.sa3.t5gemma import T5GemmaEncoder
 from stable_audio_serve.models.sao import build as sao
 from stable_audio_serve.models.sao.config import parse_config as parse_open
 from stable_audio_serve.models.sao.model import SaoModel
-from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.models.sao.t5 import T5Encoder
+from stable_audio_serve.models.text_encoder import EncoderNetwork, TextEncoder
 from stable_audio_serve.models.weights import cast_network, require_exact_float32
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "data" / "goldens"  # small reference checkpoints
@@ -178,23 +180,18 @@ def _resize_open(config: dict[str, Any], *, small: bool) -> None:
 def _random_text_encoder(max_length: int, *, is_open: bool) -> TextEncoder:
     """Build a text encoder of the official size: T5-base in float16, or T5Gemma in bfloat16."""
     import tokenizers
-    from transformers import (
-        PreTrainedTokenizerFast,
-        T5Config,
-        T5EncoderModel,
-        T5GemmaConfig,
-        T5GemmaEncoderModel,
-        T5GemmaModuleConfig,
-    )
+    from transformers import PreTrainedTokenizerFast
 
     if is_open:
-        encoder = T5EncoderModel(T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12)).to(torch.float16)
+        encoder: EncoderNetwork = T5Encoder(
+            ConfigReader({"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12})
+        )
     else:
         widths = {"hidden_size": 768, "intermediate_size": 2048, "head_dim": 64, "query_pre_attn_scalar": 64}
-        heads = {"num_attention_heads": 12, "num_key_value_heads": 12}
-        sizes = T5GemmaModuleConfig(num_hidden_layers=12, **widths, **heads)
-        config = T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False, attn_implementation="eager")
-        encoder = T5GemmaEncoderModel(config).to(torch.bfloat16)
+        heads = {"num_attention_heads": 12, "num_key_value_heads": 12, "num_hidden_layers": 12}
+        encoder = T5GemmaEncoder(ConfigReader(widths | heads))
+    encoder.to(torch.get_default_device())  # rotary frequencies are computed on the CPU
+    cast_network(encoder.eval().requires_grad_(False), torch.float16 if is_open else torch.bfloat16)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")

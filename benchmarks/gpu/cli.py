@@ -30,9 +30,7 @@ from benchmarks.report import describe_environment, hash_sources, write_json
 _NAME, _LIMIT_S, _END_S = "gpu-first", 530.0, 10.0
 # The forkserver process imports these modules once, before it starts the parts' processes. It does not use the device.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    ["benchmarks.gpu.cli", "transformers.models.t5gemma.modeling_t5gemma", "transformers.models.t5.modeling_t5"]
-)
+_PROCESSES.set_forkserver_preload(["benchmarks.gpu.cli", "transformers"])
 _OPTIONAL = ("adapters", "compiled")
 _LOG_LENGTH = 3000  # characters of a failed part's output
 # Each part and the seconds after which it is stopped. The most important parts come first, because the last parts are

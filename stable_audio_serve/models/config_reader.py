@@ -1,4 +1,4 @@
-"""Reads a checkpoint's `model_config.json` key by key. Errors name the full path of the unusable key."""
+"""Reads a checkpoint's `model_config.json`, or another JSON file, key by key. Errors name the path of unusable keys."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ class ConfigReader:
     record of the keys that were read, so that `refuse_unread` can find keys that nothing has read.
     """
 
-    def __init__(self, values: Mapping[str, Any], *, path: str = "", seen: set[str] | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], *, file: str = CONFIG_FILE, path: str = "", seen: set[str] | None = None
+    ) -> None:
         self._values = values
+        self._file = file  # as errors name it
         self._path = path
         self._seen: set[str] = set() if seen is None else seen
 
@@ -41,14 +44,17 @@ class ConfigReader:
         value = self._get(key, {} if optional else None)
         if not isinstance(value, Mapping):
             raise self.unusable(key, "an object")
-        return ConfigReader(value, path=self.name(key), seen=self._seen)
+        return ConfigReader(value, file=self._file, path=self.name(key), seen=self._seen)
 
     def sections(self, key: str) -> list[ConfigReader]:
         """Returns one reader for each object in the list under `key`."""
         value = self._get(key, None)
         if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
             raise self.unusable(key, "a list of objects")
-        return [ConfigReader(item, path=f"{self.name(key)}[{i}]", seen=self._seen) for i, item in enumerate(value)]
+        return [
+            ConfigReader(item, file=self._file, path=f"{self.name(key)}[{i}]", seen=self._seen)
+            for i, item in enumerate(value)
+        ]
 
     def integer(self, key: str, *, default: int | None = None, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
         """Returns the value of `key`, a whole number from `at_least` to `at_most`."""
@@ -82,6 +88,12 @@ class ConfigReader:
         if value > at_most:
             raise self.unusable(key, f"at most {at_most:g}")
         return value
+
+    def number_or_null(self, key: str, *, default: float) -> float | None:
+        """Returns the value of `key`, or None if it is null in the file."""
+        if self._values.get(key, default) is None:
+            return None
+        return self.number(key, default=default)
 
     def flag(self, key: str, *, default: bool) -> bool:
         value = self._get(key, default)
@@ -126,7 +138,7 @@ class ConfigReader:
             self._seen.add(self.name(key))
             if key in self and self._values[key] != value:
                 found, only = json.dumps(self._values[key], default=str)[:80], json.dumps(value)
-                raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} = {found} is not supported; only {only} is")
+                raise CheckpointError(f"{self._file}: {self.name(key)} = {found} is not supported; only {only} is")
 
     def refuse_unread(self, *, inert: Collection[str]) -> None:
         """Raise CheckpointError for the first key that no getter has read, in this object or in objects inside it.
@@ -138,7 +150,7 @@ class ConfigReader:
                 continue
             if self.name(key) not in self._seen:
                 raise CheckpointError(
-                    f"{CONFIG_FILE}: {self.name(key)} is not known here, so the model it asks for might be another one"
+                    f"{self._file}: {self.name(key)} is not known here, so the model it asks for might be another one"
                 )
             for reader in self._within(key):
                 reader.refuse_unread(inert=inert)
@@ -157,12 +169,12 @@ class ConfigReader:
         """Raise CheckpointError for the first key that is not in `known`. Keys whose value is null are ignored."""
         unknown = sorted(key for key in self._values if key in self and key not in known)
         if unknown:
-            raise CheckpointError(f"{CONFIG_FILE}: {self.name(unknown[0])} is not known to this model family")
+            raise CheckpointError(f"{self._file}: {self.name(unknown[0])} is not known to this model family")
 
     def unusable(self, key: str, expected: str) -> CheckpointError:
         """Returns an error that states the expected and the found value of `key`."""
         found = json.dumps(self._values[key], default=str)[:80] if key in self else "nothing"
-        return CheckpointError(f"{CONFIG_FILE}: {self.name(key)} must be {expected}, found {found}")
+        return CheckpointError(f"{self._file}: {self.name(key)} must be {expected}, found {found}")
 
     def name(self, key: str) -> str:
         """Returns the full path of `key` in the file."""
@@ -174,7 +186,7 @@ class ConfigReader:
         if value is not None:
             return value
         if default is None:
-            raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} is missing")
+            raise CheckpointError(f"{self._file}: {self.name(key)} is missing")
         return default
 
 

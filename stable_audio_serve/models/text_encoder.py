@@ -1,6 +1,6 @@
 """Loads and runs the text encoder of a checkpoint: a tokenizer and a pretrained network, in one folder.
 
-Each model family chooses the network and interprets its output.
+Each model family has its own network, and interprets the network's output.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
 from stable_audio_serve.models.checkpoint_files import damaged, encoder_weights
-from stable_audio_serve.models.config_reader import MAX_DEPTH
+from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.protocol import PromptTokens
-from stable_audio_serve.models.weight_files import read_weights, require_floats
-
-# Called with a folder and the argument `dtype` of `from_pretrained`. Returns the network and the loading report of
-# transformers (`output_loading_info`).
-NetworkLoader = Callable[[Path, torch.dtype | Literal["auto"]], tuple[nn.Module, Mapping[str, Any]]]
-
+from stable_audio_serve.models.weight_files import read_weights, release_pages, require_floats
+from stable_audio_serve.models.weights import DTYPES, SkipRandomWeights, load_tensors
 
 # Prompts that are tokenized at load. The first one is padding. The second one is a character that no vocabulary has.
 _TRIAL, _TRIAL_TOKENS = ("", "\ue000", "a bright tone, 440 Hz"), 16
@@ -33,17 +29,38 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 # While a prompt is tokenized, the engine's clips wait, with some tokenizers for 5 s at 100,000 characters. A token of
 # usual text has about 5 characters, but a tokenizer may leave out words, as the demo model's does.
 _MIN_CHARS, _CHARS_PER_TOKEN = 8192, 32
-_DEPTH_KEYS = ("num_layers", "num_hidden_layers")  # of a T5 and of a T5Gemma
+_ENCODER = "encoder."  # precedes the keys of an encoder's weights in the files
+
+
+class EncoderNetwork(nn.Module):
+    """The network of a text encoder. Its parameters have the names in weight files, without what precedes them."""
+
+    embed_tokens: nn.Embedding
+
+    @property
+    def num_tokens(self) -> int:
+        """Returns how many tokens the network knows. Token ids must be below this number."""
+        return self.embed_tokens.num_embeddings
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns the hidden states (prompts, tokens, width) of the token ids (prompts, tokens).
+
+        `mask` (prompts, 1, 1, tokens) is added to the attention's scores, and has the dtype of the parameters.
+        """
+        raise NotImplementedError
 
 
 class TextEncoder:
-    """A tokenizer and an encoder with hidden states of size `width`. Not in the checkpoint's own weight file."""
+    """A tokenizer and an encoder with hidden states of size `width`, which were loaded from `folder`."""
 
-    def __init__(self, tokenizer: Any, encoder: nn.Module, *, width: int, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, encoder: EncoderNetwork, *, width: int, max_length: int, folder: Path = Path()
+    ) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.width = width
         self.max_length = max_length
+        self.folder = folder
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Returns `max_length` tokens for each prompt, truncated or padded on the side that the tokenizer's files name.
@@ -62,13 +79,12 @@ class TextEncoder:
 
         Attention ignores padding tokens, and their hidden states are arbitrary. The host does not wait for the device.
         """
-        dtype = next(self.encoder.parameters()).dtype
-        # The mask has 4 axes. With a mask of 2 axes, transformers would check on the host whether there is padding, and
-        # wait for the device. Padding gets the smallest finite number instead of minus infinity: for a prompt without
-        # real tokens, minus infinity would give NaN.
+        dtype = self.encoder.embed_tokens.weight.dtype
+        # Padding gets the smallest finite number instead of minus infinity: for a prompt without real tokens, minus
+        # infinity would give NaN.
         added = torch.zeros(len(mask), 1, 1, mask.shape[1], device=mask.device, dtype=dtype)
         added.masked_fill_(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
-        hidden: Tensor = self.encoder(input_ids=ids, attention_mask=added).last_hidden_state
+        hidden: Tensor = self.encoder(ids, added)
         return hidden.float()
 
 
@@ -93,15 +109,9 @@ def _most_chars(max_length: int) -> int:
     return max(_MIN_CHARS, _CHARS_PER_TOKEN * max_length)
 
 
-def _num_tokens(encoder: nn.Module) -> int:
-    """Returns how many tokens the network knows. Token ids must be below this number."""
-    num_tokens: int = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    return num_tokens
-
-
-def require_known(token: int, encoder: nn.Module) -> None:
+def require_known(token: int, encoder: EncoderNetwork) -> None:
     """Raise InvalidRequestError if `token`, the highest one of a prompt, is not one of the network's."""
-    if token >= (known := _num_tokens(encoder)):
+    if token >= (known := encoder.num_tokens):
         message = f"the text has token {token} of the tokenizer, but the text encoder knows {known}"
         raise InvalidRequestError(message, field="prompt")
 
@@ -133,26 +143,91 @@ def chars_read(encoded: Any, prompts: Sequence[str], *, max_length: int) -> tupl
     )
 
 
-def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:
-    """Returns the tokenizer and the network in a folder, ready for inference.
+def load_encoder(
+    folder: Path,
+    build: Callable[[ConfigReader], EncoderNetwork],
+    *,
+    max_length: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> TextEncoder:
+    """Load the tokenizer and the network in a folder. `build` makes the network that a config.json describes.
 
-    Raises CheckpointError if a file is missing or damaged, if a weight is missing, quantized or not finite or has a
-    wrong shape, if the network has fewer layers than the weights or cannot encode a prompt, or if the tokenizer does
-    not fit the network. Without this check, transformers would replace missing weights with random numbers, cast
-    quantized ones without their scale, and ignore weights of further layers.
+    By default, the network has the dtype that its config.json states, or else the dtype of its weights, or bfloat16 for
+    weights in float8. Raises CheckpointError if a file is missing or damaged, if a weight is missing, quantized or not
+    finite or has a wrong shape, if the network has fewer layers than the weights or makes values that are not finite,
+    or if the tokenizer does not fit the network.
     """
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    _check_config(folder)
-    stored = _stored_dtypes(folder)
     try:
-        # No network can be built in float8, whose values are exact in bfloat16.
-        has_float8 = any(dtype.itemsize == 1 for dtype in stored)
-        encoder, report = load_network(folder, torch.bfloat16 if has_float8 else "auto")
-    except Exception as error:
-        raise _refuse_network(folder, _reason(error)) from error
+        config, weights = _read_config(folder), _read_encoder(folder)
+        with torch.device("meta"), SkipRandomWeights():  # `load_tensors` below allocates and fills the weights
+            encoder = build(config)
+        needed = {_ENCODER + key for key in encoder.state_dict()}
+        if unused := sorted(key for key in weights.keys() - needed if _is_of_layer(key)):
+            hint = "; use weights that are not quantized" if "scale" in unused[0] else ""
+            raise CheckpointError(f"it has weights that its config.json does not: {unused[0]}{hint}")
+        weights = {key: weight for key, weight in weights.items() if key in needed}
+        dtypes = {_ENCODER: dtype or _choose_dtype(config, weights)}
+        mapped = load_tensors({_ENCODER: encoder}, weights, source=folder, device=device, dtypes=dtypes)
+    except CheckpointError as error:
+        raise CheckpointError(f"the text encoder in {folder} cannot be loaded: {error.message}") from error
+    tokenizer, ids, mask = _load_tokenizer(folder)
+    if ids.max() >= (known := encoder.num_tokens):
+        raise CheckpointError(f"the tokenizer in {folder} makes token {ids.max()}, but the text encoder knows {known}")
+    width = encoder.embed_tokens.embedding_dim
+    text = TextEncoder(tokenizer, encoder, width=width, max_length=max_length, folder=folder)
+    hidden = text.encode(*(part[-1:, :_TRIAL_ENCODED].to(device) for part in (ids, mask)))
+    if not hidden.isfinite().all():
+        raise CheckpointError(f"the text encoder in {folder} makes values that are not finite; check its config.json")
+    release_pages(mapped)  # prompts use few rows of the embedding, which is most of a T5Gemma
+    return text
+
+
+def _read_config(folder: Path) -> ConfigReader:
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError("it is not a JSON object")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise damaged(path, error) from error
+    if values.get("quantization_config") is not None:
+        raise CheckpointError(f"{path}: quantization_config is not supported; use weights that are not quantized")
+    return ConfigReader(values, file=str(path))
+
+
+def _read_encoder(folder: Path) -> dict[str, Tensor]:
+    """Returns the weights in a folder without those of a decoder. The keys of the encoder's begin with `encoder.`.
+
+    Raises CheckpointError if a file is missing or damaged, or if weights are not floating-point numbers.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in encoder_weights(folder):
+        for key, weight in read_weights(path).items():
+            if "decoder" in key:
+                continue
+            if key.endswith(".weight"):  # not indices, which some files contain
+                require_floats(path, key, weight=weight)
+            before, found, name = key.partition(_ENCODER)
+            weights[found + name if found else before] = weight
+    shared = [weights.pop(key) for key in tuple(weights) if re.search(r"(^|\.)shared\.weight$", key)]
+    return weights | {f"{_ENCODER}embed_tokens.weight": embedding for embedding in shared}  # as T5s name it
+
+
+def _choose_dtype(config: ConfigReader, weights: Mapping[str, Tensor]) -> torch.dtype:
+    stored = [weight.dtype for weight in weights.values()] or [torch.float32]
+    if any(dtype.itemsize == 1 for dtype in stored):
+        return torch.bfloat16  # the values of float8 are exact in bfloat16
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return DTYPES.get(config.text(key, default=str(stored[0]).removeprefix("torch.")), torch.float32)
+
+
+def _load_tokenizer(folder: Path) -> tuple[Any, Tensor, Tensor]:
+    """Returns the tokenizer in a folder, and the token ids and the mask of the trial prompts."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids, mask = _tokenize(tokenizer, _TRIAL, max_length=_TRIAL_TOKENS).ids_and_mask.unbind(1)
@@ -160,88 +235,7 @@ def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tup
         raise
     except BaseException as error:  # a panic in the package tokenizers is not an Exception
         raise _refuse_tokenizer(folder, error) from error
-    for key, found, needed in sorted(report["mismatched_keys"]):
-        shapes = f"has shape {list(found)}, its config.json needs {list(needed)}"
-        raise CheckpointError(f"the text encoder in {folder}: {key} {shapes}")
-    if absent := sorted(report["missing_keys"]):
-        raise CheckpointError(f"the text encoder in {folder} lacks {len(absent)} weights, the first is {absent[0]}")
-    if unused := sorted(filter(_is_of_encoder, report["unexpected_keys"])):
-        hint = "; use weights that are not quantized" if "scale" in unused[0] else ""
-        reason = f"has weights that its config.json does not: {unused[0]}{hint}"
-        raise CheckpointError(f"the text encoder in {folder} {reason}")
-    if ids.max() >= (known := _num_tokens(encoder)):
-        raise CheckpointError(f"the tokenizer in {folder} makes token {ids.max()}, but the text encoder knows {known}")
-    for key, parameter in encoder.named_parameters():
-        if not all(bound.isfinite() for bound in parameter.aminmax()):
-            raise CheckpointError(f"the text encoder in {folder}: {key} holds values that are not finite")
-    encoder.eval().requires_grad_(False)
-    trial = TextEncoder(tokenizer, encoder, width=0, max_length=_TRIAL_TOKENS)
-    try:
-        hidden = trial.encode(ids[-1:, :_TRIAL_ENCODED], mask[-1:, :_TRIAL_ENCODED])
-    except Exception as error:  # a value in config.json that is used only here can raise any error
-        raise CheckpointError(
-            f"the text encoder in {folder} cannot be run with its config.json: {_reason(error)}"
-        ) from error
-    if not hidden.isfinite().all():
-        raise CheckpointError(f"the text encoder in {folder} makes values that are not finite; check its config.json")
-    return tokenizer, encoder
-
-
-def from_pretrained(
-    kind: Any, folder: Path, *, dtype: torch.dtype | Literal["auto"], **options: Any
-) -> tuple[nn.Module, Mapping[str, Any]]:
-    """Load a network of the class `kind` of transformers from local safetensors files, with the loading report."""
-    loaded: tuple[nn.Module, Mapping[str, Any]] = kind.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        use_safetensors=True,
-        **options,
-    )
-    return loaded
-
-
-def _check_config(folder: Path) -> None:
-    """Raise CheckpointError if a text encoder's config.json is damaged, or states quantized weights or too many layers
-    to build.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        return  # transformers names the missing file
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        sections = [config, config.get("encoder")]
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise damaged(path, error) from error
-    if config.get("quantization_config") is not None:
-        raise CheckpointError(f"{path}: quantization_config is not supported; use weights that are not quantized")
-    for section in sections:
-        for key in _DEPTH_KEYS:
-            depth = section.get(key) if isinstance(section, dict) else None
-            if isinstance(depth, int | float) and depth > MAX_DEPTH:
-                raise CheckpointError(f"{path}: {key} must be at most {MAX_DEPTH}, found {depth}")
-
-
-def _stored_dtypes(folder: Path) -> set[torch.dtype]:
-    """Returns the dtypes of a text encoder's weights. Raises CheckpointError if a weight file is missing or damaged, or
-    if weights are not floating-point numbers.
-    """
-    stored: set[torch.dtype] = set()
-    try:
-        for path in encoder_weights(folder):
-            for key, weight in read_weights(path).items():
-                if key.endswith(".weight") and "decoder" not in key:  # not indices, which some files contain
-                    require_floats(path, key, weight=weight)
-                    stored.add(weight.dtype)
-    except CheckpointError as error:
-        raise _refuse_network(folder, error.message) from error
-    return stored
-
-
-def _refuse_network(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}")
+    return tokenizer, ids, mask
 
 
 def _refuse_tokenizer(folder: Path, error: BaseException) -> CheckpointError:
@@ -272,6 +266,6 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
 
 
-def _is_of_encoder(key: str) -> bool:
-    """Whether a key that a T5 or T5Gemma does not know belongs to its encoder: to a numbered layer, or a scale."""
-    return "decoder" not in key and re.search(r"\b(block|layers)\.\d+\.|scale", key) is not None
+def _is_of_layer(key: str) -> bool:
+    """Whether a key that the network lacks belongs to a numbered layer, or is a scale of quantized weights."""
+    return re.search(r"\b(block|layers)\.\d+\.|scale", key) is not None

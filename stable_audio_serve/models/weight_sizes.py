@@ -24,8 +24,8 @@ _OFFICIAL: Mapping[str, tuple[int, int]] = {
     "small-sfx-base": _SMALL,
     "small-music-base": _SMALL,
     "medium-base": _MEDIUM,
-    "stable-audio-open-1.0": (1_056_939_008, 894_503_232),
-    "stable-audio-open-small": (340_928_512, 893_710_208),
+    "stable-audio-open-1.0": (1_056_939_008, 845_154_624),
+    "stable-audio-open-small": (340_928_512, 844_361_600),
 }
 
 

@@ -63,12 +63,15 @@ def require_exact_float32() -> None:
 class SkipRandomWeights(TorchFunctionMode):
     """A context in which new modules get uninitialised weights instead of random ones, which saves time."""
 
-    DRAWS = (Tensor.uniform_, Tensor.normal_)
+    # Also `nn.init.normal_`, because drawing on the meta device would import torch's compiler, which takes a second.
+    DRAWS = (Tensor.uniform_, Tensor.normal_, nn.init.normal_)
 
     def __torch_function__(  # noqa: PLR0917  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return args[0] if func in self.DRAWS else func(*args, **(kwargs or {}))
+        if func not in self.DRAWS:
+            return func(*args, **(kwargs or {}))
+        return args[0] if args else kwargs["tensor"]
 
 
 def load_weights(
@@ -86,9 +89,20 @@ def load_weights(
     `release_pages` can free it. Raises CheckpointError with the first key that is unknown, missing or of another shape,
     and the number of such keys, or with a key whose values are not finite.
     """
-    weights = read_weights(path)
-    _check(modules, weights, source=path)
-    return _fill(modules, weights, source=path, device=device, casts=_casts(modules, dtypes))
+    return load_tensors(modules, read_weights(path), source=path, device=device, dtypes=dtypes)
+
+
+def load_tensors(
+    modules: Mapping[str, nn.Module],
+    weights: Mapping[str, Tensor],
+    *,
+    source: Path,
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+) -> list[Tensor]:
+    """Do the same as `load_weights`, with the `weights` that were read from the file or folder `source`."""
+    _check(modules, weights, source=source)
+    return _fill(modules, weights, source=source, device=device, casts=_casts(modules, dtypes))
 
 
 def _casts(modules: Mapping[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:

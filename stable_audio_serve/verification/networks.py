@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -55,8 +54,7 @@ def _text(it: Subject, _: object) -> Tensor:
 def _exact_text(it: Subject, _: object) -> Tensor:
     """Encode the prompts with a text encoder in float32. The text encoder of the served model computes in float16."""
     text, (ids, mask) = it.model.text, _ids_and_mask(it)
-    place = Path(str(text.encoder.config._name_or_path))
-    exact = load_text_encoder(place, max_length=text.max_length, device=it.model.device, dtype=torch.float32)
+    exact = load_text_encoder(text.folder, max_length=text.max_length, device=it.model.device, dtype=torch.float32)
     return it.model.prompt(exact.encode(ids, mask), mask.bool())
 
 

@@ -286,7 +286,7 @@ NORM = "encoder.norm.weight"
     ("key", "value", "said"),
     [
         (NORM, torch.full((768,), math.nan), "holds values that are not finite"),
-        (NORM, torch.ones(5), "has shape [5], its config.json needs [768]"),
+        (NORM, torch.ones(5), "has shape [5], the network needs [768]"),
         (NORM, torch.ones(768, dtype=torch.int8), "holds torch.int8, not floating-point numbers"),
         (f"{NORM}_scale", torch.ones(1), "; use weights that are not quantized"),
     ],
@@ -316,7 +316,7 @@ def test_a_text_encoder_in_float8_is_loaded(folder: Path, stated: str | None) ->
     save_file(weights, path, metadata={"format": "pt"})
     config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"dtype": stated}))
     encoder = load(folder).text.encoder
-    norm = encoder.get_parameter(NORM)
+    norm = encoder.norm.weight
     assert norm.dtype == torch.bfloat16
     assert torch.equal(norm.float(), weights[NORM].float())
     assert in_float32 - predicted() == sum(parameter.nbytes for parameter in encoder.parameters())
@@ -406,18 +406,20 @@ def test_a_damaged_text_encoder_config_is_named(folder: Path, content: str) -> N
     ("key", "value", "said"),
     [
         ("num_hidden_layers", 2**40, "num_hidden_layers must be at most 1024, found 1099511627776"),
-        ("attn_logit_softcapping", math.nan, "makes values that are not finite"),
-        ("rms_norm_eps", math.nan, "makes values that are not finite"),
-        ("dropout_rate", math.nan, "cannot be run"),
-        ("head_dim", "wide", "'head_dim': TypeError: Field 'head_dim' expected int, got str"),
+        ("attn_logit_softcapping", math.nan, "encoder.attn_logit_softcapping must be a number, found NaN"),
+        ("rms_norm_eps", -1.0, "makes values that are not finite"),
+        ("head_dim", 7, "encoder.head_dim must be even, found 7"),
+        ("head_dim", "wide", 'encoder.head_dim must be a number, found "wide"'),
+        ("num_key_value_heads", 3, "encoder.num_key_value_heads must be a divisor of num_attention_heads (2), found 3"),
+        ("hidden_activation", "mish", "encoder.hidden_activation must be one of relu, "),
+        ("rope_parameters", {"rope_type": "yarn"}, 'encoder.rope_parameters.rope_type = "yarn" is not supported'),
         ("quantization_config", {"quant_method": "fp8"}, "quantization_config is not supported"),
     ],
 )
 def test_text_encoder_configs_that_cannot_be_run_are_refused(folder: Path, key: str, value: Any, said: str) -> None:
     path = folder / "t5gemma" / "config.json"
     config = json.loads(path.read_text())
-    # transformers copies the dropout rate of the whole model
-    (config if key in ("dropout_rate", "quantization_config") else config["encoder"])[key] = value
+    (config if key == "quantization_config" else config["encoder"])[key] = value
     path.write_text(json.dumps(config))
     assert said in failure(folder)
 
@@ -446,7 +448,7 @@ def test_text_encoder_inside_a_whole_encoder_decoder_model(folder: Path) -> None
     config = AutoConfig.from_pretrained(target)
     config.is_encoder_decoder = True
     whole = T5GemmaForConditionalGeneration(config)
-    whole.model.encoder.load_state_dict(loaded("sharp-s").text.encoder.encoder.state_dict())
+    whole.model.encoder.load_state_dict(loaded("sharp-s").text.encoder.state_dict())
     tokenizer = (target / "tokenizer.json").read_bytes(), (target / "tokenizer_config.json").read_bytes()
     whole.save_pretrained(target)
     (target / "tokenizer.json").write_bytes(tokenizer[0])

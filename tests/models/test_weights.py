@@ -22,7 +22,6 @@ from stable_audio_serve.models.native import checkpoint_modules
 from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.models.sa3 import build as sa3_build
 from stable_audio_serve.models.sa3.config import parse_config
-from stable_audio_serve.models.sao.conditioners import load_text_encoder
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.sao.oobleck import NormedConv
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -146,13 +145,6 @@ def test_released_tensors_are_read_again(tmp_path: Path, suffix: str) -> None:
     for _ in range(2):
         assert all(torch.equal(weights[key], value) for key, value in stored.items())
         release_pages(weights.values())
-
-
-def test_shared_text_encoder_weights_stay_shared(tmp_path: Path) -> None:
-    folder = load_open_goldens("tiny-1.0").folder / "t5"
-    text = load_text_encoder(folder, max_length=8, device=CPU, dtype=torch.float16)
-    assert text.encoder.shared.weight is text.encoder.encoder.embed_tokens.weight
-    assert text.encoder.shared.weight.dtype == torch.float16
 
 
 def make_large_checkpoint(folder: Path) -> int:

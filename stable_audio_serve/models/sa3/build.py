@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -22,12 +21,8 @@ from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.config import INERT_KEYS, Sa3Config, parse_config
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
-from stable_audio_serve.models.text_encoder import (
-    TextEncoder,
-    from_pretrained,
-    load_tokenizer_and_network,
-    stating_width,
-)
+from stable_audio_serve.models.sa3.t5gemma import T5GemmaEncoder
+from stable_audio_serve.models.text_encoder import TextEncoder, load_encoder, stating_width
 from stable_audio_serve.models.weight_files import release_pages
 from stable_audio_serve.models.weight_sizes import DENOISER_KEYS
 from stable_audio_serve.models.weights import SkipRandomWeights, load_weights, require_exact_float32
@@ -76,25 +71,14 @@ def load_sa3(
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
-    """Load the encoder of a T5Gemma. Raises CheckpointError if a file or key is missing.
-
-    Attention uses the eager implementation of transformers, because fused kernels cannot soft-cap the logits.
-    """
-    tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5gemma)
-    config: Any = encoder.config.encoder  # type: ignore[union-attr]
-    if not isinstance(config.sliding_window, int):
-        raise CheckpointError(f"the text encoder in {folder} has no sliding_window in its config.json")
-    if max_length > config.sliding_window // 2:  # longer prompts would need another mask in sliding-window layers
+    """Load the encoder of a T5Gemma. Raises CheckpointError if a file or key is missing."""
+    text = load_encoder(
+        folder, lambda config: T5GemmaEncoder(config.section("encoder")), max_length=max_length, device=device
+    )
+    window = cast("T5GemmaEncoder", text.encoder).window
+    if max_length > window // 2:  # longer prompts would need another mask in sliding-window layers
         raise CheckpointError(f"prompts of {max_length} tokens are longer than the text encoder's windows in {folder}")
-    return TextEncoder(tokenizer, encoder.to(device), width=int(config.hidden_size), max_length=max_length)
-
-
-def _load_t5gemma(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[nn.Module, Mapping[str, Any]]:
-    from transformers import AutoConfig, T5GemmaEncoderModel
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config.is_encoder_decoder = False  # the files also contain a decoder, which is not used
-    return from_pretrained(T5GemmaEncoderModel, folder, dtype=dtype, config=config, attn_implementation="eager")
+    return text
 
 
 def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:

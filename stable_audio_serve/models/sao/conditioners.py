@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.models.sao.config import NUM_FREQUENCIES
-from stable_audio_serve.models.text_encoder import TextEncoder, from_pretrained, load_tokenizer_and_network
+from stable_audio_serve.models.sao.t5 import T5Encoder
+from stable_audio_serve.models.text_encoder import TextEncoder, load_encoder
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
@@ -20,16 +19,7 @@ def load_text_encoder(folder: Path, *, max_length: int, device: torch.device, dt
     For checkpoints, `dtype` must be float16, as in the reference implementation. Compared with float32, float16 changes
     the output of T5 by up to 1e-2.
     """
-    tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5)
-    width = int(encoder.config.d_model)  # type: ignore[union-attr, arg-type]
-    # Cast here, not while loading, because transformers would keep some layers of a half-precision T5 in float32.
-    return TextEncoder(tokenizer, encoder.to(device=device, dtype=dtype), width=width, max_length=max_length)
-
-
-def _load_t5(folder: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[nn.Module, Mapping[str, Any]]:
-    from transformers import T5EncoderModel
-
-    return from_pretrained(T5EncoderModel, folder, dtype=dtype)
+    return load_encoder(folder, T5Encoder, max_length=max_length, device=device, dtype=dtype)
 
 
 class LearnedFrequencies(nn.Module):

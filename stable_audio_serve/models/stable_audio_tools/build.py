@@ -144,5 +144,16 @@ def _prompt_conditioner(config: PromptConfig, *, text: TextEncoder) -> nn.Module
     conditioners.Conditioner.__init__(prompt, text.width, config.width, project_out=config.project_out)
     prompt.tokenizer, prompt.max_length = text.tokenizer, text.max_length
     prompt.enable_grad = False
-    prompt.__dict__["model"] = text.encoder  # bypasses module registration, as in the package
+    prompt.__dict__["model"] = _Network(text)  # bypasses module registration, as in the package
     return prompt
+
+
+class _Network(nn.Module):
+    """A text encoder with the interface of transformers' networks."""
+
+    def __init__(self, text: TextEncoder) -> None:
+        super().__init__()
+        self.text, self.encoder = text, text.encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {"last_hidden_state": self.text.encode(input_ids, attention_mask)}

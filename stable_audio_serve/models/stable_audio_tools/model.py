@@ -88,7 +88,7 @@ class PackageModel:
         # Tokenized here, too, because the package neither checks nor returns its tokens.
         texts = beginnings(prompts, max_length=text.max_length)
         encoded = text.tokenizer(texts, truncation=True, max_length=text.max_length)
-        require_known(max(chain(*encoded["input_ids"]), default=0), text.model)
+        require_known(max(chain(*encoded["input_ids"]), default=0), text.model.encoder)
         tokens, mask = text(texts, self._device)
         read = chars_read(encoded, prompts, max_length=text.max_length)
         return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=read)

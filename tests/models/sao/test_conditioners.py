@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -93,3 +95,12 @@ def test_number_embeddings_match_the_reference_and_clamp(name: str, id_: str) ->
 def test_a_missing_encoder_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_text_encoder(tmp_path, max_length=4, device=CPU, dtype=torch.float32)
+
+
+def test_a_t5_whose_positions_cannot_be_computed_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "t5"
+    shutil.copytree(load_open_goldens("tiny-1.0").folder / "t5", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"relative_attention_max_distance": 8}))
+    with pytest.raises(CheckpointError, match="relative_attention_max_distance must be at least 9, found 8"):
+        load_text_encoder(folder, max_length=4, device=CPU, dtype=torch.float32)

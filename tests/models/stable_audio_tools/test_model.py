@@ -133,9 +133,9 @@ def test_half_precision_stays_near_float32(name: str) -> None:
 def test_a_prompt_with_a_token_that_the_text_encoder_lacks_is_refused() -> None:
     model = load(load_open_goldens("tiny-1.0").folder)
     text = model.wrapper.conditioner.conditioners[model.inputs.prompt.id]
-    text.tokenizer.add_tokens([f"<{number}>" for number in range(text.model.config.vocab_size)])
+    text.tokenizer.add_tokens([f"<{number}>" for number in range(text.model.encoder.num_tokens)])
     with pytest.raises(InvalidRequestError, match="the text has token"):
-        model.encode_text([f"a tone <{text.model.config.vocab_size - 1}>"])
+        model.encode_text([f"a tone <{text.model.encoder.num_tokens - 1}>"])
     assert len(model.encode_text(["a tone", ""])) == 2
 
 
