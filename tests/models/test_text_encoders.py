@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
+from stable_audio_serve.models.blocks import text
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.t5gemma import T5GemmaEncoder
 from stable_audio_serve.models.sao.t5 import T5Encoder
@@ -44,6 +45,13 @@ def encode(
     return hidden, expected
 
 
+@pytest.fixture
+def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use torch's half-precision products on every processor, as transformers does."""
+    monkeypatch.setattr(text, "is_slow", lambda x: False)
+
+
+@pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "changes",
@@ -59,11 +67,13 @@ def test_t5_has_the_bits_of_transformers(changes: dict[str, Any], dtype: torch.d
     assert torch.equal(*encode(network, T5Encoder(ConfigReader(config)), dtype=dtype, num_tokens=150, scale=0.4))
 
 
+@pytest.mark.usefixtures("torch_products")
 def test_infinite_sums_of_a_t5_in_float16_are_bounded() -> None:
     network, own = T5EncoderModel(T5Config(**SMALL_T5)), T5Encoder(ConfigReader(SMALL_T5))
     assert torch.equal(*encode(network, own, dtype=torch.float16, num_tokens=20, scale=15.0))
 
 
+@pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "changes",
@@ -82,3 +92,13 @@ def make_t5gemma(config: dict[str, Any]) -> tuple[T5GemmaEncoderModel, T5GemmaEn
     sizes = T5GemmaModuleConfig(**config)
     whole = T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False, attn_implementation="eager")
     return T5GemmaEncoderModel(whole), T5GemmaEncoder(ConfigReader(config))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_products_in_float32_change_only_the_last_bits(
+    dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_has_bfloat16", lambda: False)
+    network, own = make_t5gemma(SMALL_GEMMA | {"attention_bias": True})
+    hidden, expected = encode(network, own, dtype=dtype, num_tokens=30, scale=0.3)
+    assert (hidden - expected).abs().max() <= bound * expected.abs().max()

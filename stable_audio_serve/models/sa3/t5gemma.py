@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stable_audio_serve.models.blocks.text import ACTIVATIONS, MAX_VOCABULARY
+from stable_audio_serve.models.blocks.text import ACTIVATIONS, MAX_VOCABULARY, Linear, multiply
 from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
 from stable_audio_serve.models.text_encoder import EncoderNetwork
 
@@ -86,8 +86,8 @@ class _FeedForward(nn.Module):
         inner = config.integer("intermediate_size", default=9216)
         name = config.choice("hidden_activation", tuple(ACTIVATIONS), default="gelu_pytorch_tanh")
         self.activation = ACTIVATIONS[name]
-        self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj, self.up_proj = (Linear(width, inner, bias=False) for _ in range(2))
+        self.down_proj = Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         projected: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
@@ -110,9 +110,9 @@ class _Attention(nn.Module):
         self.scale = config.number("query_pre_attn_scalar", default=256, at_least=1e-9) ** -0.5
         self.cap = config.number_or_null("attn_logit_softcapping", default=50.0)
         bias = config.flag("attention_bias", default=False)
-        self.q_proj = nn.Linear(width, heads * self.head_width, bias=bias)
-        self.k_proj, self.v_proj = (nn.Linear(width, keys * self.head_width, bias=bias) for _ in range(2))
-        self.o_proj = nn.Linear(heads * self.head_width, width, bias=bias)
+        self.q_proj = Linear(width, heads * self.head_width, bias=bias)
+        self.k_proj, self.v_proj = (Linear(width, keys * self.head_width, bias=bias) for _ in range(2))
+        self.o_proj = Linear(heads * self.head_width, width, bias=bias)
 
     def forward(self, x: Tensor, *, mask: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (
@@ -122,11 +122,11 @@ class _Attention(nn.Module):
         q, k = _rotate(q, rotary), _rotate(k, rotary)
         if self.heads_per_key > 1:
             k, v = (part.repeat_interleave(self.heads_per_key, dim=1) for part in (k, v))
-        scores = q @ k.transpose(2, 3) * self.scale
+        scores = multiply(q, k.transpose(2, 3)) * self.scale
         if self.cap is not None:
             scores = torch.tanh(scores / self.cap) * self.cap
         shares = (scores + mask).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-        attended: Tensor = self.o_proj((shares @ v).transpose(1, 2).flatten(2))
+        attended: Tensor = self.o_proj(multiply(shares, v).transpose(1, 2).flatten(2))
         return attended
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks.text import ACTIVATIONS, MAX_VOCABULARY
+from stable_audio_serve.models.blocks.text import ACTIVATIONS, MAX_VOCABULARY, Linear
 from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
 from stable_audio_serve.models.text_encoder import EncoderNetwork
 
@@ -117,8 +117,8 @@ class _Attention(nn.Module):
         super().__init__()
         heads, self.head_width = config.integer("num_heads", default=8), config.integer("d_kv", default=64)
         inner = heads * self.head_width
-        self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, width, bias=False)
+        self.q, self.k, self.v = (Linear(width, inner, bias=False) for _ in range(3))
+        self.o = Linear(inner, width, bias=False)
         if buckets:
             self.relative_attention_bias = nn.Embedding(buckets, heads)
 
@@ -153,8 +153,8 @@ class _FeedForward(nn.Module):
         self.activation = ACTIVATIONS["gelu_new" if kind == "gated-gelu" else name]
         self.parts = ("wi",) if name == kind else ("wi_0", "wi_1")
         for part in self.parts:
-            self.add_module(part, nn.Linear(width, inner, bias=False))
-        self.wo = nn.Linear(inner, width, bias=False)
+            self.add_module(part, Linear(width, inner, bias=False))
+        self.wo = Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         first, *gated = (getattr(self, part)(x) for part in self.parts)
