@@ -8,7 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -16,7 +16,7 @@ import pytest
 
 from tests.patience import PATIENCE_S, wait_until
 from tests.serving.conftest import TINY, model
-from tests.serving.launched import LaunchedServer, free_port, write_config
+from tests.serving.launched import APPLICATION, LaunchedServer, free_port, write_config
 
 OVER = ("succeeded", "failed", "cancelled")
 _JOBS = {"webhook_allow_hosts": ["127.0.0.1"], "lease_s": 3.0}
@@ -74,16 +74,23 @@ def count_ended(metrics_port: int) -> Counter[str]:
 
 
 def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
-    """Poll `/health` and `/ready` until the server is ready.
+    """Poll `/health` and `/ready` until the server is ready. The replica of `tiny` is suspended until the second poll,
+    because otherwise the model might be loaded before the HTTP processes have started.
 
     Returns the answer of `/health` and the status of `/ready` at each poll.
     """
     answers: list[tuple[httpx.Response, int]] = []
-    deadline = time.monotonic() + PATIENCE_S
-    with httpx.Client(base_url=launched.url, timeout=30) as client:
+    deadline, replica, was_found = time.monotonic() + PATIENCE_S, f"ServeReplica:{APPLICATION}:tiny", False
+    with ExitStack() as suspended, httpx.Client(base_url=launched.url, timeout=30) as client:
         while time.monotonic() < deadline and not (answers and answers[-1][1] == 200):
             if launched.process.poll() is not None:
                 break
+            if not was_found:
+                with suppress(OSError, ValueError, AssertionError):  # the folder or the replica does not exist yet
+                    suspended.enter_context(launched.suspended(replica))
+                    was_found = True
+            if len(answers) >= 2:
+                suspended.close()
             time.sleep(0.05)
             with suppress(httpx.TransportError):  # the server does not listen yet
                 health, ready = client.get("/health"), client.get("/ready").status_code

@@ -49,7 +49,7 @@ def test_starting_server_is_alive_before_it_is_ready(server: LaunchedServer) -> 
         for health, ready in server.probes
     ]
     loading = (200, "loading", False, 503)
-    assert before[:2] == [loading, loading]  # the HTTP processes start faster than the models
+    assert before[:2] == [loading, loading]
     # When one HTTP process already knows that the model is ready, the other process may not know it yet. The word is ok
     # also if only the other model is loaded.
     assert set(before) <= {loading, (200, "ok", True, 503), (200, "ok", False, 503)}

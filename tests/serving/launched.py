@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,14 @@ class LaunchedServer:
         assert self._ready.wait(PATIENCE_S), self.output
         assert self.process.poll() is None, self.output
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
-        (self.directory,) = {Path(path) for path in self._open_files() if re.fullmatch(r"/tmp/sas-[^/]+", path)}
+        assert self.directory
         return self
+
+    @cached_property
+    def directory(self) -> Path:
+        """The server's private folder, which stays known after its end. Raises ValueError if there is none yet."""
+        (directory,) = {Path(path) for path in self._open_files() if re.fullmatch(r"/tmp/sas-[^/]+", path)}
+        return directory
 
     def stop(self, *, number: int = signal.SIGINT) -> float:
         """Send a signal and wait until the server has ended. Return the seconds that this took."""
