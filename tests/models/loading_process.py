@@ -1,7 +1,4 @@
-"""A program that loads a checkpoint folder and prints, as JSON, the memory that loading needs.
-
-It does not load the text encoder, because importing the text encoder's library takes longer than everything else.
-"""
+"""A program that loads a checkpoint folder and prints, as JSON, the memory that loading needs."""
 
 from __future__ import annotations
 
@@ -11,29 +8,27 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.models.sa3 import build
 from stable_audio_serve.models.sa3.model import Sa3Model
-from stable_audio_serve.models.text_encoder import TextEncoder
 
 CPU = torch.device("cpu")
 
 
 def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> dict[str, int | bool]:
-    """Load the checkpoint `small`, then `folder`. Returns the memory in bytes that `folder` added.
+    """Load the checkpoint `small`, then `folder` with the text encoder of `small`. Returns the memory in bytes that
+    `folder` added.
 
     `loaded` is the memory after loading, and `peak` the most memory until all weights are read once. `has_compiler` is
     true if torch's compiler was imported. Loading `small` first imports the libraries, so that their memory does not
     count.
     """
-    build.load_text_encoder = lambda *_, **__: TextEncoder(None, nn.Identity(), width=768, max_length=8)
-    load(small, dtype=dtype)
+    load(small, text_encoder=small / "t5gemma", dtype=dtype)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
     before = read_status("VmRSS")
-    model = load(folder, dtype=dtype)
+    model = load(folder, text_encoder=small / "t5gemma", dtype=dtype)
     loaded = read_status("VmRSS") - before
     for network in (model.denoiser, model.autoencoder):  # memory-mapped weights use memory once they are read
         sum(float(tensor.sum()) for tensor in network.state_dict().values())
@@ -44,10 +39,10 @@ def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> dict[str, int |
     }
 
 
-def load(folder: Path, *, dtype: torch.dtype) -> Sa3Model:
+def load(folder: Path, *, text_encoder: Path, dtype: torch.dtype) -> Sa3Model:
     """Load a model with the denoiser in `dtype`, even if a server would refuse this dtype on this CPU."""
     card = ModelCard("measured", "stable-audio-3")
-    model = build.load_sa3(card, folder, text_encoder=folder, device=CPU, dtype=dtype, decode_precision="float32")
+    model = build.load_sa3(card, folder, text_encoder=text_encoder, device=CPU, dtype=dtype, decode_precision="float32")
     assert model.denoiser.dtype == dtype
     return model
 

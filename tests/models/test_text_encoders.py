@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
 from stable_audio_serve.models.blocks import text
 from stable_audio_serve.models.config_reader import ConfigReader
@@ -45,6 +44,14 @@ def encode(
     return hidden, expected
 
 
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    """Import the package only here, because its networks take three seconds, and most processes never need them."""
+    import transformers
+
+    return transformers
+
+
 @pytest.fixture
 def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use torch's half-precision products on every processor, as transformers does."""
@@ -61,15 +68,15 @@ def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
         {"feed_forward_proj": "gated-silu", "relative_attention_max_distance": 20},
     ],
 )
-def test_t5_has_the_bits_of_transformers(changes: dict[str, Any], dtype: torch.dtype) -> None:
+def test_t5_has_the_bits_of_transformers(changes: dict[str, Any], dtype: torch.dtype, transformers: Any) -> None:
     config = SMALL_T5 | changes
-    network = T5EncoderModel(T5Config(**config))
+    network = transformers.T5EncoderModel(transformers.T5Config(**config))
     assert torch.equal(*encode(network, T5Encoder(ConfigReader(config)), dtype=dtype, num_tokens=150, scale=0.4))
 
 
 @pytest.mark.usefixtures("torch_products")
-def test_infinite_sums_of_a_t5_in_float16_are_bounded() -> None:
-    network, own = T5EncoderModel(T5Config(**SMALL_T5)), T5Encoder(ConfigReader(SMALL_T5))
+def test_infinite_sums_of_a_t5_in_float16_are_bounded(transformers: Any) -> None:
+    network, own = transformers.T5EncoderModel(transformers.T5Config(**SMALL_T5)), T5Encoder(ConfigReader(SMALL_T5))
     assert torch.equal(*encode(network, own, dtype=torch.float16, num_tokens=20, scale=15.0))
 
 
@@ -83,22 +90,24 @@ def test_infinite_sums_of_a_t5_in_float16_are_bounded() -> None:
         {"attn_logit_softcapping": 3.0, "rope_parameters": {"rope_type": "default", "rope_theta": 30.0}},
     ],
 )
-def test_t5gemma_has_the_bits_of_transformers(changes: dict[str, Any], dtype: torch.dtype) -> None:
-    network, own = make_t5gemma(SMALL_GEMMA | changes)
+def test_t5gemma_has_the_bits_of_transformers(changes: dict[str, Any], dtype: torch.dtype, transformers: Any) -> None:
+    network, own = make_t5gemma(transformers, SMALL_GEMMA | changes)
     assert torch.equal(*encode(network, own, dtype=dtype, num_tokens=30, scale=0.3))
 
 
-def make_t5gemma(config: dict[str, Any]) -> tuple[T5GemmaEncoderModel, T5GemmaEncoder]:
-    sizes = T5GemmaModuleConfig(**config)
-    whole = T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False, attn_implementation="eager")
-    return T5GemmaEncoderModel(whole), T5GemmaEncoder(ConfigReader(config))
+def make_t5gemma(transformers: Any, config: dict[str, Any]) -> tuple[Any, T5GemmaEncoder]:
+    sizes = transformers.T5GemmaModuleConfig(**config)
+    whole = transformers.T5GemmaConfig(
+        encoder=sizes, decoder=sizes, is_encoder_decoder=False, attn_implementation="eager"
+    )
+    return transformers.T5GemmaEncoderModel(whole), T5GemmaEncoder(ConfigReader(config))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_products_in_float32_change_only_the_last_bits(
-    dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, bound: float, transformers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "_has_bfloat16", lambda: False)
-    network, own = make_t5gemma(SMALL_GEMMA | {"attention_bias": True})
+    network, own = make_t5gemma(transformers, SMALL_GEMMA | {"attention_bias": True})
     hidden, expected = encode(network, own, dtype=dtype, num_tokens=30, scale=0.3)
     assert (hidden - expected).abs().max() <= bound * expected.abs().max()
