@@ -2,7 +2,8 @@
 
 Shapes: B prompts, T tokens, W width, H heads of width E. Every prompt token attends to all tokens of its prompt. The
 windows of layers with sliding attention are never shorter than a prompt (`load_text_encoder` checks this), so all
-layers are equal. Operations and their order are those of transformers, so that the results are equal bit for bit.
+layers are equal. Operations and their order are those of transformers, so that the results are equal bit for bit where
+`blocks.text` multiplies like torch.
 """
 
 from __future__ import annotations

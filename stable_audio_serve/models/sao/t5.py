@@ -1,7 +1,7 @@
 """The encoder of a T5, the text encoder of Stable Audio Open models.
 
 Shapes: B prompts, T tokens, W width, H heads of width E. Operations and their order are those of transformers, so that
-the results are equal bit for bit.
+the results are equal bit for bit where `blocks.text` multiplies like torch.
 """
 
 from __future__ import annotations
