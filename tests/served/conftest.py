@@ -85,10 +85,12 @@ def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
         while time.monotonic() < deadline and not (answers and answers[-1][1] == 200):
             if launched.process.poll() is not None:
                 break
-            if not was_found:
+            if not was_found:  # not polled yet, because HAProxy may hold a request until the model is loaded
+                time.sleep(0.02)
                 with suppress(OSError, ValueError, AssertionError):  # the folder or the replica does not exist yet
                     suspended.enter_context(launched.suspended(replica))
                     was_found = True
+                continue
             if len(answers) >= 2:
                 suspended.close()
             time.sleep(0.05)
