@@ -196,16 +196,18 @@ class RayBackend:
     ) -> None:
         """Check every second whether the model has failed to load. If it has, cancel the call and return.
 
-        Ray Serve would let the call wait forever. If the model was ready after the beginning of the call, return as
-        well: a replica has got the call, and completes it even if an update replaces the replica and fails.
+        Ray Serve would let the call wait forever. If the model was ready after the beginning of the call, a replica has
+        probably got the call, and completes it even if an update stops this replica and fails. Such a call is not
+        cancelled while replicas are stopping. If the replica has died instead, none is.
         """
         began_at = time.monotonic()
+        was_ready = False
         while True:
             await asyncio.sleep(_LOAD_CHECK_S)
-            stage = (await self.status())[model].stage
-            if stage == "failed":
+            status = (await self.status())[model]
+            was_ready |= status.stage == "ready" and self.status_age_s < time.monotonic() - began_at
+            if status.stage == "failed" and not (was_ready and status.states.get("stopping")):
                 response.cancel()
-            if stage == "failed" or (stage == "ready" and self.status_age_s < time.monotonic() - began_at):
                 return
 
     def _unloadable(self, model: str) -> ModelUnavailableError:

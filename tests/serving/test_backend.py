@@ -199,23 +199,31 @@ async def test_a_failed_update_cancels_only_calls_that_no_replica_has(monkeypatc
         monkeypatch.setattr(module, name, 0.02)
     handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=generate), options=lambda: None)
     model = RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
-    is_watched_to_the_end = asyncio.Event()
-    watch = RayBackend._cancel_if_unloadable
-
-    async def watch_to_the_end(*args: Any) -> None:
-        await watch(*args)
-        is_watched_to_the_end.set()
-
-    monkeypatch.setattr(RayBackend, "_cancel_if_unloadable", watch_to_the_end)
-    held = asyncio.create_task(model.generate("small-sfx", _REQUEST))
-    async with asyncio.timeout(PATIENCE_S):
-        await is_watched_to_the_end.wait()  # the backend has found that a replica has the call
+    held = await begin_on_a_replica(monkeypatch, model)
     application.deployments["small-sfx"] = failed
     with pytest.raises(ModelUnavailableError, match="failed to load"):
         await model.generate("small-sfx", _REQUEST)
     assert not held.done()
     calls[0].answer()
     assert await held == _RESULT
+
+
+async def begin_on_a_replica(monkeypatch: pytest.MonkeyPatch, model: RayBackend) -> asyncio.Task[GenerationResult]:
+    """Begin a call, and return when the backend has read twice since then that the model is ready."""
+    reads = asyncio.Semaphore(0)
+    read = model.status
+
+    async def read_and_count() -> Any:
+        status = await read()
+        reads.release()
+        return status
+
+    monkeypatch.setattr(model, "status", read_and_count)
+    held = asyncio.create_task(model.generate("small-sfx", _REQUEST))
+    async with asyncio.timeout(PATIENCE_S):
+        await reads.acquire()
+        await reads.acquire()
+    return held
 
 
 def make_watching(
@@ -246,6 +254,19 @@ async def test_requests_do_not_wait_for_replicas_that_never_start(monkeypatch: p
     assert (await backend.status())["small-sfx"].stage == "failed"
     model.status, model.replica_states = "HEALTHY", {"RUNNING": 1}
     assert (await backend.status())["small-sfx"].stage == "ready"
+
+
+async def test_call_of_a_replica_that_died_ends_when_no_other_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Serve's controller notices only seconds later that the replica has died."""
+    model = SimpleNamespace(status="HEALTHY", status_trigger="", replica_states={"RUNNING": 1}, message="")
+    monkeypatch.setattr(backend_module, "_LOAD_CHECK_S", 0.02)
+    backend, _ = make_watching(monkeypatch, model)
+    held = await begin_on_a_replica(monkeypatch, backend)
+    model.status, model.status_trigger = "UNHEALTHY", "REPLICA_STARTUP_FAILED"
+    model.replica_states = {"STARTING": 1}
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(ModelUnavailableError, match="failed to load again"):
+            await held
 
 
 async def test_an_update_that_is_being_built_or_was_refused_changes_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
