@@ -147,13 +147,13 @@ class ModelWatch:
         """Return the status of each model as Ray Serve's controller reported it, at most `_USABLE_S` ago.
 
         If the controller does not answer within a second, for example because Ray's head node restarts, return the last
-        status, however old it is.
+        status, however old it is. The fields that replicas publish are always the latest.
         """
         await self._controller.refresh()
-        return self._models
+        return {name: _with_reports(name, status) for name, status in self._models.items()}
 
     def last(self, model: str) -> ModelStatus:
-        """Return the status of a model that `status` returned last."""
+        """Return the last known status of a model, without the fields that replicas publish."""
         return self._models[model]
 
     @property
@@ -188,25 +188,33 @@ class ModelWatch:
         for name, stage in stages.items():
             if stage == "ready":
                 self._handles[name].options()  # starts the model's router, which then receives statistics
-        self._models = {
-            name: self._model_status(name, stage, application=application) for name, stage in stages.items()
-        }
+        self._models = {name: _model_status(name, stage, application=application) for name, stage in stages.items()}
         for name, status in self._models.items():
             self._metrics.gauge("model_update_refused", float(status.refused_update is not None), model=name)
 
-    def _model_status(self, name: str, stage: str, *, application: ApplicationStatusOverview) -> ModelStatus:
-        replicas = [replica for replica in reports(name) if replica.device]  # the others have not published yet
-        first = next(iter(replicas), None)
-        deployment = application.deployments.get(name)
-        return ModelStatus(
-            stage=stage,
-            num_replicas=_count(deployment, ReplicaState.RUNNING) if deployment else 0,
-            device=first.device if first else None,
-            detail={stage: f"{seconds:.2f}" for stage, seconds in first.start_s.items()} if first else None,
-            quality=_worst_quality(replica.quality for replica in replicas),
-            refused_update=_refused_update(deployment) if deployment else None,
-            states=_states(deployment) if deployment else {},
-        )
+
+def _model_status(name: str, stage: str, *, application: ApplicationStatusOverview) -> ModelStatus:
+    """Return the status of a model without the fields that replicas publish."""
+    deployment = application.deployments.get(name)
+    return ModelStatus(
+        stage=stage,
+        num_replicas=_count(deployment, ReplicaState.RUNNING) if deployment else 0,
+        refused_update=_refused_update(deployment) if deployment else None,
+        states=_states(deployment) if deployment else {},
+    )
+
+
+def _with_reports(name: str, status: ModelStatus) -> ModelStatus:
+    """Return a model's status with the fields that its replicas publish."""
+    replicas = [replica for replica in reports(name) if replica.device]  # the others have not published yet
+    if not replicas:
+        return status
+    return replace(
+        status,
+        device=replicas[0].device,
+        detail={stage: f"{seconds:.2f}" for stage, seconds in replicas[0].start_s.items()},
+        quality=_worst_quality(replica.quality for replica in replicas),
+    )
 
 
 def _stage(application: ApplicationStatusOverview, name: str) -> str:
