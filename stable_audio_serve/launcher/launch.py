@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 
 from stable_audio_serve.api.middleware.key_ring import check_key_file
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, StableAudioError
-from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
 from stable_audio_serve.core.setting_types import ProxyKind
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
@@ -39,7 +38,7 @@ from stable_audio_serve.launcher.start_timeouts import load_per_core, start_time
 from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.serving.placement import INGRESS_NAME, RUNNER_NAME, Plan, plan_deployments
 from stable_audio_serve.serving.preflight import describe_downloads, entries_to_download, require_weights
-from stable_audio_serve.serving.reservations import node_slots, require_room, reserved_gpus
+from stable_audio_serve.serving.reservations import node_slots, require_room
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema
 
 if TYPE_CHECKING:
@@ -142,11 +141,10 @@ def serve(
         with start_errors("Ray Serve"):
             _require_room(plan)
             _deploy(schema, watch)
-            health = _wait_until_ready(file, url, plan=plan, downloads=missing, signals=signals, report=report)
+            _wait_until_ready(file, url, plan=plan, downloads=missing, signals=signals, report=report)
         watch.lap("models")
-        report(f"cold start: {watch}{_load_stages(health, plan)}")
+        report(f"cold start: {watch}")
         report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")
-        _report_hints(plan, health, report=report)
         report(_ready_text(url, plan))
         with suppress(KeyboardInterrupt):
             signals.wait()
@@ -194,55 +192,8 @@ def _proxy_environment(
 def _require_room(plan: Plan) -> None:
     import ray
 
-    require_room(plan.settings, node_slots(ray.nodes()), least=plan.least_replicas, cluster_gpus=_num_gpus())
-
-
-def _num_gpus() -> float:
-    import ray
-
-    return float(ray.cluster_resources().get("GPU", 0.0))
-
-
-def _report_hints(plan: Plan, health: Mapping[str, Any], *, report: Report) -> None:
-    devices = {name: facts["device"] for name, facts in health["models"].items()}
-    for hint in (bfloat16_hint(plan, devices), gpu_hint(plan, devices, num_gpus=_num_gpus())):
-        if hint is not None:
-            report(hint)
-
-
-def gpu_hint(plan: Plan, devices: Mapping[str, str | None], *, num_gpus: float) -> str | None:
-    """Return a message that names the models that reserve a GPU but run on the CPU, or None if there are none.
-
-    `devices` is as in `bfloat16_hint`, `num_gpus` is the number of GPUs that Ray has.
-    """
-    on_cpu = [model for model in plan.settings.models if devices.get(model.name) == "cpu"]
-    names = [model.name for model in on_cpu if reserved_gpus(plan.settings, model, cluster_gpus=num_gpus)]
-    if not names:
-        return None
-    return (
-        f"warning: torch cannot use this machine's GPU, so {', '.join(names)} runs on the CPU; "
-        "`stable-audio-serve doctor` says why"
-    )
-
-
-def bfloat16_hint(plan: Plan, devices: Mapping[str, str | None], *, cpu_facts: Path = CPU_FACTS) -> str | None:
-    """Return a message that names the loaded models that would run faster in bfloat16, or None if there are none.
-
-    `devices` has the device of each loaded model by the model's name. Demo models gain little and are left out.
-    """
-    configured = {model.name: model.dtype for model in plan.settings.models}
-    names = [
-        card.name
-        for card in plan.catalog
-        if devices.get(card.name) == "cpu" and configured[card.name] is None and not card.is_demo
-    ]
-    if not names or not plan.settings.model_half or not has_native_bfloat16(cpu_facts):
-        return None
-    return (
-        f"hint: this CPU supports bfloat16, but float32 is used for {', '.join(names)}. Set `dtype: bfloat16` and "
-        "`decode_precision: half` to generate in a third to two thirds of the time (docs/performance.md explains what "
-        "changes)"
-    )
+    cluster_gpus = float(ray.cluster_resources().get("GPU", 0.0))
+    require_room(plan.settings, node_slots(ray.nodes()), least=plan.least_replicas, cluster_gpus=cluster_gpus)
 
 
 def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
@@ -285,8 +236,8 @@ def _wait_until_ready(
     downloads: Mapping[str, ModelEntry],
     signals: StopSignals,
     report: Report,
-) -> Mapping[str, Any]:
-    """Wait until the preloaded models' replicas run and /health lists these models. Returns the body of /health.
+) -> None:
+    """Wait until the preloaded models' replicas run and /health says so.
 
     Reports now and then that models are loading, and how much of `downloads` is on this machine.
     """
@@ -297,8 +248,8 @@ def _wait_until_ready(
         application = read_application(file.application)
         if application is not None:
             raise_if_failed(application, plan)
-            if application.status in ("RUNNING", *_FAILED) and (health := _health(url, plan)):
-                return health
+            if application.status in ("RUNNING", *_FAILED) and _is_ready(url, plan):
+                return
         if time.monotonic() >= next_report_at:
             report(describe_wait(application, plan, downloads=downloads))
             next_report_at += _STILL_LOADING_EVERY_S
@@ -333,19 +284,18 @@ def raise_if_failed(application: ApplicationStatusOverview, plan: Plan) -> None:
     raise ModelUnavailableError(ours[-1] if ours else "\n".join(filter(None, messages)))
 
 
-def _health(url: str, plan: Plan) -> Mapping[str, Any]:
-    """Return the body of /sa3/health, which has status 200 even if all models failed.
+def _is_ready(url: str, plan: Plan) -> bool:
+    """Return True if every preloaded model is loaded and has published its statistics, according to /sa3/health.
 
-    Returns an empty mapping if not every preloaded model is loaded yet and has published its statistics.
+    The status of /sa3/health is 200 even if all models failed.
     """
     try:
         # With `trust_env=False`, httpx ignores environment variables that name a proxy for outgoing requests.
         answer = httpx.get(f"{url}/sa3/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
-        health: dict[str, Any] = answer.raise_for_status().json()
+        models = answer.raise_for_status().json()["models"]
     except (httpx.HTTPError, ValueError):
-        return {}
-    models = [health["models"][name] for name in plan.preloaded]
-    return health if all(model["stage"] == "ready" and model["device"] for model in models) else {}
+        return False
+    return all(models[name]["stage"] == "ready" and models[name]["device"] for name in plan.preloaded)
 
 
 def _drain(application: str, settings: Settings, *, report: Report) -> None:
@@ -364,16 +314,6 @@ def _drain(application: str, settings: Settings, *, report: Report) -> None:
 
         with exiting_after(settings.drain_s + _DRAIN_MARGIN_S, exit_code=0, report=give_up):
             drain(application, within_s=settings.drain_s, statistics_host=host, report=report)
-
-
-def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
-    """Return text on how long each stage of loading took, for every preloaded model."""
-    details = {name: health["models"][name]["detail"] for name in plan.preloaded}
-    return "".join(
-        f"; {name}: " + ", ".join(f"{stage} {seconds} s" for stage, seconds in detail.items())
-        for name, detail in details.items()
-        if detail
-    )
 
 
 def _ready_text(url: str, plan: Plan) -> str:

@@ -14,6 +14,7 @@ from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.generation import Loaded
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device, open_device
@@ -140,6 +141,29 @@ def precisions(settings: Settings, model: ModelSettings, *, device: torch.device
         "dtype": str(dtype).removeprefix("torch."),
         "decode_precision": resolve_decode_precision(device, model.decode_precision, dtype=dtype),
     }
+
+
+def speed_hint(
+    settings: Settings, model: ModelSettings, *, device: torch.device, gpu_share: float, cpu_facts: Path = CPU_FACTS
+) -> str | None:
+    """Return a message if a model that runs on `device` could be faster on this machine, otherwise None.
+
+    `gpu_share` is the share of a GPU that Ray reserved for this process. Demo models gain little from bfloat16, so the
+    message about it leaves them out.
+    """
+    if device.type != "cpu":
+        return None
+    if gpu_share > 0:
+        why = "`stable-audio-serve doctor` says why"
+        return f"torch cannot use this machine's GPU, so {model.name} runs on the CPU; {why}"
+    has_choice = _configured_dtype(settings, model) is None and not model_entry(model).card.is_demo
+    if not has_choice or not has_native_bfloat16(cpu_facts):
+        return None
+    return (
+        f"this CPU supports bfloat16, but float32 is used for {model.name}. Set `dtype: bfloat16` and "
+        "`decode_precision: half` to generate in a third to two thirds of the time (docs/performance.md explains what "
+        "changes)"
+    )
 
 
 def _configured_dtype(settings: Settings, model: ModelSettings) -> str | None:

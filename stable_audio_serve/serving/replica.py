@@ -76,17 +76,18 @@ class ModelReplica:
 
     async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
-            from stable_audio_serve.serving.engines import fetch_files, load_engine
+            from stable_audio_serve.serving.engines import fetch_files, load_engine, speed_hint
             from stable_audio_serve.serving.trial import Trial
         with self._stage("load"):
             fetch_files(settings, model)
         metrics = RayMetrics(model=model.name)
         self._meter = StepMeter(metrics)
+        gpu_share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
         load = partial(
             load_engine,
             settings,
             model,
-            gpu_share=ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0),
+            gpu_share=gpu_share,
             cluster_gpus=ray.cluster_resources().get("GPU", 0.0),
             metrics=self._meter,
         )
@@ -103,6 +104,8 @@ class ModelReplica:
         started = await (trial.run() if settings.quality_gate.enabled else trial.skip())
         await artifacts.close()
         self._meter.open()
+        if hint := speed_hint(settings, model, device=started.engine.device, gpu_share=gpu_share):
+            logger.warning("%s", hint)
         return started.engine, started.quality
 
     async def generate(

@@ -153,14 +153,16 @@ def test_late_request_ends_at_its_deadline(server: LaunchedServer) -> None:
 
 def test_every_stage_of_the_start_is_printed(server: LaunchedServer) -> None:
     assert "cold start: ray" in server.output
-    assert "tiny: import" in server.output
+    server.wait_for_output("model ready: model=tiny")
+    assert "import_s=" in server.output
     assert f"ready: {server.url}" in server.output
     assert "\x1b" not in server.output  # no colour codes, because the output does not go to a terminal
 
 
 def test_start_names_models_that_bfloat16_would_speed_up(server: LaunchedServer) -> None:
     device = wait_until(lambda: server.client.get("/health").json()["models"]["tiny"]["device"])
-    hint = "hint: this CPU supports bfloat16, but float32 is used for tiny."  # the demo model is left out
+    server.wait_for_output("model ready: model=tiny")  # logged after the hint
+    hint = "this CPU supports bfloat16, but float32 is used for tiny."
     assert (hint in server.output) is (device == "cpu" and has_native_bfloat16())
 
 

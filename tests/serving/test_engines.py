@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from stable_audio_serve.core.errors import ConfigError
@@ -15,7 +16,7 @@ from stable_audio_serve.core.settings import EngineSettings, Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.options import Features
-from stable_audio_serve.serving.engines import engine_options, fetch_files
+from stable_audio_serve.serving.engines import engine_options, fetch_files, speed_hint
 from stable_audio_serve.serving.serve_file import read_serve_file
 from tests.goldens import SA3_GOLDENS
 from tests.models.hub import Repo, checkpoint_files, pointing_library_at, running_hub
@@ -111,3 +112,41 @@ def test_a_hub_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
 def test_a_hub_that_refuses_access_is_asked_once(tmp_path: Path) -> None:
     repo = Repo(checkpoint_files(SA3_GOLDENS / "tiny-s"), gated=True, token="good")
     assert fetch(repo, tmp_path, pauses_s=iter([3600.0])) == []  # without a pause, and loading raises the error
+
+
+@pytest.fixture
+def bfloat16_cpu(tmp_path: Path) -> Path:
+    facts = tmp_path / "bfloat16_cpu"
+    facts.write_text("flags : avx512f avx512_bf16\n")
+    return facts
+
+
+def hint(facts: Path, *, device: str = "cpu", gpu_share: float = 0.0, half: bool = True, **model: Any) -> str | None:
+    settings = Settings.model_validate({"models": [{"name": "small-sfx", **model}], "model_half": half})
+    return speed_hint(settings, settings.models[0], device=torch.device(device), gpu_share=gpu_share, cpu_facts=facts)
+
+
+def test_float32_model_on_a_bfloat16_cpu_gets_a_hint_of_one_line(bfloat16_cpu: Path) -> None:
+    line = hint(bfloat16_cpu)
+    assert line is not None
+    assert "float32 is used for small-sfx" in line
+    assert "dtype: bfloat16" in line
+    assert "\n" not in line
+
+
+def test_no_hint_where_bfloat16_would_not_help(bfloat16_cpu: Path, tmp_path: Path) -> None:
+    assert hint(tmp_path / "unable") is None
+    assert hint(bfloat16_cpu, device="cuda:0", gpu_share=1.0) is None
+    assert hint(bfloat16_cpu, name="demo") is None
+
+
+def test_no_hint_when_the_operator_chose_a_precision(bfloat16_cpu: Path) -> None:
+    assert hint(bfloat16_cpu, dtype="float32") is None
+    assert hint(bfloat16_cpu, dtype="bfloat16") is None
+    assert hint(bfloat16_cpu, half=False) is None
+
+
+def test_model_with_a_gpu_that_torch_cannot_use_is_named(bfloat16_cpu: Path) -> None:
+    line = hint(bfloat16_cpu, gpu_share=0.5, dtype="float32")
+    assert line is not None
+    assert "cannot use this machine's GPU, so small-sfx runs on the CPU" in line
