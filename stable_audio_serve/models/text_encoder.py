@@ -19,7 +19,7 @@ from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
 from stable_audio_serve.models.checkpoint_files import damaged, encoder_weights
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.protocol import PromptTokens
-from stable_audio_serve.models.weight_files import read_weights, release_pages, require_floats
+from stable_audio_serve.models.weight_files import read_weights, release_pages
 from stable_audio_serve.models.weights import DTYPES, SkipRandomWeights, load_tensors
 
 # Prompts that are tokenized at load. The first one is padding. The second one is a character that no vocabulary has.
@@ -201,15 +201,13 @@ def _read_config(folder: Path) -> ConfigReader:
 def _read_encoder(folder: Path) -> dict[str, Tensor]:
     """Returns the weights in a folder without those of a decoder. The keys of the encoder's begin with `encoder.`.
 
-    Raises CheckpointError if a file is missing or damaged, or if weights are not floating-point numbers.
+    Raises CheckpointError if a file is missing or damaged.
     """
     weights: dict[str, Tensor] = {}
     for path in encoder_weights(folder):
         for key, weight in read_weights(path).items():
             if "decoder" in key:
                 continue
-            if key.endswith(".weight"):  # not indices, which some files contain
-                require_floats(path, key, weight=weight)
             before, found, name = key.partition(_ENCODER)
             weights[found + name if found else before] = weight
     shared = [weights.pop(key) for key in tuple(weights) if re.search(r"(^|\.)shared\.weight$", key)]
