@@ -13,7 +13,7 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.blocks.fourier import ExpoFourier
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.conditioners import NumberConditioner, PromptConditioner
-from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+from stable_audio_serve.models.config_reader import CONFIG_FILE, ConfigReader, read_config
 from stable_audio_serve.models.native import AUTOENCODER_KEYS, checkpoint_modules
 from stable_audio_serve.models.precision import Products, decoder_products, stored_dtypes, stores_half
 from stable_audio_serve.models.protocol import ModelSpec
@@ -71,14 +71,16 @@ def load_sa3(
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
-    """Load the encoder of a T5Gemma. Raises CheckpointError if a file or key is missing."""
-    text = load_encoder(
-        folder, lambda config: T5GemmaEncoder(config.section("encoder")), max_length=max_length, device=device
-    )
-    window = cast("T5GemmaEncoder", text.encoder).window
-    if max_length > window // 2:  # longer prompts would need another mask in sliding-window layers
-        raise CheckpointError(f"prompts of {max_length} tokens are longer than the text encoder's windows in {folder}")
-    return text
+    """Load the encoder of a T5Gemma. Raises CheckpointError if a file or key is missing, or if prompts are too long."""
+
+    def build(config: ConfigReader) -> T5GemmaEncoder:
+        encoder = config.section("encoder")
+        # Longer prompts would need another mask in sliding-window layers.
+        if encoder.integer("sliding_window", default=4096) < 2 * max_length:
+            raise encoder.unusable("sliding_window", f"at least {2 * max_length} for prompts of {max_length} tokens")
+        return T5GemmaEncoder(encoder)
+
+    return load_encoder(folder, build, max_length=max_length, device=device)
 
 
 def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:

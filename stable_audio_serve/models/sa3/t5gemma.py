@@ -24,7 +24,6 @@ class T5GemmaEncoder(EncoderNetwork):
     def __init__(self, config: ConfigReader) -> None:
         super().__init__()
         width, eps = config.integer("hidden_size", default=2304), config.number("rms_norm_eps", default=1e-6)
-        self.window = config.integer("sliding_window", default=4096)
         self.embed_tokens = nn.Embedding(config.integer("vocab_size", default=256_000, at_most=MAX_VOCABULARY), width)
         self.layers = nn.ModuleList(
             _Layer(config, width=width, eps=eps)
