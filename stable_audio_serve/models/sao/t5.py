@@ -17,7 +17,6 @@ from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
 from stable_audio_serve.models.text_encoder import EncoderNetwork
 
 _GATED = "gated-"
-_MOST_BUCKETS, _MOST_DISTANCE = 2**12, 2**16
 
 
 class T5Encoder(EncoderNetwork):
@@ -26,16 +25,14 @@ class T5Encoder(EncoderNetwork):
     def __init__(self, config: ConfigReader) -> None:
         super().__init__()
         width, eps = config.integer("d_model", default=512), config.number("layer_norm_epsilon", default=1e-6)
-        buckets = config.integer("relative_attention_num_buckets", default=32, at_least=4, at_most=_MOST_BUCKETS)
+        buckets = config.integer("relative_attention_num_buckets", default=32, at_least=4)
         self.embed_tokens = nn.Embedding(config.integer("vocab_size", default=32_128, at_most=MAX_VOCABULARY), width)
         self.block = nn.ModuleList(
             _Block(config, width=width, eps=eps, buckets=0 if number else buckets)
             for number in range(config.integer("num_layers", default=6, at_most=MAX_DEPTH))
         )
         self.final_layer_norm = _Norm(width, eps=eps)
-        self.max_distance = config.integer(
-            "relative_attention_max_distance", default=128, at_least=buckets // 4 + 1, at_most=_MOST_DISTANCE
-        )
+        self.max_distance = config.integer("relative_attention_max_distance", default=128, at_least=buckets // 4 + 1)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns the hidden states (B, T, W) of tokens (B, T). `mask` (B, 1, 1, T) is added to the scores."""
@@ -43,7 +40,7 @@ class T5Encoder(EncoderNetwork):
         table: nn.Embedding = self.block[0].layer[0].SelfAttention.relative_attention_bias  # type: ignore
         positions = torch.arange(ids.shape[1], device=ids.device)
         distances = positions[None, :] - positions[:, None]
-        buckets = bucket(distances, num_buckets=table.num_embeddings, max_distance=self.max_distance)
+        buckets = _bucket(distances, num_buckets=table.num_embeddings, max_distance=self.max_distance)
         bias = table(buckets).permute(2, 0, 1)[None]  # (1, H, T, T), the same for all layers
         added = (bias + mask).contiguous()
         for block in self.block:
@@ -52,7 +49,7 @@ class T5Encoder(EncoderNetwork):
         return normalized
 
 
-def bucket(distances: Tensor, *, num_buckets: int, max_distance: int) -> Tensor:
+def _bucket(distances: Tensor, *, num_buckets: int, max_distance: int) -> Tensor:
     """Returns the number of the bucket, below `num_buckets`, for each distance from a query to a key in tokens.
 
     Keys after the query have the upper half of the buckets. In each half, the first buckets contain one distance each.
