@@ -240,7 +240,7 @@ def _refuse_tokenizer(folder: Path, error: BaseException) -> CheckpointError:
     """Returns the error for a tokenizer that raised `error`. It names the damaged file, if there is one."""
     from tokenizers import Tokenizer
 
-    reason = f"{_reason(error)}; check its tokenizer.json and tokenizer_config.json"
+    reason = f"{_reason(error)}; check its config.json, tokenizer.json and tokenizer_config.json"
     for name in _TOKENIZER_FILES:
         path = folder / name
         if path.is_file():

@@ -408,6 +408,7 @@ def test_a_damaged_text_encoder_config_is_named(folder: Path, content: str) -> N
         ("num_hidden_layers", 2**40, "num_hidden_layers must be at most 1024, found 1099511627776"),
         ("attn_logit_softcapping", math.nan, "encoder.attn_logit_softcapping must be a number, found NaN"),
         ("rms_norm_eps", -1.0, "makes values that are not finite"),
+        ("rms_norm_eps", 0, "; check its config.json, tokenizer.json and"),  # transformers reads it, and wants 0.0
         ("head_dim", 7, "encoder.head_dim must be even, found 7"),
         ("head_dim", "wide", 'encoder.head_dim must be a number, found "wide"'),
         ("num_key_value_heads", 3, "encoder.num_key_value_heads must be a divisor of num_attention_heads (2), found 3"),
