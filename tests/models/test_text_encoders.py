@@ -80,6 +80,19 @@ def test_infinite_sums_of_a_t5_in_float16_are_bounded(transformers: Any) -> None
     assert torch.equal(*encode(network, own, dtype=torch.float16, num_tokens=20, scale=15.0))
 
 
+def test_a_prompt_with_infinite_sums_does_not_change_another() -> None:
+    own = T5Encoder(ConfigReader(SMALL_T5 | {"num_layers": 1})).half().requires_grad_(False)
+    for key, parameter in own.named_parameters():
+        parameter.fill_(1.0 if "norm" in key else 0.0)
+    own.embed_tokens.weight[0, :2] = torch.tensor([65_000.0, 30_000.0])
+    own.embed_tokens.weight[1, 2] = 65_000.0
+    own.get_parameter("block.0.layer.1.DenseReluDense.wi.weight")[0, 2] = 1.0
+    own.get_parameter("block.0.layer.1.DenseReluDense.wo.weight")[2, 0] = 60_000.0  # infinite for token 1
+    text, ids = TextEncoder(None, own, width=24, max_length=1), torch.tensor([[0], [1]])
+    hidden = text.encode(ids, torch.ones_like(ids))
+    assert torch.equal(hidden[:1], text.encode(ids[:1], torch.ones_like(ids[:1])))
+
+
 @pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(

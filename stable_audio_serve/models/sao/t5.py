@@ -88,11 +88,11 @@ class _Block(nn.Module):
 
 
 def _finite(hidden: Tensor) -> Tensor:
-    """Replace infinite values, which the sums of large T5s have in float16."""
+    """Replace infinite values, which the sums of large T5s have in float16, in each prompt on its own."""
     if hidden.dtype != torch.float16:
         return hidden
     largest = torch.finfo(torch.float16).max
-    bound = torch.where(hidden.isinf().any(), largest - 1000, largest)
+    bound = torch.where(hidden.isinf().any(dim=(1, 2), keepdim=True), largest - 1000, largest).half()
     return hidden.clamp(min=-bound, max=bound)
 
 
