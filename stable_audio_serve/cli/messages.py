@@ -140,5 +140,5 @@ def in_options(message: str) -> str:
 
 def describe_os_error(error: OSError) -> str:
     """Return the reason of the error as text, after the name of the file if it is known."""
-    reason = "file not found" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
+    reason = (error.strerror or str(error)).lower().replace("no such file or directory", "file not found")
     return reason if error.filename is None else f"{error.filename}: {reason}"

@@ -283,7 +283,7 @@ async def test_failures_print_a_sentence_and_set_the_exit_code(shell: Shell, mon
     [
         (("-n", "2", "-o", "-"), "standard output"),
         (("--seed", "1", "--seed", "2", "-o", "-"), "standard output"),
-        (("-o", "missing/clip.wav"), "missing: file not found"),
+        (("-o", "missing/clip.wav"), "missing: no such folder"),
     ],
 )
 async def test_output_that_cannot_be_written_is_refused_first(
