@@ -26,15 +26,15 @@ from stable_audio_serve.cli.status import status
 class _Commands(TyperGroup):
     """All commands. If the disk for their output is full, they end with a sentence instead of a traceback."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            return super().main(*args, **options)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             with suppress(OSError):
                 sys.stdout.close()  # otherwise Python writes the rest when it ends, and may end with another exit code
-            raise fail(describe_os_error(error)) from error
+            sys.exit(fail(describe_os_error(error)).exit_code)
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, rich_markup_mode=None)

@@ -158,8 +158,8 @@ def test_system_errors_are_described_in_words() -> None:
     assert describe_os_error(OSError("there are too many files")) == "there are too many files"
 
 
-@pytest.mark.parametrize("command", [["keys", "new"], ["config"]])
-def test_a_full_disk_ends_a_command_with_a_sentence(command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "num_messages"), [(["keys", "new"], 1), (["config"], 1), (["--help"], 0)])
+def test_a_full_disk_ends_a_command_with_a_sentence(command: list[str], num_messages: int, tmp_path: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         ended = subprocess.run(
             [sys.executable, "-m", "stable_audio_serve.cli", *command],
@@ -169,7 +169,7 @@ def test_a_full_disk_ends_a_command_with_a_sentence(command: list[str], tmp_path
             cwd=tmp_path,
             check=False,
         )
-    assert (ended.returncode, ended.stderr.splitlines()[1:]) == (2, [b"error: no space left on device"])
+    assert (ended.returncode, ended.stderr.splitlines()[num_messages:]) == (2, [b"error: no space left on device"])
 
 
 def test_an_unreachable_server_fails_within_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
