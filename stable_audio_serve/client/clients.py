@@ -147,7 +147,7 @@ class Client:
         adapter. Raises NotFoundError if there is no such adapter. Raises ConflictError if the adapter comes from the
         server's configuration or from an adapter folder.
         """
-        self.send(calls.unload_lora(name, model=model))
+        run(self._operations.unload_lora(calls.unload_lora(name, model=model)))
 
     def send(self, call: Call[T]) -> T:
         """Send a call, and send it again after temporary failures. Returns the parsed response."""
@@ -313,7 +313,7 @@ class AsyncClient:
         await self.send(calls.load_lora(name, path, model=model))
 
     async def unload_lora(self, name: str, *, model: str | None = None) -> None:
-        await self.send(calls.unload_lora(name, model=model))
+        await self._operations.unload_lora(calls.unload_lora(name, model=model))
 
     async def send(self, call: Call[T]) -> T:
         return await self._operations.send(call)

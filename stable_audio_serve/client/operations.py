@@ -22,7 +22,7 @@ from stable_audio_serve.client import answers, calls
 from stable_audio_serve.client.answers import Job, JobProgress, Result
 from stable_audio_serve.client.calls import Call, Connection
 from stable_audio_serve.client.failures import LOST, TEMPORARY, Attempts, Retries, read_failure, read_lost_connection
-from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError, StableAudioError
+from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError, NotFoundError, StableAudioError
 
 T = TypeVar("T")
 
@@ -186,6 +186,15 @@ class Operations:
             if job.status != "cancelled":
                 raise
             return job
+
+    async def unload_lora(self, call: Call[None]) -> None:
+        """Remove an adapter. If the response to the first attempt is lost, NotFoundError at the second is no error."""
+        attempts = Attempts(self._retries)
+        try:
+            await self.send(call, attempts)
+        except NotFoundError:
+            if not attempts.has_retried:
+                raise
 
     async def follow(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
         """Yield the job's progress until the job ends, then the ended job.

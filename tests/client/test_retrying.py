@@ -133,6 +133,13 @@ async def test_a_proxy_that_waits_in_vain_for_the_server_is_asked_again() -> Non
         connect_to(late).generate("rain")
 
 
+async def test_unloading_an_adapter_with_a_lost_answer_succeeds() -> None:
+    missing = httpx.Response(404)
+    connect_to(httpx.Response(502), missing).unload_lora("vinyl")
+    with pytest.raises(errors.NotFoundError):
+        connect_to(missing).unload_lora("vinyl")
+
+
 @pytest.mark.parametrize("asked", [("models",), ("jobs.audio_chunks", "0" * 32), ("jobs.wait", "0" * 32)])
 async def test_a_damaged_compressed_answer_is_a_lost_answer(asked: tuple[str, ...]) -> None:
     def answer(_: httpx.Request) -> httpx.Response:
