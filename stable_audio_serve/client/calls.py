@@ -21,7 +21,7 @@ from stable_audio_serve.client.controls import Lora
 from stable_audio_serve.core.errors import InvalidRequestError
 
 # Source audio: a file's path, its content, an opened file, or a clip from an earlier result.
-Audio = bytes | str | Path | BinaryIO | Clip
+Audio = bytes | bytearray | memoryview | str | Path | BinaryIO | Clip
 Recipe = Mapping[str, Any]  # how a clip was made: a JSON object that the server sends with the clip
 Regions = Sequence[tuple[float, float]]  # start and end of each region to regenerate, in seconds
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def replay(recipe: Audio | Recipe, *, sources: Audio | Sequence[Audio]) -> Call[
     read.
     """
     match sources:
-        case Sequence() if not isinstance(sources, str | bytes):
+        case Sequence() if not isinstance(sources, str | bytes | bytearray | memoryview):
             given = sources
         case _:
             given = [sources]
@@ -275,8 +275,8 @@ def _lora(given: str | tuple[str, float] | Lora) -> Any:
 def _read(audio: Audio) -> tuple[str, bytes]:
     """Return the file name and the content of source audio."""
     match audio:
-        case bytes():
-            return "audio", audio
+        case bytes() | bytearray() | memoryview():
+            return "audio", bytes(audio)
         case Clip():
             return audio.file_name, audio.content
         case str() | Path():

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ import pytest
 from stable_audio_serve.api.native import schemas
 from stable_audio_serve.api.native.edits import TIME_FIELDS
 from stable_audio_serve.client import AsyncClient, Client, Retries
+from stable_audio_serve.client.calls import Audio
 from stable_audio_serve.client.controls import (
     EditControls,
     GenerateControls,
@@ -172,6 +173,16 @@ def test_a_value_that_json_cannot_contain_is_named(given: dict[str, Any], reason
     with pytest.raises(InvalidRequestError, match=f"^{reason}$") as caught:
         Client("http://a", retries=Retries(most=0)).generate("rain", **given)
     assert caught.value.field == next(iter(given))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_of_any_kind_are_source_audio(kind: Callable[[bytes], Audio]) -> None:
+    echo = Echo()
+    client = Client("http://a", http=httpx.Client(transport=echo))
+    for send in (client.vary, lambda audio, prompt: client.replay({"prompt": prompt}, sources=audio)):
+        with pytest.raises(InvalidRequestError, match="400"):
+            send(kind(b"RIFF-1"), "rain")
+        assert b"\r\n\r\nRIFF-1\r\n" in echo.body
 
 
 def test_a_file_whose_name_is_not_utf_8_is_sent(tmp_path: Path) -> None:
