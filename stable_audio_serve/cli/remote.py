@@ -95,22 +95,17 @@ def open_client(
     import httpx
 
     from stable_audio_serve.client import Client, Retries
-    from stable_audio_serve.client.operations import DIRECT, TIMEOUT
+    from stable_audio_serve.client.operations import TIMEOUT, make_http
     from stable_audio_serve.core.settings_sources import load_environment
 
-    with plain_errors():
-        load_environment(os.environ)  # from the same `.env` as the server
     messages = WaitMessages(quiet=quiet)
     retries = Retries(most_refused=_MOST_REFUSED, on_pause=messages.retry)
     if most_retries is not None:
         retries = replace(retries, most=most_retries)
     hooks: dict[str, list[Any]] = {"request": [messages.begin], "response": [messages.end]}
-    try:
-        http = httpx.Client(timeout=timeout_s or TIMEOUT, event_hooks=hooks, **DIRECT)
-    except OSError as error:
-        raise fail(f"SSL_CERT_FILE: {describe_os_error(error)}") from error
-    except (ImportError, ValueError, httpx.InvalidURL) as error:
-        raise fail(f"the proxy set in the environment: {error}") from error
+    with plain_errors():
+        load_environment(os.environ)  # from the same `.env` as the server
+        http = make_http(httpx.Client, timeout=timeout_s or TIMEOUT, event_hooks=hooks)
     client = Client(url, api_key=_read_key(key_file), retries=retries, http=http)
     try:
         with client:

@@ -28,12 +28,11 @@ from stable_audio_serve.client.controls import (
 )
 from stable_audio_serve.client.failures import Retries
 from stable_audio_serve.client.operations import (
-    DIRECT,
-    TIMEOUT,
     AsyncNetwork,
     BlockingNetwork,
     Operations,
     iterate,
+    make_http,
     run,
 )
 
@@ -57,7 +56,7 @@ class Client:
         http: httpx.Client | None = None,
     ) -> None:
         connection = Connection.choose(base_url, api_key)
-        self._http = http or httpx.Client(timeout=TIMEOUT, **DIRECT)
+        self._http = http or make_http(httpx.Client)
         self._operations = Operations(BlockingNetwork(self._http), connection, retries=retries)
         self.jobs = Jobs(self._operations)
 
@@ -263,7 +262,7 @@ class AsyncClient:
         http: httpx.AsyncClient | None = None,
     ) -> None:
         connection = Connection.choose(base_url, api_key)
-        self._http = http or httpx.AsyncClient(timeout=TIMEOUT, **DIRECT)
+        self._http = http or make_http(httpx.AsyncClient)
         self._operations = Operations(AsyncNetwork(self._http), connection, retries=retries)
         self.jobs = AsyncJobs(self._operations)
 

@@ -25,6 +25,7 @@ from stable_audio_serve.client.failures import LOST, TEMPORARY, Attempts, Retrie
 from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError, NotFoundError, StableAudioError
 
 T = TypeVar("T")
+H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 
 # The response to a generation arrives only when the audio is complete, so the client waits long. On the server, the
 # request's deadline limits the time.
@@ -38,6 +39,20 @@ _STREAM_TIMEOUT = httpx.Timeout(30.0, connect=_CONNECT_S)
 _POLL_S = 1.0
 # After this many event streams in a row without an event, assume that a proxy buffers the events, and poll instead.
 _MOST_BROKEN = 3
+
+
+def make_http(kind: type[H], **options: Any) -> H:
+    """Return a client of httpx. `options` are further arguments of its class `kind`.
+
+    Raises ValueError or OSError if it cannot use the proxy or the certificates that environment variables name.
+    """
+    try:
+        return kind(**{"timeout": TIMEOUT, **DIRECT, **options})
+    except OSError as error:
+        error.filename = "SSL_CERT_FILE"  # otherwise the error names no file
+        raise
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise ValueError(f"the proxy set in the environment: {error}") from error
 
 
 class BlockingNetwork:

@@ -110,6 +110,24 @@ def test_an_invalid_url_is_refused_at_once(url: str, monkeypatch: pytest.MonkeyP
         Client()
 
 
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("all_proxy", "socks5://127.0.0.1:9", "^the proxy set in the environment: .*socks"),
+        ("http_proxy", "::::", "^the proxy set in the environment: Invalid port"),
+        ("SSL_CERT_FILE", "/nope", "SSL_CERT_FILE"),
+    ],
+)
+def test_unusable_network_variables_are_named(
+    make: type, variable: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+        make("https://a")
+
+
 @pytest.mark.parametrize("key", ["secret\n", " secret", "sécret", "sec\x00ret"])
 def test_an_invalid_key_is_refused_and_not_shown(key: str) -> None:
     with pytest.raises(ValueError, match="API key") as caught:
