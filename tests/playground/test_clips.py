@@ -432,6 +432,27 @@ def test_forget_all_asks_first(page: Page) -> None:
     assert page["no-clips"].is_displayed()
 
 
+@pytest.mark.slow
+def test_deleted_clip_leaves_the_stage(page: Page) -> None:
+    compare_two_clips(page)
+    page.click("mark-region")
+    page.browser.find_element(By.CSS_SELECTOR, "#clips .delete").click()
+    page.until(lambda: page["clip-name"].text == "No clip selected")
+    assert page.shown is None
+    for name in ("play", "loop", "ab", "zoom-in"):
+        assert not page[name].is_enabled()
+    for name in ("playhead", "region-tools", "clip-tools", "recipe"):
+        assert not page[name].is_displayed()
+    assert page["clock"].text == "0:00.00 / 0:00.00"
+    page["wave"].click()
+    page.browser.find_element(By.CSS_SELECTOR, "#clips .what").click()
+    page.until(lambda: page.shown is not None)
+    assert page["play"].is_enabled()
+    assert not page["ab"].is_enabled()
+    page.make_clip()
+    assert page["ab"].is_enabled()
+
+
 # When the page creates an object URL for a file, stores the file in `window.kept`. Scripts cannot load the file from
 # the URL, because the page's security policy forbids this.
 KEPT = """

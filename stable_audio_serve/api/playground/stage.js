@@ -178,13 +178,33 @@ export class Stage {
     document.documentElement.dataset.shown = clip.id;
   }
 
-  // Forgets a deleted clip as the one to compare with. If it is audible, the shown clip is from now on.
+  // Forgets a deleted clip: as the one to be shown, and as the one to compare with. If the latter is audible, the shown
+  // clip is from now on.
   forget(clip) {
+    if (this.chosen?.id === clip.id) this.chosen = null;
+    if (this.shown?.id === clip.id) return this.clear();
     if (this.other?.id === clip.id) {
       if (this.player.audible) this.hear(0);
       this.other = null;
     }
     this.showOther();
+  }
+
+  // Takes the clip off the stage.
+  clear() {
+    this.player.stop();
+    this.receiving?.abort();
+    this.shown = this.other = null;
+    this.view.show({ picture: null, duration: 0 });
+    this.start(false);
+    this.setSnap(null);
+    this.say("");
+    for (const id of [...TRANSPORT, "ab"]) element(id).disabled = true;
+    for (const id of ["playhead", "clip-tools", "recipe"]) element(id).hidden = true;
+    element("examples").hidden = false;
+    element("clip-name").textContent = "No clip selected";
+    element("clip-facts").textContent = "";
+    delete document.documentElement.dataset.shown;
   }
 
   showOther() {
