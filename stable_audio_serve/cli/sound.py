@@ -235,5 +235,11 @@ def _carry_out(request: SoundRequest, *, options: SoundOptions) -> None:
                 connect = partial(open_client, options.url, options.key_file)
                 with connect(quiet=options.quiet) as client:
                     result = make_by_server(request, client, connect=connect, on_progress=show)
-        files = save(result, options.out, prompt=request.prompt or str(request.recipe.get("prompt", "")))
+        try:
+            files = save(result, options.out, prompt=request.prompt or str(request.recipe.get("prompt", "")))
+        except OSError as error:
+            if result.job_id:
+                hint = f"`stable-audio-serve jobs fetch {result.job_id}` gets the audio"
+                error.strerror = f"{error.strerror or error}; {hint}"
+            raise
     report(result, files, as_json=options.as_json)

@@ -64,6 +64,7 @@ class Result:
     and no `request_id`. `replay` is None unless a clip was recreated from a recipe. "exact" means that the bytes equal
     the original. "close" means that the original was made on another device or with another version. `warnings` are
     sentences about parts of the request that had no effect, such as the end of a prompt that is too long for the model.
+    `job_id` is empty unless a job made the audio.
     """
 
     clips: tuple[Clip, ...]
@@ -74,6 +75,7 @@ class Result:
     manifest: Mapping[str, Any] | None = None
     replay: str | None = None
     warnings: tuple[str, ...] = ()
+    job_id: str = ""
 
     @property
     def content(self) -> bytes:
@@ -220,7 +222,7 @@ def read_job_result(job: Job, content: bytes, *, disposition: str) -> Result:
         ]
         clips, manifest = _read_clips(content, disposition, facts=facts)
         warnings = tuple(job.sent.get("warnings", ()))
-        return Result(clips, job.model, job.sent["sample_rate"], manifest=manifest, warnings=warnings)
+        return Result(clips, job.model, job.sent["sample_rate"], manifest=manifest, warnings=warnings, job_id=job.id)
 
 
 def read_job(sent: Mapping[str, Any]) -> Job:

@@ -264,6 +264,7 @@ FAILURES = [
     (["generate", "rain", "-o", "-", "--json"], 2, "standard output"),
     (["loop", "techno"], 2, "BPM"),
     (["jobs", "show", "abc"], 2, "'abc' is not the id of a job"),
+    (["generate", "rain", "-d", "0.1", "-o", "/dev/full"], 2, "no space left on device; `stable-audio-serve jobs"),
     (["generate", "rain", "--url", "http://127.0.0.1:9"], 3, "did not answer"),
     (["generate", "rain", "--url", "nowhere"], 2, "URL"),
 ]
