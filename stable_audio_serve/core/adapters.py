@@ -20,7 +20,7 @@ class AdapterCard:
 
     `source` is the location of the adapter's file, see `Lora.source`. `type`, `rank` and `sha256` come from the file.
     If the file cannot be used, `problem` is the reason, `type` is empty and `rank` is 0. Otherwise `problem` is None.
-    `is_awaited` is true until the first download of the file has ended.
+    `is_awaited` is true until the source of the file has answered for the first time.
     """
 
     name: str
@@ -62,8 +62,8 @@ class AdapterLibrary(Protocol):
 
         Raises InvalidRequestError, whose field is `loras`, for an unknown name, too many adapters, a strength, rank or
         interval out of range, a file that cannot be used, and a model without adapters. Also raises it if an entry has
-        a `sha256` that differs from the hash of the adapter's file. Raises StorageError while a file is downloaded for
-        the first time.
+        a `sha256` that differs from the hash of the adapter's file. Raises StorageError until the source of a file has
+        answered for the first time.
         """
         ...
 

@@ -129,8 +129,8 @@ class Library:
     def _find(self, model: str, name: str) -> AdapterCard:
         """Return the adapter that has this name, or that was loaded from this URL or Hugging Face repository.
 
-        Raises InvalidRequestError if there is none, or if the adapter's file is unusable, and StorageError before the
-        first download has ended.
+        Raises InvalidRequestError if there is none, or if the adapter's file is unusable, and StorageError until the
+        source has answered for the first time.
         """
         known = {adapter: looked.card for (owner, adapter), looked in self._looked.items() if owner == model}
         by_source = (card for card in known.values() if card.source == name and is_remote(name))
@@ -140,7 +140,7 @@ class Library:
             names = ", ".join(near) or "none"
             raise _refuse(f"the model {model} has no adapter {name[:100]!r}; near names: {names}", allowed=names)
         if card.is_awaited:
-            raise StorageError(f"adapter {card.name!r} is being downloaded; retry", retry_after_s=_READY_IN_S)
+            raise StorageError(f"{card.problem}; retry", retry_after_s=_READY_IN_S)
         if card.problem is not None:
             raise _refuse(card.problem)
         return card
@@ -298,7 +298,8 @@ class Library:
             self._warn(f"model {model}: {problem}")
             if state is not None:
                 return _Looked(named, state, replace(card, problem=problem))
-            failed = replace(card, problem=problem)
+            is_away = isinstance(error, InvalidRequestError) and error.retry_after_s is not None
+            failed = replace(card, problem=problem, is_awaited=is_away)
             known = before.card if before is not None and before.card.problem is None else failed
             return _Looked(named, None, known, time.monotonic() + _RETRY_S)
         header = facts.header

@@ -287,9 +287,11 @@ async def test_downloads_do_not_delay_the_start(tmp_path: Path) -> None:
             time.sleep(0.2)
         if source == "lab/gone":
             raise InvalidRequestError("there is no repository lab/gone", field="loras")
+        if source == "lab/away":
+            raise InvalidRequestError("the hub does not answer", field="loras", retry_after_s=60.0)
         return tmp_path / "f" / "vinyl.safetensors"
 
-    loras = {"slow": "lab/slow", "gone": "lab/gone"}
+    loras = {"slow": "lab/slow", "gone": "lab/gone", "away": "lab/away"}
     library = make_library(tmp_path, fetch=fetch, lora_folder=str(tmp_path / "f"), loras=loras)
     assert names(library) == ["vinyl"]
     with pytest.raises(StorageError, match="'slow' is being downloaded") as caught:
@@ -304,6 +306,8 @@ async def test_downloads_do_not_delay_the_start(tmp_path: Path) -> None:
     assert (by_source.name, by_source.source) == ("slow", "lab/slow")
     assert "has no adapter" in refusal(library, Lora(str(tmp_path / "f" / "vinyl.safetensors")))
     assert "no repository lab/gone" in refusal(library, Lora("gone"))
+    with pytest.raises(StorageError, match="'away': the hub does not answer; retry"):
+        library.resolve(MEDIUM, [Lora("away")])
     before = list(asked)
     await library.refresh()
     assert [source for source in asked[len(before) :] if source.startswith("lab/")] == []

@@ -36,6 +36,7 @@ _REQUEST_TIMEOUT_S = 10.0
 _URL_TIMEOUT_S = 300.0
 _CHUNK_BYTES = 2**20
 _MAX_REASON_CHARS = 300
+_RETRY_AFTER_S = 60.0
 _ERRNO = re.compile(r"\[Errno -?[0-9]+\] ")
 
 _lock = threading.Lock()  # so that concurrent requests for one file download it once
@@ -59,7 +60,7 @@ def fetch_adapter(
     branch, tag or commit may follow the repository. If `source` names no file, the repository must have exactly one
     safetensors file. A path is returned unchanged and need not exist. The file of a URL is expected never to change.
     `token` is for the hub; `open_s3` returns a boto3 client. Raises InvalidRequestError if the file cannot be
-    downloaded or is larger than MAX_FILE_BYTES.
+    downloaded or is larger than MAX_FILE_BYTES. The error has `retry_after_s` if the source does not answer now.
     """
     own_cache = (cache or CACHE).expanduser()
     with _refusing(source):
@@ -90,7 +91,11 @@ def _repository(source: str) -> _Repository | None:
 
 
 class _FetchError(Exception):
-    """The reason why a source cannot be fetched."""
+    """The reason why a source cannot be fetched. If `is_temporary` is true, a later attempt may succeed."""
+
+    def __init__(self, reason: str, *, is_temporary: bool = False) -> None:
+        super().__init__(reason)
+        self.is_temporary = is_temporary
 
 
 @contextmanager
@@ -99,13 +104,20 @@ def _refusing(source: str) -> Iterator[None]:
         yield
     except (_FetchError, OSError, ValueError) as error:  # ValueError: the hub's client refuses the name of the file
         reason = str(error) if isinstance(error, _FetchError) else f"cannot be downloaded: {_reason(error)}"
-        raise InvalidRequestError(f"adapter source {source[:300]!r}: {reason}", field="loras") from error
+        retry_after_s = _RETRY_AFTER_S if isinstance(error, _FetchError) and error.is_temporary else None
+        message = f"adapter source {source[:300]!r}: {reason}"
+        raise InvalidRequestError(message, field="loras", retry_after_s=retry_after_s) from error
 
 
 def _reason(error: Exception) -> str:
     """Return the text of an error in one line, without paths of this machine and numbers of errors."""
     text = error.strerror if isinstance(error, OSError) and error.filename is not None else None
     return _ERRNO.sub("", " ".join((text or str(error)).split()))[:_MAX_REASON_CHARS]
+
+
+def _is_temporary(status: int | None) -> bool:
+    """Whether a later attempt may succeed. `status` is that of the response, or None if there was none."""
+    return status is None or status >= 500 or status == 429
 
 
 def _require_size(num_bytes: int | None) -> None:
@@ -136,7 +148,8 @@ def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path
                 _write(path, body.iter_chunks(_CHUNK_BYTES))
         return path
     except (BotoCoreError, ClientError) as error:
-        raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else None
+        raise _FetchError(f"cannot be downloaded: {_reason(error)}", is_temporary=_is_temporary(status)) from error
 
 
 def _fetch_url(url: str, *, cache: Path) -> Path:
@@ -152,12 +165,14 @@ def _fetch_url(url: str, *, cache: Path) -> Path:
                 client = httpx.Client(follow_redirects=True, timeout=_REQUEST_TIMEOUT_S, event_hooks=hooks)
                 with client, client.stream("GET", url) as reply:
                     if reply.status_code != 200:
-                        raise _FetchError(f"the server answers with status {reply.status_code}")
+                        reason = f"the server answers with status {reply.status_code}"
+                        raise _FetchError(reason, is_temporary=_is_temporary(reply.status_code))
                     _write(path, _in_time(reply.iter_bytes()))
                     _require_complete(path)
         return path
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
+        is_temporary = isinstance(error, httpx.TransportError)
+        raise _FetchError(f"cannot be downloaded: {_reason(error)}", is_temporary=is_temporary) from error
     except UnicodeError as error:
         raise _FetchError("cannot be downloaded: invalid host name") from error
 
@@ -238,7 +253,9 @@ def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | Non
     except (HTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         cached = try_to_load_from_cache(repo_id, file, revision=revision, cache_dir=cache) if file else None
         if not isinstance(cached, str):
-            raise _FetchError(f"cannot be downloaded: {_reason(error)}") from error
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            is_temporary = isinstance(error, HTTPError | LocalEntryNotFoundError) and _is_temporary(status)
+            raise _FetchError(f"cannot be downloaded: {_reason(error)}", is_temporary=is_temporary) from error
         return Path(cached)
 
 

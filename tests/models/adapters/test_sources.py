@@ -30,10 +30,11 @@ from tests.models.hub import Repo, pointing_library_at, running_hub
 from tests.object_storage import ObjectStorage
 
 
-def refusal(source: str, *, max_bytes: int = MAX_FILE_BYTES, **options: Any) -> str:
+def refusal(source: str, *, max_bytes: int = MAX_FILE_BYTES, is_temporary: bool = False, **options: Any) -> str:
     with patch.object(sources, "MAX_FILE_BYTES", max_bytes), pytest.raises(InvalidRequestError) as caught:
         fetch_adapter(source, **options)
     assert caught.value.field == "loras"
+    assert (caught.value.retry_after_s is not None) is is_temporary
     return caught.value.message
 
 
@@ -80,6 +81,8 @@ def test_unusable_objects_are_refused(object_storage: ObjectStorage, tmp_path: P
     assert "larger than 99 bytes" in refusal(f"s3://{bucket}/large.safetensors", max_bytes=99, **options)
     for source in (f"s3://{bucket}", f"s3://{bucket}/", "s3:///x.safetensors", f"s3://{bucket}/x.ckpt"):
         assert "must be s3://BUCKET/KEY.safetensors" in refusal(source, **options)
+    away = partial(make_client, object_storage.settings(bucket, endpoint_url="http://127.0.0.1:9"))
+    refusal(f"s3://{bucket}/large.safetensors", is_temporary=True, **options | {"open_s3": away})
     assert not (tmp_path / "cache").exists()
 
 
@@ -147,7 +150,7 @@ def test_files_of_urls_are_downloaded_once(site: str, tmp_path: Path) -> None:
     assert inspect_file(packed, name="a").sha256 == sha256
     assert "redirects to a URL that is not https" in refusal(f"{site}/moved/insecure.safetensors", cache=cache)
     for host, reason in (("localhost:1", "Connection refused"), ("localhost:99999", ""), ("a..b", "invalid host name")):
-        message = refusal(f"https://{host}/b.safetensors", cache=cache)
+        message = refusal(f"https://{host}/b.safetensors", cache=cache, is_temporary=host != "a..b")
         assert f"cannot be downloaded: {reason}" in message
         assert "rrno" not in message
     (tmp_path / "file").touch()
@@ -177,6 +180,8 @@ def test_files_of_repositories_are_downloaded(tmp_path: Path) -> None:
         "lab/one": Repo({"README.md": b"x", "vinyl.safetensors": content}),
         "lab/two": Repo({"a/vinyl.safetensors": content, "bells.safetensors": content}),
         "lab/none": Repo({"README.md": b"x"}),
+        "lab/busy": Repo({"vinyl.safetensors": content}, status=429),
+        "lab/refused": Repo({"vinyl.safetensors": content}, refused=("vinyl.safetensors",)),
         "lab/gated": Repo({"vinyl.safetensors": content}, gated=True, token="secret"),
     }
     with running_hub(repos) as hub, pointing_library_at(hub.url, tmp_path / "home"):
@@ -191,9 +196,12 @@ def test_files_of_repositories_are_downloaded(tmp_path: Path) -> None:
         assert "gated" in refusal("lab/gated/vinyl.safetensors")
         assert fetch_adapter("lab/gated/vinyl.safetensors", token="secret").read_bytes() == content
         assert "no repository lab/missing" in refusal("lab/missing")
+        assert "429" in refusal("lab/busy", is_temporary=True)
+        assert "403" in refusal("lab/refused")
         assert "larger than 10 bytes" in refusal("lab/one/vinyl.safetensors", max_bytes=10)
         for name in ("missing", "x" * 300, "\0"):
-            assert "cannot be downloaded" in refusal(f"lab/one/{name}.safetensors")
+            # This hub closes the connection for an unknown file.
+            assert "cannot be downloaded" in refusal(f"lab/one/{name}.safetensors", is_temporary=True)
 
 
 @pytest.mark.server
@@ -222,7 +230,7 @@ def test_downloaded_files_are_used_while_the_hub_is_away(tmp_path: Path) -> None
     with pointing_library_at(hub.url, tmp_path / "home"):
         assert fetch_adapter("lab/one/vinyl.safetensors").read_bytes() == content
         for name in ("other", "../other"):
-            message = refusal(f"lab/one/{name}.safetensors")
+            message = refusal(f"lab/one/{name}.safetensors", is_temporary=name == "other")
             assert "cannot be downloaded" in message
             assert "rrno" not in message
 
