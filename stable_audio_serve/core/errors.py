@@ -125,7 +125,7 @@ class ConflictError(StableAudioError):
 class OverloadedError(StableAudioError):
     """There is no capacity for this work now. `retry_after_s` is the expected wait in seconds.
 
-    An engine that is full also sets `full_for_s`, the seconds until it accepts requests again, and `work_s`, the
+    An engine that is full also sets `full_for_s`, the seconds until it accepts such a request, and `work_s`, the
     seconds of device time that the refused request would take. `retry_after_s` is longer than `full_for_s`, because
     clients that were refused earlier should get the free capacity first.
     """

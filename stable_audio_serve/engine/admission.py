@@ -124,26 +124,20 @@ class Admission:
             held_ms = self._held_ms(priority) if client else {}
             work_ms *= self._pace.value
         own_ms = held_ms.get(client, 0.0)
-
-        def excess_ms(work_ms: float) -> tuple[float, float]:
-            """Return how much work too many is in the queue, and in the client's share with `work_ms` more."""
-            over_own_ms = own_ms + work_ms - _CLIENT_SHARE * max_ms if own_ms else 0.0
-            over_ms = ahead_ms - max_ms
-            if over_ms > 0 and client:
-                less_ms = sum(each for each in held_ms.values() if each <= own_ms + work_ms)
-                over_ms = min(over_ms, less_ms - _RESERVE_SHARE * max_ms)
-            return over_ms, over_own_ms
-
-        over_ms, over_own_ms = excess_ms(work_ms)
-        if over_ms > 0 or over_own_ms > 0:
-            full_ms, full_for_ms = max(over_ms, over_own_ms), max(0.0, *excess_ms(0.0))
+        over_own_ms = own_ms + work_ms - _CLIENT_SHARE * max_ms if own_ms else 0.0
+        over_ms = ahead_ms - max_ms
+        if over_ms > 0 and client:
+            less_ms = sum(each for each in held_ms.values() if each <= own_ms + work_ms)
+            over_ms = min(over_ms, less_ms - _RESERVE_SHARE * max_ms)
+        full_ms = max(over_ms, over_own_ms)
+        if full_ms > 0:
             work_ms = work_ms or ahead_ms / max(self._num_held, 1)
             refused_ms = self._count_refused(client, work_ms)
             what = "the model's queue" if over_ms > 0 else "this client's share of the model's queue"
             raise OverloadedError(
                 f"{what} is full (max_queue_s): about {pace * ahead_ms / 1000.0:.1f} s of work is waiting",
                 retry_after_s=max(pace * (full_ms + refused_ms) / 1000.0, _LEAST_RETRY_S),
-                full_for_s=pace * full_for_ms / 1000.0,
+                full_for_s=pace * full_ms / 1000.0,
                 work_s=pace * work_ms / 1000.0,
             )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.serving.model_states import ModelWatch
+from stable_audio_serve.serving.model_states import ModelWatch, last_prices
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
@@ -52,33 +53,36 @@ class _Refusal:
     """The last refusal that a client got from a full model. Times are in seconds of the event loop's clock."""
 
     error: OverloadedError
+    ms: float  # predicted device time of the refused request
     full_until: float
     retry_at: float  # when the request that was refused last may be sent again
 
-    def repeat(self, now: float) -> OverloadedError:
-        """Return the error for one more refused request. Its retry time is `work_s` later than the last refusal's."""
-        self.retry_at = min(self.retry_at + self.error.work_s, now + _MOST_RETRY_S)
+    def repeat(self, now: float, *, ms: float) -> OverloadedError:
+        """Return the error for one more refused request. It is retried later than the last one, by its device time."""
+        self.retry_at = min(self.retry_at + max(self.error.work_s, ms / 1000.0), now + _MOST_RETRY_S)
         return OverloadedError(self.error.message, retry_after_s=self.retry_at - now)
 
 
 class _Refusals:
     """The last refusal of each caller. A caller is a client, a model and a priority.
 
-    While a model is full, further requests are refused here, without a call to a replica. The call would take longer
-    than the replica needs to refuse the request.
+    While a model is full, further requests that are at least as long are refused here, without a call to a replica. The
+    call would take several times as long, because the replica's event loop shares the interpreter with its engine.
+
+    Requests are compared by `ms`, their predicted device time in milliseconds. It is infinite if it is not known.
     """
 
     def __init__(self) -> None:
         self._refusals: dict[tuple[str, str, str], _Refusal] = {}
 
-    def check(self, caller: tuple[str, str, str]) -> None:
-        """Raise OverloadedError while the model is known to be full for this caller."""
+    def check(self, caller: tuple[str, str, str], *, ms: float) -> None:
+        """Raise OverloadedError while the model is known to be full for this caller's requests of this length."""
         now = asyncio.get_running_loop().time()
         refusal = self._refusals.get(caller)
-        if refusal and now < refusal.full_until:
-            raise refusal.repeat(now)
+        if refusal and now < refusal.full_until and refusal.ms <= ms < math.inf:
+            raise refusal.repeat(now, ms=ms)
 
-    def record(self, caller: tuple[str, str, str], error: OverloadedError) -> OverloadedError:
+    def record(self, caller: tuple[str, str, str], error: OverloadedError, *, ms: float) -> OverloadedError:
         """Record `error`, with which a replica refused a request. Return the error to raise for the caller.
 
         The returned error's retry time is later than the retry times of all earlier refusals of this caller.
@@ -92,7 +96,7 @@ class _Refusals:
         if len(self._refusals) >= _MAX_REFUSALS:
             self._refusals = {name: each for name, each in self._refusals.items() if now < each.retry_at}
         if len(self._refusals) < _MAX_REFUSALS or caller in self._refusals:
-            self._refusals[caller] = _Refusal(error, now + min(error.full_for_s, _MAX_REPEAT_S), retry_at)
+            self._refusals[caller] = _Refusal(error, ms, now + min(error.full_for_s, _MAX_REPEAT_S), retry_at)
         return OverloadedError(error.message, retry_after_s=retry_at - now)
 
 
@@ -124,11 +128,13 @@ class RayBackend:
         If the request is refused, a random time is added to the retry time, so that clients do not all retry at once.
         """
         caller = request.client, model, request.priority
+        prices = last_prices(model)
+        ms = prices.of_request(request) if prices else math.inf
         try:
-            self._refusals.check(caller)
+            self._refusals.check(caller, ms=ms)
             return await self._run(model, request, on_progress=on_progress)
         except OverloadedError as error:
-            refusal = self._refusals.record(caller, error)
+            refusal = self._refusals.record(caller, error, ms=ms)
             wait_s = (refusal.retry_after_s or _RETRY_AFTER_S) * random.uniform(1.0, 1.0 + _JITTER)
             raise OverloadedError(error.message, retry_after_s=wait_s) from error
 

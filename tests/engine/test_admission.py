@@ -39,19 +39,15 @@ def test_one_client_leaves_room_for_clients_with_less_work() -> None:
     admission.admit(3, 5_000.0, client="greedy")
 
 
-def test_the_queue_is_not_full_for_requests_that_are_shorter() -> None:
+def test_a_refusal_says_when_such_a_request_is_accepted() -> None:
     admission = Admission(max_queue_s=120.0)
     admission.admit(1, 60_000.0, client="a")
     with pytest.raises(OverloadedError) as refusal:
         admission.admit(2, 40_000.0, client="a")  # one client may use 90 of the 120 s
-    assert (refusal.value.retry_after_s, refusal.value.full_for_s) == (pytest.approx(10.0), 0.0)
+    assert refusal.value.full_for_s == pytest.approx(10.0)
     admission.admit(3, 30_000.0, client="a")
-    with pytest.raises(OverloadedError) as refusal:
-        admission.admit(4, 40_000.0, client="a")
-    admission.update(1, 65_000.0)
-    with pytest.raises(OverloadedError) as refusal:
-        admission.admit(4, 40_000.0, client="a")
-    assert refusal.value.full_for_s == pytest.approx(5.0)
+    admission.update(1, 20_000.0)
+    admission.admit(4, 40_000.0, client="a")
 
 
 def test_a_request_longer_than_the_queue_does_not_block_others() -> None:

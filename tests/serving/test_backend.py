@@ -17,13 +17,14 @@ from ray.serve.exceptions import RequestCancelledError
 from stable_audio_serve.core.cached_query import CachedQuery
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.serving import backend as backend_module
 from stable_audio_serve.serving import model_states
 from stable_audio_serve.serving.backend import RayBackend
 from tests.backends import make_catalog
 from tests.patience import PATIENCE_S
 
-_REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=7)
+_REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=7, steps=4)
 _RESULT = GenerationResult((), 44100, "small-sfx", (7,))
 
 
@@ -60,6 +61,13 @@ async def test_retry_times_of_refused_clients_vary_by_a_quarter() -> None:
     assert await model.generate("small-sfx", _REQUEST) == _RESULT  # the refusals did not stop this call
 
 
+@pytest.fixture
+def prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica has published that a denoising step takes 10 s."""
+    published = Prices(row_ms=0.0, evaluation_ms=10_000.0, evaluated_second_ms=0.0, audio_second_ms=0.0)
+    monkeypatch.setattr(backend_module, "last_prices", lambda _: published)
+
+
 @dataclass
 class LoopClock:
     """Stands for the clock of a test's event loop. It stands still until the test changes `now`."""
@@ -79,10 +87,14 @@ async def clock(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LoopClock]:
         yield clock
 
 
+@pytest.mark.usefixtures("prices")
 async def test_a_refusal_is_repeated_while_the_model_is_full(clock: LoopClock) -> None:
-    """After the model's refusal, the backend refuses requests of that client and priority. Others reach the model."""
+    """After the model's refusal, the backend refuses requests of that client and priority that are not shorter.
+
+    Others reach the model.
+    """
     full = OverloadedError("the model's queue is full", retry_after_s=100.0, full_for_s=30.0, work_s=50.0)
-    model = backend(full, full, _RESULT, _RESULT)
+    model = backend(full, full, *[_RESULT] * 3)
     batch = replace(_REQUEST, priority="batch")
 
     async def wait_s(request: GenerationRequest) -> float:
@@ -93,12 +105,14 @@ async def test_a_refusal_is_repeated_while_the_model_is_full(clock: LoopClock) -
     assert await wait_s(_REQUEST) == pytest.approx(112.5, abs=13.5)
     assert await wait_s(batch) == pytest.approx(112.5, abs=13.5)  # another priority gets the model's second answer
     assert await wait_s(_REQUEST) == pytest.approx(168.75, abs=19.75)  # each repetition adds `work_s`
-    assert await wait_s(_REQUEST) == pytest.approx(225.0, abs=26.0)
+    assert await wait_s(replace(_REQUEST, steps=9)) == pytest.approx(270.0, abs=31.0)  # or its longer device time
     assert await model.generate("small-sfx", replace(_REQUEST, client="another")) == _RESULT
+    assert await model.generate("small-sfx", replace(_REQUEST, steps=1)) == _RESULT
     clock.now += 1.1  # the backend repeats a refusal for at most a second
     assert await model.generate("small-sfx", _REQUEST) == _RESULT
 
 
+@pytest.mark.usefixtures("prices")
 async def test_refused_work_delays_a_client_by_ten_minutes_at_most(clock: LoopClock) -> None:
     full = OverloadedError("the model's queue is full", retry_after_s=8.0, full_for_s=30.0, work_s=200.0)
     model = backend(full, full)
@@ -112,6 +126,7 @@ async def test_refused_work_delays_a_client_by_ten_minutes_at_most(clock: LoopCl
     assert refusal.value.retry_after_s == pytest.approx(675.0, abs=80.0)
 
 
+@pytest.mark.usefixtures("prices")
 async def test_a_repeated_refusal_ends_when_the_model_has_room(clock: LoopClock) -> None:
     full = OverloadedError("the model's queue is full", retry_after_s=8.0, full_for_s=0.01)
     model = backend(full, _RESULT)
