@@ -204,14 +204,17 @@ class RayBackend:
 
         Ray Serve would let the call wait forever. If the model was ready after the beginning of the call, a replica has
         probably got the call, and completes it even if an update stops this replica and fails. Such a call is not
-        cancelled while replicas are stopping. If the replica has died instead, none is.
+        cancelled while replicas are stopping. If the replica has died instead, none is. A status from before the call
+        is ignored: if the model had failed, Ray Serve may have started it since then.
         """
         began_at = time.monotonic()
         was_ready = False
         while True:
             await asyncio.sleep(_LOAD_CHECK_S)
             status = (await self.status())[model]
-            was_ready |= status.stage == "ready" and self.status_age_s < time.monotonic() - began_at
+            if self.status_age_s > time.monotonic() - began_at:
+                continue
+            was_ready |= status.stage == "ready"
             if status.stage == "failed" and not (was_ready and status.states.get("stopping")):
                 response.cancel()
                 return

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from ray.exceptions import NodeDiedError, OwnerDiedError, RayError
+from ray.exceptions import NodeDiedError, OwnerDiedError, RayActorError, RayError
 from ray.serve.exceptions import RequestCancelledError
 
 from stable_audio_serve.core.cached_query import CachedQuery
@@ -224,7 +225,7 @@ async def test_a_failed_update_cancels_only_calls_that_no_replica_has(monkeypatc
 
 
 async def begin_on_a_replica(monkeypatch: pytest.MonkeyPatch, model: RayBackend) -> asyncio.Task[GenerationResult]:
-    """Begin a call, and return when the backend has read twice since then that the model is ready."""
+    """Begin a call, and return when the backend has read the model's status twice since then."""
     reads = asyncio.Semaphore(0)
     read = model.status
 
@@ -281,6 +282,20 @@ async def test_call_of_a_replica_that_died_ends_when_no_other_starts(monkeypatch
     model.replica_states = {"STARTING": 1}
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(ModelUnavailableError, match="failed to load again"):
+            await held
+
+
+async def test_call_is_not_ended_by_a_failure_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model failed some time ago. As long as the controller does not answer, it may have started since then."""
+    model = SimpleNamespace(status="DEPLOY_FAILED", status_trigger="", replica_states={}, message="")
+    monkeypatch.setattr(backend_module, "_LOAD_CHECK_S", 0.02)
+    backend, _ = make_watching(monkeypatch, model)
+    assert (await backend.status())["small-sfx"].stage == "failed"
+    with monkeypatch.context() as silent:
+        silent.setattr(model_states, "read_application", Mock(side_effect=RayActorError()))
+        held = await begin_on_a_replica(silent, backend)
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(ModelUnavailableError, match="failed to load"):
             await held
 
 
