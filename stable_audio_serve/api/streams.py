@@ -44,7 +44,7 @@ class StreamLimits:
     last_poll_s: float = 2.0
     section_poll_s: float = 0.4  # poll interval for the next section of a long piece
     comment_s: float = 10.0  # interval of comments, because proxies drop silent connections after 15 s or more
-    max_polls_away: int = 30  # retries while the database is unavailable, one every `last_poll_s`
+    max_away_s: float = 60.0  # how long to retry, once every `last_poll_s`, while the database is unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,9 @@ class EventStreams:
             await self._draining.pause(duration_s)
 
     async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
-        for _ in range(self._limits.max_polls_away):
+        clock = asyncio.get_running_loop().time
+        give_up_at = clock() + self._limits.max_away_s
+        while clock() < give_up_at:
             with suppress(StorageError):
                 return await question()
             await asyncio.sleep(self._limits.last_poll_s)

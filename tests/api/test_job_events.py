@@ -270,7 +270,7 @@ async def test_stream_survives_a_database_restart(
     postgres: PostgresServer, postgres_url: str, reads: list[str]
 ) -> None:
     # Keep the stream open while the store restarts.
-    pauses = StreamLimits(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=10_000)
+    pauses = StreamLimits(first_poll_s=0.05, last_poll_s=0.2, max_away_s=PATIENCE_S)
     async with make_client(run_jobs=False, jobs={"database_url": postgres_url}, stream_limits=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read(client, ticket))
@@ -287,9 +287,16 @@ async def test_stream_survives_a_database_restart(
 
 
 async def test_stream_ends_if_the_store_stays_unavailable(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, reads: list[str]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pauses = StreamLimits(first_poll_s=0.1, last_poll_s=0.1, max_polls_away=1)
+    """The time until then is the same if each query takes long to fail."""
+    find = JobQueue._find
+
+    async def find_late(*arguments: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return await find(*arguments)
+
+    pauses = StreamLimits(first_poll_s=0.1, last_poll_s=0.1, max_away_s=0.3)
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
     async with make_client(run_jobs=False, jobs={"database_url": url}, stream_limits=pauses) as (client, _):
         ticket = await submit(client)
@@ -297,7 +304,10 @@ async def test_stream_ends_if_the_store_stays_unavailable(
         await wait_for_polls(reads)
         with closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
             connection.execute("DROP TABLE jobs")
+        monkeypatch.setattr(JobQueue, "_find", find_late)
+        num_before = len(reads)
         reply = await following
+    assert len(reads) - num_before < 5
     assert [event["event"] for event in parse(reply.text)] == ["progress", "progress"]
     assert "event stream ended early" in (said := capsys.readouterr().out)
     assert "Traceback" not in said
