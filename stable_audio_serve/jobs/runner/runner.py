@@ -120,6 +120,7 @@ class JobRunner:
         self._sweeper = Sweeper(store, artifacts, settings=self._settings)
         self._attempts: dict[LeaseId, Attempt] = {}
         self._outlook: Outlook | None = None
+        self._reclaims_at = float("-inf")  # from then on, this runner takes over jobs whose leases have expired
         self._waiting: Mapping[str, Waiting] | None = None
         self._woken = asyncio.Event()
         self.is_holding = False  # True while an operator drains the server: then no jobs are leased
@@ -220,6 +221,8 @@ class JobRunner:
             except Exception as error:  # no error of the job database may end the runner
                 is_expected = isinstance(error, StorageError)
                 log.error("the job runner cannot use the job database", error=str(error), exc_info=not is_expected)
+                if is_expected and self._outlook is not None:  # after an outage, other runners must renew their leases
+                    self._reclaims_at = time.monotonic() + self._settings.lease_s
                 wait_s = self._pauses.last_poll_s
             else:
                 poll_s = self._pauses.first_poll_s if num_done else min(poll_s * 2, self._pauses.last_poll_s)
@@ -236,7 +239,7 @@ class JobRunner:
             num_done += await asyncio.to_thread(self._store.runners.set_back)
         if outlook.num_stops:
             await asyncio.to_thread(self._heartbeat.beat)
-        if _is_due(outlook.reclaim_in_s):
+        if _is_due(outlook.reclaim_in_s) and time.monotonic() >= self._reclaims_at:
             num_done += await self._reclaim()
         if _is_due(outlook.late_in_s):
             for job in await asyncio.to_thread(self._store.runners.expire):

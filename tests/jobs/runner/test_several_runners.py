@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sqlalchemy as sa
@@ -401,6 +402,28 @@ async def test_store_outage_longer_than_a_lease_costs_no_attempt(
     workshop.backend.released.set()
     ended = await workshop.finished(job)
     assert (ended.state, ended.attempts, len(workshop.backend.requests)) == ("succeeded", 1, 1)
+
+
+async def test_other_runners_keep_their_jobs_after_a_store_outage(
+    workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their leases have expired, but they have had no time to renew them."""
+    workshop.settings = workshop.settings.model_copy(update={"jobs": JobSettings(lease_s=3600.0)})
+    store = workshop.queue.store.runners
+    turns = count_calls(monkeypatch, store, "outlook")
+    runner = await workshop.start_runner()
+    runner.hold()
+    await until(lambda: turns)
+    job = await workshop.queue.submit(make_spec())
+    assert store.lease("other", lease_s=_LEASE_S) is not None
+    with monkeypatch.context() as away:
+        away.setattr(store, "outlook", Mock(side_effect=StorageError("no answer")))
+        fails = count_calls(away, store, "outlook")
+        await until(lambda: fails)
+        wall.now += 2 * _LEASE_S
+    enough = len(turns) + 3
+    await until(lambda: len(turns) > enough)
+    assert len(store.renew("other", lease_s=_LEASE_S, refs=[job.spec.ref])) == 1
 
 
 async def test_stopping_runner_requeues_a_job_with_a_slow_upload(
