@@ -15,6 +15,7 @@ from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedErro
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobResult
+from stable_audio_serve.jobs.runner import runner as runner_module
 from stable_audio_serve.jobs.runner.attempt import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.job_store import JobStore
@@ -291,7 +292,10 @@ async def test_full_model_delays_no_other_model(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("job_settings", [make_job_settings(max_attempts=2)])
-async def test_metrics_count_the_outcomes_of_jobs(workshop: Workshop, wall: Wall) -> None:
+async def test_metrics_count_the_outcomes_of_jobs(
+    workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_COUNT_S", 0.1)  # otherwise 15 s
     metrics = RecordedMetrics()
     spec = make_spec()
     await workshop.queue.submit(spec)
