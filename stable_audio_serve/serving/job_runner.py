@@ -101,6 +101,7 @@ class JobRunnerReplica:
                 if report is not None and not report.done():
                     if not needs_replica:
                         report.cancel()  # otherwise this call could start a replica that is not needed any more
+                        kept |= kept_before & {model}  # its release is reported next time
                 elif needs_replica or model in kept_before:
                     self._reports[model] = asyncio.create_task(
                         self._report(model, jobs, is_kept=model in kept, can_start=needs_replica)

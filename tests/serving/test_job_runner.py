@@ -25,6 +25,8 @@ class Handle:
 
     def __init__(self) -> None:
         self.has_replica = asyncio.Event()
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.num_pending = 0
         self.num_calls = 0
         self.reports: list[tuple[float, bool]] = []
@@ -35,6 +37,7 @@ class Handle:
 
         async def results_async(**_: Any) -> Sequence[None]:
             self.reports.append(reports)  # type: ignore[arg-type]
+            await self.answers.wait()
             return (None,)
 
         return SimpleNamespace(results_async=results_async)
@@ -113,6 +116,15 @@ async def test_a_kept_model_is_started_and_reported_until_its_release(server: Se
     await asyncio.sleep(0.1)
     # A call that is still pending would keep the model's replica from being stopped.
     assert (len(tiny.reports), tiny.num_pending) == (num_reports, 0)
+
+
+async def test_release_is_reported_although_a_replica_answers_late(server: Server) -> None:
+    server.tiny.has_replica.set()
+    server.tiny.answers.clear()
+    server.current = OperatorSettings(kept_models=frozenset({"tiny"}))
+    await until(lambda: server.tiny.reports == [(0.0, True)])
+    server.current = OperatorSettings()
+    await until(lambda: server.tiny.reports == [(0.0, True), (0.0, False)])
 
 
 async def test_release_cancels_the_call_that_would_start_the_model(server: Server) -> None:
