@@ -86,7 +86,7 @@ def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
             if launched.process.poll() is not None:
                 break
             if not was_found:  # not polled yet, because HAProxy may hold a request until the model is loaded
-                time.sleep(0.02)
+                time.sleep(0.1)  # each search takes 20 ms of CPU time, which the server needs to start
                 with suppress(OSError, ValueError, AssertionError):  # the folder or the replica does not exist yet
                     suspended.enter_context(launched.suspended(replica))
                     was_found = True
