@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 _FRESH_S = 0.5  # if the status is older, the controller is asked again
 _USABLE_S = 2.0  # if the status is older, callers wait for the controller; otherwise a busy one would delay each probe
+# Replicas in these states answer requests. A replica is PENDING_MIGRATION while its node is drained, and RECOVERING
+# until a restarted controller has reached it.
+_ANSWERING = (ReplicaState.RUNNING, ReplicaState.PENDING_MIGRATION, ReplicaState.RECOVERING)
 # The fields of a report that have the same names and values in a replica's statistics.
 _AS_PUBLISHED = ("device", "dtype", "profile", "memory_bytes", "requests", "rows_per_step", "requests_per_minute")
 _QUALITY = TypeAdapter(ModelQuality | None)
@@ -198,7 +201,7 @@ def _model_status(name: str, stage: str, *, application: ApplicationStatusOvervi
     deployment = application.deployments.get(name)
     return ModelStatus(
         stage=stage,
-        num_replicas=_count(deployment, ReplicaState.RUNNING) if deployment else 0,
+        num_replicas=_count(deployment, *_ANSWERING) if deployment else 0,
         refused_update=_refused_update(deployment) if deployment else None,
         states=_states(deployment) if deployment else {},
     )
@@ -221,7 +224,7 @@ def _stage(application: ApplicationStatusOverview, name: str) -> str:
     deployment = application.deployments.get(name)
     if deployment is None:
         return "loading"
-    if _count(deployment, ReplicaState.RUNNING):
+    if _count(deployment, *_ANSWERING):
         return "ready"
     is_starting = _count(deployment, ReplicaState.STARTING) > 0
     has_failed = deployment.status == "DEPLOY_FAILED" or deployment.status_trigger == "REPLICA_STARTUP_FAILED"
@@ -245,7 +248,7 @@ def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
 
     Otherwise return None.
     """
-    if deployment.status != "DEPLOY_FAILED" or not _count(deployment, ReplicaState.RUNNING):
+    if deployment.status != "DEPLOY_FAILED" or not _count(deployment, *_ANSWERING):
         return None
     return "the new replicas failed to start and the older ones still answer; see the server's log"
 
@@ -254,5 +257,5 @@ def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:
     return {state.lower(): number for state, number in deployment.replica_states.items()}
 
 
-def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:
-    return int(deployment.replica_states.get(state, 0))
+def _count(deployment: DeploymentStatusOverview, *states: ReplicaState) -> int:
+    return sum(deployment.replica_states.get(state, 0) for state in states)

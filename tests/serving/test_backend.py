@@ -307,3 +307,11 @@ async def test_an_update_that_is_being_built_or_was_refused_changes_no_stage(mon
     deployments.clear()
     assert (await backend.status())["small-sfx"].stage == "ready"
     assert backend.status_age_s < PATIENCE_S
+
+
+@pytest.mark.parametrize("state", ["PENDING_MIGRATION", "RECOVERING"])
+async def test_replica_that_is_migrating_or_recovering_is_ready(monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    states = {state: 1, "STARTING": 1}
+    model = SimpleNamespace(status="UPDATING", status_trigger="", replica_states=states, message="")
+    status = (await make_watching(monkeypatch, model)[0].status())["small-sfx"]
+    assert (status.stage, status.num_replicas) == ("ready", 1)
