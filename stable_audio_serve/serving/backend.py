@@ -204,8 +204,8 @@ class RayBackend:
 
         Ray Serve would let the call wait forever. If the model was ready after the beginning of the call, a replica has
         probably got the call, and completes it even if an update stops this replica and fails. Such a call is not
-        cancelled while replicas are stopping. If the replica has died instead, none is. A status from before the call
-        is ignored: if the model had failed, Ray Serve may have started it since then.
+        cancelled while any replica is stopping; a replica that has died is not. A status from before the call is
+        ignored: if the model had failed, Ray Serve may have started it since then.
         """
         began_at = time.monotonic()
         was_ready = False

@@ -148,7 +148,8 @@ def _fetch_object(source: str, *, open_s3: Callable[[], Any] | None, cache: Path
                 _write(path, body.iter_chunks(_CHUNK_BYTES))
         return path
     except (BotoCoreError, ClientError) as error:
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else None
+        facts = error.response.get("ResponseMetadata", {}) if isinstance(error, ClientError) else {}
+        status = facts.get("HTTPStatusCode")
         raise _FetchError(f"cannot be downloaded: {_reason(error)}", is_temporary=_is_temporary(status)) from error
 
 
