@@ -214,7 +214,7 @@ class Library:
             for key, before in due:
                 looked = await asyncio.to_thread(self._look, key[0], before.named, before=before)
                 async with self._lock:
-                    if key in self._looked and self._looked[key].named == before.named:  # else it was removed meanwhile
+                    if self._looked.get(key) is before:  # else it was removed or loaded in the meantime
                         self._looked[key] = looked
 
     async def _read_again(self) -> None:

@@ -254,6 +254,26 @@ async def test_loaded_adapters_are_kept_over_restarts(tmp_path: Path) -> None:
         await one.unload(MEDIUM, name="tape")
 
 
+async def test_a_failed_download_does_not_replace_a_newer_one(tmp_path: Path) -> None:
+    write_file(tmp_path / "tape.safetensors")
+    fetching, may_fail = threading.Event(), threading.Event()
+
+    def fetch(source: str) -> Path:
+        if fetching.is_set():
+            return tmp_path / "tape.safetensors"
+        fetching.set()
+        may_fail.wait(PATIENCE_S)
+        raise InvalidRequestError("the hub does not answer", field="loras", retry_after_s=60.0)
+
+    library = make_library(tmp_path, fetch=fetch, has_store=True, loras={"away": "lab/away"})
+    refreshing = asyncio.create_task(library.refresh())
+    await until(fetching.is_set)
+    await library.load(MEDIUM, name="away", source="lab/away")
+    may_fail.set()
+    await refreshing
+    assert library.resolve(MEDIUM, [Lora("away")])
+
+
 async def test_only_loaded_adapters_are_unloaded(tmp_path: Path) -> None:
     write_file(tmp_path / "f" / "vinyl.safetensors")
     path = str(tmp_path / "f" / "vinyl.safetensors")
