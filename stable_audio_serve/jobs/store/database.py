@@ -30,9 +30,10 @@ _LEAST_ROOM_BYTES = 1_048_576
 _FULL_FOR_S = 15.0  # PostgreSQL counts as full for this time after it had no room for a write of this process
 _CHECK_FILE_EVERY_S = 1.0
 
-# Defaults of psycopg's connection options. They detect a database server that vanishes without closing the connection.
-# The times are in seconds, except `tcp_user_timeout`, which is in milliseconds.
+# Defaults of psycopg's connection options. The last five detect a database server that vanishes without closing the
+# connection. Their times are in seconds, except `tcp_user_timeout`, which is in milliseconds.
 _CONNECT = {
+    "prepare_threshold": None,  # prepare no statements: PgBouncer may run them in a session that has others
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,

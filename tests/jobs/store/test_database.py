@@ -63,6 +63,18 @@ def test_only_transactions_without_durability_skip_the_disk(empty_url: str) -> N
     database.close()
 
 
+@pytest.mark.server
+def test_no_statement_has_a_name_in_the_session(postgres_url: str) -> None:
+    """PgBouncer may run each transaction in another session, in which the name is unknown or another statement's."""
+    database = open_database(postgres_url)
+    for _ in range(10):
+        with database.writing() as connection:
+            connection.execute(sa.text("SELECT 1"))
+    with database.engine.connect() as connection:  # the same pooled connection
+        assert connection.execute(sa.text("SELECT count(*) FROM pg_prepared_statements")).scalar_one() == 0
+    database.close()
+
+
 def refusal_of(url: str) -> str:
     """Check that a server cannot start with this database, and return the error message.
 
