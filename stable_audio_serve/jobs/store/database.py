@@ -33,6 +33,7 @@ _CHECK_FILE_EVERY_S = 1.0
 # Defaults of psycopg's connection options. The last five detect a database server that vanishes without closing the
 # connection. Their times are in seconds, except `tcp_user_timeout`, which is in milliseconds.
 _CONNECT = {
+    "client_encoding": "utf8",  # also for a database of the encoding SQL_ASCII, which stores texts as they are
     "prepare_threshold": None,  # prepare no statements: PgBouncer may run them in a session that has others
     "connect_timeout": 5,
     "keepalives_idle": 10,

@@ -234,6 +234,19 @@ class TestStart:
         assert '"other" does not exist' in refusal_of(postgres.url("other"))
 
     @pytest.mark.server
+    def test_database_without_an_encoding_keeps_every_text(self, postgres: PostgresServer) -> None:
+        """Debian makes such a database where no language is set."""
+        database = open_database(postgres.create_database(encoding="SQL_ASCII"))
+        store = JobStore(database)
+        job = add(store, model="\u96e8")
+        assert find(store, job) == job
+        database.close()
+
+    @pytest.mark.server
+    def test_database_that_cannot_store_every_text(self, postgres: PostgresServer) -> None:
+        assert "encoding LATIN1" in refusal_of(postgres.create_database(encoding="LATIN1"))
+
+    @pytest.mark.server
     def test_user_without_the_right_to_create_tables(self, postgres: PostgresServer, postgres_url: str) -> None:
         postgres.execute("CREATE ROLE guest LOGIN PASSWORD 'guest-secret'")
         url = postgres_url.replace(f"{postgres.user}:{postgres.password}", "guest:guest-secret")

@@ -23,12 +23,15 @@ def upgrade(connection: sa.Connection, *, folder: Path = _FOLDER) -> None:
     """Upgrade the tables to the newest revision in `folder`, unless they have that revision or the next one.
 
     Runs in the transaction of `connection`. Raises ConfigError if the tables are of a later version or of another
-    program.
+    program, or if the database cannot store every text.
     """
     if connection.dialect.name == "postgresql":  # SQLite needs no lock, because it has a single writer
         no_limit = (sa.func.set_config(name, "0", True) for name in ("statement_timeout", "lock_timeout"))
         connection.execute(sa.select(*no_limit))
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+        encoding = connection.execute(sa.text("SHOW server_encoding")).scalar()
+        if encoding not in ("UTF8", "SQL_ASCII"):
+            raise config_error(f"its encoding {encoding} lacks characters; create a database with the encoding UTF8")
     found = require_known(connection, folder=folder)
     if found is not None and int(found) >= int(newest_revision(folder)):
         return
