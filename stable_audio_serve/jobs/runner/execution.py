@@ -75,8 +75,9 @@ class JobExecutor:
             result = await self._pieces.make(job, report)
             failpoint("after_upload")
             return result
+        begun_at = time.monotonic()
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
-            request = self._limited(await self._with_source(spec), job)
+            request = self._limited(await self._with_source(spec), job, waited_s=time.monotonic() - begun_at)
             started_at = time.monotonic()
             generated = await self._backend.generate(spec.model, request, on_progress=on_progress)
             inference_s = time.monotonic() - started_at
@@ -115,17 +116,18 @@ class JobExecutor:
         )
         return replace(stored, clips=finished.clips, made_on=result.made_on), finished.sample_rate_hz
 
-    def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
-        """Return the request with the job's time limits.
+    def _limited(self, request: GenerationRequest, job: Job, *, waited_s: float = 0.0) -> GenerationRequest:
+        """Return the request with the job's time limits. `waited_s` is the time since the job was leased.
 
         In the first attempt, the job's `start_within_s` also limits how long the request waits in the engine's queue.
         It does not if the lease began later: then the job started in time before, or an operator retries it.
         """
         start_within_s = None
-        if job.spec.start_within_s is not None and job.attempts <= 1:
-            start_before = job.created_at.timestamp() + job.spec.start_within_s
-            if job.started_at is None or job.started_at.timestamp() < start_before:
-                start_within_s = max(start_before - time.time(), _LEAST_START_S)
+        if job.spec.start_within_s is not None and job.attempts <= 1 and job.started_at is not None:
+            # The two times are from the database's clock, which may differ from this machine's.
+            left_s = job.spec.start_within_s - (job.started_at - job.created_at).total_seconds()
+            if left_s > 0:
+                start_within_s = max(left_s - waited_s, _LEAST_START_S)
         deadline_s = request.deadline_s or self._limits.max_deadline_s
         return replace(request, request_id=job.spec.id, deadline_s=deadline_s, start_within_s=start_within_s)
 
