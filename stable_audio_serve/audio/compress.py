@@ -152,8 +152,10 @@ class _AacEncoder:
 
         self._rate_hz, self._num_samples = sample_rate_hz, 0
         self._layout = "mono" if channels == 1 else "stereo"
-        name = _AAC_CONTAINERS[encoding.file_format]
-        self._container: Any = av.open(file, "w", format=name, options={"fflags": "+bitexact"})
+        name, options = _AAC_CONTAINERS[encoding.file_format], {"fflags": "+bitexact"}
+        if encoding.file_format is AudioFormat.M4A:
+            options["movie_timescale"] = str(sample_rate_hz)  # the unit of the clip's length, a millisecond by default
+        self._container: Any = av.open(file, "w", format=name, options=options)
         self._track: Any = self._container.add_stream("aac", rate=sample_rate_hz, layout=self._layout)
         self._track.bit_rate = (encoding.bitrate_kbps or _AAC_KBPS) * 1000
         self._track.codec_context.flags |= av.codec.context.Flags.bitexact
