@@ -57,7 +57,10 @@ class SeededNoise:
     """
 
     def __init__(self, seed: int) -> None:
-        """`seed` can be any integer. Only its value modulo 2**64 matters."""
+        """`seed` can be any integer. `initial` and `step` depend on its last 32 bits, `window` on its last 64 bits.
+
+        PyTorch's CPU generator ignores the higher bits.
+        """
         self._seed = seed % 2**64
         self._generator = torch.Generator(device=_CPU).manual_seed(self._seed)
 
