@@ -116,7 +116,8 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     """
     encoding, rate_hz = order.encoding, result.sample_rate_hz
     file_rate_hz = file_rate(encoding, rate_hz)
-    if order.finishing.loudness is not None:  # measured in the file, because resampling changes loudness and true peak
+    # Resampling changes peaks and loudness, so it comes first, unless the limiter must not change a source's samples.
+    if order.finishing.loudness is not None or result.generated is None:
         in_file = partial(as_in_file, sample_rate_hz=rate_hz, encoding=encoding, loop_s=result.loop_s)
         result = replace(result, audio=tuple(map(in_file, result.audio)), generated=None)
         rate_hz = file_rate_hz

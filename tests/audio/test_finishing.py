@@ -18,7 +18,7 @@ from stable_audio_serve.audio.finish import FileOrder, finish_clip
 from stable_audio_serve.audio.finish import finish as finish_file
 from stable_audio_serve.audio.true_peak import measure_true_peak
 from stable_audio_serve.core.generation import DeviceUse, GeneratedSpan, GenerationResult, StageTimings
-from stable_audio_serve.core.sound import AudioFormat, Encoding, Finishing, Loudness
+from stable_audio_serve.core.sound import AudioFormat, Encoding, Finishing, Loudness, Peaks
 from tests.parameters import some
 
 RATE_HZ = 44_100
@@ -101,6 +101,16 @@ def test_loudness_is_that_of_the_file(file_format: AudioFormat, rate_hz: int) ->
     assert loudness == pytest.approx(-20.0, abs=0.2)
     assert peak <= -2.7
     assert finished.clips[0].loudness_lufs == pytest.approx(loudness, abs=0.1)
+
+
+@pytest.mark.parametrize(("peaks", "most"), [("limit", 0.977), ("scale", 1.0)])
+def test_peaks_are_treated_at_the_sample_rate_of_the_file(peaks: Peaks, most: float) -> None:
+    order = FileOrder(peaks, encoding=Encoding(bit_depth="float", sample_rate_hz=48_000))
+    clip = 4 * make_clip("square", seconds=0.2)
+    finished = finish_file(GenerationResult((clip,), RATE_HZ, "any", (0,), StageTimings(), DeviceUse()), order)
+    samples, _ = soundfile.read(io.BytesIO(finished.file.to_bytes()), always_2d=True)
+    assert np.abs(samples).max() == pytest.approx(finished.clips[0].peak) == pytest.approx(most)
+    assert (np.abs(samples[:, 0]) == 1.0).sum() <= 1  # no clipping
 
 
 @pytest.mark.skipif(FFMPEG is None, reason="ffmpeg is not installed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -20,9 +20,7 @@ from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import Refusal, Refusals, field_and_message, in_dialect, invalid, name_missing
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service, resolve_seed
-from stable_audio_serve.audio.encode import encode_audio
-from stable_audio_serve.audio.finish import FinishedFile, finish_clip
-from stable_audio_serve.audio.formats import file_rate
+from stable_audio_serve.audio.finish import FileOrder, FinishedFile, finish
 from stable_audio_serve.audio.stretch import time_stretch
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
@@ -257,9 +255,8 @@ def _make_file(body: AudioBody, *, span: _Span, result: GenerationResult, settin
     audio = result.audio[0]
     audio = audio[:, min(int(span.start_s * rate_hz), audio.shape[1] - 1) :]  # at least one sample
     audio = time_stretch(audio, rate_hz, speed=1.0 if body.speed is None else body.speed)
-    audio, facts = finish_clip(audio, rate_hz, seed=result.seeds[0], peaks=body.peaks or settings.peaks)
-    encoding = Encoding(AudioFormat(body.response_format))
-    return FinishedFile(encode_audio(audio, rate_hz, encoding=encoding), file_rate(encoding, rate_hz), (facts,))
+    order = FileOrder(body.peaks or settings.peaks, encoding=Encoding(AudioFormat(body.response_format)))
+    return finish(replace(result, audio=(audio,)), order)
 
 
 def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[tuple[str, str]]:
