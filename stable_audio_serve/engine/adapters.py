@@ -296,11 +296,14 @@ class Adapters:
     def _finish_device_work(self) -> None:
         """Wait for this thread's work, because the engine's thread may use the slots on another stream.
 
-        Waits for one stream only: while the engine's thread captures a call, a wait for the whole device would fail and
-        would spoil the capture.
+        On CUDA, waits for one stream only: while the engine's thread captures a call, a wait for the whole device would
+        fail and would spoil the capture. Apple's GPUs can only be waited for as a whole.
         """
-        if self._model.device.type != "cpu":
-            torch.accelerator.current_stream(self._model.device).synchronize()
+        device = self._model.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        elif device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
 
 def _release_result(job: Future[HeldSlots]) -> None:

@@ -1,7 +1,8 @@
 """The linear layers of a network that adapters can change, and adapters fitted to them.
 
 Everything here depends on the base weights and on one adapter, but not on strengths or on other adapters. It is
-therefore computed once for each adapter. The tensors of a fitted adapter are on the device of the weights.
+therefore computed once for each adapter. It is computed on the device of the weights if that is a CPU or a CUDA device,
+else on the CPU: Apple's GPUs have no float64.
 """
 
 from __future__ import annotations
@@ -86,13 +87,13 @@ class Base:
         self._singular = SingularBases(self.layers, folder=folder)
 
     def weight(self, layer: str) -> Tensor:
-        """Returns a layer's weight as a matrix (out, in)."""
-        return matrix(self.layers[layer])
+        """Returns a layer's weight as a matrix (out, in), on a device that has float64."""
+        return _exact(matrix(self.layers[layer]))
 
     def bias(self, layer: str) -> Tensor | None:
-        """Returns a layer's bias (out,)."""
+        """Returns a layer's bias (out,), on the device of `weight`."""
         bias = self.layers[layer].bias
-        return None if bias is None else bias.detach()
+        return None if bias is None else _exact(bias.detach())
 
     def squared_norms(self, layer: str) -> Tensor:
         """Returns the squared norms (out,) float64 of the rows of a layer's weight."""
@@ -179,6 +180,10 @@ class Base:
         stated = adapter.layers[layer]["baked_vnorm_row"].to(fitted.along)
         squares = self.squared_norms(layer) + adapter.scaling * (2 * fitted.along + adapter.scaling * fitted.squares)
         return bool(((squares.clamp(min=0).sqrt() - stated).abs() <= _NORM_TOLERANCE * stated.abs()).all())
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type == "cuda" else tensor.cpu()
 
 
 def _needs_basis(parts: Mapping[str, Tensor]) -> bool:

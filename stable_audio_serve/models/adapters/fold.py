@@ -113,9 +113,11 @@ def _fold_layer(base: Base, layer: str, *, parts: Sequence[_Part], stacking: Sta
     chain = (_chain if stacking == "chained" else _sum)(base, layer, parts=parts)
     bias, weights = base.bias(layer), [part.layer for part in parts]
     offset = torch.zeros_like(chain.scale) if bias is None else (1 - chain.scale) * bias
-    b = [one.b * gain.float()[:, None] for one, gain in zip(weights, chain.gains, strict=True)]
+    gained = [one.b * gain.float()[:, None] for one, gain in zip(weights, chain.gains, strict=True)]
     a = weights[0].a if len(weights) == 1 else torch.cat([one.a for one in weights])
-    return LayerSlot(chain.scale.float(), offset.float(), a, (b[0] if len(b) == 1 else torch.cat(b, 1)).to(a.dtype))
+    b = (gained[0] if len(gained) == 1 else torch.cat(gained, 1)).to(a.dtype)
+    device = base.layers[layer].weight.device  # `base.weight` may be on another one
+    return LayerSlot(*(tensor.to(device) for tensor in (chain.scale.float(), offset.float(), a, b)))
 
 
 def _chain(base: Base, layer: str, *, parts: Sequence[_Part]) -> _Chain:

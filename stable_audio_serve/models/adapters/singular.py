@@ -157,7 +157,7 @@ def singular_basis(weight: Tensor, rank: int) -> SingularBasis:
     The vectors of the shorter axis are eigenvectors of the weight's product with its transpose. In float64 this is more
     exact than a singular value decomposition in float32, and takes a quarter of the time.
     """
-    exact = weight.double().cpu()
+    exact = weight.cpu().double()
     is_wide = exact.shape[1] > exact.shape[0]
     wide = exact if is_wide else exact.T
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
