@@ -16,7 +16,6 @@ from pathlib import Path
 from huggingface_hub import (
     HfApi,
     constants,
-    errors,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
@@ -51,8 +50,8 @@ from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
 
 # All errors of huggingface_hub. It raises ValueError for a token with invalid characters, and for a response that does
-# not come from a model hub.
-_ERRORS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
+# not come from a model hub. Its package hf_xet, which downloads large files, raises RuntimeError for a failed download.
+_ERRORS = (HTTPError, OSError, HFValidationError, RuntimeError, ValueError)
 _RETRY_AFTER_S = 30.0
 _REQUEST_TIMEOUT_S = 4.0  # timeout of a request to the hub that is not a download
 
@@ -298,7 +297,8 @@ def _failure(error: Exception, entry: ModelEntry) -> CheckpointError:
     if isinstance(error, HfHubHTTPError):
         is_temporary = error.response.status_code >= 500 or error.response.status_code == 429
     else:
-        is_temporary = isinstance(error, LocalEntryNotFoundError | HTTPError) and not constants.is_offline_mode()
+        is_away = isinstance(error, LocalEntryNotFoundError | HTTPError | RuntimeError)
+        is_temporary = is_away and not constants.is_offline_mode()
     message = _explain(error, entry)
     return CheckpointError(message, retry_after_s=_RETRY_AFTER_S if is_temporary else None)
 
@@ -326,6 +326,9 @@ def _explain(error: Exception, entry: ModelEntry) -> str:
             return describe_incomplete_cache(entry)
         case OSError():
             return f"{repo_id} could not be stored in {place}: {_first_line(error)}"
+        case RuntimeError():
+            reason = _first_line(error).partition(" for url ")[0]  # a link may be signed, and then it is secret
+            return f"{repo_id} could not be downloaded ({reason}); try again later, or set HF_HUB_DISABLE_XET=1"
         case UnicodeEncodeError():
             return "hf_token (HF_TOKEN): a token has only ASCII letters, digits and underscores"
         case _:

@@ -252,6 +252,22 @@ def test_no_network(tmp_path: Path) -> None:
     assert "path" in refusal(tmp_path, "cannot be reached", endpoint="http://127.0.0.1:9")
 
 
+def test_a_failed_download_with_xet_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Task error: error sending request for url (https://cas?Signature=s)")  # as hf_xet does
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
+    entry = ModelEntry(ModelCard("model", "stable-audio-3"), files=OPERATOR_FILES, repo_id="lab/model")
+    with (
+        running_hub({"lab/model": Repo(FILES)}) as hub,
+        pointing_library_at(hub.url, tmp_path),
+        pytest.raises(CheckpointError, match="HF_HUB_DISABLE_XET") as caught,
+    ):
+        download_entry(entry)
+    assert caught.value.retry_after_s == 30.0
+    assert "(Task error: error sending request)" in caught.value.message
+
+
 def test_offline_mode_without_a_cache(tmp_path: Path) -> None:
     refusal(tmp_path, "unset HF_HUB_OFFLINE", endpoint="http://127.0.0.1:9", is_offline=True)
 

@@ -251,11 +251,12 @@ def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | Non
         raise _FetchError(f"the repository {repo_id} has no revision {revision}") from error
     except RepositoryNotFoundError as error:
         raise _FetchError(f"there is no file and no repository {repo_id} that the server may read") from error
-    except (HTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, RuntimeError, ValueError, OSError) as error:  # RuntimeError: of hf_xet
         cached = try_to_load_from_cache(repo_id, file, revision=revision, cache_dir=cache) if file else None
         if not isinstance(cached, str):
             status = getattr(getattr(error, "response", None), "status_code", None)
-            is_temporary = isinstance(error, HTTPError | LocalEntryNotFoundError) and _is_temporary(status)
+            is_away = isinstance(error, HTTPError | LocalEntryNotFoundError | RuntimeError)
+            is_temporary = is_away and _is_temporary(status)
             raise _FetchError(f"cannot be downloaded: {_reason(error)}", is_temporary=is_temporary) from error
         return Path(cached)
 

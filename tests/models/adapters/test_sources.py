@@ -221,11 +221,18 @@ def test_repositories_may_have_a_revision(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
-def test_downloaded_files_are_used_while_the_hub_is_away(tmp_path: Path) -> None:
+def test_downloaded_files_are_used_while_the_hub_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_file(tmp_path / "a.safetensors")
     content = (tmp_path / "a.safetensors").read_bytes()
     repos = {"lab/one": Repo({"vinyl.safetensors": content})}
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Task error: no route to host")  # as hf_xet does
+
     with running_hub(repos) as hub, pointing_library_at(hub.url, tmp_path / "home"):
+        with monkeypatch.context() as patch:
+            patch.setattr("huggingface_hub.file_download.http_get", fail)
+            assert "no route to host" in refusal("lab/one/vinyl.safetensors", is_temporary=True)
         fetch_adapter("lab/one/vinyl.safetensors")
     with pointing_library_at(hub.url, tmp_path / "home"):
         assert fetch_adapter("lab/one/vinyl.safetensors").read_bytes() == content
