@@ -48,7 +48,11 @@ def unknown_keys(value: object, model: type[BaseModel], *, path: Path = ()) -> I
             near = nearest(str(key), model.model_fields)
             yield here, "unknown; " + (f"did you mean {near}?" if near else f"valid: {', '.join(model.model_fields)}")
         elif section := _section_in(field.annotation):
-            yield from unknown_keys(item, section, path=here)
+            if get_origin(field.annotation) is dict and isinstance(item, dict):  # sections by name
+                for name, named in item.items():
+                    yield from unknown_keys(named, section, path=(*here, str(name)))
+            else:
+                yield from unknown_keys(item, section, path=here)
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

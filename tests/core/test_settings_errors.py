@@ -28,6 +28,10 @@ def complaint(folder: Path, args: dict[str, Any] | None = None, **environ: str) 
             {"models": [{"name": "a"}, {"name": "b", "replicas": {"max-replica": 2}}]},
             "models.1.replicas.max-replica: unknown; did you mean max_replicas?",
         ),
+        (
+            {"models": [{"name": "a", "loras": {"path": "x", "vinyl": {"path": "y", "conditoner": True}}}]},
+            "models.0.loras.vinyl.conditoner: unknown; did you mean conditioner?",
+        ),
         ({"api": {"MAX_STEPS": 9}}, "api.MAX_STEPS: unknown; did you mean max_steps?"),
         ({"ingress": {"colour": "red"}}, f"ingress.colour: unknown; valid: {', '.join(IngressSettings.model_fields)}"),
         ({"max_steps": 9}, f"max_steps: unknown; valid: {', '.join(Settings.model_fields)}"),
