@@ -22,6 +22,7 @@ from stable_audio_serve.doctor.examine import Examination
 from stable_audio_serve.doctor.findings import Finding, run_check
 
 _HIDDEN = "**********"
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # in JSON
 _SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET = 4  # characters; a shorter value, such as 1, is not hidden, because it also occurs in other words
 _PASSWORD = re.compile(r"\w://[^\s:/@]*:([^\s\"]+)@")  # of a URL
@@ -51,7 +52,11 @@ def write_report(path: Path, examination: Examination, *, found: Sequence[Findin
     kept = [text for text in texts if text.startswith(("/", "~"))]
     secrets = [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
     secrets += [word for text in texts for found in _PASSWORD.findall(text) for word in (found, unquote(found))]
-    text = redact(json.dumps(report, indent=1, ensure_ascii=False), kept=kept, secrets=secrets)
+
+    def hide(found: re.Match[str]) -> str:
+        return json.dumps(redact(json.loads(found[0]), kept=kept, secrets=secrets), ensure_ascii=False)
+
+    text = _STRING.sub(hide, json.dumps(report, indent=1, ensure_ascii=False))
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -63,10 +68,10 @@ def redact(text: str, *, kept: Iterable[str], secrets: Iterable[str], environ: M
     variables = (value for name, value in environ.items() if _SECRET_NAME.search(name))
     for secret in (*secrets, *variables):
         if len(secret) >= _SHORTEST_SECRET:
-            text = text.replace(json.dumps(secret, ensure_ascii=False)[1:-1], _HIDDEN)
+            text = text.replace(secret, _HIDDEN)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
-    home = str(Path(environ.get("HOME", "/")))
+    home = str(Path(environ.get("HOME") or "/"))
     hide_home = re.compile(rf"{re.escape(home)}(?=/|\b)") if home != "/" else re.compile(r"(?!)")
     allowed = tuple(hide_home.sub("~", path) for path in kept)
 

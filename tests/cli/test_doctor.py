@@ -286,6 +286,7 @@ def test_the_report_has_no_secret_and_no_foreign_path(folder: Path, monkeypatch:
     token, database, bucket, webhook, key = secrets
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("STABLE_AUDIO_API_KEY", key)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # named like a secret
 
     def fail() -> None:
         raise RuntimeError(f"in {home}/private/x.py and /opt/other/lib/y.so: {' '.join(secrets)} postgresql://u:p@h/d")
@@ -307,6 +308,7 @@ def test_the_report_has_no_secret_and_no_foreign_path(folder: Path, monkeypatch:
         secret for secret in (*secrets, "u:p@", "key-id", str(home), "private", "/opt", "env/bin") if secret in text
     ] == []
     assert report["settings"]["models"][0]["path"] == "~/models/mine"  # the configuration's own path
+    assert report["settings"]["models"][0]["compile"] is False
     assert report["findings"][0]["message"].startswith("RuntimeError: in .../x.py and .../y.so: ***")
     assert report["settings"]["jobs"]["database_url"] == f"postgresql://**********@{CLOSED}/x"
     assert "STABLE_AUDIO_API_KEY" in report["variables"]
@@ -315,5 +317,5 @@ def test_the_report_has_no_secret_and_no_foreign_path(folder: Path, monkeypatch:
 
 @pytest.mark.parametrize("home", ["/", "", "/h"])
 def test_redaction_keeps_text_that_is_no_path(home: str) -> None:
-    text = '"1/2, N/A, http://host:80/v1/audio, text/plain, /health, 8 GB/s, /h/x/y, and/or"'
+    text = '"1/2, N/A, http://host:80/v1/audio, text/plain, /health, 8 GB/s, /h/x/y, and/or, v2.1"'
     assert redact(text, kept=["/h/x"], secrets=[], environ={"HOME": home}).replace("~", "/h") == text
