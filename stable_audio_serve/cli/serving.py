@@ -39,9 +39,10 @@ def init(
     """
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE
 
+    text = PACKAGED_FILE.read_text(encoding="utf-8")  # in a checkout, `file` may be the packaged file itself
     try:
         with file.open("w" if force else "x", encoding="utf-8") as written:
-            written.write(PACKAGED_FILE.read_text(encoding="utf-8"))
+            written.write(text)
     except FileExistsError as error:
         if file.is_dir():
             raise fail(f"{file} is a folder; name a file") from error
