@@ -126,7 +126,8 @@ def load_environment(environ: MutableMapping[str, str], *, directory: Path | Non
     Also copies HUGGING_FACE_HUB_TOKEN to HF_TOKEN if HF_TOKEN is not set. Raises ConfigError if `.env` is unreadable.
     """
     start = (directory or Path.cwd()).absolute()
-    path = next((folder / ".env" for folder in (start, *start.parents) if (folder / ".env").is_file()), None)
+    # Not `Path.is_file`, which raises PermissionError in the working directory of another user, as after `sudo -u`.
+    path = next((folder / ".env" for folder in (start, *start.parents) if os.path.isfile(folder / ".env")), None)
     if path is not None:
         try:
             values = dotenv_values(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def find_serve_file(chosen: Path | None) -> Path:
     Otherwise it is serve_config.yaml in the working directory, or if there is none, the packaged file.
     """
     here = Path(_FILE_NAME)
-    return chosen or (here if here.is_file() else PACKAGED_FILE)
+    return chosen or (here if os.path.isfile(here) else PACKAGED_FILE)  # `Path.is_file` may raise PermissionError
 
 
 def official_models() -> ServeFile:

@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result
 from stable_audio_serve import __version__
 from stable_audio_serve.cli import app
 from stable_audio_serve.cli.serving import stable_audio_api
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.serving import serve_file
 from tests.patience import PATIENCE_S
 from tests.serving.launched import free_port
@@ -112,6 +114,13 @@ def test_the_packaged_config_is_used_without_a_file(run: Run, command: list[str]
         assert [model["name"] for model in yaml.safe_load(result.stdout)["models"]] == ["demo"]
     if command == ["admin", "jobs", "list"]:
         assert "there are no jobs yet" in result.stderr
+
+
+def test_files_that_cannot_be_looked_up_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "x" * 300  # too long: even root gets an error, as other users do in a private folder
+    monkeypatch.setattr(serve_file, "_FILE_NAME", name)
+    assert serve_file.find_serve_file(None) == serve_file.PACKAGED_FILE
+    assert load_settings(environ={}, directory=tmp_path / name) == Settings()
 
 
 def test_init_writes_the_commented_default_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
