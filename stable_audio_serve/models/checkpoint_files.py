@@ -17,6 +17,7 @@ WEIGHTS_FILE = "model.safetensors"
 _USUAL_WEIGHTS = (WEIGHTS_FILE, "model.ckpt")
 _WEIGHT_TYPES = (".safetensors", ".ckpt")
 _NO_WEIGHTS = ("golden.safetensors",)  # not weights: reference values for verifying a checkpoint
+_POINTER = b"version https://git-lfs"  # without Git LFS, `git clone` writes a small text in place of a large file
 _MOST_NAMED = 5
 TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
 _SHARD_INDEX = "model.safetensors.index.json"
@@ -130,11 +131,14 @@ def check_encoder(files: FileList, *, folder: str | None = None) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CheckpointError if a file of a checkpoint folder is missing or truncated."""
+    """Raise CheckpointError if a file of a checkpoint folder is missing, truncated or a Git LFS pointer."""
     try:
         encoder = check_layout(read_config(folder), list_folder(folder))
         weights = [find_weights(folder), *(() if encoder is None else encoder_weights(folder / encoder))]
         for path in weights:
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
             if path.suffix == ".safetensors":
                 _check_header(path)
     except OSError as error:

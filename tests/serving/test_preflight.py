@@ -126,6 +126,17 @@ def test_truncated_weights_stop_the_start(tmp_path: Path) -> None:
         check(make_plan({"name": "mine", "path": str(folder)}), print_error=pytest.fail)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "t5gemma/model.safetensors"])
+def test_weights_cloned_without_git_lfs_stop_the_start(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    if name == "model.ckpt":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer"):
+        check(make_plan({"name": "mine", "path": str(folder)}), print_error=pytest.fail)
+
+
 def test_model_not_loaded_at_the_start_only_warns(tmp_path: Path) -> None:
     tiny, absent = {"name": "tiny", "path": TINY}, {"name": "absent", "path": str(tmp_path / "absent")}
     warnings: list[str] = []
