@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,7 +61,8 @@ def doctor(
 
 def _print(finding: Finding) -> None:
     state = typer.style(finding.state.ljust(_STATE_WIDTH), fg=_COLOURS[finding.state])
-    typer.echo(f"{state}{finding.check.ljust(_CHECK_WIDTH)} {plain(finding.message)}")
+    color = False if os.environ.get("NO_COLOR") else None  # None: only on a terminal
+    typer.echo(f"{state}{finding.check.ljust(_CHECK_WIDTH)} {plain(finding.message)}", color=color)
     if finding.advice:
         typer.echo(f"{' ' * (_STATE_WIDTH + _CHECK_WIDTH)} -> {plain(finding.advice)}")
 

@@ -251,6 +251,13 @@ def test_an_unexpected_exception_fails_one_line(monkeypatch: pytest.MonkeyPatch)
     assert found["demo: memory"]["state"] == "ok"
 
 
+@pytest.mark.parametrize(("no_color", "escape"), [("", True), ("1", False)])
+def test_colors_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, no_color: str, escape: bool) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    result = CliRunner().invoke(app, ["doctor", "--config", "absent.yaml"], color=True)  # as on a terminal
+    assert ("\x1b" in result.stdout) is escape
+
+
 class TriedEngine:
     """An engine with the configured features. Its check at the start finds that the audio of packed calls is wrong."""
 
