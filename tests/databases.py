@@ -77,6 +77,16 @@ class PostgresServer:
         self.stop(mode)
         self.start()
 
+    def restart_as_standby(self) -> None:
+        """Restart as a failover restarts a former primary: the data can only be read, until `promote`."""
+        self.stop()
+        (self.folder / "data" / "standby.signal").touch()
+        self.start()
+
+    def promote(self) -> None:
+        """Accept writes again after `restart_as_standby`."""
+        self._control("promote")
+
     def _control(self, *arguments: str) -> None:
         patience = ("--wait", "--timeout", f"{PATIENCE_S:.0f}")
         _run(self.folder, self.programs / "pg_ctl", "--pgdata", "data", *patience, *arguments)

@@ -35,6 +35,7 @@ _CHECK_FILE_EVERY_S = 1.0
 _CONNECT = {
     "client_encoding": "utf8",  # also for a database of the encoding SQL_ASCII, which stores texts as they are
     "prepare_threshold": None,  # prepare no statements: PgBouncer may run them in a session that has others
+    "target_session_attrs": "primary",  # a connection to a standby would outlast the failover, and refuse every write
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,

@@ -300,6 +300,23 @@ class TestFaults:
         database.close()
 
     @pytest.mark.server
+    def test_standby_is_not_used(self, postgres: PostgresServer, postgres_url: str) -> None:
+        """Such a connection would stay, and refuse every write, after the address leads to the primary again."""
+        database = open_database(postgres_url)
+        store = JobStore(database)
+        job = add(store)
+        postgres.restart_as_standby()
+        try:
+            assert "hot standby" in refusal_of(postgres_url)
+            with pytest.raises(StorageError):
+                store.clients.get(job.spec.ref)
+        finally:
+            postgres.promote()
+        assert find(store, job) == job
+        add(store)
+        database.close()
+
+    @pytest.mark.server
     def test_failover_to_another_database_loses_no_job(self, postgres: PostgresServer, postgres_url: str) -> None:
         """Jobs that the other database accepted would be missing once the first one is back."""
         another_url = postgres.create_database()
