@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -445,8 +446,16 @@ async def test_a_handler_is_cancelled_once_if_the_server_cancels_it_too() -> Non
     assert has_ended.is_set()
 
 
-async def test_only_a_part_of_an_unread_body_is_dropped() -> None:
+@pytest.mark.parametrize("is_read", [False, True])
+async def test_only_a_part_of_an_unread_body_is_dropped(is_read: bool) -> None:
+    """A proxy that is still sending the body answers 502 in place of the refusal when the connection closes."""
     num_received, headers = 0, {}
+
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+        if is_read:
+            with pytest.raises(HTTPException, match="larger than"):
+                await receive()
+        await Response("no")(scope, receive, send)
 
     async def receive() -> Message:
         nonlocal num_received
@@ -457,5 +466,5 @@ async def test_only_a_part_of_an_unread_body_is_dropped() -> None:
         headers.update(message.get("headers", ()))
 
     scope = {"type": "http", "method": "POST", "headers": [(b"content-length", b"67108864")]}
-    await LimitsMiddleware(Response("no"), limits=ApiSettings())(scope, receive, send)
-    assert (num_received, headers[b"connection"]) == (16, b"close")
+    await LimitsMiddleware(handle, limits=ApiSettings())(scope, receive, send)
+    assert (num_received - is_read, headers[b"connection"]) == (16, b"close")

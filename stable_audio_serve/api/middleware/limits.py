@@ -28,7 +28,7 @@ _RETRY = {"Retry-After": "5"}
 _BUSY = _CLOSE | _RETRY
 _TOO_MANY_BYTES = "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
 _MAX_DROP_S = 10.0
-_MAX_DROPPED_BYTES = 16_777_216
+_LEAST_DROPPED_BYTES = 16_777_216
 _MAX_DROP_IDLE_S = 1.0
 _PIECE_BYTES = 65_536
 
@@ -232,10 +232,10 @@ class Connection:
             return message
         self._count(len(message.get("body", b"")))
         if max(self._received_bytes, self._declared_bytes) > self._max_bytes:
-            await self._drop_rest(message, max_bytes=2 * self._max_bytes)
+            await self._drop_rest(message)
             raise HTTPException(413, self._refusal, headers=_CLOSE)
         if self._is_over_total():
-            await self._drop_rest(message, max_bytes=2 * self._max_bytes)
+            await self._drop_rest(message)
             raise HTTPException(503, _TOO_MANY_BYTES, headers=_BUSY)
         if not message.get("more_body", False):
             self._give_slot()
@@ -315,7 +315,7 @@ class Connection:
         caller: Caller | None = self._scope["state"].get("caller")  # routes set it before they read the body
         client, num_slow = caller.name if caller else "", self._held.num_slow
         if num_slow.total() >= self._times.max_slow or num_slow[client] >= self._times.max_slow_per_client:
-            await self._drop_rest({"more_body": True}, max_bytes=2 * self._max_bytes)
+            await self._drop_rest({"more_body": True})
             raise HTTPException(503, "body: too many slow uploads are in progress; retry later", headers=_BUSY)
         num_slow[client] += 1
         self._slow_client = client
@@ -346,16 +346,16 @@ class Connection:
         """
         if self._is_given_up or (self._waits_for_permission and not self._received_bytes):
             return False
-        return await self._drop_rest({"more_body": True}, max_bytes=_MAX_DROPPED_BYTES)
+        return await self._drop_rest({"more_body": True})
 
-    async def _drop_rest(self, message: Message, *, max_bytes: int) -> bool:
-        """Read and drop the rest of the body. Stops after `max_bytes`, or when the client pauses.
+    async def _drop_rest(self, message: Message) -> bool:
+        """Read and drop the rest of the body. Stops after a limit of bytes and time, or when the client pauses.
 
         Returns whether the body is complete.
         """
         self._is_given_up = True
         deadline_at = asyncio.get_running_loop().time() + _MAX_DROP_S
-        dropped_bytes = 0
+        max_bytes, dropped_bytes = max(_LEAST_DROPPED_BYTES, 2 * self._max_bytes), 0
         while message.get("more_body", False) and dropped_bytes < max_bytes:
             left_s = deadline_at - asyncio.get_running_loop().time()
             try:
