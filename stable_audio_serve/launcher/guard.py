@@ -8,6 +8,7 @@ imports only the standard library.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -64,6 +65,8 @@ def _main() -> None:
     launcher = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError):  # systemd-tmpfiles deletes old files in /tmp, but none below a locked folder
+        fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     sys.stdin.buffer.read()
     _clean_up(Path(sys.argv[1]), spared={launcher, os.getpid()})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,24 @@ def test_processes_using_the_folder_end_with_the_context(tmp_path: Path) -> None
         wait_until(lambda: child.pid in processes_using(directory))
     assert child.wait(timeout=PATIENCE_S) == -9
     assert not directory.exists()
+
+
+def test_folder_is_locked_against_cleaners_of_tmp(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+
+    def is_locked() -> bool:
+        cleaner = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(cleaner, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as systemd-tmpfiles does
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(cleaner)
+        return False
+
+    with guarded(directory):
+        wait_until(is_locked)
 
 
 def test_processes_elsewhere_are_left_alone(tmp_path: Path) -> None:
