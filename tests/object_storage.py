@@ -49,6 +49,7 @@ class Faults:
     cuts: float = 0.0  # resets the connection; half of these requests are executed, and only the response is cut
     delay_s: float = 0.0  # seconds to wait before a request is forwarded
     answer: tuple[int, str] | None = None  # answers every request with this status and S3 error code
+    region: str = ""  # requests that are signed for another region are refused, with the name of this one
     only: str = ""  # faults hit only requests with this text in `METHOD /path?query`
     is_down: bool = False  # every connection is reset
     is_silent: bool = False  # requests are accepted but never answered
@@ -194,6 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Event().wait(faults.delay_s)
         if faults.answer is not None and faults.only in request:
             return self._answer_error(*faults.answer)
+        if faults.region and f"/{faults.region}/" not in self.headers.get("Authorization", ""):
+            return self._answer_error(400, "AuthorizationHeaderMalformed")
         if fate == "swallow":
             return self._answer(200, [("Content-Length", "0")], b"", False)
         if fate == "deny":
@@ -224,7 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _answer_error(self, status: int, code: str) -> None:
-        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
+        fields = f"<Code>{code}</Code><Message>injected</Message><Region>{self.proxy.faults.region}</Region>"
+        text = f"<?xml version='1.0'?><Error>{fields}</Error>"
         body = b"" if self.command == "HEAD" else text.encode()
         self._answer(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))], body, False)
 

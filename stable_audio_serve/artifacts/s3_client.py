@@ -55,6 +55,7 @@ _BAD_REGION = {
     "IllegalLocationConstraintException",
     "InvalidRegionError",
     "PermanentRedirect",
+    "TemporaryRedirect",
     "301",
 }
 _REDIRECTS = (301, 302, 307, 308)
@@ -94,7 +95,7 @@ def make_client(
         aws_session_token=_secret(settings.session_token),
         config=config,
     )
-    client.meta.events.register("before-call.s3.HeadBucket", _end_search)
+    client.meta.events.register("before-call.s3", _follow_no_redirect)
     for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"):
         client.meta.events.register(f"after-call.s3.{operation}", _require_stored)
     return client
@@ -111,15 +112,13 @@ def _require_stored(parsed: Mapping[str, Any], model: Any, **_: Any) -> None:
         raise ClientError({**parsed, "Error": {"Code": "MissingETag"}}, model.name)
 
 
-def _end_search(**_: Any) -> None:
-    """End botocore's search for the region of a bucket. Raises ClientError.
+def _follow_no_redirect(context: dict[str, Any], **_: Any) -> None:
+    """Let a request to another region than the bucket's fail. botocore would find the region and send it again.
 
-    If a redirect does not name the region, botocore sends HeadBucket to find it. If this request is redirected too, for
-    example by a proxy that redirects HTTP to HTTPS, botocore searches again, until Python's stack is full.
+    Links would be wrong, because they are signed for the configured region. A proxy that redirects every request would
+    let botocore search until Python's stack is full.
     """
-    from botocore.exceptions import ClientError
-
-    raise ClientError({"ResponseMetadata": {"HTTPHeaders": {}}}, "HeadBucket")
+    context["s3_redirect"]["redirected"] = True
 
 
 def s3_errors() -> tuple[type[Exception], ...]:

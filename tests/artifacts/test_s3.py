@@ -478,6 +478,13 @@ def test_invalid_region_is_detected_at_startup(
         S3Artifacts(object_storage.settings(bucket, **overrides)).check()
 
 
+def test_other_region_is_detected_at_startup(object_storage: ObjectStorage, bucket: str) -> None:
+    """botocore would find the bucket's region for requests, but sign links for the configured one."""
+    object_storage.proxy.faults = Faults(region="eu-west-1")
+    assert check(object_storage, bucket, region="us-east-1").startswith("storage.region")
+    S3Artifacts(object_storage.settings(bucket, region="eu-west-1")).check()
+
+
 async def test_boto3_is_imported_on_first_use_only() -> None:
     code = (
         "import sys, stable_audio_serve.jobs.open as q; from stable_audio_serve.core.settings import Settings; "
