@@ -49,7 +49,12 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("metrics", "port"): ("STABLE_AUDIO_METRICS_PORT",),
     ("storage", "bucket"): ("STABLE_AUDIO_STORAGE_BUCKET", "AWS_S3_BUCKET", "R2_BUCKET", "R2_BUCKET_NAME"),
     ("storage", "prefix"): ("STABLE_AUDIO_STORAGE_PREFIX",),
-    ("storage", "endpoint_url"): ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "R2_ENDPOINT_URL"),
+    ("storage", "endpoint_url"): (
+        "STABLE_AUDIO_STORAGE_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "R2_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL",
+    ),
     ("storage", "region"): ("STABLE_AUDIO_STORAGE_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
     ("storage", "links"): ("STABLE_AUDIO_STORAGE_LINKS",),
     ("storage", "public_base_url"): ("STABLE_AUDIO_STORAGE_PUBLIC_BASE_URL",),

@@ -121,6 +121,7 @@ def test_the_hub_token_is_read_from_both_names(tmp_path: Path) -> None:
         ("STABLE_AUDIO_STORAGE_PREFIX", "p/q", "storage.prefix", "p/q"),
         ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "https://s3.example", "storage.endpoint_url", "https://s3.example"),
         ("AWS_ENDPOINT_URL_S3", "https://s3.example", "storage.endpoint_url", "https://s3.example"),
+        ("AWS_ENDPOINT_URL", "https://s3.example", "storage.endpoint_url", "https://s3.example"),
         ("R2_ENDPOINT_URL", "https://s3.example", "storage.endpoint_url", "https://s3.example"),
         ("STABLE_AUDIO_STORAGE_REGION", "auto", "storage.region", "auto"),
         ("AWS_REGION", "eu-west-1", "storage.region", "eu-west-1"),
@@ -144,7 +145,7 @@ def test_every_variable_takes_effect(tmp_path: Path, name: str, value: str, path
     "names",
     [
         ("STABLE_AUDIO_STORAGE_BUCKET", "AWS_S3_BUCKET", "R2_BUCKET", "R2_BUCKET_NAME"),
-        ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "R2_ENDPOINT_URL"),
+        ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "R2_ENDPOINT_URL", "AWS_ENDPOINT_URL"),
         ("STABLE_AUDIO_STORAGE_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
     ],
 )
