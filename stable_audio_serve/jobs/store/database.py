@@ -67,6 +67,8 @@ def database_url(url: str | None, folder: Path) -> sa.URL:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError) as error:
         raise config_error("not a database URL") from error
+    if "@" in (parsed.host or ""):  # its beginning is the end of the password, and would be part of error messages
+        raise config_error("write an @ in the user name or password as %40")
     kind = parsed.drivername.partition("+")[0]
     if kind == "sqlite" and parsed.database and parsed.database != ":memory:" and not parsed.query:
         return parsed.set(drivername="sqlite")

@@ -133,6 +133,7 @@ class TestAddresses:
             "sqlite:///:memory:",
             "mysql://u:secret@host/db",
             "postgresql://u:secret@host:port/db",
+            "postgresql://u:pass@secret@host/db",
             "sqlite:///file:a?mode=memory&uri=true",
             "://",
             "https://secret",
