@@ -227,10 +227,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _answer_error(self, status: int, code: str) -> None:
-        fields = f"<Code>{code}</Code><Message>injected</Message><Region>{self.proxy.faults.region}</Region>"
+        region = self.proxy.faults.region
+        fields = f"<Code>{code}</Code><Message>injected</Message><Region>{region}</Region>"
         text = f"<?xml version='1.0'?><Error>{fields}</Error>"
         body = b"" if self.command == "HEAD" else text.encode()
-        self._answer(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))], body, False)
+        headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
+        self._answer(status, [*headers, ("x-amz-bucket-region", region)], body, False)
 
     def _cut(self) -> None:
         """Reset the TCP connection, so that the client's reads and writes fail at once."""

@@ -97,7 +97,7 @@ def make_client(
         aws_session_token=_secret(settings.session_token),
         config=config,
     )
-    client.meta.events.register("before-call.s3", _follow_no_redirect)
+    client.meta.events.register("before-call.s3", partial(_limit_redirects, own_bucket=settings.bucket))
     for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"):
         client.meta.events.register(f"after-call.s3.{operation}", _require_stored)
     return client
@@ -114,13 +114,15 @@ def _require_stored(parsed: Mapping[str, Any], model: Any, **_: Any) -> None:
         raise ClientError({**parsed, "Error": {"Code": "MissingETag"}}, model.name)
 
 
-def _follow_no_redirect(context: dict[str, Any], **_: Any) -> None:
-    """Let a request to another region than the bucket's fail. botocore would find the region and send it again.
+def _limit_redirects(model: Any, context: dict[str, Any], *, own_bucket: str | None, **_: Any) -> None:
+    """Let a request fail if botocore must not find the bucket's region and send the request there.
 
-    Links would be wrong, because they are signed for the configured region. A proxy that redirects every request would
-    let botocore search until Python's stack is full.
+    The region of the configured bucket must be configured too, because links are signed for the configured region.
+    botocore finds a region with HeadBucket. If it followed a redirect of HeadBucket, for example of a proxy that
+    redirects every request, it would search until Python's stack is full.
     """
-    context["s3_redirect"]["redirected"] = True
+    redirect = context["s3_redirect"]
+    redirect["redirected"] = redirect["bucket"] == own_bucket or model.name == "HeadBucket"
 
 
 def s3_errors() -> tuple[type[Exception], ...]:

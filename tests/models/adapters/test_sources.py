@@ -27,7 +27,7 @@ from stable_audio_serve.models.adapters.header import MAX_FILE_BYTES, inspect_fi
 from stable_audio_serve.models.adapters.sources import fetch_adapter, is_remote
 from tests.adapter_files import write_file
 from tests.models.hub import Repo, pointing_library_at, running_hub
-from tests.object_storage import ObjectStorage
+from tests.object_storage import Faults, ObjectStorage
 
 
 def refusal(source: str, *, max_bytes: int = MAX_FILE_BYTES, is_temporary: bool = False, **options: Any) -> str:
@@ -71,6 +71,17 @@ def test_objects_are_downloaded_once_per_version(object_storage: ObjectStorage, 
     object_storage.client.upload_file(str(tmp_path / "a.safetensors"), bucket, "adapters/vinyl.safetensors")
     assert fetch(source) != path
     assert not list(cache.rglob("*.part"))
+
+
+@pytest.mark.server
+def test_objects_may_be_in_another_region_than_the_server_s(object_storage: ObjectStorage, tmp_path: Path) -> None:
+    write_file(tmp_path / "a.safetensors")
+    bucket = object_storage.make_bucket()
+    object_storage.client.upload_file(str(tmp_path / "a.safetensors"), bucket, "vinyl.safetensors")
+    object_storage.proxy.faults = Faults(region="eu-west-1")
+    open_s3 = partial(make_client, object_storage.settings("own", region="us-east-1"))
+    path = fetch_adapter(f"s3://{bucket}/vinyl.safetensors", open_s3=open_s3, cache=tmp_path / "cache")
+    assert path.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
 
 
 @pytest.mark.server
