@@ -74,7 +74,8 @@ async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterato
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
+async def real(shared: object, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
+    # `shared` is built first, because it would keep the shorter window that `serve_model` sets for the time being.
     async with serve_model("tiny", TINY, output_dir=tmp_path_factory.mktemp("outputs")) as client:
         yield client
 
