@@ -317,7 +317,8 @@ def _explain(error: Exception, entry: ModelEntry) -> str:
         case RepositoryNotFoundError():
             return f"{repo_id} does not exist or is private: check the name, or set HF_TOKEN to a token that reads it"
         case HfHubHTTPError() if status in (401, 403):
-            return f"access to {repo_id} was refused ({status}): set HF_TOKEN to a token that may read {page}"
+            said = f"{status}: {error.server_message}".partition("\n")[0] if error.server_message else status
+            return f"access to {repo_id} was refused ({said}): set HF_TOKEN to a token that may read {page}"
         case HfHubHTTPError() if status >= 500 or status == 429:
             return f"{constants.ENDPOINT} answered {status} for {repo_id}; try again later"
         case HfHubHTTPError():

@@ -18,6 +18,8 @@ import pytest
 from huggingface_hub import close_session, constants, snapshot_download
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# The hub's reason for status 403 if a fine-grained token lacks this permission.
+REFUSAL = "Please enable access to public gated repositories in your fine-grained token settings"
 
 
 @dataclass
@@ -137,16 +139,17 @@ def running_hub(repos: Mapping[str, Repo]) -> Iterator[Hub]:
                 return self._error(404, "RevisionNotFound")
             path = "/".join(rest[2:])
             if path in repo.refused:
-                return self._error(403, None)
+                return self._error(403, None, message=REFUSAL)
             if with_body:
                 hub.fetched.append(path)
             return self._file(repo.files[path], with_body=with_body)
 
-        def _error(self, status: int, code: str | None) -> None:
+        def _error(self, status: int, code: str | None, *, message: str | None = None) -> None:
             self.send_response(status)
             if code:
                 self.send_header("X-Error-Code", code)
-                self.send_header("X-Error-Message", code)
+            if code or message:
+                self.send_header("X-Error-Message", message or str(code))
             self.send_header("Content-Length", "0")
             self.end_headers()
 

@@ -18,7 +18,7 @@ from stable_audio_serve.models.download import check_access, download_entry
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import OPERATOR_FILES, ModelEntry, describe_entry, resolve_entry
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
-from tests.models.hub import COMMIT, Repo, checkpoint_files, pointing_library_at, running_hub, silent_hub
+from tests.models.hub import COMMIT, REFUSAL, Repo, checkpoint_files, pointing_library_at, running_hub, silent_hub
 from tests.parameters import slow
 
 pytestmark = pytest.mark.server
@@ -232,7 +232,7 @@ def test_a_full_disk_for_renamed_weights_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "t5gemma/config.json"])
 def test_a_file_that_the_hub_refuses(tmp_path: Path, name: str) -> None:
     with running_hub({"lab/model": Repo(FILES, refused=(name,))}) as hub:
-        refusal(tmp_path, "access to lab/model was refused (403)", endpoint=hub.url)
+        refusal(tmp_path, f"access to lab/model was refused (403: {REFUSAL})", endpoint=hub.url)
 
 
 @pytest.mark.parametrize(
