@@ -151,7 +151,7 @@ def damaged(path: Path, error: BaseException) -> CheckpointError:
 
 
 def _encoder_folder(config: ConfigReader, files: FileList) -> str | None:
-    names = _encoder_names(_text_conditioner(config))
+    names = encoder_folders(config)
     found = next((folder for folder in names if files.has(f"{folder}/config.json")), None)
     if found is None and not is_open_family(config):
         places = ", ".join(f"{files.place}/{folder}" for folder in names)
@@ -168,11 +168,12 @@ def _text_conditioner(config: ConfigReader) -> ConfigReader:
     raise conditioning.unusable("configs", "a list with a conditioner of type " + " or ".join(_ENCODER_KEYS))
 
 
-def _encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
+def encoder_folders(config: ConfigReader) -> tuple[str, ...]:
     """Returns the folders where the text encoder may be, relative to the checkpoint, in order of preference."""
+    conditioner = _text_conditioner(config)
     keys, usual = _ENCODER_KEYS[conditioner.text("type")]
-    config = conditioner.section("config", optional=True)
-    names = [config.text(key) for key in keys if key in config]
+    options = conditioner.section("config", optional=True)
+    names = [options.text(key) for key in keys if key in options]
     return tuple(dict.fromkeys(part for name in (*names, usual) for part in (name, Path(name).name)))
 
 

@@ -35,18 +35,18 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import (
-    WEIGHTS_FILE,
     FileList,
     check_encoder,
     check_folder,
     check_layout,
     choose_weights,
+    encoder_folders,
     find_text_encoder,
     list_folder,
     list_repository,
     text_encoder_repository,
 )
-from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+from stable_audio_serve.models.config_reader import CONFIG_FILE, ConfigReader, read_config
 from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
 
 # All errors of huggingface_hub. It raises ValueError for a token with invalid characters, and for a response that does
@@ -54,6 +54,9 @@ from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
 _ERRORS = (HTTPError, OSError, HFValidationError, RuntimeError, ValueError)
 _RETRY_AFTER_S = 30.0
 _REQUEST_TIMEOUT_S = 4.0  # timeout of a request to the hub that is not a download
+# The files to download of a text encoder in a checkpoint's repository, and in a repository of its own.
+_ENCODER_SUFFIXES = ("json", "safetensors", "model")
+_ENCODER_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "spiece.model", "special_tokens*")
 
 
 def download_entry(entry: ModelEntry, *, token: str | None = None) -> Path:
@@ -61,15 +64,12 @@ def download_entry(entry: ModelEntry, *, token: str | None = None) -> Path:
 
     If `token` is None, huggingface_hub uses its own token. Raises CheckpointError if the files cannot be downloaded.
     """
-    repo_id = _repository(entry)
     if (cached := find_cached(entry)) is not None:
         return cached
-    folder = _download(entry, token=token)
-    _require_config(repo_id, list_folder(folder).names)
-    if not (folder / WEIGHTS_FILE).is_file():
-        with _asking(entry, token) as info:
-            weights = choose_weights(_files_of(info, entry))
-        folder = _download(_with_weights(entry, weights), token=token)
+    with _asking(entry, token) as info:
+        listed = _files_of(info, entry)
+        files = _needed_files(read_config(_fetch_config(entry, listed, token=token)), listed)
+    folder = _download(entry, files, token=token)
     check_folder(folder)
     return folder
 
@@ -85,7 +85,7 @@ def download_text_encoder(folder: Path, *, token: str | None = None) -> Path:
     entry = _encoder_entry(folder)
     if (cached := _cached_text_encoder(entry)) is not None:
         return cached
-    fetched = _download(entry, token=token)
+    fetched = _download(entry, _ENCODER_FILES, token=token)
     check_encoder(replace(list_folder(fetched), place=_repository(entry)))
     return fetched
 
@@ -95,13 +95,15 @@ def find_cached(entry: ModelEntry) -> Path | None:
 
     Raises CheckpointError if a file is damaged or the name of the repository is invalid.
     """
-    folder = _snapshot(entry)
+    folder = _snapshot(entry, (CONFIG_FILE,))
     if folder is None:
         return None
     try:
-        check_layout(read_config(folder), list_folder(folder))
+        files = _needed_files(read_config(folder), list_folder(folder))
     except CheckpointError:
         return None  # files are missing: a download was interrupted
+    if _snapshot(entry, files) is None:
+        return None
     check_folder(folder)
     return folder
 
@@ -150,24 +152,15 @@ def _check_repository(entry: ModelEntry, *, token: str | None) -> tuple[Path, st
 
     Returns the folder with the config, and the text encoder's folder (None if it is not in the same repository).
     """
-    repo_id = _repository(entry)
     with _asking(entry, token) as info:
         listed = _files_of(info, entry)
-        _require_config(repo_id, listed.names)
-        weights = choose_weights(listed)
-        _require_readable(weights, info=info, token=token)
-        config_file = hf_hub_download(
-            repo_id,
-            CONFIG_FILE,
-            revision=entry.revision,
-            token=token,
-            etag_timeout=_REQUEST_TIMEOUT_S,
-        )  # not at `info.sha`: later cache lookups use the revision of the entry
-        folder = Path(config_file).parent
-        encoder = check_layout(read_config(folder), listed)
+        folder = _fetch_config(entry, listed, token=token)
+        config = read_config(folder)
+        encoder = check_layout(config, listed)
+        _require_readable(choose_weights(listed), info=info, token=token)
         if encoder is not None:
             _require_readable(f"{encoder}/config.json", info=info, token=token)
-    _require_space(_with_weights(entry, weights), info)
+    _require_space(entry, _needed_files(config, listed), info=info)
     return folder, encoder
 
 
@@ -175,16 +168,30 @@ def _check_text_encoder(entry: ModelEntry, *, token: str | None) -> None:
     with _asking(entry, token) as info:
         check_encoder(_files_of(info, entry))
         _require_readable("config.json", info=info, token=token)
-    _require_space(entry, info)
+    _require_space(entry, _ENCODER_FILES, info=info)
 
 
 def _files_of(info: ModelInfo, entry: ModelEntry) -> FileList:
     return list_repository(_repository(entry), {file.rfilename for file in info.siblings or ()})
 
 
-def _with_weights(entry: ModelEntry, weights: str) -> ModelEntry:
-    """Returns the entry with the weight file added to the files to download."""
-    return replace(entry, files=tuple(dict.fromkeys((*entry.files, weights))))
+def _fetch_config(entry: ModelEntry, listed: FileList, *, token: str | None) -> Path:
+    """Download the config of an entry. Returns its folder."""
+    repo_id = _repository(entry)
+    if CONFIG_FILE not in listed.names:
+        raise CheckpointError(f"{repo_id} holds no {CONFIG_FILE}; it is not a repository of a model served here")
+    # Not at the commit of the list: later cache lookups use the revision of the entry.
+    config_file = hf_hub_download(
+        repo_id, CONFIG_FILE, revision=entry.revision, token=token, etag_timeout=_REQUEST_TIMEOUT_S
+    )
+    return Path(config_file).parent
+
+
+def _needed_files(config: ConfigReader, listed: FileList) -> tuple[str, ...]:
+    """Returns name patterns of the files to download. Raises CheckpointError if a file is missing in `listed`."""
+    check_layout(config, listed)
+    in_encoder = [f"{folder}/*.{suffix}" for folder in encoder_folders(config) for suffix in _ENCODER_SUFFIXES]
+    return (CONFIG_FILE, choose_weights(listed), *in_encoder)
 
 
 @contextmanager
@@ -206,7 +213,7 @@ def _encoder_entry(folder: Path) -> ModelEntry:
 
 def _cached_text_encoder(entry: ModelEntry) -> Path | None:
     """Returns the folder of a text encoder's repository if the cache has all of it, else None."""
-    folder = _snapshot(entry)
+    folder = _snapshot(entry, _ENCODER_FILES)
     if folder is None:
         return None
     try:
@@ -216,23 +223,18 @@ def _cached_text_encoder(entry: ModelEntry) -> Path | None:
     return folder
 
 
-def _download(entry: ModelEntry, *, token: str | None) -> Path:
+def _download(entry: ModelEntry, files: Iterable[str], *, token: str | None) -> Path:
     with _explaining(entry):
         return Path(
-            snapshot_download(
-                _repository(entry), revision=entry.revision, token=token, allow_patterns=list(entry.files)
-            )
+            snapshot_download(_repository(entry), revision=entry.revision, token=token, allow_patterns=list(files))
         )
 
 
-def _snapshot(entry: ModelEntry) -> Path | None:
-    """Returns the cache folder of a repository, complete or not; None if nothing is cached."""
+def _snapshot(entry: ModelEntry, files: Iterable[str]) -> Path | None:
+    """Returns the cache folder of a repository; None if nothing is cached, or if it is known that `files` are not."""
     try:
         folder = snapshot_download(
-            _repository(entry),
-            revision=entry.revision,
-            allow_patterns=list(entry.files),
-            local_files_only=True,
+            _repository(entry), revision=entry.revision, allow_patterns=list(files), local_files_only=True
         )
     except LocalEntryNotFoundError:
         return None
@@ -250,21 +252,16 @@ def _repository(entry: ModelEntry) -> str:
     return entry.repo_id
 
 
-def _require_config(repo_id: str, names: Iterable[str]) -> None:
-    if CONFIG_FILE not in names:
-        raise CheckpointError(f"{repo_id} holds no {CONFIG_FILE}; it is not a repository of a model served here")
-
-
 def _require_readable(name: str, *, info: ModelInfo, token: str | None) -> None:
     """Raise an error if the token cannot read the file `name`. Anyone can list the files of a gated repository."""
     get_hf_file_metadata(hf_hub_url(info.id, name, revision=info.sha), token=token, timeout=_REQUEST_TIMEOUT_S)
 
 
-def _require_space(entry: ModelEntry, info: ModelInfo) -> None:
+def _require_space(entry: ModelEntry, files: Iterable[str], *, info: ModelInfo) -> None:
     root = Path(constants.HF_HUB_CACHE)
     blobs = _blobs(root, info.id)
     needed = 0
-    for file in filter_repo_objects(info.siblings or (), allow_patterns=list(entry.files), key=lambda f: f.rfilename):
+    for file in filter_repo_objects(info.siblings or (), allow_patterns=list(files), key=lambda f: f.rfilename):
         blob = file.lfs.sha256 if file.lfs else file.blob_id
         if not (blob and (blobs / blob).exists()):
             needed += file.size or 0

@@ -21,12 +21,8 @@ from stable_audio_serve.core.catalog import (
 )
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import EditSchedule, Stacking
-from stable_audio_serve.models.checkpoint_files import TEXT_ENCODER_FOLDER, WEIGHTS_FILE, is_open_family
+from stable_audio_serve.models.checkpoint_files import is_open_family
 from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, ConfigReader, read_config
-
-OFFICIAL_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{TEXT_ENCODER_FOLDER}/*")
-OPERATOR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "*/*.json", "*/*.safetensors", "*/*.model")
-TEXT_ENCODER_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "spiece.model", "special_tokens*")
 
 # Training objective -> default (steps, guidance scale). Distilled models (rf_denoiser) need few steps and no guidance.
 OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {
@@ -41,15 +37,14 @@ class ModelEntry:
     """One model that can be loaded, and its public description (`card`).
 
     The model's files are in `folder` if it is set, else in the repository `repo_id` of the Hugging Face hub at
-    `revision`. `files` has name patterns of the files to download. `cap_s` limits the duration in seconds, in addition
-    to the checkpoint's own limit; None: no additional limit. `backend` selects the network implementation.
+    `revision`. `cap_s` limits the duration in seconds, in addition to the checkpoint's own limit; None: no additional
+    limit. `backend` selects the network implementation.
     """
 
     card: ModelCard
     repo_id: str | None = None
     revision: str | None = None
     folder: str | None = None
-    files: tuple[str, ...] = OFFICIAL_FILES
     cap_s: float | None = None
     backend: NetworkBackend = "native"
 
@@ -88,7 +83,7 @@ def _open(name: str, *, objective: str, cap_s: float, description: str) -> Model
         conditions_on_start=objective == "v",
         description=description,
     )
-    return ModelEntry(card, repo_id=repo_id, files=(CONFIG_FILE, WEIGHTS_FILE))
+    return ModelEntry(card, repo_id=repo_id)
 
 
 DEMO = "demo"
@@ -129,7 +124,7 @@ BUILT_IN: Mapping[str, ModelEntry] = {
 
 def text_encoder_entry(repo_id: str) -> ModelEntry:
     """Returns the entry for downloading a text encoder from its own repository."""
-    return ModelEntry(ModelCard(repo_id, "text-encoder"), repo_id=repo_id, files=TEXT_ENCODER_FILES)
+    return ModelEntry(ModelCard(repo_id, "text-encoder"), repo_id=repo_id)
 
 
 def resolve_entry(
@@ -156,11 +151,11 @@ def resolve_entry(
         known = ", ".join(BUILT_IN)
         message = f"models: {name!r} is not built in ({known}); give it a path or a repo_id"
         raise ConfigError(message, field="models")
-    entry = base or ModelEntry(ModelCard(name, SA3_FAMILY), files=OPERATOR_FILES)
+    entry = base or ModelEntry(ModelCard(name, SA3_FAMILY))
     if path is not None:
         entry = replace(entry, folder=str(Path(path).expanduser()), repo_id=None)
     elif repo_id is not None:
-        entry = replace(entry, folder=None, repo_id=repo_id, files=OPERATOR_FILES)
+        entry = replace(entry, folder=None, repo_id=repo_id)
     card = replace(
         entry.card,
         aliases=tuple(dict.fromkeys((*entry.card.aliases, *aliases))),

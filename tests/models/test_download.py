@@ -16,7 +16,7 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models import download as downloading
 from stable_audio_serve.models.download import check_access, download_entry
 from stable_audio_serve.models.families import load_model
-from stable_audio_serve.models.registry import OPERATOR_FILES, ModelEntry, describe_entry, resolve_entry
+from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
 from tests.models.hub import COMMIT, REFUSAL, Repo, checkpoint_files, pointing_library_at, running_hub, silent_hub
 from tests.parameters import slow
@@ -24,8 +24,10 @@ from tests.parameters import slow
 pytestmark = pytest.mark.server
 
 TINY = SA3_GOLDENS / "tiny-s"
-NEEDED = checkpoint_files(TINY)
-FILES = NEEDED | {"README.md": b"not needed", "notes.safetensors": b"not needed"}
+OPEN = OPEN_GOLDENS / "tiny-small"
+UNUSED = {"README.md": b"", "notes.safetensors": b"", "transformer/model.safetensors": b"for diffusers"}
+FILES = checkpoint_files(TINY) | UNUSED
+NEEDED = {path: content for path, content in FILES.items() if path not in UNUSED and not path.startswith("lora/")}
 ENCODER_WEIGHTS = "t5gemma/model.safetensors"
 ACTIONS: dict[str, Callable[[ModelEntry], object]] = {
     "download": download_entry,
@@ -45,7 +47,7 @@ def run(
     is_offline: bool = False,
 ) -> list[dict[str, str]]:
     """Run actions (checks or downloads). Returns for each the `folder` of the files, or the `message` of the error."""
-    entry = ModelEntry(ModelCard("model", "stable-audio-3"), files=OPERATOR_FILES, repo_id=repo_id, revision=revision)
+    entry = ModelEntry(ModelCard("model", "stable-audio-3"), repo_id=repo_id, revision=revision)
     results: list[dict[str, str]] = []
     with pointing_library_at(endpoint, home / "hub", token=token, is_offline=is_offline):
         for name in actions.split():
@@ -117,9 +119,16 @@ def test_an_access_check_fetches_the_config(tmp_path: Path, revision: str) -> No
     assert [result["folder"] for result in results] == ["44100", "None", str(own)]
 
 
-@pytest.mark.parametrize("lost", [slow("model.safetensors"), "t5gemma/tokenizer.json"])
-def test_an_incomplete_cache_is_not_used(tmp_path: Path, lost: str) -> None:
-    with running_hub({"lab/model": Repo(FILES)}) as hub:
+@pytest.mark.parametrize(
+    ("files", "lost"),
+    [
+        slow(FILES, "model.safetensors"),
+        (FILES, "t5gemma/tokenizer.json"),
+        (checkpoint_files(OPEN), "t5/config.json"),  # without it, a T5 of another repository would be used
+    ],
+)
+def test_an_incomplete_cache_is_not_used(tmp_path: Path, files: dict[str, bytes], lost: str) -> None:
+    with running_hub({"lab/model": Repo(files)}) as hub:
         folder = Path(download(tmp_path, endpoint=hub.url)["folder"])
         (folder / lost).unlink()
         offline = check(tmp_path, endpoint=hub.url, is_offline=True)
@@ -257,7 +266,7 @@ def test_a_failed_download_with_xet_may_be_tried_again(tmp_path: Path, monkeypat
         raise RuntimeError("Task error: error sending request for url (https://cas?Signature=s)")  # as hf_xet does
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
-    entry = ModelEntry(ModelCard("model", "stable-audio-3"), files=OPERATOR_FILES, repo_id="lab/model")
+    entry = ModelEntry(ModelCard("model", "stable-audio-3"), repo_id="lab/model")
     with (
         running_hub({"lab/model": Repo(FILES)}) as hub,
         pointing_library_at(hub.url, tmp_path),
@@ -312,7 +321,6 @@ def test_a_disk_that_fills_during_the_download_is_named(tmp_path: Path, tiny_dis
     assert "No space left" in message
 
 
-OPEN = OPEN_GOLDENS / "tiny-small"
 T5_REPO = "google-t5/t5-base"
 
 
