@@ -40,7 +40,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     weights = _read_pickle(path) if path.suffix == ".ckpt" else _read_safetensors(path)
     if any(key.startswith(TRAINING_PREFIXES) for key in weights):
-        raise CheckpointError(f"{path} is a raw training checkpoint; export it first, then serve the exported file")
+        raise CheckpointError(
+            f"{path} is a raw training checkpoint; export it first with unwrap_model.py of stable-audio-tools"
+        )
     return weights
 
 
