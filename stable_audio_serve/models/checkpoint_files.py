@@ -99,11 +99,16 @@ def find_text_encoder(folder: Path) -> Path | None:
     return None if encoder is None else folder / encoder
 
 
-def text_encoder_repository(config: ConfigReader) -> str:
-    """Returns the repository of the text encoder, for a checkpoint that does not contain its text encoder."""
-    conditioner = _text_conditioner(config)
-    name = conditioner.section("config", optional=True).text("t5_model_name", default="t5-base")
-    return name if "/" in name else f"google-t5/{name}"
+def text_encoder_repository(config: ConfigReader) -> tuple[str, str | None]:
+    """Returns the repository of the text encoder, for a checkpoint that does not contain its text encoder.
+
+    The second value is the text encoder's folder in the repository (None: the top level).
+    """
+    options = _encoder_options(config)
+    if not is_open_family(config):
+        return options.text("repo_id"), options.text("subfolder", default=TEXT_ENCODER_FOLDER)
+    name = options.text("t5_model_name", default="t5-base")
+    return (name if "/" in name else f"google-t5/{name}"), None
 
 
 def is_open_family(config: ConfigReader) -> bool:
@@ -153,7 +158,7 @@ def damaged(path: Path, error: BaseException) -> CheckpointError:
 def _encoder_folder(config: ConfigReader, files: FileList) -> str | None:
     names = encoder_folders(config)
     found = next((folder for folder in names if files.has(f"{folder}/config.json")), None)
-    if found is None and not is_open_family(config):
+    if found is None and not is_open_family(config) and "repo_id" not in _encoder_options(config):
         places = ", ".join(f"{files.place}/{folder}" for folder in names)
         raise CheckpointError(f"the text encoder was not found; looked for its config.json in {places}")
     return found
@@ -168,11 +173,14 @@ def _text_conditioner(config: ConfigReader) -> ConfigReader:
     raise conditioning.unusable("configs", "a list with a conditioner of type " + " or ".join(_ENCODER_KEYS))
 
 
+def _encoder_options(config: ConfigReader) -> ConfigReader:
+    return _text_conditioner(config).section("config", optional=True)
+
+
 def encoder_folders(config: ConfigReader) -> tuple[str, ...]:
     """Returns the folders where the text encoder may be, relative to the checkpoint, in order of preference."""
-    conditioner = _text_conditioner(config)
-    keys, usual = _ENCODER_KEYS[conditioner.text("type")]
-    options = conditioner.section("config", optional=True)
+    keys, usual = _ENCODER_KEYS[_text_conditioner(config).text("type")]
+    options = _encoder_options(config)
     names = [options.text(key) for key in keys if key in options]
     return tuple(dict.fromkeys(part for name in (*names, usual) for part in (name, Path(name).name)))
 

@@ -82,12 +82,12 @@ def download_text_encoder(folder: Path, *, token: str | None = None) -> Path:
     """
     if (within := find_text_encoder(folder)) is not None:
         return within
-    entry = _encoder_entry(folder)
-    if (cached := _cached_text_encoder(entry)) is not None:
+    if (cached := _cached_text_encoder(folder)) is not None:
         return cached
-    fetched = _download(entry, _ENCODER_FILES, token=token)
-    check_encoder(replace(list_folder(fetched), place=_repository(entry)))
-    return fetched
+    entry, subfolder = _encoder_entry(folder)
+    fetched = _download(entry, _encoder_files(subfolder), token=token)
+    check_encoder(replace(list_folder(fetched), place=_repository(entry)), folder=subfolder)
+    return fetched / (subfolder or "")
 
 
 def find_cached(entry: ModelEntry) -> Path | None:
@@ -113,7 +113,7 @@ def find_local(entry: ModelEntry) -> tuple[Path, Path] | None:
     folder = Path(entry.folder) if entry.folder is not None else find_cached(entry)
     if folder is None:
         return None
-    encoder = find_text_encoder(folder) or _cached_text_encoder(_encoder_entry(folder))
+    encoder = find_text_encoder(folder) or _cached_text_encoder(folder)
     return None if encoder is None else (folder, encoder)
 
 
@@ -141,10 +141,8 @@ def check_access(entry: ModelEntry, *, token: str | None = None) -> None:
         folder, encoder = _check_repository(entry, token=token)
     else:
         encoder = check_layout(read_config(folder), list_folder(folder))
-    if encoder is None:
-        other = _encoder_entry(folder)
-        if _cached_text_encoder(other) is None:
-            _check_text_encoder(other, token=token)
+    if encoder is None and _cached_text_encoder(folder) is None:
+        _check_text_encoder(folder, token=token)
 
 
 def _check_repository(entry: ModelEntry, *, token: str | None) -> tuple[Path, str | None]:
@@ -164,11 +162,13 @@ def _check_repository(entry: ModelEntry, *, token: str | None) -> tuple[Path, st
     return folder, encoder
 
 
-def _check_text_encoder(entry: ModelEntry, *, token: str | None) -> None:
+def _check_text_encoder(folder: Path, *, token: str | None) -> None:
+    """Check that the text encoder of the checkpoint in `folder` can be downloaded from a repository of its own."""
+    entry, subfolder = _encoder_entry(folder)
     with _asking(entry, token) as info:
-        check_encoder(_files_of(info, entry))
-        _require_readable("config.json", info=info, token=token)
-    _require_space(entry, _ENCODER_FILES, info=info)
+        check_encoder(_files_of(info, entry), folder=subfolder)
+        _require_readable(f"{subfolder}/config.json" if subfolder else "config.json", info=info, token=token)
+    _require_space(entry, _encoder_files(subfolder), info=info)
 
 
 def _files_of(info: ModelInfo, entry: ModelEntry) -> FileList:
@@ -206,21 +206,27 @@ def _asking(entry: ModelEntry, token: str | None) -> Iterator[ModelInfo]:
         )
 
 
-def _encoder_entry(folder: Path) -> ModelEntry:
-    """Returns the entry of the text encoder of a checkpoint that does not contain it."""
-    return text_encoder_entry(text_encoder_repository(read_config(folder)))
+def _encoder_entry(folder: Path) -> tuple[ModelEntry, str | None]:
+    """Returns the entry of the text encoder of a checkpoint that does not contain it, and its folder there."""
+    repo_id, subfolder = text_encoder_repository(read_config(folder))
+    return text_encoder_entry(repo_id), subfolder
 
 
-def _cached_text_encoder(entry: ModelEntry) -> Path | None:
-    """Returns the folder of a text encoder's repository if the cache has all of it, else None."""
-    folder = _snapshot(entry, _ENCODER_FILES)
-    if folder is None:
+def _encoder_files(subfolder: str | None) -> list[str]:
+    return [f"{subfolder}/{name}" if subfolder else name for name in _ENCODER_FILES]
+
+
+def _cached_text_encoder(folder: Path) -> Path | None:
+    """Returns the folder of the text encoder of a checkpoint that does not contain it, if the cache has all of it."""
+    entry, subfolder = _encoder_entry(folder)
+    cached = _snapshot(entry, _encoder_files(subfolder))
+    if cached is None:
         return None
     try:
-        check_encoder(list_folder(folder))
+        check_encoder(list_folder(cached), folder=subfolder)
     except CheckpointError:
         return None
-    return folder
+    return cached / (subfolder or "")
 
 
 def _download(entry: ModelEntry, files: Iterable[str], *, token: str | None) -> Path:

@@ -324,9 +324,9 @@ def test_a_disk_that_fills_during_the_download_is_named(tmp_path: Path, tiny_dis
 T5_REPO = "google-t5/t5-base"
 
 
-def load_open(home: Path, endpoint: str, **fields: str) -> list[str]:
+def load(home: Path, endpoint: str, **fields: str) -> list[str]:
     """Check the access to a model, then load it. Returns for each step the type of the result, or the error."""
-    entry = resolve_entry("open", **fields)
+    entry = resolve_entry("model", **fields)
     actions: tuple[Callable[[ModelEntry], object], ...] = (check_access, load_model)
     results = []
     with pointing_library_at(endpoint, home / "hub"):
@@ -351,12 +351,29 @@ def test_a_text_encoder_of_another_repository_is_fetched_once(tmp_path: Path, pl
             (tmp_path / "open" / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "open" / path).write_bytes(data)
     with running_hub({"lab/open": Repo(files)}) as hub:
-        for result in load_open(tmp_path, hub.url, **entry):
+        for result in load(tmp_path, hub.url, **entry):
             assert T5_REPO in result
             assert "\n" not in result
     with running_hub({"lab/open": Repo(files), T5_REPO: Repo(encoder | {"tf_model.h5": b"not needed"})}) as hub:
-        assert load_open(tmp_path, hub.url, **entry) == ["NoneType", "SaoModel"]
+        assert load(tmp_path, hub.url, **entry) == ["NoneType", "SaoModel"]
         assert not [path for path in hub.fetched if "tf_model" in path]
         num_requests = hub.requests
-        assert load_open(tmp_path, hub.url, **entry) == ["NoneType", "SaoModel"]
+        assert load(tmp_path, hub.url, **entry) == ["NoneType", "SaoModel"]
+        assert hub.requests == num_requests
+
+
+def test_a_text_encoder_of_the_base_model_is_fetched(tmp_path: Path) -> None:
+    config = json.loads(NEEDED["model_config.json"])
+    prompt = config["model"]["conditioning"]["configs"][0]["config"]
+    del prompt["model_path"]
+    prompt |= {"repo_id": "lab/base", "subfolder": "t5gemma"}
+    tuned = {"model_config.json": json.dumps(config).encode(), "tuned.safetensors": NEEDED["model.safetensors"]}
+    with running_hub({"lab/tuned": Repo(tuned)}) as hub:
+        assert all("lab/base" in result for result in load(tmp_path, hub.url, repo_id="lab/tuned"))
+    with running_hub({"lab/tuned": Repo(tuned), "lab/base": Repo(FILES)}) as hub:
+        assert load(tmp_path, hub.url, repo_id="lab/tuned") == ["NoneType", "Sa3Model"]
+        encoder = {path for path in NEEDED if path.startswith("t5gemma/")}
+        assert set(hub.fetched) == encoder
+        num_requests = hub.requests
+        assert load(tmp_path, hub.url, repo_id="lab/tuned") == ["NoneType", "Sa3Model"]
         assert hub.requests == num_requests
