@@ -196,7 +196,9 @@ def read_config(folder: Path) -> ConfigReader:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; a checkpoint folder needs a {CONFIG_FILE}") from None
+        # In the hub's cache, the files of a snapshot are links to a folder beside it.
+        problem = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
+        raise CheckpointError(f"{path} {problem}; a checkpoint folder needs a {CONFIG_FILE}") from None
     except (OSError, ValueError, RecursionError) as error:  # also numbers of too many digits, and endless nesting
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):

@@ -258,6 +258,11 @@ def test_no_folder(tmp_path: Path) -> None:
     assert "model_config.json" in failure(tmp_path / "nowhere")
 
 
+def test_a_snapshot_that_was_copied_without_its_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_config.json").symlink_to("../../blobs/0123")
+    assert "is a link to a file that does not exist" in failure(tmp_path)
+
+
 def test_text_encoder_next_to_the_weights_is_found_by_its_name(folder: Path) -> None:
     configure(folder, "model.conditioning.configs.0.config.model_path", ...)
     (folder / "t5gemma").rename(folder / "t5gemma-b-b-ul2")
