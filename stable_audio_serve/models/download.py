@@ -8,6 +8,7 @@ HF_ENDPOINT, HF_HUB_OFFLINE).
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -54,6 +55,7 @@ from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
 _ERRORS = (HTTPError, OSError, HFValidationError, RuntimeError, ValueError)
 _RETRY_AFTER_S = 30.0
 _REQUEST_TIMEOUT_S = 4.0  # timeout of a request to the hub that is not a download
+_ABANDONED_AFTER_S = 600.0  # a running download writes to its file more often
 # The files to download of a text encoder in a checkpoint's repository, and in a repository of its own.
 _ENCODER_SUFFIXES = ("json", "safetensors", "model")
 _ENCODER_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "spiece.model", "special_tokens*")
@@ -230,10 +232,11 @@ def _cached_text_encoder(folder: Path) -> Path | None:
 
 
 def _download(entry: ModelEntry, files: Iterable[str], *, token: str | None) -> Path:
+    repo_id = _repository(entry)
     with _explaining(entry):
-        return Path(
-            snapshot_download(_repository(entry), revision=entry.revision, token=token, allow_patterns=list(files))
-        )
+        folder = snapshot_download(repo_id, revision=entry.revision, token=token, allow_patterns=list(files))
+    _remove_abandoned(_blobs(Path(constants.HF_HUB_CACHE), repo_id))
+    return Path(folder)
 
 
 def _snapshot(entry: ModelEntry, files: Iterable[str]) -> Path | None:
@@ -266,6 +269,7 @@ def _require_readable(name: str, *, info: ModelInfo, token: str | None) -> None:
 def _require_space(entry: ModelEntry, files: Iterable[str], *, info: ModelInfo) -> None:
     root = Path(constants.HF_HUB_CACHE)
     blobs = _blobs(root, info.id)
+    _remove_abandoned(blobs)
     needed = 0
     for file in filter_repo_objects(info.siblings or (), allow_patterns=list(files), key=lambda f: f.rfilename):
         blob = file.lfs.sha256 if file.lfs else file.blob_id
@@ -278,6 +282,14 @@ def _require_space(entry: ModelEntry, files: Iterable[str], *, info: ModelInfo) 
             f"{entry.repo_id} takes {needed / 1e9:.2f} GB of {root}, where {free / 1e9:.2f} GB are free: "
             "make room, or set HF_HOME to a folder with more"
         )
+
+
+def _remove_abandoned(blobs: Path) -> None:
+    """Delete unfinished files of processes that were killed. No later download continues them (huggingface_hub 2)."""
+    for file in blobs.glob("*.*.incomplete"):
+        with suppress(OSError):
+            if file.stat().st_mtime < time.time() - _ABANDONED_AFTER_S:
+                file.unlink()
 
 
 def _blobs(root: Path, repo_id: str) -> Path:

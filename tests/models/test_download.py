@@ -101,6 +101,18 @@ def test_needed_files_are_fetched_once(tmp_path: Path) -> None:
     assert again == first
 
 
+def test_unfinished_files_of_killed_downloads_are_removed(tmp_path: Path) -> None:
+    blobs = tmp_path / "hub" / "hub" / "models--lab--model" / "blobs"
+    blobs.mkdir(parents=True)
+    abandoned, running = blobs / "12ab.0b638de6.incomplete", blobs / "12ab.5c2f90aa.incomplete"
+    for file in (abandoned, running):
+        file.touch()
+    os.utime(abandoned, (0, 0))
+    with running_hub({"lab/model": Repo(NEEDED)}) as hub:
+        download(tmp_path, endpoint=hub.url)
+    assert list(blobs.glob("*.incomplete")) == [running]
+
+
 def test_cached_files_serve_without_a_network(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         online = download(tmp_path, endpoint=hub.url)
