@@ -146,6 +146,7 @@ def running_hub(repos: Mapping[str, Repo]) -> Iterator[Hub]:
 
         def _error(self, status: int, code: str | None, *, message: str | None = None) -> None:
             self.send_response(status)
+            self.send_header("X-Request-Id", f"Root={hub.requests}")
             if code:
                 self.send_header("X-Error-Code", code)
             if code or message:

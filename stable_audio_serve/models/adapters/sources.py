@@ -37,7 +37,7 @@ _URL_TIMEOUT_S = 300.0
 _CHUNK_BYTES = 2**20
 _MAX_REASON_CHARS = 300
 _RETRY_AFTER_S = 60.0
-_ERRNO = re.compile(r"\[Errno -?[0-9]+\] ")
+_NUMBERS = re.compile(r"\[Errno -?[0-9]+\] |\((?:Request|Amzn Trace|Amz CF) ID: [^)]*\)")
 
 _lock = threading.Lock()  # so that concurrent requests for one file download it once
 
@@ -110,9 +110,9 @@ def _refusing(source: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the text of an error in one line, without paths of this machine and numbers of errors."""
+    """Return the text of an error in one line, without paths of this machine and numbers of errors and requests."""
     text = error.strerror if isinstance(error, OSError) and error.filename is not None else None
-    return _ERRNO.sub("", " ".join((text or str(error)).split()))[:_MAX_REASON_CHARS]
+    return " ".join(_NUMBERS.sub("", text or str(error)).split())[:_MAX_REASON_CHARS]
 
 
 def _is_temporary(status: int | None) -> bool:

@@ -209,6 +209,7 @@ def test_files_of_repositories_are_downloaded(tmp_path: Path) -> None:
         assert "no repository lab/missing" in refusal("lab/missing")
         assert "429" in refusal("lab/busy", is_temporary=True)
         assert "403" in refusal("lab/refused")
+        assert refusal("lab/refused") == refusal("lab/refused")  # without the id of the request, so it is logged once
         assert "larger than 10 bytes" in refusal("lab/one/vinyl.safetensors", max_bytes=10)
         for name in ("missing", "x" * 300, "\0"):
             # This hub closes the connection for an unknown file.
