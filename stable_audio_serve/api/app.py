@@ -9,7 +9,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from stable_audio_serve import __version__
 from stable_audio_serve.api.answers import EXPOSED_HEADERS
@@ -149,8 +149,11 @@ def _include_routes(app: FastAPI, service: Service, *, operations: Operations) -
 def _render_unrouted(request: Request, error: HTTPException) -> Response:
     """Return the response to an unknown path, or to a method that a known path does not support.
 
-    For a known path the error has the format of the dialect (API) that the path belongs to.
+    For a known path the error has the format of the dialect (API) that the path belongs to. The mount path without its
+    trailing slash leads to the playground.
     """
+    if (root_path := request.scope.get("root_path")) == request.scope["path"]:
+        return RedirectResponse(f"{root_path}/")
     if error.status_code == 405:  # Starlette's Allow header has the methods of the path's first route only
         error = HTTPException(405, error.detail, headers={"Allow": ", ".join(allowed_methods(request))})
     render = getattr(request.scope.get("route"), "render_error", render_error)

@@ -169,6 +169,16 @@ async def test_pages_work_below_a_mount_path(jobs: JobQueue) -> None:
             assert all(url.startswith(("/audio/", "data:")) for url in loads)
         card = (await client.get("/audio/", headers={"Accept": "application/json"})).json()
         assert card["links"]["health"] == f"{BASE}/audio/health"
+        assert (await client.get("/audio/openapi.json")).json()["servers"] == [{"url": "/audio"}]
+        assert urljoin("/audio", (await client.get("/audio")).headers["location"]) == "/audio/"
+
+
+async def test_api_pages_work_if_a_proxy_removes_a_prefix(jobs: JobQueue) -> None:
+    app = create_app(ToneBackend(), Settings.model_validate({"api": {"public_url": "https://a.test/audio"}}), jobs=jobs)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE) as client:
+        for path in ("/docs", "/redoc"):
+            assert not re.search(r"""["']/\w""", (await client.get(path)).text), path
+        assert (await client.get("/openapi.json")).json()["servers"] == [{"url": "/audio"}]
 
 
 async def test_llms_txt_lists_models_and_operations(client: httpx.AsyncClient) -> None:

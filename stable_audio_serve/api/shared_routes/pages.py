@@ -15,6 +15,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
@@ -174,7 +175,8 @@ def build_api_router(service: Service) -> APIRouter:
     async def openapi(request: Request) -> dict[str, Any]:
         """Return the OpenAPI description of this server."""
         document: dict[str, Any] = request.app.openapi()
-        return document
+        prefix = urlsplit(base_url(request, service.settings.api)).path
+        return document | {"servers": [{"url": prefix}]} if prefix else document
 
     @router.get(
         "/llms.txt",
@@ -190,25 +192,23 @@ def build_api_router(service: Service) -> APIRouter:
     @router.get("/docs", summary="Try the API out", response_class=HTMLResponse, responses=_API_RESPONSES)
     async def swagger(request: Request) -> Response:
         """Show the interactive API page."""
-        root = _root(request)
         page = get_swagger_ui_html(
-            openapi_url=f"{root}/openapi.json",
+            openapi_url="openapi.json",
             title=request.app.title,
-            swagger_js_url=f"{root}/docs/assets/swagger-ui-bundle.js",
-            swagger_css_url=f"{root}/docs/assets/swagger-ui.css",
-            swagger_favicon_url=f"{root}/docs/assets/favicon.png",
+            swagger_js_url="docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="docs/assets/swagger-ui.css",
+            swagger_favicon_url="docs/assets/favicon.png",
         )
         return _with_policy(page)
 
     @router.get("/redoc", summary="Read the API's description", response_class=HTMLResponse, responses=_API_RESPONSES)
     async def redoc(request: Request) -> Response:
         """Show the API description as one page."""
-        root = _root(request)
         page = get_redoc_html(
-            openapi_url=f"{root}/openapi.json",
+            openapi_url="openapi.json",
             title=request.app.title,
-            redoc_js_url=f"{root}/docs/assets/redoc.standalone.js",
-            redoc_favicon_url=f"{root}/docs/assets/favicon.png",
+            redoc_js_url="docs/assets/redoc.standalone.js",
+            redoc_favicon_url="docs/assets/favicon.png",
             with_google_fonts=False,
         )
         return _with_policy(page)
@@ -252,10 +252,6 @@ def _read_playground() -> dict[str, _File]:
 def _read_redoc(path: Path) -> bytes:
     """Return ReDoc's script without the logo, which it would load from another host."""
     return path.read_bytes().replace(_REDOC_LOGO, b"data:,")
-
-
-def _root(request: Request) -> str:
-    return str(request.scope.get("root_path", "")).rstrip("/")
 
 
 def _with_policy(page: HTMLResponse) -> HTMLResponse:
