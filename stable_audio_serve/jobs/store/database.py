@@ -27,6 +27,7 @@ _POOL_OVERFLOW = 8
 _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
 _LEAST_ROOM_BYTES = 1_048_576
+_READ_ONLY = "25006"  # SQLSTATE
 _FULL_FOR_S = 15.0  # PostgreSQL counts as full for this time after it had no room for a write of this process
 _CHECK_FILE_EVERY_S = 1.0
 
@@ -322,5 +323,11 @@ def _create_postgresql(url: sa.URL) -> sa.Engine:
         calls = (f"set_config('{name}', '{value}', false)" for name, value in _SESSION.items())
         connection.execute(f"SELECT {', '.join(calls)}")
         connection.autocommit = False
+
+    @sa.event.listens_for(engine, "handle_error")
+    def _reconnect(context: sa.ExceptionContext) -> None:
+        # A session that began while the database was read-only (default_transaction_read_only) stays read-only.
+        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+            context.is_disconnect = True
 
     return engine

@@ -318,6 +318,21 @@ class TestFaults:
         database.close()
 
     @pytest.mark.server
+    def test_read_only_session_is_not_kept(self, postgres: PostgresServer, postgres_url: str) -> None:
+        """The database accepts writes again, but sessions that were opened before keep their default."""
+        database = open_database(postgres_url)
+        store = JobStore(database)
+        add(store)
+        option = f"ALTER DATABASE {postgres_url.rpartition('/')[2]} {{}} default_transaction_read_only"
+        postgres.execute(f"{option.format('SET')} = on")
+        database.engine.dispose()
+        with pytest.raises(StorageError):
+            add(store)
+        postgres.execute(option.format("RESET"))
+        add(store)
+        database.close()
+
+    @pytest.mark.server
     def test_failover_to_another_database_loses_no_job(self, postgres: PostgresServer, postgres_url: str) -> None:
         """Jobs that the other database accepted would be missing once the first one is back."""
         another_url = postgres.create_database()
