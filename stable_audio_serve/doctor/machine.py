@@ -13,6 +13,7 @@ from torch.utils import collect_env
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.doctor.findings import Finding
+from stable_audio_serve.engine.hardware.device import free_and_total
 from stable_audio_serve.jobs.open import open_artifacts, open_store
 from stable_audio_serve.launcher import environment
 from stable_audio_serve.serving import haproxy
@@ -51,7 +52,7 @@ def check_torch() -> Iterator[Finding]:
 def check_gpu(index: int) -> Iterator[Finding]:
     """Report a GPU and its memory, and run a kernel on it. Warns if other programs hold its memory."""
     facts = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
+    free, total = free_and_total(index)
     message = (
         f"{facts.name}, compute capability {facts.major}.{facts.minor}, {total / 1e9:.1f} GB, {free / 1e9:.1f} free"
     )

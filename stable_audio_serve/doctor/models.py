@@ -20,6 +20,7 @@ from stable_audio_serve.core.settings import ModelSettings
 from stable_audio_serve.doctor.findings import Finding, run_check
 from stable_audio_serve.doctor.machine import memory_bytes
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.hardware.device import free_and_total
 from stable_audio_serve.engine.hardware.share import DeviceMemory, allowed_bytes, plan_memory, require_share
 from stable_audio_serve.engine.options import PLAIN, Features
 from stable_audio_serve.models.download import find_local
@@ -154,7 +155,7 @@ class ModelChecks:
     def _fit_gpu(self, weights: int) -> tuple[str, bool]:
         """Return a description of the GPU's memory, and whether weights and requests fit into its free part."""
         share = engines.memory_share(self._model, gpu_share=self._gpu_share)
-        free, total = torch.cuda.mem_get_info(self._device)
+        free, total = free_and_total(self._device)
         memory = DeviceMemory(total, allowed_bytes(total, share=share), held=0, free=free)
         require_share(memory, name=self.name, weights_bytes=weights, share=share)
         loaded = replace(memory, held=weights, free=free - weights)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import ConfigError, InvalidRequestError
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.hardware.device import open_device
+from stable_audio_serve.engine.hardware.device import free_and_total, open_device
 from stable_audio_serve.engine.hardware.graphs import Graphs
 from stable_audio_serve.engine.hardware.share import (
     CONTEXT_BYTES,
@@ -203,3 +205,16 @@ def test_the_cuda_allocator_is_limited_to_the_share(monkeypatch: pytest.MonkeyPa
     whole = open_device(cuda, clock=SystemClock()).memory()
     assert whole == DeviceMemory(CARD, CARD, held=5 * GB, free=60 * GB)
     assert len(fences) == 1
+
+
+@pytest.mark.parametrize(("is_integrated", "free"), [(True, 64), (False, 2)])
+def test_cached_files_take_no_memory_of_an_integrated_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_integrated: bool, free: int
+) -> None:
+    facts = tmp_path / "meminfo"
+    facts.write_text(f"MemFree: {2 * GB // 1024} kB\nMemAvailable: {64 * GB // 1024} kB\nHugePages_Total: 0\n")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * GB, CARD))
+    properties = SimpleNamespace(is_integrated=is_integrated)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert free_and_total(torch.device("cuda:0"), host_facts=facts) == (free * GB, CARD)

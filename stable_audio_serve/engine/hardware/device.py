@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _CLOCK_HZ = 1.8e9  # about that of a data-centre GPU
 _DOWNLOAD_BYTES = 64 * 2**20  # enough for three decoded windows of stereo audio of the greatest length
 _PIECES = 4  # a tensor is copied in pieces of at most 1/4 of the ring, so that some arrive while others are collected
 _ALIGNMENT = 64
+_HOST_FACTS = Path("/proc/meminfo")
 
 
 class DeviceLostError(Exception):
@@ -332,9 +334,22 @@ class CudaDevice(Device):
         return DeviceUse("cuda", torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
 
     def memory(self) -> DeviceMemory | None:
-        free, total = torch.cuda.mem_get_info(self.torch_device)
+        free, total = free_and_total(self.torch_device)
         allowed = allowed_bytes(total, share=self._share)
         return DeviceMemory(total, allowed, held=torch.cuda.memory_reserved(self.torch_device), free=free)
+
+
+def free_and_total(device: torch.device | int, *, host_facts: Path = _HOST_FACTS) -> tuple[int, int]:
+    """Return how many bytes of a GPU's memory are free, and how many there are.
+
+    An integrated GPU, such as that of a DGX Spark, uses the host's memory. CUDA counts Linux's cache of files as used,
+    but Linux drops it when memory is needed, so it counts as free here.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    if torch.version.cuda and torch.cuda.get_device_properties(device).is_integrated:
+        facts = dict(line.split(":") for line in host_facts.read_text().splitlines())
+        free = max(free, int(facts["MemAvailable"].split()[0]) * 1024)
+    return free, total
 
 
 class _Event(Moment):
