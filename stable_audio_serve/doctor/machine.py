@@ -16,6 +16,7 @@ from stable_audio_serve.doctor.findings import Finding
 from stable_audio_serve.engine.hardware.device import free_and_total
 from stable_audio_serve.jobs.open import open_artifacts, open_store
 from stable_audio_serve.launcher import environment
+from stable_audio_serve.models.families import resolve_device
 from stable_audio_serve.serving import haproxy
 from stable_audio_serve.serving.cores import usable_cores
 from stable_audio_serve.serving.serve_file import ServeFile
@@ -59,7 +60,7 @@ def check_gpu(index: int) -> Iterator[Finding]:
     is_free = free >= _MOSTLY_FREE * total
     advice = None if is_free else "other programs hold memory of this GPU; nvidia-smi lists them"
     yield Finding(f"GPU {index}", "ok" if is_free else "warning", message, advice)
-    torch.ones(1, device=f"cuda:{index}").add_(1).item()  # raises if this build of torch has no code for this GPU
+    resolve_device(f"cuda:{index}")  # raises if this build of torch has no code for this GPU
 
 
 def check_ports(file: ServeFile, settings: Settings) -> Iterator[Finding]:

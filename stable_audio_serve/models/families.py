@@ -73,7 +73,7 @@ def find_files(entry: ModelEntry, *, token: str | None = None) -> tuple[Path, Pa
 def resolve_device(device: str | torch.device) -> torch.device:
     """Returns `device` as a torch.device. Raises ConfigError if this machine cannot use the device."""
     try:
-        return torch.empty(0, device=device).device
+        return torch.ones(1, device=device).device  # runs a kernel, because torch has none for some GPUs
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {str(device)!r} cannot be used here: {reason}", field="device") from error

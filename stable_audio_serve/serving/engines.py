@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from stable_audio_serve.core.clock import SystemClock
-from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.generation import Loaded
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 # version is in the name, because another version may not have the error.
 _CAPTURES_OFF = Path(f"~/.cache/stable-audio-serve/captures-off-torch-{torch.__version__}")
 
+_NO_CODE = re.compile("no kernel image|invalid device function")  # torch has no code for this GPU (CUDA, ROCm)
 _HUB_PAUSES_S = (2.0, 5.0, 10.0, 20.0, 30.0)
 
 
@@ -171,7 +173,18 @@ def _configured_dtype(settings: Settings, model: ModelSettings) -> str | None:
 
 
 def first_device() -> str:
-    """Return the fastest device type that this process may use. Replicas that reserved no GPU see none."""
-    if torch.cuda.is_available():
+    """Return the fastest device type that this process may use. Replicas that reserved no GPU see none.
+
+    A GPU for which this build of torch has no code counts as missing.
+    """
+    if torch.cuda.is_available() and not _lacks_code("cuda"):
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _lacks_code(device: str) -> bool:
+    try:
+        resolve_device(device)
+    except ConfigError as error:  # for another reason, the GPU may be usable later
+        return bool(_NO_CODE.search(error.message))
+    return False

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import EngineSettings, Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.options import Features
-from stable_audio_serve.serving.engines import engine_options, fetch_files, speed_hint
+from stable_audio_serve.models.families import resolve_device
+from stable_audio_serve.serving.engines import engine_options, fetch_files, first_device, speed_hint
 from stable_audio_serve.serving.serve_file import read_serve_file
 from tests.goldens import SA3_GOLDENS
 from tests.models.hub import Repo, checkpoint_files, pointing_library_at, running_hub
@@ -150,3 +152,38 @@ def test_model_with_a_gpu_that_torch_cannot_use_is_named(bfloat16_cpu: Path) -> 
     line = hint(bfloat16_cpu, gpu_share=0.5, dtype="float32")
     assert line is not None
     assert "cannot use this machine's GPU, so small-sfx runs on the CPU" in line
+
+
+class FailingGpu(TorchFunctionMode):
+    """A GPU whose memory can be allocated, but on which every kernel fails with this error."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__()
+        self._error = error
+
+    def __torch_function__(  # torch's signature
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ in {"empty", "__get__"}:
+            return func(*args, **{**kwargs, "device": "cpu"})
+        raise torch.AcceleratorError(self._error)
+
+
+@pytest.mark.parametrize(
+    ("error", "device"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors", "cpu"),
+        ("HIP error: invalid device function\nHIP kernel errors", "cpu"),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "cuda"),
+    ],
+    ids=["cuda", "rocm", "busy"],
+)
+def test_only_a_gpu_for_which_torch_has_no_code_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, error: str, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with FailingGpu(error):
+        assert first_device() == device
+        with pytest.raises(ConfigError) as raised:
+            resolve_device("cuda")
+    assert raised.value.message == f"device 'cuda' cannot be used here: {error.splitlines()[0]}"
