@@ -51,10 +51,12 @@ def require_exact_float32() -> None:
 
     TF32 has 10 bits of precision, too few for the bounds of this project's parity checks. Also turns off cuDNN's
     attention, in every precision. Torch prefers it on Hopper and newer GPUs, where cuDNN needs 0.1 to 0.4 s on the host
-    for each new shape and results can be wrong (pytorch issue 193893).
+    for each new shape and results can be wrong (pytorch issue 193893). Of convolutions, only algorithms remain that
+    always give the same bits: on some GPUs, cuDNN would choose others for transposed convolutions.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -532,12 +532,14 @@ def test_parts_that_do_not_fit_are_refused_when_loading(folder: Path) -> None:
 
 
 @with_loaded_text_encoder
-def test_loading_disables_rounded_float32_and_cudnn_attention(folder: Path) -> None:
+def test_loading_disables_inexact_algorithms_and_cudnn_attention(folder: Path) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.deterministic = False
     torch.backends.cuda.enable_cudnn_sdp(True)
     load(folder)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.deterministic
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
