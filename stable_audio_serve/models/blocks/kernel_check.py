@@ -30,7 +30,7 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
     They must work in this dtype, in float32 and in float16, in which decoders compute whatever the dtype is.
 
     Runs each kernel once to check its results. Logs a warning if Triton is missing, if it cannot compile the kernels
-    (it needs a C compiler), or if a result is wrong.
+    (it needs a C compiler and Python's headers), or if a result is wrong.
     """
     if device.type != "cuda":
         return None
