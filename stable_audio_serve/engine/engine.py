@@ -164,9 +164,9 @@ class Engine:
                 if profile != self.profile:
                     self._assemble(profile)
             if isinstance(self._model, SwitchableModel):
-                self._model.use_features(
-                    fast_decoding=not self._decodes_exactly, fused_kernels=self.profile.features.fused_kernels
-                )
+                fused = self.profile.features.fused_kernels
+                use_features = self._model.use_features  # takes seconds if Triton has to compile kernels
+                await asyncio.to_thread(use_features, fast_decoding=not self._decodes_exactly, fused_kernels=fused)
             self._metrics.gauge("engine_profile", 1.0, profile=self.profile.name)
             self._is_proved = True
 

@@ -52,7 +52,6 @@ def describe_engine(
         is_compiled=spec.is_compiled,
         profile=None if is_cpu else profile.name,
         attention=spec.attention or None,
-        has_fused_kernels=None if is_cpu else profile.features.fused_kernels and spec.has_fused_kernels,
         transformers=version("transformers"),
     )
 
@@ -73,6 +72,7 @@ def complete_provenance(
     apg_scale = DEFAULT_APG_SCALE if is_sa3 else None
     return replace(
         provenance,
+        has_fused_kernels=None if provenance.profile is None else spec.has_fused_kernels,  # known once it has started
         steps=card.default_steps if request.steps is None else request.steps,
         cfg_scale=card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
         sampler=request.sampler or spec.default_sampler,

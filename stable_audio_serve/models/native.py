@@ -128,7 +128,6 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
             attention=name_kernels(device, dtype, num_heads=num_heads, head_width=head_width),
             num_prefix=shape.num_prefix,
             dtype=dtype,
-            has_fused_kernels=load_kernels(device, dtype) is not None,
         )
         self._device = device
         self._decode_precision: DecodePrecision = decode_precision
@@ -139,10 +138,11 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
         if not stores_half(self._decode_precision, self._device):
             precision = self._decode_precision if fast_decoding else "float32"
             self._products = decoder_products(precision, self._device)
-        is_fused = fused_kernels and self._spec.has_fused_kernels
+        is_fused = fused_kernels and not self._spec.is_compiled
         kernels = load_kernels(self._device, self._spec.dtype) if is_fused else None
         for network in (self.denoiser, self.autoencoder):
             use_kernels(network, kernels)
+        self._spec = replace(self._spec, has_fused_kernels=kernels is not None)
 
     def compile_layers(self, backend: str) -> None:
         """Compile the denoiser's layers with `torch.compile` on their first call.
@@ -153,9 +153,7 @@ class NativeModel(ABC, Generic[DenoiserT, AutoencoderT]):
         for layer in self.denoiser.transformer.typed_layers:
             layer.compile(fullgraph=True, dynamic=True, backend=backend)
         packs_rows = self._spec.packs_rows and self._device.type != "cpu"
-        self._spec = replace(
-            self._spec, is_compiled=True, has_fused_kernels=False, packs_rows=packs_rows, packs_segments=False
-        )
+        self._spec = replace(self._spec, is_compiled=True, packs_rows=packs_rows, packs_segments=False)
 
     @property
     def spec(self) -> ModelSpec:

@@ -34,7 +34,7 @@ class ModelSpec:
     pads_rows: bool = True  # the network masks padding; if False, a batch needs rows of equal length
     packs_rows: bool = False  # the network accepts packed batches: rows of different lengths without padding
     packs_segments: bool = False  # the network accepts, and is fast with, packed batches with row lengths on the device
-    has_fused_kernels: bool = False  # the kernels of `blocks.kernels` work on the model's device
+    has_fused_kernels: bool = False  # the network uses the kernels of `blocks.kernels`, see `SwitchableModel`
     num_prefix: int = 0  # number of tokens that the network puts before each row's frames
     is_compiled: bool = False  # uses torch.compile: a new shape can take seconds, and results may depend on the shape
     dtype: torch.dtype = torch.float32  # the denoiser's precision
@@ -336,7 +336,8 @@ class SwitchableModel(Protocol):
         """From now on, use only these features.
 
         `fast_decoding` decodes in the configured precision, else with float32 matrix products. `fused_kernels` uses the
-        kernels of `blocks.kernels`, if the spec says that they work, else torch's operations.
+        kernels of `blocks.kernels` if they work on the model's device, else torch's operations. Without it, no such
+        kernel ever runs.
         """
         ...
 

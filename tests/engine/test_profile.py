@@ -17,8 +17,12 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.options import PLAIN, Features
 from stable_audio_serve.engine.profile import prove
+from stable_audio_serve.models import native
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.registry import resolve_entry
 from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.factories import make_request
+from tests.goldens import load_goldens
 from tests.models.loaded import loaded
 from tests.patience import until
 
@@ -105,6 +109,19 @@ async def test_features_that_are_off_are_named_with_the_profile() -> None:
             await engine.generate(REQUEST)
         await until(lambda: "captures off" in engine.describe_profile())
         assert "no room" in engine.describe_profile()
+
+
+async def test_the_plain_profile_loads_no_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine where a kernel ends the process, the plain profile must work."""
+    used: list[object] = []
+    monkeypatch.setattr(native, "load_kernels", lambda *device_and_dtype: used.append(device_and_dtype))
+    model = load_model(resolve_entry("own", path=str(load_goldens("sharp-s").folder)))
+    for profile in ("plain", "accelerated"):
+        assert not used
+        options = EngineOptions(profile=profile, warmup_budget_s=0.0, torch_threads=1)  # type: ignore[arg-type]
+        async with Engine(model, options, device=GpuLike()):
+            pass
+    assert used
 
 
 @pytest.mark.parametrize("make", [FailingCapture, LostWithCaptures])

@@ -120,8 +120,8 @@ def test_attention_for_packed_rows_works(device: torch.device, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_fused_kernels_match_the_reference(device: torch.device, name: str, dtype: torch.dtype) -> None:
     model, tensors = load_on(device, name, dtype), load_goldens(name).tensors
-    assert model.spec.has_fused_kernels
     model.use_features(fast_decoding=True, fused_kernels=True)
+    assert model.spec.has_fused_kernels
     try:
         made = denoise(device, name, dtype)
         with torch.inference_mode():
