@@ -9,12 +9,14 @@ file cannot be used, the line has the reason as `refused`, and no bytes follow.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import socket
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,6 +99,10 @@ def read(
             if min(limit, num_frames) > longest:
                 raise Refused(f"at {file.samplerate} Hz it must not be longer than {longest // file.samplerate} s")
             samples = _read_blocks(file, min(limit, longest))
+            if file.format == "MP3" and len(samples) == num_frames:
+                with suppress(soundfile.LibsndfileError), _open(_Prolonged(descriptor, closefd=False)) as whole:
+                    if whole.frames > num_frames:  # the number was only an estimate
+                        samples = _read_blocks(whole, min(limit, longest))
             # Only for Ogg: the audio after a damaged page would be too early. A cut MP3 is only shorter than it claims.
             if file.format == "OGG" and len(samples) < min(limit, longest, num_frames):
                 raise Refused("the audio is damaged: a part of it cannot be decoded")
@@ -105,7 +111,19 @@ def read(
         raise Refused("the audio cannot be decoded") from error
 
 
-def _open(descriptor: int) -> Any:
+class _Prolonged(io.FileIO):
+    """A file that claims to be 32 times as long.
+
+    libsndfile reads only as many samples as it expects. For an MP3 file without the Xing header, it computes this
+    number from the sizes of the file and of the first frame, so it would stop early if the other frames are smaller.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        position = super().seek(offset, whence)
+        return super().seek(32 * position) if (offset, whence) == (0, os.SEEK_END) else position
+
+
+def _open(source: int | _Prolonged) -> Any:
     """Return a soundfile.SoundFile that reads a file from its start. Raises soundfile.LibsndfileError."""
     import soundfile
 
@@ -113,8 +131,8 @@ def _open(descriptor: int) -> Any:
         def seekable(self) -> bool:
             return False  # otherwise soundfile seeks after each read, which fails if the length is unknown
 
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return Sequential(descriptor, closefd=False)
+    os.lseek(source if isinstance(source, int) else source.fileno(), 0, os.SEEK_SET)
+    return Sequential(source, closefd=False)
 
 
 def _count_frames(file: Any, most: int) -> int:
