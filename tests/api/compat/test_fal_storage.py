@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from itsdangerous import URLSafeTimedSerializer
+from itsdangerous import TimestampSigner, URLSafeTimedSerializer
 
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.core.settings import Settings
@@ -189,6 +189,16 @@ async def test_every_process_of_an_installation_accepts_the_urls(tmp_path: Path,
     other_keys = {"api": {"key_hashes": [hashlib.sha256(b"other").hexdigest()]}}
     async with make_client(**settings | other_keys) as (client, _):
         assert (await client.put(later["upload_url"], content=DATA)).status_code == 403
+
+
+@pytest.mark.parametrize(("signed_before_s", "status"), [(-120, 200), (86_300, 200), (86_500, 403)])
+async def test_urls_are_valid_for_a_day_also_if_clocks_differ(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, signed_before_s: int, status: int
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(TimestampSigner, "get_timestamp", lambda _: int(time.time()) - signed_before_s)
+        place = await announce(client)
+    assert (await client.put(place["upload_url"], content=DATA)).status_code == status
 
 
 @pytest.mark.parametrize("is_in_file", [False, True], ids=["configured", "in the key file"])

@@ -39,7 +39,7 @@ from stable_audio_serve.core.errors import ConflictError, KeysUnavailableError, 
 from stable_audio_serve.core.private_files import needing_room, read_chunks
 from stable_audio_serve.jobs.queue import JobQueue
 
-_TICKET_LIFE_S = 86_400
+_TICKET_LIFE = timedelta(days=1)
 _KEY_DIGITS = 16
 _RETRY_S = 5.0
 _CHUNK_BYTES = 1_048_576
@@ -144,8 +144,10 @@ class Tickets:
         KeysUnavailableError while API keys cannot be checked. Raises StorageError.
         """
         with suppress(BadData):
-            found = Ticket(**(await self._serializer()).loads(ticket, max_age=_TICKET_LIFE_S))
-            if self._has_key(found):
+            # Without `max_age`, which would refuse tickets of a server whose clock is ahead.
+            fields, signed_at = (await self._serializer()).loads(ticket, return_timestamp=True)
+            found = Ticket(**fields)
+            if datetime.now(UTC) - signed_at < _TICKET_LIFE and self._has_key(found):
                 return found
         raise HTTPException(403, "upload: the URL is invalid or expired; initiate the upload again")
 
