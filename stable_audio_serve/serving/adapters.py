@@ -95,7 +95,8 @@ class Library:
         self._models = {catalog.find(model.name).name: model for model in settings.models}
         self._adaptable = {card.name for card in catalog if card.takes_adapters}
         self._store = store
-        self._spread_s = _SPREAD_S if settings.ingress.replicas > 1 else 0.0
+        is_shared = settings.ingress.replicas > 1 or settings.jobs.database_url is not None  # also by other servers
+        self._spread_s = _SPREAD_S if is_shared else 0.0
         self._fetch = fetch or adapter_fetcher(settings)
         self._loaded: tuple[LoadedAdapter, ...] = ()
         self._looked: dict[tuple[str, str], _Looked] = {}  # by the names of model and adapter

@@ -32,8 +32,11 @@ CATALOG = make_catalog()
 MEDIUM = CATALOG.find("medium")
 
 
-def make_library(folder: Path, *, has_store: bool = False, fetch: Any = None, **model: Any) -> Library:
-    tree = {"models": [{"name": "medium", **model}, {"name": "small-sfx"}], "output_dir": str(folder / "out")}
+def make_library(
+    folder: Path, *, has_store: bool = False, database_url: str | None = None, fetch: Any = None, **model: Any
+) -> Library:
+    tree: dict[str, Any] = {"models": [{"name": "medium", **model}, {"name": "small-sfx"}]}
+    tree |= {"output_dir": str(folder / "out"), "jobs": {"database_url": database_url}}
     settings = plan_deployments(Settings.model_validate(tree)).settings
     store = AdapterStore(open_store(settings).database, "audio") if has_store else None
     library = Library(settings, CATALOG, store=store, fetch=fetch)
@@ -252,6 +255,20 @@ async def test_loaded_adapters_are_kept_over_restarts(tmp_path: Path) -> None:
     assert names(one) == []
     with pytest.raises(NotFoundError):
         await one.unload(MEDIUM, name="tape")
+
+
+async def test_loading_waits_until_other_servers_know_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file(tmp_path / "vinyl.safetensors")
+    monkeypatch.setattr(module, "_READ_EVERY_S", 0.02)
+    monkeypatch.setattr(module, "_SPREAD_S", 0.5)
+    url = f"sqlite:///{tmp_path}/shared.db"
+    one, two = (make_library(tmp_path, has_store=True, database_url=url) for _ in range(2))
+    following = asyncio.create_task(two.follow())
+    await one.load(MEDIUM, name="tape", source=str(tmp_path / "vinyl.safetensors"))
+    assert names(two) == ["tape"]
+    following.cancel()
 
 
 async def test_a_failed_download_does_not_replace_a_newer_one(tmp_path: Path) -> None:
