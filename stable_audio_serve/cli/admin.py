@@ -24,6 +24,7 @@ _PREFIX = "/v1/admin"
 _LETTERS = f"{_PREFIX}/dead-letters"
 _PAGE = 500
 _POLL_S = 0.5
+_SPREAD_S = 5.0  # after this time, every process of a server knows that it drains
 
 app = typer.Typer(no_args_is_help=True, help="Load models, drain the server, handle dead letters.")
 app.add_typer(store_jobs.app, name="jobs")
@@ -73,9 +74,10 @@ def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOptio
     """
     with connected(url, key_file) as client:
         state = ask(client, f"POST {_PREFIX}/drain")
-        deadline = time.monotonic() + wait
-        printed = None
-        while state["state"] != "drained" and time.monotonic() < deadline:
+        began_at, printed = time.monotonic(), None
+        while state["state"] != "drained" and time.monotonic() < began_at + wait:
+            if state["state"] == "no" and time.monotonic() > began_at + _SPREAD_S:
+                raise fail("the server does not drain: it was resumed, or --url leads to several servers")
             left = _left(state)
             if left != printed:
                 typer.echo(left)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.cli import app, tables
+from stable_audio_serve.cli import admin, app, tables
 from stable_audio_serve.core.settings import Settings
 from tests.backends import ToneBackend
 
@@ -91,6 +91,19 @@ def test_an_answer_of_another_server_is_a_plain_error(
     result = CliRunner().invoke(app, [*arguments, "--url", "http://a"])
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: the server's answer cannot be understood: ")
+
+
+def test_drain_ends_if_a_load_balancer_answers_for_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(202, json={"state": "draining", "requests": 1, "jobs": 0})
+        return httpx.Response(200, json={"draining": {"state": "no", "requests": 0, "jobs": 0}})
+
+    monkeypatch.setattr(httpx, "Client", partial(httpx.Client, transport=httpx.MockTransport(answer)))
+    monkeypatch.setattr(admin, "_SPREAD_S", 0.0)
+    result = CliRunner().invoke(app, ["admin", "drain", "--wait", "3", "--url", "http://balancer"])
+    assert (result.exit_code, result.stdout) == (2, "1 requests and 0 jobs are left to finish\n")
+    assert "--url" in result.stderr
 
 
 def test_a_server_that_does_not_say_it_is_ready_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
