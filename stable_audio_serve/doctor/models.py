@@ -23,8 +23,10 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import free_and_total
 from stable_audio_serve.engine.hardware.share import DeviceMemory, allowed_bytes, plan_memory, require_share
 from stable_audio_serve.engine.options import PLAIN, Features
+from stable_audio_serve.models.config_reader import read_config
 from stable_audio_serve.models.download import find_local
-from stable_audio_serve.models.registry import BUILT_IN
+from stable_audio_serve.models.families import check_config
+from stable_audio_serve.models.registry import BUILT_IN, config_folder
 from stable_audio_serve.models.weight_sizes import official_weight_bytes, weight_bytes
 from stable_audio_serve.models.weights import DTYPES
 from stable_audio_serve.serving import engines
@@ -67,6 +69,8 @@ class ModelChecks:
         if warnings:  # a model that loads at its first request
             yield Finding(f"{self.name}: files", "warning", warnings[0].removeprefix("warning: "))
             return
+        if (folder := config_folder(self._entry)) is not None:
+            check_config(read_config(folder), backend=self._entry.backend)
         self._can_load = True
         self._folders = find_local(self._entry)
         where = f"complete in {self._folders[0]}" if self._folders else "not here yet; the first start downloads them"

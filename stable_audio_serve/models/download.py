@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -61,16 +61,24 @@ _ENCODER_SUFFIXES = ("json", "safetensors", "model")
 _ENCODER_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "spiece.model", "special_tokens*")
 
 
-def download_entry(entry: ModelEntry, *, token: str | None = None) -> Path:
+def download_entry(
+    entry: ModelEntry,
+    *,
+    token: str | None = None,
+    check_config: Callable[[ConfigReader], None] = lambda config: None,
+) -> Path:
     """Returns the folder with all of the entry's files. Downloads missing files. If all are cached, sends no request.
 
-    If `token` is None, huggingface_hub uses its own token. Raises CheckpointError if the files cannot be downloaded.
+    If `token` is None, huggingface_hub uses its own token. `check_config` is called before the weights are downloaded;
+    it may raise CheckpointError. Raises CheckpointError if the files cannot be downloaded.
     """
     if (cached := find_cached(entry)) is not None:
         return cached
     with _asking(entry, token) as info:
         listed = _files_of(info, entry)
-        files = _needed_files(read_config(_fetch_config(entry, listed, token=token)), listed)
+        config = read_config(_fetch_config(entry, listed, token=token))
+        check_config(config)
+        files = _needed_files(config, listed)
     folder = _download(entry, files, token=token)
     check_folder(folder)
     return folder

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from stable_audio_serve.core.catalog import OPEN_FAMILY, SA3_FAMILY
+from stable_audio_serve.core.catalog import OPEN_FAMILY, SA3_FAMILY, NetworkBackend
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.models.checkpoint_files import check_encoder, list_folder
+from stable_audio_serve.models.checkpoint_files import check_encoder, is_open_family, list_folder
 from stable_audio_serve.models.compiled import compile_layers
+from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.download import download_entry, download_text_encoder
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import ModelEntry, describe_entry
+from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.build import load_sa3
+from stable_audio_serve.models.sa3.config import INERT_KEYS
+from stable_audio_serve.models.sa3.config import parse_config as parse_sa3
 from stable_audio_serve.models.sao.build import load_sao
+from stable_audio_serve.models.sao.config import parse_config as parse_sao
 from stable_audio_serve.models.stable_audio_tools.build import load_with_package
+from stable_audio_serve.models.stable_audio_tools.config import parse_inputs
 from stable_audio_serve.models.stable_audio_tools.package import require_open_family
 from stable_audio_serve.models.weight_sizes import weight_bytes
-from stable_audio_serve.models.weights import resolve_dtype
+from stable_audio_serve.models.weights import SkipRandomWeights, resolve_dtype
 
 _LOADERS: Mapping[str, Callable[..., DiffusionModel]] = {SA3_FAMILY: load_sa3, OPEN_FAMILY: load_sao}
 
@@ -66,8 +74,24 @@ def find_files(entry: ModelEntry, *, token: str | None = None) -> tuple[Path, Pa
 
     Raises CheckpointError with one sentence that says what to do.
     """
-    folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
+    if entry.folder is not None:
+        folder = Path(entry.folder)
+    else:
+        folder = download_entry(entry, token=token, check_config=partial(check_config, backend=entry.backend))
     return folder, download_text_encoder(folder, token=token)
+
+
+def check_config(config: ConfigReader, *, backend: NetworkBackend) -> None:
+    """Raise CheckpointError for a key of a `model_config.json` that cannot be used. Takes milliseconds."""
+    if backend == "stable_audio_tools":
+        parse_inputs(config)
+    elif is_open_family(config):
+        parse_sao(config)
+    else:
+        autoencoder = parse_sa3(config).autoencoder
+        with suppress(RuntimeError, MemoryError), torch.device("meta"), SkipRandomWeights():  # `load_sa3` reports these
+            AudioAutoencoder(autoencoder)
+            config.refuse_unread(inert=INERT_KEYS)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

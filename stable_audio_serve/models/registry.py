@@ -182,7 +182,7 @@ def describe_entry(entry: ModelEntry) -> ModelEntry:
     cache does not contain it, returns the entry unchanged. A built-in entry keeps its own default steps and guidance.
     The longest duration is at most `cap_s`. Raises CheckpointError if the config is missing in the folder or unusable.
     """
-    folder = _config_folder(entry)
+    folder = config_folder(entry)
     if folder is None:
         return entry
     config = read_config(folder)
@@ -193,7 +193,8 @@ def describe_entry(entry: ModelEntry) -> ModelEntry:
     return replace(entry, card=card)
 
 
-def _config_folder(entry: ModelEntry) -> Path | None:
+def config_folder(entry: ModelEntry) -> Path | None:
+    """Returns the folder with an entry's config: its own, or one in the cache of the hub. None if it is not cached."""
     if entry.folder is not None:
         return Path(entry.folder)
     if entry.repo_id is None:

@@ -27,7 +27,8 @@ from stable_audio_serve.engine.options import PLAIN, Features
 from stable_audio_serve.engine.profile import Profile
 from stable_audio_serve.serving.placement import plan_deployments
 from tests.adapter_files import write_file
-from tests.models.hub import Repo, pointing_library_at, running_hub
+from tests.goldens import SA3_GOLDENS
+from tests.models.hub import Repo, checkpoint_files, pointing_library_at, running_hub
 from tests.serving.launched import free_port, write_config
 
 CLOSED = "127.0.0.1:9"  # no server listens there
@@ -78,15 +79,18 @@ def test_the_demo_is_all_ok(folder: Path) -> None:
 @pytest.mark.server
 def test_a_missing_licence_fails_and_names_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"model_config.json": b"{}", "model.safetensors": b""}
+    tuned = checkpoint_files(SA3_GOLDENS / "tiny-s")
+    tuned["model_config.json"] = tuned["model_config.json"].replace(b'"num_heads"', b'"num_head"', 1)
     with (
-        running_hub({"lab/model": Repo(files, gated=True, token="good")}) as hub,
+        running_hub({"lab/model": Repo(files, gated=True, token="good"), "lab/tuned": Repo(tuned)}) as hub,
         pointing_library_at(hub.url, tmp_path / "hub"),
     ):
         monkeypatch.setenv("HF_TOKEN", "hf_of-another-account")
-        found = findings(models=[{"name": "lab", "repo_id": "lab/model"}])
-    assert found["lab: files"]["state"] == "failure"
-    assert f"lab/model is gated: accept its terms at {hub.url}/lab/model" in found["lab: files"]["message"]
-    assert not {"lab: memory", "lab: speed"} & set(found)
+        found = findings(models=[{"name": name, "repo_id": f"lab/{name}"} for name in ("model", "tuned")])
+    assert {found[f"{name}: files"]["state"] for name in ("model", "tuned")} == {"failure"}
+    assert "num_head" in found["tuned: files"]["message"]
+    assert f"lab/model is gated: accept its terms at {hub.url}/lab/model" in found["model: files"]["message"]
+    assert not {"model: memory", "model: speed", "tuned: memory"} & set(found)
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *, free: int, total: int) -> None:

@@ -15,7 +15,7 @@ from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models import download as downloading
 from stable_audio_serve.models.download import check_access, download_entry
-from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.families import find_files, load_model
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
 from tests.models.hub import COMMIT, REFUSAL, Repo, checkpoint_files, pointing_library_at, running_hub, silent_hub
@@ -372,6 +372,18 @@ def test_a_text_encoder_of_another_repository_is_fetched_once(tmp_path: Path, pl
         num_requests = hub.requests
         assert load(tmp_path, hub.url, **entry) == ["NoneType", "SaoModel"]
         assert hub.requests == num_requests
+
+
+def test_a_config_that_cannot_be_used_is_refused_before_the_download(tmp_path: Path) -> None:
+    for files, section in ((FILES, "diffusion"), (FILES, "pretransform"), (checkpoint_files(OPEN), "diffusion")):
+        config = json.loads(files["model_config.json"])
+        config["model"][section]["config"]["extra"] = 1
+        changed = files | {"model_config.json": json.dumps(config).encode()}
+        home = tmp_path / f"{section}-{len(files)}"
+        with running_hub({"lab/model": Repo(changed)}) as hub, pointing_library_at(hub.url, home):
+            with pytest.raises(CheckpointError, match=rf"model.{section}.config.extra is not known"):
+                find_files(resolve_entry("model", repo_id="lab/model"))
+            assert hub.fetched == ["model_config.json"]
 
 
 def test_a_text_encoder_of_the_base_model_is_fetched(tmp_path: Path) -> None:

@@ -627,7 +627,7 @@ def test_the_longest_clip_has_whole_latent_frames(folder: Path) -> None:
 
 def test_a_downloaded_model_has_its_objectives_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_goldens("sharp-l").folder  # its training objective is rectified flow
-    monkeypatch.setattr(families, "download_entry", lambda entry, token: base)
+    monkeypatch.setattr(families, "download_entry", lambda entry, **options: base)
     card = load_model(resolve_entry("mine", repo_id="lab/base")).spec.card
     assert card == load_model(resolve_entry("mine", path=str(base))).spec.card
     assert (card.default_steps, card.default_cfg_scale) == (50, 7.0)
