@@ -246,7 +246,8 @@ def _fetch_from_hub(source: _Repository, *, token: str | None, cache: Path | Non
         _require_size(get_hf_file_metadata(url, token=token, timeout=_REQUEST_TIMEOUT_S).size)
         return Path(hf_hub_download(repo_id, file, revision=revision, token=token, cache_dir=cache))
     except GatedRepoError as error:
-        raise _FetchError(f"the repository {repo_id} is gated: the server's hf_token may not read it") from error
+        terms = f"accept its terms at {constants.ENDPOINT}/{repo_id} with the account of the server's HF_TOKEN"
+        raise _FetchError(f"the repository {repo_id} is gated: {terms}") from error
     except RevisionNotFoundError as error:
         raise _FetchError(f"the repository {repo_id} has no revision {revision}") from error
     except RepositoryNotFoundError as error:

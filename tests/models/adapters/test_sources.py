@@ -204,7 +204,7 @@ def test_files_of_repositories_are_downloaded(tmp_path: Path) -> None:
         message = refusal("lab/two")
         assert "lab/two/a/vinyl.safetensors, lab/two/bells.safetensors" in message
         assert "has no .safetensors file" in refusal("lab/none")
-        assert "gated" in refusal("lab/gated/vinyl.safetensors")
+        assert f"accept its terms at {hub.url}/lab/gated" in refusal("lab/gated/vinyl.safetensors")
         assert fetch_adapter("lab/gated/vinyl.safetensors", token="secret").read_bytes() == content
         assert "no repository lab/missing" in refusal("lab/missing")
         assert "429" in refusal("lab/busy", is_temporary=True)
