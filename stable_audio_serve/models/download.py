@@ -130,9 +130,10 @@ def find_local(entry: ModelEntry) -> tuple[Path, Path] | None:
 def downloaded_bytes(entry: ModelEntry) -> int:
     """Returns the size of an entry's files in the cache, including the parts of unfinished files. Sends no request."""
     total = 0
-    for file in _blobs(Path(constants.HF_HUB_CACHE), _repository(entry)).glob("*"):
+    # On a file system without links, complete files are in `snapshots`, not in `blobs`.
+    for file in _blobs(Path(constants.HF_HUB_CACHE), _repository(entry)).parent.rglob("*"):
         with suppress(FileNotFoundError):  # the name of a file changes when it is complete
-            total += file.stat().st_size
+            total += file.lstat().st_size
     return total
 
 
@@ -281,7 +282,8 @@ def _require_space(entry: ModelEntry, files: Iterable[str], *, info: ModelInfo) 
     needed = 0
     for file in filter_repo_objects(info.siblings or (), allow_patterns=list(files), key=lambda f: f.rfilename):
         blob = file.lfs.sha256 if file.lfs else file.blob_id
-        if not (blob and (blobs / blob).exists()):
+        places = (blobs / (blob or ""), blobs.parent / "snapshots" / str(info.sha) / file.rfilename)
+        if not any(place.is_file() for place in places):  # the second is used on file systems without links
             needed += file.size or 0
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free

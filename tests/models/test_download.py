@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError
@@ -324,6 +325,18 @@ def test_a_full_disk_is_named_before_the_download(tmp_path: Path) -> None:
         message = check(tmp_path, endpoint=hub.url)
     assert message is not None
     assert message.startswith(f"lab/model takes 1000000.00 GB of {tmp_path / 'hub' / 'hub'}, where ")
+
+
+@pytest.mark.parametrize("has_links", [slow(True), False])
+def test_downloaded_files_need_no_more_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_links: bool
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", not has_links)
+    with running_hub({"lab/model": Repo(FILES)}) as hub:
+        folder = Path(download(tmp_path, endpoint=hub.url)["folder"])
+    (folder / "t5gemma" / "config.json").unlink()
+    with running_hub({"lab/model": Repo(FILES, sizes={"model.safetensors": 10**15})}) as hub:
+        assert check(tmp_path, endpoint=hub.url) is None
 
 
 def test_a_disk_that_fills_during_the_download_is_named(tmp_path: Path, tiny_disk: Path) -> None:

@@ -69,12 +69,16 @@ def test_models_to_download_are_named(tmp_path: Path, monkeypatch: pytest.Monkey
     entries = entries_to_download(plan.settings.models)
     assert list(entries) == ["lab"]
     assert describe_downloads(entries) == "lab: 0.00 GB"
-    blobs = tmp_path / "models--lab--model" / "blobs"
+    folder = tmp_path / "models--lab--model"
+    blobs, snapshot = folder / "blobs", folder / "snapshots" / "89ab"
     blobs.mkdir(parents=True)
-    for name, megabytes in (("0123", 30), ("4567.incomplete", 20)):
-        with (blobs / name).open("wb") as file:
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to(blobs / "0123")
+    copied = snapshot / "model_config.json"  # on a file system without links, the cache has its files here
+    for path, megabytes in ((blobs / "0123", 30), (blobs / "4567.incomplete", 20), (copied, 40)):
+        with path.open("wb") as file:
             file.truncate(megabytes * 1_000_000)
-    assert describe_downloads(entries) == "lab: 0.05 GB"
+    assert describe_downloads(entries) == "lab: 0.09 GB"
 
 
 def test_missing_folder_stops_startup(tmp_path: Path) -> None:
