@@ -41,6 +41,7 @@ LOOPBACK = "127.0.0.1"
 _LOCAL_NAMES = "localhost,127.0.0.1,::1"
 _ALL_IPV4 = "0.0.0.0"
 _MOST_FILES = 65_536  # not more, because some programs allocate a table with an entry for each file they may open
+_MOST_FILES_MACOS = 10_240  # macOS's OPEN_MAX; its kernel may refuse more, although the hard limit is unlimited
 _BINARY_CHECK_TIMEOUT_S = 5.0
 
 
@@ -143,8 +144,12 @@ def raise_file_limit() -> None:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except ValueError:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, _MOST_FILES_MACOS), hard))
 
 
 def base_environment(settings: Settings) -> dict[str, str]:

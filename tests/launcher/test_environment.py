@@ -217,3 +217,18 @@ def test_limit_of_open_files_is_raised() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert raised == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
+
+
+def test_a_system_that_refuses_so_many_open_files_gets_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS: the hard limit is unlimited, but the kernel refuses more than `kern.maxfilesperproc`."""
+    accepted: list[int] = []
+
+    def set_limit(kind: int, limits: tuple[int, int]) -> None:
+        if limits[0] > 61_440:
+            raise ValueError("current limit exceeds maximum limit")
+        accepted.append(limits[0])
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    environment.raise_file_limit()
+    assert accepted == [10_240]
