@@ -222,7 +222,8 @@ def _answer(descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, A
 
 def main() -> None:
     """Answer messages on the socket whose descriptor is the first argument, until the parent closes it."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    with suppress(ValueError):  # macOS has no such limit; elsewhere, a lower one is set already
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)
     channel = socket.socket(fileno=int(sys.argv[1]))

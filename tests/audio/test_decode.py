@@ -328,6 +328,22 @@ def test_failing_to_start_a_process_is_an_overload(monkeypatch: pytest.MonkeyPat
     decoder.close()
 
 
+def test_files_are_read_where_memory_cannot_be_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process runs with a `setrlimit` like that of macOS."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import resource\n"
+        "set_limit = resource.setrlimit\n"
+        "def refuse(kind, limits):\n"
+        "    if kind == resource.RLIMIT_AS: raise ValueError('current limit exceeds maximum limit')\n"
+        "    set_limit(kind, limits)\n"
+        "resource.setrlimit = refuse\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    decoder = AudioDecoder()
+    assert decoder.decode(as_file(make_audio_file()), max_s=10).samples.shape == (2, 44100)
+    decoder.close()
+
+
 @pytest.mark.server
 def test_a_file_that_takes_too_long_is_refused(own_pids: Callable[[], list[int]]) -> None:
     decoder = AudioDecoder(timeout_s=PATIENCE_S)
