@@ -1,4 +1,4 @@
-"""Detect features of this machine's CPU from Linux's `/proc/cpuinfo`. On other systems the functions return False."""
+"""Detect features of this machine's CPU from Linux's `/proc/cpuinfo`. On other systems the functions find none."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def has_matrix_bfloat16(facts: Path = CPU_FACTS) -> bool:
 def is_amd(facts: Path = CPU_FACTS) -> bool:
     """Whether AMD made the CPU."""
     return _read(facts, "vendor_id") == ["AuthenticAMD"]
+
+
+def arm_design(facts: Path = CPU_FACTS) -> list[str]:
+    """Return the number of an ARM core's design, such as `0xd0c` for Neoverse N1. Empty for other CPUs."""
+    return _read(facts, "CPU part")
 
 
 def _read(facts: Path, name: str) -> list[str]:

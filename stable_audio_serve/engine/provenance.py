@@ -14,7 +14,7 @@ from stable_audio_serve import __version__
 from stable_audio_serve.core.catalog import SA3_FAMILY
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, Loaded, Mode, Provenance
-from stable_audio_serve.core.processor import has_matrix_bfloat16, is_amd
+from stable_audio_serve.core.processor import arm_design, has_matrix_bfloat16, is_amd
 from stable_audio_serve.engine.calls.requests import Prompts
 from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.profile import Profile
@@ -30,6 +30,7 @@ def name_processor(device: torch.device) -> str:
         return device.type
     more = [" AMX"] if has_matrix_bfloat16() else []
     more += [" AMD"] if is_amd() else []
+    more += [f" {number}" for number in arm_design()]  # other designs add in another order
     return torch.backends.cpu.get_cpu_capability() + "".join(more)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_audio_serve.core.processor import has_matrix_bfloat16, has_native_bfloat16, is_amd
+from stable_audio_serve.core.processor import arm_design, has_matrix_bfloat16, has_native_bfloat16, is_amd
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,11 @@ def test_the_vendor_of_a_processor_is_read(tmp_path: Path) -> None:
     for vendor, expected in (("AuthenticAMD", True), ("GenuineIntel", False)):
         facts.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 26\n")
         assert is_amd(facts) is expected
+
+
+def test_the_design_of_an_arm_core_is_read(tmp_path: Path) -> None:
+    facts = tmp_path / "facts"
+    assert arm_design(facts) == []
+    facts.write_text("processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n")
+    assert arm_design(facts) == ["0xd0c"]
+    assert not has_native_bfloat16(facts)

@@ -128,6 +128,15 @@ def test_a_recipe_names_the_threads_if_bytes_depend_on_them(
     assert described.threads == threads
 
 
+def test_a_recipe_names_the_design_of_an_arm_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two designs may have the same instruction sets, but the matrix libraries choose other kernels for each."""
+    names = []
+    for design in ([], ["0xd0b"], ["0xd0c"]):
+        monkeypatch.setattr(provenance, "arm_design", lambda design=design: design)
+        names.append(provenance.name_processor(torch.device("cpu")))
+    assert names == [names[0], f"{names[0]} 0xd0b", f"{names[0]} 0xd0c"]
+
+
 def long_form(values: Iterable[tuple[Any, ...]], *, short: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Returns the test parameters `values`. Parameters that are not in `short` are marked slow."""
     return [value if value in short else slow(*value) for value in values]
