@@ -34,21 +34,27 @@ def name_processor(device: torch.device) -> str:
     return torch.backends.cpu.get_cpu_capability() + "".join(more)
 
 
+def depends_on_threads() -> bool:
+    """Whether the number of threads changes the results of large matrix multiplications on this machine's CPU.
+
+    It does if torch uses AMX instructions, or MKL on processors that are not from AMD or have no AVX2.
+    """
+    return not is_amd() or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+
+
 def describe_engine(
     spec: ModelSpec, options: EngineOptions, *, device: torch.device, mode: Mode, loaded: Loaded, profile: Profile
 ) -> Provenance:
     """Return the provenance that is common to all requests of an engine."""
     is_cpu, is_fast = device.type == "cpu", mode == "fast"
-    # The number of threads changes the results of large matrix multiplications if torch uses AMX instructions, or MKL
-    # instead of oneDNN.
-    depends_on_threads = is_cpu and (is_fast or not is_amd())
+    names_threads = is_cpu and (is_fast or depends_on_threads())
     return Provenance(
         version=__version__,
         torch=str(torch.__version__),  # without `str`, unpickling the value would import torch
         mode=mode,
         processor=name_processor(device),
         loaded=loaded,
-        threads=(options.torch_threads or torch.get_num_threads()) if depends_on_threads else None,
+        threads=(options.torch_threads or torch.get_num_threads()) if names_threads else None,
         slots=None if is_cpu or is_fast else options.slots,
         is_compiled=spec.is_compiled,
         profile=None if is_cpu else profile.name,

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.models import official_config
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Loaded
-from stable_audio_serve.core.processor import is_amd
 from stable_audio_serve.engine import Engine, EngineOptions, provenance
 from stable_audio_serve.engine.hardware.threads import steady_threads
 from stable_audio_serve.models.config_reader import ConfigReader
@@ -32,7 +31,9 @@ from tests.models.loaded import loaded
 from tests.parameters import slow
 
 THREADS = (1, 2, 4)
-steady = pytest.mark.skipif(not is_amd(), reason="large products depend on the threads here: recipes name their number")
+steady = pytest.mark.skipif(
+    provenance.depends_on_threads(), reason="large products depend on the threads here: recipes name their number"
+)
 PRECISIONS = (torch.float32, torch.bfloat16)
 
 
@@ -116,11 +117,14 @@ async def _check_threads(model: Sa3Model, requests: Mapping[str, GenerationReque
                 np.testing.assert_array_equal(audio, one, err_msg=f"{kind} on {num_threads} threads")
 
 
-@pytest.mark.parametrize(("is_made_by_amd", "threads"), [(True, None), (False, 3)])
+@pytest.mark.parametrize(
+    ("is_made_by_amd", "capability", "threads"), [(True, "AVX2", None), (True, "DEFAULT", 3), (False, "AVX2", 3)]
+)
 def test_a_recipe_names_the_threads_if_bytes_depend_on_them(
-    monkeypatch: pytest.MonkeyPatch, *, is_made_by_amd: bool, threads: int | None
+    monkeypatch: pytest.MonkeyPatch, *, is_made_by_amd: bool, capability: str, threads: int | None
 ) -> None:
     monkeypatch.setattr(provenance, "is_amd", lambda: is_made_by_amd)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model, options = loaded("tiny-s"), EngineOptions(mode="strict", torch_threads=3)
     described = provenance.describe_engine(
         model.spec, options, device=model.device, mode="strict", loaded=Loaded(), profile="plain"
