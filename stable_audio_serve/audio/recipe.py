@@ -126,7 +126,7 @@ class RecipeMaker(_Part):
     networks: _ShortText | None = _unset("Network implementation: native or stable_audio_tools.")
     mode: Mode | None = _unset("strict = the bytes do not depend on other requests; fast = they may.")
     threads: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset(
-        "CPU threads of a call; only on a CPU, in fast mode, or if the processor is not from AMD or has no AVX2."
+        "CPU threads of a call; only on a CPU, and there only in fast mode or if the bytes may depend on it."
     )
     slots: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset("Rows of a call; only in strict mode on a GPU.")
     is_compiled: bool | None = _unset("Whether the networks were compiled with torch.compile.")

@@ -32,7 +32,7 @@ from tests.parameters import slow
 
 THREADS = (1, 2, 4)
 steady = pytest.mark.skipif(
-    provenance.depends_on_threads(), reason="large products depend on the threads here: recipes name their number"
+    provenance.depends_on_threads(8), reason="large products depend on the threads here: recipes name their number"
 )
 PRECISIONS = (torch.float32, torch.bfloat16)
 
@@ -118,18 +118,22 @@ async def _check_threads(model: Sa3Model, requests: Mapping[str, GenerationReque
 
 
 @pytest.mark.parametrize(
-    ("is_made_by_amd", "capability", "threads"), [(True, "AVX2", None), (True, "DEFAULT", 3), (False, "AVX2", 3)]
+    ("is_made_by_amd", "capability", "num_threads", "named"),
+    [
+        *[(True, "AVX2", 3, None), (True, "AVX2", 26, 26), (True, "AVX512", 26, None)],
+        *[(True, "DEFAULT", 3, 3), (False, "AVX2", 3, 3)],
+    ],
 )
 def test_a_recipe_names_the_threads_if_bytes_depend_on_them(
-    monkeypatch: pytest.MonkeyPatch, *, is_made_by_amd: bool, capability: str, threads: int | None
+    monkeypatch: pytest.MonkeyPatch, *, is_made_by_amd: bool, capability: str, num_threads: int, named: int | None
 ) -> None:
     monkeypatch.setattr(provenance, "is_amd", lambda: is_made_by_amd)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    model, options = loaded("tiny-s"), EngineOptions(mode="strict", torch_threads=3)
+    model, options = loaded("tiny-s"), EngineOptions(mode="strict", torch_threads=num_threads)
     described = provenance.describe_engine(
         model.spec, options, device=model.device, mode="strict", loaded=Loaded(), profile="plain"
     )
-    assert described.threads == threads
+    assert described.threads == named
 
 
 def test_a_recipe_names_the_design_of_an_arm_core(monkeypatch: pytest.MonkeyPatch) -> None:
