@@ -96,6 +96,7 @@ OWN_NAMES = [
     "8.8.8.8",
     socket.gethostname(),
     f"queue.{socket.gethostname().upper()}:8000",
+    f"{socket.gethostname().partition('.')[0]}.local:8000",
 ]
 OTHER_NAMES = [
     "evil.example",
@@ -105,6 +106,8 @@ OTHER_NAMES = [
     "127.0.0.1.evil.example",
     "queue.evil.example",
     "queue.queue.evil.example",
+    "evil.local",
+    ".local",
     "queue.",
     ".",
     ":",

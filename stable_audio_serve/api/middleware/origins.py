@@ -58,8 +58,9 @@ class Origins:
         self._allows_null = "null" in listed
         self._checks_hosts = ANY not in hosts and (bool(hosts) or not settings.has_keys)
         own_name = socket.gethostname().lower()
+        short_name = own_name.partition(".")[0]
         public_name = urlsplit(public_url).hostname if public_url else None
-        self._names = {*map(_plain_name, hosts), own_name, own_name.partition(".")[0], public_name} - {"", None}
+        self._names = {*map(_plain_name, hosts), own_name, short_name, f"{short_name}.local", public_name} - {"", None}
 
     def allows(self, origin: str) -> bool:
         """Whether pages of this origin may read responses."""
