@@ -312,6 +312,26 @@ def test_clips_last_until_reload_when_storage_is_full(page: Page) -> None:
     assert page.clips == []
 
 
+# As in Firefox for a site whose cookies are blocked.
+BLOCKED = """
+    const refuse = () => { throw new DOMException("The operation is insecure.", "SecurityError"); };
+    const names = ["indexedDB", "localStorage", "sessionStorage"];
+    for (const name of names) Object.defineProperty(window, name, { get: refuse });
+    window.BroadcastChannel = class { constructor() { refuse(); } };
+"""
+
+
+@pytest.mark.slow
+def test_clips_last_until_reload_when_storage_is_blocked(page: Page) -> None:
+    added = page.browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": BLOCKED})
+    try:
+        page.open().fill(prompt="rain", duration=0.5, steps=2).click("generate")
+        page.until(lambda: "cannot store the clip" in page.status_text)
+    finally:
+        page.browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    assert len(page.browser.find_elements(By.CSS_SELECTOR, "#clips li")) == 1
+
+
 @pytest.mark.slow
 def test_tabs_share_the_list_of_clips(page: Page) -> None:
     first = page.browser.current_window_handle

@@ -5,7 +5,10 @@ const NAME = "stable-audio-serve";
 const STORES = ["takes", "jobs"]; // "takes" holds the clips
 let database = null;
 const memory = { takes: new Map(), jobs: new Map() };
-const otherTabs = new BroadcastChannel(NAME);
+let otherTabs = null;
+try {
+  otherTabs = new BroadcastChannel(NAME);
+} catch {} // the browser blocks storage
 
 const done = (request) =>
   new Promise((resolve, reject) => {
@@ -37,7 +40,7 @@ const change = (store, act) =>
 
 // Calls `act(store)` when another tab has changed a store.
 export function onChange(act) {
-  otherTabs.addEventListener("message", (event) => act(event.data));
+  otherTabs?.addEventListener("message", (event) => act(event.data));
 }
 
 // Returns whether the value is stored beyond this page.
@@ -48,20 +51,20 @@ export async function put(store, value) {
     memory[store].set(value.id, value);
     return false;
   }
-  otherTabs.postMessage(store);
+  otherTabs?.postMessage(store);
   return true;
 }
 
 export async function remove(store, id) {
   memory[store].delete(id);
   await attempt(() => change(store, (target) => target.delete(id)));
-  otherTabs.postMessage(store);
+  otherTabs?.postMessage(store);
 }
 
 export async function clear(store) {
   memory[store].clear();
   await attempt(() => change(store, (target) => target.clear()));
-  otherTabs.postMessage(store);
+  otherTabs?.postMessage(store);
 }
 
 // Returns all values in a store, oldest first.
