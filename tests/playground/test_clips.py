@@ -178,6 +178,15 @@ def compare_two_clips(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_silent_mode_of_an_iphone_does_not_mute_clips(page: Page) -> None:
+    page.run("navigator.audioSession = { type: 'auto' }")
+    page.browser.execute_async_script(
+        "const [done] = arguments; import('./playground/audio.js').then((audio) => done(void audio.audioContext()))"
+    )
+    assert page.run("return navigator.audioSession.type") == "playback"
+
+
+@pytest.mark.slow
 def test_two_clips_are_compared_at_equal_loudness(page: Page) -> None:
     compare_two_clips(page)
     assert "a 440 Hz sine tone" in page.status_text

@@ -5,6 +5,7 @@ let master = null;
 let volume = 1;
 
 export function audioContext() {
+  if (!context && navigator.audioSession) navigator.audioSession.type = "playback"; // or silent iPhones play nothing
   context ??= new AudioContext();
   return context;
 }
