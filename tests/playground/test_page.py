@@ -32,8 +32,11 @@ def test_page_is_accessible(scheme: str, page: Page) -> None:
 def test_page_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
     metrics = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page.browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
     try:
         page.open()
+        fields = page.browser.find_elements(By.CSS_SELECTOR, "input, select, textarea")
+        assert {field.value_of_css_property("font-size") for field in fields} == {"16px"}
         page["prompt"].send_keys("rain", Keys.TAB)
         page.run("document.getElementById('source-file').focus()")
         assert page.run("return getComputedStyle(document.querySelector('.button')).outlineStyle") == "solid"
@@ -63,6 +66,7 @@ def test_page_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
         assert "from rain, seed" in row.text
         assert page.run("return arguments[0].scrollWidth <= arguments[0].clientWidth", row)
     finally:
+        page.browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
