@@ -124,11 +124,11 @@ def test_source_that_cannot_be_read_is_no_lost_server(page: Page, tmp_path: Path
     page["source-file"].send_keys(str(source))
     page.until(lambda: page["source-name"].text == "Source: door.wav, 1.00 s")
     source.unlink()
+    page.run("window.fetch = () => new Promise(() => {})")  # Firefox never ends a request with such a file
     page.fill(prompt="rain", duration=1, steps=2).click("generate")
     page.until(page.field_errors)
     assert page.field_errors() == {"audio": "The file cannot be read, or it has changed. Choose it again."}
     assert not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li")
-    page.messages()  # clears the console, in which the browser has logged the error
 
 
 @pytest.mark.slow

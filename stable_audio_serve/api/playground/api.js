@@ -40,14 +40,14 @@ export class ApiError extends Error {
 export async function call(path, { method = "GET", json, form, headers = {}, signal, cache = "no-store" } = {}) {
   const all = { ...(key() && { Authorization: `Bearer ${key()}` }), ...headers };
   if (json) all["Content-Type"] = "application/json";
+  if (form && !(await isReadable(form))) {
+    throw new ApiError(400, [{ field: "audio", message: "The file cannot be read, or it has changed. Choose it again." }]);
+  }
   let reply;
   try {
     reply = await fetch(url(path), { method, headers: all, body: json ? JSON.stringify(json) : form, signal, cache });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    if (form && !(await isReadable(form))) {
-      throw new ApiError(400, [{ field: "audio", message: "The file cannot be read, or it has changed. Choose it again." }]);
-    }
     throw new ApiError(0, [{ field: null, message: "Server unreachable." }]);
   }
   const isPage = reply.headers.get("Content-Type")?.startsWith("text/html"); // a proxy's, such as one to sign in
@@ -56,7 +56,8 @@ export async function call(path, { method = "GET", json, form, headers = {}, sig
 }
 
 // Whether the files in a form can be read. A folder cannot, nor can a file that was changed or deleted since it was chosen.
-// The browser reports the same error as for a server that is away.
+// Sent nevertheless, Chromium reports the same error as for a server that is away, Safari sends an empty file, and Firefox
+// never ends the request.
 async function isReadable(form) {
   const files = [...form.values()].filter((value) => value instanceof Blob);
   return Promise.all(files.map((file) => file.slice(0, 1).arrayBuffer())).then(() => true, () => false);
