@@ -97,7 +97,9 @@ def check_config(config: ConfigReader, *, backend: NetworkBackend) -> None:
 def resolve_device(device: str | torch.device) -> torch.device:
     """Returns `device` as a torch.device. Raises ConfigError if this machine cannot use the device."""
     try:
-        return torch.ones(1, device=device).device  # runs a kernel, because torch has none for some GPUs
+        probe = torch.ones(1, device=device)  # runs a kernel, because torch has none for some GPUs
+        probe.item()  # waits for the kernel
+        return probe.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {str(device)!r} cannot be used here: {reason}", field="device") from error

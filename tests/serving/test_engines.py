@@ -155,34 +155,38 @@ def test_model_with_a_gpu_that_torch_cannot_use_is_named(bfloat16_cpu: Path) -> 
 
 
 class FailingGpu(TorchFunctionMode):
-    """A GPU whose memory can be allocated, but on which every kernel fails with this error."""
+    """A GPU whose memory can be allocated, but on which every kernel fails with this error: at its launch, or only when
+    the process waits for it.
+    """
 
-    def __init__(self, error: str) -> None:
+    def __init__(self, error: str, *, is_late: bool) -> None:
         super().__init__()
         self._error = error
+        self._working = {"empty", "__get__", "ones"} if is_late else {"empty", "__get__"}
 
     def __torch_function__(  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func.__name__ in {"empty", "__get__"}:
+        if func.__name__ in self._working:
             return func(*args, **{**kwargs, "device": "cpu"})
         raise torch.AcceleratorError(self._error)
 
 
 @pytest.mark.parametrize(
-    ("error", "device"),
+    ("error", "is_late", "device"),
     [
-        ("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors", "cpu"),
-        ("HIP error: invalid device function\nHIP kernel errors", "cpu"),
-        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "cuda"),
+        ("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors", False, "cpu"),
+        ("HIP error: invalid device function\nHIP kernel errors", False, "cpu"),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", False, "cuda"),
+        ("CUDA error: uncorrectable ECC error encountered", True, "cuda"),
     ],
-    ids=["cuda", "rocm", "busy"],
+    ids=["cuda", "rocm", "busy", "late"],
 )
 def test_only_a_gpu_for_which_torch_has_no_code_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, error: str, device: str
+    monkeypatch: pytest.MonkeyPatch, *, error: str, is_late: bool, device: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with FailingGpu(error):
+    with FailingGpu(error, is_late=is_late):
         assert first_device() == device
         with pytest.raises(ConfigError) as raised:
             resolve_device("cuda")
