@@ -48,7 +48,7 @@ from stable_audio_serve.models.checkpoint_files import (
     text_encoder_repository,
 )
 from stable_audio_serve.models.config_reader import CONFIG_FILE, ConfigReader, read_config
-from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
+from stable_audio_serve.models.registry import TEXT_ENCODER, ModelEntry, text_encoder_entry
 
 # All errors of huggingface_hub. It raises ValueError for a token with invalid characters, and for a response that does
 # not come from a model hub. Its package hf_xet, which downloads large files, raises RuntimeError for a failed download.
@@ -363,7 +363,8 @@ def _explain(error: Exception, entry: ModelEntry) -> str:
 
 def describe_incomplete_cache(entry: ModelEntry) -> str:
     """Returns the error message for a cache that lacks files while the hub cannot be used (offline or no network)."""
-    lacking = f"{entry.repo_id} is not complete in {constants.HF_HUB_CACHE} and"
+    what = f"the text encoder of {entry.repo_id}" if entry.card.family == TEXT_ENCODER else entry.repo_id
+    lacking = f"{what} is not complete in {constants.HF_HUB_CACHE} and"
     if constants.is_offline_mode():
         return f"{lacking} offline mode is on: unset HF_HUB_OFFLINE to fetch it"
     remedy = "check the network, or put the files in a folder and configure its path"

@@ -87,6 +87,7 @@ def _open(name: str, *, objective: str, cap_s: float, description: str) -> Model
 
 
 DEMO = "demo"
+TEXT_ENCODER = "text-encoder"  # the family of a text encoder that has a repository of its own
 _DEMO_FOLDER = Path(str(resources.files("stable_audio_serve"))) / "demo"
 
 # The packaged adapters of the demo model, by name.
@@ -124,7 +125,7 @@ BUILT_IN: Mapping[str, ModelEntry] = {
 
 def text_encoder_entry(repo_id: str) -> ModelEntry:
     """Returns the entry for downloading a text encoder from its own repository."""
-    return ModelEntry(ModelCard(repo_id, "text-encoder"), repo_id=repo_id)
+    return ModelEntry(ModelCard(repo_id, TEXT_ENCODER), repo_id=repo_id)
 
 
 def resolve_entry(

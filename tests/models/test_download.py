@@ -405,6 +405,14 @@ def test_a_text_encoder_of_the_base_model_is_fetched(tmp_path: Path) -> None:
     del prompt["model_path"]
     prompt |= {"repo_id": "lab/base", "subfolder": "t5gemma"}
     tuned = {"model_config.json": json.dumps(config).encode(), "tuned.safetensors": NEEDED["model.safetensors"]}
+    (tmp_path / "tuned").mkdir()
+    for name, content in tuned.items():
+        (tmp_path / "tuned" / name).write_bytes(content)
+    with (
+        pointing_library_at("http://127.0.0.1:9", tmp_path / "hub", is_offline=True),
+        pytest.raises(CheckpointError, match="the text encoder of lab/base is not complete in"),
+    ):
+        check_access(resolve_entry("model", path=str(tmp_path / "tuned")))
     with running_hub({"lab/tuned": Repo(tuned)}) as hub:
         assert all("lab/base" in result for result in load(tmp_path, hub.url, repo_id="lab/tuned"))
     with running_hub({"lab/tuned": Repo(tuned), "lab/base": Repo(FILES)}) as hub:
